@@ -1,0 +1,368 @@
+"""Frozen dataclasses and PRESETS. All validation of numbers happens here, in `__post_init__`, and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from tdjax.errors import UsageError
+from tdjax.precision import Policy
+
+ATTENTION = ("dense", "sla", "sagesla")
+LINEAR = ("float", "int8")
+
+
+def positive(config, *names):
+    for name in names:
+        value = getattr(config, name)
+        if value < 1:
+            raise ValueError(f"{type(config).__name__}.{name} is {value}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SLAConfig:
+    """Sparse-linear attention: the share of key blocks kept for each query block, and the block sizes in tokens."""
+
+    topk: float = 0.1
+    block_q: int = 128
+    block_k: int = 64
+
+    def __post_init__(self):
+        if not 0 < self.topk <= 1:
+            raise UsageError(
+                f"sla_topk is {self.topk}",
+                "it is the share of key blocks that stays exact, greater than 0 and at most 1",
+                "use 0.1 (fast, as published) or 0.15 (quality)",
+            )
+        if (self.block_q, self.block_k) not in ((128, 64), (64, 64), (64, 128)):
+            raise ValueError(f"SLA blocks are {self.block_q}x{self.block_k}; allowed: 128x64, 64x64, 64x128")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Sizes of the Wan video transformer. Defaults are Wan2.1 T2V 1.3B."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    layers: int = 30
+    heads: int = 12
+    in_channels: int = 16  # 36 for image-to-video: 16 noise + 4 mask + 16 latents of the image
+    out_channels: int = 16
+    patch: tuple[int, int, int] = (1, 2, 2)
+    freq_dim: int = 256
+    text_dim: int = 4096
+    text_len: int = 512
+    image_dim: int | None = None  # width of the image features (Wan2.1 I2V: 1280); None: no image branch
+    eps: float = 1e-6
+    attention: str = "dense"
+    linear: str = "float"
+    sla: SLAConfig = SLAConfig()
+    round_time: bool = True  # timestep rounded to bfloat16 before the sinusoid, as all published weights expect
+    policy: Policy = Policy()
+
+    def __post_init__(self):
+        positive(self, "dim", "ffn_dim", "layers", "heads", "in_channels", "out_channels", "freq_dim", "text_dim", "text_len")
+        if self.dim % self.heads or self.head_dim % 2:
+            raise ValueError(f"DiTConfig: dim {self.dim} over {self.heads} heads must give an even whole head width")
+        if self.attention not in ATTENTION:
+            raise ValueError(f"DiTConfig.attention is {self.attention!r}; allowed: {', '.join(ATTENTION)}")
+        if self.linear not in LINEAR:
+            raise ValueError(f"DiTConfig.linear is {self.linear!r}; allowed: {', '.join(LINEAR)}")
+        if self.in_channels < self.out_channels:
+            raise ValueError(f"DiTConfig: in_channels {self.in_channels} is less than out_channels {self.out_channels}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels beside the noisy latents: 20 for image-to-video (4 mask + 16 latents), else 0."""
+        return self.in_channels - self.out_channels
+
+    @property
+    def task(self) -> str:
+        return "i2v" if self.condition_channels else "t2v"
+
+
+# Per-channel mean and deviation of Wan2.1 latents; Wan-Video/Wan2.1 wan/modules/vae.py.
+LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+               0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)  # fmt: skip
+LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+              3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Sizes of the causal video VAE (8x in space, 4x in time). Defaults are Wan2.1, which Wan2.2 A14B uses too."""
+
+    dim: int = 96
+    latent_channels: int = 16
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    res_blocks: int = 2
+    temporal_down: tuple[bool, ...] = (False, True, True)
+    mean: tuple[float, ...] = LATENT_MEAN
+    std: tuple[float, ...] = LATENT_STD
+    policy: Policy = Policy()
+
+    def __post_init__(self):
+        positive(self, "dim", "latent_channels", "res_blocks")
+        if len(self.temporal_down) != len(self.multipliers) - 1:
+            raise ValueError(f"VAEConfig: {len(self.multipliers)} multipliers need {len(self.multipliers) - 1} temporal_down flags")
+        if not len(self.mean) == len(self.std) == self.latent_channels:
+            raise ValueError(f"VAEConfig: mean and std need {self.latent_channels} values, one for each latent channel")
+
+    @property
+    def spatial(self) -> int:
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def temporal(self) -> int:
+        return 2 ** sum(self.temporal_down)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Sizes of the umT5 encoder. Defaults are umT5-xxl."""
+
+    vocab: int = 256384
+    dim: int = 4096
+    attention_dim: int = 4096
+    ffn_dim: int = 10240
+    heads: int = 64
+    layers: int = 24
+    buckets: int = 32
+    max_distance: int = 128
+    text_len: int = 512
+    eps: float = 1e-6
+    policy: Policy = Policy()
+
+    def __post_init__(self):
+        positive(self, "vocab", "dim", "attention_dim", "ffn_dim", "heads", "layers", "buckets", "text_len")
+        if self.attention_dim % self.heads:
+            raise ValueError(f"TextConfig: attention_dim {self.attention_dim} is not a multiple of {self.heads} heads")
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention_dim // self.heads
+
+
+Config = DiTConfig | VAEConfig | TextConfig
+KINDS: dict[str, type] = {"dit": DiTConfig, "vae": VAEConfig, "text": TextConfig}
+
+
+def to_dict(config) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls, values: dict[str, Any]):
+    """The inverse of `to_dict`; an unknown or missing field raises with its name."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
+    nested = {"sla": SLAConfig, "policy": Policy}
+    out = {}
+    for name, value in values.items():
+        if name in nested:
+            out[name] = from_dict(nested[name], value)
+        else:
+            out[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**out)
+
+
+# (width, height) by resolution and aspect ratio. "480p" and "720p" are the trained sizes; "480", "512" and "720" are the
+# older rows of thu-ml/TurboDiffusion imaginaire/utils/io/..., accepted because its commands name them: they are other sizes.
+VIDEO_SIZES: dict[str, dict[str, tuple[int, int]]] = {
+    "480p": {"16:9": (832, 480), "9:16": (480, 832), "4:3": (640, 480), "3:4": (480, 640), "1:1": (640, 640)},
+    "720p": {"16:9": (1280, 720), "9:16": (720, 1280), "4:3": (960, 720), "3:4": (720, 960), "1:1": (960, 960)},
+    "480": {"16:9": (768, 432), "9:16": (432, 768), "4:3": (640, 480), "3:4": (480, 640), "1:1": (480, 480)},
+    "512": {"16:9": (640, 384), "9:16": (384, 640), "4:3": (640, 512), "3:4": (512, 640), "1:1": (512, 512)},
+    "720": {"16:9": (1280, 704), "9:16": (704, 1280), "4:3": (960, 704), "3:4": (704, 960), "1:1": (960, 960)},
+}
+
+
+def neighbours(value: int, step: int, offset: int = 0) -> tuple[int, int]:
+    """The two nearest values of the form `step * k + offset` (at least one step) around `value`."""
+    low = max((value - offset) // step * step + offset, offset if offset else step)
+    return low, low + step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoSize:
+    """Size of a clip in frames and pixels. Wan's VAE and patches allow 4k+1 frames and multiples of 16 pixels."""
+
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+
+    def __post_init__(self):
+        if self.frames < 1 or (self.frames - 1) % 4:
+            low, high = neighbours(self.frames, 4, 1)
+            raise UsageError(
+                f"num_frames is {self.frames}",
+                "the video VAE codes one frame, then groups of four: the number must be 4k+1",
+                f"nearest allowed: {low} and {high}",
+            )
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value < 16 or value % 16:
+                low, high = neighbours(value, 16)
+                raise UsageError(
+                    f"{name} is {value}",
+                    "the VAE shrinks by 8 and the transformer takes patches of 2: it must be a multiple of 16",
+                    f"nearest allowed: {low} and {high}",
+                )
+
+    @property
+    def latent_frames(self) -> int:
+        return 1 + (self.frames - 1) // 4
+
+    @property
+    def latent_grid(self) -> tuple[int, int, int]:
+        """(t, h, w) of the latents."""
+        return self.latent_frames, self.height // 8, self.width // 8
+
+    def token_grid(self, patch: tuple[int, int, int] = (1, 2, 2)) -> tuple[int, int, int]:
+        return tuple(n // p for n, p in zip(self.latent_grid, patch, strict=True))
+
+    def tokens(self, patch: tuple[int, int, int] = (1, 2, 2)) -> int:
+        return math.prod(self.token_grid(patch))
+
+    def __str__(self):
+        return f"{self.width}x{self.height}, {self.frames} frames"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """Few-step (rCM) sampling, or the teacher's many guided steps.
+
+    mode: "sde" (fresh noise at every step) or "ode" for distilled weights; "unipc" or "euler" for undistilled ones.
+    mid:  TrigFlow times between the first and the last, of which the first steps-1 are used. rCM only.
+    """
+
+    steps: int = 4
+    mode: str = "sde"
+    sigma_max: float = 80.0
+    mid: tuple[float, ...] = (1.5, 1.4, 1.0)
+    boundary: float = 0.9  # two-expert models: the low-noise expert takes over at the first time below this
+    shift: float = 5.0  # teacher only
+    guidance: float = 1.0  # teacher only; distilled weights have guidance built in
+
+    def __post_init__(self):
+        if self.mode not in ("sde", "ode", "unipc", "euler"):
+            raise UsageError(f"sampler is {self.mode!r}", "allowed: sde, ode (distilled weights), unipc, euler (teacher)")
+        if self.steps < 1:
+            raise UsageError(f"num_steps is {self.steps}", "at least one step is needed", "use 4")
+        if self.few_step and self.steps > len(self.mid) + 1:
+            raise UsageError(
+                f"num_steps is {self.steps}",
+                f"distilled weights take 1 to {len(self.mid) + 1} steps with the mid times {', '.join(map(str, self.mid))}",
+                f"use {len(self.mid) + 1}, or give {self.steps - 1} mid times (--mid_t)",
+            )
+        if not self.sigma_max > 0:
+            raise UsageError(f"sigma_max is {self.sigma_max}", "it must be positive", "use 80 (text) or 200 (image)")
+        if self.few_step:
+            times = (math.atan(self.sigma_max), *self.mid[: self.steps - 1], 0.0)
+            if any(a <= b for a, b in zip(times, times[1:], strict=False)):
+                raise UsageError(
+                    f"mid times are {', '.join(map(str, self.mid))}",
+                    f"they must fall from {times[0]:.4f} (arctan of sigma_max {self.sigma_max:g}) to 0",
+                    "the published ones are 1.5 1.4 1.0",
+                )
+            if self.guidance != 1.0:
+                raise UsageError(
+                    f"guidance_scale is {self.guidance:g}",
+                    "distilled weights have guidance built in: it is not applied again",
+                    "leave it at 1, or use --sampler unipc with undistilled weights",
+                )
+
+    @property
+    def few_step(self) -> bool:
+        return self.mode in ("sde", "ode")
+
+
+T2V_SAMPLER = SamplerConfig()
+I2V_SAMPLER = SamplerConfig(sigma_max=200.0)
+TEACHER_SAMPLER = SamplerConfig(steps=50, mode="unipc", sigma_max=5000.0, shift=5.0, guidance=5.0)
+
+WAN_1_3B = DiTConfig()
+WAN_14B = DiTConfig(dim=5120, ffn_dim=13824, layers=40, heads=40)
+WAN_A14B_I2V = dataclasses.replace(WAN_14B, in_channels=36)
+WAN_14B_I2V = dataclasses.replace(WAN_14B, in_channels=36, image_dim=1280)
+WAN_VAE = VAEConfig()
+UMT5_XXL = TextConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """One released model: where its files are and how it is sampled. `dit` is (file,) or (high noise, low noise)."""
+
+    repo: str  # hub id of the transformer
+    dit: tuple[str, ...]
+    config: DiTConfig
+    resolution: str
+    sampler: SamplerConfig = T2V_SAMPLER
+    base_repo: str = "Wan-AI/Wan2.1-T2V-1.3B"  # hub id of the VAE, the text encoder and the tokenizer
+    vae: str = "Wan2.1_VAE.pth"
+    text: str = "models_t5_umt5-xxl-enc-bf16.pth"
+    tokenizer: str = "google/umt5-xxl"
+
+    @property
+    def distilled(self) -> bool:
+        return self.sampler.few_step
+
+
+def turbo(name: str, config: DiTConfig, resolution: str) -> dict[str, Preset]:
+    """The two presets of one distilled text-to-video model: as published, and its int8 (`-quant`) file."""
+    sla, int8 = dataclasses.replace(config, attention="sla"), dataclasses.replace(config, attention="sla", linear="int8")
+    repo = f"TurboDiffusion/{name}"
+    return {
+        name.lower(): Preset(repo=repo, dit=(f"{name}.pth",), config=sla, resolution=resolution),
+        f"{name.lower()}-quant": Preset(repo=repo, dit=(f"{name}-quant.pth",), config=int8, resolution=resolution),
+    }
+
+
+def turbo_i2v(suffix: str, linear: str) -> Preset:
+    return Preset(
+        repo="TurboDiffusion/TurboWan2.2-I2V-A14B-720P",
+        dit=(f"TurboWan2.2-I2V-A14B-high-720P{suffix}.pth", f"TurboWan2.2-I2V-A14B-low-720P{suffix}.pth"),
+        config=dataclasses.replace(WAN_A14B_I2V, attention="sla", linear=linear),
+        resolution="720p",
+        sampler=I2V_SAMPLER,
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    **turbo("TurboWan2.1-T2V-1.3B-480P", WAN_1_3B, "480p"),
+    **turbo("TurboWan2.1-T2V-14B-480P", WAN_14B, "480p"),
+    **turbo("TurboWan2.1-T2V-14B-720P", WAN_14B, "720p"),
+    "turbowan2.2-i2v-a14b-720p": turbo_i2v("", "float"),
+    "turbowan2.2-i2v-a14b-720p-quant": turbo_i2v("-quant", "int8"),
+    "wan2.1-t2v-1.3b": Preset(
+        repo="Wan-AI/Wan2.1-T2V-1.3B",
+        dit=("diffusion_pytorch_model.safetensors",),
+        config=WAN_1_3B,
+        resolution="480p",
+        sampler=TEACHER_SAMPLER,
+    ),
+    "wan2.1-t2v-14b": Preset(
+        repo="Wan-AI/Wan2.1-T2V-14B",
+        dit=("diffusion_pytorch_model.safetensors.index.json",),
+        config=WAN_14B,
+        resolution="720p",
+        sampler=TEACHER_SAMPLER,
+    ),
+    "wan2.2-i2v-a14b": Preset(
+        repo="Wan-AI/Wan2.2-I2V-A14B",
+        dit=(
+            "high_noise_model/diffusion_pytorch_model.safetensors.index.json",
+            "low_noise_model/diffusion_pytorch_model.safetensors.index.json",
+        ),
+        config=WAN_A14B_I2V,
+        resolution="720p",
+        sampler=dataclasses.replace(TEACHER_SAMPLER, steps=40, guidance=3.5),
+    ),
+}

@@ -1,0 +1,80 @@
+"""Strict numerics for every test: no implicit dtype promotion, true float32 products, four fake CPU devices."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+GOLDEN = (Path(__file__).parent / "golden", REPOSITORY.parent / "shared" / "golden")
+MANIFESTS = (Path(__file__).parent / "manifests", REPOSITORY.parent / "shared" / "manifests")
+
+
+def find(name, folders):
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    pytest.skip(f"{name} is too large for the repository and not beside it")
+
+
+class Golden:
+    """One file of golden vectors: `g["in/x"]` is an array, `g.config` the JSON, `g.weights()` the state dict."""
+
+    def __init__(self, path):
+        self.path = path
+        with np.load(path) as z:
+            self.arrays = {k: z[k] for k in z.files}
+        self.config = json.loads(bytes(self.arrays.pop("config"))) if "config" in self.arrays else {}
+
+    def __getitem__(self, key):
+        return self.arrays[key]
+
+    def __contains__(self, key):
+        return key in self.arrays
+
+    def keys(self, prefix=""):
+        return [k for k in self.arrays if k.startswith(prefix)]
+
+    def weights(self, prefix="w/"):
+        return {k[len(prefix):]: v for k, v in self.arrays.items() if k.startswith(prefix)}
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden(name) -> Golden, from tests/golden or the shared folder beside the checkout."""
+    cache = {}
+
+    def load(name):
+        if name not in cache:
+            cache[name] = Golden(find(f"{name}.npz", GOLDEN))
+        return cache[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def manifest():
+    """manifest(name) -> the parsed JSON of a published checkpoint's key list."""
+    return lambda name: json.loads(find(f"{name}.json", MANIFESTS).read_text())
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+def pytest_collection_modifyitems(items):
+    if any(d.platform == "gpu" for d in jax.devices()):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
