@@ -45,7 +45,7 @@ class Golden:
         return [k for k in self.arrays if k.startswith(prefix)]
 
     def weights(self, prefix="w/"):
-        return {k[len(prefix):]: v for k, v in self.arrays.items() if k.startswith(prefix)}
+        return {k[len(prefix) :]: v for k, v in self.arrays.items() if k.startswith(prefix)}
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +65,16 @@ def golden():
 def manifest():
     """manifest(name) -> the parsed JSON of a published checkpoint's key list."""
     return lambda name: json.loads(find(f"{name}.json", MANIFESTS).read_text())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_cache(tmp_path_factory):
+    """Programs compiled once in a session, whichever test (or pytest-xdist worker) asks first."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if os.environ.get("PYTEST_XDIST_WORKER") is None else base.parent) / "compiled"
+    folder.mkdir(exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture

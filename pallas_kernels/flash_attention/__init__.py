@@ -1,0 +1,36 @@
+"""Dense softmax attention."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import choose, on_cuda
+from pallas_kernels.flash_attention import cudnn, reference
+
+IMPLS = {"reference": reference.attention, "cudnn": cudnn.attention}
+
+
+def attention(q, k, v, *, scale: float | None = None, impl: str = "auto"):  # q [b l h k], k v [b s h k] -> [b l h k]
+    """softmax(scale q k^T) v for each head, softmax in float32; scale defaults to 1 / sqrt(k).
+
+    impl: "auto" (cuDNN on CUDA for bfloat16 and float16 with a head width it takes, else the reference), "reference", "cudnn".
+    """
+    check(q, k, v)
+    auto = automatic if cudnn.refusal(q) is None and jax.default_backend() == "gpu" else reference.attention
+    return partial(choose("attention", impl, IMPLS, auto), scale=scale)(q, k, v)
+
+
+def automatic(q, k, v, scale):
+    """cuDNN when compiled for CUDA, the reference when compiled for anything else."""
+    return on_cuda(partial(cudnn.attention, scale=scale), partial(reference.attention, scale=scale))(q, k, v)
+
+
+def check(q, k, v):
+    """Raise ValueError unless the shapes are q [b l h k] and k, v [b s h k] of one floating dtype."""
+    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(f"attention: q {q.shape}, k {k.shape}, v {v.shape}; expected q [b l h k] and k, v [b s h k]")
+    if not (q.dtype == k.dtype == v.dtype and jnp.issubdtype(q.dtype, jnp.floating)):
+        raise ValueError(f"attention: dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected one floating dtype for all three")

@@ -1,0 +1,51 @@
+"""Sparse-linear attention: exact softmax over a few key blocks for each query block, a linear branch over all keys."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import choose
+from pallas_kernels.flash_attention import check as check_attention
+from pallas_kernels.sparse_attention import reference
+from pallas_kernels.sparse_attention.reference import dense_map, linear_attention, pooled_scores
+
+__all__ = ["block_map", "chosen_blocks", "dense_map", "linear_attention", "pooled_scores", "sparse_attention", "sparse_linear_attention"]
+
+IMPLS = {"reference": reference.sparse_attention}
+
+
+def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, impl="auto"):
+    """SLA (arXiv 2509.24006; thu-ml/TurboDiffusion turbodiffusion/SLA/core.py): q k v [b l h k] -> [b l h k].
+
+    proj_kernel [k k] (i o) and proj_bias [k], float32, project the linear branch of every head. topk is the share of key
+    blocks kept. The choice of blocks has no gradient; the linear branch sums over all keys, chosen or not.
+    """
+    blocks = block_map(q, k, topk=topk, block_q=block_q, block_k=block_k)
+    near = sparse_attention(q, k, v, blocks, block_q=block_q, block_k=block_k, impl=impl)
+    return near + linear_attention(q, k, v, proj_kernel, proj_bias)
+
+
+def chosen_blocks(length: int, topk: float, block_k: int) -> int:
+    """Key blocks kept for each query block: the share of all blocks cut to a whole number, at least one."""
+    blocks = -(-length // block_k)
+    return max(1, min(blocks, int(topk * blocks)))
+
+
+def block_map(q, k, *, topk, block_q=128, block_k=64):  # q k [b l h k] -> int32 [b h q_blocks chosen], ascending
+    """The key blocks of highest pooled score for each block of queries; ties go to the lowest index."""
+    return reference.block_map(q, k, chosen_blocks(k.shape[1], topk, block_k), block_q, block_k)
+
+
+def sparse_attention(q, k, v, blocks, *, block_q=128, block_k=64, impl="auto"):  # q k v [b l h k] -> [b l h k]
+    """Softmax attention of each query block over its list of key blocks [b h q_blocks chosen], ascending, no repeats."""
+    check(q, k, v, blocks, block_q)
+    run = choose("sparse_attention", impl, IMPLS, reference.sparse_attention)
+    return run(q, k, v, blocks, block_q, block_k)
+
+
+def check(q, k, v, blocks, block_q):
+    """Raise ValueError unless the block list fits the queries."""
+    check_attention(q, k, v)
+    expected = (q.shape[0], q.shape[2], -(-q.shape[1] // block_q))
+    if blocks.ndim != 4 or blocks.shape[:3] != expected or blocks.dtype != jnp.int32:
+        raise ValueError(f"sparse_attention: block list {blocks.dtype} {blocks.shape}; expected int32 {(*expected, 'chosen')}")

@@ -1,0 +1,26 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.dispatch import choose, on_cuda
+
+
+def test_unknown_name_lists_what_is_allowed():
+    with pytest.raises(ValueError, match=r"matmul: impl is 'refrence'; allowed: auto, reference, cudnn; did you mean 'reference'\?"):
+        choose("matmul", "refrence", {"reference": abs, "cudnn": abs}, abs)
+    with pytest.raises(ValueError, match=r"impl is 'zz'; allowed: auto, reference$"):
+        choose("matmul", "zz", {"reference": abs}, abs)
+
+
+def test_names_are_taken_literally():
+    assert choose("op", "reference", {"reference": min, "cudnn": max}, abs) is min
+    assert choose("op", "auto", {"reference": min, "cudnn": max}, abs) is abs
+
+
+def test_platform_is_chosen_at_lowering():
+    f = jax.jit(on_cuda(jnp.sin, jnp.cos))
+    assert f(0.0) == 1.0
+    traced = f.trace(jnp.float32(0))
+    assert "cosine" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    cuda = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "sine" in cuda and "cosine" not in cuda
