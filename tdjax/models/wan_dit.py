@@ -1,0 +1,220 @@
+"""The Wan video transformer: text-to-video and image-to-video, dense or sparse-linear attention, float or int8 layers.
+
+Same function as thu-ml/TurboDiffusion rcm/networks/wan2pt1.py and wan2pt2.py, with a true LayerNorm throughout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import lax
+
+from pallas_kernels.int8_matmul import QTensor, dequantize, quantize
+from tdjax.attention import CrossAttention, SelfAttention
+from tdjax.config import DiTConfig
+from tdjax.layers import LINEAR, LayerNorm, Linear, modulate, sinusoid
+from tdjax.models.rope import rope
+from tdjax.precision import Policy
+from tdjax.sharding import constrain, leaf_name
+
+small = jax.nn.initializers.normal(0.02)
+
+
+class MLP(nnx.Module):
+    """Linear, activation, Linear: [... i] -> [... d]."""
+
+    def __init__(self, i: int, d: int, policy: Policy, *, rngs: nnx.Rngs):
+        self.up = Linear(i, d, policy, rngs=rngs, init=small)
+        self.down = Linear(d, d, policy, rngs=rngs, init=small)
+
+    def __call__(self, x, activation):
+        return self.down(activation(self.up(x)))
+
+
+class ImageEmbed(nnx.Module):
+    """Image features [b 257 image_dim] to the width of the blocks (Wan2.1 image-to-video)."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        i, policy = cfg.image_dim, cfg.policy
+        self.norm_in = LayerNorm(i, 1e-5, policy)
+        self.up = Linear(i, i, policy, rngs=rngs)
+        self.down = Linear(i, cfg.dim, policy, rngs=rngs)
+        self.norm_out = LayerNorm(cfg.dim, 1e-5, policy)
+
+    def __call__(self, x):
+        return self.norm_out(self.down(jax.nn.gelu(self.up(self.norm_in(x)), approximate=False)))
+
+
+class Block(nnx.Module):
+    """Modulated self-attention, cross-attention, modulated MLP."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        linear = LINEAR[cfg.linear]
+        self.cfg = cfg
+        self.self_attn = SelfAttention(cfg, rngs=rngs)
+        self.norm3 = LayerNorm(cfg.dim, cfg.eps, cfg.policy)
+        self.cross_attn = CrossAttention(cfg, rngs=rngs)
+        self.up = linear(cfg.dim, cfg.ffn_dim, cfg.policy, rngs=rngs)
+        self.down = linear(cfg.ffn_dim, cfg.dim, cfg.policy, rngs=rngs)
+        self.modulation = nnx.Param(modulation(rngs, 6, cfg))
+
+    def __call__(self, x, e, text, features, rope):  # x [b l d], e f32 [b 6 d], text [b s d], features [b 257 d] or None
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.six(e)
+        x = gated(x, self.self_attn(modulate(x, scale1, shift1, self.cfg.eps), rope), gate1)
+        x = x + self.cross_attn(self.norm3(x), text, features)
+        return gated(x, self.mlp(modulate(x, scale2, shift2, self.cfg.eps)), gate2)
+
+    def six(self, e):  # f32 [b 6 d] -> six of [b 1 d]
+        return rearrange(self.modulation[...].astype(jnp.float32) + e, "b m d -> m b 1 d")
+
+    def mlp(self, x):
+        return self.down(jax.nn.gelu(self.up(x)))
+
+
+def gated(x, y, gate):  # x y [b l d], gate f32 [b 1 d]
+    """x + y gate, the gate in the dtype of the stream."""
+    return x + y * gate.astype(x.dtype)
+
+
+def modulation(rngs, rows, cfg):
+    return jax.random.normal(rngs.params(), (rows, cfg.dim), cfg.policy.param_dtype) * cfg.dim**-0.5
+
+
+class Head(nnx.Module):
+    """Modulated norm and projection to patches, all in float32."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        kt, kh, kw = cfg.patch
+        self.cfg = cfg
+        self.proj = Linear(cfg.dim, kt * kh * kw * cfg.out_channels, cfg.policy, rngs=rngs, init=jax.nn.initializers.zeros)
+        self.modulation = nnx.Param(modulation(rngs, 2, cfg))
+
+    def __call__(self, x, e):  # x [b l d], e f32 [b d] -> f32 [b l (kt kh kw c)]
+        return self.proj(self.norm(x, e))
+
+    def norm(self, x, e):  # -> f32 [b l d]
+        shift, scale = rearrange(self.modulation[...].astype(jnp.float32) + rearrange(e, "b d -> b 1 d"), "b m d -> m b 1 d")
+        return modulate(x.astype(jnp.float32), scale, shift, self.cfg.eps)
+
+
+class DiT(nnx.Module):
+    """Velocity of noisy latents at a timestep, given text (and the first frame)."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        policy, d = cfg.policy, cfg.dim
+        kt, kh, kw = cfg.patch
+        self.cfg = cfg
+        self.patch_embed = Linear(cfg.in_channels * kt * kh * kw, d, policy, rngs=rngs)
+        self.text_embed = MLP(cfg.text_dim, d, policy, rngs=rngs)
+        self.time_embed = MLP(cfg.freq_dim, d, policy, rngs=rngs)
+        self.time_proj = Linear(d, 6 * d, policy, rngs=rngs)
+        if cfg.image_dim:
+            self.image_embed = ImageEmbed(cfg, rngs=rngs)
+        keys = jax.random.split(rngs.params(), cfg.layers)
+        self.blocks = jax.vmap(lambda key: Block(cfg, rngs=nnx.Rngs(key)))(keys)  # every leaf gains a layer axis
+        self.head = Head(cfg, rngs=rngs)
+
+    def __call__(self, x, timestep, text, image=None, features=None):
+        """x f32 [b t h w c], timestep f32 [b] in 0..1000, text [b s text_dim], image [b t h w 20] (mask, then latents),
+        features [b 257 image_dim] -> f32 [b t h w c]."""
+        self.check(x, timestep, text, image, features)
+        grid = self.grid(x)
+        table = rope(grid, self.cfg.head_dim)
+        e, e0 = self.time(timestep)
+        text, features = self.embed_text(text), self.embed_image(features)
+        step = jax.checkpoint(lambda x, block: (self.between(block(x, e0, text, features, table)), None))
+        x = lax.scan(step, self.between(self.patchify(x, image)), self.blocks)[0]
+        return self.unpatchify(self.head(x, e), grid)
+
+    def grid(self, x) -> tuple[int, int, int]:
+        """Patches along t, h and w."""
+        return tuple(n // p for n, p in zip(x.shape[1:4], self.cfg.patch, strict=True))
+
+    def between(self, x):
+        return constrain(x, "batch", "tokens", None)
+
+    def patchify(self, x, image):  # -> [b l d]
+        x = x if image is None else jnp.concatenate([x, image.astype(x.dtype)], -1)
+        kt, kh, kw = self.cfg.patch
+        x = rearrange(x, "b (t kt) (h kh) (w kw) c -> b (t h w) (c kt kh kw)", kt=kt, kh=kh, kw=kw)
+        return self.patch_embed(x.astype(self.cfg.policy.compute_dtype))
+
+    def unpatchify(self, x, grid):  # f32 [b l (kt kh kw c)] -> [b t h w c]; the channel is fastest here, slowest in patchify
+        (t, h, w), (kt, kh, kw) = grid, self.cfg.patch
+        return rearrange(x, "b (t h w) (kt kh kw c) -> b (t kt) (h kh) (w kw) c", t=t, h=h, w=w, kt=kt, kh=kh, kw=kw)
+
+    def time(self, timestep):  # float32 island: f32 [b] -> e [b d], e0 [b 6 d]
+        e = self.time_embed(sinusoid(self.rounded(timestep), self.cfg.freq_dim), jax.nn.silu)
+        return e, rearrange(self.time_proj(jax.nn.silu(e)), "b (m d) -> b m d", m=6)
+
+    def rounded(self, timestep):
+        """The timestep on the bfloat16 grid that published weights were trained on; its derivative is that of the identity.
+
+        A cast there and back may be removed by the compiler; reduce_precision may not.
+        """
+        if not self.cfg.round_time:
+            return timestep
+        return timestep + lax.stop_gradient(lax.reduce_precision(timestep, 8, 7) - timestep)
+
+    def embed_text(self, text):  # [b s text_dim] -> [b s d]
+        return self.text_embed(text.astype(self.cfg.policy.compute_dtype), jax.nn.gelu)
+
+    def embed_image(self, features):  # [b 257 image_dim] -> [b 257 d]
+        return None if features is None else self.image_embed(features.astype(self.cfg.policy.compute_dtype))
+
+    def check(self, x, timestep, text, image, features):
+        """Raise ValueError, naming the argument, where the inputs do not fit the config."""
+        cfg = self.cfg
+        wants = {
+            "x": (x, ("b", "t", "h", "w", cfg.out_channels)),
+            "timestep": (timestep, ("b",)),
+            "text": (text, ("b", "s", cfg.text_dim)),
+            "image": (image, ("b", "t", "h", "w", cfg.condition_channels) if cfg.condition_channels else None),
+            "features": (features, ("b", "s", cfg.image_dim) if cfg.image_dim else None),
+        }
+        for name, (value, shape) in wants.items():
+            if (value is None) != (shape is None):
+                raise ValueError(f"DiT: {name} is {'missing' if value is None else 'given'}, but this model takes {shape or 'none'}")
+            if shape and (value.ndim != len(shape) or any(isinstance(n, int) and n != m for n, m in zip(shape, value.shape, strict=True))):
+                raise ValueError(f"DiT: {name} has shape {value.shape}; expected {shape}")
+        if any(n % p for n, p in zip(x.shape[1:4], cfg.patch, strict=True)):
+            raise ValueError(f"DiT: latents of {x.shape[1:4]} frames, rows and columns are not multiples of the patch {cfg.patch}")
+
+
+def with_linear(model: DiT, linear: str) -> DiT:
+    """The same model with the blocks' linear layers in int8 ("int8", block128 scheme) or in floating point ("float")."""
+    if linear == model.cfg.linear:
+        return model
+    cfg = dataclasses.replace(model.cfg, linear=linear)
+    old = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
+    abstract = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
+    new = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+        name = leaf_name(path)
+        stem = name.rpartition(".")[0]
+        if name not in new:  # scale and int8_weight are made together
+            new |= {name: old[name]} if name in old else other_linear(stem, old, leaf.dtype)
+    return jax.tree_util.tree_map_with_path(lambda path, _: new[leaf_name(path)], abstract)
+
+
+def other_linear(stem: str, leaves: dict, dtype) -> dict:
+    """One stacked Linear's kernel as int8 weight and scale, or those as a kernel of `dtype`; layer by layer."""
+    if f"{stem}.kernel" in leaves:
+        weight, scale = to_int8(leaves[f"{stem}.kernel"])
+        return {f"{stem}.int8_weight": weight, f"{stem}.scale": scale}
+    return {f"{stem}.kernel": to_float(QTensor(leaves[f"{stem}.int8_weight"], leaves[f"{stem}.scale"]), dtype)}
+
+
+@jax.jit
+def to_int8(kernel):  # [n i o] -> int8 [n o i], f32 [n ceil(o/128) ceil(i/128)]
+    return lax.map(lambda kernel: quantize(rearrange(kernel, "i o -> o i")), kernel)
+
+
+@partial(jax.jit, static_argnums=1)
+def to_float(weight, dtype):  # -> [n i o]
+    return lax.map(lambda weight: rearrange(dequantize(weight), "o i -> i o").astype(dtype), weight)

@@ -1,0 +1,298 @@
+"""Causal video autoencoder of Wan2.1: one latent frame for the first frame, then one for every four; 8x in space.
+
+Every layer is `(x, cache) -> (x, cache)`: a chunk of frames, and what the layer remembers of the chunks before it. The
+cache of the first chunk is None; from then on it is a tuple of arrays of constant shape, which lax.scan carries. Source
+of the structure: Wan-Video/Wan2.1 wan/modules/vae.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from flax import nnx
+from jax import lax
+
+from tdjax.config import VAEConfig, neighbours
+from tdjax.errors import UsageError
+from tdjax.models.causal_conv import CausalConv, Conv, zero_past
+
+COLOURS = 3
+QUERIES = 2048  # queries of the middle attention whose scores exist at once: 14400 keys x 2048 x 4 bytes = 118 MB at 720p
+
+
+class Norm(nnx.Module):
+    """Unit length over channels times sqrt(c) times a gain; float32 inside."""
+
+    def __init__(self, channels: int, cfg: VAEConfig):
+        self.cfg = cfg
+        self.scale = nnx.Param(jnp.ones((channels,), cfg.policy.param_dtype))
+
+    def __call__(self, x):  # [... c] -> [... c], float32 island
+        y = x.astype(self.cfg.policy.island_dtype)
+        length = jnp.sqrt(jnp.sum(jnp.square(y), axis=-1, keepdims=True))
+        y = y / jnp.maximum(length, 1e-12) * math.sqrt(x.shape[-1]) * self.scale[...].astype(y.dtype)
+        return y.astype(x.dtype)
+
+
+class ResidualBlock(nnx.Module):
+    """norm, SiLU, causal convolution, twice; a pointwise shortcut where the width changes."""
+
+    def __init__(self, inputs: int, outputs: int, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.norm1 = Norm(inputs, cfg)
+        self.conv1 = CausalConv((3, 3, 3), inputs, outputs, cfg, rngs=rngs)
+        self.norm2 = Norm(outputs, cfg)
+        self.conv2 = CausalConv((3, 3, 3), outputs, outputs, cfg, rngs=rngs)
+        self.shortcut = Conv((1, 1, 1), inputs, outputs, cfg, rngs=rngs) if inputs != outputs else None
+
+    def __call__(self, x, cache):  # [b t h w i] -> [b t h w o]
+        past1, past2 = parts(cache, 2)
+        y, past1 = self.conv1(jax.nn.silu(self.norm1(x)), past1)
+        y, past2 = self.conv2(jax.nn.silu(self.norm2(y)), past2)
+        return y + (x if self.shortcut is None else self.shortcut(x)), (past1, past2)
+
+
+class Attention(nnx.Module):
+    """Self-attention within each frame, one head as wide as the channels."""
+
+    def __init__(self, channels: int, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.norm = Norm(channels, cfg)
+        self.qkv = Conv((1, 1), channels, 3 * channels, cfg, rngs=rngs)
+        self.proj = Conv((1, 1), channels, channels, cfg, rngs=rngs)
+
+    def __call__(self, x, cache):  # [b t h w c] -> [b t h w c]; nothing to remember
+        b, t, h, w, _ = x.shape
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b t h w (n c) -> n (b t) (h w) c", n=3)
+        y = rearrange(attend(q, k, v), "(b t) (h w) c -> b t h w c", b=b, h=h)
+        return x + self.proj(y), ()
+
+
+def attend(q, k, v):  # [b l c] x3 -> [b l c]
+    """softmax(q k' / sqrt(c)) v for a block of queries at a time; scores and softmax in float32."""
+
+    def one(query):  # [b c]
+        scores = jnp.einsum("bc,bsc->bs", query, k, preferred_element_type=jnp.float32) / math.sqrt(k.shape[-1])
+        return jnp.einsum("bs,bsc->bc", jax.nn.softmax(scores).astype(v.dtype), v)
+
+    return rearrange(lax.map(one, rearrange(q, "b l c -> l b c"), batch_size=QUERIES), "l b c -> b l c")
+
+
+class Downsample(nnx.Module):
+    """Half the height and width; in time, half the frames of every chunk but the first."""
+
+    def __init__(self, channels: int, temporal: bool, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.conv = Conv((3, 3), channels, channels, cfg, rngs=rngs)
+        self.time_conv = CausalConv((3, 1, 1), channels, channels, cfg, rngs=rngs) if temporal else None
+
+    def __call__(self, x, cache):  # [b t h w c] -> [b t/2 h/2 w/2 c]
+        x = self.conv(x, stride=2)
+        if self.time_conv is None:
+            return x, ()
+        if cache is None:
+            return x, x[:, -1:]
+        return self.time_conv.valid(jnp.concatenate([cache, x], axis=1), stride=2), x[:, -1:]
+
+
+class Upsample(nnx.Module):
+    """Twice the height and width and half the channels; in time, twice the frames of every chunk but the first.
+
+    The first chunk is not part of the later chunks' past either: their convolution over time begins with zeros.
+    """
+
+    def __init__(self, channels: int, temporal: bool, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.conv = Conv((3, 3), channels, channels // 2, cfg, rngs=rngs)
+        self.time_conv = CausalConv((3, 1, 1), channels, 2 * channels, cfg, rngs=rngs) if temporal else None
+
+    def __call__(self, x, cache):  # [b t h w c] -> [b 2t 2h 2w c/2]
+        if self.time_conv is None:
+            cache = ()
+        elif cache is None:
+            cache = zero_past(x)
+        else:
+            x, cache = self.time_conv(x, cache)
+            x = rearrange(x, "b t h w (n c) -> b (t n) h w c", n=2)
+        return self.conv(repeat(x, "b t h w c -> b t (h 2) (w 2) c")), cache
+
+
+def parts(cache, n: int):
+    """The cache's `n` parts; before the first chunk (None) each of them is None."""
+    return (None,) * n if cache is None else cache
+
+
+def chain(layers, x, cache):
+    """Layers `(x, cache) -> (x, cache)` one after the other; their caches are a tuple."""
+    out = []
+    for layer, past in zip(layers, parts(cache, len(layers)), strict=True):
+        x, past = layer(x, past)
+        out.append(past)
+    return x, tuple(out)
+
+
+def middle(channels: int, cfg: VAEConfig, rngs: nnx.Rngs) -> nnx.List:
+    """Residual block, attention, residual block."""
+    return nnx.List(
+        [
+            ResidualBlock(channels, channels, cfg, rngs=rngs),
+            Attention(channels, cfg, rngs=rngs),
+            ResidualBlock(channels, channels, cfg, rngs=rngs),
+        ]
+    )
+
+
+class Encoder(nnx.Module):
+    """A chunk of frames to one latent frame of 2z channels (mean, log-variance)."""
+
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        widths = [cfg.dim * m for m in (1, *cfg.multipliers)]
+        self.conv_in = CausalConv((3, 3, 3), COLOURS, widths[0], cfg, rngs=rngs)
+        down = []
+        for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+            for n in range(cfg.res_blocks):
+                down.append(ResidualBlock(outputs if n else inputs, outputs, cfg, rngs=rngs))
+            if i < len(cfg.temporal_down):
+                down.append(Downsample(outputs, cfg.temporal_down[i], cfg, rngs=rngs))
+        self.down = nnx.List(down)
+        self.middle = middle(widths[-1], cfg, rngs)
+        self.norm_out = Norm(widths[-1], cfg)
+        self.conv_out = CausalConv((3, 3, 3), widths[-1], 2 * cfg.latent_channels, cfg, rngs=rngs)
+
+    def trunk(self, x, cache):  # [b 1|4 H W 3] -> [b 1 h w c]
+        return chain((self.conv_in, *self.down, *self.middle), x, cache)
+
+    def __call__(self, x, cache):  # [b 1|4 H W 3] -> [b 1 h w 2z]
+        trunk, past = parts(cache, 2)
+        x, trunk = self.trunk(x, trunk)
+        x, past = self.conv_out(jax.nn.silu(self.norm_out(x)), past)
+        return x, (trunk, past)
+
+
+class Decoder(nnx.Module):
+    """One latent frame to one (the first) or four frames."""
+
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        widths = [cfg.dim * m for m in (*cfg.multipliers, cfg.multipliers[-1])][::-1]
+        self.conv_in = CausalConv((3, 3, 3), cfg.latent_channels, widths[0], cfg, rngs=rngs)
+        self.middle = middle(widths[0], cfg, rngs)
+        up, temporal_up = [], cfg.temporal_down[::-1]
+        for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+            inputs = inputs // 2 if i else inputs  # Upsample has halved them
+            for n in range(cfg.res_blocks + 1):
+                up.append(ResidualBlock(outputs if n else inputs, outputs, cfg, rngs=rngs))
+            if i < len(temporal_up):
+                up.append(Upsample(outputs, temporal_up[i], cfg, rngs=rngs))
+        self.up = nnx.List(up)
+        self.norm_out = Norm(widths[-1], cfg)
+        self.conv_out = CausalConv((3, 3, 3), widths[-1], COLOURS, cfg, rngs=rngs)
+
+    def trunk(self, x, cache):  # [b 1 h w z] -> [b 1 h w c]
+        return chain((self.conv_in, *self.middle), x, cache)
+
+    def __call__(self, x, cache):  # [b 1 h w z] -> [b 1|4 H W 3]
+        trunk, up, past = parts(cache, 3)
+        x, trunk = self.trunk(x, trunk)
+        x, up = chain(self.up, x, up)
+        x, past = self.conv_out(jax.nn.silu(self.norm_out(x)), past)
+        return x, (trunk, up, past)
+
+
+def over_chunks(step, x, size: int):  # x [b 1+n*size ...] -> [b ...]
+    """`step(chunk, cache) -> (y, cache)` over frame 0 alone, then over chunks of `size` frames by lax.scan."""
+    y, cache = step(x[:, :1], None)
+    if x.shape[1] == 1:
+        return y
+    rest = rearrange(x[:, 1:], "b (n t) ... -> n b t ...", t=size)
+    _, ys = lax.scan(lambda cache, chunk: step(chunk, cache)[::-1], cache, rest)
+    return jnp.concatenate([y, rearrange(ys, "n b t ... -> b (n t) ...")], axis=1)
+
+
+class VAE(nnx.Module):
+    """Encoder and decoder with latent normalisation. float32 at the doors, `cfg.policy.compute` between them.
+
+    Whatever the length of the clip, beside its own frames only the cache and one chunk's activations are resident. The
+    decoder's cache is 1.89 GB at 480p and 4.36 GB at 720p in bfloat16, the encoder's 1.12 and 2.59 GB (`cache_bytes`).
+    """
+
+    def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.encoder = Encoder(cfg, rngs=rngs)
+        self.quant_conv = Conv((1, 1, 1), 2 * cfg.latent_channels, 2 * cfg.latent_channels, cfg, rngs=rngs)
+        self.post_quant_conv = Conv((1, 1, 1), cfg.latent_channels, cfg.latent_channels, cfg, rngs=rngs)
+        self.decoder = Decoder(cfg, rngs=rngs)
+
+    def encode(self, video):  # f32 [b T H W 3] in -1..1, T = 4k+1 -> f32 [b t h w z]
+        """Normalised latents, without noise: the mean of the posterior."""
+        check_video(video.shape, self.cfg)
+        x = over_chunks(self.encoder, video.astype(self.cfg.policy.compute_dtype), self.cfg.temporal)
+        return self.normalise(self.quant_conv(x)[..., : self.cfg.latent_channels])
+
+    def decode(self, latents):  # f32 [b t h w z] -> f32 [b T H W 3], not clipped
+        """The scan stacks frames in the compute dtype; they become float32 after it."""
+        check_latents(latents.shape, self.cfg)
+        return over_chunks(self.decoder, self.decoder_input(latents), 1).astype(jnp.float32)
+
+    def normalise(self, mean):  # [... z] -> f32 [... z], float32 island
+        return (mean.astype(jnp.float32) - np.float32(self.cfg.mean)) / np.float32(self.cfg.std)
+
+    def decoder_input(self, latents):  # f32 [b t h w z] -> [b t h w z], float32 island
+        x = latents * np.float32(self.cfg.std) + np.float32(self.cfg.mean)
+        return self.post_quant_conv(x.astype(self.cfg.policy.compute_dtype))
+
+
+def check_video(shape: tuple[int, ...], cfg: VAEConfig):
+    """UsageError for frames and sizes that the encoder cannot halve."""
+    if len(shape) != 5 or shape[-1] != COLOURS:
+        raise ValueError(f"video has shape {shape}; it must be [b T H W {COLOURS}], channels last")
+    _, frames, height, width, _ = shape
+    if frames < 1 or (frames - 1) % cfg.temporal:
+        low, high = neighbours(frames, cfg.temporal, 1)
+        raise UsageError(
+            f"the video has {frames} frames",
+            f"the video VAE codes one frame, then groups of {cfg.temporal}: the number must be {cfg.temporal}k+1",
+            f"nearest allowed: {low} and {high}",
+        )
+    for name, value in (("height", height), ("width", width)):
+        if value < 1 or value % cfg.spatial:
+            low, high = neighbours(value, cfg.spatial)
+            raise UsageError(
+                f"the video's {name} is {value}",
+                f"the video VAE shrinks by {cfg.spatial}: it must be a multiple of {cfg.spatial}",
+                f"nearest allowed: {low} and {high}",
+            )
+
+
+def check_latents(shape: tuple[int, ...], cfg: VAEConfig):
+    if len(shape) != 5 or 0 in shape or shape[-1] != cfg.latent_channels:
+        raise ValueError(f"latents have shape {shape}; they must be [b t h w {cfg.latent_channels}], channels last, none of them 0")
+
+
+def intermediates(vae: VAE, video=None, latents=None) -> dict:
+    """Values inside `encode(video)` and `decode(latents)`, for comparison with PyTorch: names to f32 [b c t h w].
+
+    encoder_chunk<i>, encoder_middle, conv1_out (both halves), conv2_out, decoder_middle; conv1 and conv2 are the
+    published names of quant_conv and post_quant_conv.
+    """
+    out = {}
+    if video is not None:
+        check_video(video.shape, vae.cfg)
+        x = video.astype(vae.cfg.policy.compute_dtype)
+        chunks = over_chunks(vae.encoder, x, vae.cfg.temporal)
+        out |= {f"encoder_chunk{i}": chunks[:, i : i + 1] for i in range(chunks.shape[1])}
+        out["encoder_middle"] = over_chunks(vae.encoder.trunk, x, vae.cfg.temporal)
+        out["conv1_out"] = vae.quant_conv(chunks)
+    if latents is not None:
+        check_latents(latents.shape, vae.cfg)
+        out["conv2_out"] = vae.decoder_input(latents)
+        out["decoder_middle"] = over_chunks(vae.decoder.trunk, out["conv2_out"], 1)
+    return {name: rearrange(x.astype(jnp.float32), "b t h w c -> b c t h w") for name, x in out.items()}
+
+
+def cache_bytes(cfg: VAEConfig, height: int, width: int, *, encode: bool = False) -> int:
+    """Bytes that one clip's decoder (or encoder) carries from one latent frame to the next; from shapes, nothing is run."""
+    vae = jax.eval_shape(lambda: VAE(cfg, rngs=nnx.Rngs(0)))
+    h, w, c = (height, width, COLOURS) if encode else (height // cfg.spatial, width // cfg.spatial, cfg.latent_channels)
+    step = lambda vae, x: (vae.encoder if encode else vae.decoder)(x, None)
+    _, cache = jax.eval_shape(step, vae, jax.ShapeDtypeStruct((1, 1, h, w, c), cfg.policy.compute_dtype))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))

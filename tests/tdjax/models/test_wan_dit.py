@@ -1,0 +1,259 @@
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+from flax import nnx
+from tolerances import assert_close
+
+import tdjax.layers
+from convert.detect import detect
+from convert.files import Source
+from convert.golden import Held
+from convert.load import Checkpoint
+from tdjax.config import WAN_14B, DiTConfig, SLAConfig
+from tdjax.models.inspect_dit import intermediates
+from tdjax.models.wan_dit import DiT, with_linear
+from tdjax.precision import FLOAT32
+from tdjax.sharding import leaf_name
+
+FILES = ("dit_t2v_tiny", "dit_i2v22_tiny", "dit_i2v21_tiny", "dit_sla_tiny")
+TINY = DiTConfig(dim=24, heads=2, ffn_dim=20, layers=2, in_channels=7, out_channels=5, freq_dim=16, text_dim=6, text_len=4,
+                 round_time=False, policy=FLOAT32)  # fmt: skip
+run = jax.jit(lambda model, *args: model(*args))
+
+
+def tiny(**changes):
+    """A model whose every leaf is random: the head and the biases of a fresh one are zero."""
+    cfg = dataclasses.replace(TINY, **changes)
+    draw = np.random.default_rng(0).normal
+    width = lambda leaf: leaf.shape[-2] ** 0.5 if leaf.ndim > 1 and leaf.shape[-2] > 6 else 3
+    return jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract(cfg))
+
+
+def abstract(cfg):
+    return jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def batch(b=2):
+    return normal(0, b, 2, 4, 6, 5), jnp.asarray(np.linspace(977.3, 104.8, b), jnp.float32), normal(1, b, 4, 6), normal(2, b, 2, 4, 6, 2)
+
+
+def channels_last(x):
+    return rearrange(x, "b c t h w -> b t h w c")
+
+
+def module(tensors, **known):
+    """A float32 DiT from a state dict, by the rows that read any checkpoint."""
+    held = {key: Held(value) for key, value in tensors.items()}
+    found = detect(held, "state dict", policy=FLOAT32, round_time=False, **known)
+    return Checkpoint(Source(Path("state dict"), (), held, {}), found, held).load()
+
+
+def load(g):
+    """The model of a golden file; its timesteps are already what the network gets."""
+    c = g.config
+    sla = {"sla": SLAConfig(topk=c["sla_topk"], block_q=c["BLKQ"], block_k=c["BLKK"])} if "sla_topk" in c else {}
+    return module(g.weights(), heads=c["num_heads"], **sla)
+
+
+def inputs(g):
+    """x, timestep, text, image, features in our layouts."""
+    video = lambda name: jnp.asarray(channels_last(g[name])) if name in g else None
+    features = jnp.asarray(g["in/clip"]) if "in/clip" in g else None
+    return video("in/x"), jnp.asarray(g["in/timesteps"][:, 0]), jnp.asarray(g["in/crossattn_emb"]), video("in/y"), features
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_golden(golden, name):
+    g, kind = golden(name), "sla" if "sla" in name else "dit"
+    v, values = jax.jit(lambda model, *args: (model(*args), intermediates(model, *args)))(load(g), *inputs(g))
+    for key in g.keys("mid/"):
+        assert_close(values[key.removeprefix("mid/").removesuffix("_f64")], g[key], kind, key)
+    if kind == "sla":
+        np.testing.assert_array_equal(np.asarray(values["block0/sparse_map"]), g["mid/block0/sparse_map"])
+    assert v.dtype == jnp.float32
+    for output in (v, values["v"]):  # blocks scanned, blocks unrolled
+        assert_close(output, channels_last(g["out/v"]), kind)
+
+
+def test_published_fast_norm_explains_its_output(golden, monkeypatch):
+    """With the padded variance of the published LayerNorm in the blocks (never in the head), ours gives its numbers too."""
+    g = golden("dit_t2v_tiny")
+    model, args = load(g), inputs(g)
+
+    def padded(x, eps):
+        mean, extra = x.mean(-1, keepdims=True), 128 / 80 - 1
+        return (x - mean) * jax.lax.rsqrt(x.var(-1, keepdims=True) + extra * mean**2 + eps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tdjax.layers, "layer_norm", padded)
+        values = jax.jit(lambda *a: intermediates(*a))(model, *args)
+    v = model.unpatchify(model.head(values["block1/out"], values["e"]), model.grid(args[0]))
+    assert_close(v, channels_last(g["out/v_fastnorm"]), "dit")
+    assert np.abs(v - channels_last(g["out/v"])).max() > 1e-3
+
+
+def test_agrees_with_another_port():
+    """diffusers' WanTransformer3DModel with random weights, at sizes that share no factor with the golden ones."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    cfg = DiTConfig(dim=3 * 26, heads=3, ffn_dim=101, layers=3, freq_dim=34, text_dim=23, in_channels=11, out_channels=7,
+                    round_time=False, policy=FLOAT32)  # fmt: skip
+    torch.manual_seed(0)
+    theirs = diffusers.WanTransformer3DModel(
+        patch_size=cfg.patch, num_attention_heads=3, attention_head_dim=26, in_channels=11, out_channels=7, text_dim=23, freq_dim=34,
+        ffn_dim=101, num_layers=3, cross_attn_norm=True, rope_max_seq_len=64,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn_like(p) * (0.5 / p.shape[-1] ** 0.5 if p.ndim > 1 else 0.1) + (p.ndim == 1 and p.mean() == 1))
+    model = module({k: v.numpy() for k, v in theirs.state_dict().items()}, heads=3)
+    assert model.cfg == dataclasses.replace(cfg, text_len=model.cfg.text_len)
+    x, text, t = np.array(normal(0, 2, 11, 3, 10, 14)), np.array(normal(1, 2, 13, 23)), np.array([999.0, 12.5], np.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(x), torch.tensor(t), torch.tensor(text), return_dict=False)[0].numpy()
+    x = channels_last(x)
+    v = run(model, x[..., :7], t, text, x[..., 7:])
+    assert_close(v, channels_last(expected), "oracle_dit")
+    assert np.abs(expected).max() > 0.5
+
+
+def direction(tree, seed):
+    """Random arrays like those of a tree."""
+    draw = np.random.default_rng(seed).normal
+    return jax.tree.map(lambda x: draw(size=x.shape).astype(np.float32), tree)
+
+
+def inner(a, b):
+    return sum(np.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def moved(tree, way, step):
+    return jax.tree.map(lambda x, w: np.asarray(x) + np.float32(step) * w, tree, way)
+
+
+def test_derivatives_of_both_modes():
+    """Through scan and checkpoint, in weights, latents and time: the tangent is the slope, the gradient is its transpose."""
+    model, (x, t, *rest) = tiny(), batch()
+    at = (model, x, t)
+    way, out = direction(at, 3), direction(x, 4)
+    f = jax.jit(lambda *at: at[0](*at[1:], *rest))
+    v, tangent = jax.jit(lambda *at: jax.jvp(f, at, jax.tree.map(jnp.asarray, way)))(*at)
+    assert_close(v, f(*at), "dit")
+    step = lambda s: np.asarray(f(*moved(at, way, s)), np.float64)
+    slope = (step(1e-3) - step(-1e-3)) / 2e-3
+    assert np.linalg.norm(tangent - slope) < 5e-3 * np.linalg.norm(slope)
+    grads = jax.jit(lambda *at: jax.vjp(f, *at)[1](jnp.asarray(out)))(*at)
+    np.testing.assert_allclose(inner(grads, way), inner(out, tangent), rtol=1e-4)
+
+
+def test_gradient_of_sparse_linear_attention_is_the_slope():
+    model, args = tiny(attention="sla"), batch()
+    way = direction(model, 1)
+    loss = jax.jit(jax.value_and_grad(lambda model, args: jnp.square(model(*args)).mean()))
+    step = lambda s: float(loss(moved(model, way, s), args)[0])
+    np.testing.assert_allclose(inner(loss(model, args)[1], way), (step(1e-3) - step(-1e-3)) / 2e-3, rtol=5e-3)
+
+
+def test_tangent_as_a_target_of_a_bfloat16_student():
+    """The shape of a distillation step: the tangent in a constant target, beside the gradient of the weights."""
+    model, (x, t, text, image) = tiny(policy=dataclasses.replace(FLOAT32, compute="bfloat16")), batch()
+
+    def loss(model):
+        target = jax.lax.stop_gradient(jax.jvp(lambda x, t: model(x, t, text, image), (x, t), (x, jnp.ones(2)))[1])
+        return jnp.square(model(x, t, text, image) - target).mean()
+
+    grads = jax.tree.leaves(jax.jit(jax.grad(loss))(model))
+    assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in grads) and all(g.dtype == jnp.float32 for g in grads)
+
+
+def test_timestep_is_rounded_and_its_derivative_is_not():
+    """Compiled, where a cast to bfloat16 and back would be removed."""
+    t = jnp.array([977.3, 104.8])
+    coarse = t.astype(jnp.bfloat16).astype(jnp.float32)
+    assert np.abs(coarse - t).max() > 0.1
+    time = jax.jit(lambda model, t: jax.jvp(model.time, (t,), (jnp.full(2, 1.001),)))
+    for actual, expected in zip(*map(jax.tree.leaves, (time(tiny(round_time=True), t), time(tiny(), coarse))), strict=True):
+        assert_close(actual, expected, "float32")
+
+
+def test_bfloat16_flows_between_float32_islands():
+    model, args = tiny(), batch()
+    half = jax.tree.map(lambda x: x, model)
+    half.cfg = dataclasses.replace(TINY, policy=dataclasses.replace(FLOAT32, compute="bfloat16"))
+    for block in (half.blocks, half.blocks.self_attn, half.blocks.cross_attn):
+        block.cfg = half.cfg
+    values = jax.jit(intermediates)(half, *args)
+    islands = ("sinusoid", "e", "e0", "rope_freqs", "rope_cos", "rope_sin", "head_in", "head_out", "v")
+    for name, value in values.items():
+        assert value.dtype == (jnp.float32 if name in islands else jnp.bfloat16), name
+    v = np.asarray(run(model, *args))
+    assert np.linalg.norm(values["v"] - v) < 2e-2 * np.linalg.norm(v)
+
+
+def test_samples_of_a_batch_do_not_meet():
+    model, args = tiny(), batch()
+    others = tuple(a.at[1].multiply(0.5) for a in args)
+    v, w = run(model, *args), run(model, *others)
+    assert_close(w[0], v[0], "dit")
+    assert np.abs(w[1] - v[1]).max() > 0.1
+
+
+def test_int8_blocks_and_back():
+    model = tiny(dim=128, heads=2, ffn_dim=256, attention="sla")
+    args = batch()
+    small = with_linear(model, "int8")
+    names = lambda m: {leaf_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(m)}
+    leaves = names(small)
+    assert small.cfg.linear == "int8" and small.blocks.cfg == small.cfg
+    assert leaves["blocks.up.int8_weight"].shape == (2, 256, 128) and leaves["blocks.up.scale"].shape == (2, 2, 1)
+    assert leaves["blocks.self_attn.core.proj.kernel"].dtype == jnp.float32
+    v = np.asarray(run(model, *args))
+    assert np.linalg.norm(run(small, *args) - v) < 0.1 * np.linalg.norm(v)
+    again = with_linear(small, "float")
+    assert {n: x.shape for n, x in names(again).items()} == {n: x.shape for n, x in names(model).items()}
+    for name, leaf in names(again).items():
+        before = names(model)[name]
+        assert np.abs(leaf - before).max() <= np.abs(before).max() / 128 * 1.001, name
+    assert with_linear(model, "float") is model
+
+
+def test_wrong_inputs_are_named():
+    model, (x, t, text, image) = tiny(), batch()
+    for message, args in {
+        r"image is missing, but this model takes \('b', 't', 'h', 'w', 2\)": (x, t, text),
+        "features is given, but this model takes none": (x, t, text, image, x),
+        r"text has shape \(2, 4, 5\); expected \('b', 's', 6\)": (x, t, text[..., :5], image),
+        r"timestep has shape \(2, 1\); expected \('b',\)": (x, t[:, None], text, image),
+        r"latents of \(2, 3, 6\) frames, rows and columns are not multiples of the patch \(1, 2, 2\)": (
+            x[:, :, 1:],
+            t,
+            text,
+            image[:, :, 1:],
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            model(*args)
+
+
+def test_fourteen_billion_parameters_cost_nothing_until_they_are_loaded():
+    model = abstract(WAN_14B)
+    assert 14.2e9 < sum(x.size for x in jax.tree.leaves(model)) < 14.4e9
+    assert {x.dtype for x in jax.tree.leaves(model)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("attention, linear", [("dense", "float"), ("sla", "int8"), ("sagesla", "float")])
+def test_lowers_for_cuda_at_real_size(attention, linear):
+    model = abstract(DiTConfig(attention=attention, linear=linear))
+    arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    lowered = run.trace(model, arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096)).lower(lowering_platforms=("cuda",))
+    assert lowered.out_info.shape == (1, 21, 60, 104, 16)
+    assert len(lowered.as_text()) < 400_000  # no table of the size of the video is a constant of the program

@@ -1,0 +1,103 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tolerances import assert_close
+
+from pallas_kernels.int8_matmul import QTensor, dequantize
+from tdjax.layers import Int8Linear, LayerNorm, Linear, RMSNorm, layer_norm, modulate, sinusoid
+from tdjax.precision import BF16, FLOAT32
+
+WIDTHS = (80, 128, 1536, 5120)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def norm(cls, d, g, policy=FLOAT32):
+    module = cls(d, 1e-6, policy)
+    module.scale[...] = jnp.asarray(g[f"w/n{d}/weight"])
+    if cls is LayerNorm:
+        module.bias[...] = jnp.asarray(g[f"w/n{d}/bias"])
+    return module
+
+
+def test_linear_computes_in_the_dtype_of_its_input():
+    layer = Linear(7, 5, BF16, rngs=nnx.Rngs(0))
+    assert layer.kernel[...].shape == (7, 5) and layer.kernel[...].dtype == jnp.bfloat16
+    layer.bias[...] = jnp.arange(5, dtype=jnp.bfloat16)
+    x = normal(0, 2, 3, 7)
+    y, low = layer(x), layer(jnp.asarray(x, jnp.bfloat16))
+    assert y.dtype == jnp.float32 and low.dtype == jnp.bfloat16
+    expected = np.asarray(x, np.float64) @ np.asarray(layer.kernel[...], np.float64) + np.arange(5)
+    assert_close(y, expected, "float32")
+    assert_close(low, expected, "bf16")
+
+
+def test_linear_without_bias():
+    layer = Linear(7, 5, FLOAT32, rngs=nnx.Rngs(0), bias=False)
+    assert len(jax.tree.leaves(layer)) == 1
+    assert not layer(jnp.zeros((1, 7))).any()
+
+
+def test_int8_linear_is_close_to_the_float_layer():
+    layer = jax.jit(lambda: Int8Linear(256, 200, BF16, rngs=nnx.Rngs(0)))()
+    assert layer.int8_weight[...].shape == (200, 256) and layer.int8_weight[...].dtype == jnp.int8
+    assert layer.scale[...].shape == (2, 2) and layer.scale[...].dtype == jnp.float32
+    x = normal(0, 2, 3, 256)
+    y = jax.jit(lambda layer, x: layer(x))(layer, x)
+    expected = x @ dequantize(QTensor(layer.int8_weight[...], layer.scale[...])).T
+    assert y.shape == (2, 3, 200)
+    assert np.linalg.norm(y - expected) < 0.015 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+def test_rms_norm(golden, d):
+    g = golden("fastnorm")
+    assert_close(norm(RMSNorm, d, g)(jnp.asarray(g[f"in/n{d}/x"])), g[f"out/n{d}/fast_rmsnorm"], "fastnorm")
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+def test_layer_norm_is_a_true_one(golden, d):
+    """The published kernel counts its padding columns as zeros in the variance; adding that term to ours gives its numbers."""
+    g = golden("fastnorm")
+    x = jnp.asarray(g[f"in/n{d}/x"])
+    assert_close(layer_norm(x, 1e-6), g[f"ref/n{d}/true_layernorm_noaffine"], "fastnorm")
+    padding = 2 ** int(np.ceil(np.log2(d))) / d - 1
+    mean, var = np.asarray(x, np.float64).mean(-1, keepdims=True), np.asarray(x, np.float64).var(-1, keepdims=True)
+    ratio = np.sqrt((var + 1e-6) / (var + padding * mean**2 + 1e-6))
+    assert_close(layer_norm(x, 1e-6) * ratio, g[f"out/n{d}/fast_layernorm_noaffine"], "fastnorm")
+    module = norm(LayerNorm, d, g)
+    scaled = (module(x) - module.bias[...]) * ratio + module.bias[...]
+    assert_close(scaled, g[f"out/n{d}/fast_layernorm_affine"], "fastnorm")
+    assert d == 128 or np.abs(ratio - 1).max() > 0.03
+
+
+def test_norms_round_once():
+    """bfloat16 in and out: the float32 result, rounded at the end and nowhere before."""
+    x = jnp.asarray(3 + normal(0, 2, 5, 48), jnp.bfloat16)
+    scale, shift = normal(1, 2, 2, 1, 48)
+    y = modulate(x, scale, shift, 1e-6)
+    full = layer_norm(x.astype(jnp.float32), 1e-6) * (1 + scale) + shift
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(full.astype(jnp.bfloat16), np.float32))
+    for cls in (RMSNorm, LayerNorm):
+        assert cls(48, 1e-6, BF16)(x).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_sinusoid_in_float32_is_that_of_float64(width):
+    t = np.concatenate([np.linspace(0, 1000, 4001), np.random.default_rng(0).uniform(0, 1000, 4000), [999.99994]]).astype(np.float32)
+    angle = t[:, None].astype(np.float64) * 10000.0 ** (-np.arange(width // 2) / (width // 2))
+    actual = np.asarray(jax.jit(sinusoid, static_argnums=1)(t, width), np.float64)
+    assert np.abs(actual - np.concatenate([np.cos(angle), np.sin(angle)], -1)).max() < 1e-6
+
+
+def test_sinusoid_has_the_right_derivative():
+    t = jnp.array([0.25, 1.0, 998.7, 73.0])
+    frequency = 10000.0 ** (-np.arange(32) / 32)
+    _, actual = jax.jvp(lambda t: sinusoid(t, 64), (t,), (jnp.full(4, 2.0),))
+    angle = np.asarray(t, np.float64)[:, None] * frequency
+    assert_close(actual, 2 * np.concatenate([-frequency * np.sin(angle), frequency * np.cos(angle)], -1), "float32")
