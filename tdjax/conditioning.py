@@ -1,0 +1,55 @@
+"""What a video is made from, as arrays: tokens of the prompt, text features, and the first frame for image-to-video."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tdjax.config import VideoSize
+
+MASK_CHANNELS = 4  # one for each frame of a latent frame; the released models use them alike
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """ids, mask: i32[b s]; mask is 1 up to and including the end token, ids are 0 after it."""
+
+    ids: jax.Array | np.ndarray
+    mask: jax.Array | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+    """text: [b s d], exact zeros after each prompt's end. image: f32[b t h w 20] of `image_condition`, or None."""
+
+    text: jax.Array
+    image: jax.Array | None = None
+
+
+def image_video(pixels: np.ndarray, size: VideoSize) -> jax.Array:  # uint8 [H W 3] -> f32[1 T H W 3]
+    """The clip that the VAE encodes for image-to-video: the image in [-1, 1], then frames of zeros (mid grey).
+
+    Source: thu-ml/TurboDiffusion turbodiffusion/inference/wan2.2_i2v_infer.py.
+    """
+    if pixels.shape != (size.height, size.width, 3) or pixels.dtype != np.uint8:
+        raise ValueError(
+            f"image_video takes uint8 {(size.height, size.width, 3)}, got {pixels.dtype} {pixels.shape}; use resolution.fit_image"
+        )
+    image = jnp.asarray(pixels.astype(np.float32) / np.float32(127.5) - np.float32(1))
+    return jnp.pad(image[None, None], ((0, 0), (0, size.frames - 1), (0, 0), (0, 0), (0, 0)))
+
+
+def first_frame_mask(shape: tuple[int, ...]) -> jax.Array:  # (b, t, h, w) -> f32[b t h w 4]
+    """1 in latent frame 0, which the image fixes; 0 in the frames to be made."""
+    t = jax.lax.broadcasted_iota(jnp.int32, (*shape, MASK_CHANNELS), 1)
+    return (t == 0).astype(jnp.float32)
+
+
+def image_condition(latents: jax.Array) -> jax.Array:  # f32[b t h w c] -> f32[b t h w 4 + c]
+    """The channels beside the noisy latents of an image-to-video model: mask, then the normalised latents of `image_video`."""
+    return jnp.concatenate([first_frame_mask(latents.shape[:-1]), latents.astype(jnp.float32)], axis=-1)

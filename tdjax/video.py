@@ -1,0 +1,286 @@
+"""Video files and images: frames in, one complete file out; and back again. Knows arrays and files, nothing of models."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+from einops import rearrange
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from tdjax.errors import UsageError
+
+BT709 = 1  # the code of this colour matrix, of its primaries and of its transfer curve in ffmpeg
+FRAME_NAME = re.compile(r"\d{5}\.png")
+FOLDER = ""  # a path without a suffix is a folder of numbered PNG files
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """How a suffix is encoded. crf_max is None where the codec is lossless."""
+
+    encoder: str
+    pixels: str
+    crf_max: int | None = None
+    options: tuple[tuple[str, str], ...] = ()
+    container: tuple[tuple[str, str], ...] = ()
+
+
+CODECS = {
+    ".mp4": Codec("libx264", "yuv420p", 51, container=(("movflags", "faststart"),)),
+    ".webm": Codec("libvpx-vp9", "yuv420p", 63, options=(("b", "0"), ("deadline", "good"), ("cpu-used", "4"), ("row-mt", "1"))),
+    ".mkv": Codec("ffv1", "bgr0", options=(("level", "3"), ("slicecrc", "1"))),
+}
+SUFFIXES = (*CODECS, ".gif", ".png", ".npy", FOLDER)
+
+
+def write(
+    path: str | Path,
+    frames: np.ndarray | Iterable[np.ndarray],  # uint8 [T H W 3], or chunks of it in order
+    *,
+    fps: float = 16,
+    crf: int = 17,
+    metadata: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a video; the suffix chooses the form. The name appears only when the file is complete.
+
+    .mp4 (h264), .webm (vp9), .mkv (ffv1, lossless), .gif (loops), .png (one frame), .npy, no suffix: folder of PNG files.
+    frames may be an iterator of chunks: each is encoded while the caller's device makes the next one.
+    crf is the quality of h264 and vp9 (lower is better); metadata is text for the file's comment (.npy has none).
+    Odd sides gain one repeated row or column in .mp4 and .webm, whose colours are stored for 2x2 pixels.
+    """
+    path = Path(path)
+    check_target(path, fps, crf, overwrite)
+    images = each_frame([frames] if isinstance(frames, np.ndarray) else frames)
+    with partial(path) as part:
+        if path.suffix in CODECS:
+            encode(part, images, CODECS[path.suffix], fps, crf, metadata)
+        elif path.suffix == ".gif":
+            write_gif(part, images, fps, metadata)
+        elif path.suffix == ".npy":
+            np.save(part, np.stack(list(images)))
+        elif path.suffix == ".png":
+            save_single(part, images, metadata)
+        else:
+            part.mkdir()
+            for i, image in enumerate(images):
+                save_png(part / f"{i:05d}.png", image, metadata if i == 0 else None)
+    return path
+
+
+def check_target(path: Path, fps: float, crf: int, overwrite: bool) -> None:
+    """Everything that can be refused before any frame exists; long runs call it first."""
+    if path.suffix not in SUFFIXES:
+        allowed = ", ".join(s for s in SUFFIXES if s)
+        raise UsageError(
+            f"{path.name} has the suffix {path.suffix!r}", f"allowed: {allowed}, or none for a folder of PNG files", "use .mp4"
+        )
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists", "nothing is overwritten by itself", "give another name, or --overwrite")
+    if path.is_dir() and (path.suffix or any(not FRAME_NAME.fullmatch(p.name) for p in path.iterdir())):
+        raise UsageError(
+            f"{path} is a folder that holds other things", "only a folder of numbered PNG files is replaced", "give another name"
+        )
+    if not 0 < fps <= 1000:
+        raise UsageError(f"fps is {fps}", "it must be positive and at most 1000", "the models were trained at 16")
+    codec = CODECS.get(path.suffix)
+    if codec is None:
+        return
+    if codec.crf_max is not None and not 0 <= crf <= codec.crf_max:
+        raise UsageError(f"crf is {crf}", f"{path.suffix} takes 0 (best) to {codec.crf_max}", "17 is visually lossless, 23 is smaller")
+    try:
+        av.codec.Codec(codec.encoder, "w")
+    except ValueError as error:  # av's UnknownCodecError is one
+        raise UsageError(
+            f"cannot write {path.suffix}: the encoder {codec.encoder} is missing",
+            "the ffmpeg libraries of the installed `av` package were built without it",
+            "reinstall av from PyPI, or write .gif, .npy or a folder of PNG files",
+        ) from error
+
+
+@contextlib.contextmanager
+def partial(path: Path) -> Iterator[Path]:
+    """A hidden sibling that becomes `path` when the block ends well and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    part = folder / path.name  # keeps the suffix, by which ffmpeg and numpy choose the format
+    try:
+        yield part
+        if path.is_dir():  # only with overwrite; a full folder cannot be replaced in one step
+            path.rename(folder / "replaced")
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def each_frame(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Chunks [t H W 3] -> frames [H W 3], all checked to be uint8 of one size; at least one."""
+    size, count = None, 0
+    for chunk in chunks:
+        chunk = np.asarray(chunk)
+        if chunk.dtype != np.uint8 or chunk.ndim != 4 or chunk.shape[-1] != 3:
+            raise ValueError(f"frames must be uint8 [T H W 3], got {chunk.dtype} {chunk.shape}")
+        size = size or chunk.shape[1:]
+        if chunk.shape[1:] != size:
+            raise ValueError(f"a chunk has frames of {chunk.shape[1:]}, earlier ones {size}")
+        count += len(chunk)
+        yield from chunk
+    if count == 0:
+        raise ValueError("there are no frames to write")
+
+
+def even(image: np.ndarray) -> np.ndarray:  # [H W 3] -> both sides even
+    return np.pad(image, [(0, n % 2) for n in image.shape[:2]] + [(0, 0)], mode="edge")
+
+
+def encode(part: Path, images: Iterator[np.ndarray], codec: Codec, fps: float, crf: int, metadata: str | None) -> None:
+    rate = Fraction(fps).limit_denominator(1001)
+    with av.open(str(part), "w", options=dict(codec.container)) as container:
+        if metadata is not None:
+            container.metadata["comment"] = metadata
+        stream = None
+        for i, image in enumerate(images):
+            image = even(image) if codec.pixels == "yuv420p" else np.ascontiguousarray(image)
+            stream = stream or open_stream(container, image.shape, codec, rate, crf)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if codec.pixels == "yuv420p":
+                frame = frame.reformat(format=codec.pixels, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            frame.pts, frame.time_base = i, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def open_stream(container, shape: tuple[int, ...], codec: Codec, rate: Fraction, crf: int):
+    stream = container.add_stream(codec.encoder, rate=rate, options=dict(codec.options))
+    stream.height, stream.width = shape[:2]
+    stream.pix_fmt = codec.pixels
+    if codec.crf_max is not None:
+        stream.codec_context.options = {**dict(codec.options), "crf": str(crf)}
+    if codec.pixels == "yuv420p":  # said in the file, or players guess the matrix from the size
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = ColorRange.MPEG
+    return stream
+
+
+def write_gif(part: Path, images: Iterator[np.ndarray], fps: float, metadata: str | None) -> None:
+    """One palette for all frames and an ordered dither, which stands still where the picture does. Loops for ever."""
+    clip = np.stack(list(images))
+    sample = rearrange(clip[:: max(1, len(clip) // 8), ::2, ::2], "t h w c -> (t h) w c")
+    palette = Image.fromarray(sample).quantize(256)
+    step = 3.5 * np.std(sample - np.asarray(palette.convert("RGB"), np.float32))  # sqrt(12): of uniform levels, their distance
+    rows, columns = (-(-n // 8) for n in clip.shape[1:3])
+    offset = (step * np.tile(bayer(8), (rows, columns)))[: clip.shape[1], : clip.shape[2], None]
+    dithered = (np.clip(np.round(image + offset), 0, 255).astype(np.uint8) for image in clip)
+    pages = [Image.fromarray(image).quantize(palette=palette, dither=Image.Dither.NONE) for image in dithered]
+    ends = [round(i * 100 / fps) for i in range(len(pages) + 1)]  # hundredths of a second: the rounding must not add up
+    durations = [10 * max(1, b - a) for a, b in zip(ends, ends[1:], strict=False)]
+    comment = {} if metadata is None else {"comment": metadata.encode()}
+    pages[0].save(part, save_all=True, append_images=pages[1:], duration=durations, loop=0, **comment)
+
+
+def bayer(size: int) -> np.ndarray:  # [size size] in -0.5..0.5; size is a power of two
+    """Thresholds of ordered dithering, spread as evenly as possible (Bayer 1973)."""
+    matrix = np.zeros((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[4 * matrix, 4 * matrix + 2], [4 * matrix + 3, 4 * matrix + 1]])
+    return (matrix + 0.5) / size**2 - 0.5
+
+
+def save_png(path: Path, image: np.ndarray, metadata: str | None = None) -> None:
+    info = PngImagePlugin.PngInfo()
+    if metadata is not None:
+        info.add_itxt("Comment", metadata)
+    Image.fromarray(image).save(path, pnginfo=info, compress_level=4)
+
+
+def save_single(part: Path, images: Iterator[np.ndarray], metadata: str | None) -> None:
+    image = next(images)
+    if next(images, None) is not None:
+        name = part.stem
+        raise UsageError(
+            f"{part.name} is one image, but there are several frames", "a .png file holds one", f"use {name} (a folder) or {name}.mp4"
+        )
+    save_png(part, image, metadata)
+
+
+def read_image(path: str | Path) -> np.ndarray:  # uint8 [H W 3]
+    """An image as RGB: turned as its EXIF orientation says, laid on white where it is transparent, first frame if animated."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(
+            f"image {path} {'is a folder' if path.is_dir() else 'does not exist'}", "a file was expected", "check --image_path"
+        )
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise UsageError(f"{path} is not an image", "its content is of no format that Pillow reads", "use PNG, JPEG or WebP") from error
+    except Image.DecompressionBombError as error:
+        raise UsageError(
+            f"image {path} is too large", str(error), "make it smaller first: the video has 1280x720 pixels at most"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for files cut short or damaged
+        raise UsageError(f"image {path} cannot be read", f"it is cut short or damaged: {error}", "save or download it again") from error
+
+
+def read_video(path: str | Path) -> np.ndarray:  # uint8 [T H W 3]
+    """All frames of anything `write` makes, and of most video files."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("*.png"))
+        if not files:
+            raise UsageError(f"{path} has no PNG files", "a folder of frames was expected", "check the path")
+        return np.stack([read_image(file) for file in files])
+    if not path.is_file():
+        raise UsageError(f"video {path} does not exist", "a file or a folder of PNG files was expected", "check the path")
+    if path.suffix == ".npy":
+        return np.load(path)
+    if path.suffix == ".png":
+        return read_image(path)[None]
+    try:
+        with av.open(str(path)) as container:
+            return np.stack([frame.to_ndarray() for frame in as_rgb(container)])
+    except (av.error.FFmpegError, IndexError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as a video", str(error), "check the file with another player") from error
+
+
+def as_rgb(container) -> Iterator[av.VideoFrame]:
+    """Decoded frames in rgb24, rounded properly: the library's default conversion is darker by about one step of 255."""
+    graph = None
+    for frame in container.decode(video=0):
+        if graph is None:
+            graph = av.filter.Graph()
+            scale = graph.add("scale", "flags=bilinear+accurate_rnd+full_chroma_int")
+            chain = [graph.add_buffer(template=container.streams.video[0]), scale, graph.add("format", "rgb24"), graph.add("buffersink")]
+            for a, b in zip(chain, chain[1:], strict=False):
+                a.link_to(b)
+            graph.configure()
+        graph.push(frame)
+        yield graph.pull()
+
+
+def contact_sheet(frames: np.ndarray, columns: int = 4, gap: int = 2) -> np.ndarray:  # uint8 [T H W 3] -> uint8 [H' W' 3]
+    """Frames row by row in one image, with black between them and in the cells that stay empty."""
+    if columns < 1 or len(frames) == 0:
+        raise ValueError(f"contact_sheet needs frames and at least one column, got {len(frames)} and {columns}")
+    columns = min(columns, len(frames))
+    cells = np.pad(frames, ((0, -len(frames) % columns), (0, gap), (0, gap), (0, 0)))
+    return rearrange(cells, "(r k) h w c -> (r h) (k w) c", k=columns)[: -gap or None, : -gap or None]

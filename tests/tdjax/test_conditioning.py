@@ -1,0 +1,75 @@
+"""Tokens and Conditioning as pytrees, and the image channels of image-to-video."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tdjax.conditioning import Conditioning, Tokens, first_frame_mask, image_condition, image_video
+from tdjax.config import VideoSize
+from tdjax.resolution import choose_size, fit_image
+
+SIZE = VideoSize(frames=9, height=32, width=48)
+
+
+def test_tokens_and_conditioning_are_pytrees():
+    tokens = Tokens(np.zeros((2, 5), np.int32), np.ones((2, 5), np.int32))
+    twice = jax.jit(lambda t: jax.tree.map(lambda x: x * 2, t))(tokens)
+    assert isinstance(twice, Tokens) and (twice.mask == 2).all()
+    text_only = Conditioning(jnp.zeros((1, 5, 3)))
+    assert len(jax.tree.leaves(text_only)) == 1 and text_only.image is None
+    both = Conditioning(text=jnp.zeros((1, 5, 3)), image=jnp.zeros((1, 3, 4, 6, 20)))
+    stacked = jax.tree.map(lambda a: jnp.concatenate([a, a]), both)
+    assert stacked.text.shape == (2, 5, 3) and stacked.image.shape == (2, 3, 4, 6, 20)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        both.text = None
+
+
+def test_image_video_is_the_image_then_zeros():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8)
+    pixels[0, 0] = 0, 255, 127
+    video = np.asarray(image_video(pixels, SIZE))
+    assert video.shape == (1, 9, 32, 48, 3) and video.dtype == np.float32
+    np.testing.assert_allclose(video[0, 0], pixels / 127.5 - 1, atol=1e-7)
+    assert video[0, 0, 0, 0, :2].tolist() == [-1.0, 1.0]
+    assert (video[0, 1:] == 0).all()
+
+
+def test_image_video_of_one_frame():
+    assert image_video(np.zeros((32, 48, 3), np.uint8), VideoSize(frames=1, height=32, width=48)).shape == (1, 1, 32, 48, 3)
+
+
+def test_image_video_refuses_another_size():
+    with pytest.raises(ValueError, match="fit_image"):
+        image_video(np.zeros((32, 32, 3), np.uint8), SIZE)
+
+
+def test_mask_is_one_in_the_first_latent_frame():
+    mask = np.asarray(first_frame_mask((2, 3, 4, 6)))
+    assert mask.shape == (2, 3, 4, 6, 4) and mask.dtype == np.float32
+    assert (mask[:, 0] == 1).all() and (mask[:, 1:] == 0).all()
+
+
+def test_condition_has_the_layout_of_the_golden_input(golden):
+    """in/y of the official image-to-video run: 4 mask channels, then 16 latents."""
+    expected = np.moveaxis(golden("dit_i2v22_tiny")["in/y"], 1, -1)
+    condition = jax.jit(image_condition)(jnp.asarray(expected[..., 4:]))
+    assert condition.dtype == jnp.float32
+    assert np.array_equal(condition, expected)
+
+
+def test_from_an_image_to_the_condition():
+    """The whole way with a stand-in for the VAE that averages 8x8 pixels and repeats channels."""
+
+    def encode(video):
+        b, frames, height, width, _ = video.shape
+        small = video[:, ::4].reshape(b, 1 + (frames - 1) // 4, height // 8, 8, width // 8, 8, 3).mean((3, 5, 6))
+        return jnp.repeat(small[..., None], 16, -1)
+
+    image = np.full((100, 77, 3), 255, np.uint8)
+    size = choose_size(width=48, height=32, num_frames=9, image_size=(77, 100))
+    condition = np.asarray(image_condition(encode(image_video(fit_image(image, size), size))))
+    assert condition.shape == (1, *SIZE.latent_grid, 20)
+    assert (condition[:, 0] == 1).all() and (condition[:, 1:] == 0).all()
