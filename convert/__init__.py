@@ -1,0 +1,1 @@
+"""Published checkpoints to tdjax's layout and back: `python -m convert SRC... DST`. Never imports torch."""

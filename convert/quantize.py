@@ -1,0 +1,42 @@
+"""bf16 weights to W8A8: `python -m convert.quantize IN OUT`. Every Linear of the blocks, in 128 x 128 tiles, as published -quant files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m convert.quantize", description=__doc__, allow_abbrev=False)
+    p.add_argument("source", metavar="IN", type=Path, help="a published transformer file, or a folder that python -m convert wrote")
+    p.add_argument("target", metavar="OUT", type=Path, help="a folder in our layout, or a .safetensors file under the published names")
+    p.add_argument("--heads", type=int, metavar="N", help="attention heads, where the head width is not 128")
+    p.add_argument("--overwrite", action="store_true", help="replace OUT")
+    p.add_argument("--json", action="store_true", help="one JSON line on stdout, with the error of every layer")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    from convert.cli import run
+
+    args = build_parser().parse_args(argv)
+    return run(lambda: quantize_file(args))
+
+
+def quantize_file(args) -> int:
+    from convert.cli import finish, known, reading, save
+    from convert.leaves import open_leaves
+    from convert.quantized import error_table, quantized
+
+    before = open_leaves(args.source, **known(args))
+    after, errors = quantized(before)
+    with reading(after, args.source.name) as after:
+        save(after, args.target, None, args.overwrite)
+    size = {name: sum(x.nbytes for x in leaves.lazy.values()) for name, leaves in (("before", before), ("after", after))}
+    text = f"{error_table(errors)}\n{size['before'] / 2**30:.3f} GiB -> {size['after'] / 2**30:.3f} GiB"
+    return finish(args, {"out": str(args.target), "bytes": size, "errors": errors}, text, [args.target])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

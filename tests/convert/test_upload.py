@@ -1,0 +1,30 @@
+"""The accelerator's way of filling a leaf, run on the CPU device: the same bits as the host's way."""
+
+import jax
+import numpy as np
+import pytest
+
+from convert import upload as room
+from convert.load import open_checkpoint, targets
+
+
+@pytest.mark.parametrize("piece_bytes", [2**27, 100])
+def test_pieces_give_the_leaf(tmp_path, monkeypatch, piece_bytes):
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(0)
+    state = {"token_embedding.weight": (37, 24), "norm.weight": (24,)}
+    for i in range(2):
+        block = {"norm1.weight": (24,), "norm2.weight": (24,), "pos_embedding.embedding.weight": (32, 3)}
+        block |= {f"attn.{p}.weight": (24, 24) for p in "qkvo"}
+        block |= {"ffn.gate.0.weight": (40, 24), "ffn.fc1.weight": (40, 24), "ffn.fc2.weight": (24, 40)}
+        state |= {f"blocks.{i}.{key}": shape for key, shape in block.items()}
+    path = tmp_path / "models_t5.safetensors"
+    save_file({key: rng.normal(size=shape).astype(np.float32) for key, shape in state.items()}, path)
+    file = open_checkpoint(path)
+    monkeypatch.setattr(room, "PIECE_BYTES", piece_bytes)
+    for name, target in targets("text", file.config).items():
+        claim = file.binding(file.config).claims[name]
+        expected = file.final(claim, tuple(target.shape), np.dtype(target.dtype))
+        got = room.upload([file.tensors[key] for key in claim.keys], claim.row, target, jax.devices()[0])
+        assert got.dtype == expected.dtype and np.array_equal(np.asarray(got), expected), name
