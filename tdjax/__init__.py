@@ -1,0 +1,35 @@
+"""tdjax: few-step video generation in JAX. `tdjax.load(model)` gives a pipeline; `pipe(prompt)` a video."""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public names by the module that owns them. They are imported on first use (PEP 562), so that `import tdjax` costs
+# nothing and starts no device.
+_PUBLIC = {
+    "load": "tdjax.pipeline",
+    "Pipeline": "tdjax.pipeline",
+    "Result": "tdjax.result",
+    "PRESETS": "tdjax.config",
+    "DiTConfig": "tdjax.config",
+    "SLAConfig": "tdjax.config",
+    "SamplerConfig": "tdjax.config",
+    "TextConfig": "tdjax.config",
+    "VAEConfig": "tdjax.config",
+    "VideoSize": "tdjax.config",
+    "Policy": "tdjax.precision",
+    "TdjaxError": "tdjax.errors",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'tdjax' has no attribute {name!r}; it has {', '.join(__all__)}")
+
+
+def __dir__():
+    return __all__

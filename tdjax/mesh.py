@@ -1,0 +1,51 @@
+"""`--mesh tp=2,sp=2`: several devices for one video. Axes by their field names, checked against the network."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from tdjax.config import DiTConfig
+from tdjax.errors import UsageError
+
+AXES = {"fsdp": "fsdp", "tp": "tensor", "sp": "seq"}  # what users write -> the names of sharding.RULES
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """ "tp=2,sp=4" -> {"tp": 2, "sp": 4}"""
+    out = {}
+    for word in text.split(","):
+        name, equals, value = word.strip().partition("=")
+        if name not in AXES or not equals or not value.isdigit() or int(value) < 1 or name in out:
+            raise UsageError(
+                f"--mesh {text}: cannot read {word.strip()!r}",
+                f"it is a list of AXIS=SIZE with the axes {', '.join(AXES)} (parameters, heads and MLP, sequence)",
+                "for example sp=4, or tp=2,sp=2",
+            )
+        out[name] = int(value)
+    return out
+
+
+def make_mesh(text: str | None, cfg: DiTConfig) -> Mesh | None:
+    """The mesh over the first devices; UsageError when it does not divide the heads or there are too few devices."""
+    if text is None or text == "auto":
+        return None
+    sizes = parse_mesh(text)
+    heads, over = cfg.heads, sizes.get("tp", 1) * sizes.get("sp", 1)
+    if heads % over:
+        legal = [n for n in range(1, heads + 1) if heads % n == 0]
+        raise UsageError(
+            f"--mesh {text} divides {heads} attention heads by {over}",
+            "inside attention each device works on whole heads",
+            f"legal sizes of sp (or tp times sp) for this model: {', '.join(map(str, legal))}",
+        )
+    count, devices = math.prod(sizes.values()), jax.devices()
+    if count > len(devices):
+        raise UsageError(
+            f"--mesh {text} needs {count} devices", f"there are {len(devices)}: {devices[0].device_kind}", "use a smaller mesh"
+        )
+    names = tuple(AXES[name] for name in sizes)
+    return Mesh(np.array(devices[:count]).reshape(tuple(sizes.values())), names, axis_types=(AxisType.Auto,) * len(names))

@@ -1,0 +1,202 @@
+"""The components of a pipeline (text encoder, VAE, transformer): opened without data, loaded when a stage begins, freed after.
+
+Weights come from our own checkpoint folder or straight from a published file; what comes out is the same module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import jax
+
+from convert import load as published
+from tdjax import checkpoint
+from tdjax.checkpoint import abstract
+from tdjax.config import UMT5_XXL, WAN_VAE, Config, DiTConfig, Preset
+from tdjax.errors import CheckpointError, UsageError
+from tdjax.locate import Located
+from tdjax.models.wan_dit import with_linear
+from tdjax.precision import Policy
+from tdjax.sharding import shardings
+
+KINDS = {
+    "dit": ("a video transformer", "dit_path"),
+    "vae": ("a video VAE", "vae_path"),
+    "text": ("a umT5 text encoder", "text_encoder_path"),
+}
+Lora = tuple[tuple[str, float], ...]
+
+
+class Part:
+    """One network. kind: "text", "vae" or "dit". `module` is None until loaded; `config` says what it is loaded as."""
+
+    def __init__(self, path: Path, kind: str, *, lora: Lora = ()):
+        self.path, self.mesh, self.module = Path(path), None, None
+        self.ours = (self.path / "manifest.json").is_file()
+        if self.ours:
+            manifest = checkpoint.inspect(self.path)
+            self.kind, self.stored = manifest["kind"], checkpoint.config_of(manifest)
+            if lora:
+                raise UsageError(
+                    "--lora with a converted checkpoint", "LoRA is merged into published weights", "use python -m convert --lora"
+                )
+        else:
+            self.file = published.open_checkpoint(self.path, lora=lora)
+            self.kind, self.stored = self.file.kind, self.file.config
+        if self.kind != kind:
+            raise CheckpointError(
+                f"{self.path} is {KINDS[self.kind][0]}, not {KINDS[kind][0]}",
+                "recognised from its keys and shapes",
+                f"give it as --{KINDS[self.kind][1]}",
+            )
+        self.config: Config = self.stored
+
+    @classmethod
+    def planned(cls, kind: str, config: Config) -> Part:
+        """A part by its config alone, for a memory plan before any file is there."""
+        part = cls.__new__(cls)
+        part.path, part.mesh, part.module, part.kind, part.config = Path("not downloaded"), None, None, kind, config
+        return part
+
+    def abstract(self):
+        """The module as shapes (with shardings under a mesh), by which programs are compiled before weights arrive."""
+        module = abstract(self.kind, self.config)
+        if self.mesh is None:
+            return module
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), module, shardings(module, self.mesh))
+
+    def load(self):
+        """The module on the device; loading twice is loading once."""
+        if self.module is None:
+            config = self.config
+            if isinstance(config, DiTConfig):  # linears are read as stored, then quantised or dequantised on the device
+                config = dataclasses.replace(config, linear=self.stored.linear)
+            where = None if self.mesh is None else shardings(abstract(self.kind, config), self.mesh)
+            module = checkpoint.restore(self.path, where, config)[1] if self.ours else self.file.load(config, where)
+            if isinstance(config, DiTConfig) and config.linear != self.config.linear:
+                module = with_linear(module, self.config.linear)
+                if self.mesh is not None:
+                    module = jax.device_put(module, shardings(module, self.mesh))
+            self.module = jax.block_until_ready(module)
+        return self.module
+
+    def free(self) -> None:
+        if self.module is not None:
+            for leaf in jax.tree.leaves(self.module):
+                leaf.delete()
+            self.module = None
+
+    def fingerprint(self) -> dict:
+        """Name, size and a quick hash (first and last MiB) of the file, or the source that our manifest recorded."""
+        if self.ours:
+            return {"path": str(self.path), "source": checkpoint.inspect(self.path).get("source")}
+        files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
+        quick = hashlib.sha256()
+        for file in files:
+            with file.open("rb") as f:
+                quick.update(f.read(2**20))
+                f.seek(max(0, file.stat().st_size - 2**20))
+                quick.update(f.read())
+        return {"path": str(self.path), "bytes": sum(f.stat().st_size for f in files), "quick_sha256": quick.hexdigest()}
+
+
+def open_parts(
+    located: Located, *, attention: str, impl: str, quant: str, topk: float | None, dtype: str, vae_dtype: str, lora: dict[str, Lora], note
+) -> dict[str, Part]:
+    """All components with the configs that they will run as; those that cannot work together are refused."""
+    check_impl(impl, dtype)
+    parts = {}
+    for name, path in zip(("dit", "dit_low"), located.dit, strict=False):
+        part = parts[name] = Part(path, "dit", lora=lora[name])
+        part.config = dataclasses.replace(
+            part.stored,
+            attention=chosen_attention(part, attention),
+            linear=chosen_linear(part, quant, note),
+            sla=part.stored.sla if topk is None else dataclasses.replace(part.stored.sla, topk=topk),
+            impl=impl,
+            policy=Policy(param=dtype, compute=dtype),
+        )
+    for name, path, kind in (("vae", located.vae, vae_dtype), ("text", located.text, dtype)):
+        if path is not None:
+            part = parts[name] = Part(path, name)
+            part.config = dataclasses.replace(part.stored, policy=Policy(param=kind, compute=kind))
+    check_parts(parts)
+    return parts
+
+
+def planned_parts(preset: Preset, policy: Policy) -> dict[str, Part]:
+    """The parts of a preset whose files are not here."""
+    configs = {"dit": preset.config, "vae": WAN_VAE, "text": UMT5_XXL} | ({"dit_low": preset.config} if len(preset.dit) == 2 else {})
+    return {name: Part.planned(name.removesuffix("_low"), dataclasses.replace(cfg, policy=policy)) for name, cfg in configs.items()}
+
+
+def reference_notes(cfg: DiTConfig) -> list[str]:
+    """Where a GPU user would expect a kernel and gets a reference: which one, and what it costs (docs/performance.md)."""
+    if jax.default_backend() != "gpu":
+        return []
+    notes = []
+    if cfg.linear == "int8":
+        notes.append("int8 linears run as an XLA reference (no GPU kernel in this version): a step takes about 5 times as long as bfloat16")
+    if cfg.attention != "dense":
+        notes.append(f"{cfg.attention} attention runs as an XLA reference (no GPU kernel in this version): about as fast as dense")
+    return notes
+
+
+def check_impl(impl: str, dtype: str) -> None:
+    if impl == "cudnn" and (jax.default_backend() != "gpu" or dtype == "float32"):
+        raise UsageError(
+            f"attention_impl is 'cudnn' on {jax.default_backend()} in {dtype}",
+            "cuDNN attention runs on NVIDIA GPUs, in bfloat16 and float16",
+            "use auto, or reference",
+        )
+
+
+def chosen_attention(part: Part, asked: str) -> str:
+    asked = {"original": "dense", "auto": part.stored.attention}.get(asked, asked)
+    if asked != "dense" and part.stored.attention == "dense":
+        raise CheckpointError(
+            f"{part.path.name} has no SLA projection (self_attn.attn_op.local_attn.proj_l), but --attention_type {asked} was asked for",
+            "these are dense weights, or rCM weights without SLA",
+            "use --attention_type original, or merge an SLA difference: python -m convert --merge",
+        )
+    return asked
+
+
+def chosen_linear(part: Part, quant: str, note) -> str:
+    linear = {"auto": part.stored.linear, "none": "float", "int8": "int8"}[quant]
+    if part.stored.linear == "int8":
+        say = "running as W8A8 (--quant none dequantises at load)" if linear == "int8" else "dequantised at load"
+        note(f"{part.path.name}: int8 weights in the blocks, {say}")
+    return linear
+
+
+def check_parts(parts: dict[str, Part]) -> None:
+    """Raises CheckpointError for networks that do not belong together, before anything is read."""
+    dit = parts["dit"].config
+    vae, text, low = parts.get("vae"), parts.get("text"), parts.get("dit_low")
+    if vae and vae.config.latent_channels != dit.out_channels:
+        raise CheckpointError(
+            f"{vae.path.name} has {vae.config.latent_channels} latent channels, the transformer {dit.out_channels}",
+            "Wan2.1 and Wan2.2 A14B use the Wan2.1 VAE (16 latent channels); the Wan2.2 VAE (48) belongs to TI2V-5B only",
+            "give Wan2.1_VAE.pth as --vae_path",
+        )
+    if text and text.config.dim != dit.text_dim:
+        raise CheckpointError(
+            f"{text.path.name} gives vectors of {text.config.dim}, the transformer takes {dit.text_dim}",
+            "Wan models take umT5-xxl (4096)",
+            "give models_t5_umt5-xxl-enc-bf16.pth as --text_encoder_path",
+        )
+    if dit.image_dim is not None:
+        raise CheckpointError(
+            f"{parts['dit'].path.name} is a Wan2.1 image-to-video network",
+            "its image branch needs CLIP features, and tdjax has no CLIP encoder",
+            "use turbowan2.2-i2v-a14b-720p, or call tdjax.models.wan_dit.DiT with your own features",
+        )
+    if low and dataclasses.replace(low.config, sla=dit.sla) != dit:
+        raise CheckpointError(
+            f"{parts['dit'].path.name} and {low.path.name} are networks of different kinds",
+            f"high noise: {dit}; low noise: {low.config}",
+            "give the two files of one release",
+        )

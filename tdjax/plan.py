@@ -1,0 +1,116 @@
+"""Memory of each stage before anything is loaded: what `--dry_run` prints and what decides which weights stay resident.
+
+Weights are exact (shapes of the abstract module). Working memory is an estimate from the shapes that are alive at the
+worst moment of a stage; docs/performance.md keeps the measured peaks beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from tdjax.config import DiTConfig, TextConfig, VAEConfig, VideoSize
+from tdjax.errors import OutOfMemory
+from tdjax.models.wan_vae import cache_bytes
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    name: str
+    weights: int  # bytes
+    working: int  # bytes beside the weights
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.working
+
+
+def module_bytes(module) -> int:
+    """Bytes of all leaves of an (abstract) module."""
+    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(module))
+
+
+def text_working(cfg: TextConfig, batch: int) -> int:
+    """The bias table and scores [b h s s] in float32, beside the widest activation."""
+    s, size = cfg.text_len, np.dtype(cfg.policy.compute).itemsize
+    return batch * (3 * cfg.heads * s * s * 4 + 3 * s * cfg.ffn_dim * size)
+
+
+def dit_working(cfg: DiTConfig, size: VideoSize, batch: int) -> int:
+    """Residual stream, its float32 island, the three of q k v and attention's output, or the two of the MLP if larger."""
+    tokens, item = batch * size.tokens(cfg.patch), np.dtype(cfg.policy.compute).itemsize
+    stream = tokens * cfg.dim * (item + 4)
+    attention = tokens * cfg.dim * (4 * item + 4)
+    mlp = tokens * cfg.ffn_dim * (2 * item + (5 if cfg.linear == "int8" else 0))
+    sparse = 0 if cfg.attention == "dense" else tokens * cfg.dim * 3 * item + GIB // 2
+    return stream + max(attention + sparse, mlp)
+
+
+def vae_working(cfg: VAEConfig, size: VideoSize, encode: bool) -> int:
+    """The cache, the activations of one scan step at full resolution, and the pixels: factors fitted to XLA's own count on
+    an H100 (docs/performance.md)."""
+    item, frame = np.dtype(cfg.policy.compute).itemsize, size.height * size.width
+    step = 4 * cfg.multipliers[0] * cfg.dim * frame * item  # one activation of four frames at full resolution
+    pixels = size.frames * frame * 3
+    cache = cache_bytes(cfg, size.height, size.width, encode=encode)
+    return cache + int(9 * step) + pixels * 4 if encode else cache + int(10.5 * step) + pixels * (item + 1)
+
+
+def stage_plans(parts: dict, size: VideoSize, *, image: bool, guided: bool) -> list[StagePlan]:
+    """parts: {"text"|"vae"|"dit"|"dit_low": (config, abstract module)} -> the stages in the order they run."""
+    plans = []
+    if "text" in parts:
+        cfg, module = parts["text"]
+        plans.append(StagePlan("text", module_bytes(module), text_working(cfg, 1)))
+    vae_cfg, vae = parts["vae"]
+    if image:
+        plans.append(StagePlan("vae encode", module_bytes(vae), vae_working(vae_cfg, size, encode=True)))
+    for name in ("dit", "dit_low"):
+        if name in parts:
+            cfg, module = parts[name]
+            label = "denoise" if "dit_low" not in parts else ("denoise (high noise)" if name == "dit" else "denoise (low noise)")
+            plans.append(StagePlan(label, module_bytes(module), dit_working(cfg, size, 2 if guided else 1)))
+    plans.append(StagePlan("vae decode", module_bytes(vae), vae_working(vae_cfg, size, encode=False)))
+    return plans
+
+
+def memory_limit(device=None) -> int | None:
+    """Bytes that JAX may use on the device; None where the backend does not say (CPU)."""
+    stats = (device or jax.local_devices()[0]).memory_stats()
+    return stats.get("bytes_limit") if stats else None
+
+
+def keep_resident(plans: list[StagePlan], limit: int | None, low_memory: bool) -> bool:
+    """Whether all weights may stay on the device between stages and calls."""
+    if low_memory:
+        return False
+    if limit is None:
+        return True
+    weights = sum(p.weights for p in plans if p.name != "vae encode")  # the VAE stands in two stages
+    return weights + max(p.working for p in plans) < 0.9 * limit
+
+
+def table(plans: list[StagePlan], limit: int | None) -> str:
+    lines = [f"{'stage':22} {'weights':>10} {'working':>10} {'total':>10}"]
+    for p in plans:
+        lines.append(f"{p.name:22} {p.weights / GIB:6.2f} GiB {p.working / GIB:6.2f} GiB {p.total / GIB:6.2f} GiB")
+    peak = max(plans, key=lambda p: p.total)
+    limit_text = "the device does not report its memory" if limit is None else f"{limit / GIB:.1f} GiB usable"
+    lines.append(f"peak {peak.total / GIB:.2f} GiB in {peak.name} ({limit_text})")
+    return "\n".join(lines)
+
+
+def out_of_memory(stage: str, plans: list[StagePlan], limit: int | None) -> OutOfMemory:
+    """The error of a stage that ran out of device memory, with its estimate and the remedies in order."""
+    row = max(plans, key=lambda p: (p.name.split()[0] in stage, p.total))
+    usable = "unknown" if limit is None else f"{limit / GIB:.1f} GiB"
+    return OutOfMemory(
+        f"out of device memory in stage {stage!r}",
+        f"estimated need {row.total / GIB:.1f} GiB, of which weights {row.weights / GIB:.1f} GiB; usable {usable}",
+        "in this order: --low_memory; a -quant file or --quant int8; fewer frames or --resolution 480p",
+    )

@@ -1,0 +1,99 @@
+"""The jitted stages of generation. Models are arguments, so nothing recompiles for another prompt, seed or set of weights."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tdjax import sampler
+
+
+def encode_text(encoder, ids, mask):
+    """ids, mask i32[b s] -> [b s d], zeros after each prompt's end."""
+    return encoder(ids, mask)
+
+
+def encode_image(vae, video):
+    """f32[b T H W 3] in [-1, 1] -> normalised latents f32[b t h w c]."""
+    return vae.encode(video)
+
+
+def decode(vae, latents, *, output: str):
+    """Normalised latents -> uint8 (or float32 in [0, 1]) [b T H W 3]."""
+    video = jnp.clip(vae.decode(latents), -1.0, 1.0)
+    if output == "uint8":
+        return jnp.round((video + 1.0) * 127.5).astype(jnp.uint8)
+    return (video + 1.0) * 0.5
+
+
+def start_noise(key, steps: int, shape: tuple[int, ...]):
+    """f32[steps *shape]. Entry k draws from fold_in(key, k): the start is the same for every number of steps."""
+    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(key, k), shape, jnp.float32))(jnp.arange(steps))
+
+
+def denoise(model, x, text, image, schedule, *, mode: str):
+    """Few steps: schedule = (noise f32[n b t h w c], times f32[n+1]) -> (x f32[b t h w c], finite bool[n])."""
+    noise, times = schedule
+    return sampler.sample_from(lambda x, timestep: model(x, timestep, text, image), x, noise, times, mode)
+
+
+def denoise_guided(model, state, text, image, schedule, *, guidance: float):
+    """The teacher's steps: schedule = teacher.Rows; text holds the prompt, then the negative prompt, [2b s d] (or [b s d] at guidance 1).
+
+    Both halves run as one doubled batch.
+    """
+
+    def velocity(x, timestep):
+        both = lambda a: None if a is None else jnp.concatenate([a, a])
+        if guidance == 1.0:
+            return model(x, timestep, text, image)
+        return sampler.guide(*jnp.split(model(both(x), both(timestep), text, both(image)), 2), guidance)
+
+    return sampler.teacher_from(velocity, state, schedule)
+
+
+class Programs:
+    """Compiled executables by function, static arguments and shapes; compile time is a stage of its own.
+
+    With a mesh, weights lie as their shapes say and everything else is whole on every device.
+    """
+
+    def __init__(self, mesh=None):
+        self.mesh = mesh
+        self.compiled: dict = {}
+
+    @property
+    def whole(self):
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+
+    def shape(self, shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.whole)
+
+    def place(self, tree):
+        """Inputs of a stage on the device, or whole on every device of the mesh."""
+        return jax.device_put(tree, self.whole)
+
+    def get(self, stages, label: str, function, *args, donate: tuple[int, ...] = (), **static):
+        """The executable for these arguments (arrays or shapes); compiled on first use."""
+        leaves, structure = jax.tree.flatten(args)
+        key = (function, tuple(sorted(static.items())), structure, tuple((tuple(x.shape), str(x.dtype)) for x in leaves))
+        if key not in self.compiled:
+            with stages(f"compile {label}"):
+                jitted = jax.jit(lambda *a: function(*a, **static), donate_argnums=donate, out_shardings=self.whole)
+                if self.mesh is None:
+                    self.compiled[key] = jitted.lower(*args).compile()
+                else:
+                    with jax.set_mesh(self.mesh):
+                        self.compiled[key] = jitted.lower(*args).compile()
+        return self.compiled[key]
+
+    def memory(self) -> dict[str, int]:
+        """XLA's own count of peak bytes on a device (arguments, outputs and temporaries) for each compiled stage."""
+        out = {}
+        for (function, *_), executable in self.compiled.items():
+            m = executable.memory_analysis()
+            if m is not None:
+                size = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+                out[function.__name__] = max(out.get(function.__name__, 0), size)
+        return out

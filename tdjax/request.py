@@ -1,0 +1,169 @@
+"""One call of the pipeline as checked values. Everything wrong with the arguments is found here, before any long work."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tdjax.config import SamplerConfig, VideoSize
+from tdjax.errors import UsageError
+from tdjax.resolution import choose_size
+
+# Names of diffusers and TurboDiffusion that mean the same.
+ALIASES = {"num_inference_steps": "num_steps", "image_path": "image", "num_videos_per_prompt": "num_samples", "generator": "key"}
+SAMPLER_FIELDS = {"num_steps": "steps", "sigma_max": "sigma_max", "mid_t": "mid", "sampler": "mode", "boundary": "boundary",
+                  "shift": "shift", "guidance_scale": "guidance"}  # fmt: skip
+OUTPUTS = ("uint8", "float", "latent")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A validated call. `latents` is start noise [1 t h w c]; `prompt_embeds` replaces the text encoder."""
+
+    prompts: tuple[str, ...]
+    size: VideoSize
+    sampler: SamplerConfig
+    negative_prompt: str = ""
+    image: Any = None  # uint8 [H W 3]
+    fit: str = "crop"
+    num_samples: int = 1
+    seed: int | None = 0
+    key: Any = None
+    latents: np.ndarray | None = None
+    prompt_embeds: np.ndarray | None = None
+    output_type: str = "uint8"
+    fps: int = 16
+    resolution: str | None = None  # the name that the size came from, where there was one
+    check: str = "finite"
+
+    def check_arrays(self, *, latents: tuple[int, ...], embeds: tuple[int, int]) -> None:
+        """Raises UsageError unless given arrays have the shapes of this model at this size."""
+        if self.latents is not None and tuple(self.latents.shape) != latents:
+            raise UsageError(
+                f"latents have shape {tuple(self.latents.shape)}", f"{self.size} needs {latents}, [1 t h w c]", "match the size"
+            )
+        if self.prompt_embeds is not None and tuple(self.prompt_embeds.shape[1:]) != embeds:
+            raise UsageError(
+                f"prompt_embeds have shape {tuple(self.prompt_embeds.shape)}",
+                f"this model needs [b {embeds[0]} {embeds[1]}]",
+                "make them with pipe.embed(prompts) or --save_prompt_embeds",
+            )
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, 1, 0.0)[0]
+        raise UsageError(f"{name} is {value!r}", f"allowed: {', '.join(allowed)}", f"nearest: {near}")
+
+
+def accepted() -> list[str]:
+    own = [f.name for f in dataclasses.fields(Request) if f.name not in ("prompts", "size", "sampler", "resolution")]
+    return sorted([*own, *SAMPLER_FIELDS, *ALIASES, "resolution", "aspect_ratio", "width", "height", "num_frames"])
+
+
+def canonical(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Aliases resolved, None dropped; an unknown name raises with the nearest known one."""
+    known = accepted()
+    out = {}
+    for name, value in arguments.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise UsageError(
+                f"unknown argument {name!r}",
+                f"allowed: {', '.join(known)}",
+                f"did you mean {near[0]!r}?" if near else "see help(tdjax.Pipeline)",
+            )
+        if value is not None:
+            out[ALIASES.get(name, name)] = value
+    return out
+
+
+def make_request(
+    prompts: tuple[str, ...], arguments: dict[str, Any], *, task: str, size: VideoSize, resolution: str | None, sampler: SamplerConfig
+) -> Request:
+    """Arguments over the model's own defaults (its size, resolution and sampler)."""
+    given = canonical(arguments)
+    image = given.pop("image", None)
+    if image is not None:
+        image = as_image(image)
+    check_task(task, image)
+    size_names = ("resolution", "aspect_ratio", "width", "height", "num_frames")
+    size_given = {name: given.pop(name) for name in size_names if name in given}
+    fit = given.pop("fit", "crop")
+    if size_given or (image is not None and resolution is not None) or fit == "adaptive":
+        if resolution is None and not {"width", "height", "resolution"} & set(size_given):
+            size_given |= {"width": size.width, "height": size.height}
+        size_given = {"resolution": resolution, "num_frames": size.frames} | size_given
+        size = choose_size(**size_given, image_size=None if image is None else (image.shape[1], image.shape[0]), fit=fit)
+    changes = {field: given.pop(name) for name, field in SAMPLER_FIELDS.items() if name in given}
+    if "mid" in changes:
+        changes["mid"] = tuple(float(t) for t in changes["mid"])
+        changes.setdefault("steps", len(changes["mid"]) + 1)
+    if changes.get("mode") and (changes["mode"] in ("sde", "ode")) != sampler.few_step:
+        other = SamplerConfig if changes["mode"] in ("sde", "ode") else teacher_defaults
+        sampler = other(mode=changes["mode"])
+    request = Request(
+        prompts=prompts,
+        size=size,
+        sampler=dataclasses.replace(sampler, **changes),
+        image=image,
+        fit=fit,
+        resolution=size_given.get("resolution"),
+        **given,
+    )
+    return checked(request)
+
+
+def teacher_defaults(mode: str) -> SamplerConfig:
+    from tdjax.config import TEACHER_SAMPLER
+
+    return dataclasses.replace(TEACHER_SAMPLER, mode=mode)
+
+
+def checked(request: Request) -> Request:
+    if request.num_samples < 1:
+        raise UsageError(f"num_samples is {request.num_samples}", "at least one video is made", "use 1")
+    check_choice("output_type", request.output_type, OUTPUTS)
+    check_choice("check", request.check, ("finite", "none"))
+    if request.fps < 1:
+        raise UsageError(f"fps is {request.fps}", "it is the frame rate written into the file", "the models were trained at 16")
+    if request.key is not None and request.seed is not None:
+        request = dataclasses.replace(request, seed=None)
+    if not request.prompts and request.prompt_embeds is None:
+        raise UsageError("no prompt", "a prompt or prompt_embeds is needed", 'give a sentence, for example pipe("a fox in the snow")')
+    return request
+
+
+def check_task(task: str, image) -> None:
+    if task == "t2v" and image is not None:
+        raise UsageError(
+            "an image was given to text-to-video weights",
+            "their patch embedding takes 16 channels; image-to-video weights take 36 (16 noise, 4 mask, 16 image latents)",
+            "use turbowan2.2-i2v-a14b-720p, or leave the image away",
+        )
+    if task == "i2v" and image is None:
+        raise UsageError(
+            "image-to-video weights need an image",
+            "their patch embedding takes 36 channels (16 noise, 4 mask, 16 image latents); text-to-video weights take 16",
+            "give --image_path, or use a text-to-video model such as turbowan2.1-t2v-1.3b-480p",
+        )
+
+
+def as_image(image) -> np.ndarray:
+    """Path, PIL image or array -> uint8 [H W 3]."""
+    from tdjax.video import read_image
+
+    if isinstance(image, str | Path):
+        return read_image(image)
+    array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
+        raise UsageError(
+            f"the image is an array of {array.dtype} {array.shape}",
+            "allowed: a path, a PIL image, or uint8 [H W 3]",
+            "convert it to 8-bit RGB",
+        )
+    return array

@@ -1,0 +1,105 @@
+"""What a call of the pipeline returns: frames, latents, seed, timings, and how to save and show them."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tdjax import video
+from tdjax.errors import UsageError
+
+
+@dataclasses.dataclass
+class Result:
+    """One call's videos.
+
+    frames:   uint8 [b T H W 3] (output_type "uint8"), float32 in [0, 1] ("float"), or None ("latent").
+    latents:  float32 [b t h w c], normalised, on the host.
+    seed:     the seed, or None where the caller gave a key.
+    timings:  seconds by stage. metadata: everything needed to run it again, JSON values only.
+    """
+
+    frames: np.ndarray | None
+    latents: np.ndarray
+    seed: int | None
+    fps: int
+    timings: dict[str, float]
+    metadata: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __repr__(self) -> str:
+        what = "latents only" if self.frames is None else "x".join(map(str, self.frames.shape))
+        return f"Result({len(self)} video(s), {what}, seed {self.seed}, {sum(self.timings.values()):.1f} s)"
+
+    def pixels(self, index: int = 0) -> np.ndarray:
+        """uint8 [T H W 3] of one video."""
+        if self.frames is None:
+            raise UsageError("this result has no frames", 'it was made with output_type="latent"', 'use "uint8" or "float"')
+        frames = self.frames[index]
+        return frames if frames.dtype == np.uint8 else np.round(frames * 255).astype(np.uint8)
+
+    def frame(self, i: int = 0, index: int = 0):
+        """Frame i of one video as a PIL image."""
+        from PIL import Image
+
+        return Image.fromarray(self.pixels(index)[i])
+
+    def save(self, path, *, index: int = 0, fps: int | None = None, crf: int = 17, metadata: bool = True, overwrite: bool = False) -> Path:
+        """Write one video; the suffix chooses the form (.mp4 .webm .mkv .gif .npy, .safetensors = latents, no suffix = png folder).
+
+        With `metadata` a sidecar `<name>.json` is written beside it. Files appear under their name only when complete.
+        """
+        path = Path(path)
+        fps = fps or self.fps
+        facts = {**self.metadata, "index": index, "fps": fps}
+        if path.suffix == ".safetensors":
+            save_latents(path, self.latents[index : index + 1], overwrite)
+        else:
+            video.write(path, self.pixels(index), fps=fps, crf=crf, metadata=json.dumps(facts) if metadata else None, overwrite=overwrite)
+        if metadata:
+            write_json(sidecar(path), facts)
+        return path
+
+    def _repr_html_(self) -> str:
+        """Inline video for notebooks."""
+        if self.frames is None:
+            return f"<pre>{self!r}</pre>"
+        with tempfile.TemporaryDirectory() as folder:
+            tags = []
+            for i in range(len(self)):
+                path = video.write(Path(folder) / f"{i}.mp4", self.pixels(i), fps=self.fps, crf=20)
+                data = base64.b64encode(path.read_bytes()).decode()
+                tags.append(f'<video controls autoplay loop muted src="data:video/mp4;base64,{data}"></video>')
+        return "\n".join(tags)
+
+
+def sidecar(path: Path) -> Path:
+    """fox.mp4 -> fox.json"""
+    return path.with_suffix(".json")
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def save_latents(path: Path, latents: np.ndarray, overwrite: bool = False) -> None:
+    """Normalised latents [1 t h w c] as a safetensors file, readable by `--latents` of a decoder or any other tool."""
+    from safetensors.numpy import save_file
+
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists", "nothing is overwritten by itself", "give another name, or --overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    save_file({"latents": np.ascontiguousarray(latents)}, part)
+    os.replace(part, path)
