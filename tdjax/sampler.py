@@ -1,6 +1,6 @@
 """Samplers as pure functions of (velocity, noise, times): few-step SDE and ODE, and the guided many-step teacher.
 
-`velocity` is any callable (x f32[b t h w c], timestep f32[b] in 0..1000) -> v. Each loop is one `lax.scan`, to be jitted by the
+`velocity` is any callable (x f32[b t h w c], timestep f32[b] in 0..1000) -> v. Each loop is one `lax.while_loop`, to be jitted by the
 caller together with the network; times and scalars are arguments, so one executable serves every schedule of a length.
 The state is float32. Sources: thu-ml/TurboDiffusion inference/, NVlabs/rcm rcm/samplers/, arXiv 2510.08431.
 """
@@ -52,7 +52,7 @@ def step(velocity: Velocity, x, eps, u, u_next, mode: str):
     """One step of a few-step sampler. x f32[b t h w c] at time u -> x at u_next."""
     # The barriers keep one step's arithmetic apart from its neighbours', whatever the number of steps in the loop: a loop cut
     # into several calls gives the same bits.
-    x = lax.optimization_barrier(x)
+    x, eps, u, u_next = lax.optimization_barrier((x, eps, u, u_next))
     v = lax.optimization_barrier(call(velocity, x, u))
     return lax.optimization_barrier(UPDATE[mode](x, v, eps, u, u_next))
 
@@ -69,11 +69,29 @@ def sample_from(velocity: Velocity, x, noise, times, mode: str):
     if mode == "sde" and noise.shape[0] != steps:
         raise ValueError(f"{steps} steps need {steps} entries of noise, entry i for step i; got {noise.shape[0]}")
 
-    def body(x, row):
+    def one(x, row):
         x = step(velocity, x, *row, mode)
         return x, jnp.isfinite(x).all()
 
-    return lax.scan(body, x, (noise if mode == "sde" else None, times[:-1], times[1:]))
+    return loop(one, x, (noise if mode == "sde" else None, times[:-1], times[1:]))
+
+
+def loop(one, state, rows):
+    """`lax.scan(one, state, rows)` -> (state, finite bool[n]), its length hidden from the compiler.
+
+    XLA inlines a loop of one step and may then round it differently: with the length hidden, a schedule run in pieces (experts,
+    progress) gives the bits of the whole. For sampling only: it has no reverse-mode derivative; losses differentiate `step`.
+    """
+    rows = jax.tree.map(jnp.asarray, rows)
+    steps = jax.tree.leaves(rows)[0].shape[0]
+    last = lax.optimization_barrier(jnp.int32(steps))
+
+    def body(carry):
+        i, state, finite = carry
+        state, ok = one(state, jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), rows))
+        return i + 1, state, finite.at[i].set(ok)
+
+    return lax.while_loop(lambda carry: carry[0] < last, body, (jnp.int32(0), state, jnp.zeros(steps, bool)))[1:]
 
 
 def sample(velocity: Velocity, noise, times, mode: str):
@@ -114,7 +132,7 @@ def teacher_start(noise) -> TeacherState:
 
 def teacher_step(velocity: Velocity, state: TeacherState, row: teacher.Rows) -> TeacherState:
     """One step of Euler or UniPC by the scalars of its row; see `teacher`."""
-    x, last, m1, m2 = lax.optimization_barrier(state)
+    (x, last, m1, m2), row = lax.optimization_barrier((state, row))
     m = lax.optimization_barrier(x - row.time * call(velocity, x, row.time))
     c, p = row.corrector, row.predictor
     x = c[0] * x + c[1] * last + c[2] * m + c[3] * m1 + c[4] * m2
@@ -124,11 +142,11 @@ def teacher_step(velocity: Velocity, state: TeacherState, row: teacher.Rows) -> 
 def teacher_from(velocity: Velocity, state: TeacherState, rows: teacher.Rows):
     """Steps of a table (or of a part of it) -> (state, finite bool[n]); latents are state.x after the last row."""
 
-    def body(state, row):
+    def one(state, row):
         state = teacher_step(velocity, state, row)
         return state, jnp.isfinite(state.x).all()
 
-    return lax.scan(body, state, rows)
+    return loop(one, state, rows)
 
 
 def sample_teacher(velocity: Velocity, noise, cfg: SamplerConfig):
