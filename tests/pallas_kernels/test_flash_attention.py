@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import largest
 from tolerances import assert_close
 
 from pallas_kernels import attention
@@ -74,13 +75,6 @@ def test_invariances():
 def test_memory_is_bounded_at_real_size(l, h):
     x = jax.ShapeDtypeStruct((1, l, h, 128), jnp.bfloat16)
     assert largest(jax.make_jaxpr(reference.attention)(x, x, x).jaxpr) <= max(reference.SCORE_BYTES, x.size * 4)
-
-
-def largest(jaxpr):
-    """Bytes of the largest value in a jaxpr, inner ones included."""
-    sizes = [v.aval.size * v.aval.dtype.itemsize for e in jaxpr.eqns for v in e.outvars]
-    inner = [largest(j) for e in jaxpr.eqns for j in jax.core.jaxprs_in_params(e.params)]
-    return max(sizes + inner, default=0)
 
 
 def test_lowers_for_cuda():

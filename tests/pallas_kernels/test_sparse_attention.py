@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import largest
 from tolerances import assert_close
 
 import pallas_kernels.sparse_attention as op
@@ -195,13 +196,6 @@ def test_memory_is_bounded_at_real_size_and_it_lowers_for_cuda(l, h):
     backward = jax.jit(jax.grad(lambda *a: run(*a).astype(jnp.float32).sum(), range(5))).trace(x, x, x, *proj)
     backward.lower(lowering_platforms=("cuda",))
     assert largest(backward.jaxpr.jaxpr) <= max(reference.CHUNK_BYTES, x.size * 4 * 1.01)
-
-
-def largest(jaxpr):
-    """Bytes of the largest value in a jaxpr, inner ones included."""
-    sizes = [v.aval.size * v.aval.dtype.itemsize for e in jaxpr.eqns for v in e.outvars]
-    inner = [largest(j) for e in jaxpr.eqns for j in jax.core.jaxprs_in_params(e.params)]
-    return max(sizes + inner, default=0)
 
 
 def test_errors():

@@ -1,0 +1,15 @@
+"""How large the values of a traced function become."""
+
+
+def inner(value):
+    """The jaxprs in an equation's parameters: one, closed or not, or several."""
+    if isinstance(value, list | tuple):
+        return [j for v in value for j in inner(v)]
+    value = getattr(value, "jaxpr", value)
+    return [value] if hasattr(value, "eqns") else []
+
+
+def largest(jaxpr) -> int:
+    """Bytes of the largest value in a jaxpr, inner ones included."""
+    sizes = [v.aval.size * v.aval.dtype.itemsize for e in jaxpr.eqns for v in e.outvars]
+    return max([*sizes, *(largest(j) for e in jaxpr.eqns for p in e.params.values() for j in inner(p))], default=0)
