@@ -6,14 +6,16 @@ import argparse
 import csv
 import dataclasses
 import difflib
+import io
 import json
+import re
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
 
 from tdjax.errors import UsageError
 
+PATHS = ("dit_path", "high_noise_model_path", "low_noise_model_path", "vae_path", "text_encoder_path", "tokenizer_path")
 FORMATS = ("mp4", "webm", "mkv", "gif", "png", "npy", "latents")
 # Class names that the official scripts take as --model, beside a checkpoint path.
 OFFICIAL_MODELS = {"wan2.1-1.3b": ("t2v", 1536), "wan2.1-14b": ("t2v", 5120), "wan2.2-a14b": ("i2v", 5120)}
@@ -139,7 +141,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     early.add_argument("--config")
     config = early.parse_known_args(argv)[0].config
     if config:
-        parser.set_defaults(**read_config(Path(config), names))
+        argv = [*read_config(Path(config), parser), *argv]
     for word in argv:
         name = word.partition("=")[0]
         if name.startswith("--") and name[2:] and name[2:] not in names:
@@ -163,6 +165,8 @@ def synonyms(args: argparse.Namespace) -> argparse.Namespace:
     if args.seconds is not None:
         if args.num_frames is not None:
             raise UsageError("--seconds and --num_frames", "both give the length", "give one of them")
+        if not 0 < args.seconds < 1e6:
+            raise UsageError(f"--seconds is {args.seconds}", "a positive length is needed", "81 frames at 16 a second are 5")
         args.num_frames = max(1, round(args.seconds * args.fps / 4) * 4 + 1)
     args.official_model = None
     if args.model.lower() in OFFICIAL_MODELS:
@@ -176,19 +180,31 @@ def synonyms(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def read_config(path: Path, names: set[str]) -> dict[str, Any]:
+def read_config(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+    """A file of option names as words of the command line, so that they are checked like it."""
     try:
         text = path.read_text()
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it is not a table of names and values")
     except (OSError, ValueError) as error:
         raise UsageError(f"--config {path} cannot be read", str(error), "it is TOML (.toml) or JSON of option names") from error
-    for name in values:
-        if name.replace("-", "_") not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            raise UsageError(
-                f"{path}: unknown name {name!r}", "names are those of the options", f"did you mean {near[0]!r}?" if near else ""
-            )
-    return {name.replace("-", "_"): value for name, value in values.items()}
+    options, words = {a.dest: a for a in parser._actions}, []
+    for name, value in values.items():
+        dest = name.replace("-", "_")
+        if dest not in options:
+            near = difflib.get_close_matches(dest, options, 1)
+            fix = f"did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{path}: unknown name {name!r}", "names are those of the options", fix)
+        if options[dest].nargs == 0:
+            if not isinstance(value, bool):
+                raise UsageError(f"{path}: {name} is {value!r}", "it is a switch: true or false", "write true")
+            words += [f"--{dest}"] if value else []
+        elif options[dest].nargs == "+":
+            words += [f"--{dest}", *map(str, value if isinstance(value, list) else [value])]
+        else:
+            words += [f"--{dest}={item}" for item in (value if isinstance(value, list) else [value])]
+    return words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,6 +216,7 @@ class Job:
     image: str | None = None
     num_frames: int | None = None
     out: str | None = None
+    row: int = 1
 
 
 def read_jobs(args: argparse.Namespace, default_prompt: str | None = None) -> list[Job]:
@@ -211,17 +228,18 @@ def read_jobs(args: argparse.Namespace, default_prompt: str | None = None) -> li
         return read_prompt_file(Path(args.prompt_file), own)
     if args.prompt == "-":
         own = dataclasses.replace(own, prompt=sys.stdin.read().strip())
-    if not own.prompt and not args.prompt_embeds and default_prompt:
+    if own.prompt is None and not args.prompt_embeds and default_prompt:
         own = dataclasses.replace(own, prompt=default_prompt)
     return [own]
 
 
 def read_prompt_file(path: Path, own: Job) -> list[Job]:
-    columns = [f.name for f in dataclasses.fields(Job)]
+    columns = [f.name for f in dataclasses.fields(Job) if f.name != "row"]
     try:
-        lines = path.read_text().splitlines()
+        text = path.read_text(encoding="utf-8-sig")
+        lines = text.splitlines()
         if path.suffix == ".csv":
-            rows = list(csv.DictReader(lines))
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
         elif path.suffix == ".jsonl":
             rows = [json.loads(line) for line in lines if line.strip()]
         else:
@@ -230,19 +248,21 @@ def read_prompt_file(path: Path, own: Job) -> list[Job]:
         raise UsageError(f"--prompt_file {path} cannot be read", str(error), ".txt (one prompt a line), .csv or .jsonl") from error
     jobs = []
     for number, row in enumerate(rows, 1):
-        unknown = [k for k in row if k not in columns]
-        if unknown or not row.get("prompt"):
+        wrong = None if isinstance(row, dict) else "not a table row"
+        if wrong is None:
+            unknown = [k for k in row if k not in columns]
+            wrong = f"unknown column {unknown[0]!r}" if unknown else None if row.get("prompt") else "no prompt"
+        if wrong is None:
+            values = {k: str(v) for k, v in row.items() if v not in (None, "")}
+            wrong = next((f"{k} is {values[k]!r}" for k in ("seed", "num_frames") if not re.fullmatch(r"-?\d+", values.get(k, "0"))), None)
+        if wrong:
             raise UsageError(
-                f"{path}, row {number}: {'unknown column ' + repr(unknown[0]) if unknown else 'no prompt'}",
-                f"columns are {', '.join(columns)}",
+                f"{path}, row {number}: {wrong}",
+                f"columns are {', '.join(columns)}; seed and num_frames are whole numbers",
                 "only prompt is needed",
             )
-        values = {k: v for k, v in row.items() if v not in (None, "")}
-        try:
-            values |= {k: int(values[k]) for k in ("seed", "num_frames") if k in values}
-        except ValueError as error:
-            raise UsageError(f"{path}, row {number}: {error}", "seed and num_frames are whole numbers") from error
-        jobs.append(dataclasses.replace(own, **values))
+        numbers = {k: int(values[k]) for k in ("seed", "num_frames") if k in values}
+        jobs.append(dataclasses.replace(own, row=number, **(values | numbers)))
     if not jobs:
         raise UsageError(f"{path} holds no prompts", "it is empty, or only comments", "one prompt a line")
     return jobs

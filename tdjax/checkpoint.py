@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -30,6 +31,7 @@ from tdjax.errors import CheckpointError, UsageError
 from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.models.wan_vae import VAE
+from tdjax.sharding import leaf_name
 
 FORMAT = 1
 MODULES = {"dit": DiT, "vae": VAE, "text": UMT5}
@@ -120,17 +122,12 @@ def quiet():
 # Names ---------------------------------------------------------------------------------------------------------------
 
 
-def path_name(path) -> str:
-    """A key path of jax.tree_util joined by dots."""
-    return ".".join(str(getattr(k, "name", getattr(k, "idx", getattr(k, "key", k)))) for k in path)
-
-
 def names(module) -> dict[str, Any]:
     """{leaf name: array, ShapeDtypeStruct, sharding or whatever stands there}, in the order of jax.tree.leaves."""
-    variables, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return dict(zip((path_name(path) for path, _ in variables), jax.tree.leaves(module), strict=True))
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(module)}
 
 
+@functools.cache
 def abstract(kind: str, cfg: Config):
     """The module of a kind ("dit", "vae", "text") with shapes in place of arrays; nothing is allocated."""
     return jax.eval_shape(lambda: MODULES[kind](cfg, rngs=nnx.Rngs(0)))

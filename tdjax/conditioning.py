@@ -22,15 +22,6 @@ class Tokens:
     mask: jax.Array | np.ndarray
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Conditioning:
-    """text: [b s d], exact zeros after each prompt's end. image: f32[b t h w 20] of `image_condition`, or None."""
-
-    text: jax.Array
-    image: jax.Array | None = None
-
-
 def image_video(pixels: np.ndarray, size: VideoSize) -> jax.Array:  # uint8 [H W 3] -> f32[1 T H W 3]
     """The clip that the VAE encodes for image-to-video: the image in [-1, 1], then frames of zeros (mid grey).
 

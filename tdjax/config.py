@@ -207,6 +207,12 @@ class VideoSize:
                 "the video VAE codes one frame, then groups of four: the number must be 4k+1",
                 f"nearest allowed: {low} and {high}",
             )
+        if max(self.height, self.width) > 8192 or self.frames > 4097:
+            raise UsageError(
+                f"the size is {self.width}x{self.height}, {self.frames} frames",
+                "sides end at 8192 pixels and clips at 4097 frames, far beyond what the models were trained on",
+                "use 832x480 or 1280x720, 81 frames",
+            )
         for name in ("height", "width"):
             value = getattr(self, name)
             if value < 16 or value % 16:
@@ -263,11 +269,15 @@ class SamplerConfig:
                 f"distilled weights take 1 to {len(self.mid) + 1} steps with the mid times {', '.join(map(str, self.mid))}",
                 f"use {len(self.mid) + 1}, or give {self.steps - 1} mid times (--mid_t)",
             )
-        if not self.sigma_max > 0:
+        for name in ("boundary", "shift", "guidance"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (name == "shift" and value == 0):
+                raise UsageError(f"{name} is {value}", "a finite number is needed, not negative; shift positive", "leave it at its default")
+        if not 0 < self.sigma_max < math.inf:
             raise UsageError(f"sigma_max is {self.sigma_max}", "it must be positive", "use 80 (text) or 200 (image)")
         if self.few_step:
             times = (math.atan(self.sigma_max), *self.mid[: self.steps - 1], 0.0)
-            if any(a <= b for a, b in zip(times, times[1:], strict=False)):
+            if not all(a > b for a, b in zip(times, times[1:], strict=False)):
                 raise UsageError(
                     f"mid times are {', '.join(map(str, self.mid))}",
                     f"they must fall from {times[0]:.4f} (arctan of sigma_max {self.sigma_max:g}) to 0",

@@ -32,3 +32,18 @@ def load_embeds(path) -> np.ndarray:
             return f.get_tensor("prompt_embeds")
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{path} holds no prompt embeddings", str(error), "make it with --save_prompt_embeds") from error
+
+
+def load_latents(path) -> np.ndarray:
+    """Start noise [1 t h w c] from .npy, or from a .safetensors that holds `latents`; UsageError otherwise."""
+    try:
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, framework="np") as f:
+                array = f.get_tensor("latents")
+        else:
+            array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+            raise ValueError(f"it holds {getattr(array, 'dtype', type(array).__name__)}, not one array of floats")
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        raise UsageError(f"{path} holds no latents", str(error), "it is one float array [1 t h w c], .npy or .safetensors") from error
+    return array

@@ -80,6 +80,17 @@ def local(path: Path) -> Found:
     return found
 
 
+def read_json(path: Path) -> dict:
+    """A table of a model folder; CheckpointError where it is damaged."""
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it is not a table of names and values")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged", str(error), "write the folder again: python -m convert SRC DST --overwrite") from error
+    return values
+
+
 def one_file(path: Path) -> Found:
     if not path.name.endswith(filenames.WEIGHTS):
         allowed = ", ".join(filenames.WEIGHTS)
@@ -99,7 +110,7 @@ def folder(path: Path) -> Found:
     if layout == "published" and len(dits) == 1:  # the other expert may be in the folder beside this one
         found = one_file(path / dits[0])
         return dataclasses.replace(found, name=path.name, looked=[path, path.parent])
-    facts = json.loads((path / "model.json").read_text()) if "model.json" in names else {}
+    facts = read_json(path / "model.json") if "model.json" in names else {}
     looked = [path, path.parent] if layout == "published" else [path]
     return Found(name=path.name, layout=layout, parts={s: path / name for s, name in slots(dits).items()}, looked=looked, facts=facts)
 
@@ -132,7 +143,7 @@ def alias_of_source(dit: Path) -> str | None:
     manifest = dit / "manifest.json"
     if not manifest.is_file():
         return None
-    source = json.loads(manifest.read_text()).get("source") or {}
+    source = read_json(manifest).get("source") or {}
     return filenames.alias_of_path(Path(str(source.get("name", ""))))
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import datetime
 import json
+import os
 import re
 import secrets
 import sys
 from pathlib import Path
 
-from tdjax.arguments import OFFICIAL_MODELS, Job, parse, read_jobs
+from tdjax import outputs
+from tdjax.arguments import OFFICIAL_MODELS, PATHS, Job, parse, read_jobs
 from tdjax.config import PRESETS, SamplerConfig, SLAConfig, VideoSize
 from tdjax.errors import CheckpointError, TdjaxError, UsageError
 from tdjax.resolution import choose_size
-
-DEFAULT_PATH = "output/{model}_{seed}_{index}.mp4"
-FIELDS = ("model", "seed", "index", "prompt_slug", "date")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,9 +27,22 @@ def main(argv: list[str] | None = None) -> int:
     except TdjaxError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}\nthe file system refused it\ngive another path", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was left half-written; the same command starts again", file=sys.stderr)
         return 130
+
+
+def leave(code: int) -> None:
+    """Exit with the code. After an interrupt at once: the runtime's threads may still be compiling, and do not stop in order."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 130:
+        os._exit(code)
+    sys.exit(code)
 
 
 def check_early(args) -> None:
@@ -47,20 +59,24 @@ def check_early(args) -> None:
     known = PRESETS[args.model.lower()].sampler if args.model.lower() in PRESETS else SamplerConfig()
     if args.sampler in ("sde", "ode") or (args.sampler is None and known.few_step and not local_files(args)):
         steps = len(args.mid_t) + 1 if args.mid_t and args.num_steps is None else args.num_steps
-        changes = {"steps": steps, "sigma_max": args.sigma_max, "mid": args.mid_t and tuple(args.mid_t)}
+        changes = {"steps": steps, "sigma_max": args.sigma_max, "mid": args.mid_t and tuple(args.mid_t), "boundary": args.boundary}
         SamplerConfig(**{name: value for name, value in changes.items() if value is not None})
     if args.num_samples < 1:
         raise UsageError(f"--num_samples is {args.num_samples}", "at least one video is made", "use 1")
     for path in (args.image_path, args.latents, args.prompt_embeds, args.prompt_file):
         if path and not Path(path).is_file():
             raise UsageError(f"{path} does not exist", "it was given on the command line", near_files(Path(path)))
-    template = args.save_path or DEFAULT_PATH
-    try:
-        template.format(**dict.fromkeys(FIELDS, "x"))
-    except (KeyError, IndexError, ValueError) as error:
-        raise UsageError(f"--save_path {template}: unknown field {error}", f"fields are {', '.join(FIELDS)}") from error
-    if args.save_path and not args.prompt_file and not args.overwrite and "{" not in args.save_path and Path(args.save_path).exists():
-        raise UsageError(f"{args.save_path} exists", "nothing is overwritten by itself", "give another name, or --overwrite")
+    if args.prompt_embeds and (args.prompt or args.prompt_file or args.serve):
+        raise UsageError("--prompt_embeds beside a prompt", "the embeddings are the prompt", "give one of them")
+    if args.save_path and args.save_path.endswith(".safetensors") and args.format is None:
+        args.format = "latents"
+    if args.grid and args.format == "latents":
+        raise UsageError("--grid with latents", "a grid is made of pixels", "leave --grid away")
+    outputs.check_template(args.save_path or outputs.DEFAULT, args.format)
+    if args.save_path and not args.prompt_file and not args.overwrite and "{" not in args.save_path:
+        for path in outputs.targets(args, "", Job(prompt="", seed=args.seed)):
+            if path.exists():
+                raise UsageError(f"{path} exists", "nothing is overwritten by itself", "give another name, or --overwrite")
 
 
 def not_downloaded(args) -> bool:
@@ -96,9 +112,7 @@ def run(args) -> int:
     from tdjax.locate import Located
     from tdjax.parts import planned_parts
     from tdjax.pipeline import Pipeline
-    from tdjax.precision import Policy
     from tdjax.stages import Stages
-    from tdjax.video import check_target
 
     show = False if args.quiet else True if args.verbose else None
     stages = Stages(show)
@@ -107,7 +121,10 @@ def run(args) -> int:
     if args.dry_run and not_downloaded(args):
         preset = PRESETS[args.model.lower()]
         located = Located(name=args.model.lower(), layout="published", preset=args.model.lower(), distilled=preset.distilled)
-        pipe = Pipeline(located, planned_parts(preset, Policy()), mesh=None, low_memory=args.low_memory, stages=stages)
+        options = {"attention": args.attention_type, "quant": args.quant, "topk": args.sla_topk, "dtype": args.dtype}
+        parts = planned_parts(preset, note=stages.note, **options)
+        pipe = Pipeline(located, parts, mesh=args.mesh, low_memory=args.low_memory, stages=stages)
+        check_model(args, pipe)
         stages.note(f"{args.model} is not downloaded: this plan comes from its preset")
         return dry_run(args, pipe, read_jobs(args, "dry run"))
     pipe = tdjax.load(
@@ -132,33 +149,33 @@ def run(args) -> int:
     check_model(args, pipe)
     if not pipe.trained:
         stages.note("the embedded demo model is UNTRAINED (random weights): it runs the whole path and draws noise, whatever the prompt")
-    jobs = read_jobs(args, pipe.default_prompt)
     if args.seed < 0:
-        seed = secrets.randbelow(2**31)
-        stages.note(f"seed {seed}")
-        jobs = [dataclasses.replace(job, seed=seed if job.seed < 0 else job.seed) for job in jobs]
+        args.seed = secrets.randbelow(2**31)
+        stages.note(f"seed {args.seed}")
+    jobs = read_jobs(args, pipe.default_prompt)
     if args.serve:
         return serve(args, pipe)
-    if not (args.warmup or args.dry_run and not jobs[0].prompt) and not jobs[0].prompt and not args.prompt_embeds:
-        raise UsageError("no prompt", "this model needs one", 'give --prompt "..." (long English descriptions work best)')
     if args.dry_run:
         return dry_run(args, pipe, jobs)
     if args.warmup:
         pipe.warmup(**call_arguments(args, jobs[0]))
         return report(args, pipe)
+    if not jobs[0].prompt and not args.prompt_embeds:
+        raise UsageError("no prompt", "this model needs one", 'give --prompt "..." (long English descriptions work best)')
     if args.save_prompt_embeds:
         from tdjax.embeds import save_embeds
 
         print(save_embeds(args.save_prompt_embeds, pipe.embed([job.prompt for job in jobs]), [job.prompt for job in jobs], args.overwrite))
         return report(args, pipe)
     for job in jobs:  # every row is checked before the first one runs
-        pipe.request(job.prompt or "", **call_arguments(args, job))
-        if args.format != "latents":
-            check_target(output_path(args, pipe, job, 0), args.fps, args.crf, overwrite=True)
-    return run_jobs(args, pipe, jobs)
+        try:
+            pipe.request(job.prompt, **call_arguments(args, job))
+        except TdjaxError as error:
+            error.args = (f"row {job.row}: {error}" if args.prompt_file else str(error),)
+            raise
+    return run_jobs(args, pipe, outputs.assign(args, pipe.name, jobs, stages.note))
 
 
-PATHS = ("dit_path", "high_noise_model_path", "low_noise_model_path", "vae_path", "text_encoder_path", "tokenizer_path")
 PASSED = ("negative_prompt", "fit", "resolution", "aspect_ratio", "width", "height", "num_steps", "sigma_max", "mid_t", "sampler",
           "boundary", "shift", "guidance_scale", "num_samples", "fps", "check")  # fmt: skip
 
@@ -168,9 +185,9 @@ def call_arguments(args, job: Job) -> dict:
     out = {name: getattr(args, name) for name in PASSED}
     out |= {"seed": job.seed, "image": job.image, "num_frames": job.num_frames}
     if args.latents:
-        import numpy as np
+        from tdjax.embeds import load_latents
 
-        out["latents"] = np.load(args.latents)
+        out["latents"] = load_latents(args.latents)
     if args.prompt_embeds:
         from tdjax.embeds import load_embeds
 
@@ -180,79 +197,23 @@ def call_arguments(args, job: Job) -> dict:
     return {k: v for k, v in out.items() if v is not None}
 
 
-def run_jobs(args, pipe, jobs: list[Job]) -> int:
+def run_jobs(args, pipe, todo: list[tuple[Job, list[Path]]]) -> int:
     """All prompts through the text encoder first, so that it is loaded once and gone before the transformer comes."""
-    todo = []
-    for job in jobs:
-        path = output_path(args, pipe, job, 0)
-        if args.prompt_file and path.exists() and not args.overwrite:
-            pipe.stages.note(f"{path} is there already: skipped")
-        else:
-            todo.append(job)
     embeds = {}
     if len(todo) > 1 and not args.prompt_embeds:
-        prompts = sorted({job.prompt for job in todo})
+        prompts = sorted({job.prompt for job, _ in todo})
         embeds = dict(zip(prompts, pipe.embed(prompts), strict=True))
-    for job in todo:
+    for job, paths in todo:
         arguments = call_arguments(args, job)
         if job.prompt in embeds:
             arguments["prompt_embeds"] = embeds[job.prompt][None]
-        result = pipe(job.prompt or "", **arguments)
-        write(args, pipe, job, result)
-    if args.profile:
+        outputs.write(args, pipe.stages, pipe(job.prompt, **arguments), paths)
+    if args.profile and todo:
         import jax
 
         with jax.profiler.trace(args.profile):
-            pipe(jobs[-1].prompt or "", **call_arguments(args, jobs[-1]))
+            pipe(todo[-1][0].prompt, **call_arguments(args, todo[-1][0]))
     return report(args, pipe)
-
-
-def write(args, pipe, job: Job, result) -> None:
-    """One file a sample (or one tiled file); its path on stdout once it is complete."""
-    if args.grid:
-        result = tiled(result)
-    for index in range(len(result)):
-        path = output_path(args, pipe, job, index, len(result))
-        if not (job.out or args.prompt_file or args.overwrite):
-            path = unused(path)
-        with pipe.stages("write"):
-            result.save(path, index=index, crf=args.crf, metadata=args.metadata == "on", overwrite=args.overwrite)
-        if args.json:
-            print(json.dumps({"path": str(path), "seed": result.seed, "index": index, "timings": result.timings}), flush=True)
-        else:
-            print(path, flush=True)
-
-
-def output_path(args, pipe, job: Job, index: int, count: int = 1) -> Path:
-    template = job.out or args.save_path or DEFAULT_PATH
-    slug = re.sub(r"[^a-z0-9]+", "-", (job.prompt or "embeds").lower()).strip("-")[:40]
-    if args.prompt_file and template == DEFAULT_PATH:
-        template = "output/{model}_{prompt_slug}_{seed}_{index}.mp4"
-    fields = {"model": pipe.name, "seed": job.seed, "index": index, "prompt_slug": slug, "date": datetime.date.today().isoformat()}
-    path = Path(template.format(**fields))
-    if args.format:
-        path = path.with_suffix({"png": "", "latents": ".safetensors"}.get(args.format, f".{args.format}"))
-    if count > 1 and "{index}" not in template:
-        path = path.with_stem(f"{path.stem}_{index}")
-    return path
-
-
-def unused(path: Path) -> Path:
-    """The default name, or the next free one: demo_0_0.mp4, demo_0_0-2.mp4, ..."""
-    number, candidate = 1, path
-    while candidate.exists():
-        number += 1
-        candidate = path.with_stem(f"{path.stem}-{number}")
-    return candidate
-
-
-def tiled(result):
-    """All samples side by side, as the official scripts write them."""
-    from einops import rearrange
-
-    columns = max(n for n in range(1, len(result) + 1) if len(result) % n == 0 and n * n <= len(result))
-    frames = rearrange(result.frames, "(r c) t h w k -> 1 t (r h) (c w) k", c=len(result) // columns)
-    return dataclasses.replace(result, frames=frames, latents=result.latents[:1])
 
 
 def check_model(args, pipe) -> None:
@@ -292,7 +253,7 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
         f"size       {request.size}: {request.size.tokens(c.patch)} tokens",
         f"sampler    {request.sampler.mode}, {request.sampler.steps} steps, sigma_max {request.sampler.sigma_max:g}",
         f"weights    {'stay on the device' if pipe.keep(request) else 'freed after each stage'}",
-        f"videos     {len(jobs) * args.num_samples}, first {output_path(args, pipe, jobs[0], 0)}",
+        f"videos     {len(jobs) * args.num_samples}, first {outputs.targets(args, pipe.name, jobs[0])[0]}",
         "",
         plan.table(plans, limit),
     ]
@@ -304,27 +265,45 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
 
 
 def serve(args, pipe) -> int:
-    """One prompt a line; `:set NAME VALUE` changes an option of the call, `:quit` ends."""
-    changes: dict = {}
+    """One prompt a line; `:set OPTION VALUE` changes an option of the command, `:quit` ends."""
     pipe.stages.note("serving: one prompt a line; ':set seed 3' changes an option; ':quit' ends")
+    words: list[str] = []
     for line in sys.stdin:
-        words = line.strip().split(None, 2)
-        if not words:
-            continue
-        if words[0] == ":quit":
+        line = line.strip()
+        if line == ":quit":
             break
         try:
-            if words[0] == ":set" and len(words) == 3:
-                changes[words[1]] = json.loads(words[2]) if re.fullmatch(r"[-\d.\[\], ]+", words[2]) else words[2]
-                continue
-            job = Job(
-                prompt=line.strip(), seed=int(changes.get("seed", max(args.seed, 0))), image=args.image_path, num_frames=args.num_frames
-            )
-            result = pipe(job.prompt, **(call_arguments(args, job) | changes))
-            write(args, pipe, job, result)
-        except TdjaxError as error:  # a bad line must not end the session that holds the weights
+            if line.startswith(":"):
+                command, *setting = line.split()
+                if command != ":set" or len(setting) < 2:
+                    raise UsageError(f"{line!r} is no command", ":set OPTION VALUE, or :quit", "a prompt does not begin with a colon")
+                words = checked_setting(words, setting)
+            elif line:
+                now = parse_setting(args, words)
+                job = Job(prompt=line, seed=now.seed, image=now.image_path, num_frames=now.num_frames)
+                pipe.request(line, **call_arguments(now, job))
+                ((_, paths),) = outputs.assign(now, pipe.name, [job], pipe.stages.note)
+                outputs.write(now, pipe.stages, pipe(line, **call_arguments(now, job)), paths)
+        except (TdjaxError, OSError) as error:  # a bad line must not end the session that holds the weights
             print(f"error: {error}", file=sys.stderr)
     return report(args, pipe)
+
+
+def checked_setting(words: list[str], setting: list[str]) -> list[str]:
+    """The words of earlier settings with a new one, if the command line would take it."""
+    new = [*words, f"--{setting[0]}", *setting[1:]]
+    try:
+        check_early(parse(new))
+    except SystemExit as error:  # argparse has said what is wrong
+        raise UsageError(f":set {' '.join(setting)} was not taken", "options and values are those of the command line") from error
+    return new
+
+
+def parse_setting(args, words: list[str]):
+    """The command's own options with the session's settings over them."""
+    given = parse(words)
+    named = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    return argparse.Namespace(**(vars(args) | {name: getattr(given, name) for name in named}))
 
 
 def report(args, pipe) -> int:
@@ -337,11 +316,8 @@ def lora_weights(values: list[str]) -> tuple[tuple[str, float], ...]:
     """FILE or FILE:0.8"""
     out = []
     for value in values:
-        path, colon, weight = value.rpartition(":")
-        if colon and re.fullmatch(r"-?\d+(\.\d+)?", weight):
-            out.append((path, float(weight)))
-        else:
-            out.append((value, 1.0))
+        match = re.fullmatch(r"(.+):(-?\d+\.?\d*(?:e-?\d+)?)", value)
+        out.append((match[1], float(match[2])) if match else (value, 1.0))
     return tuple(out)
 
 
@@ -367,4 +343,4 @@ def set_compile_cache(args) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

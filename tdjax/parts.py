@@ -20,6 +20,7 @@ from tdjax.locate import Located
 from tdjax.models.wan_dit import with_linear
 from tdjax.precision import Policy
 from tdjax.sharding import shardings
+from tdjax.tokenizer import Tokenizer
 
 KINDS = {
     "dit": ("a video transformer", "dit_path"),
@@ -33,7 +34,7 @@ class Part:
     """One network. kind: "text", "vae" or "dit". `module` is None until loaded; `config` says what it is loaded as."""
 
     def __init__(self, path: Path, kind: str, *, lora: Lora = ()):
-        self.path, self.mesh, self.module = Path(path), None, None
+        self.path, self.mesh, self.module, self.lora = Path(path), None, None, lora
         self.ours = (self.path / "manifest.json").is_file()
         if self.ours:
             manifest = checkpoint.inspect(self.path)
@@ -54,10 +55,11 @@ class Part:
         self.config: Config = self.stored
 
     @classmethod
-    def planned(cls, kind: str, config: Config) -> Part:
+    def planned(cls, kind: str, config: Config, name: str) -> Part:
         """A part by its config alone, for a memory plan before any file is there."""
         part = cls.__new__(cls)
-        part.path, part.mesh, part.module, part.kind, part.config = Path("not downloaded"), None, None, kind, config
+        part.path, part.mesh, part.module, part.kind, part.config, part.stored = Path(name), None, None, kind, config, config
+        part.lora = ()
         return part
 
     def abstract(self):
@@ -92,7 +94,7 @@ class Part:
         """Name, size and a quick hash (first and last MiB) of the file, or the source that our manifest recorded."""
         if self.ours:
             return {"path": str(self.path), "source": checkpoint.inspect(self.path).get("source")}
-        files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
+        files = self.file.source.files
         quick = hashlib.sha256()
         for file in files:
             with file.open("rb") as f:
@@ -110,14 +112,9 @@ def open_parts(
     parts = {}
     for name, path in zip(("dit", "dit_low"), located.dit, strict=False):
         part = parts[name] = Part(path, "dit", lora=lora[name])
-        part.config = dataclasses.replace(
-            part.stored,
-            attention=chosen_attention(part, attention),
-            linear=chosen_linear(part, quant, note),
-            sla=part.stored.sla if topk is None else dataclasses.replace(part.stored.sla, topk=topk),
-            impl=impl,
-            policy=Policy(param=dtype, compute=dtype),
-        )
+        part.config = chosen(part, attention=attention, quant=quant, topk=topk, impl=impl, dtype=dtype, note=note)
+    if "dit_low" not in parts and lora["dit_low"] != lora["dit"]:
+        raise UsageError("--lora_high or --lora_low with one transformer", "they are for the two experts of Wan2.2 A14B", "use --lora")
     for name, path, kind in (("vae", located.vae, vae_dtype), ("text", located.text, dtype)):
         if path is not None:
             part = parts[name] = Part(path, name)
@@ -126,10 +123,17 @@ def open_parts(
     return parts
 
 
-def planned_parts(preset: Preset, policy: Policy) -> dict[str, Part]:
-    """The parts of a preset whose files are not here."""
-    configs = {"dit": preset.config, "vae": WAN_VAE, "text": UMT5_XXL} | ({"dit_low": preset.config} if len(preset.dit) == 2 else {})
-    return {name: Part.planned(name.removesuffix("_low"), dataclasses.replace(cfg, policy=policy)) for name, cfg in configs.items()}
+def planned_parts(preset: Preset, *, attention: str, quant: str, topk: float | None, dtype: str, note) -> dict[str, Part]:
+    """The parts of a preset whose files are not here, for a GPU's dtype unless another was asked for."""
+    dtype = "bfloat16" if dtype == "auto" else dtype
+    policy = Policy(param=dtype, compute=dtype)
+    parts = {"dit": Part.planned("dit", preset.config, preset.dit[0])}
+    parts["dit"].config = chosen(parts["dit"], attention=attention, quant=quant, topk=topk, impl="auto", dtype=dtype, note=note)
+    if len(preset.dit) == 2:
+        parts["dit_low"] = Part.planned("dit", parts["dit"].config, preset.dit[1])
+    parts["vae"] = Part.planned("vae", dataclasses.replace(WAN_VAE, policy=policy), preset.vae)
+    parts["text"] = Part.planned("text", dataclasses.replace(UMT5_XXL, policy=policy), preset.text)
+    return parts
 
 
 def reference_notes(cfg: DiTConfig) -> list[str]:
@@ -151,6 +155,18 @@ def check_impl(impl: str, dtype: str) -> None:
             "cuDNN attention runs on NVIDIA GPUs, in bfloat16 and float16",
             "use auto, or reference",
         )
+
+
+def chosen(part: Part, *, attention: str, quant: str, topk: float | None, impl: str, dtype: str, note) -> DiTConfig:
+    """The stored config with what was asked for."""
+    return dataclasses.replace(
+        part.stored,
+        attention=chosen_attention(part, attention),
+        linear=chosen_linear(part, quant, note),
+        sla=part.stored.sla if topk is None else dataclasses.replace(part.stored.sla, topk=topk),
+        impl=impl,
+        policy=Policy(param=dtype, compute=dtype),
+    )
 
 
 def chosen_attention(part: Part, asked: str) -> str:
@@ -194,9 +210,19 @@ def check_parts(parts: dict[str, Part]) -> None:
             "its image branch needs CLIP features, and tdjax has no CLIP encoder",
             "use turbowan2.2-i2v-a14b-720p, or call tdjax.models.wan_dit.DiT with your own features",
         )
-    if low and dataclasses.replace(low.config, sla=dit.sla) != dit:
+    if low and low.config != dit:
         raise CheckpointError(
             f"{parts['dit'].path.name} and {low.path.name} are networks of different kinds",
             f"high noise: {dit}; low noise: {low.config}",
             "give the two files of one release",
+        )
+
+
+def check_vocabulary(tokenizer: Tokenizer | None, text: Part | None) -> None:
+    """An id outside the embedding would be clamped without a word."""
+    if tokenizer and text and tokenizer.size > text.config.vocab:
+        raise CheckpointError(
+            f"{tokenizer.path} has {tokenizer.size} ids, {text.path.name} has {text.config.vocab} embeddings",
+            "they belong to different text encoders",
+            "give the tokenizer of google/umt5-xxl as --tokenizer_path",
         )

@@ -9,8 +9,6 @@ VAE decoder  -> frames
 from __future__ import annotations
 
 import contextlib
-import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import tdjax
 from tdjax import demo, flow, plan, programs, sampler, teacher
+from tdjax.arguments import PATHS
 from tdjax.conditioning import image_condition, image_video
-from tdjax.config import I2V_SAMPLER, PRESETS, T2V_SAMPLER, DiTConfig, VideoSize, to_dict
-from tdjax.errors import CheckpointError, NotFinite, UsageError
+from tdjax.config import I2V_SAMPLER, PRESETS, T2V_SAMPLER, DiTConfig, VideoSize
+from tdjax.errors import NotFinite, UsageError
 from tdjax.locate import Located, cache_folder, locate
 from tdjax.mesh import make_mesh
-from tdjax.parts import Lora, Part, open_parts, reference_notes
+from tdjax.parts import Lora, Part, check_vocabulary, open_parts, reference_notes
 from tdjax.request import Request, check_choice, make_request
 from tdjax.resolution import fit_image, size_notes
-from tdjax.result import Result
+from tdjax.result import Result, describe
 from tdjax.stages import Stages
 from tdjax.tokenizer import Tokenizer, prompt_warnings
 
@@ -71,6 +69,10 @@ def load(
     check_choice("attention", attention, ("auto", "original", "dense", "sla", "sagesla"))
     check_choice("quant", quant, ("auto", "none", "int8"))
     check_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
+    check_choice("vae_dtype", vae_dtype or dtype, ("auto", "bfloat16", "float16", "float32"))
+    check_choice("attention_impl", attention_impl, ("auto", "reference", "cudnn"))
+    for name in paths:
+        check_choice("an argument of load", name, PATHS)
     stages = stages or Stages(show=False)
     if str(model) == "demo" and not any(paths.values()):
         model = demo.folder(Path(cache_dir) if cache_dir else cache_folder())
@@ -132,6 +134,10 @@ class Pipeline:
         """The checked arguments of a call; raises UsageError before any long work."""
         prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
         request = make_request(prompts, arguments, task=self.task, size=self.size, resolution=self.resolution, sampler=self.sampler)
+        if request.sampler.guidance != 1.0 and "text" not in self.parts:
+            raise UsageError(
+                "guidance without a text encoder", "the negative prompt is encoded by it", "give the prompt itself, or guidance 1"
+            )
         request.check_arrays(latents=self.latent_shape(request), embeds=(self.text_len, self.config.text_dim))
         return request
 
@@ -164,9 +170,10 @@ class Pipeline:
             self.programs.get(self.stages, "vae encode", programs.encode_image, self.parts["vae"].abstract(), self.video_shape(request))
             condition = shape((*grid[:-1], self.config.condition_channels))
         text = shape((self.text_rows(request), self.text_len, self.config.text_dim), self.config.policy.compute_dtype)
-        state, chunks = self.start(request, jax.random.key(0))  # arrays of latents: small beside what is not loaded here
-        for chunk, *_ in chunks:
-            self.denoise_program(request, self.programs.place(state), text, condition, self.programs.place(chunk))
+        for single in (False, True):  # the whole loop, and its single steps for a terminal
+            state, chunks = self.start(request, jax.random.key(0), single=single)
+            for chunk, *_ in chunks:
+                self.denoise_program(request, self.programs.place(state), text, condition, self.programs.place(chunk))
         if request.output_type != "latent":
             self.decode_program(request)
 
@@ -233,15 +240,15 @@ class Pipeline:
             video = self.programs.place(image_video(fit_image(request.image, request.size, request.fit), request.size))
             return jax.block_until_ready(self.programs.place(image_condition(run(vae, video))))
 
-    def start(self, request: Request, key):
+    def start(self, request: Request, key, *, single: bool):
         """(state, [(schedule, first step, last step + 1, expert)]): the loop cut where experts change, or into single steps
         where progress is shown. A cut changes no bit of the result."""
         cfg, shape = request.sampler, self.latent_shape(request)
         noise = programs.start_noise(key, cfg.steps if cfg.mode == "sde" else 1, shape)
-        first = noise[0] if request.latents is None else jnp.asarray(request.latents, jnp.float32)
+        first = noise[0] if request.latents is None else jnp.array(request.latents, jnp.float32)  # a copy: the state is donated
         times = flow.times(cfg)
         swap = flow.split_times(times, cfg.boundary) if "dit_low" in self.parts else cfg.steps
-        cuts = sorted({0, swap, cfg.steps} | (set(range(cfg.steps)) if self.stages.show else set()))
+        cuts = sorted({0, swap, cfg.steps} | (set(range(cfg.steps)) if single else set()))
         spans = [(a, b, "dit" if a < swap else "dit_low") for a, b in zip(cuts, cuts[1:], strict=False)]
         if cfg.few_step:
             state, later = sampler.start(first, times), sampler.injected(noise)
@@ -261,7 +268,7 @@ class Pipeline:
     def denoise(self, request: Request, key, text, condition):
         """-> latents f32[1 t h w c] on the device. Raises NotFinite with the first bad step."""
         steps, keep, finite = request.sampler.steps, self.keep(request), []
-        state, chunks = self.start(request, key)
+        state, chunks = self.start(request, key, single=self.stages.show)
         state = self.programs.place(state)
         for chunk, first, last, name in chunks:
             chunk = self.programs.place(chunk)
@@ -276,7 +283,7 @@ class Pipeline:
         if not keep:
             self.parts[chunks[-1][3]].free()
         if request.check == "finite" and not all(finite):
-            raise not_finite(finite.index(False) + 1, steps, self.config)
+            raise plan.not_finite(finite.index(False) + 1, steps, self.config)
         return state if request.sampler.few_step else state.x
 
     def decode_program(self, request: Request):
@@ -289,7 +296,14 @@ class Pipeline:
         """Latents f32[1 t h w c] -> uint8 (or float32 in [0, 1]) [1 T H W 3] on the host."""
         run, vae = self.decode_program(request), self.loaded("vae", request)
         with self.stage("vae decode", request):
-            return np.asarray(run(vae, latents))
+            frames, finite = run(vae, latents)
+            if request.check == "finite" and not bool(finite):
+                raise NotFinite(
+                    "the VAE decoder gave NaN or infinity: no video was written",
+                    f"it ran in {self.parts['vae'].config.policy.compute}, on finite latents",
+                    "try --vae_dtype float32; check the file with python -m convert.validate --level values",
+                )
+            return np.asarray(frames)
 
     # -- the call ------------------------------------------------------------------------------------------------------
 
@@ -308,19 +322,15 @@ class Pipeline:
         first = len(self.stages.rows)
         for line in self.warnings(request):
             self.stages.note(line)
-        texts = self.texts(request)
-        condition = self.encode_image(request) if self.task == "i2v" else None
-        key = jax.random.key(request.seed) if request.key is None else request.key
-        latents, frames = [], []
-        for text in texts:
-            text = self.programs.place(text)
-            for sample in range(request.num_samples):
-                x = self.denoise(request, jax.random.fold_in(key, sample), text, condition)
-                latents.append(np.asarray(x))
-                if request.output_type != "latent":
-                    frames.append(self.decode(request, x))
-        if not self.keep(request):
-            self.free()
+        try:
+            latents, frames = self.videos(request)
+        except jax.errors.JaxRuntimeError as error:  # between stages: compiling, or placing inputs
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise plan.out_of_memory("compile", self.plan(request), plan.memory_limit()) from error
+        finally:
+            if not self.keep(request):
+                self.free()
         timings = self.stages.seconds(first)
         return Result(
             frames=np.concatenate(frames) if frames else None,
@@ -328,8 +338,25 @@ class Pipeline:
             seed=request.seed,
             fps=request.fps,
             timings=timings,
-            metadata=self.metadata(request, timings),
+            metadata=describe(self.name, self.trained, request, self.parts, timings),
         )
+
+    def videos(self, request: Request) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """(latents, frames) of every prompt and sample, through all stages."""
+        texts, keep = self.texts(request), self.keep(request)
+        condition = self.encode_image(request) if self.task == "i2v" else None
+        key = jax.random.key(request.seed) if request.key is None else request.key
+        latents, frames = [], []
+        for text in texts:
+            text = self.programs.place(text)
+            for sample in range(request.num_samples):
+                if not keep:
+                    self.free("vae")
+                x = self.denoise(request, jax.random.fold_in(key, sample), text, condition)
+                latents.append(np.asarray(x))
+                if request.output_type != "latent":
+                    frames.append(self.decode(request, x))
+        return latents, frames
 
     def warnings(self, request: Request) -> list[str]:
         """What a user should know before waiting: the prompt's length, an unusual size, weights that need many steps."""
@@ -349,24 +376,6 @@ class Pipeline:
             )
         return lines
 
-    def metadata(self, request: Request, timings: dict[str, float]) -> dict[str, Any]:
-        """Everything needed to make the same video again, as JSON values."""
-        return {
-            "tdjax": tdjax.__version__,
-            "model": self.name,
-            "trained": self.trained,
-            "prompts": list(request.prompts),
-            "negative_prompt": request.negative_prompt,
-            "seed": request.seed,
-            "size": to_dict(request.size),
-            "sampler": to_dict(request.sampler),
-            "transformer": json.loads(json.dumps(to_dict(self.config))),
-            "files": {name: part.fingerprint() for name, part in self.parts.items()},
-            "versions": {"jax": jax.__version__, "python": platform.python_version()},
-            "device": jax.local_devices()[0].device_kind,
-            "timings": timings,
-        }
-
     def free(self, *names: str) -> None:
         """Drop weights from the device: the named parts ("text", "vae", "dit", "dit_low"), or all."""
         for name in names or tuple(self.parts):
@@ -375,21 +384,3 @@ class Pipeline:
     def memory(self) -> dict[str, int]:
         """XLA's count of peak bytes on a device for every stage compiled so far."""
         return self.programs.memory()
-
-
-def check_vocabulary(tokenizer: Tokenizer | None, text: Part | None) -> None:
-    """An id outside the embedding would be clamped without a word."""
-    if tokenizer and text and tokenizer.size > text.config.vocab:
-        raise CheckpointError(
-            f"{tokenizer.path} has {tokenizer.size} ids, {text.path.name} has {text.config.vocab} embeddings",
-            "they belong to different text encoders",
-            "give the tokenizer of google/umt5-xxl as --tokenizer_path",
-        )
-
-
-def not_finite(step: int, steps: int, cfg: DiTConfig) -> NotFinite:
-    return NotFinite(
-        f"step {step} of {steps} gave NaN or infinity: no video was written",
-        f"the transformer ran with attention {cfg.attention}, linears {cfg.linear}, {cfg.policy.compute}",
-        "try --attention_type original, then --quant none, then --dtype float32; please report which one helps",
-    )

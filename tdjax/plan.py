@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from tdjax.config import DiTConfig, TextConfig, VAEConfig, VideoSize
-from tdjax.errors import OutOfMemory
+from tdjax.errors import NotFinite, OutOfMemory
 from tdjax.models.wan_vae import cache_bytes
 
 GIB = 2**30
@@ -113,4 +113,13 @@ def out_of_memory(stage: str, plans: list[StagePlan], limit: int | None) -> OutO
         f"out of device memory in stage {stage!r}",
         f"estimated need {row.total / GIB:.1f} GiB, of which weights {row.weights / GIB:.1f} GiB; usable {usable}",
         "in this order: --low_memory; a -quant file or --quant int8; fewer frames or --resolution 480p",
+    )
+
+
+def not_finite(step: int, steps: int, cfg: DiTConfig) -> NotFinite:
+    """The error of a denoising step that was not finite."""
+    return NotFinite(
+        f"step {step} of {steps} gave NaN or infinity: no video was written",
+        f"the transformer ran with attention {cfg.attention}, linears {cfg.linear}, {cfg.policy.compute}",
+        "try --attention_type original, then --quant none, then --dtype float32; please report which one helps",
     )

@@ -20,11 +20,12 @@ def encode_image(vae, video):
 
 
 def decode(vae, latents, *, output: str):
-    """Normalised latents -> uint8 (or float32 in [0, 1]) [b T H W 3]."""
-    video = jnp.clip(vae.decode(latents), -1.0, 1.0)
+    """Normalised latents -> (uint8 or float32 in [0, 1] [b T H W 3], whether all of it was finite)."""
+    video = vae.decode(latents)
+    finite, video = jnp.isfinite(video).all(), jnp.clip(video, -1.0, 1.0)
     if output == "uint8":
-        return jnp.round((video + 1.0) * 127.5).astype(jnp.uint8)
-    return (video + 1.0) * 0.5
+        return jnp.round((video + 1.0) * 127.5).astype(jnp.uint8), finite
+    return (video + 1.0) * 0.5, finite
 
 
 def start_noise(key, steps: int, shape: tuple[int, ...]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,17 @@ class Request:
             raise UsageError(
                 f"latents have shape {tuple(self.latents.shape)}", f"{self.size} needs {latents}, [1 t h w c]", "match the size"
             )
-        if self.prompt_embeds is not None and tuple(self.prompt_embeds.shape[1:]) != embeds:
+        if self.prompt_embeds is not None and (tuple(self.prompt_embeds.shape[1:]) != embeds or not len(self.prompt_embeds)):
             raise UsageError(
                 f"prompt_embeds have shape {tuple(self.prompt_embeds.shape)}",
                 f"this model needs [b {embeds[0]} {embeds[1]}]",
                 "make them with pipe.embed(prompts) or --save_prompt_embeds",
             )
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of the arrays that the caller gave, so that a sidecar tells whether they were the same."""
+        given = {name: getattr(self, name) for name in ("image", "latents", "prompt_embeds")}
+        return {k: hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest() for k, v in given.items() if v is not None}
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -94,8 +100,8 @@ def make_request(
     size_names = ("resolution", "aspect_ratio", "width", "height", "num_frames")
     size_given = {name: given.pop(name) for name in size_names if name in given}
     fit = given.pop("fit", "crop")
-    if size_given or (image is not None and resolution is not None) or fit == "adaptive":
-        if resolution is None and not {"width", "height", "resolution"} & set(size_given):
+    if size_given or resolution is not None or fit == "adaptive":
+        if resolution is None and not {"width", "height", "resolution", "aspect_ratio"} & set(size_given):
             size_given |= {"width": size.width, "height": size.height}
         size_given = {"resolution": resolution, "num_frames": size.frames} | size_given
         size = choose_size(**size_given, image_size=None if image is None else (image.shape[1], image.shape[0]), fit=fit)
@@ -127,9 +133,15 @@ def teacher_defaults(mode: str) -> SamplerConfig:
 def checked(request: Request) -> Request:
     if request.num_samples < 1:
         raise UsageError(f"num_samples is {request.num_samples}", "at least one video is made", "use 1")
+    if request.seed is not None and (not isinstance(request.seed, int | np.integer) or not 0 <= request.seed < 2**32):
+        raise UsageError(f"seed is {request.seed!r}", "a whole number from 0 to 4294967295", "use 0, or give a jax.random key as key")
+    for name in ("latents", "prompt_embeds"):
+        value = getattr(request, name)
+        if value is not None and not np.isfinite(np.asarray(value, np.float32)).all():
+            raise UsageError(f"{name} hold NaN or infinity", "they are where sampling begins", "make them again")
     check_choice("output_type", request.output_type, OUTPUTS)
     check_choice("check", request.check, ("finite", "none"))
-    if request.fps < 1:
+    if not request.fps >= 1:
         raise UsageError(f"fps is {request.fps}", "it is the frame rate written into the file", "the models were trained at 16")
     if request.key is not None and request.seed is not None:
         request = dataclasses.replace(request, seed=None)

@@ -6,13 +6,16 @@ import base64
 import dataclasses
 import json
 import os
+import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import tdjax
 from tdjax import video
+from tdjax.config import to_dict
 from tdjax.errors import UsageError
 
 
@@ -56,10 +59,10 @@ class Result:
     def save(self, path, *, index: int = 0, fps: int | None = None, crf: int = 17, metadata: bool = True, overwrite: bool = False) -> Path:
         """Write one video; the suffix chooses the form (.mp4 .webm .mkv .gif .npy, .safetensors = latents, no suffix = png folder).
 
-        With `metadata` a sidecar `<name>.json` is written beside it. Files appear under their name only when complete.
+        With `metadata` a sidecar `<file>.json` is written beside it. Files appear under their name only when complete.
         """
-        path = Path(path)
-        fps = fps or self.fps
+        path, fps = Path(path), fps or self.fps
+        check_save(path, fps=fps, crf=crf, metadata=metadata, overwrite=overwrite)
         facts = {**self.metadata, "index": index, "fps": fps}
         if path.suffix == ".safetensors":
             save_latents(path, self.latents[index : index + 1], overwrite)
@@ -83,8 +86,25 @@ class Result:
 
 
 def sidecar(path: Path) -> Path:
-    """fox.mp4 -> fox.json"""
-    return path.with_suffix(".json")
+    """fox.mp4 -> fox.mp4.json: no other file's name."""
+    return path.with_name(path.name + ".json")
+
+
+def check_save(path: Path, *, fps: float, crf: int, metadata: bool, overwrite: bool) -> None:
+    """Everything that stands in the way of `Result.save`, found before a long run: UsageError."""
+    if path.suffix == ".safetensors":
+        if path.exists() and not overwrite:
+            raise UsageError(f"{path} exists", "nothing is overwritten by itself", "give another name, or --overwrite")
+    else:
+        video.check_target(path, fps, crf, overwrite)
+    if metadata and sidecar(path).exists() and not overwrite:
+        raise UsageError(f"{sidecar(path)} exists", "the video's metadata goes there", "give another name, --overwrite, or --metadata off")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write into {path.parent}", error.strerror or str(error), "give another --save_path") from error
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -94,7 +114,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def save_latents(path: Path, latents: np.ndarray, overwrite: bool = False) -> None:
-    """Normalised latents [1 t h w c] as a safetensors file, readable by `--latents` of a decoder or any other tool."""
+    """Normalised latents [1 t h w c] as a safetensors file."""
     from safetensors.numpy import save_file
 
     if path.exists() and not overwrite:
@@ -103,3 +123,29 @@ def save_latents(path: Path, latents: np.ndarray, overwrite: bool = False) -> No
     part = path.with_name(f".{path.name}.part")
     save_file({"latents": np.ascontiguousarray(latents)}, part)
     os.replace(part, path)
+
+
+def describe(name: str, trained: bool, request, parts: dict, timings: dict[str, float]) -> dict[str, Any]:
+    """Everything needed to make the same video again, as JSON values; arrays that were given stand as their sha256."""
+    import jax
+
+    return {
+        "tdjax": tdjax.__version__,
+        "model": name,
+        "trained": trained,
+        "prompts": list(request.prompts),
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        "num_samples": request.num_samples,
+        "fit": request.fit,
+        "given": request.digests(),
+        "lora": {name: list(part.lora) for name, part in parts.items() if part.lora},
+        "size": to_dict(request.size),
+        "sampler": to_dict(request.sampler),
+        "transformer": to_dict(parts["dit"].config),
+        "vae_dtype": parts["vae"].config.policy.compute,
+        "files": {name: part.fingerprint() for name, part in parts.items()},
+        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+        "device": jax.local_devices()[0].device_kind,
+        "timings": timings,
+    }

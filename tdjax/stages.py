@@ -8,8 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
-
 GIB = 2**30
 
 
@@ -46,7 +44,7 @@ class Stage:
 
 
 class Stages:
-    """Collects stages. `with stages("decode"):` shows the name while it runs; `steps` and `bytes` show a bar."""
+    """Collects stages. `with stages("decode"):` shows the name while it runs."""
 
     def __init__(self, show: bool | None = None):
         self.show = sys.stderr.isatty() if show is None else show
@@ -76,11 +74,6 @@ class Stages:
         if self.show:
             print(f"{chr(13) if self.line_open else ''}  {name}: {seconds:.1f} s   ", file=sys.stderr)
         self.line_open = False
-
-    def bar(self, name: str, total: int, unit: str = "it"):
-        """A tqdm bar that is silent where nobody looks."""
-        scale = unit == "B"
-        return tqdm(total=total, desc=f"  {name}", unit=unit, unit_scale=scale, disable=not self.show, leave=False, file=sys.stderr)
 
     def note(self, text: str) -> None:
         """One line on stderr that a user should see even in a log file."""

@@ -7,6 +7,7 @@ of the structure: Wan-Video/Wan2.1 wan/modules/vae.py.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -289,6 +290,7 @@ def intermediates(vae: VAE, video=None, latents=None) -> dict:
     return {name: rearrange(x.astype(jnp.float32), "b t h w c -> b c t h w") for name, x in out.items()}
 
 
+@functools.cache
 def cache_bytes(cfg: VAEConfig, height: int, width: int, *, encode: bool = False) -> int:
     """Bytes that one clip's decoder (or encoder) carries from one latent frame to the next; from shapes, nothing is run."""
     vae = jax.eval_shape(lambda: VAE(cfg, rngs=nnx.Rngs(0)))

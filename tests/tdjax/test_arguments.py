@@ -60,6 +60,11 @@ def test_the_official_command_parses():
         ("--seconds 5 --num_frames 81", ["both give the length"]),
         ("--model Wan2.1-1.3B", ["names a network size", "--dit_path"]),
         ("--nun_steps 4", ["--nun_steps", "did you mean --num_steps?"]),
+        ("--seconds nan", ["--seconds is nan"]),
+        ("--mid_t nan", ["mid times"]),
+        ("--boundary nan --num_steps 2", ["boundary is nan"]),
+        ("--format gif --save_path a.mp4", ["another format"]),
+        ("--grid --format latents", ["--grid with latents"]),
         ("--config missing.toml", ["missing.toml cannot be read"]),
     ],
 )
@@ -88,6 +93,16 @@ def test_config_file_under_the_command_line(tmp_path):
     path.write_text('num-steps = 2\nprompt = "a fox"\n')
     args = parse(["--config", str(path), "--num_steps", "3"])
     assert (args.num_steps, args.prompt) == (3, "a fox")
+    path.write_text("overwrite = true\nmid_t = [1.5, 1.2]\n")
+    args = parse(["--config", str(path)])
+    assert args.overwrite and args.mid_t == [1.5, 1.2]
+    for bad in ('overwrite = "no"\n', "nun_steps = 2\n"):
+        path.write_text(bad)
+        with pytest.raises(UsageError):
+            parse(["--config", str(path)])
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(UsageError, match="not a table"):
+        parse(["--config", str(tmp_path / "list.json")])
     path.write_text("nun_steps = 2\n")
     with pytest.raises(UsageError, match="num_steps"):
         parse(["--config", str(path)])

@@ -1,4 +1,4 @@
-"""Tokens and Conditioning as pytrees, and the image channels of image-to-video."""
+"""Tokens as a pytree, and the image channels of image-to-video."""
 
 import dataclasses
 
@@ -7,24 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tdjax.conditioning import Conditioning, Tokens, first_frame_mask, image_condition, image_video
+from tdjax.conditioning import Tokens, first_frame_mask, image_condition, image_video
 from tdjax.config import VideoSize
 from tdjax.resolution import choose_size, fit_image
 
 SIZE = VideoSize(frames=9, height=32, width=48)
 
 
-def test_tokens_and_conditioning_are_pytrees():
+def test_tokens_are_a_pytree():
     tokens = Tokens(np.zeros((2, 5), np.int32), np.ones((2, 5), np.int32))
     twice = jax.jit(lambda t: jax.tree.map(lambda x: x * 2, t))(tokens)
     assert isinstance(twice, Tokens) and (twice.mask == 2).all()
-    text_only = Conditioning(jnp.zeros((1, 5, 3)))
-    assert len(jax.tree.leaves(text_only)) == 1 and text_only.image is None
-    both = Conditioning(text=jnp.zeros((1, 5, 3)), image=jnp.zeros((1, 3, 4, 6, 20)))
-    stacked = jax.tree.map(lambda a: jnp.concatenate([a, a]), both)
-    assert stacked.text.shape == (2, 5, 3) and stacked.image.shape == (2, 3, 4, 6, 20)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        both.text = None
+        tokens.ids = None
 
 
 def test_image_video_is_the_image_then_zeros():

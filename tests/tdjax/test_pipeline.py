@@ -11,8 +11,10 @@ import pytest
 
 import tdjax
 from tdjax import checkpoint, demo, generate, pipeline, programs
-from tdjax.config import DiTConfig, VideoSize
+from tdjax.config import PRESETS, DiTConfig, VideoSize
 from tdjax.errors import CheckpointError, NotFinite, OutOfMemory, UsageError
+from tdjax.locate import Located
+from tdjax.parts import planned_parts
 from tdjax.stages import Stages
 from tdjax.video import read_video
 
@@ -73,9 +75,9 @@ def test_the_smallest_command(model, tmp_path, monkeypatch, capsys):
     assert out.out == "output/demo_0_0.mp4\n"
     assert "UNTRAINED" in out.err
     assert read_video(tmp_path / "output/demo_0_0.mp4").shape == (33, 64, 64, 3)
-    facts = json.loads((tmp_path / "output/demo_0_0.json").read_text())
+    facts = json.loads((tmp_path / "output/demo_0_0.mp4.json").read_text())
     assert facts["seed"] == 0 and facts["prompts"] == [demo.PROMPT] and facts["sampler"]["steps"] == 4
-    assert sorted(p.name for p in (tmp_path / "output").iterdir()) == ["demo_0_0.json", "demo_0_0.mp4"]
+    assert sorted(p.name for p in (tmp_path / "output").iterdir()) == ["demo_0_0.mp4", "demo_0_0.mp4.json"]
 
 
 def test_same_seed_same_bits_and_samples_do_not_depend_on_the_batch(pipe):
@@ -220,7 +222,7 @@ def test_warmup_compiles_what_the_call_runs(model):
     pipe.warmup(**SMALL)
     before = len(pipe.programs.compiled)
     pipe("a red circle", **SMALL)
-    assert len(pipe.programs.compiled) == before == 3
+    assert len(pipe.programs.compiled) == before == 4  # text, the loop, its single step, decoder
 
 
 def test_a_plan_needs_no_download(tmp_path, capsys, monkeypatch):
@@ -230,6 +232,20 @@ def test_a_plan_needs_no_download(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr()
     assert "is not downloaded" in out.err
     assert "denoise (low noise)" in out.out and "1280x720, 81 frames: 75600 tokens" in out.out
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_preset_defaults_to_its_own_size(name):
+    pipe = pipeline.Pipeline(
+        Located(name=name, layout="published", preset=name),
+        planned_parts(PRESETS[name], attention="auto", quant="auto", topk=None, dtype="auto", note=print),
+        mesh=None,
+        low_memory=False,
+        stages=Stages(show=False),
+    )
+    image = {"image": np.zeros((90, 160, 3), np.uint8)} if pipe.task == "i2v" else {}
+    size = pipe.request("a", **image).size
+    assert (size.width, size.height, size.frames) == {"480p": (832, 480, 81), "720p": (1280, 720, 81)}[PRESETS[name].resolution]
 
 
 def test_quantised_at_load_and_back(model, pipe, tmp_path, capsys):
@@ -276,13 +292,42 @@ def test_samples_are_files_and_grid_is_one(model, tmp_path, capsys):
 
 
 def test_serving_keeps_weights_and_survives_a_bad_line(model, tmp_path, monkeypatch, capsys):
-    lines = "a red circle\n:set num_steps 9\na blue square\n:set num_steps 2\na blue square\n:quit\nnever\n"
+    lines = "a red circle\n:set num_steps 9\n:set seed abc\n:sett x\n:set num_steps 2\na blue square\n:quit\nnever\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     monkeypatch.chdir(tmp_path)
     assert generate.main(["--model", str(model), "--serve", *FLAGS]) == 0
     out = capsys.readouterr()
     assert out.out.split() == ["output/demo_0_0.mp4", "output/demo_0_0-2.mp4"]
     assert "num_steps is 9" in out.err
+
+
+def test_rows_of_one_prompt_are_different_files(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("红色的圆\n蓝色的圆\n红色的圆\n")
+    assert generate.main(["--model", str(model), "--prompt_file", "p.txt", "--format", "npy", *FLAGS]) == 0
+    assert len(set(capsys.readouterr().out.split())) == 3
+    (tmp_path / "same.csv").write_text("prompt,out\na,v.npy\nb,v.npy\n")
+    assert generate.main(["--model", str(model), "--prompt_file", "same.csv", *FLAGS]) == 2
+    assert "rows 1 and 2" in capsys.readouterr().err and not (tmp_path / "v.npy").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--save_path", "t_{seed}.npy"],
+        ["--num_samples", "2", "--save_path", "s.npy"],
+        ["--save_path", "o.npy"],
+        ["--save_path", "here/t_0.npy"],
+    ],
+)
+def test_what_stands_in_the_way_is_found_before_work(model, tmp_path, monkeypatch, capsys, argv):
+    monkeypatch.chdir(tmp_path)
+    for name in ("t_0.npy", "s_1.npy", "o.npy.json", "here"):
+        (tmp_path / name).write_text("mine")
+    monkeypatch.setattr(pipeline.Part, "load", lambda self: pytest.fail("weights were loaded"))
+    assert generate.main(["--model", str(model), "--prompt", "a", *argv, *FLAGS]) == 2
+    assert "error:" in capsys.readouterr().err
+    assert all((tmp_path / name).read_text() == "mine" for name in ("t_0.npy", "s_1.npy", "o.npy.json", "here"))
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------------
@@ -349,6 +394,39 @@ def test_not_finite_names_the_step(model, tmp_path, capsys):
         tdjax.load(folder)("a", **SMALL)
 
 
+def test_the_decoder_is_checked_too(model, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    shutil.rmtree(folder / "vae")
+    leaves = demo.random_leaves("vae", demo.VAE_CONFIG, 0)
+    leaves["decoder.conv_out.bias"][...] = np.nan
+    checkpoint.save(folder / "vae", leaves, kind="vae", cfg=demo.VAE_CONFIG)
+    assert "VAE decoder gave NaN" in failing(folder, tmp_path, capsys, 5)
+
+
+def test_weights_are_freed_after_a_failure(model, monkeypatch):
+    pipe = tdjax.load(model, low_memory=True)
+    monkeypatch.setattr(pipe, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    with pytest.raises(RuntimeError, match="stop"):
+        pipe("a red circle", **SMALL)
+    assert all(part.module is None for part in pipe.parts.values())
+
+
+def test_a_second_call_traces_nothing(pipe):
+    """A warm call is the work itself: nothing is traced or compiled on the way."""
+    pipe("a red circle", seed=1, **SMALL)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "eval_shape", lambda *_, **__: pytest.fail("shapes were traced again"))
+        pipe("a blue square", seed=2, **SMALL)
+
+
+def test_the_callers_noise_survives(pipe):
+    size = VideoSize(frames=5, height=32, width=32)
+    noise = jax.random.normal(jax.random.key(1), (1, *size.latent_grid, 8))
+    pipe("a", latents=noise, sampler="euler", num_steps=2, guidance_scale=1.0, num_samples=2, output_type="latent", **SMALL)
+    assert np.isfinite(np.asarray(noise)).all()
+
+
 def test_out_of_memory_names_the_stage(model, tmp_path, capsys, monkeypatch):
     def exhausted(self, *args):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9999 bytes.")
@@ -389,6 +467,11 @@ def test_python_arguments(pipe):
         pipe("a", prompt_embeds=np.zeros((1, 3, 64)))
     with pytest.raises(UsageError, match="no prompt"):
         pipe()
+    for seed in (-1, 2**32, "3"):
+        with pytest.raises(UsageError, match="seed is"):
+            pipe("a", seed=seed)
+    with pytest.raises(UsageError, match="NaN"):
+        pipe("a", latents=np.full((1, 2, 4, 4, 8), np.nan), **SMALL)
     with pytest.raises(UsageError, match="output_type is 'pil'"):
         pipe("a", output_type="pil")
     assert pipe.request("a", num_inference_steps=2, num_videos_per_prompt=3, **SMALL).sampler.steps == 2
@@ -412,3 +495,21 @@ def test_damaged_checkpoint(model, tmp_path, capsys):
     files = sorted((p for p in (folder / "dit" / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     files[-1].write_bytes(files[-1].read_bytes()[:100])
     assert str(folder / "dit") in failing(folder, tmp_path, capsys, 3)
+
+
+@pytest.mark.parametrize("name", ["model.json", "dit/manifest.json"])
+def test_damaged_tables(model, tmp_path, capsys, name):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    for damage in ("{", "[]"):
+        (folder / name).write_text(damage)
+        assert "Traceback" not in failing(folder, tmp_path, capsys, 3)
+
+
+def test_load_refuses_what_it_does_not_know(model):
+    with pytest.raises(UsageError, match="vae_dtype is 'float64'"):
+        tdjax.load(model, vae_dtype="float64")
+    with pytest.raises(UsageError, match="nearest: tokenizer_path"):
+        tdjax.load(model, tokeniser_path="x")
+    with pytest.raises(UsageError, match="8192"):
+        tdjax.load(model).request("a", width=16000, height=16000)
