@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {
     "generate": ("tdjax.generate", "prompt or image to video"),
+    "bench": ("tdjax.bench", "time and memory of every stage, with random weights"),
     "env": ("tdjax.env", "versions, devices, caches"),
     "convert": ("convert.__main__", "published checkpoints to tdjax's layout and back"),
     "validate": ("convert.validate", "check a checkpoint: keys, values, forward, golden vectors"),
