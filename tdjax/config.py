@@ -54,6 +54,7 @@ class DiTConfig:
     text_dim: int = 4096
     text_len: int = 512
     image_dim: int | None = None  # width of the image features (Wan2.1 I2V: 1280); None: no image branch
+    coordinates: bool = False  # three constant channels with the place in the clip: small models do not learn it from rotation
     eps: float = 1e-6
     attention: str = "dense"
     linear: str = "float"
@@ -76,6 +77,11 @@ class DiTConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads
+
+    @property
+    def embed_channels(self) -> int:
+        """Channels that the patch embedding reads: the latents', the condition's, and t h w where the model takes them."""
+        return self.in_channels + 3 * self.coordinates
 
     @property
     def condition_channels(self) -> int:

@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import lax
@@ -109,7 +110,7 @@ class DiT(nnx.Module):
         policy, d = cfg.policy, cfg.dim
         kt, kh, kw = cfg.patch
         self.cfg = cfg
-        self.patch_embed = Linear(cfg.in_channels * kt * kh * kw, d, policy, rngs=rngs)
+        self.patch_embed = Linear(cfg.embed_channels * kt * kh * kw, d, policy, rngs=rngs)
         self.text_embed = MLP(cfg.text_dim, d, policy, rngs=rngs)
         self.time_embed = MLP(cfg.freq_dim, d, policy, rngs=rngs)
         self.time_proj = Linear(d, 6 * d, policy, rngs=rngs)
@@ -140,6 +141,8 @@ class DiT(nnx.Module):
 
     def patchify(self, x, image):  # -> [b l d]
         x = x if image is None else jnp.concatenate([x, image.astype(x.dtype)], -1)
+        if self.cfg.coordinates:
+            x = jnp.concatenate([x, jnp.broadcast_to(coordinates(x.shape[1:4]), (*x.shape[:4], 3)).astype(x.dtype)], -1)
         kt, kh, kw = self.cfg.patch
         x = rearrange(x, "b (t kt) (h kh) (w kw) c -> b (t h w) (c kt kh kw)", kt=kt, kh=kh, kw=kw)
         return self.patch_embed(x.astype(self.cfg.policy.compute_dtype))
@@ -184,6 +187,12 @@ class DiT(nnx.Module):
                 raise ValueError(f"DiT: {name} has shape {value.shape}; expected {shape}")
         if any(n % p for n, p in zip(x.shape[1:4], cfg.patch, strict=True)):
             raise ValueError(f"DiT: latents of {x.shape[1:4]} frames, rows and columns are not multiples of the patch {cfg.patch}")
+
+
+def coordinates(shape: tuple[int, int, int]):  # -> f32 [t h w 3]
+    """Each place's t, h and w, from -1 to 1 over the clip; 0 along an axis of one."""
+    axes = [np.linspace(-1, 1, n, dtype=np.float32) if n > 1 else np.zeros(1, np.float32) for n in shape]
+    return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1)
 
 
 def with_linear(model: DiT, linear: str) -> DiT:

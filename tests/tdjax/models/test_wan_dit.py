@@ -207,6 +207,20 @@ def test_samples_of_a_batch_do_not_meet():
     assert np.abs(w[1] - v[1]).max() > 0.1
 
 
+def test_coordinates_tell_places_apart():
+    model = tiny(in_channels=5, patch=(1, 1, 1), coordinates=True)
+    assert model.cfg.task == "t2v" and model.patch_embed.kernel.shape == (8, 24)
+    x, t, text, _ = batch()
+    v = run(model, jnp.ones_like(x), t, text)
+    assert np.abs(v[0, 0, 0, 0] - v[0, 1, 3, 5]).max() > 0.1  # a constant clip, and yet
+    rows = rearrange(model.patchify(jnp.zeros_like(x), None)[0] - model.patch_embed.bias[...], "(t h w) d -> t h w d", t=2, h=4)
+    kernel = np.asarray(model.patch_embed.kernel[...])[5:]
+    assert_close(rows[0, 0, 0], -kernel.sum(0), "float32")
+    assert_close(rows[1, 3, 5], kernel.sum(0), "float32")
+    assert_close(rows[0, 3, 0], [-1, 1, -1] @ kernel, "float32")
+    assert_close(rows[0, 0, 1], [-1, -1, -0.6] @ kernel, "float32")
+
+
 def test_int8_blocks_and_back():
     model = tiny(dim=128, heads=2, ffn_dim=256, attention="sla")
     args = batch()
