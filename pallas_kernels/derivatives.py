@@ -13,8 +13,8 @@ def with_derivatives(forward: Callable, *, tangent: Callable, grad: Callable) ->
     """An op differentiable in both modes from three functions that JAX cannot look into.
 
     forward(*args) -> (out, saved);  tangent(args, saved, tangents) -> tangent of out;  grad(args, saved, cotangent) -> cotangents of args.
-    The tangent is a linear call whose transpose is `grad`. Limits: no vmap of the gradient (ops have a batch axis), and a
-    gradient cannot be taken through the primal output of the very jvp that also gives the tangent.
+    The tangent is a linear call whose transpose is `grad`. Limits: no vmap of the gradient (ops have a batch axis), and no
+    second derivative: differentiating the arguments of a jvp or of a gradient raises NotImplementedError.
     """
 
     @jax.custom_jvp
@@ -22,6 +22,7 @@ def with_derivatives(forward: Callable, *, tangent: Callable, grad: Callable) ->
         return forward(*args)[0]
 
     def rule(args, tangents):
+        args = once(*args)
         out, saved = forward(*args)
         live = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
 
@@ -43,6 +44,12 @@ def with_derivatives(forward: Callable, *, tangent: Callable, grad: Callable) ->
     return op
 
 
+SECOND = (
+    "the derivative of this op has no derivative of its own; compute a tangent outside the function that is differentiated, "
+    "or at arguments under jax.lax.stop_gradient"
+)
+
+
 def forward_only(function: Callable, reason: str) -> Callable:
     """`function`, raising NotImplementedError with `reason` when it is differentiated in either mode."""
 
@@ -55,3 +62,6 @@ def forward_only(function: Callable, reason: str) -> Callable:
         raise NotImplementedError(reason)
 
     return op
+
+
+once = forward_only(lambda *args: args, SECOND)

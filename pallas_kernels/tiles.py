@@ -13,7 +13,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 LOG2E = 1.4426950408889634
-RNE = 12582912.0  # 1.5 * 2^23: adding and taking it off rounds to the nearest even integer, for magnitudes below 2^22
 
 
 def launch(kernel: Callable, out_shape, grid: tuple[int, ...], in_specs, out_specs, *, warps: int, stages: int, interpret: bool, **more):
@@ -73,11 +72,6 @@ def fma_exp2(x, a, b, interpret):  # float32
 def exp2(x, interpret):  # float32
     """2^x by one instruction; results below 2^-126 are zero."""
     return inline("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], jnp.float32, interpret, jnp.exp2)
-
-
-def nearest_even(x):  # float32, |x| < 2^22
-    """x rounded to a whole number, ties to even: the backend has no `round`."""
-    return (x + RNE) - RNE
 
 
 def load(ref, mask=None):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import sys
 
+from tdjax.errors import leave
+
 COMMANDS = {
     "generate": ("tdjax.generate", "prompt or image to video"),
     "bench": ("tdjax.bench", "time and memory of every stage, with random weights"),
+    "train": ("tdjax.train.__main__", "SLA fine-tuning, rCM distillation, flow matching"),
     "env": ("tdjax.env", "versions, devices, caches"),
     "convert": ("convert.__main__", "published checkpoints to tdjax's layout and back"),
     "validate": ("convert.validate", "check a checkpoint: keys, values, forward, golden vectors"),
@@ -27,5 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     return importlib.import_module(module).main(argv[1:])
 
 
+def command() -> None:
+    """The console script."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -51,13 +51,15 @@ def kernels(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from pallas_kernels import flash_attention, int8_matmul, sage_attention, sparse_attention
 
     ops = {
-        "attention": flash_attention,
-        "sparse_attention": sparse_attention,
-        "sage_sparse_attention": sage_attention,
-        "int8_linear": int8_matmul,
+        "attention": flash_attention.IMPLS,
+        "sparse_linear_attention": sparse_attention.WHOLE,
+        "sage_sparse_linear_attention": sage_attention.WHOLE,
+        "int8_linear": int8_matmul.IMPLS,
     }
     device = found[0] if found else None
-    return [{"op": op, "impl": impl, "why_not": why_not(impl, device)} for op, room in ops.items() for impl in room.IMPLS]
+    return [
+        {"op": op, "impl": impl, "why_not": why_not(impl, device)} for op, impls in ops.items() for impl in impls if impl != "interpret"
+    ]
 
 
 def why_not(impl: str, device: dict[str, Any] | None) -> str | None:
@@ -131,10 +133,29 @@ def text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def selftest() -> int:
+    """Every kernel against its reference, one line each."""
+    import jax
+
+    from pallas_kernels import selftest
+
+    device = jax.devices()[0]
+    impl = "triton" if device.platform == "gpu" else "interpret"
+    print(f"{device.device_kind}: kernels {'compiled' if impl == 'triton' else 'interpreted (no CUDA device)'}", flush=True)
+    checks = list(selftest.run(impl))
+    print(selftest.table(checks))
+    return 0 if all(check.passed for check in checks) else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tdjax.env", description="Versions, devices, kernels and caches of this machine.")
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
+    parser.add_argument(
+        "--selftest", action="store_true", help="run every kernel against its reference (a minute; exit code 1 if one fails)"
+    )
     args = parser.parse_args(argv)
+    if args.selftest:
+        return selftest()
     found = report()
     print(json.dumps(found, indent=1) if args.json else text(found))
     return 1 if found["error"] else 0

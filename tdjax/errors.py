@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+import sys
+from pathlib import Path
+
 
 class TdjaxError(Exception):
     """what: one line; why: one line; fix: one line (what to do, or the nearest thing that works)."""
@@ -35,3 +40,19 @@ class NotFinite(TdjaxError):
     """A network or the sampler returned NaN or infinity."""
 
     exit_code = 5
+
+
+def near_files(path: Path) -> str:
+    """The names beside a missing file that are most like it, as the last line of an error."""
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, 3)
+    return f"in {path.parent} there is: {', '.join(near)}" if near else "check the path"
+
+
+def leave(code: int) -> None:
+    """Exit a command with its code. After an interrupt at once: the runtime's threads may still be compiling, and do not stop in order."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 130:
+        os._exit(code)
+    sys.exit(code)

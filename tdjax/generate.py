@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import re
 import secrets
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from tdjax import outputs
 from tdjax.arguments import OFFICIAL_MODELS, PATHS, Job, parse, read_jobs
 from tdjax.config import PRESETS, SamplerConfig, SLAConfig, VideoSize
-from tdjax.errors import CheckpointError, TdjaxError, UsageError
+from tdjax.errors import CheckpointError, TdjaxError, UsageError, leave, near_files
 from tdjax.resolution import choose_size
 
 
@@ -34,15 +33,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: nothing was left half-written; the same command starts again", file=sys.stderr)
         return 130
-
-
-def leave(code: int) -> None:
-    """Exit with the code. After an interrupt at once: the runtime's threads may still be compiling, and do not stop in order."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code == 130:
-        os._exit(code)
-    sys.exit(code)
 
 
 def check_early(args) -> None:
@@ -95,15 +85,6 @@ def not_downloaded(args) -> bool:
 def local_files(args) -> bool:
     """Whether the weights' kind (distilled or not) is known only once they are opened."""
     return Path(args.model).exists() or any(getattr(args, name) for name in PATHS)
-
-
-def near_files(path: Path) -> str:
-    import difflib
-
-    folder = path.parent
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, 3)
-    return f"in {folder} there is: {', '.join(near)}" if near else "check the path"
 
 
 def run(args) -> int:

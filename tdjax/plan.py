@@ -32,7 +32,7 @@ class StagePlan:
 
 def module_bytes(module) -> int:
     """Bytes of all leaves of an (abstract) module."""
-    return sum(math.prod(x.shape) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(module))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(module))
 
 
 def text_working(cfg: TextConfig, batch: int) -> int:

@@ -13,6 +13,7 @@ TABLE = {
     "fastnorm": (1e-5, 1e-5),  # floor 7e-7
     "int8_y": (0.0, 1e-5),  # order of float32 additions over K blocks
     "train_targets": (1e-4, 1e-4),  # floor 1e-5 relative to values of about 20
+    "train_targets_difference": (1e-3, 1e-4),  # a difference of two float32 networks over 0.01: a hundred times their rounding
     "float32": (1e-5, 1e-5),  # the same float32 arithmetic in another order
     "bf16": (1e-2, 1e-2),  # one bfloat16 rounding of values of order one, 2^-8, and its accumulation
     "oracle_dit": (1e-4, 1e-4),  # diffusers computes the time sinusoid in float32: 2.3e-5 by itself

@@ -8,15 +8,25 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import choose, on_cuda
-from pallas_kernels.flash_attention import cudnn, reference
+from pallas_kernels.flash_attention import cudnn, reference, triton
 
-IMPLS = {"reference": reference.attention, "cudnn": cudnn.attention}
+IMPLS = {
+    "reference": reference.attention,
+    "cudnn": cudnn.attention,
+    "triton": triton.attention,
+    "cudnn+triton": cudnn.with_triton_tangent,
+    "interpret": partial(triton.attention, interpret=True),
+}
+CUDA = cudnn.attention  # of "auto"
 
 
 def attention(q, k, v, *, scale: float | None = None, impl: str = "auto"):  # q [b l h k], k v [b s h k] -> [b l h k]
     """softmax(scale q k^T) v for each head, softmax in float32; scale defaults to 1 / sqrt(k).
 
-    impl: "auto" (cuDNN on CUDA for bfloat16 and float16 with a head width it takes, else the reference), "reference", "cudnn".
+    impl: "auto" (cuDNN on CUDA for bfloat16 and float16 with a head width it takes, else the reference), "reference", "cudnn",
+    "triton" (our kernels for all of forward, tangent and gradient), "cudnn+triton" (our kernel for the tangent, cuDNN for the
+    rest), "interpret" (our kernels without a GPU, for tests). The tangent of "auto" and "cudnn" is the reference's until our
+    kernel has been measured on a GPU.
     """
     check(q, k, v)
     auto = automatic if cudnn.refusal(q) is None and jax.default_backend() == "gpu" else reference.attention
@@ -25,7 +35,7 @@ def attention(q, k, v, *, scale: float | None = None, impl: str = "auto"):  # q 
 
 def automatic(q, k, v, scale):
     """cuDNN when compiled for CUDA, the reference when compiled for anything else."""
-    return on_cuda(partial(cudnn.attention, scale=scale), partial(reference.attention, scale=scale))(q, k, v)
+    return on_cuda(partial(CUDA, scale=scale), partial(reference.attention, scale=scale))(q, k, v)
 
 
 def check(q, k, v):

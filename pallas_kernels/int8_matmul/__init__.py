@@ -1,54 +1,117 @@
-"""W8A8 linear layer: int8 activations times int8 weights with block scales."""
+"""W8A8 linear layers: activations and weights of 8 bits, in three schemes.
+
+block128  int8, a scale for each tile of 128 x 128: the published quantised checkpoints
+channel   int8, a scale for each token and for each output channel
+fp8       float8_e4m3fn, scales as in channel
+
+An activation is quantised once and multiplied with every weight that reads it. impl: "auto" (the reference until the kernel
+has been measured on a GPU; fp8: float8 operands on CUDA), "reference", "xla" (channel: the reference; fp8: float8 operands),
+"triton", "interpret". A tile (block128) or row (channel, fp8) with a NaN or an infinity gives outputs that are not finite.
+"""
 
 from __future__ import annotations
 
+import difflib
+
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels.derivatives import forward_only
 from pallas_kernels.dispatch import choose
-from pallas_kernels.int8_matmul import reference
+from pallas_kernels.int8_matmul.channel import dequantize_rows, quantize_channels, quantize_rows, rescale
 from pallas_kernels.int8_matmul.quantize import BLOCK, QTensor, dequantize, quantize, tiles
+from pallas_kernels.int8_matmul.schemes import SCHEMES, Scheme
 
-__all__ = ["BLOCK", "QTensor", "dequantize", "int8_linear", "quantize", "tiles"]
+__all__ = [
+    "BLOCK",
+    "QTensor",
+    "SCHEMES",
+    "Scheme",
+    "dequantize",
+    "dequantize_rows",
+    "int8_linear",
+    "quantize",
+    "quantize_activations",
+    "quantize_channels",
+    "quantize_rows",
+    "quantize_weight",
+    "quantized_linear",
+    "rescale",
+    "tiles",
+]
 
-IMPLS = {"reference": reference.product}
+IMPLS = SCHEMES["block128"].products
 NO_DERIVATIVE = (
-    "int8_linear is forward only: rounding to int8 has no useful derivative. "
+    "{} is forward only: rounding to 8 bits has no useful derivative. "
     'Differentiate the float weights: with_linear(model, "float"), or load the checkpoint that is not quantised.'
 )
 
 
 def int8_linear(x, weight: QTensor, bias=None, *, impl: str = "auto"):  # x [m k] float, weight [n k] -> [m n] of x.dtype
-    """x W^T + bias with x quantised like the weight, in tiles of 128 x 128; float32 sums in the order of k.
+    """x W^T + bias in the block128 scheme: x quantised like the weight, float32 sums in the order of k.
 
     The sum is rounded to x.dtype before the bias is added, as in the published kernels: two roundings.
     """
-    check(x, weight, bias)
-    product = choose("int8_linear", impl, IMPLS, reference.product)
-
-    def run(x, values, scale):
-        y = product(quantize(x), QTensor(values, scale))
-        info = jnp.finfo(x.dtype)
-        return lax.reduce_precision(y, info.nexp, info.nmant).astype(x.dtype)  # a cast alone may be fused away before the bias
-
-    y = forward_only(run, NO_DERIVATIVE)(x, weight.values, weight.scale)
-    return y if bias is None else y + bias.astype(y.dtype)
+    check("int8_linear", SCHEMES["block128"], x, weight, bias)
+    return linear("int8_linear", quantize_in("int8_linear", x, "block128", impl), weight, bias, "block128", x.dtype, impl)
 
 
-def check(x, weight, bias):
-    """Raise ValueError unless x [m k], weight [n k] with k a multiple of 128 and one scale for each tile."""
+def quantize_activations(x, scheme: str, *, impl: str = "auto") -> QTensor:  # [m k] float
+    """x as the products of the scheme take it; k is a multiple of 128 in block128."""
+    if x.ndim != 2:
+        raise ValueError(f"quantize_activations: x {x.shape}; expected [m k]")
+    check_k("quantize_activations", named(scheme), x.shape[1])
+    return quantize_in("quantize_activations", x, scheme, impl)
+
+
+def quantize_weight(weight, scheme: str) -> QTensor:  # [n k] float
+    """A float weight, one row for each output channel, in the scheme."""
+    return named(scheme).quantize_weight(weight)
+
+
+def quantized_linear(x: QTensor, weight: QTensor, bias=None, *, scheme: str, out_dtype, impl: str = "auto"):  # [m k], [n k] -> [m n]
+    """x W^T + bias of quantised activations. Weights concatenated along n, scales and biases alike, give concatenated outputs.
+
+    channel and fp8 round once, after the bias; block128 before and after it, as in the published kernels. In block128 a weight
+    that is not the last one concatenated must have a multiple of 128 rows.
+    """
+    check("quantized_linear", named(scheme), x.values, weight, bias, x.scale)
+    return linear("quantized_linear", x, weight, bias, scheme, out_dtype, impl)
+
+
+def quantize_in(op, x, scheme, impl):
+    table = SCHEMES[scheme].quantizers
+    return forward_only(choose(op, impl, table, table["reference"]), NO_DERIVATIVE.format(op))(x)
+
+
+def linear(op, x, weight, bias, scheme, out_dtype, impl):
+    product = choose(op, impl, SCHEMES[scheme].products, SCHEMES[scheme].auto)
+    run = lambda x, weight, bias: product(x, weight, bias, jnp.dtype(out_dtype))
+    return forward_only(run, NO_DERIVATIVE.format(op))(x, weight, bias)
+
+
+def named(scheme: str) -> Scheme:
+    if scheme not in SCHEMES:
+        near = difflib.get_close_matches(scheme, SCHEMES, 1)
+        raise ValueError(f"scheme is {scheme!r}; allowed: {', '.join(SCHEMES)}{f'; did you mean {near[0]!r}?' if near else ''}")
+    return SCHEMES[scheme]
+
+
+def check_k(op, scheme, k):
+    step = scheme.k_multiple
+    if k % step:
+        low = k // step * step
+        nearest = f"{low} and {low + step}" if low else low + step
+        raise ValueError(f"{op}: k is {k}; it must be a multiple of {step}, the width of a scale block; nearest: {nearest}")
+
+
+def check(op, scheme, x, weight, bias, x_scale=None):
+    """Raise ValueError unless x [m k] and weight [n k] fit each other and the scheme, and bias is [n]."""
     if x.ndim != 2 or weight.values.ndim != 2 or x.shape[1] != weight.values.shape[1]:
-        raise ValueError(f"int8_linear: x {x.shape}, weight {weight.values.shape}; expected [m k] and [n k]")
-    if x.shape[1] % BLOCK:
-        low = x.shape[1] // BLOCK * BLOCK
-        raise ValueError(
-            f"int8_linear: k is {x.shape[1]}; it must be a multiple of {BLOCK}, the width of a scale block; "
-            f"nearest: {f'{low} and ' if low else ''}{low + BLOCK}"
-        )
-    if weight.values.dtype != jnp.int8 or weight.scale.shape != tiles(weight.values.shape):
-        raise ValueError(
-            f"int8_linear: weight {weight.values.dtype}, scale {weight.scale.shape}; expected int8 and {tiles(weight.values.shape)}"
-        )
+        raise ValueError(f"{op}: x {x.shape}, weight {weight.values.shape}; expected [m k] and [n k]")
+    check_k(op, scheme, x.shape[1])
+    for name, values, scale in (("weight", *weight), ("x", x, x_scale)):
+        expected = scheme.scale_shape(values.shape)
+        if scale is not None and (values.dtype != scheme.dtype or scale.shape != expected):
+            raise ValueError(f"{op}: {name} {values.dtype}, scale {scale.shape}; expected {jnp.dtype(scheme.dtype)} and {expected}")
     if bias is not None and bias.shape != weight.values.shape[:1]:
-        raise ValueError(f"int8_linear: bias {bias.shape}; expected {weight.values.shape[:1]}")
+        raise ValueError(f"{op}: bias {bias.shape}; expected {weight.values.shape[:1]}")

@@ -13,7 +13,7 @@ FLOOR = 1e-8  # least amax of a block
 
 
 class QTensor(NamedTuple):
-    """int8 values [m k] and the float32 scale of each tile [ceil(m/128) ceil(k/128)]."""
+    """Values [m k] of 8 bits and float32 scales: of each tile [ceil(m/128) ceil(k/128)] in block128, of each row [m] otherwise."""
 
     values: object
     scale: object
@@ -38,7 +38,7 @@ def quantize(x) -> QTensor:  # [m k] float
     return QTensor(rearrange(values, "r m c k -> (r m) (c k)")[:m, :k], amax / 128)
 
 
-def dequantize(q: QTensor):  # -> [m k] float32
+def dequantize(q: QTensor):  # block128 -> [m k] float32
     """values * scale."""
     m, k = q.values.shape
     scale = repeat(q.scale, "r c -> (r m) (c k)", m=BLOCK, k=BLOCK)[:m, :k]

@@ -1,4 +1,8 @@
-"""Attention with int8 scores: queries and keys quantised by block, softmax and values as in the float ops. Forward only."""
+"""Attention with int8 scores: queries and keys quantised by block, softmax and values as in the float ops. Forward only.
+
+Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels interpreted, for tests); "auto"
+is the reference until the kernels have been measured on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +13,55 @@ import jax.numpy as jnp
 from pallas_kernels.derivatives import forward_only
 from pallas_kernels.dispatch import choose
 from pallas_kernels.flash_attention import check as check_attention
-from pallas_kernels.sage_attention import reference
+from pallas_kernels.sage_attention import reference, triton
 from pallas_kernels.sage_attention.quantize import quantize_blocks
-from pallas_kernels.sparse_attention import block_map, linear_attention
 from pallas_kernels.sparse_attention import check as check_blocks
+from pallas_kernels.sparse_attention import chosen_blocks, linear_attention, table
+from pallas_kernels.sparse_attention.reference import block_map
 
 __all__ = ["quantize_blocks", "sage_attention", "sage_sparse_attention", "sage_sparse_linear_attention"]
 
-IMPLS = {"reference": reference.sage_sparse_attention}
 NO_DERIVATIVE = (
     "attention with int8 scores is forward only: rounding to int8 has no useful derivative. "
     'Train with attention "sla" or "dense"; the weights are the same.'
 )
 
 
+def every_block(q, k, v, block_q, block_k):
+    """Dense attention from the reference of the sparse one."""
+    (b, l, h, _), k_blocks = q.shape, -(-k.shape[1] // block_k)
+    every = jnp.broadcast_to(jnp.arange(k_blocks, dtype=jnp.int32), (b, h, -(-l // block_q), k_blocks))
+    return reference.sage_sparse_attention(q, k, v, every, block_q, block_k)
+
+
+def sum_of_branches(q, k, v, proj_kernel, proj_bias, chosen, block_q, block_k):
+    """The whole op from the references of its parts."""
+    blocks = block_map(q, k, chosen, block_q, block_k)
+    return reference.sage_sparse_attention(q, k, v, blocks, block_q, block_k) + linear_attention(q, k, v, proj_kernel, proj_bias)
+
+
+DENSE = table(every_block, triton.sage_attention)
+SPARSE = table(reference.sage_sparse_attention, triton.sage_sparse_attention)
+WHOLE = table(sum_of_branches, triton.sage_sparse_linear_attention)
+
+
 def sage_sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, impl="auto"):
     """`sparse_linear_attention` with int8 scores in its sparse branch: q k v [b l h k] -> [b l h k]."""
-    blocks = block_map(q, k, topk=topk, block_q=block_q, block_k=block_k)
-    near = sage_sparse_attention(q, k, v, blocks, block_q=block_q, block_k=block_k, impl=impl)
-    return near + linear_attention(q, k, v, proj_kernel, proj_bias)
+    check_attention(q, k, v)
+    run = choose("sage_sparse_linear_attention", impl, WHOLE, sum_of_branches)
+    run = partial(run, chosen=chosen_blocks(k.shape[1], topk, block_k), block_q=block_q, block_k=block_k)
+    return forward_only(run, NO_DERIVATIVE)(q, k, v, proj_kernel, proj_bias)
 
 
 def sage_sparse_attention(q, k, v, blocks, *, block_q=128, block_k=64, impl="auto"):  # q k v [b l h k] -> [b l h k]
     """`sparse_attention` with int8 scores; blocks int32 [b h q_blocks chosen]."""
     check_blocks(q, k, v, blocks, block_q)
-    run = choose("sage_sparse_attention", impl, IMPLS, reference.sage_sparse_attention)
+    run = choose("sage_sparse_attention", impl, SPARSE, reference.sage_sparse_attention)
     return forward_only(partial(run, block_q=block_q, block_k=block_k), NO_DERIVATIVE)(q, k, v, blocks)
 
 
 def sage_attention(q, k, v, *, block_q=128, block_k=64, impl="auto"):  # q k v [b l h k] -> [b l h k]
     """Dense attention with int8 scores (SageAttention, arXiv 2410.02367)."""
     check_attention(q, k, v)
-    (b, l, h, _), k_blocks = q.shape, -(-k.shape[1] // block_k)
-    every = jnp.broadcast_to(jnp.arange(k_blocks, dtype=jnp.int32), (b, h, -(-l // block_q), k_blocks))
-    return sage_sparse_attention(q, k, v, every, block_q=block_q, block_k=block_k, impl=impl)
+    run = choose("sage_attention", impl, DENSE, every_block)
+    return forward_only(partial(run, block_q=block_q, block_k=block_k), NO_DERIVATIVE)(q, k, v)

@@ -1,17 +1,38 @@
-"""Sparse-linear attention: exact softmax over a few key blocks for each query block, a linear branch over all keys."""
+"""Sparse-linear attention: exact softmax over a few key blocks for each query block, a linear branch over all keys.
+
+Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels interpreted, for tests); "auto"
+is the reference until the kernels have been measured on a GPU.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import choose
 from pallas_kernels.flash_attention import check as check_attention
-from pallas_kernels.sparse_attention import reference
+from pallas_kernels.sparse_attention import block_map as block_map_kernels
+from pallas_kernels.sparse_attention import reference, triton
 from pallas_kernels.sparse_attention.reference import dense_map, linear_attention, pooled_scores
 
 __all__ = ["block_map", "chosen_blocks", "dense_map", "linear_attention", "pooled_scores", "sparse_attention", "sparse_linear_attention"]
 
-IMPLS = {"reference": reference.sparse_attention}
+
+def table(reference, kernel):
+    """The implementations of an op that has a reference and a kernel."""
+    return {"reference": reference, "triton": partial(kernel, interpret=False), "interpret": partial(kernel, interpret=True)}
+
+
+def sum_of_branches(q, k, v, proj_kernel, proj_bias, chosen, block_q, block_k):
+    """The whole op from the references of its parts."""
+    blocks = reference.block_map(q, k, chosen, block_q, block_k)
+    return reference.sparse_attention(q, k, v, blocks, block_q, block_k) + linear_attention(q, k, v, proj_kernel, proj_bias)
+
+
+IMPLS = table(reference.sparse_attention, triton.sparse_attention)
+MAPS = table(reference.block_map, block_map_kernels.block_map)
+WHOLE = table(sum_of_branches, triton.sparse_linear_attention)
 
 
 def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, impl="auto"):
@@ -20,9 +41,9 @@ def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block_q=12
     proj_kernel [k k] (i o) and proj_bias [k], float32, project the linear branch of every head. topk is the share of key
     blocks kept. The choice of blocks has no gradient; the linear branch sums over all keys, chosen or not.
     """
-    blocks = block_map(q, k, topk=topk, block_q=block_q, block_k=block_k)
-    near = sparse_attention(q, k, v, blocks, block_q=block_q, block_k=block_k, impl=impl)
-    return near + linear_attention(q, k, v, proj_kernel, proj_bias)
+    check_attention(q, k, v)
+    run = choose("sparse_linear_attention", impl, WHOLE, sum_of_branches)
+    return run(q, k, v, proj_kernel, proj_bias, chosen_blocks(k.shape[1], topk, block_k), block_q, block_k)
 
 
 def chosen_blocks(length: int, topk: float, block_k: int) -> int:
@@ -31,9 +52,9 @@ def chosen_blocks(length: int, topk: float, block_k: int) -> int:
     return max(1, min(blocks, int(topk * blocks)))
 
 
-def block_map(q, k, *, topk, block_q=128, block_k=64):  # q k [b l h k] -> int32 [b h q_blocks chosen], ascending
+def block_map(q, k, *, topk, block_q=128, block_k=64, impl="auto"):  # q k [b l h k] -> int32 [b h q_blocks chosen], ascending
     """The key blocks of highest pooled score for each block of queries; ties go to the lowest index."""
-    return reference.block_map(q, k, chosen_blocks(k.shape[1], topk, block_k), block_q, block_k)
+    return choose("block_map", impl, MAPS, reference.block_map)(q, k, chosen_blocks(k.shape[1], topk, block_k), block_q, block_k)
 
 
 def sparse_attention(q, k, v, blocks, *, block_q=128, block_k=64, impl="auto"):  # q k v [b l h k] -> [b l h k]

@@ -101,3 +101,15 @@ def test_forward_only_says_why(ab):
     for differentiate in (lambda: jax.grad(partial(loss, f))(*ab), lambda: jax.jvp(f, ab, ab)):
         with pytest.raises(NotImplementedError, match="because of a reason"):
             differentiate()
+
+
+def test_a_second_derivative_says_what_to_do(ab):
+    a, b = ab
+    tangent_of = lambda b: jax.jvp(lambda a: op(a, b), (a,), (a,))[1]
+    inside = lambda b: jnp.square(op(a, b) - jax.lax.stop_gradient(tangent_of(b))).sum()
+    for f in (jax.grad(inside), lambda b: jax.jvp(jax.grad(partial(loss, op, a)), (b,), (b,))):
+        with pytest.raises(NotImplementedError, match="outside the function that is differentiated"):
+            f(b)
+    same(
+        lambda f, b: jax.grad(lambda b: jnp.square(f(a, b) - jax.jvp(lambda a: f(a, jax.lax.stop_gradient(b)), (a,), (a,))[1]).sum())(b), b
+    )

@@ -95,8 +95,8 @@ def test_errors():
     with pytest.raises(ValueError, match=r"k is 200; it must be a multiple of 128, .*; nearest: 128 and 256"):
         int8_linear(x, w)
     x, w = jnp.zeros((5, 128)), quantize(jnp.zeros((7, 128)))
-    with pytest.raises(ValueError, match=r"impl is 'triton'; allowed: auto, reference"):
-        int8_linear(x, w, impl="triton")
+    with pytest.raises(ValueError, match=r"impl is 'tritn'; allowed: auto, reference, .*did you mean 'triton'"):
+        int8_linear(x, w, impl="tritn")
     with pytest.raises(ValueError, match=r"bias \(3,\); expected \(7,\)"):
         int8_linear(x, w, jnp.zeros(3))
     with pytest.raises(ValueError, match=r"expected \[m k\] and \[n k\]"):

@@ -56,7 +56,7 @@ def test_int8_scores_cannot_be_trained(qkv):
 
 
 def test_impl_is_never_replaced_silently(qkv):
-    with pytest.raises(ValueError, match="sparse_attention: impl is 'cudnn'; allowed: auto, reference"):
+    with pytest.raises(ValueError, match="sparse_linear_attention: impl is 'cudnn'; allowed: auto, reference, triton"):
         core("sla", impl="cudnn")(*qkv)
     with pytest.raises(ValueError, match="attention: cuDNN attention takes bfloat16 and float16, not float32"):
         core("dense", impl="cudnn")(*qkv)

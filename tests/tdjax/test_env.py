@@ -28,7 +28,7 @@ def test_json_and_text_say_the_same(tmp_path, monkeypatch, capsys):
 def test_every_op_has_its_reference():
     rows = env.kernels([{"platform": "cpu", "kind": "cpu", "compute_capability": None}])
     reference = {row["op"] for row in rows if row["impl"] == "reference" and row["why_not"] is None}
-    assert reference == {"attention", "sparse_attention", "sage_sparse_attention", "int8_linear"}
+    assert reference == {"attention", "sparse_linear_attention", "sage_sparse_linear_attention", "int8_linear"}
     assert all(row["why_not"] for row in rows if row["impl"] != "reference")
 
 

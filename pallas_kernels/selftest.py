@@ -1,0 +1,107 @@
+"""Every kernel against its reference at small ragged shapes, on the device at hand: `python -m tdjax.env --selftest`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import fused_rows, qk_prep, sage_attention, sparse_attention
+from pallas_kernels.flash_attention import attention
+from pallas_kernels.int8_matmul import quantize_activations, quantize_weight, quantized_linear
+
+BF16 = 1e-2  # relative L2: a bfloat16 rounding of operands and of the result
+EXACT = 0.0
+INT8_MAP = 3e-3  # share of int8 values that a last bit of float32 may round the other way
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One kernel: error is the relative L2 of its output to the reference's, bound what is allowed; failure if it did not run."""
+
+    name: str
+    error: float
+    bound: float
+    failure: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.failure and self.error <= self.bound
+
+
+def normal(seed: int, *shape: int, dtype=jnp.bfloat16):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def cases() -> Iterator[tuple[str, Callable, float]]:
+    """(name, function of impl, bound); 200 tokens of two heads: no block divides them."""
+    q, k, v, t = (normal(seed, 1, 200, 2, 64) for seed in range(4))
+    w, b = normal(4, 64, 64, dtype=jnp.float32) / 8, normal(5, 64, dtype=jnp.float32)
+    sla = lambda q, k, v, w, b, impl: sparse_attention.sparse_linear_attention(q, k, v, w, b, topk=0.5, impl=impl)
+    dense = lambda q, k, v, impl: attention(q, k, v, impl=impl)
+    total = lambda op: lambda *a, impl: op(*a, impl=impl).astype(jnp.float32).var()
+    yield "sparse-linear attention", lambda impl: sla(q, k, v, w, b, impl), BF16
+    yield "its gradient (sparse)", lambda impl: jax.grad(total(sla), (0, 1, 2, 3, 4))(q, k, v, w, b, impl=impl), BF16
+    yield "its block map", lambda impl: sparse_attention.block_map(q, k, topk=0.5, impl=impl), EXACT
+    sage = sage_attention.sage_sparse_linear_attention
+    yield "with int8 scores", lambda impl: sage(q, k, v, w, b, topk=0.5, impl=impl), BF16
+    yield "dense with int8 scores", lambda impl: sage_attention.sage_attention(q, k, v, impl=impl), BF16
+    yield "dense attention", lambda impl: dense(q, k, v, impl), BF16
+    yield "its tangent", lambda impl: jax.jvp(lambda *a: dense(*a, impl), (q, k, v), (t, v, q))[1], BF16
+    yield "its gradient (dense)", lambda impl: jax.grad(total(dense), (0, 1, 2))(q, k, v, impl=impl), BF16
+    x, y, weight, bias = normal(6, 1, 200, 256), normal(7, 1, 200, 256), normal(8, 384, 256), normal(9, 384)
+    for scheme in ("block128", "channel"):
+        q_weight = quantize_weight(weight, scheme)
+        yield (
+            f"{scheme} linear",
+            lambda impl, scheme=scheme, q_weight=q_weight: quantized_linear(
+                quantize_activations(x[0], scheme, impl="reference"), q_weight, bias, scheme=scheme, out_dtype=jnp.bfloat16, impl=impl
+            ),
+            BF16,
+        )
+        yield (
+            f"{scheme} quantisation",
+            lambda impl, scheme=scheme: quantize_activations(x[0], scheme, impl=impl).values.astype(jnp.float32),
+            INT8_MAP,
+        )
+    rows = normal(10, 1, 1, 256, dtype=jnp.float32)
+    norm = lambda impl: fused_rows.norm(x, 1 + rows, rows, y=y, gate=rows, eps=1e-6, impl=impl)
+    yield "norm and residual", lambda impl: (norm(impl).x, norm(impl).h), BF16
+    yield "gelu to int8", lambda impl: fused_rows.gelu(x, scheme="channel", impl=impl).values.astype(jnp.float32), INT8_MAP
+    angles = normal(11, 200, 32, dtype=jnp.float32)
+    prep = lambda impl: qk_prep.rms_norm_rope_pool(x, bias[:256], jnp.cos(angles), jnp.sin(angles), eps=1e-6, block=64, impl=impl)
+    yield "norm, rotation and means", prep, BF16
+    mean = k.astype(jnp.float32).mean(1)
+    yield "int8 keys", lambda impl: qk_prep.quantize_keys(k, mean, block=64, impl=impl)[0].astype(jnp.float32), INT8_MAP
+
+
+def run(impl: str) -> Iterator[Check]:
+    """Every case with `impl`: "triton" on a GPU, "interpret" anywhere."""
+    for name, function, bound in cases():
+        try:
+            made = jax.jit(lambda function=function: function(impl))()
+            yield Check(name, distance(made, jax.jit(lambda function=function: function("reference"))()), bound)
+        except Exception as error:  # noqa: BLE001  (whatever a backend raises is a failed check, and the others still run)
+            yield Check(
+                name, float("nan"), bound, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else repr(error)
+            )
+
+
+def distance(made, expected) -> float:
+    """The largest relative L2 of any output; NaN is infinitely far."""
+    worst = 0.0
+    for a, e in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        error = np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-30)
+        worst = max(worst, float(error) if np.isfinite(error) else float("inf"))
+    return worst
+
+
+def table(checks: list[Check]) -> str:
+    lines = [f"{'kernel':26} {'error':>9} {'bound':>9}"]
+    for c in checks:
+        lines.append(f"{c.name:26} {c.error:9.2e} {c.bound:9.2e}  {'pass' if c.passed else 'FAIL ' + c.failure}")
+    return "\n".join(lines)

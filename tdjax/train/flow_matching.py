@@ -1,0 +1,97 @@
+"""Flow matching: the velocity eps - x0 at a random time, with the caption sometimes replaced so that guidance has a partner."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce
+
+from tdjax import flow
+from tdjax.sampler import Velocity
+from tdjax.train.state import (
+    EMAConfig,
+    accumulated,
+    apply,
+    check_accumulate,
+    ema_update,
+    keep,
+    named_keys,
+    negative_text,
+    normal,
+    summary,
+    velocity,
+    whole,
+)
+from tdjax.train.times import TimeDistribution, UniformShift
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowMatchingConfig:
+    """Flow matching with no weight over time."""
+
+    time: TimeDistribution = UniformShift()
+    dropout: float = 0.0  # share of captions replaced by the negative embedding; 0.1 to 0.15 for a model that will be guided
+    ema: EMAConfig = EMAConfig()
+    accumulate: int = 1  # microbatches in a batch
+
+    def __post_init__(self):
+        check_accumulate(self)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"FlowMatchingConfig.dropout is {self.dropout}; it is a probability, at least 0 and less than 1")
+
+
+def distance(network: Velocity, target: Callable, latents, eps, s):
+    """Mean square of network - target over each sample, both at x_u of (latents, eps, log sigma s f32[b]) -> (f32[b], ok bool[b]).
+
+    target: (x, timestep) -> v; it has no gradient. A sample that is not finite counts as zero.
+    """
+    c = flow.from_log_sigma(s)
+    x, timestep = flow.noisy(latents, eps, flow.per_sample(c)), flow.TIME_SCALE * c.u
+    wanted = jax.lax.stop_gradient(target(x, timestep))
+    ok = whole(x, wanted)
+    v = network(keep(ok, x), timestep)  # a network that never sees a NaN has none in its gradient
+    ok = ok & whole(v)
+    return reduce(jnp.square(keep(ok, v - wanted)), "b t h w c -> b", "mean"), ok
+
+
+def flow_matching_loss(network: Velocity, latents, eps, s):
+    """Mean square of v - (eps - x0) -> (f32[b], ok bool[b])."""
+    return distance(network, lambda x, timestep: eps - latents, latents, eps, s)
+
+
+def drop_captions(text, negative, dropped):  # text, negative [b s d], dropped bool[b]
+    return jnp.where(rearrange(dropped, "b -> b 1 1"), negative, text)
+
+
+def make_step(config: FlowMatchingConfig, optimizer) -> Callable:
+    """step(state, teacher, batch) -> (state, metrics). Of the teacher only the negative embedding is used, and only for dropout."""
+
+    def step(state, teacher, batch):
+        keys = named_keys(state, "noise", "time", "drop")
+        latents = batch.latents.astype(jnp.float32)
+        if config.dropout:
+            dropped = jax.random.bernoulli(keys["drop"], config.dropout, latents.shape[:1])
+            negative = negative_text(teacher, batch.text, "caption dropout")
+            batch = dataclasses.replace(batch, text=drop_captions(batch.text, negative, dropped))
+        draws = normal(keys["noise"], latents.shape), config.time.draw(keys["time"], latents.shape[:1])
+
+        def loss(model, batch, draws):
+            values, ok = flow_matching_loss(velocity(model, batch.text, batch.image), batch.latents, *draws)
+            return values.mean(), {"loss": values, "ok": ok}
+
+        batch = dataclasses.replace(batch, latents=latents)
+        return finish(config, optimizer, state, loss, (batch, draws))
+
+    return step
+
+
+def finish(config, optimizer, state, loss: Callable, arrays):
+    """The rest of a step with one network: gradient of loss(model, *arrays), update, average, metrics."""
+    gradient = lambda part: jax.grad(loss, has_aux=True)(state.model, *part)
+    grads, samples = accumulated(gradient, arrays, config.accumulate)
+    model, opt, metrics = apply(optimizer, grads, state.opt, state.model)
+    ema = ema_update(state.ema, model, state.step, config.ema)
+    return dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt), summary(samples) | metrics

@@ -1,0 +1,58 @@
+"""Numbers of a run: one JSON line per report in metrics.jsonl, and the same in TensorBoard where tensorboardX is installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import os
+from pathlib import Path
+
+WRITER = "tensorboardX"
+FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """Appends to `<run>/metrics.jsonl`. Lines after `step` come from a run that ended later than its last checkpoint, and go."""
+
+    def __init__(self, run: Path, step: int = 0):
+        self.path = run / FILE
+        run.mkdir(parents=True, exist_ok=True)
+        forget(self.path, step)
+        self.file = self.path.open("a")
+        here = importlib.util.find_spec(WRITER) is not None
+        self.board = importlib.import_module(WRITER).SummaryWriter(str(run / "tensorboard"), purge_step=step + 1) if here else None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One report. NaN and infinity, which JSON does not know, are written as null."""
+        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({"step": step, **plain}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read(run: Path) -> list[dict]:
+    """All reports of a run; a last line cut short by a kill is left out."""
+    lines = (run / FILE).read_text().splitlines(keepends=True) if (run / FILE).is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def forget(path: Path, step: int) -> None:
+    """Remove reports after `step`."""
+    if not path.exists():
+        return
+    kept = [json.dumps(row) + "\n" for row in read(path.parent) if row["step"] <= step]
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(kept))
+    os.replace(part, path)

@@ -1,0 +1,92 @@
+"""The results of the tiny recipe for people: a markdown table, and a sheet of frames."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange, repeat
+from PIL import Image, ImageDraw, ImageFont
+
+GAP, LABEL_HEIGHT = 4, 14  # pixels of a sheet
+PAPER, INK = (250, 250, 250), (20, 20, 20)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One variant: what it is, how many network evaluations a clip costs, sampler steps, and measured values by column."""
+
+    name: str
+    evaluations: int
+    steps: int
+    values: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Column:
+    """A measured value: its key in Row.values, its heading, and how it is written (`format` specification)."""
+
+    key: str
+    title: str
+    form: str
+
+
+COLUMNS = tuple(
+    Column(key=key, title=title, form=form)
+    for key, title, form in (
+        ("all", "all attributes", ".1%"),
+        ("shape", "shape", ".1%"),
+        ("colour", "colour", ".1%"),
+        ("motion", "motion", ".1%"),
+        ("speed_error", "speed error, px/frame", ".3f"),
+        ("constancy", "constancy, px", ".3f"),
+        ("area_cv", "area CV", ".3f"),
+        ("fd_pca", "FD-pca", ".3g"),
+        ("fd_random", "FD-rand", ".3g"),
+        ("diversity", "diversity", ".2f"),
+        ("psnr", "PSNR to parent, dB", ".1f"),
+        ("cpu_seconds", "s, 2-core CPU", ".2f"),
+        ("gpu_ms", "ms, H100", ".1f"),
+        ("megabytes", "MB", ".1f"),
+    )
+)
+
+
+def table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
+    """Markdown. A column that no row has is left out; a value that a row lacks, or that is not a number, is a dash."""
+    columns = [column for column in columns if any(column.key in row.values for row in rows)]
+    lines = [["", "NFE", "steps", *(column.title for column in columns)], ["---", *["---:"] * (2 + len(columns))]]
+    for row in rows:
+        lines.append([row.name, str(row.evaluations), str(row.steps), *(cell(row.values.get(c.key), c.form) for c in columns)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def cell(value: float | None, form: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def contact_sheet(path: str | Path, clips: Mapping[str, np.ndarray], columns: int = 9, scale: int = 1) -> Path:
+    """Frames side by side, a row for each named clip (uint8 [t h w 3], all of one height and width), first and last included.
+
+    path: a .png file. scale: screen pixels for a pixel.
+    """
+    strips = []
+    for name, clip in clips.items():
+        if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3:
+            raise ValueError(f"clip {name!r} is {clip.dtype} {clip.shape}; a sheet takes uint8 [t h w 3]")
+        frames = clip[np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)]
+        frames = repeat(frames, "n h w c -> n (h a) (w b) c", a=scale, b=scale)
+        frames = np.pad(frames, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=PAPER[0])
+        strips.append((name, rearrange(frames, "n h w c -> h (n w) c")))
+    width, height = max(strip.shape[1] for _, strip in strips), sum(strip.shape[0] + LABEL_HEIGHT for _, strip in strips)
+    sheet = Image.new("RGB", (width + GAP, height + GAP), PAPER)
+    pen, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(size=10), GAP
+    for name, strip in strips:
+        pen.text((GAP, top), name, fill=INK, font=font)
+        sheet.paste(Image.fromarray(strip), (GAP, top + LABEL_HEIGHT))
+        top += LABEL_HEIGHT + strip.shape[0]
+    sheet.save(path)
+    return Path(path)

@@ -1,0 +1,133 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxprs import largest
+from tolerances import assert_close
+
+from pallas_kernels import qk_prep as op
+from pallas_kernels.qk_prep import workloads
+
+IMPLS = ("reference", "interpret")
+rms_norm_rope = jax.jit(op.rms_norm_rope, static_argnames=("eps", "impl"))
+rms_norm_rope_pool = jax.jit(op.rms_norm_rope_pool, static_argnames=("eps", "block", "impl"))
+quantize_keys = jax.jit(op.quantize_keys, static_argnames=("block", "impl"))
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def arguments(b=2, l=70, h=3, k=16, dtype=jnp.float32):
+    angle = normal(2, l, k // 2)
+    return jnp.asarray(2 * normal(0, b, l, h * k), dtype), 1 + 0.3 * jnp.asarray(normal(1, h * k)), jnp.cos(angle), jnp.sin(angle)
+
+
+def exact(x, weight, cos, sin, eps):
+    """float64, rotated as complex numbers."""
+    x, weight, cos, sin = (np.asarray(a, np.float64) for a in (x, weight, cos, sin))
+    y = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
+    z = y.reshape(*y.shape[:2], -1, cos.shape[1], 2)
+    z = (z[..., 0] + 1j * z[..., 1]) * (cos + 1j * sin)[:, None]
+    return np.stack([z.real, z.imag], -1).reshape(*z.shape[:3], -1)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("h", [1, 5])
+def test_norm_over_all_heads_and_rotation(impl, h):
+    args = arguments(h=h)
+    assert_close(rms_norm_rope(*args, eps=1e-2, impl=impl), exact(*args, 1e-2), "float32")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_rounding(impl):
+    """bfloat16 results are the float64 ones rounded once: at most half a unit in the last place away."""
+    args = arguments(dtype=jnp.bfloat16)
+    y = rms_norm_rope(*args, eps=1e-6, impl=impl)
+    assert y.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(y, np.float64) - exact(*args, 1e-6))
+    unit = 2.0 ** (np.floor(np.log2(np.abs(exact(*args, 1e-6)))) - 7)
+    assert (error <= 0.5001 * unit).all(), (error / unit).max()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("l, block", [(1, 64), (135, 64), (144, 128), (50, 16)])
+def test_means_of_blocks(impl, l, block):
+    x, *rest = arguments(l=l)
+    y, means = rms_norm_rope_pool(x, *rest, eps=1e-6, block=block, impl=impl)
+    assert_close(y, exact(x, *rest, 1e-6), "float32")
+    y = np.asarray(y, np.float64)
+    assert_close(means, np.stack([y[:, i : i + block].mean(1) for i in range(0, l, block)], 2), "float32")
+
+
+@pytest.mark.parametrize("tail, block", [(0, 64), (1, 64), (16, 64), (56, 64), (80, 128), (120, 128)])
+def test_int8_keys(tail, block):
+    k = jnp.asarray(normal(0, 2, block + tail, 2, 32) + 5, jnp.bfloat16)
+    mean = k.mean(1, dtype=jnp.float32)
+    values, scale = quantize_keys(k, mean, block=block, impl="interpret")
+    expected, expected_scale = quantize_keys(k, mean, block=block, impl="reference")
+    assert values.dtype == jnp.int8 and values.shape == k.shape and scale.shape == (2, 2, 2 if tail else 1)
+    assert_close(scale, expected_scale, "float32")
+    smooth = np.asarray(k, np.float64) - np.asarray(mean, np.float64)[:, None]
+    quotient = smooth / np.repeat(np.asarray(scale, np.float64), block, 2)[:, :, : k.shape[1], None].swapaxes(1, 2)
+    for rounded in (values, expected):  # the nearest whole number, or either one at a tie
+        assert (np.abs(np.asarray(rounded) - quotient) <= 0.5 + 1e-4).all()
+    assert np.abs(np.asarray(values)).max() == 127
+
+
+def test_a_block_of_equal_keys_is_zero():
+    k = jnp.full((1, 64, 1, 16), 3.0)
+    values, scale = quantize_keys(k, jnp.full((1, 1, 16), 3.0), block=64, impl="interpret")
+    assert not values.any() and float(scale[0, 0, 0]) > 0
+
+
+def test_a_nan_is_not_hidden():
+    k = jnp.ones((1, 64, 1, 16)).at[0, 3, 0, 5].set(jnp.nan)
+    for impl in IMPLS:
+        assert jnp.isnan(quantize_keys(k, jnp.zeros((1, 1, 16)), block=64, impl=impl)[1]).all()
+
+
+def test_derivatives_of_the_kernel_are_those_of_the_reference():
+    args = arguments(l=40)
+    ways = tuple(jnp.asarray(normal(3 + i, *a.shape)) for i, a in enumerate(args))
+    run = lambda impl: lambda *args: op.rms_norm_rope_pool(*args, eps=1e-6, block=32, impl=impl)
+    loss = lambda impl: lambda *args: sum(jnp.sin(y).sum() for y in run(impl)(*args))
+    both = lambda impl: lambda: (jax.jvp(run(impl), args, ways)[1], jax.grad(loss(impl), (0, 1))(*args))
+    jax.tree.map(lambda a, e: assert_close(a, e, "float32"), jax.jit(both("interpret"))(), jax.jit(both("reference"))())
+
+
+@pytest.mark.parametrize("name", workloads.SHAPES)
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_workloads_at_real_size(name, impl):
+    """They trace, the reference lowers for CUDA, and no array is larger than the float32 form of the argument."""
+    ops = {"rows": partial(op.rms_norm_rope_pool, eps=1e-6, block=64, impl=impl), "keys": partial(op.quantize_keys, block=64, impl=impl)}
+    loads = {"rows": workloads.WORKLOADS[name], "keys": workloads.KEYS[name]}
+    for what, run in ops.items():
+        args = jax.eval_shape(loads[what].make, jax.random.key(0))
+        assert 3 * args[0].size < loads[what].bytes < 4.5 * args[0].size
+        traced = jax.jit(run).trace(*args)
+        assert largest(traced.jaxpr.jaxpr) <= args[0].size * 4 * 1.01
+        if impl == "reference":
+            traced.lower(lowering_platforms=("cuda",))
+
+
+def test_errors():
+    x, weight, cos, sin = arguments()
+    for bad in [(x[0], weight, cos, sin), (x, weight[1:], cos, sin), (x, weight, cos[1:], sin[1:]), (x, weight, cos[:, 1:], sin[:, 1:])]:
+        with pytest.raises(ValueError, match=r"rms_norm_rope: x .*expected \[b l d\], \[d\] and float32 \[l k/2\]"):
+            op.rms_norm_rope(*bad, eps=1e-6)
+    k = jnp.zeros((1, 8, 2, 16))
+    with pytest.raises(ValueError, match=r"quantize_keys: .*mean float32 \(1, 16\); expected \[b l h k\] and float32 \[b h k\]"):
+        op.quantize_keys(k, jnp.zeros((1, 16)), block=64)
+    with pytest.raises(
+        ValueError, match="quantize_keys: block is 24; the kernel takes powers of two; nearest: 16 and 32; impl='reference'"
+    ):
+        op.quantize_keys(k, jnp.zeros((1, 2, 16)), block=24, impl="interpret")
+    with pytest.raises(ValueError, match="rms_norm_rope: head width is 6; the kernel takes powers of two; nearest: 4 and 8"):
+        op.rms_norm_rope(*arguments(k=6), eps=1e-6, impl="interpret")
+    with pytest.raises(ValueError, match="rms_norm_rope: impl is 'pallas'; allowed: auto, reference, triton, interpret"):
+        op.rms_norm_rope(x, weight, cos, sin, eps=1e-6, impl="pallas")
+    with pytest.raises(NotImplementedError, match="quantize_keys is forward only"):
+        jax.grad(lambda k: op.quantize_keys(k, jnp.zeros((1, 2, 16)), block=8)[1].sum())(k)

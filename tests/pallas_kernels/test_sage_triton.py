@@ -1,0 +1,104 @@
+"""The int8 kernels, interpreted, against their reference and against float attention."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from tolerances import assert_close
+
+import pallas_kernels.sage_attention as op
+from pallas_kernels import sparse_attention
+from pallas_kernels.sage_attention import workloads
+
+H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")  # jax 0.11 lowers for a known GPU only
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def qkv(b=1, l=300, h=1, k=16, dtype=jnp.float32):
+    return tuple(jnp.asarray(normal(seed, b, l, h, k), dtype) for seed in range(3))
+
+
+def proj(k):
+    return jnp.asarray(normal(3, k, k) / 8), jnp.asarray(normal(4, k))
+
+
+def both(function, *args, **sizes):
+    """The kernels' result and the reference's."""
+    run = jax.jit(lambda *args, impl: function(*args, impl=impl, **sizes), static_argnames="impl")
+    return run(*args, impl="interpret"), run(*args, impl="reference")
+
+
+# lengths modulo the block of keys: 1 and 56
+@pytest.mark.parametrize("l, block_q, block_k", [(257, 64, 128), (312, 64, 64)])
+def test_sparse_equals_the_reference(l, block_q, block_k):
+    q, k, v = qkv(b=2, l=l, h=2)
+    sizes = {"block_q": block_q, "block_k": block_k}
+    blocks = sparse_attention.block_map(q, k, topk=0.5, **sizes)
+    blocks = blocks.at[:, :, 0, -1].set(-(-l // block_k) - 1)  # the tail block is among them
+    o, expected = both(op.sage_sparse_attention, q, k, v, blocks, **sizes)
+    assert_close(o, expected, "float32")
+
+
+def test_dense_needs_no_list():
+    q, k, v = qkv(l=200)
+    o, expected = both(op.sage_attention, q, k[:, :70], v[:, :70])
+    assert_close(o, expected, "float32")
+
+
+@pytest.mark.parametrize("l", [1, 65])
+def test_keys_without_variation_do_not_leak_past_the_end(l):
+    """Their scale is the least there is; scores that are not there must still count as minus infinity."""
+    q, k, v = qkv(l=l)
+    o = jax.jit(lambda: op.sage_attention(q, jnp.ones_like(k), v, impl="interpret"))()
+    assert_close(o, jnp.broadcast_to(v.mean(1, keepdims=True), v.shape), "float32")
+
+
+def test_with_linear_branch():
+    q, k, v = qkv(l=200)
+    o, expected = both(op.sage_sparse_linear_attention, q, k, v, *proj(16), topk=0.5)
+    assert_close(o, expected, "float32")
+
+
+def test_published_accuracy_in_bfloat16():
+    """Against float64 attention over all keys: the bounds published for int8 scores."""
+    q, k, v = qkv(l=500, k=64, dtype=jnp.bfloat16)
+    o = np.asarray(jax.jit(lambda: op.sage_attention(q, k, v, impl="interpret"))(), np.float64)
+    q, k, v = (np.asarray(x, np.float64)[0, :, 0] for x in (q, k, v))
+    p = np.exp(q @ k.T / 8)
+    expected = (p @ v / p.sum(1, keepdims=True)).ravel()
+    o = o.ravel()
+    assert o @ expected / np.sqrt(o @ o * (expected @ expected)) >= 0.9998
+    assert np.abs(o - expected).sum() / np.abs(expected).sum() <= 0.021
+
+
+def test_cuda_kernel_of_the_publishers(golden):
+    """Theirs has e4m3 values and bfloat16 pooled scores, so query blocks are compared one by one, loosely."""
+    g = golden("sla_cuda")
+    q, k, v = (jnp.asarray(g[name], jnp.bfloat16) for name in "qkv")
+    weights = jnp.asarray(g["proj_w"].T), jnp.asarray(g["proj_b"])
+    run = lambda *a: op.sage_sparse_linear_attention(*a, topk=0.2, block_q=64, block_k=128, impl="interpret")
+    o = np.asarray(jax.jit(run)(q, k, v, *weights), np.float32)
+    size = lambda x: np.array([np.abs(x[0, i : i + 64]).sum((0, 2)) for i in range(0, 2000, 64)])  # [q_blocks h]
+    relative = size(o - g["out_sagesla_sm90"]) / size(g["out_sagesla_sm90"])
+    assert (relative < 0.05).mean() >= 0.8, relative
+    assert np.median(relative) < 0.035
+
+
+@pytest.mark.parametrize("function, loads", [(op.sage_attention, workloads.DENSE), (op.sage_sparse_linear_attention, workloads.WORKLOADS)])
+def test_real_shapes_lower_for_cuda(function, loads):
+    args = jax.eval_shape(loads["wan1.3b_480p"].make, jax.random.key(0))
+    run = partial(function, impl="triton", **({"topk": 0.1} if len(args) > 3 else {}))
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=H100)):
+        assert "attend_kernel" in jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_it_is_forward_only():
+    q, k, v = qkv(l=100)
+    with pytest.raises(NotImplementedError, match='int8 scores is forward only.*Train with attention "sla" or "dense"'):
+        jax.grad(lambda q: op.sage_sparse_linear_attention(q, k, v, *proj(16), topk=0.5, impl="interpret").sum())(q)
