@@ -46,7 +46,7 @@ def dit_working(cfg: DiTConfig, size: VideoSize, batch: int) -> int:
     tokens, item = batch * size.tokens(cfg.patch), np.dtype(cfg.policy.compute).itemsize
     stream = tokens * cfg.dim * (item + 4)
     attention = tokens * cfg.dim * (4 * item + 4)
-    mlp = tokens * cfg.ffn_dim * (2 * item + (5 if cfg.linear == "int8" else 0))
+    mlp = tokens * cfg.ffn_dim * (2 * item + (0 if cfg.linear == "float" else 5))
     sparse = 0 if cfg.attention == "dense" else tokens * cfg.dim * 3 * item + GIB // 2
     return stream + max(attention + sparse, mlp)
 
