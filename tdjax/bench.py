@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tdjax.config import ATTENTION, LINEAR, PRESETS, TEACHER_SAMPLER, DiTConfig, SamplerConfig, TextConfig, VAEConfig, VideoSize
 from tdjax.errors import TdjaxError, UsageError
-from tdjax.precision import FLOAT32
+from tdjax.precision import FLOAT32, FLOATS, Policy
 from tdjax.resolution import choose_size
 
 STAGES = ("text", "vae", "dit")
@@ -49,6 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--attention", default="dense,sla,sagesla", help="comma list of " + ", ".join(ATTENTION))
     parser.add_argument("--linear", default="float,int8", help="comma list of " + ", ".join(LINEAR))
     parser.add_argument("--impl", default="auto", help="implementation of every op: auto, reference, triton; or of attention alone: cudnn")
+    parser.add_argument("--dtype", choices=FLOATS, help="of weights and computation; default: the model's own (demo: float32)")
     parser.add_argument("--teacher", action="store_true", help="also the original: 50 guided steps, dense, one step timed")
     parser.add_argument("--error", action="store_true", help="also the error of each denoising row (a float32 run: slow at real size)")
     parser.add_argument("--repeats", type=int, default=20)
@@ -76,6 +77,9 @@ def configs(args) -> tuple[DiTConfig, VAEConfig, TextConfig, VideoSize]:
         dit, vae, text, size = preset.config, VAEConfig(), TextConfig(), choose_size(resolution=args.size or preset.resolution)
     if args.model == "demo" and args.size:
         raise UsageError("--size with --model demo", "the demo model makes 64x64", "leave --size away")
+    if args.dtype:
+        policy = Policy(param=args.dtype, compute=args.dtype)
+        dit, vae, text = (dataclasses.replace(cfg, policy=policy) for cfg in (dit, vae, text))
     return dit, vae, text, dataclasses.replace(size, frames=args.num_frames) if args.num_frames else size
 
 

@@ -149,14 +149,11 @@ def reference_notes(cfg: DiTConfig) -> list[str]:
 
 
 def check_impl(impl: str, dtype: str) -> None:
-    if impl == "triton" and jax.default_backend() != "gpu":
+    kernels = {"cudnn": "cuDNN attention runs", "triton": "the Triton kernels run"}
+    if impl in kernels and (jax.default_backend() != "gpu" or dtype == "float32"):
         raise UsageError(
-            f"attention_impl is 'triton' on {jax.default_backend()}", "the Triton kernels run on NVIDIA GPUs", "use auto, or reference"
-        )
-    if impl == "cudnn" and (jax.default_backend() != "gpu" or dtype == "float32"):
-        raise UsageError(
-            f"attention_impl is 'cudnn' on {jax.default_backend()} in {dtype}",
-            "cuDNN attention runs on NVIDIA GPUs, in bfloat16 and float16",
+            f"attention_impl is {impl!r} on {jax.default_backend()} in {dtype}",
+            f"{kernels[impl]} on NVIDIA GPUs, in bfloat16{' and float16' if impl == 'cudnn' else ''}",
             "use auto, or reference",
         )
 

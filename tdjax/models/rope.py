@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange, repeat
+from einops import repeat
 
 
 def widths(head_dim: int) -> tuple[int, int, int]:
@@ -38,10 +38,3 @@ def rope(grid: tuple[int, int, int], head_dim: int):  # -> cos, sin f32 [l head_
     """Cosines and sines of every token's angles; only the small per-axis tables are constants of the program."""
     tables = angles(grid, head_dim)
     return tuple(over_grid([jnp.asarray(f(x), jnp.float32) for x in tables], grid) for f in (np.cos, np.sin))
-
-
-def rotate(x, table):  # float32 island: x [b l h k], table (cos, sin) f32 [l k/2]
-    """Rotate channel pairs (2j, 2j+1): (a cos - b sin, b cos + a sin)."""
-    cos, sin = (rearrange(y, "l k -> 1 l 1 k") for y in table)
-    a, b = rearrange(x.astype(jnp.float32), "b l h (k two) -> two b l h k", two=2)
-    return rearrange([a * cos - b * sin, b * cos + a * sin], "two b l h k -> b l h (k two)").astype(x.dtype)

@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 from tolerances import assert_close
 
+from pallas_kernels.qk_prep import rms_norm_rope
 from tdjax.attention import SELF_ATTENTION, CrossAttention, SelfAttention
 from tdjax.config import ATTENTION, DiTConfig, SLAConfig
-from tdjax.models.rope import angles, rope, rotate, widths
+from tdjax.models.rope import angles, rope, widths
 from tdjax.precision import FLOAT32
 
 CFG = DiTConfig(dim=48, heads=3, ffn_dim=40, layers=1, policy=FLOAT32, sla=SLAConfig(topk=0.5))
@@ -100,14 +101,13 @@ def test_axes_share_the_channels(width, split):
 def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     cos, sin = rope(GRID, 16)
     assert cos.shape == sin.shape == (154, 8)
-    x = normal(1, 1, 2, 16)
-    same = jnp.broadcast_to(x, (1, 154, 2, 16))
-    y = np.asarray(rotate(same, (cos, sin)))
-    assert_close((y * y).sum(-1), np.asarray(same * same).sum(-1), "float32")
+    x = normal(1, 1, 32)
+    x = x / jnp.sqrt(jnp.square(x).mean())
+    y = np.asarray(rms_norm_rope(jnp.broadcast_to(x, (1, 154, 32)), jnp.ones(32), cos, sin, eps=0.0))
+    assert_close((y * y).sum(-1), np.broadcast_to(np.square(x.reshape(2, 16)).sum(-1), (1, 154, 2)), "float32")
     grid = y.reshape(2, 7, 11, 2, 16)
     dot = lambda a, b: float((grid[a][0] * grid[b][1]).sum())
     assert abs(dot((0, 1, 2), (1, 4, 9)) - dot((0, 3, 3), (1, 6, 10))) < 1e-4
-    assert rotate(same.astype(jnp.bfloat16), (cos, sin)).dtype == jnp.bfloat16
 
 
 def test_angles_at_the_far_end_are_exact():

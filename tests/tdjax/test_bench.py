@@ -28,6 +28,12 @@ def test_rows_of_the_demo_model(tmp_path, capsys):
     assert all(row["what"] in table for row in rows)
 
 
+def test_dtype_of_everything():
+    configs = bench.configs(bench.parse(["--model", "demo", "--dtype", "bfloat16"]))[:3]
+    assert {(cfg.policy.param, cfg.policy.compute) for cfg in configs} == {("bfloat16", "bfloat16")}
+    assert bench.configs(bench.parse(["--model", "demo"]))[0].policy == FLOAT32
+
+
 @pytest.mark.parametrize("kind", LINEAR)
 def test_random_weights_keep_variance(kind):
     layer = nnx.Dict(up=layers.LINEAR[kind](256, 384, FLOAT32, rngs=nnx.Rngs(0)))
