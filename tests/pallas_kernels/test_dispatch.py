@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -24,3 +26,13 @@ def test_platform_is_chosen_at_lowering():
     assert "cosine" in traced.lower(lowering_platforms=("cpu",)).as_text()
     cuda = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "sine" in cuda and "cosine" not in cuda
+
+
+def test_a_gpu_that_jax_does_not_name_is_known_by_its_capability(monkeypatch):
+    """jax 0.11.2 and newer; 0.10 asks for the capability of every device, and the versions between are excluded."""
+    gpu_info = pytest.importorskip("jax._src.pallas.triton.gpu_info", reason="jax 0.10 has no table of names")
+    card = SimpleNamespace(platform="gpu", device_kind="NVIDIA GeForce RTX 5090", compute_capability="12.0")
+    monkeypatch.setattr(gpu_info.pxla, "get_default_device", lambda: card)
+    gpu_info.get_gpu_info.cache_clear()
+    assert gpu_info.get_gpu_info().compute_capability == 120
+    gpu_info.get_gpu_info.cache_clear()
