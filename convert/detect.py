@@ -230,9 +230,8 @@ def describe(kind: str, cfg: Config) -> str:
     """One line for people: "Wan video transformer, text to video, 1.4 B parameters, 30 layers of 1536, sla attention, int8"."""
     if isinstance(cfg, DiTConfig):
         task = {"t2v": "text to video", "i2v": "image to video"}[cfg.task]
-        linear = "int8 linears" if cfg.linear == "int8" else "float linears"
         branch = ", CLIP image branch" if cfg.image_dim else ""
-        return f"Wan video transformer, {task}, {cfg.layers} layers of {cfg.dim}, {cfg.attention} attention, {linear}{branch}"
+        return f"Wan video transformer, {task}, {cfg.layers} layers of {cfg.dim}, {cfg.attention} attention, {cfg.linear} linears{branch}"
     if isinstance(cfg, VAEConfig):
         return f"video VAE, {cfg.latent_channels} latent channels, base width {cfg.dim}"
     return f"umT5 encoder, {cfg.layers} layers of {cfg.dim}, {cfg.vocab} tokens"

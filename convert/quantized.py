@@ -54,8 +54,8 @@ def quantized(leaves: Leaves) -> tuple[Leaves, dict]:
     """(int8 leaves, errors by layer, filled as the leaves are read). Refuses what is no float transformer."""
     if leaves.kind != "dit":
         raise CheckpointError(f"{leaves.path.name} is a {leaves.kind}", "only the transformer has int8 layers", "give a video transformer")
-    if leaves.config.linear == "int8":
-        raise CheckpointError(f"{leaves.path.name} is quantised already", "its linears are int8", "give the bf16 file")
+    if leaves.config.linear != "float":
+        raise CheckpointError(f"{leaves.path.name} is quantised already", f"its linears are {leaves.config.linear}", "give the bf16 file")
     config = dataclasses.replace(leaves.config, linear="int8")
     errors: dict = {}
     lazy, linears = dict(leaves.lazy), {}

@@ -88,11 +88,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     speed = p.add_argument_group("speed and memory")
     speed.add_argument("--attention_type", choices=("auto", "original", "dense", "sla", "sagesla"), default="auto")
-    speed.add_argument("--attention_impl", default="auto", choices=("auto", "reference", "cudnn"), help="never a silent fallback")
+    speed.add_argument(
+        "--attention_impl",
+        default="auto",
+        choices=("auto", "reference", "triton", "cudnn"),
+        help="triton: every kernel of this package; never a silent fallback",
+    )
     speed.add_argument("--mesh", help="several devices for one video: sp=4, tp=2,sp=2")
     speed.add_argument("--sla_topk", type=float, help="share of key blocks kept (default 0.1; 0.15 for quality)")
     speed.add_argument(
-        "--quant", choices=("auto", "none", "int8"), default="auto", help="auto: as stored; none: dequantise; int8: quantise at load"
+        "--quant",
+        choices=("auto", "none", "int8", "int8_channel", "fp8"),
+        default="auto",
+        help="auto: as stored; none: dequantise; int8 (published tiles), int8_channel, fp8 (by token and channel): quantise at load",
     )
     speed.add_argument("--quant_linear", action="store_true", help="same as --quant int8")
     speed.add_argument("--default_norm", action="store_true", help="accepted: LayerNorm is always the true one here")

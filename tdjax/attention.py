@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 from einops import rearrange
 from flax import nnx
 
 from pallas_kernels import attention, sage_sparse_linear_attention, sparse_linear_attention
+from pallas_kernels.qk_prep import rms_norm_rope, rms_norm_rope_pool
 from tdjax.config import DiTConfig
-from tdjax.layers import LINEAR, Linear, RMSNorm
-from tdjax.models.rope import rotate
+from tdjax.layers import RMSNorm
+from tdjax.linear import LINEAR, Linear
 from tdjax.precision import FLOAT32
 from tdjax.sharding import over_heads
 
@@ -22,7 +24,12 @@ class DenseCore(nnx.Module):
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
 
-    def __call__(self, q, k, v):  # q [b l h k], k v [b s h k]
+    def queries(self, x, norm: RMSNorm, rope):  # [b l d] -> [b l h k] normed and rotated, and what the core needs beside them
+        return rms_norm_rope(x, norm.scale[...], *rope, eps=norm.eps, impl=self.cfg.row_impl), None
+
+    keys = queries
+
+    def __call__(self, q, k, v, means=None):  # q [b l h k], k v [b s h k]
         return over_heads(partial(attention, impl=self.cfg.impl), q, k, v)
 
 
@@ -35,10 +42,20 @@ class SLACore(nnx.Module):
         self.cfg = cfg
         self.proj = Linear(cfg.head_dim, cfg.head_dim, FLOAT32, rngs=rngs, init=jax.nn.initializers.zeros)
 
-    def __call__(self, q, k, v):  # [b l h k]
+    def queries(self, x, norm: RMSNorm, rope):  # [b l d] -> [b l h k], means of its blocks f32 [b h n k]
+        return self.pooled(x, norm, rope, self.cfg.sla.block_q)
+
+    def keys(self, x, norm: RMSNorm, rope):
+        return self.pooled(x, norm, rope, self.cfg.sla.block_k)
+
+    def pooled(self, x, norm, rope, block):
+        return rms_norm_rope_pool(x, norm.scale[...], *rope, eps=norm.eps, block=block, impl=self.cfg.row_impl)
+
+    def __call__(self, q, k, v, means=None):  # [b l h k], means of the blocks of q and of k, if they are at hand
         sla = self.cfg.sla
-        op = partial(self.op, topk=sla.topk, block_q=sla.block_q, block_k=sla.block_k, impl=self.cfg.impl)
-        return over_heads(op, q, k, v, self.proj.kernel[...], self.proj.bias[...])
+        run = partial(self.op, topk=sla.topk, block_q=sla.block_q, block_k=sla.block_k, impl=self.cfg.impl)
+        op = lambda q, k, v, kernel, bias, *means: run(q, k, v, kernel, bias, means=means or None)
+        return over_heads(op, q, k, v, self.proj.kernel[...], self.proj.bias[...], means=means or ())
 
 
 class SageSLACore(SLACore):
@@ -54,13 +71,13 @@ class Attention(nnx.Module):
     """Projections to heads and back; queries and keys are RMS-normed over the full width, all heads together."""
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
-        linear = partial(LINEAR[cfg.linear], cfg.dim, cfg.dim, cfg.policy, rngs=rngs)
+        linear = square(cfg, rngs)
         self.cfg = cfg
         self.q, self.k, self.v, self.o = linear(), linear(), linear(), linear()
         self.norm_q = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
         self.norm_k = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
 
-    def queries(self, x):  # [b l d] -> [b l h k]
+    def queries(self, x):  # [b l d], float or ready for q -> [b l h k]
         return self.heads(self.norm_q(self.q(x)))
 
     def keys(self, x):
@@ -76,6 +93,11 @@ class Attention(nnx.Module):
         return self.o(rearrange(x, "b l h k -> b l (h k)"))
 
 
+def square(cfg: DiTConfig, rngs: nnx.Rngs):
+    """Makes linear layers of the width of the stream."""
+    return partial(LINEAR[cfg.linear], cfg.dim, cfg.dim, cfg.policy, rngs=rngs, impl=cfg.row_impl)
+
+
 class SelfAttention(Attention):
     """Attention of video tokens to one another, rotated by position."""
 
@@ -83,9 +105,20 @@ class SelfAttention(Attention):
         super().__init__(cfg, rngs=rngs)
         self.core = SELF_ATTENTION[cfg.attention](cfg, rngs=rngs)
 
-    def __call__(self, x, rope):  # x [b l d], rope (cos, sin) [l k/2]
-        q, k = rotate(self.queries(x), rope), rotate(self.keys(x), rope)
-        return self.merge(self.core(q, k, self.values(x)))
+    def __call__(self, x, rope):  # x [b l d], float or ready for q; rope (cos, sin) [l k/2]
+        x = self.q.ready(x)
+        q, q_means = self.core.queries(self.q(x), self.norm_q, rope)
+        k, k_means = self.core.keys(self.k(x), self.norm_k, rope)
+        return self.merge(self.core(q, k, self.values(x), (q_means, k_means)))
+
+
+class TextKV(NamedTuple):
+    """Keys and values [b s h k] of the text, and of the image features or None; stacked over blocks, [n b s h k]."""
+
+    k: Any
+    v: Any
+    k_img: Any = None
+    v_img: Any = None
 
 
 class CrossAttention(Attention):
@@ -95,14 +128,22 @@ class CrossAttention(Attention):
         super().__init__(cfg, rngs=rngs)
         self.core = DenseCore(cfg, rngs=rngs)
         if cfg.image_dim:
-            linear = partial(LINEAR[cfg.linear], cfg.dim, cfg.dim, cfg.policy, rngs=rngs)
+            linear = square(cfg, rngs)
             self.k_img, self.v_img = linear(), linear()
             self.norm_k_img = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
 
-    def __call__(self, x, text, features=None):  # x [b l d], text [b s d], features [b 257 d]
+    def text_kv(self, text, features=None) -> TextKV:  # text [b s d], features [b 257 d], float or ready for k
+        """What every step of a prompt reads alike."""
+        text = self.k.ready(text)
+        k, v = self.keys(text), self.values(text)
+        if features is None:
+            return TextKV(k, v)
+        features = self.k_img.ready(features)
+        return TextKV(k, v, self.heads(self.norm_k_img(self.k_img(features))), self.heads(self.v_img(features)))
+
+    def __call__(self, x, kv: TextKV):  # x [b l d], float or ready for q
         q = self.queries(x)
-        y = self.core(q, self.keys(text), self.values(text))
-        if features is not None:
-            k, v = self.heads(self.norm_k_img(self.k_img(features))), self.heads(self.v_img(features))
-            y = y + self.core(q, k, v)
+        y = self.core(q, kv.k, kv.v)
+        if kv.k_img is not None:
+            y = y + self.core(q, kv.k_img, kv.v_img)
         return self.merge(y)

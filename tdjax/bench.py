@@ -48,7 +48,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument("--attention", default="dense,sla,sagesla", help="comma list of " + ", ".join(ATTENTION))
     parser.add_argument("--linear", default="float,int8", help="comma list of " + ", ".join(LINEAR))
-    parser.add_argument("--impl", default="auto", help="implementation of attention: auto, reference, triton, ...")
+    parser.add_argument("--impl", default="auto", help="implementation of every op: auto, reference, triton; or of attention alone: cudnn")
     parser.add_argument("--teacher", action="store_true", help="also the original: 50 guided steps, dense, one step timed")
     parser.add_argument("--error", action="store_true", help="also the error of each denoising row (a float32 run: slow at real size)")
     parser.add_argument("--repeats", type=int, default=20)
@@ -84,20 +84,27 @@ def random_weights(module, seed: int = 0):
     import jax
     import jax.numpy as jnp
 
+    from tdjax.linear import LINEAR
     from tdjax.sharding import leaf_name
+
+    scale_of = {kind.leaves[1]: kind.leaves[0] for kind in LINEAR.values() if len(kind.leaves) > 1}
+    shapes = {leaf_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(module)}
+    normal = lambda key, leaf: jax.random.normal(key, leaf.shape)
 
     def draw(path, leaf):
         name, key = leaf_name(path), jax.random.fold_in(jax.random.key(seed), math.prod(leaf.shape) % 2**31)
-        if leaf.dtype == jnp.int8:
-            return jax.jit(lambda key: jax.random.randint(key, leaf.shape, -127, 128, jnp.int8))(key)
-        if "scale" in name.rpartition(".")[2]:
-            values = fan_in(leaf.shape, name) ** -0.5 / 64 if f"{name.rpartition('.')[0]}.int8_weight" in kernels else 1.0
-            return jnp.full(leaf.shape, values, leaf.dtype)
+        stem, _, last = name.rpartition(".")
+        values = f"{stem}.{scale_of.get(last)}"
+        if leaf.dtype.itemsize == 1:  # deviation 32: of int8 and of float8 alike
+            return jax.jit(lambda key: jnp.clip(32 * normal(key, leaf), -127, 127).astype(leaf.dtype))(key)
+        if values in shapes:  # of 8-bit weights [n o i]
+            return jnp.full(leaf.shape, shapes[values][-1] ** -0.5 / 32, leaf.dtype)
+        if last.endswith("scale"):
+            return jnp.ones(leaf.shape, leaf.dtype)
         if name.endswith("bias") and not name.endswith("relative_bias"):
             return jnp.zeros(leaf.shape, leaf.dtype)
-        return jax.jit(lambda key: (jax.random.normal(key, leaf.shape) * fan_in(leaf.shape, name) ** -0.5).astype(leaf.dtype))(key)
+        return jax.jit(lambda key: (normal(key, leaf) * fan_in(leaf.shape, name) ** -0.5).astype(leaf.dtype))(key)
 
-    kernels = {leaf_name(path) for path, leaf in jax.tree_util.tree_leaves_with_path(module) if leaf.dtype == jnp.int8}
     return jax.tree_util.tree_map_with_path(draw, module)
 
 

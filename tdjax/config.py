@@ -10,7 +10,9 @@ from tdjax.errors import UsageError
 from tdjax.precision import Policy
 
 ATTENTION = ("dense", "sla", "sagesla")
-LINEAR = ("float", "int8")
+LINEAR = ("float", "int8", "int8_channel", "fp8")  # int8: tiles of 128 x 128, as published; the last two: tokens x output channels
+QUANT = ("auto", "none", *LINEAR[1:])  # what a load may ask for: as stored, float, or one of the others
+IMPLS = ("auto", "reference", "triton", "interpret")  # of every op; other names are implementations of attention alone
 
 
 def positive(config, *names):
@@ -58,7 +60,7 @@ class DiTConfig:
     eps: float = 1e-6
     attention: str = "dense"
     linear: str = "float"
-    impl: str = "auto"  # which kernels compute attention: an `impl` of pallas_kernels
+    impl: str = "auto"  # which kernels compute: an `impl` of pallas_kernels
     sla: SLAConfig = SLAConfig()
     round_time: bool = True  # timestep rounded to bfloat16 before the sinusoid, as all published weights expect
     policy: Policy = Policy()
@@ -77,6 +79,11 @@ class DiTConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads
+
+    @property
+    def row_impl(self) -> str:
+        """`impl` of what is not attention: linear layers, norms, rotation."""
+        return self.impl if self.impl in IMPLS else "auto"
 
     @property
     def embed_channels(self) -> int:

@@ -48,13 +48,18 @@ def devices() -> list[dict[str, Any]]:
 
 def kernels(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every implementation of every op, whether the first device can run it, and why not."""
-    from pallas_kernels import flash_attention, int8_matmul, sage_attention, sparse_attention
+    from pallas_kernels import flash_attention, fused_rows, qk_prep, sage_attention, sparse_attention
+    from pallas_kernels.int8_matmul import SCHEMES
+    from tdjax.linear import LINEAR
 
     ops = {
         "attention": flash_attention.IMPLS,
         "sparse_linear_attention": sparse_attention.WHOLE,
         "sage_sparse_linear_attention": sage_attention.WHOLE,
-        "int8_linear": int8_matmul.IMPLS,
+        **{f"linear {kind}": SCHEMES[layer.scheme].products for kind, layer in LINEAR.items() if kind != "float"},
+        "norm": fused_rows.NORM,
+        "gelu": fused_rows.GELU,
+        "rms_norm_rope": qk_prep.ROPE,
     }
     device = found[0] if found else None
     return [

@@ -1,52 +1,16 @@
-"""Small layers shared by the networks. A layer computes in the dtype of its input; norms are float32 inside."""
+"""Norms and the time sinusoid, shared by the networks: float32 inside, one rounding at the end."""
 
 from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import lax
 
-from pallas_kernels.int8_matmul import QTensor, int8_linear, quantize
 from tdjax.precision import Policy
-
-EXACT = lax.Precision.HIGHEST  # float32 operands are multiplied as float32; narrower ones are not affected
-xavier = jax.nn.initializers.xavier_uniform()
-
-
-class Linear(nnx.Module):
-    """x [... i] -> x kernel + bias [... o], in x.dtype."""
-
-    def __init__(self, i: int, o: int, policy: Policy, *, rngs: nnx.Rngs, bias: bool = True, init=xavier):
-        self.kernel = nnx.Param(init(rngs.params(), (i, o), policy.param_dtype))
-        self.bias = nnx.Param(jnp.zeros(o, policy.param_dtype)) if bias else None
-
-    def __call__(self, x):
-        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=EXACT)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-
-class Int8Linear(nnx.Module):
-    """Linear on [b l i] with int8 weights in tiles of 128 x 128, activations quantised alike: `pallas_kernels.int8_linear`."""
-
-    def __init__(self, i: int, o: int, policy: Policy, *, rngs: nnx.Rngs, bias: bool = True, init=xavier):
-        values, scale = quantize(rearrange(init(rngs.params(), (i, o), jnp.float32), "i o -> o i"))
-        self.int8_weight = nnx.Variable(values)
-        self.scale = nnx.Variable(scale)
-        self.bias = nnx.Param(jnp.zeros(o, policy.param_dtype)) if bias else None
-
-    def __call__(self, x):
-        weight = QTensor(self.int8_weight[...], self.scale[...])
-        bias = None if self.bias is None else self.bias[...]
-        y = int8_linear(rearrange(x, "b l i -> (b l) i"), weight, bias)  # tiles of tokens run across samples
-        return rearrange(y, "(b l) o -> b l o", b=x.shape[0])
-
-
-LINEAR = {"float": Linear, "int8": Int8Linear}
 
 
 class RMSNorm(nnx.Module):

@@ -78,7 +78,7 @@ class Part:
             where = None if self.mesh is None else shardings(abstract(self.kind, config), self.mesh)
             module = checkpoint.restore(self.path, where, config)[1] if self.ours else self.file.load(config, where)
             if isinstance(config, DiTConfig) and config.linear != self.config.linear:
-                module = with_linear(module, self.config.linear)
+                module = with_linear(module, self.config.linear, free=True)
                 if self.mesh is not None:
                     module = jax.device_put(module, shardings(module, self.mesh))
             self.module = jax.block_until_ready(module)
@@ -141,14 +141,18 @@ def reference_notes(cfg: DiTConfig) -> list[str]:
     if jax.default_backend() != "gpu":
         return []
     notes = []
-    if cfg.linear == "int8":
+    if cfg.linear == "int8" and cfg.row_impl != "triton":
         notes.append("int8 linears run as an XLA reference (no GPU kernel in this version): a step takes about 5 times as long as bfloat16")
-    if cfg.attention != "dense":
+    if cfg.attention != "dense" and cfg.impl != "triton":
         notes.append(f"{cfg.attention} attention runs as an XLA reference (no GPU kernel in this version): about as fast as dense")
     return notes
 
 
 def check_impl(impl: str, dtype: str) -> None:
+    if impl == "triton" and jax.default_backend() != "gpu":
+        raise UsageError(
+            f"attention_impl is 'triton' on {jax.default_backend()}", "the Triton kernels run on NVIDIA GPUs", "use auto, or reference"
+        )
     if impl == "cudnn" and (jax.default_backend() != "gpu" or dtype == "float32"):
         raise UsageError(
             f"attention_impl is 'cudnn' on {jax.default_backend()} in {dtype}",
@@ -181,10 +185,11 @@ def chosen_attention(part: Part, asked: str) -> str:
 
 
 def chosen_linear(part: Part, quant: str, note) -> str:
-    linear = {"auto": part.stored.linear, "none": "float", "int8": "int8"}[quant]
-    if part.stored.linear == "int8":
-        say = "running as W8A8 (--quant none dequantises at load)" if linear == "int8" else "dequantised at load"
-        note(f"{part.path.name}: int8 weights in the blocks, {say}")
+    stored = part.stored.linear
+    linear = {"auto": stored, "none": "float"}.get(quant, quant)
+    if stored != "float":
+        say = {stored: "running as W8A8 (--quant none dequantises at load)", "float": "dequantised at load"}
+        note(f"{part.path.name}: {stored} weights in the blocks, {say.get(linear, f'made {linear} at load')}")
     return linear
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from tdjax import demo, flow, plan, programs, sampler, teacher
 from tdjax.arguments import PATHS
 from tdjax.conditioning import image_condition, image_video
-from tdjax.config import I2V_SAMPLER, PRESETS, T2V_SAMPLER, DiTConfig, VideoSize
+from tdjax.config import I2V_SAMPLER, PRESETS, QUANT, T2V_SAMPLER, DiTConfig, VideoSize
 from tdjax.errors import NotFinite, UsageError
 from tdjax.locate import Located, cache_folder, locate
 from tdjax.mesh import make_mesh
@@ -57,7 +57,10 @@ def load(
     model:      a name of PRESETS, a hub id (org/name), a published .pth or .safetensors file, a folder of published
                 files, a diffusers folder, a folder written by `python -m convert`, or "demo".
     attention:  "auto" (sla where the weights have its projection), "original" (dense), "sla", "sagesla".
-    quant:      "auto" (as stored), "none" (dequantise at load), "int8" (quantise at load).
+    quant:      "auto" (as stored), "none" (dequantise at load), or quantise at load: "int8" (the published scheme, tiles of
+                128 x 128), "int8_channel" or "fp8" (a scale for each token and each output channel; faster on GPUs).
+    attention_impl: "auto", "reference", "triton" (the kernels of this package wherever there is one, in linear layers and norms
+                too), "cudnn" (dense attention).
     dtype:      "auto" (bfloat16 on an accelerator, float32 on a CPU), "bfloat16", "float16", "float32".
     mesh:       several devices for one video, for example "sp=4" or "tp=2,sp=2".
     low_memory: free every part as soon as its stage ends, also where all would fit together.
@@ -67,10 +70,10 @@ def load(
     Raises CheckpointError for files that are missing, damaged or of another kind; UsageError for bad arguments.
     """
     check_choice("attention", attention, ("auto", "original", "dense", "sla", "sagesla"))
-    check_choice("quant", quant, ("auto", "none", "int8"))
+    check_choice("quant", quant, QUANT)
     check_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
     check_choice("vae_dtype", vae_dtype or dtype, ("auto", "bfloat16", "float16", "float32"))
-    check_choice("attention_impl", attention_impl, ("auto", "reference", "cudnn"))
+    check_choice("attention_impl", attention_impl, ("auto", "reference", "triton", "cudnn"))
     for name in paths:
         check_choice("an argument of load", name, PATHS)
     stages = stages or Stages(show=False)

@@ -42,13 +42,15 @@ def text_working(cfg: TextConfig, batch: int) -> int:
 
 
 def dit_working(cfg: DiTConfig, size: VideoSize, batch: int) -> int:
-    """Residual stream, its float32 island, the three of q k v and attention's output, or the two of the MLP if larger."""
+    """Keys and values of the text, residual stream, its float32 island, the three of q k v and attention's output, or the two of
+    the MLP if larger."""
     tokens, item = batch * size.tokens(cfg.patch), np.dtype(cfg.policy.compute).itemsize
+    text = 2 * cfg.layers * batch * cfg.text_len * cfg.dim * item
     stream = tokens * cfg.dim * (item + 4)
     attention = tokens * cfg.dim * (4 * item + 4)
-    mlp = tokens * cfg.ffn_dim * (2 * item + (5 if cfg.linear == "int8" else 0))
+    mlp = tokens * cfg.ffn_dim * (2 * item + (0 if cfg.linear == "float" else 5))
     sparse = 0 if cfg.attention == "dense" else tokens * cfg.dim * 3 * item + GIB // 2
-    return stream + max(attention + sparse, mlp)
+    return text + stream + max(attention + sparse, mlp)
 
 
 def vae_working(cfg: VAEConfig, size: VideoSize, encode: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tdjax import sampler
@@ -36,7 +37,13 @@ def start_noise(key, steps: int, shape: tuple[int, ...]):
 def denoise(model, x, text, image, schedule, *, mode: str):
     """Few steps: schedule = (noise f32[n b t h w c], times f32[n+1]) -> (x f32[b t h w c], finite bool[n])."""
     noise, times = schedule
-    return sampler.sample_from(lambda x, timestep: model(x, timestep, text, image), x, noise, times, mode)
+    kv = before_the_loop(model, text)
+    return sampler.sample_from(lambda x, timestep: model.velocity(x, timestep, kv, image), x, noise, times, mode)
+
+
+def before_the_loop(model, text):
+    """Keys and values of the text, which every step reads alike; the barrier keeps the compiler from moving them into the loop."""
+    return lax.optimization_barrier(model.text_kv(text))
 
 
 def denoise_guided(model, state, text, image, schedule, *, guidance: float):
@@ -44,12 +51,13 @@ def denoise_guided(model, state, text, image, schedule, *, guidance: float):
 
     Both halves run as one doubled batch.
     """
+    kv = before_the_loop(model, text)
 
     def velocity(x, timestep):
         both = lambda a: None if a is None else jnp.concatenate([a, a])
         if guidance == 1.0:
-            return model(x, timestep, text, image)
-        return sampler.guide(*jnp.split(model(both(x), both(timestep), text, both(image)), 2), guidance)
+            return model.velocity(x, timestep, kv, image)
+        return sampler.guide(*jnp.split(model.velocity(both(x), both(timestep), kv, both(image)), 2), guidance)
 
     return sampler.teacher_from(velocity, state, schedule)
 

@@ -21,12 +21,12 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks\.up\.bias", ("n", "mlp")),
     (r"blocks\.down\.kernel", ("n", "mlp", "embed")),
     (r"blocks\.((self|cross)_attn\.o|down)\.bias", ("n", None)),
-    # int8: weights are [o i]; the scales of their tiles stay whole, their numbers seldom divide
-    (r"blocks\.(self|cross)_attn\.(q|k|v|k_img|v_img)\.int8_weight", ("n", "heads", "embed")),
-    (r"blocks\.(self|cross)_attn\.o\.int8_weight", ("n", "embed", "heads")),
-    (r"blocks\.up\.int8_weight", ("n", "mlp", "embed")),
-    (r"blocks\.down\.int8_weight", ("n", "embed", "mlp")),
-    (r"blocks\.((self|cross)_attn\.\w+|up|down)\.scale", ("n",)),
+    # 8 bits: weights are [o i]; the scales of tiles and of channels stay whole, numbers of tiles seldom divide
+    (r"blocks\.(self|cross)_attn\.(q|k|v|k_img|v_img)\.(int8_)?weight", ("n", "heads", "embed")),
+    (r"blocks\.(self|cross)_attn\.o\.(int8_)?weight", ("n", "embed", "heads")),
+    (r"blocks\.up\.(int8_)?weight", ("n", "mlp", "embed")),
+    (r"blocks\.down\.(int8_)?weight", ("n", "embed", "mlp")),
+    (r"blocks\.((self|cross)_attn\.\w+|up|down)\.(weight_)?scale", ("n",)),
     # whole: norms, modulation, SLA projection, position bias
     (r"blocks\.(norm\d\.(scale|bias)|modulation|relative_bias|self_attn\.core\.proj\.(kernel|bias))", ("n",)),
     # around the blocks of the transformer
@@ -104,11 +104,12 @@ def constrain(x, *axes: str | None):
     return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, sizes)) if sizes else x
 
 
-def over_heads(op, q, k, v, *shared):  # q k v [b l h k]
-    """op(q, k, v, *shared) with samples and heads divided over the mesh; each device sees every token of its heads."""
+def over_heads(op, q, k, v, *shared, means=()):  # q k v [b l h k], means [b h n k]
+    """op(q, k, v, *shared, *means) with samples and heads divided over the mesh; each device sees every token of its heads."""
     sizes = mesh_sizes()
     if not sizes:
-        return op(q, k, v, *shared)
-    split = spec(q.shape, ("batch", None, "head", None), sizes)
-    specs = (split, split, split, *(PartitionSpec() for _ in shared))
-    return jax.shard_map(op, in_specs=specs, out_specs=split, check_vma=False)(q, k, v, *shared)
+        return op(q, k, v, *shared, *means)
+    tokens = spec(q.shape, ("batch", None, "head", None), sizes)
+    blocks = PartitionSpec(tokens[0], tokens[2])
+    specs = (tokens, tokens, tokens, *(PartitionSpec() for _ in shared), *(blocks for _ in means))
+    return jax.shard_map(op, in_specs=specs, out_specs=tokens, check_vma=False)(q, k, v, *shared, *means)

@@ -1,4 +1,4 @@
-"""How large the values of a traced function become."""
+"""What is inside a traced function: its equations, and how large its values become."""
 
 
 def inner(value):
@@ -13,3 +13,12 @@ def largest(jaxpr) -> int:
     """Bytes of the largest value in a jaxpr, inner ones included."""
     sizes = [v.aval.size * v.aval.dtype.itemsize for e in jaxpr.eqns for v in e.outvars]
     return max([*sizes, *(largest(j) for e in jaxpr.eqns for p in e.params.values() for j in inner(p))], default=0)
+
+
+def equations(jaxpr):
+    """Every equation of a jaxpr, inner ones included; those of a loop's body once."""
+    for e in jaxpr.eqns:
+        yield e
+        for p in e.params.values():
+            for j in inner(p):
+                yield from equations(j)

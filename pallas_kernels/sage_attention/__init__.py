@@ -16,8 +16,7 @@ from pallas_kernels.flash_attention import check as check_attention
 from pallas_kernels.sage_attention import reference, triton
 from pallas_kernels.sage_attention.quantize import quantize_blocks
 from pallas_kernels.sparse_attention import check as check_blocks
-from pallas_kernels.sparse_attention import chosen_blocks, linear_attention, table
-from pallas_kernels.sparse_attention.reference import block_map
+from pallas_kernels.sparse_attention import check_means, chosen_blocks, linear_attention, plain_map, table
 
 __all__ = ["quantize_blocks", "sage_attention", "sage_sparse_attention", "sage_sparse_linear_attention"]
 
@@ -34,9 +33,9 @@ def every_block(q, k, v, block_q, block_k):
     return reference.sage_sparse_attention(q, k, v, every, block_q, block_k)
 
 
-def sum_of_branches(q, k, v, proj_kernel, proj_bias, chosen, block_q, block_k):
+def sum_of_branches(q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k):
     """The whole op from the references of its parts."""
-    blocks = block_map(q, k, chosen, block_q, block_k)
+    blocks = plain_map(q, k, chosen, block_q, block_k, means)
     return reference.sage_sparse_attention(q, k, v, blocks, block_q, block_k) + linear_attention(q, k, v, proj_kernel, proj_bias)
 
 
@@ -45,12 +44,13 @@ SPARSE = table(reference.sage_sparse_attention, triton.sage_sparse_attention)
 WHOLE = table(sum_of_branches, triton.sage_sparse_linear_attention)
 
 
-def sage_sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, impl="auto"):
+def sage_sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, means=None, impl="auto"):
     """`sparse_linear_attention` with int8 scores in its sparse branch: q k v [b l h k] -> [b l h k]."""
     check_attention(q, k, v)
+    check_means(q, k, means, block_q, block_k)
     run = choose("sage_sparse_linear_attention", impl, WHOLE, sum_of_branches)
     run = partial(run, chosen=chosen_blocks(k.shape[1], topk, block_k), block_q=block_q, block_k=block_k)
-    return forward_only(run, NO_DERIVATIVE)(q, k, v, proj_kernel, proj_bias)
+    return forward_only(run, NO_DERIVATIVE)(q, k, v, proj_kernel, proj_bias, means)
 
 
 def sage_sparse_attention(q, k, v, blocks, *, block_q=128, block_k=64, impl="auto"):  # q k v [b l h k] -> [b l h k]

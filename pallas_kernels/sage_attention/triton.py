@@ -27,9 +27,9 @@ def sage_sparse_attention(q, k, v, blocks, block_q, block_k, *, interpret):
     return int8_attention(q, k, k.mean(1, dtype=jnp.float32), v, blocks, block_q, block_k, interpret=interpret)
 
 
-def sage_sparse_linear_attention(q, k, v, proj_kernel, proj_bias, chosen, block_q, block_k, *, interpret):
+def sage_sparse_linear_attention(q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k, interpret):
     """The whole op: the pooling that gives the map also gives the mean key; the linear branch is part of the same kernel."""
-    blocks, mean = block_map_and_mean(q, k, chosen, block_q, block_k, interpret=interpret)
+    blocks, mean = block_map_and_mean(q, k, chosen, block_q, block_k, means, interpret=interpret)
     _, linear = summed(q, k, v, proj_kernel, proj_bias, interpret=interpret)
     return int8_attention(q, k, mean, v, blocks, block_q, block_k, linear=linear, interpret=interpret)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.dispatch import choose
 from pallas_kernels.flash_attention import check as check_attention
@@ -24,9 +25,18 @@ def table(reference, kernel):
     return {"reference": reference, "triton": partial(kernel, interpret=False), "interpret": partial(kernel, interpret=True)}
 
 
-def sum_of_branches(q, k, v, proj_kernel, proj_bias, chosen, block_q, block_k):
+def plain_map(q, k, chosen, block_q, block_k, means):
+    """`reference.block_map`, from the means of blocks where they are at hand."""
+    if means is None:
+        return reference.block_map(q, k, chosen, block_q, block_k)
+    queries, keys = lax.stop_gradient(means)
+    scores = block_map_kernels.pooled_scores(queries, keys, block_map_kernels.mean_of(keys, k.shape[1], block_k))
+    return jnp.sort(lax.top_k(scores, chosen)[1], -1)
+
+
+def sum_of_branches(q, k, v, proj_kernel, proj_bias, chosen, block_q, block_k, means=None):
     """The whole op from the references of its parts."""
-    blocks = reference.block_map(q, k, chosen, block_q, block_k)
+    blocks = plain_map(q, k, chosen, block_q, block_k, means)
     return reference.sparse_attention(q, k, v, blocks, block_q, block_k) + linear_attention(q, k, v, proj_kernel, proj_bias)
 
 
@@ -35,15 +45,17 @@ MAPS = table(reference.block_map, block_map_kernels.block_map)
 WHOLE = table(sum_of_branches, triton.sparse_linear_attention)
 
 
-def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, impl="auto"):
+def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, means=None, impl="auto"):
     """SLA (arXiv 2509.24006; thu-ml/TurboDiffusion turbodiffusion/SLA/core.py): q k v [b l h k] -> [b l h k].
 
     proj_kernel [k k] (i o) and proj_bias [k], float32, project the linear branch of every head. topk is the share of key
     blocks kept. The choice of blocks has no gradient; the linear branch sums over all keys, chosen or not.
+    means: those of the blocks of q f32 [b h i k] and of k f32 [b h j k], as `qk_prep.rms_norm_rope_pool` gives; else computed here.
     """
     check_attention(q, k, v)
+    check_means(q, k, means, block_q, block_k)
     run = choose("sparse_linear_attention", impl, WHOLE, sum_of_branches)
-    return run(q, k, v, proj_kernel, proj_bias, chosen_blocks(k.shape[1], topk, block_k), block_q, block_k)
+    return run(q, k, v, proj_kernel, proj_bias, chosen_blocks(k.shape[1], topk, block_k), block_q, block_k, means)
 
 
 def chosen_blocks(length: int, topk: float, block_k: int) -> int:
@@ -70,3 +82,11 @@ def check(q, k, v, blocks, block_q):
     expected = (q.shape[0], q.shape[2], -(-q.shape[1] // block_q))
     if blocks.ndim != 4 or blocks.shape[:3] != expected or blocks.dtype != jnp.int32:
         raise ValueError(f"sparse_attention: block list {blocks.dtype} {blocks.shape}; expected int32 {(*expected, 'chosen')}")
+
+
+def check_means(q, k, means, block_q, block_k):
+    """Raise ValueError unless means, if any, are float32 [b h blocks k] of q and of k."""
+    expected = [(x.shape[0], x.shape[2], -(-x.shape[1] // block), x.shape[3]) for x, block in ((q, block_q), (k, block_k))]
+    if means is not None and ([m.shape for m in means] != expected or any(m.dtype != jnp.float32 for m in means)):
+        given = ", ".join(f"{m.dtype} {m.shape}" for m in means)
+        raise ValueError(f"sparse_linear_attention: means {given}; expected float32 {expected[0]} and {expected[1]}")

@@ -29,12 +29,12 @@ def block_map(q, k, chosen, block_q, block_k, *, interpret):  # q k [b l h k] ->
     return block_map_and_mean(q, k, chosen, block_q, block_k, interpret=interpret)[0]
 
 
-def block_map_and_mean(q, k, chosen, block_q, block_k, *, interpret):  # -> the block map, mean of k over the tokens f32 [b h k]
-    """`block_map`, and the mean key that int8 keys take off, which comes with it for nothing."""
-    q, k = lax.stop_gradient((q, k))
-    keys = pool(k, block_k, interpret=interpret)
+def block_map_and_mean(q, k, chosen, block_q, block_k, means=None, *, interpret):  # -> the block map, mean of k f32 [b h k]
+    """`block_map`, and the mean key that int8 keys take off, which comes with it for nothing. means: of the blocks of q and k."""
+    q, k, means = lax.stop_gradient((q, k, means))
+    queries, keys = means or (pool(q, block_q, interpret=interpret), pool(k, block_k, interpret=interpret))
     mean = mean_of(keys, k.shape[1], block_k)
-    return choose(pooled_scores(pool(q, block_q, interpret=interpret), keys, mean), chosen, interpret=interpret), mean
+    return choose(pooled_scores(queries, keys, mean), chosen, interpret=interpret), mean
 
 
 def mean_of(pooled, length, block):  # f32 [b h n k] -> f32 [b h k]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from pallas_kernels.derivatives import with_derivatives
 from pallas_kernels.sparse_attention import linear_backward, reference
 from pallas_kernels.sparse_attention.backward import backward
-from pallas_kernels.sparse_attention.block_map import block_map
+from pallas_kernels.sparse_attention.block_map import block_map_and_mean
 from pallas_kernels.sparse_attention.forward import forward
 from pallas_kernels.sparse_attention.linear import summaries
 
@@ -30,7 +30,7 @@ def sparse_attention(q, k, v, blocks, block_q, block_k, *, interpret):
     return with_derivatives(run, tangent=tangent, grad=grad)(q, k, v, blocks)
 
 
-def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, chosen, block_q, block_k, *, interpret):
+def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, chosen, block_q, block_k, means=None, *, interpret):
     """The whole op: map, sums over all keys, and one pass over the queries for both branches.
 
     What the gradient needs besides o is written only where the op is differentiated; the tangent is that of the reference.
@@ -54,7 +54,8 @@ def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, chosen, block_q, bl
 
     op = jax.custom_jvp(lambda *args: run(args, False)[0])
     op.defjvp(lambda args, tangents: jax.jvp(with_derivatives(saving, tangent=tangent, grad=grad), args, tangents))
-    return op(q, k, v, proj_kernel, proj_bias, block_map(q, k, chosen, block_q, block_k, interpret=interpret))
+    blocks, _ = block_map_and_mean(q, k, chosen, block_q, block_k, means, interpret=interpret)
+    return op(q, k, v, proj_kernel, proj_bias, blocks)
 
 
 def summed(q, k, v, proj_kernel, proj_bias, *, interpret):

@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from pallas_kernels.sparse_attention import block_map, chosen_blocks, dense_map, linear_attention, pooled_scores, sparse_attention
 from tdjax.attention import SLACore
-from tdjax.layers import modulate, sinusoid
-from tdjax.models.rope import angles, over_grid, rope, rotate
+from tdjax.layers import sinusoid
+from tdjax.linear import Activations
+from tdjax.models.rope import angles, over_grid, rope
 from tdjax.models.wan_dit import DiT, gated
 
 
 def intermediates(model: DiT, x, timestep, text, image=None, features=None) -> dict[str, jax.Array]:
     """The arguments of `DiT.__call__` -> {key: array}, among them "v", the output [b t h w c]."""
-    model.check(x, timestep, text, image, features)
+    model.check(x=x, timestep=timestep, text=text, image=image, features=features)
     cfg, grid = model.cfg, model.grid(x)
     out = around(model, x, timestep, text, image, features)
-    table = rope(grid, cfg.head_dim)
+    table, kvs = rope(grid, cfg.head_dim), model.text_kv(text, features)
     h = out["patch_embed"]
     for i in range(cfg.layers):
-        block = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks)
-        values = inside(block, h, out["e0"], out["text_embed"], out.get("img_embed"), table)
+        block, kv = jax.tree.map(lambda leaf, i=i: leaf[i], (model.blocks, kvs))
+        values = inside(block, h, out["e0"], kv, table)
         out |= {f"block{i}/{name}": value for name, value in values.items()}
         h = values["out"]
     out["head_in"] = model.head.norm(h, out["e"])
@@ -51,23 +53,30 @@ def around(model, x, timestep, text, image, features):
     return out if features is None else out | {"img_embed": model.embed_image(features)}
 
 
-def inside(block, x, e, text, features, table):
+def inside(block, x, e, kv, table):
     """One block: the steps of `Block.__call__`, each value kept."""
     shift1, scale1, gate1, shift2, scale2, gate2 = block.six(e)
-    attn, eps = block.self_attn, block.cfg.eps
-    out = {"self_attn_in": modulate(x, scale1, shift1, eps)}
-    out["q_norm"], out["k_norm"] = attn.queries(out["self_attn_in"]), attn.keys(out["self_attn_in"])
-    out["q_rope"], out["k_rope"] = rotate(out["q_norm"], table), rotate(out["k_norm"], table)
+    attn, eps, out = block.self_attn, block.cfg.eps, {}
+    x, h = attn.q.normed(x, 1 + scale1, shift1, eps=eps)
+    out["self_attn_in"] = floats(attn.q, h)
+    out["q_norm"], out["k_norm"] = attn.queries(h), attn.keys(h)
+    out["q_rope"], _ = attn.core.queries(attn.q(h), attn.norm_q, table)
+    out["k_rope"], _ = attn.core.keys(attn.k(h), attn.norm_k, table)
     if isinstance(attn.core, SLACore):
-        out |= sparse_linear(attn.core, out["q_rope"], out["k_rope"], attn.values(out["self_attn_in"]))
-    out["self_attn_out"] = attn(out["self_attn_in"], table)
-    out["after_self_attn"] = gated(x, out["self_attn_out"], gate1)
-    out["cross_attn_in"] = block.norm3(out["after_self_attn"])
-    out["cross_attn_out"] = block.cross_attn(out["cross_attn_in"], text, features)
-    out["after_cross_attn"] = out["after_self_attn"] + out["cross_attn_out"]
-    out["ffn_in"] = modulate(out["after_cross_attn"], scale2, shift2, eps)
-    out["ffn_out"] = block.mlp(out["ffn_in"])
-    return out | {"out": gated(out["after_cross_attn"], out["ffn_out"], gate2)}
+        out |= sparse_linear(attn.core, out["q_rope"], out["k_rope"], attn.values(h))
+    y = out["self_attn_out"] = attn(h, table)
+    x, h = block.cross_attn.q.normed(x, block.norm3.scale[...], block.norm3.bias[...], y=y, gate=gate1, eps=block.norm3.eps)
+    out["after_self_attn"], out["cross_attn_in"] = x, floats(block.cross_attn.q, h)
+    y = out["cross_attn_out"] = block.cross_attn(h, kv)
+    x, h = block.up.normed(x, 1 + scale2, shift2, y=y, eps=eps)
+    out["after_cross_attn"], out["ffn_in"] = x, floats(block.up, h)
+    out["ffn_out"] = block.mlp(h)
+    return out | {"out": gated(x, out["ffn_out"], gate2)}
+
+
+def floats(layer, h):  # what `layer` reads -> [b l d]
+    """The input of a layer, dequantised where it has 8 bits."""
+    return rearrange(layer.dequantize(h.rows), "(b l) d -> b l d", b=h.b).astype(h.dtype) if isinstance(h, Activations) else h
 
 
 def sparse_linear(core, q, k, v):

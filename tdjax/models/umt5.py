@@ -16,7 +16,8 @@ from flax import nnx
 from jax import lax
 
 from tdjax.config import TextConfig
-from tdjax.layers import EXACT, Linear, RMSNorm
+from tdjax.layers import RMSNorm
+from tdjax.linear import EXACT, Linear
 
 
 def relative_bucket(rel: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:

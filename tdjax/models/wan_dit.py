@@ -1,4 +1,4 @@
-"""The Wan video transformer: text-to-video and image-to-video, dense or sparse-linear attention, float or int8 layers.
+"""The Wan video transformer: text-to-video and image-to-video, dense or sparse-linear attention, layers float or of 8 bits.
 
 Same function as thu-ml/TurboDiffusion rcm/networks/wan2pt1.py and wan2pt2.py, with a true LayerNorm throughout.
 """
@@ -6,7 +6,7 @@ Same function as thu-ml/TurboDiffusion rcm/networks/wan2pt1.py and wan2pt2.py, w
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,10 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
-from pallas_kernels.int8_matmul import QTensor, dequantize, quantize
-from tdjax.attention import CrossAttention, SelfAttention
+from tdjax.attention import CrossAttention, SelfAttention, TextKV
 from tdjax.config import DiTConfig
-from tdjax.layers import LINEAR, LayerNorm, Linear, modulate, sinusoid
+from tdjax.layers import LayerNorm, modulate, sinusoid
+from tdjax.linear import LINEAR, Linear, converted
 from tdjax.models.rope import rope
 from tdjax.precision import Policy
 from tdjax.sharding import constrain, leaf_name
@@ -52,7 +52,7 @@ class ImageEmbed(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Modulated self-attention, cross-attention, modulated MLP."""
+    """Modulated self-attention, cross-attention, modulated MLP; a residual sum is one pass with the norm that follows it."""
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         linear = LINEAR[cfg.linear]
@@ -60,21 +60,24 @@ class Block(nnx.Module):
         self.self_attn = SelfAttention(cfg, rngs=rngs)
         self.norm3 = LayerNorm(cfg.dim, cfg.eps, cfg.policy)
         self.cross_attn = CrossAttention(cfg, rngs=rngs)
-        self.up = linear(cfg.dim, cfg.ffn_dim, cfg.policy, rngs=rngs)
-        self.down = linear(cfg.ffn_dim, cfg.dim, cfg.policy, rngs=rngs)
+        self.up = linear(cfg.dim, cfg.ffn_dim, cfg.policy, rngs=rngs, impl=cfg.row_impl)
+        self.down = linear(cfg.ffn_dim, cfg.dim, cfg.policy, rngs=rngs, impl=cfg.row_impl)
         self.modulation = nnx.Param(modulation(rngs, 6, cfg))
 
-    def __call__(self, x, e, text, features, rope):  # x [b l d], e f32 [b 6 d], text [b s d], features [b 257 d] or None
+    def __call__(self, x, e, kv: TextKV, rope):  # x [b l d], e f32 [b 6 d]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.six(e)
-        x = gated(x, self.self_attn(modulate(x, scale1, shift1, self.cfg.eps), rope), gate1)
-        x = x + self.cross_attn(self.norm3(x), text, features)
-        return gated(x, self.mlp(modulate(x, scale2, shift2, self.cfg.eps)), gate2)
+        x, h = self.self_attn.q.normed(x, 1 + scale1, shift1, eps=self.cfg.eps)
+        y = self.self_attn(h, rope)
+        x, h = self.cross_attn.q.normed(x, self.norm3.scale[...], self.norm3.bias[...], y=y, gate=gate1, eps=self.norm3.eps)
+        y = self.cross_attn(h, kv)
+        x, h = self.up.normed(x, 1 + scale2, shift2, y=y, eps=self.cfg.eps)
+        return gated(x, self.mlp(h), gate2)
 
     def six(self, e):  # f32 [b 6 d] -> six of [b 1 d]
         return rearrange(self.modulation[...].astype(jnp.float32) + e, "b m d -> m b 1 d")
 
     def mlp(self, x):
-        return self.down(jax.nn.gelu(self.up(x)))
+        return self.down(self.down.gelu(self.up(x)))
 
 
 def gated(x, y, gate):  # x y [b l d], gate f32 [b 1 d]
@@ -123,14 +126,40 @@ class DiT(nnx.Module):
     def __call__(self, x, timestep, text, image=None, features=None):
         """x f32 [b t h w c], timestep f32 [b] in 0..1000, text [b s text_dim], image [b t h w 20] (mask, then latents),
         features [b 257 image_dim] -> f32 [b t h w c]."""
-        self.check(x, timestep, text, image, features)
+        self.check(x=x, timestep=timestep, image=image, text=text, features=features)
+        context = self.context(text, features)
+        return self.forward(x, timestep, image, lambda attn, _: attn.text_kv(*context), None)
+
+    def text_kv(self, text, features=None) -> TextKV:
+        """What every step of a prompt reads alike, for `velocity`: keys and values of all blocks, [n b s h k]."""
+        self.check(text=text, features=features)
+        context = self.context(text, features)
+        return lax.scan(lambda _, attn: (None, attn.text_kv(*context)), None, self.blocks.cross_attn)[1]
+
+    def velocity(self, x, timestep, kv: TextKV, image=None):
+        """`__call__` on text whose keys and values are at hand."""
+        self.check(x=x, timestep=timestep, image=image)
+        return self.forward(x, timestep, image, lambda _, kv: kv, kv)
+
+    def forward(self, x, timestep, image, kv_of: Callable, kvs):
+        """kv_of(the cross-attention of a block, its part of kvs) -> its TextKV."""
         grid = self.grid(x)
         table = rope(grid, self.cfg.head_dim)
         e, e0 = self.time(timestep)
-        text, features = self.embed_text(text), self.embed_image(features)
-        step = jax.checkpoint(lambda x, block: (self.between(block(x, e0, text, features, table)), None))
-        x = lax.scan(step, self.between(self.patchify(x, image)), self.blocks)[0]
+
+        @jax.checkpoint
+        def step(x, each):
+            block, kv = each
+            return self.between(block(x, e0, kv_of(block.cross_attn, kv), table)), None
+
+        x = lax.scan(step, self.between(self.patchify(x, image)), (self.blocks, kvs))[0]
         return self.unpatchify(self.head(x, e), grid)
+
+    def context(self, text, features):
+        """(text, features) [b s d] as the cross-attention of every block reads them: ready once for all."""
+        attn = self.blocks.cross_attn
+        text = attn.k.ready(self.embed_text(text))
+        return text, None if features is None else attn.k_img.ready(self.embed_image(features))
 
     def grid(self, x) -> tuple[int, int, int]:
         """Patches along t, h and w."""
@@ -168,24 +197,26 @@ class DiT(nnx.Module):
         return self.text_embed(text.astype(self.cfg.policy.compute_dtype), jax.nn.gelu)
 
     def embed_image(self, features):  # [b 257 image_dim] -> [b 257 d]
-        return None if features is None else self.image_embed(features.astype(self.cfg.policy.compute_dtype))
+        return self.image_embed(features.astype(self.cfg.policy.compute_dtype))
 
-    def check(self, x, timestep, text, image, features):
-        """Raise ValueError, naming the argument, where the inputs do not fit the config."""
+    def check(self, **inputs):
+        """Raise ValueError, naming the argument, where one of x, timestep, text, image, features does not fit the config."""
         cfg = self.cfg
-        wants = {
-            "x": (x, ("b", "t", "h", "w", cfg.out_channels)),
-            "timestep": (timestep, ("b",)),
-            "text": (text, ("b", "s", cfg.text_dim)),
-            "image": (image, ("b", "t", "h", "w", cfg.condition_channels) if cfg.condition_channels else None),
-            "features": (features, ("b", "s", cfg.image_dim) if cfg.image_dim else None),
+        shapes = {
+            "x": ("b", "t", "h", "w", cfg.out_channels),
+            "timestep": ("b",),
+            "text": ("b", "s", cfg.text_dim),
+            "image": ("b", "t", "h", "w", cfg.condition_channels) if cfg.condition_channels else None,
+            "features": ("b", "s", cfg.image_dim) if cfg.image_dim else None,
         }
-        for name, (value, shape) in wants.items():
+        for name, value in inputs.items():
+            shape = shapes[name]
             if (value is None) != (shape is None):
                 raise ValueError(f"DiT: {name} is {'missing' if value is None else 'given'}, but this model takes {shape or 'none'}")
             if shape and (value.ndim != len(shape) or any(isinstance(n, int) and n != m for n, m in zip(shape, value.shape, strict=True))):
                 raise ValueError(f"DiT: {name} has shape {value.shape}; expected {shape}")
-        if any(n % p for n, p in zip(x.shape[1:4], cfg.patch, strict=True)):
+        x = inputs.get("x")
+        if x is not None and any(n % p for n, p in zip(x.shape[1:4], cfg.patch, strict=True)):
             raise ValueError(f"DiT: latents of {x.shape[1:4]} frames, rows and columns are not multiples of the patch {cfg.patch}")
 
 
@@ -195,35 +226,26 @@ def coordinates(shape: tuple[int, int, int]):  # -> f32 [t h w 3]
     return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1)
 
 
-def with_linear(model: DiT, linear: str) -> DiT:
-    """The same model with the blocks' linear layers in int8 ("int8", block128 scheme) or in floating point ("float")."""
+def with_linear(model: DiT, linear: str, *, free: bool = False) -> DiT:
+    """The same model with the blocks' linear layers of another kind of `tdjax.config.LINEAR`, made leaf by leaf.
+
+    free: delete the layers of the given model on the way, so that no more than one of them is held twice.
+    """
     if linear == model.cfg.linear:
         return model
+    old, new = LINEAR[model.cfg.linear].leaves, LINEAR[linear].leaves
+    leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
     cfg = dataclasses.replace(model.cfg, linear=linear)
-    old = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
     abstract = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
-    new = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
-        name = leaf_name(path)
-        stem = name.rpartition(".")[0]
-        if name not in new:  # scale and int8_weight are made together
-            new |= {name: old[name]} if name in old else other_linear(stem, old, leaf.dtype)
-    return jax.tree_util.tree_map_with_path(lambda path, _: new[leaf_name(path)], abstract)
-
-
-def other_linear(stem: str, leaves: dict, dtype) -> dict:
-    """One stacked Linear's kernel as int8 weight and scale, or those as a kernel of `dtype`; layer by layer."""
-    if f"{stem}.kernel" in leaves:
-        weight, scale = to_int8(leaves[f"{stem}.kernel"])
-        return {f"{stem}.int8_weight": weight, f"{stem}.scale": scale}
-    return {f"{stem}.kernel": to_float(QTensor(leaves[f"{stem}.int8_weight"], leaves[f"{stem}.scale"]), dtype)}
-
-
-@jax.jit
-def to_int8(kernel):  # [n i o] -> int8 [n o i], f32 [n ceil(o/128) ceil(i/128)]
-    return lax.map(lambda kernel: quantize(rearrange(kernel, "i o -> o i")), kernel)
-
-
-@partial(jax.jit, static_argnums=1)
-def to_float(weight, dtype):  # -> [n i o]
-    return lax.map(lambda weight: rearrange(dequantize(weight), "o i -> i o").astype(dtype), weight)
+    shapes = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+    for name, shape in shapes.items():
+        stem, _, last = name.rpartition(".")
+        if last == new[0] and f"{stem}.{old[0]}" in leaves:
+            given = tuple(leaves.pop(f"{stem}.{last}") for last in old)
+            made = converted(given, old=model.cfg.linear, new=linear, dtype=shape.dtype)
+            leaves |= {f"{stem}.{last}": leaf for last, leaf in zip(new, made, strict=True)}
+            if free:
+                jax.block_until_ready(made)
+                for leaf in given:
+                    leaf.delete()
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[leaf_name(path)], abstract)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
+from pallas_kernels import sage_sparse_linear_attention, sparse_linear_attention
 from pallas_kernels.sparse_attention import reference
 from pallas_kernels.sparse_attention.block_map import WIDEST, block_map, block_map_and_mean, choose, mean_of, pool
 
@@ -78,3 +79,26 @@ def test_no_gradient_flows_through_the_choice():
 def test_errors():
     with pytest.raises(ValueError, match=f"block_map: {WIDEST + 1} key blocks; the kernel sorts out at most {WIDEST}"):
         choose(jnp.zeros((1, 1, 1, WIDEST + 1)), 1, interpret=True)
+
+
+@pytest.mark.parametrize("impl", ["reference", "interpret"])
+@pytest.mark.parametrize("op", [sparse_linear_attention, sage_sparse_linear_attention])
+def test_means_at_hand_give_the_same_output(op, impl):
+    """Means of the rotation's pass; with others the map, and so the output, is another."""
+    q, k, v = (jnp.asarray(normal(seed, 1, 300, 2, 16)) for seed in range(3))
+    proj = jnp.asarray(normal(3, 16, 16)) / 4, jnp.asarray(normal(4, 16))
+    mean = lambda x, size: reference.blocked(x, size).sum(3) / reference.counts(300, size)[:, None]
+    means = mean(q, 128), mean(k, 64)
+    run = jax.jit(lambda *a, means=None: op(*a, topk=0.5, block_q=128, block_k=64, means=means, impl=impl))
+    expected = run(q, k, v, *proj)
+    assert_close(run(q, k, v, *proj, means=means), expected, "float32")
+    assert np.abs(run(q, k, v, *proj, means=(-means[0], means[1])) - expected).max() > 0.1
+    with pytest.raises(ValueError, match=r"means float32 \(1, 2, 5, 16\), float32 \(1, 2, 3, 16\); expected float32 \(1, 2, 3, 16\) and"):
+        run(q, k, v, *proj, means=means[::-1])
+
+
+def test_means_have_no_gradient():
+    q, k, v = (jnp.asarray(normal(seed, 1, 130, 1, 16)) for seed in range(3))
+    means = jnp.asarray(normal(3, 1, 1, 2, 16)), jnp.asarray(normal(4, 1, 1, 3, 16))
+    loss = lambda means: sparse_linear_attention(q, k, v, jnp.eye(16), jnp.zeros(16), topk=0.5, means=means).sum()
+    assert not any(g.any() for g in jax.grad(loss)(means))

@@ -9,6 +9,7 @@ import pytest
 
 from tdjax import generate
 from tdjax.arguments import hyphens, parse, read_jobs
+from tdjax.config import QUANT
 from tdjax.errors import UsageError
 
 
@@ -35,6 +36,10 @@ def test_the_official_command_parses():
         --adaptive_resolution --ode --image_path i"""
     args = parse(i2v.split())
     assert (args.fit, args.sampler) == ("adaptive", "ode")
+
+
+def test_every_kind_of_linear_layer_can_be_asked_for():
+    assert [parse(["--quant", kind]).quant for kind in QUANT] == list(QUANT)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from tdjax.precision import FLOAT32
 CFG = DiTConfig(dim=48, heads=3, ffn_dim=40, layers=1, policy=FLOAT32, sla=SLAConfig(topk=0.5))
 GRID = (2, 7, 11)  # 154 tokens: two query blocks, three key blocks
 call = jax.jit(lambda module, *args: module(*args))
+cross = jax.jit(lambda module, x, *context: module(x, module.text_kv(*context)))
 
 
 def normal(*shape):
@@ -75,20 +76,20 @@ def test_queries_and_keys_are_normed_over_all_heads_together():
 def test_cross_attention_sees_every_row_of_text():
     module = jax.jit(lambda: CrossAttention(CFG, rngs=nnx.Rngs(0)))()
     x, text = normal(2, 1, 9, 48)
-    y = call(module, x, text)
-    assert_close(call(module, x, text[:, ::-1]), y, "float32", "rows have no position")
+    y = cross(module, x, text)
+    assert_close(cross(module, x, text[:, ::-1]), y, "float32", "rows have no position")
     for i in (0, 8):
-        assert np.abs(call(module, x, text.at[:, i].set(0)) - y).max() > 1e-3
+        assert np.abs(cross(module, x, text.at[:, i].set(0)) - y).max() > 1e-3
 
 
 def test_image_features_add_a_second_attention():
     module = jax.jit(lambda: CrossAttention(dataclasses.replace(CFG, image_dim=10), rngs=nnx.Rngs(0)))()
     x, text, features = normal(3, 1, 9, 48)
-    y = call(module, x, text, features)
+    y = cross(module, x, text, features)
     flat = jnp.zeros_like(features)  # features of zero give values of zero
-    assert_close(call(module, x, text, flat), call(module, x, text), "float32")
+    assert_close(cross(module, x, text, flat), cross(module, x, text), "float32")
     swapped = module.core(module.queries(x), module.heads(module.norm_k_img(module.k_img(features))), module.heads(module.v_img(features)))
-    assert_close(y - call(module, x, text), module.merge(swapped), "float32")
+    assert_close(y - cross(module, x, text), module.merge(swapped), "float32")
 
 
 @pytest.mark.parametrize("width, split", [(128, (44, 42, 42)), (20, (8, 6, 6)), (64, (24, 20, 20))])

@@ -3,24 +3,37 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
+from flax import nnx
 
 from tdjax import bench
+from tdjax import linear as layers
+from tdjax.config import LINEAR
 from tdjax.errors import UsageError
+from tdjax.precision import FLOAT32
 
 
 def test_rows_of_the_demo_model(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
-    argv = ["--model", "demo", "--stage", "dit", "--attention", "sla", "--repeats", "2", "--num_steps", "2", "--error", "--teacher"]
-    assert bench.main([*argv, "--json", str(out)]) == 0
+    argv = ["--model", "demo", "--stage", "dit", "--attention", "sla", "--linear", "float,fp8", "--repeats", "2", "--num_steps", "2"]
+    assert bench.main([*argv, "--error", "--teacher", "--json", str(out)]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["what"] for row in rows] == ["sla, float", "sla, int8", "original step: dense, float, guided"]
+    assert [row["what"] for row in rows] == ["sla, float", "sla, fp8", "original step: dense, float, guided"]
     for row in rows:
         assert 0 < row["p10"] <= row["ms"] <= row["p90"] and row["compile_s"] > 0 and row["device"] and row["jax"]
     assert rows[0]["error"] < 1e-6 and 1e-4 < rows[1]["error"] < 5e-2 and rows[2]["error"] is None
     assert rows[1]["weights"] < rows[0]["weights"]
     table = capsys.readouterr().out
     assert all(row["what"] in table for row in rows)
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+def test_random_weights_keep_variance(kind):
+    layer = nnx.Dict(up=layers.LINEAR[kind](256, 384, FLOAT32, rngs=nnx.Rngs(0)))
+    layer = bench.random_weights(jax.eval_shape(lambda: layer))
+    y = layer["up"](jax.random.normal(jax.random.key(0), (1, 128, 256)))
+    assert 0.8 < float(y.std()) < 1.2
 
 
 def test_text_stage(capsys):

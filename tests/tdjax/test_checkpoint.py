@@ -19,13 +19,15 @@ DIT = DiTConfig(dim=24, ffn_dim=40, layers=3, heads=2, in_channels=36, freq_dim=
 CONFIGS = {
     "dit": DIT,
     "int8": dataclasses.replace(DIT, linear="int8", attention="dense"),
+    "int8_channel": dataclasses.replace(DIT, linear="int8_channel"),
+    "fp8": dataclasses.replace(DIT, linear="fp8"),
     "vae": VAEConfig(dim=2, latent_channels=3, multipliers=(1, 2), temporal_down=(True,), res_blocks=1, mean=(0.0,) * 3, std=(1.0,) * 3),
     "text": TextConfig(vocab=11, dim=6, attention_dim=8, ffn_dim=10, heads=2, layers=2, policy=FLOAT32),
 }
 
 
 def kind_of(name):
-    return "dit" if name == "int8" else name
+    return name if name in checkpoint.MODULES else "dit"
 
 
 @pytest.fixture(scope="module")

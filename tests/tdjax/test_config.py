@@ -55,7 +55,7 @@ def test_usage_errors_say_what_why_and_what_to_do():
         (lambda: DiTConfig(dim=100, heads=3), "dim 100 over 3 heads"),
         (lambda: DiTConfig(dim=6, heads=2), "even whole head width"),
         (lambda: DiTConfig(attention="flash"), "attention is 'flash'; allowed: dense, sla, sagesla"),
-        (lambda: DiTConfig(linear="fp8"), "linear is 'fp8'; allowed: float, int8"),
+        (lambda: DiTConfig(linear="int4"), "linear is 'int4'; allowed: float, int8, int8_channel, fp8"),
         (lambda: DiTConfig(in_channels=8), "in_channels 8 is less than out_channels 16"),
         (lambda: DiTConfig(layers=0), "DiTConfig.layers is 0; it must be at least 1"),
         (lambda: VAEConfig(temporal_down=(True,)), "4 multipliers need 3 temporal_down flags"),

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from tdjax import env
+from tdjax.config import LINEAR
 
 
 def test_json_and_text_say_the_same(tmp_path, monkeypatch, capsys):
@@ -28,7 +29,9 @@ def test_json_and_text_say_the_same(tmp_path, monkeypatch, capsys):
 def test_every_op_has_its_reference():
     rows = env.kernels([{"platform": "cpu", "kind": "cpu", "compute_capability": None}])
     reference = {row["op"] for row in rows if row["impl"] == "reference" and row["why_not"] is None}
-    assert reference == {"attention", "sparse_linear_attention", "sage_sparse_linear_attention", "int8_linear"}
+    linears = {f"linear {kind}" for kind in LINEAR[1:]}
+    attentions = {"attention", "sparse_linear_attention", "sage_sparse_linear_attention"}
+    assert reference == attentions | linears | {"norm", "gelu", "rms_norm_rope"}
     assert all(row["why_not"] for row in rows if row["impl"] != "reference")
 
 

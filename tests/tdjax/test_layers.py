@@ -2,11 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from tolerances import assert_close
 
-from pallas_kernels.int8_matmul import QTensor, dequantize
-from tdjax.layers import Int8Linear, LayerNorm, Linear, RMSNorm, layer_norm, modulate, sinusoid
+from tdjax.layers import LayerNorm, RMSNorm, layer_norm, modulate, sinusoid
 from tdjax.precision import BF16, FLOAT32
 
 WIDTHS = (80, 128, 1536, 5120)
@@ -22,35 +20,6 @@ def norm(cls, d, g, policy=FLOAT32):
     if cls is LayerNorm:
         module.bias[...] = jnp.asarray(g[f"w/n{d}/bias"])
     return module
-
-
-def test_linear_computes_in_the_dtype_of_its_input():
-    layer = Linear(7, 5, BF16, rngs=nnx.Rngs(0))
-    assert layer.kernel[...].shape == (7, 5) and layer.kernel[...].dtype == jnp.bfloat16
-    layer.bias[...] = jnp.arange(5, dtype=jnp.bfloat16)
-    x = normal(0, 2, 3, 7)
-    y, low = layer(x), layer(jnp.asarray(x, jnp.bfloat16))
-    assert y.dtype == jnp.float32 and low.dtype == jnp.bfloat16
-    expected = np.asarray(x, np.float64) @ np.asarray(layer.kernel[...], np.float64) + np.arange(5)
-    assert_close(y, expected, "float32")
-    assert_close(low, expected, "bf16")
-
-
-def test_linear_without_bias():
-    layer = Linear(7, 5, FLOAT32, rngs=nnx.Rngs(0), bias=False)
-    assert len(jax.tree.leaves(layer)) == 1
-    assert not layer(jnp.zeros((1, 7))).any()
-
-
-def test_int8_linear_is_close_to_the_float_layer():
-    layer = jax.jit(lambda: Int8Linear(256, 200, BF16, rngs=nnx.Rngs(0)))()
-    assert layer.int8_weight[...].shape == (200, 256) and layer.int8_weight[...].dtype == jnp.int8
-    assert layer.scale[...].shape == (2, 2) and layer.scale[...].dtype == jnp.float32
-    x = normal(0, 2, 3, 256)
-    y = jax.jit(lambda layer, x: layer(x))(layer, x)
-    expected = x @ dequantize(QTensor(layer.int8_weight[...], layer.scale[...])).T
-    assert y.shape == (2, 3, 200)
-    assert np.linalg.norm(y - expected) < 0.015 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("d", WIDTHS)

@@ -251,18 +251,20 @@ def test_every_preset_defaults_to_its_own_size(name):
 def test_quantised_at_load_and_back(model, pipe, tmp_path, capsys):
     call = {"output_type": "latent", "num_steps": 2, **SMALL}
     exact, int8 = pipe("a red circle", **call).latents, tdjax.load(model, quant="int8")
-    error = np.linalg.norm(int8("a red circle", **call).latents - exact) / np.linalg.norm(exact)
-    assert 1e-5 < error < 0.05
+    far = lambda pipe: np.linalg.norm(pipe("a red circle", **call).latents - exact) / np.linalg.norm(exact)
+    assert 1e-5 < far(int8) < 0.05
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     shutil.rmtree(folder / "dit")
     checkpoint.save(folder / "dit", int8.parts["dit"].load(), kind="dit", cfg=int8.config)
     back = tdjax.load(folder, quant="none")
     assert "dequantised at load" in capsys.readouterr().err and back.config.linear == "float"
-    error = np.linalg.norm(back("a red circle", **call).latents - exact) / np.linalg.norm(exact)
-    assert 1e-5 < error < 0.05
+    assert 1e-5 < far(back) < 0.05
     tdjax.load(folder)
     assert "running as W8A8 (--quant none dequantises at load)" in capsys.readouterr().err
+    channel = tdjax.load(folder, quant="int8_channel")
+    assert "int8 weights in the blocks, made int8_channel at load" in capsys.readouterr().err
+    assert 1e-5 < far(channel) < 0.05
 
 
 # -- files of many prompts -------------------------------------------------------------------------------------------------
@@ -480,9 +482,11 @@ def test_python_arguments(pipe):
 def test_load_arguments(model, tmp_path):
     with pytest.raises(UsageError, match="cuDNN attention runs on NVIDIA GPUs"):
         tdjax.load(model, attention_impl="cudnn")
+    with pytest.raises(UsageError, match="Triton kernels run on NVIDIA GPUs"):
+        tdjax.load(model, attention_impl="triton")
     with pytest.raises(UsageError, match="attention is 'spares'"):
         tdjax.load(model, attention="spares")
-    with pytest.raises(UsageError, match="allowed: auto, none, int8"):
+    with pytest.raises(UsageError, match="allowed: auto, none, int8, int8_channel, fp8"):
         tdjax.load(model, quant="int4")
     with pytest.raises(CheckpointError):
         tdjax.load(tmp_path / "nowhere.pth")

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 
 from tdjax.config import DiTConfig, SLAConfig, TextConfig, VAEConfig
-from tdjax.layers import LINEAR
+from tdjax.linear import LINEAR
 from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.models.wan_vae import VAE
@@ -23,6 +23,8 @@ MODELS = {
     "dense": lambda: DiT(TINY, rngs=nnx.Rngs(0)),
     "sla": lambda: DiT(dataclasses.replace(TINY, attention="sla"), rngs=nnx.Rngs(0)),
     "int8": lambda: DiT(dataclasses.replace(TINY, attention="sla", linear="int8"), rngs=nnx.Rngs(0)),
+    "channel": lambda: DiT(dataclasses.replace(TINY, in_channels=36, image_dim=40, linear="int8_channel"), rngs=nnx.Rngs(0)),
+    "fp8": lambda: DiT(dataclasses.replace(TINY, attention="sla", linear="fp8"), rngs=nnx.Rngs(0)),
     "image": lambda: DiT(dataclasses.replace(TINY, in_channels=36, image_dim=40), rngs=nnx.Rngs(0)),
     "image int8": lambda: DiT(dataclasses.replace(TINY, in_channels=36, image_dim=40, linear="int8"), rngs=nnx.Rngs(0)),
     "text": lambda: UMT5(TextConfig(vocab=64, dim=32, attention_dim=32, ffn_dim=48, heads=4, layers=2), rngs=nnx.Rngs(0)),
@@ -97,7 +99,7 @@ def test_sharded_forward_equals_the_unsharded_one():
     assert_close(actual, whole, "dit")
 
 
-@pytest.mark.parametrize("linear", ["float", "int8"])
+@pytest.mark.parametrize("linear", LINEAR)
 def test_divided_weights_give_the_same_layer(linear):
     """An MLP's two layers, divided over width and features: both operands of each product are in parts."""
     cfg = dataclasses.replace(TINY, linear=linear)
@@ -121,6 +123,6 @@ def test_divided_weights_give_the_same_layer(linear):
 
     with jax.set_mesh(devices):
         split = jax.tree_util.tree_map_with_path(place, pair)
-        assert {shard.data.size for shard in jax.tree.leaves(split.blocks["up"])[-1].addressable_shards} <= {256 * 96, 4, 6}
+        assert {shard.data.size for shard in jax.tree.leaves(split.blocks["up"])[-1].addressable_shards} <= {256 * 96, 4, 6, 256, 384}
         actual = np.asarray(run(split, x))
     assert np.linalg.norm(actual - whole) < 1e-5 * np.linalg.norm(whole)  # an int8 value on a rounding edge may move

@@ -9,12 +9,13 @@ from einops import rearrange
 from flax import nnx
 from tolerances import assert_close
 
-import tdjax.layers
 from convert.detect import detect
 from convert.files import Source
 from convert.golden import Held
 from convert.load import Checkpoint
+from pallas_kernels.fused_rows import reference
 from tdjax.config import WAN_14B, DiTConfig, SLAConfig
+from tdjax.linear import LINEAR
 from tdjax.models.inspect_dit import intermediates
 from tdjax.models.wan_dit import DiT, with_linear
 from tdjax.precision import FLOAT32
@@ -89,12 +90,14 @@ def test_published_fast_norm_explains_its_output(golden, monkeypatch):
     g = golden("dit_t2v_tiny")
     model, args = load(g), inputs(g)
 
-    def padded(x, eps):
+    def padded(x, y, gate, factor, shift, *, eps, floats, dtype):
+        x = x if y is None else reference.stream(x, y, gate)
         mean, extra = x.mean(-1, keepdims=True), 128 / 80 - 1
-        return (x - mean) * jax.lax.rsqrt(x.var(-1, keepdims=True) + extra * mean**2 + eps)
+        h = (x - mean) * jax.lax.rsqrt(x.var(-1, keepdims=True) + extra * mean**2 + eps)
+        return x, h * factor[:, None] + shift[:, None], None
 
     with monkeypatch.context() as patch:
-        patch.setattr(tdjax.layers, "layer_norm", padded)
+        patch.setattr(reference, "norm", padded)
         values = jax.jit(lambda *a: intermediates(*a))(model, *args)
     v = model.unpatchify(model.head(values["block1/out"], values["e"]), model.grid(args[0]))
     assert_close(v, channels_last(g["out/v_fastnorm"]), "dit")
@@ -221,23 +224,37 @@ def test_coordinates_tell_places_apart():
     assert_close(rows[0, 0, 1], [-1, -1, -0.6] @ kernel, "float32")
 
 
-def test_int8_blocks_and_back():
-    model = tiny(dim=128, heads=2, ffn_dim=256, attention="sla")
-    args = batch()
-    small = with_linear(model, "int8")
-    names = lambda m: {leaf_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(m)}
-    leaves = names(small)
-    assert small.cfg.linear == "int8" and small.blocks.cfg == small.cfg
-    assert leaves["blocks.up.int8_weight"].shape == (2, 256, 128) and leaves["blocks.up.scale"].shape == (2, 2, 1)
-    assert leaves["blocks.self_attn.core.proj.kernel"].dtype == jnp.float32
+def names(tree):
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("linear, step", [("int8", 1 / 128), ("int8_channel", 0.5 / 127), ("fp8", 1 / 28)])
+def test_blocks_of_8_bits_and_back(linear, step):
+    model, args = tiny(dim=128, heads=2, ffn_dim=256, attention="sla"), batch()
+    small = with_linear(model, linear)
+    assert small.cfg.linear == linear and small.blocks.cfg == small.cfg
+    assert jax.tree.structure(small) == jax.tree.structure(abstract(small.cfg))
+    values, scale = LINEAR[linear].leaves
+    assert names(small)[f"blocks.up.{values}"].shape == (2, 256, 128)
+    assert names(small)[f"blocks.up.{scale}"].shape == {"int8": (2, 2, 1)}.get(linear, (2, 256))
+    assert names(small)["blocks.self_attn.core.proj.kernel"].dtype == jnp.float32
     v = np.asarray(run(model, *args))
     assert np.linalg.norm(run(small, *args) - v) < 0.1 * np.linalg.norm(v)
     again = with_linear(small, "float")
     assert {n: x.shape for n, x in names(again).items()} == {n: x.shape for n, x in names(model).items()}
     for name, leaf in names(again).items():
         before = names(model)[name]
-        assert np.abs(leaf - before).max() <= np.abs(before).max() / 128 * 1.001, name
+        assert np.abs(leaf - before).max() <= np.abs(before).max() * step * 1.001, name
     assert with_linear(model, "float") is model
+
+
+def test_conversion_frees_what_it_replaces():
+    model = tiny(dim=128, ffn_dim=128, attention="sla", linear="int8")
+    before = names(model)
+    after = names(with_linear(model, "int8_channel", free=True))
+    assert before["blocks.up.int8_weight"].is_deleted() and before["blocks.self_attn.o.scale"].is_deleted()
+    assert not any(leaf.is_deleted() for leaf in after.values()) and not before["blocks.up.bias"].is_deleted()
+    assert not before["blocks.self_attn.core.proj.kernel"].is_deleted()
 
 
 def test_wrong_inputs_are_named():

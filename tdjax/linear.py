@@ -1,0 +1,154 @@
+"""Linear layers, float and of 8 bits, and how each kind reads its input: quantised once for all layers that read it.
+
+A block never asks of what kind its layers are. It asks a layer for its input (`ready`, `normed`, `gelu`) and gives what it gets to
+every layer that reads the same.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import lax
+
+from pallas_kernels import fused_rows
+from pallas_kernels.int8_matmul import QTensor, dequantize, dequantize_rows, quantize_activations, quantize_weight, quantized_linear
+from tdjax.precision import Policy
+
+EXACT = lax.Precision.HIGHEST  # float32 operands are multiplied as float32; narrower ones are not affected
+xavier = jax.nn.initializers.xavier_uniform()
+
+
+class Activations(NamedTuple):
+    """x [b l i] in 8 bits. Rows are (b l); dtype is that of x and of the products."""
+
+    rows: QTensor
+    b: int
+    dtype: Any
+
+
+class Reader(nnx.Module):
+    """What comes before a product, in the form that the layer reads. impl: as in pallas_kernels."""
+
+    impl: str
+
+    def ready(self, x):  # [b l i]
+        """x as the layer reads it."""
+        return x
+
+    def normed(self, x, factor, shift, *, eps: float, y=None, gate=None):  # x y [b l i]; factor, shift, gate [i] or [b 1 i]
+        """(x + y gate, its layer norm times factor plus shift, ready)."""
+        out = fused_rows.norm(x, factor, shift, y=y, gate=gate, eps=eps, impl=self.impl)
+        return out.x, self.ready(out.h)
+
+    def gelu(self, x):  # [b l i]
+        """GELU (tanh form) of x, ready."""
+        return self.ready(jax.nn.gelu(x))
+
+
+class Linear(Reader):
+    """x [... i] -> x kernel + bias [... o], in x.dtype."""
+
+    leaves: ClassVar = ("kernel",)
+
+    def __init__(self, i: int, o: int, policy: Policy, *, rngs: nnx.Rngs, bias: bool = True, init=xavier, impl: str = "auto"):
+        self.impl = impl
+        self.kernel = nnx.Param(init(rngs.params(), (i, o), policy.param_dtype))
+        self.bias = nnx.Param(jnp.zeros(o, policy.param_dtype)) if bias else None
+
+    def __call__(self, x):
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=EXACT)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    @classmethod
+    def unpacked(cls, kernel):  # [i o] -> float32 [o i]
+        return rearrange(kernel.astype(jnp.float32), "i o -> o i")
+
+    @classmethod
+    def packed(cls, weight, dtype):  # the inverse, as a tuple of leaves
+        return (rearrange(weight, "o i -> i o").astype(dtype),)
+
+
+class QuantizedLinear(Reader):
+    """Linear of 8-bit weights [o i] on float x [b l i], or on activations that another layer of the class made ready.
+
+    A subclass names its scheme of `pallas_kernels.int8_matmul` and its two leaves, values and scale.
+    """
+
+    scheme: ClassVar[str]
+    leaves: ClassVar = ("weight", "weight_scale")
+    dequantize = staticmethod(dequantize_rows)
+    products: ClassVar[dict[str, str]] = {}  # impl -> impl of the product, where the scheme has no kernel for it
+
+    def __init__(self, i: int, o: int, policy: Policy, *, rngs: nnx.Rngs, bias: bool = True, init=xavier, impl: str = "auto"):
+        self.impl = impl
+        weight = rearrange(init(rngs.params(), (i, o), jnp.float32), "i o -> o i")
+        for name, value in zip(self.leaves, self.packed(weight, None), strict=True):
+            setattr(self, name, nnx.Variable(value))
+        self.bias = nnx.Param(jnp.zeros(o, policy.param_dtype)) if bias else None
+
+    def __call__(self, x):
+        x = self.ready(x)
+        weight = QTensor(*(getattr(self, name)[...] for name in self.leaves))
+        bias, impl = None if self.bias is None else self.bias[...], self.products.get(self.impl, self.impl)
+        y = quantized_linear(x.rows, weight, bias, scheme=self.scheme, out_dtype=x.dtype, impl=impl)
+        return rearrange(y, "(b l) o -> b l o", b=x.b)
+
+    def ready(self, x):
+        if isinstance(x, Activations):
+            return x
+        rows = quantize_activations(rearrange(x, "b l i -> (b l) i"), self.scheme, impl=self.impl)
+        return Activations(rows, x.shape[0], x.dtype)
+
+    @classmethod
+    def unpacked(cls, values, scale):  # -> float32 [o i]
+        return cls.dequantize(QTensor(values, scale))
+
+    @classmethod
+    def packed(cls, weight, dtype):
+        return tuple(quantize_weight(weight, cls.scheme))
+
+
+class Int8Linear(QuantizedLinear):
+    """int8 in tiles of 128 x 128 with a scale each, tiles of tokens running across samples: the published -quant files."""
+
+    scheme = "block128"
+    leaves = ("int8_weight", "scale")
+    dequantize = staticmethod(dequantize)
+
+
+class RowLinear(QuantizedLinear):
+    """A scale for each token and for each output channel: norm and GELU give their rows quantised in the same pass."""
+
+    def normed(self, x, factor, shift, *, eps, y=None, gate=None):
+        out = fused_rows.norm(x, factor, shift, y=y, gate=gate, eps=eps, floats=False, scheme=self.scheme, impl=self.impl)
+        return out.x, Activations(out.q, x.shape[0], x.dtype)
+
+    def gelu(self, x):
+        return Activations(fused_rows.gelu(x, scheme=self.scheme, impl=self.impl), x.shape[0], x.dtype)
+
+
+class Int8ChannelLinear(RowLinear):
+    """int8."""
+
+    scheme = "channel"
+
+
+class FP8Linear(RowLinear):
+    """float8_e4m3fn. There is no kernel for its product: on a GPU XLA's is the tensor cores' own."""
+
+    scheme = "fp8"
+    products = {"triton": "xla", "interpret": "reference"}
+
+
+LINEAR = {"float": Linear, "int8": Int8Linear, "int8_channel": Int8ChannelLinear, "fp8": FP8Linear}
+
+
+@partial(jax.jit, static_argnames=("old", "new", "dtype"))
+def converted(leaves: tuple, *, old: str, new: str, dtype) -> tuple:
+    """The leaves [n ...] of a stacked layer of kind `old` as those of kind `new` (a float kernel in dtype), one layer at a time."""
+    return lax.map(lambda leaves: LINEAR[new].packed(LINEAR[old].unpacked(*leaves), dtype), leaves)

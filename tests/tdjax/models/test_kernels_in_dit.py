@@ -1,0 +1,138 @@
+"""The transformer's fast path: kernels (interpreted) against the reference form, activations quantised once, text read once."""
+
+import dataclasses
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jaxprs import equations
+from tolerances import assert_close
+
+from tdjax import programs, sampler, teacher
+from tdjax.config import LINEAR, TEACHER_SAMPLER, DiTConfig, SLAConfig
+from tdjax.models.rope import rope
+from tdjax.models.wan_dit import DiT, with_linear
+from tdjax.precision import FLOAT32
+
+CFG = DiTConfig(dim=128, heads=2, ffn_dim=256, layers=2, in_channels=4, out_channels=4, freq_dim=16, text_dim=6, text_len=8,
+                attention="sla", sla=SLAConfig(topk=0.67, block_q=64, block_k=64), policy=FLOAT32)  # fmt: skip
+run = jax.jit(lambda model, *args: model(*args))
+
+
+def floats(**changes):
+    """A float model whose every leaf is random."""
+    draw = np.random.default_rng(0).normal
+    abstract = jax.eval_shape(lambda: DiT(dataclasses.replace(CFG, **changes), rngs=nnx.Rngs(0)))
+    width = lambda leaf: leaf.shape[-2] ** 0.5 if leaf.ndim > 1 and leaf.shape[-2] > 6 else 3
+    return jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract)
+
+
+def with_impl(model, impl):
+    """The same weights under another `impl`."""
+    abstract = jax.eval_shape(lambda: DiT(dataclasses.replace(model.cfg, impl=impl), rngs=nnx.Rngs(0)))
+    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(model))
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def inputs(b=1):
+    """160 tokens: three blocks, the last one half full."""
+    return normal(0, b, 2, 16, 20, 4), jnp.asarray(np.linspace(977.0, 104.0, b), jnp.float32), normal(1, b, 8, 6)
+
+
+def relative(actual, expected):
+    return np.linalg.norm(np.asarray(actual, np.float64) - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("attention, linear", [("sla", "float"), ("sla", "int8"), ("sagesla", "int8_channel"), ("dense", "fp8")])
+def test_kernels_give_the_reference(attention, linear):
+    """float32 between the ops. Last bits move values of 8 bits over edges, two blocks deep; sagesla rounds scores to int8 besides."""
+    model = with_linear(floats(attention=attention), linear)
+    expected = np.asarray(run(with_impl(model, "reference"), *inputs()), np.float64)
+    actual = run(with_impl(model, "interpret"), *inputs())
+    assert relative(actual, expected) < (1e-5 if linear == "float" else 1e-2)
+
+
+def rounded(jaxpr, dtype):
+    """How often a float array of many elements is made one of 8 bits."""
+    casts = (e for e in equations(jaxpr) if e.primitive.name == "convert_element_type")
+    return sum(e.params["new_dtype"] == dtype and e.invars[0].aval.size > 1000 for e in casts)
+
+
+@pytest.mark.parametrize("linear, dtype", [("int8", "int8"), ("int8_channel", "int8"), ("fp8", "float8_e4m3fn")])
+def test_activations_are_quantised_once(linear, dtype):
+    """In a block: before q k v, o, the cross-attention's q and o, up, down. The text rows: once for all blocks."""
+    model, (x, timestep, _) = with_linear(floats(attention="dense"), linear), inputs()
+    text = normal(1, 1, 40, 6)
+    block, kv = jax.tree.map(lambda leaf: leaf[0], (model.blocks, model.text_kv(text)))
+    one = jax.make_jaxpr(lambda *a: block(*a))(normal(2, 1, 160, 128), normal(3, 1, 6, 128), kv, rope((2, 8, 10), 64))
+    assert rounded(one.jaxpr, dtype) == 6
+    assert rounded(jax.make_jaxpr(model.text_kv)(text).jaxpr, dtype) == 1
+    assert rounded(jax.make_jaxpr(model)(x, timestep, text).jaxpr, dtype) == 7
+
+
+@pytest.mark.parametrize("linear", LINEAR)
+def test_text_read_beforehand_gives_the_plain_call(linear):
+    model = with_linear(floats(attention="dense", in_channels=24, out_channels=4, image_dim=12), linear)
+    x, timestep, text = inputs(2)
+    image, features = normal(4, 2, 2, 16, 20, 20), normal(5, 2, 9, 12)
+    kv = jax.jit(lambda model, *a: model.text_kv(*a))(model, text, features)
+    assert [a.shape for a in kv] == [(2, 2, 8, 2, 64)] * 2 + [(2, 2, 9, 2, 64)] * 2
+    v = jax.jit(lambda model, *a: model.velocity(*a))(model, x, timestep, kv, image)
+    expected = np.asarray(run(model, x, timestep, text, image, features))
+    if linear == "float":
+        assert_close(v, expected, "dit")
+    assert relative(v, expected) < 5e-3  # two programs: last bits move values of 8 bits over edges
+    assert np.abs(expected).max() > 0.1
+
+
+def loops(function, *args):
+    """The jaxprs of the loop bodies over steps."""
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return [e.params["body_jaxpr"].jaxpr for e in jaxpr.eqns if e.primitive.name == "while"]
+
+
+def test_steps_do_not_read_the_text_again():
+    """No product in the loop of a sampler has the text's rows times the width; and its latents are those of the plain call."""
+    model, (x, _, text), times = floats(), inputs(), jnp.array([0.99, 0.8, 0.0])
+    noise = normal(6, 2, *x.shape)
+    few = lambda model, x, text: programs.denoise(model, x, text, None, (noise, times), mode="sde")
+    rows = jax.tree.map(jnp.asarray, teacher.rows(dataclasses.replace(TEACHER_SAMPLER, steps=2)))
+    state, both = sampler.teacher_start(x), jnp.concatenate([text, -text])
+    many = lambda model, state, text: programs.denoise_guided(model, state, text, None, rows, guidance=5.0)
+    for function, *args in ((few, model, x, text), (many, model, state, both)):
+        (body,) = loops(function, *args)
+        products = [e for e in equations(body) if e.primitive.name == "dot_general"]
+        assert products and not [e for e in products if e.invars[0].aval.shape[-2:] == (8, 128)]
+    latents, finite = jax.jit(few)(model, x, text)
+    plain = lambda model, x, text: sampler.sample_from(lambda x, t: model(x, t, text), x, noise, times, "sde")
+    assert finite.all()
+    assert_close(latents, jax.jit(plain)(model, x, text)[0], "dit")
+
+
+# What a step launches: row ops, then attention, then products. Sparse attention pools nothing: its means come with the rotation.
+ROWS = {"norm_kernel": 3, "rows_kernel": 2}
+SPARSE = {"summaries_kernel": 1, "choose_kernel": 1, "attend_kernel": 1, "forward_kernel": 1}
+LAUNCHED = {
+    ("dense", "float"): ROWS | {"forward_kernel": 2},
+    ("sla", "int8"): ROWS | SPARSE | {"quantize_kernel": 7, "block_kernel": 10},
+    ("sagesla", "int8_channel"): ROWS | SPARSE | {"quantize_kernel": 4 + 2, "row_kernel": 10},  # two: queries and keys
+    ("sla", "fp8"): ROWS | SPARSE | {"quantize_kernel": 4},
+}
+
+
+@pytest.mark.parametrize("attention, linear", LAUNCHED)
+def test_kernels_lower_for_cuda_at_real_size(attention, linear):
+    """The 1.3B model at 480p, without a GPU: the fast path holds exactly the kernels that it should."""
+    arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    cfg = DiTConfig(attention=attention, linear=linear, impl="triton")
+    model = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
+    lowered = run.trace(model, arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096)).lower(lowering_platforms=("cuda",))
+    assert lowered.out_info.shape == (1, 21, 60, 104, 16)
+    assert Counter(re.findall(r'name = "(\w+_kernel)"', lowered.as_text())) == LAUNCHED[attention, linear]
