@@ -21,6 +21,7 @@ from tdjax.arguments import PATHS
 from tdjax.conditioning import image_condition, image_video
 from tdjax.config import I2V_SAMPLER, PRESETS, QUANT, T2V_SAMPLER, DiTConfig, VideoSize
 from tdjax.errors import NotFinite, UsageError
+from tdjax.guard import check_kernels
 from tdjax.locate import Located, cache_folder, locate
 from tdjax.mesh import make_mesh
 from tdjax.parts import Lora, Part, check_vocabulary, open_parts, reference_notes
@@ -109,6 +110,7 @@ class Pipeline:
         for part in parts.values():
             part.mesh = self.mesh
         self.programs = programs.Programs(self.mesh)
+        self.kernels_checked = False
         self.tokenizer = None if located.tokenizer is None else Tokenizer(located.tokenizer, self.text_len)
         check_vocabulary(self.tokenizer, parts.get("text"))
         facts, preset = located.facts, PRESETS.get(located.preset or "")
@@ -346,6 +348,9 @@ class Pipeline:
 
     def videos(self, request: Request) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """(latents, frames) of every prompt and sample, through all stages."""
+        if not self.kernels_checked:
+            check_kernels(self.config, self.stages)
+            self.kernels_checked = True
         texts, keep = self.texts(request), self.keep(request)
         condition = self.encode_image(request) if self.task == "i2v" else None
         key = jax.random.key(request.seed) if request.key is None else request.key

@@ -127,9 +127,13 @@ def quantize_kernel(k_ref, mean_ref, values_ref, scale_ref, longest_ref, *, leng
 
 
 def refuse(op, name, size):
-    """Raise ValueError unless size is a power of two."""
-    if size & (size - 1):
-        low = power_of_two(size) // 2
-        raise ValueError(
-            f"{op}: {name} is {size}; the kernel takes powers of two; nearest: {low} and {2 * low}; impl='reference' takes any"
-        )
+    """Raise ValueError with the reason if the kernels do not take the size."""
+    reason = refusal(size)
+    if reason:
+        raise ValueError(f"{op}: {name} is {size}; the kernel takes {reason}; impl='reference' takes any")
+
+
+def refusal(size) -> str | None:
+    """What the kernels take instead of this head width or block; None if they take it."""
+    low = power_of_two(size) // 2
+    return f"powers of two; nearest: {low} and {2 * low}" if size & (size - 1) else None

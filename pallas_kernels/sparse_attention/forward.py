@@ -69,7 +69,9 @@ def attend(scorer, queries, keys, v, blocks, block_q, block_k, *, linear=None, s
     kernel does not take.
     """
     (b, l, h, d), n = queries[0].shape, count(queries[0].shape[1], block_q)
-    refuse(d, block_q, block_k, v.dtype, interpret)
+    reason = refusal(d, block_q, block_k, v.dtype, interpret)
+    if reason:
+        raise ValueError(f"attention kernel: {reason}")
     short = max(block_k - v.shape[1], 0)  # less than one block of keys: zeros go before them
     lengthen = lambda x: jnp.pad(x, ((0, 0), (short, 0), (0, 0), (0, 0))) if x.ndim == 4 and short else x
     chosen = count(v.shape[1], block_k) if blocks is None else blocks.shape[-1]
@@ -173,11 +175,12 @@ def block(ref, j, size):  # ref [s k] -> [size k]
     return load(ref.at[pl.ds(jnp.minimum(j * size, ref.shape[0] - size), size)])
 
 
-def refuse(width, block_q, block_k, dtype, interpret):
-    """Raise ValueError unless head width and blocks are powers of two and the dtype is one that the tensor cores take."""
+def refusal(width, block_q, block_k, dtype, interpret=False) -> str | None:
+    """Why the kernel does not take these sizes or this dtype; None if it does."""
     for name, size in {"head width": width, "block_q": block_q, "block_k": block_k}.items():
         if size < 16 or size & (size - 1):
             low = max(16, 1 << size.bit_length() - 1)
-            raise ValueError(f"attention kernel: {name} is {size}; allowed: powers of two from 16 on; nearest: {low} and {2 * low}")
+            return f"{name} is {size}; allowed: powers of two from 16 on; nearest: {low} and {2 * low}"
     if dtype == jnp.float32 and not interpret:
-        raise ValueError("attention kernel: float32 is for impl='interpret' and 'reference'; allowed: bfloat16, float16")
+        return "float32 is for impl='interpret' and 'reference'; allowed: bfloat16, float16"
+    return None

@@ -2,9 +2,10 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from pallas_kernels.dispatch import choose, on_cuda
+from pallas_kernels.dispatch import automatic, choose, on_cuda
 
 
 def test_unknown_name_lists_what_is_allowed():
@@ -26,6 +27,16 @@ def test_platform_is_chosen_at_lowering():
     assert "cosine" in traced.lower(lowering_platforms=("cpu",)).as_text()
     cuda = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "sine" in cuda and "cosine" not in cuda
+
+
+def test_auto_is_decided_at_lowering_and_its_derivative_by_the_default_device(monkeypatch):
+    assert automatic(jnp.sin, jnp.cos, "it is too wide") is jnp.cos
+    op = automatic(jnp.sin, jnp.cos, None)
+    assert op(0.0) == 1.0 and jax.grad(op)(0.0) == 0.0
+    assert "stablehlo.sine" in jax.jit(op).trace(jnp.float32(0)).lower(lowering_platforms=("cuda",)).as_text()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert jax.grad(automatic(jnp.sin, jnp.cos, None))(0.0) == 1.0
+    assert jax.grad(automatic(jnp.sin, jnp.cos, None, derivative=jnp.exp2))(0.0) == np.float32(np.log(2))
 
 
 def test_a_gpu_that_jax_does_not_name_is_known_by_its_capability(monkeypatch):
