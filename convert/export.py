@@ -19,6 +19,8 @@ from tdjax.checkpoint import written
 from tdjax.config import DiTConfig, to_dict
 from tdjax.errors import CheckpointError
 
+PUBLISHED = ("float", "int8")  # kinds of linear layers that have published names
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -38,6 +40,12 @@ class Piece:
 
 def pieces(leaves: Leaves, naming: str) -> list[Piece]:
     """Every tensor of the exported file, those of one leaf together."""
+    if getattr(leaves.config, "linear", "float") not in PUBLISHED:
+        raise CheckpointError(
+            f"{leaves.path.name} with {leaves.config.linear} layers cannot be written under published names",
+            "published files hold float layers, or int8 in tiles of 128 x 128",
+            "write a folder in our layout, or --quant int8",
+        )
     table = detect.rows(leaves.kind, naming, leaves.config)
     out = []
     try:

@@ -1,4 +1,4 @@
-"""bf16 weights to W8A8: `python -m convert.quantize IN OUT`. Every Linear of the blocks, in 128 x 128 tiles, as published -quant files."""
+"""bf16 weights to W8A8: `python -m convert.quantize IN OUT`. Every Linear of the blocks; by default in 128 x 128 tiles, as published."""
 
 from __future__ import annotations
 
@@ -6,11 +6,19 @@ import argparse
 import sys
 from pathlib import Path
 
+from tdjax.config import LINEAR
+
 
 def build_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m convert.quantize", description=__doc__, allow_abbrev=False)
     p.add_argument("source", metavar="IN", type=Path, help="a published transformer file, or a folder that python -m convert wrote")
     p.add_argument("target", metavar="OUT", type=Path, help="a folder in our layout, or a .safetensors file under the published names")
+    p.add_argument(
+        "--quant",
+        choices=LINEAR[1:],
+        default="int8",
+        help="int8: tiles, as published; int8_channel, fp8: a scale for each token and output channel, into a folder only",
+    )
     p.add_argument("--heads", type=int, metavar="N", help="attention heads, where the head width is not 128")
     p.add_argument("--overwrite", action="store_true", help="replace OUT")
     p.add_argument("--json", action="store_true", help="one JSON line on stdout, with the error of every layer")
@@ -30,7 +38,7 @@ def quantize_file(args) -> int:
     from convert.quantized import error_table, quantized
 
     before = open_leaves(args.source, **known(args))
-    after, errors = quantized(before)
+    after, errors = quantized(before, args.quant)
     with reading(after, args.source.name) as after:
         save(after, args.target, None, args.overwrite)
     size = {name: sum(x.nbytes for x in leaves.lazy.values()) for name, leaves in (("before", before), ("after", after))}

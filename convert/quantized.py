@@ -1,41 +1,43 @@
-"""A float transformer's leaves as those of an int8 one, quantised layer by layer as they are written, errors kept."""
+"""A float transformer's leaves as those of one with layers of 8 bits, quantised layer by layer as they are written, errors kept."""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 
 from convert.leaves import Leaves
 from convert.load import targets
-from pallas_kernels.int8_matmul import QTensor, dequantize, quantize
 from tdjax.checkpoint import Lazy
 from tdjax.errors import CheckpointError
+from tdjax.linear import LINEAR, Linear
+
+NAMES = {"int8": "int8 block128"}  # of kinds in a manifest
 
 
-@jax.jit
-def layer(kernel):  # [i o] -> int8 [o i], f32 scales, relative and largest error of the weight
-    weight = rearrange(kernel.astype(jnp.float32), "i o -> o i")
-    q = QTensor(*quantize(weight))
-    error = dequantize(q) - weight
-    return q.values, q.scale, jnp.linalg.norm(error) / jnp.maximum(jnp.linalg.norm(weight), 1e-30), jnp.abs(error).max()
+@partial(jax.jit, static_argnums=1)
+def layer(kernel, linear: str):  # [i o] -> values [o i], f32 scales, relative and largest error of the weight
+    weight = Linear.unpacked(kernel)
+    values, scale = LINEAR[linear].packed(weight, None)
+    error = LINEAR[linear].unpacked(values, scale) - weight
+    return values, scale, jnp.linalg.norm(error) / jnp.maximum(jnp.linalg.norm(weight), 1e-30), jnp.abs(error).max()
 
 
 class Quantized:
-    """int8_weight and scale of one stacked Linear; the second to be asked for does not compute again."""
+    """Values and scales of one stacked Linear; the second to be asked for does not compute again."""
 
-    def __init__(self, kernel: Lazy, name: str, errors: dict):
-        self.kernel, self.name, self.errors, self.scale = kernel, name, errors, None
+    def __init__(self, kernel: Lazy, name: str, linear: str, dtype: np.dtype, errors: dict):
+        self.kernel, self.name, self.linear, self.dtype, self.errors, self.scale = kernel, name, linear, dtype, errors, None
 
     def weight(self) -> np.ndarray:
         kernel = self.kernel.read()
         n, i, o = kernel.shape
-        out, scales, relative, largest = np.empty((n, o, i), np.int8), [], [], []
+        out, scales, relative, largest = np.empty((n, o, i), self.dtype), [], [], []
         for index in range(n):
-            values, scale, rel, top = layer(kernel[index])
+            values, scale, rel, top = layer(kernel[index], self.linear)
             out[index] = values
             scales.append(np.asarray(scale))
             relative.append(float(rel))
@@ -50,27 +52,26 @@ class Quantized:
         return self.scale
 
 
-def quantized(leaves: Leaves) -> tuple[Leaves, dict]:
-    """(int8 leaves, errors by layer, filled as the leaves are read). Refuses what is no float transformer."""
+def quantized(leaves: Leaves, linear: str = "int8") -> tuple[Leaves, dict]:
+    """(leaves of that kind, errors by layer, filled as the leaves are read). Refuses what is no float transformer."""
     if leaves.kind != "dit":
-        raise CheckpointError(f"{leaves.path.name} is a {leaves.kind}", "only the transformer has int8 layers", "give a video transformer")
+        raise CheckpointError(
+            f"{leaves.path.name} is a {leaves.kind}", "only the transformer has layers of 8 bits", "give a video transformer"
+        )
     if leaves.config.linear != "float":
         raise CheckpointError(f"{leaves.path.name} is quantised already", f"its linears are {leaves.config.linear}", "give the bf16 file")
-    config = dataclasses.replace(leaves.config, linear="int8")
+    config = dataclasses.replace(leaves.config, linear=linear)
     errors: dict = {}
-    lazy, linears = dict(leaves.lazy), {}
-    shapes = targets("dit", config)
+    lazy, shapes = dict(leaves.lazy), targets("dit", config)
     for name in [n for n in lazy if n not in shapes]:
         stem = name.removesuffix(".kernel")
-        linears[stem] = Quantized(lazy.pop(name), stem, errors)
-    for stem, linear in linears.items():
-        weight, scale = shapes[f"{stem}.int8_weight"], shapes[f"{stem}.scale"]
-        lazy[f"{stem}.int8_weight"] = Lazy(tuple(weight.shape), np.dtype(weight.dtype), linear.weight)
-        lazy[f"{stem}.scale"] = Lazy(tuple(scale.shape), np.dtype(scale.dtype), linear.scales)
+        values, scale = (shapes[f"{stem}.{last}"] for last in LINEAR[linear].leaves)
+        made = Quantized(lazy.pop(name), stem, linear, np.dtype(values.dtype), errors)
+        for last, shape, read in zip(LINEAR[linear].leaves, (values, scale), (made.weight, made.scales), strict=True):
+            lazy[f"{stem}.{last}"] = Lazy(tuple(shape.shape), np.dtype(shape.dtype), read)
     naming = "turbo" if leaves.naming == "wan" else leaves.naming
-    return dataclasses.replace(
-        leaves, config=config, lazy=lazy, facts=leaves.facts | {"quantised": "int8 block128", "names": naming}
-    ), errors
+    facts = leaves.facts | {"quantised": NAMES.get(linear, linear), "names": naming}
+    return dataclasses.replace(leaves, config=config, lazy=lazy, facts=facts), errors
 
 
 def error_table(errors: dict) -> str:

@@ -15,7 +15,7 @@ from tdjax.config import DiTConfig
 from tdjax.layers import RMSNorm
 from tdjax.linear import LINEAR, Linear
 from tdjax.precision import FLOAT32
-from tdjax.sharding import over_heads
+from tdjax.sharding import constrain, mesh_sizes, over_heads, over_tokens
 
 
 class DenseCore(nnx.Module):
@@ -25,12 +25,20 @@ class DenseCore(nnx.Module):
         self.cfg = cfg
 
     def queries(self, x, norm: RMSNorm, rope):  # [b l d] -> [b l h k] normed and rotated, and what the core needs beside them
-        return rms_norm_rope(x, norm.scale[...], *rope, eps=norm.eps, impl=self.cfg.row_impl), None
+        return rotated(x, norm, rope, self.cfg), None
 
     keys = queries
 
     def __call__(self, q, k, v, means=None):  # q [b l h k], k v [b s h k]
         return over_heads(partial(attention, impl=self.cfg.impl), q, k, v)
+
+
+def rotated(x, norm: RMSNorm, rope, cfg: DiTConfig):  # x [b l d], rope (cos, sin) [l k/2] -> [b l h k]
+    """RMS norm over all heads and rotation, tokens divided over the mesh."""
+    run = partial(rms_norm_rope, eps=norm.eps, impl=cfg.row_impl)
+    tables = (rearrange(table, "l k -> 1 l k") for table in rope)
+    weight = rearrange(norm.scale[...], "d -> 1 1 d")
+    return over_tokens(lambda x, weight, cos, sin: run(x, weight[0, 0], cos[0], sin[0]), x, weight, *tables)
 
 
 class SLACore(nnx.Module):
@@ -49,13 +57,16 @@ class SLACore(nnx.Module):
         return self.pooled(x, norm, rope, self.cfg.sla.block_k)
 
     def pooled(self, x, norm, rope, block):
+        if mesh_sizes():  # blocks may lie across devices: the core, which sees every token, takes the means itself
+            return rotated(x, norm, rope, self.cfg), None
         return rms_norm_rope_pool(x, norm.scale[...], *rope, eps=norm.eps, block=block, impl=self.cfg.row_impl)
 
     def __call__(self, q, k, v, means=None):  # [b l h k], means of the blocks of q and of k, if they are at hand
         sla = self.cfg.sla
         run = partial(self.op, topk=sla.topk, block_q=sla.block_q, block_k=sla.block_k, impl=self.cfg.impl)
-        op = lambda q, k, v, kernel, bias, *means: run(q, k, v, kernel, bias, means=means or None)
-        return over_heads(op, q, k, v, self.proj.kernel[...], self.proj.bias[...], means=means or ())
+        if means is not None:
+            return run(q, k, v, self.proj.kernel[...], self.proj.bias[...], means=means)
+        return over_heads(run, q, k, v, self.proj.kernel[...], self.proj.bias[...])
 
 
 class SageSLACore(SLACore):
@@ -109,7 +120,7 @@ class SelfAttention(Attention):
         x = self.q.ready(x)
         q, q_means = self.core.queries(self.q(x), self.norm_q, rope)
         k, k_means = self.core.keys(self.k(x), self.norm_k, rope)
-        return self.merge(self.core(q, k, self.values(x), (q_means, k_means)))
+        return self.merge(self.core(q, k, self.values(x), None if q_means is None else (q_means, k_means)))
 
 
 class TextKV(NamedTuple):
@@ -135,11 +146,11 @@ class CrossAttention(Attention):
     def text_kv(self, text, features=None) -> TextKV:  # text [b s d], features [b 257 d], float or ready for k
         """What every step of a prompt reads alike."""
         text = self.k.ready(text)
-        k, v = self.keys(text), self.values(text)
-        if features is None:
-            return TextKV(k, v)
-        features = self.k_img.ready(features)
-        return TextKV(k, v, self.heads(self.norm_k_img(self.k_img(features))), self.heads(self.v_img(features)))
+        kv = TextKV(self.keys(text), self.values(text))
+        if features is not None:
+            features = self.k_img.ready(features)
+            kv = kv._replace(k_img=self.heads(self.norm_k_img(self.k_img(features))), v_img=self.heads(self.v_img(features)))
+        return jax.tree.map(lambda x: constrain(x, "batch", None, "head", None), kv)  # as attention wants them
 
     def __call__(self, x, kv: TextKV):  # x [b l d], float or ready for q
         q = self.queries(x)

@@ -18,16 +18,17 @@ from jax import lax
 from pallas_kernels import fused_rows
 from pallas_kernels.int8_matmul import QTensor, dequantize, dequantize_rows, quantize_activations, quantize_weight, quantized_linear
 from tdjax.precision import Policy
+from tdjax.sharding import over_channels, over_tokens
 
 EXACT = lax.Precision.HIGHEST  # float32 operands are multiplied as float32; narrower ones are not affected
 xavier = jax.nn.initializers.xavier_uniform()
 
 
 class Activations(NamedTuple):
-    """x [b l i] in 8 bits. Rows are (b l); dtype is that of x and of the products."""
+    """x in 8 bits: values [b l i], scale [b l] of each token or, in tiles, [(b l)/128 i/128]. dtype is that of x and of the products."""
 
-    rows: QTensor
-    b: int
+    values: Any
+    scale: Any
     dtype: Any
 
 
@@ -42,12 +43,23 @@ class Reader(nnx.Module):
 
     def normed(self, x, factor, shift, *, eps: float, y=None, gate=None):  # x y [b l i]; factor, shift, gate [i] or [b 1 i]
         """(x + y gate, its layer norm times factor plus shift, ready)."""
-        out = fused_rows.norm(x, factor, shift, y=y, gate=gate, eps=eps, impl=self.impl)
-        return out.x, self.ready(out.h)
+        stream, h = over_rows(lambda out: (out.x, out.h), x, factor, shift, y, gate, eps=eps, impl=self.impl)
+        return stream, self.ready(h)
 
     def gelu(self, x):  # [b l i]
         """GELU (tanh form) of x, ready."""
         return self.ready(jax.nn.gelu(x))
+
+
+def over_rows(pick, x, factor, shift, y, gate, **options):
+    """pick(fused_rows.norm(...)), tokens divided over the mesh."""
+
+    def norm(x, factor, shift, y=None, gate=None):
+        return pick(fused_rows.norm(x, factor, shift, y=y, gate=gate, **options))
+
+    vectors = lambda a: a if a is None or a.ndim == 3 else rearrange(a, "i -> 1 1 i")
+    arrays = x, vectors(factor), vectors(shift), y, vectors(gate)
+    return over_tokens(norm, *(a for a in arrays if a is not None))
 
 
 class Linear(Reader):
@@ -93,16 +105,29 @@ class QuantizedLinear(Reader):
 
     def __call__(self, x):
         x = self.ready(x)
-        weight = QTensor(*(getattr(self, name)[...] for name in self.leaves))
-        bias, impl = None if self.bias is None else self.bias[...], self.products.get(self.impl, self.impl)
-        y = quantized_linear(x.rows, weight, bias, scheme=self.scheme, out_dtype=x.dtype, impl=impl)
-        return rearrange(y, "(b l) o -> b l o", b=x.b)
+        weights = [getattr(self, name)[...] for name in self.leaves] + ([] if self.bias is None else [self.bias[...]])
+        return self.divided(partial(self.product, dtype=x.dtype), x.values, x.scale, *weights)
+
+    def product(self, values, scale, weight, weight_scale, bias=None, *, dtype):  # -> [b l o]
+        weight, impl = QTensor(weight, weight_scale), self.products.get(self.impl, self.impl)
+        y = quantized_linear(self.rows(values, scale), weight, bias, scheme=self.scheme, out_dtype=dtype, impl=impl)
+        return rearrange(y, "(b l) o -> b l o", b=values.shape[0])
+
+    @staticmethod
+    def divided(op, *arrays):
+        """op(*arrays), divided over a mesh by the compiler."""
+        return op(*arrays)
+
+    @staticmethod
+    def rows(values, scale) -> QTensor:  # of Activations -> values [(b l) i]
+        return QTensor(rearrange(values, "b l i -> (b l) i"), scale)
 
     def ready(self, x):
-        if isinstance(x, Activations):
-            return x
+        return x if isinstance(x, Activations) else Activations(*self.quantize(x), x.dtype)
+
+    def quantize(self, x):  # [b l i] -> values and scale of Activations
         rows = quantize_activations(rearrange(x, "b l i -> (b l) i"), self.scheme, impl=self.impl)
-        return Activations(rows, x.shape[0], x.dtype)
+        return rearrange(rows.values, "(b l) i -> b l i", b=x.shape[0]), rows.scale
 
     @classmethod
     def unpacked(cls, values, scale):  # -> float32 [o i]
@@ -124,12 +149,26 @@ class Int8Linear(QuantizedLinear):
 class RowLinear(QuantizedLinear):
     """A scale for each token and for each output channel: norm and GELU give their rows quantised in the same pass."""
 
+    divided = staticmethod(over_channels)
+
+    @staticmethod
+    def rows(values, scale):
+        return QTensor(rearrange(values, "b l i -> (b l) i"), rearrange(scale, "b l -> (b l)"))
+
+    def quantize(self, x):
+        return over_tokens(lambda x: by_token(quantize_activations(rearrange(x, "b l i -> (b l) i"), self.scheme, impl=self.impl), x), x)
+
     def normed(self, x, factor, shift, *, eps, y=None, gate=None):
-        out = fused_rows.norm(x, factor, shift, y=y, gate=gate, eps=eps, floats=False, scheme=self.scheme, impl=self.impl)
-        return out.x, Activations(out.q, x.shape[0], x.dtype)
+        options = {"eps": eps, "floats": False, "scheme": self.scheme, "impl": self.impl}
+        stream, *h = over_rows(lambda out: (out.x, *by_token(out.q, out.x)), x, factor, shift, y, gate, **options)
+        return stream, Activations(*h, x.dtype)
 
     def gelu(self, x):
-        return Activations(fused_rows.gelu(x, scheme=self.scheme, impl=self.impl), x.shape[0], x.dtype)
+        return Activations(*over_tokens(lambda x: by_token(fused_rows.gelu(x, scheme=self.scheme, impl=self.impl), x), x), x.dtype)
+
+
+def by_token(rows: QTensor, x):  # values [(b l) i], scale [(b l)]; x [b l i] -> values [b l i], scale [b l]
+    return tuple(rearrange(a, "(b l) ... -> b l ...", b=x.shape[0]) for a in rows)
 
 
 class Int8ChannelLinear(RowLinear):

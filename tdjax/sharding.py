@@ -1,6 +1,7 @@
 """Where arrays lie on a mesh: a table from leaf names to axis names, and one from axis names to mesh axes.
 
-The networks know only `constrain` and `over_heads`, which do nothing without a mesh (`jax.set_mesh`, Auto axes).
+The networks know only `constrain` and the functions `over_*`, under which kernels run: the compiler does not divide those itself.
+Without a mesh (`jax.set_mesh`, Auto axes) they do nothing.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "batch": ("data", "fsdp"),
     "tokens": ("seq",),
+    "channels": ("tensor",),  # of a product's output
     "head": ("tensor", "seq"),  # heads inside attention: the token axis is gathered, the heads take over its devices
 }
 
@@ -104,12 +106,30 @@ def constrain(x, *axes: str | None):
     return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, sizes)) if sizes else x
 
 
-def over_heads(op, q, k, v, *shared, means=()):  # q k v [b l h k], means [b h n k]
-    """op(q, k, v, *shared, *means) with samples and heads divided over the mesh; each device sees every token of its heads."""
+def over_heads(op, q, k, v, *shared):  # q k v [b l h k]
+    """op(q, k, v, *shared) with samples and heads divided over the mesh; each device sees every token of its heads."""
     sizes = mesh_sizes()
     if not sizes:
-        return op(q, k, v, *shared, *means)
-    tokens = spec(q.shape, ("batch", None, "head", None), sizes)
-    blocks = PartitionSpec(tokens[0], tokens[2])
-    specs = (tokens, tokens, tokens, *(PartitionSpec() for _ in shared), *(blocks for _ in means))
-    return jax.shard_map(op, in_specs=specs, out_specs=tokens, check_vma=False)(q, k, v, *shared, *means)
+        return op(q, k, v, *shared)
+    split = spec(q.shape, ("batch", None, "head", None), sizes)
+    specs = (split, split, split, *(PartitionSpec() for _ in shared))
+    return jax.shard_map(op, in_specs=specs, out_specs=split, check_vma=False)(q, k, v, *shared)
+
+
+def over_tokens(op, *arrays):  # [b l ...], or [b 1 ...] and [1 l ...]
+    """op(*arrays), its outputs [b l ...], with samples and tokens divided over the mesh."""
+    sizes = mesh_sizes()
+    if not sizes:
+        return op(*arrays)
+    specs = tuple(spec(a.shape, ("batch", "tokens"), sizes) for a in arrays)
+    return jax.shard_map(op, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+
+def over_channels(op, x, x_scale, *weights):  # [b l i], [b l]; [o i], [o], [o]
+    """op(x, x_scale, *weights) [b l o] with samples, tokens and output channels divided over the mesh."""
+    sizes = mesh_sizes()
+    if not sizes:
+        return op(x, x_scale, *weights)
+    rows, channels = spec(x.shape, ("batch", "tokens"), sizes), spec(weights[0].shape, ("channels",), sizes)
+    specs = rows, rows, *(channels for _ in weights)
+    return jax.shard_map(op, in_specs=specs, out_specs=PartitionSpec(*rows, *channels), check_vma=False)(x, x_scale, *weights)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 
 from pallas_kernels.sparse_attention import block_map, chosen_blocks, dense_map, linear_attention, pooled_scores, sparse_attention
 from tdjax.attention import SLACore
@@ -76,7 +75,9 @@ def inside(block, x, e, kv, table):
 
 def floats(layer, h):  # what `layer` reads -> [b l d]
     """The input of a layer, dequantised where it has 8 bits."""
-    return rearrange(layer.dequantize(h.rows), "(b l) d -> b l d", b=h.b).astype(h.dtype) if isinstance(h, Activations) else h
+    if not isinstance(h, Activations):
+        return h
+    return layer.dequantize(layer.rows(h.values, h.scale)).reshape(h.values.shape).astype(h.dtype)
 
 
 def sparse_linear(core, q, k, v):

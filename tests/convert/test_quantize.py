@@ -1,4 +1,4 @@
-"""bf16 to int8: the numbers of the operation's own quantiser, the published form of files, the error table."""
+"""bf16 to 8 bits: the numbers of the operation's own quantiser, the published form of files, the error table."""
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,6 +9,7 @@ from convert import quantize
 from convert.load import open_checkpoint
 from pallas_kernels.int8_matmul import quantize as op_quantize
 from tdjax import checkpoint
+from tdjax.models.wan_dit import with_linear
 
 
 @pytest.fixture
@@ -58,6 +59,23 @@ def test_to_our_folder_and_from_it(tmp_path, source, capsys):
         np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
 
 
+@pytest.mark.parametrize("quant", ["int8_channel", "fp8"])
+def test_by_token_and_channel_into_a_folder_only(tmp_path, source, as_json, capsys, quant):
+    """The folder holds what a load would have made of the float file."""
+    path, _ = source
+    assert quantize.main([str(path), str(tmp_path / "q"), "--quant", quant, "--json"]) == 0
+    assert 1e-3 < as_json()["errors"]["blocks.up"]["relative"][0] < 0.04
+    cfg, module = checkpoint.restore(tmp_path / "q")
+    assert cfg.linear == quant
+    made = checkpoint.names(with_linear(open_checkpoint(path).load(), quant))
+    for name, leaf in checkpoint.names(module).items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(made[name]), err_msg=name)
+    assert quantize.main([str(path), str(tmp_path / "q.safetensors"), "--quant", quant]) == 3
+    assert f"with {quant} layers cannot be written under published names" in capsys.readouterr().err
+    assert quantize.main([str(tmp_path / "q"), str(tmp_path / "again")]) == 3
+    assert f"its linears are {quant}" in capsys.readouterr().err
+
+
 def test_what_is_refused(tmp_path, source, states, write_safetensors, capsys):
     path, _ = source
     assert quantize.main([str(path), str(tmp_path / "q.safetensors")]) == 0
@@ -67,5 +85,5 @@ def test_what_is_refused(tmp_path, source, states, write_safetensors, capsys):
     assert "quantised already" in capsys.readouterr().err
     text = write_safetensors(tmp_path / "text.safetensors", states("text"))
     assert quantize.main([str(text), str(tmp_path / "again")]) == 3
-    assert "only the transformer has int8 layers" in capsys.readouterr().err
+    assert "only the transformer has layers of 8 bits" in capsys.readouterr().err
     assert not (tmp_path / "again").exists()

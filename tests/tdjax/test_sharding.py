@@ -13,7 +13,7 @@ from tolerances import assert_close
 from tdjax.config import DiTConfig, SLAConfig, TextConfig, VAEConfig
 from tdjax.linear import LINEAR
 from tdjax.models.umt5 import UMT5
-from tdjax.models.wan_dit import DiT
+from tdjax.models.wan_dit import DiT, with_linear
 from tdjax.models.wan_vae import VAE
 from tdjax.precision import FLOAT32
 from tdjax.sharding import PARAM_AXES, RULES, axes_of, constrain, leaf_name, shardings, spec
@@ -81,22 +81,53 @@ def test_constrain_lays_out_activations():
     assert odd.sharding.is_fully_replicated
 
 
-def test_sharded_forward_equals_the_unsharded_one():
-    """Tokens and heads divided: heads take over the devices of the tokens inside attention."""
+def random_model(abstract):
     draw = np.random.default_rng(0).normal
-    model = jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape) / 16, leaf.dtype), jax.eval_shape(MODELS["sla"]))
-    normal = lambda *shape: jnp.asarray(draw(size=shape), jnp.float32)
-    args = normal(2, 2, 16, 18, 16), jnp.array([999.0, 417.5]), normal(2, 8, 24)
-    run = jax.jit(lambda model, *args: model(*args))
-    whole = run(model, *args)
-    devices = mesh(tensor=2, seq=2)
+    return jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape) / 16, leaf.dtype), abstract)
+
+
+def sharded_and_whole(run, model, *args, **axes):
+    """run(model, *args) on a mesh of these axes, and without one."""
+    whole, devices = run(model, *args), mesh(**axes)
     with jax.set_mesh(devices):
-        split = jax.device_put(model, shardings(model, devices))
-        assert {shard.data.shape for shard in split.blocks.up.kernel[...].addressable_shards} == {(2, 256, 192)}
-        actual = run(split, *args)
+        return run(jax.device_put(model, shardings(model, devices)), *args), whole
+
+
+@pytest.fixture
+def inputs():
+    normal = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return normal(1, 2, 2, 16, 18, 16), jnp.array([999.0, 417.5]), normal(2, 2, 8, 24)
+
+
+def test_sharded_forward_equals_the_unsharded_one(inputs):
+    """Tokens and heads divided: heads take over the devices of the tokens inside attention."""
+    model, devices = random_model(jax.eval_shape(MODELS["sla"])), mesh(tensor=2, seq=2)
+    split = jax.device_put(model, shardings(model, devices))
+    assert {shard.data.shape for shard in split.blocks.up.kernel[...].addressable_shards} == {(2, 256, 192)}
+    actual, whole = sharded_and_whole(jax.jit(lambda model, *args: model(*args)), model, *inputs, tensor=2, seq=2)
     assert len(actual.sharding.device_set) == 4
     assert np.abs(np.asarray(whole)).max() > 0.1
     assert_close(actual, whole, "dit")
+
+
+@pytest.mark.parametrize("linear, impl", [("int8_channel", "interpret"), ("int8", "auto")])
+def test_sharded_layers_of_8_bits(inputs, linear, impl):
+    """Kernels see their part; rows keep their scales. A last bit may move a value over an edge, and that moves the next layer's."""
+    model = with_linear(random_model(jax.eval_shape(MODELS["dense"])), linear)
+    cfg = dataclasses.replace(model.cfg, impl=impl)
+    model = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))), jax.tree.leaves(model))
+    actual, whole = sharded_and_whole(jax.jit(lambda model, *args: model(*args)), model, *inputs, data=2, seq=2)
+    assert np.linalg.norm(np.asarray(actual) - np.asarray(whole)) < 1e-2 * np.linalg.norm(np.asarray(whole))
+
+
+def test_sharded_gradient_equals_the_unsharded_one(inputs):
+    """Through rows divided by samples and tokens: what they share sums its gradient over the devices."""
+    model = random_model(jax.eval_shape(MODELS["dense"]))
+    grad = jax.jit(jax.grad(lambda model, *args: jnp.square(model(*args)).mean()))
+    actual, whole = sharded_and_whole(grad, model, *inputs, data=2, seq=2)
+    for (path, a), w in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(whole), strict=True):
+        a, w = np.asarray(a), np.asarray(w)
+        assert np.linalg.norm(a - w) <= 1e-4 * np.linalg.norm(w), leaf_name(path)
 
 
 @pytest.mark.parametrize("linear", LINEAR)
