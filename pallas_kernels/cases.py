@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import fused_rows, qk_prep, sage_attention, sparse_attention
-from pallas_kernels.flash_attention import attention
+from pallas_kernels.flash_attention import attention, cudnn
 from pallas_kernels.flash_attention import workloads as dense_shapes
 from pallas_kernels.fused_rows import workloads as row_shapes
 from pallas_kernels.int8_matmul import quantize_activations, quantize_weight, quantized_linear
@@ -97,10 +97,13 @@ def summaries(impl, q, k, v, *_):
 
 
 def pullback(run: Callable) -> dict[str, Callable]:
-    """The gradient alone: residuals are made beforehand, the cotangent of o is v."""
+    """The gradient alone: residuals are made beforehand, the cotangent of o is v. "cudnn" is that of JAX's own op, which saves its
+    output and statistics, where ours runs cuDNN's forward pass again.
+    """
 
     def prepare(impl, *args):
-        return *jax.jit(lambda *args: jax.vjp(partial(run, impl), *args)[1:])(*args), args[2]
+        forward = partial(cudnn.fused, scale=None) if impl == "cudnn" else partial(run, impl)
+        return *jax.jit(lambda *args: jax.vjp(forward, *args)[1:])(*args), args[2]
 
     def exact(*args):
         args = wide(args)
