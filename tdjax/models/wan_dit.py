@@ -195,6 +195,13 @@ def coordinates(shape: tuple[int, int, int]):  # -> f32 [t h w 3]
     return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1)
 
 
+def with_compute(model: DiT, compute: str) -> DiT:
+    """The same weights in a model that computes in another dtype."""
+    cfg = dataclasses.replace(model.cfg, policy=dataclasses.replace(model.cfg.policy, compute=compute))
+    structure = jax.tree.structure(jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0))))
+    return jax.tree.unflatten(structure, jax.tree.leaves(model))
+
+
 def with_linear(model: DiT, linear: str) -> DiT:
     """The same model with the blocks' linear layers in int8 ("int8", block128 scheme) or in floating point ("float")."""
     if linear == model.cfg.linear:

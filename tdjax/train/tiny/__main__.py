@@ -14,15 +14,25 @@ from tdjax.errors import TdjaxError, UsageError, leave
 from tdjax.train.settings import Tree, build, put
 from tdjax.train.tiny import settings
 
-RESULT = {"vae": "vae", "teacher": "teacher"}  # stage -> the folder that says it is finished
-MODULE = {"vae": "vae", "teacher": "teacher"}  # stage -> file
-STAGES = tuple(MODULE)
+STAGES = {  # name -> file and function
+    "vae": ("vae", "run_stage"),
+    "teacher": ("teacher", "run_stage"),
+    "sla": ("distil", "sla_stage"),
+    "rcm": ("distil", "rcm_stage"),
+    "merge": ("distil", "merge_stage"),
+    "evaluate": ("evaluate", "run_stage"),
+    "timing": ("evaluate", "timing_stage"),
+    "package": ("package", "run_stage"),
+}
+RESULT = {"vae": "vae", "teacher": "teacher", "sla": "sla", "merge": "merged"}  # folders that say that a stage is finished
 
 
 def build_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m tdjax.train.tiny", description="Train the tiny model from nothing, stage by stage.")
     p.add_argument("settings", nargs="*", metavar="stage.key=value", help="changes, for example teacher.steps=8000")
-    p.add_argument("--stage", help=f"stages with commas between, of {', '.join(STAGES)}; default: all that are not finished")
+    p.add_argument(
+        "--stage", help=f"stages with commas between, of {', '.join(STAGES)}; default: all. Those that have their result are skipped"
+    )
     p.add_argument("--folder", default="runs/tiny", help="where results, states and metrics are kept")
     p.add_argument("--scale", type=float, default=1.0, help="of every number of steps and clips; 0.01 for a trial")
     p.add_argument("--seconds", type=float, help="stop, with the state saved, after this time")
@@ -50,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def chosen_stages(given: str | None) -> tuple[str, ...]:
-    names = tuple(given.split(",")) if given else STAGES
+    names = tuple(given.split(",") if given else STAGES)
     if wrong := [name for name in names if name not in STAGES]:
         raise UsageError(f"unknown stage {', '.join(wrong)}", f"stages: {', '.join(STAGES)}", "for example --stage vae,teacher")
     return tuple(name for name in STAGES if name in names)
@@ -83,12 +93,13 @@ def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
     until = begun + args.seconds if args.seconds else math.inf
     tiny = work.Run(folder=Path(args.folder), settings=parts, seed=args.seed, until=until, stages=stages)
     for name in chosen:
-        if work.finished(tiny, RESULT[name]) and not args.again:
+        result = parts["rcm"].name if name == "rcm" else RESULT.get(name)
+        if result and work.finished(tiny, result) and not args.again:
             stages.note(f"{name}: finished already")
             continue
-        start = time.monotonic()
+        start, (file, function) = time.monotonic(), STAGES[name]
         try:
-            importlib.import_module(f"tdjax.train.tiny.{MODULE[name]}").run_stage(tiny)
+            getattr(importlib.import_module(f"tdjax.train.tiny.{file}"), function)(tiny)
         except work.OutOfTime as end:
             stages.note(str(end))
             return 75

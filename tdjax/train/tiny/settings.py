@@ -71,6 +71,7 @@ class SLAStage:
 class RCMStage:
     """The few-step student, beside its critic."""
 
+    name: str = "student"  # of the result; another one for ablations
     clips: int = 16384
     steps: int = 1000  # updates of the student; the critic has frequency - 1 for each
     batch: int = 64

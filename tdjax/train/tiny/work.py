@@ -145,9 +145,3 @@ def load(run: Run, name: str, compute: str = "float32"):
     kind, stored = checkpoint.checked(run.folder / name)
     policy = dataclasses.replace(stored.policy, param="float32", compute=compute)
     return checkpoint.restore(run.folder / name, config=dataclasses.replace(stored, policy=policy))[1]
-
-
-def with_compute(kind: str, module, compute: str):
-    """The same weights in a module that computes in another dtype."""
-    cfg = dataclasses.replace(module.cfg, policy=dataclasses.replace(module.cfg.policy, compute=compute))
-    return checkpoint.assemble(checkpoint.abstract(kind, cfg), checkpoint.names(module))
