@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
+from jax import lax
 
 from tdjax.tokenizer import Tokenizer
 from tdjax.train.tiny import captions, clips
@@ -60,9 +63,11 @@ def negative(tokenizer: Tokenizer) -> jax.Array:  # -> i32[s 2]
 def texts_of(said: Attributes, seed: int) -> list[list[str]]:
     """FULL captions of every clip, and one that leaves something out, as lists of all clips."""
     said = jax.device_get(said)
-    out = [captions.captions(said, seed + i) for i in range(FULL)]
-    short = [captions.captions(said, seed + FULL + i, omit=omit) for i, omit in enumerate(SHORT)]
-    return [*out, [short[i % len(SHORT)][i] for i in range(len(short[0]))]]
+    short: list[str] = [""] * len(said.shape)
+    for i, omit in enumerate(SHORT):
+        some = jax.tree.map(lambda x, i=i: x[i :: len(SHORT)], said)
+        short[i :: len(SHORT)] = captions.captions(some, seed + FULL + i, omit=omit)
+    return [*(captions.captions(said, seed + i) for i in range(FULL)), short]
 
 
 @jax.jit
@@ -70,19 +75,21 @@ def encode(vae, factors: clips.Factors):  # -> bf16[b t h w c]
     return vae.encode(clips.render(factors)).astype(jnp.bfloat16)
 
 
-def latents_of(vae, factors: clips.Factors):  # -> bf16[n t h w c]
-    """Normalised latents of clips, some at a time."""
-    n = factors.start.shape[0]
-    parts = [encode(vae, jax.tree.map(lambda x, i=i: x[i : i + ENCODED], factors)) for i in range(0, n, ENCODED)]
-    return jnp.concatenate(parts)
+@partial(jax.jit, static_argnums=(2, 3))
+def encoded(vae, key, blocks: int, size: int):  # -> bf16[n t h w c], what captions say of them
+    """Fresh clips of the training split through the encoder, a block at a time."""
+
+    def one(i):
+        factors = clips.sample(jax.random.fold_in(key, i), size)
+        return encode(vae, factors), factors.said
+
+    return jax.tree.map(lambda x: rearrange(x, "n b ... -> (n b) ..."), lax.map(one, jnp.arange(blocks)))
 
 
 def make(run: Run, vae, n: int) -> Data:
-    """n clips of the training split; the same for the same seed, the first ones whatever n is in blocks of ENCODED."""
-    key = run.key("data")
-    blocks = [clips.sample(jax.random.fold_in(key, i), min(ENCODED, n)) for i in range(-(-n // ENCODED))]
-    factors = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:n], *blocks)
+    """n clips (in whole blocks of at most ENCODED) with their captions; the same for the same seed."""
+    size = min(ENCODED, n)
     with run.stages("encode clips"):
-        latents = latents_of(vae, factors)
-        rows = [tokens_of(tokenizer(run), texts) for texts in texts_of(factors.said, run.seed)]
+        latents, said = encoded(vae, run.key("data"), -(-n // size), size)
+        rows = [tokens_of(tokenizer(run), texts) for texts in texts_of(said, run.seed)]  # while the device encodes
         return Data(jax.block_until_ready(latents), jnp.asarray(np.stack(rows, 1)))

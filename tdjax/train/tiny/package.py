@@ -16,6 +16,7 @@ from tdjax.train.tiny import captions, configs, data, factors, sampling, work
 from tdjax.train.tiny.work import Run
 
 PROMPT = "a small red circle moves left slowly on a gray background"
+PROMPTS = 100  # that are drawn from where none is given
 LIMIT = 10_000_000  # bytes of the whole folder
 
 
@@ -23,8 +24,10 @@ def facts() -> dict:
     """model.json: what a pipeline should know of the model."""
     how = sampling.student(4)
     return {
-        "name": "demo", "trained": True, "frames": factors.FRAMES, "height": factors.SIDE, "width": factors.SIDE, "prompt": PROMPT,
-        "sampler": {"mid": list(how.mid), "sigma_max": how.sigma_max}, "captions": "tiny",
+        "name": "demo", "trained": True, "frames": factors.FRAMES, "height": factors.SIDE, "width": factors.SIDE,
+        "prompts": [PROMPT, *(captions.random_prompt(seed, "all") for seed in range(1, PROMPTS))],
+        "sampler": {"mid": list(how.mid), "sigma_max": how.sigma_max},
+        "language": {"words": captions.vocabulary(), "knows": captions.knows()},
     }  # fmt: skip
 
 
