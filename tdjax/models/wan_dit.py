@@ -128,7 +128,8 @@ class DiT(nnx.Module):
         table = rope(grid, self.cfg.head_dim)
         e, e0 = self.time(timestep)
         text, features = self.embed_text(text), self.embed_image(features)
-        step = jax.checkpoint(lambda x, block: (self.between(block(x, e0, text, features, table)), None))
+        step = lambda x, block: (self.between(block(x, e0, text, features, table)), None)
+        step = jax.checkpoint(step) if self.cfg.remat else step
         x = lax.scan(step, self.between(self.patchify(x, image)), self.blocks)[0]
         return self.unpatchify(self.head(x, e), grid)
 

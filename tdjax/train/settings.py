@@ -42,7 +42,7 @@ SOURCES = {
     "EvaluateStage": "tdjax.train.tiny.settings",
 }
 ALIASES = {"TimeDistribution": "UniformShift | LogNormal"}
-ELSEWHERE = {"DiTConfig": ("attention", "linear", "impl", "sla", "policy", "image_dim")}  # chosen by other keys, or not trained
+ELSEWHERE = {"DiTConfig": ("attention", "linear", "impl", "sla", "policy", "image_dim", "remat")}  # chosen by other keys, or not trained
 
 
 @dataclasses.dataclass

@@ -33,8 +33,7 @@ def embed(text, tokens):  # i32[b s 2] -> [b s d]
 
 def sparse(model: DiT, cfg: DiTConfig, compute: str) -> DiT:
     """A dense model's weights in a sparse one, whose projections begin at zero."""
-    cfg = dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, compute=compute))
-    wanted = checkpoint.abstract("dit", cfg)
+    wanted = checkpoint.abstract("dit", work.trained(cfg, compute))
     zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in checkpoint.names(wanted).items()}
     return checkpoint.assemble(wanted, zeros | checkpoint.names(model))
 
@@ -190,12 +189,11 @@ class StudentTimes:
 
 def merged(student: DiT, before: DiT, after: DiT, cfg: DiTConfig, compute: str) -> DiT:
     """student + (after - before), and what `after` alone has: its sparse projections."""
-    cfg = dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, compute=compute))
     ours, old, new = (checkpoint.names(model) for model in (student, before, after))
     leaves = {name: ours[name] + (x - old[name]) if name in ours else x for name, x in new.items()}
     if set(ours) - set(leaves) or len(leaves) - len(ours) != 2:
         raise ValueError(f"the networks differ: {sorted(set(ours) ^ set(leaves))}")
-    return checkpoint.assemble(checkpoint.abstract("dit", cfg), leaves)
+    return checkpoint.assemble(checkpoint.abstract("dit", work.trained(cfg, compute)), leaves)
 
 
 def merge_stage(run: Run) -> None:

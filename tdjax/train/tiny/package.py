@@ -25,7 +25,7 @@ def facts() -> dict:
     how = sampling.student(4)
     return {
         "name": "demo", "trained": True, "frames": factors.FRAMES, "height": factors.SIDE, "width": factors.SIDE,
-        "prompts": [PROMPT, *(captions.random_prompt(seed, "all") for seed in range(1, PROMPTS))],
+        "prompts": [PROMPT, *(captions.random_prompt(seed) for seed in range(1, PROMPTS))],
         "sampler": {"mid": list(how.mid), "sigma_max": how.sigma_max},
         "language": {"words": captions.vocabulary(), "knows": captions.knows()},
     }  # fmt: skip
@@ -64,9 +64,7 @@ def card(run: Run) -> str:
     steps = {name: checkpoint.inspect(run.folder / name)["source"].get("steps") for name in ("vae", "teacher", "sla")}
     chosen = checkpoint.inspect(run.folder / "student")["source"].get("step")
     known = "\n".join(f"- {factor}: {', '.join(values)}" for factor, values in captions.knows().items())
-    return CARD.format(
-        known=known, table=table.read_text() if table.is_file() else "(not evaluated)\n", seed=run.seed, chosen=chosen, **steps
-    )
+    return CARD.format(known=known, table=table, seed=run.seed, chosen=chosen, **steps)
 
 
 CARD = """# The embedded demo model

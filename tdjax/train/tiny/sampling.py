@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tdjax import flow, sampler
+from tdjax import teacher as schedules
 from tdjax.config import SamplerConfig
 from tdjax.train.tiny import captions, clips, detector
 from tdjax.train.tiny.configs import SIZE
@@ -28,25 +29,35 @@ def teacher(steps: int, mode: str, guidance: float, shift: float) -> SamplerConf
     return SamplerConfig(steps=steps, mode=mode, sigma_max=5000.0, shift=shift, guidance=guidance)
 
 
-@partial(jax.jit, static_argnames="cfg")
 def latents(dit, text, tokens, negative, key, cfg: SamplerConfig):  # tokens i32[b s 2], negative i32[s 2] -> f32[b t h w c]
-    """Normalised latents of a batch of captions."""
-    rows = text(tokens[..., 0], tokens[..., 1])
-    shape = (len(tokens), *SIZE.latent_grid, dit.cfg.out_channels)
+    """Normalised latents of a batch of captions. A program serves every schedule of one length."""
     if cfg.few_step:
-        noise = jax.random.normal(key, (cfg.steps, *shape))
-        return sampler.sample(lambda x, timestep: dit(x, timestep, rows), noise, jnp.asarray(flow.times(cfg)), cfg.mode)[0]
-    noise = jax.random.normal(key, shape)
-    if cfg.guidance == 1:
-        return sampler.sample_teacher(lambda x, timestep: dit(x, timestep, rows), noise, cfg)[0]
-    empty = jnp.broadcast_to(text(negative[None, :, 0], negative[None, :, 1]), rows.shape)
-    both = jnp.concatenate([rows, empty])
+        return few_steps(dit, text, tokens, key, jnp.asarray(flow.times(cfg)), cfg.mode)
+    rows = jax.tree.map(jnp.asarray, schedules.rows(cfg))
+    return many_steps(dit, text, tokens, negative, key, rows, jnp.float32(cfg.guidance))
+
+
+def shape_of(dit, tokens) -> tuple[int, ...]:
+    return (len(tokens), *SIZE.latent_grid, dit.cfg.out_channels)
+
+
+@partial(jax.jit, static_argnames="mode")
+def few_steps(dit, text, tokens, key, times, mode: str):
+    rows = text(tokens[..., 0], tokens[..., 1])
+    noise = jax.random.normal(key, (len(times) - 1, *shape_of(dit, tokens)))
+    return sampler.sample(lambda x, timestep: dit(x, timestep, rows), noise, times, mode)[0]
+
+
+@jax.jit
+def many_steps(dit, text, tokens, negative, key, schedule, guidance):
+    rows = text(tokens[..., 0], tokens[..., 1])
+    both = jnp.concatenate([rows, jnp.broadcast_to(text(negative[None, :, 0], negative[None, :, 1]), rows.shape)])
 
     def velocity(x, timestep):
         v = dit(jnp.concatenate([x, x]), jnp.concatenate([timestep, timestep]), both)
-        return sampler.guide(*jnp.split(v, 2), cfg.guidance)
+        return sampler.guide(*jnp.split(v, 2), guidance)
 
-    return sampler.sample_teacher(velocity, noise, cfg)[0]
+    return sampler.teacher_from(velocity, sampler.teacher_start(jax.random.normal(key, shape_of(dit, tokens))), schedule)[0].x
 
 
 @jax.jit

@@ -92,7 +92,7 @@ class RCMStage:
     chunk: int = 10
     check_every: int = 100
     check_prompts: int = 32
-    check_seeds: int = 16
+    check_seeds: int = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

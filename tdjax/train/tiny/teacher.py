@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import optax
 from flax import nnx
@@ -76,7 +74,7 @@ def make_check(run: Run, cfg: TeacherStage, vae, negative):
 
 def run_stage(run: Run) -> None:
     cfg: TeacherStage = run.settings["teacher"]
-    dit = dataclasses.replace(run.sizes.dit, policy=dataclasses.replace(run.sizes.dit.policy, compute=cfg.compute))
+    dit = work.trained(run.sizes.dit, cfg.compute)
     vae = work.load(run, "vae")
     clips = data.make(run, vae, cfg.clips)
     negative = data.negative(data.tokenizer(run))

@@ -105,7 +105,7 @@ def statistics(vae: VAE, key, n: int) -> tuple[tuple[float, ...], tuple[float, .
 
 def run_stage(run: Run) -> None:
     cfg: VAEStage = run.settings["vae"]
-    sizes = dataclasses.replace(run.sizes.vae, policy=dataclasses.replace(run.sizes.vae.policy, compute=cfg.compute))
+    sizes = work.trained(run.sizes.vae, cfg.compute)
     rates = OptimizerConfig(
         learning_rate=cfg.learning_rate, b1=0.9, b2=0.99, warmup=cfg.warmup, decay="cosine", steps=cfg.steps + 1, final=0.01, clip=1.0
     )

@@ -143,5 +143,10 @@ def forget_states(run: Run, name: str) -> None:
 def load(run: Run, name: str, compute: str = "float32"):
     """A stage's result with float32 weights, that computes in the given dtype."""
     kind, stored = checkpoint.checked(run.folder / name)
-    policy = dataclasses.replace(stored.policy, param="float32", compute=compute)
-    return checkpoint.restore(run.folder / name, config=dataclasses.replace(stored, policy=policy))[1]
+    return checkpoint.restore(run.folder / name, config=trained(stored, compute))[1]
+
+
+def trained(cfg, compute: str):
+    """A network as it is while it trains: float32 weights, activations kept where memory is no concern."""
+    cfg = dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, param="float32", compute=compute))
+    return dataclasses.replace(cfg, remat=False) if isinstance(cfg, DiTConfig) else cfg
