@@ -14,8 +14,9 @@ from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.models.wan_vae import VAE
 from tdjax.precision import FLOAT32
+from tdjax.stages import Stages
 from tdjax.tokenizer import Tokenizer
-from tdjax.train.tiny import captions, clips, configs, data
+from tdjax.train.tiny import captions, clips, configs, data, distil, work
 from tdjax.train.tiny.data import Data
 from tdjax.train.tiny.tokenizer import build
 
@@ -60,3 +61,26 @@ def text(cfg=TEXT) -> UMT5:
 
 def vae(cfg=SMALL_VAE) -> VAE:
     return jit(lambda key: VAE(cfg, rngs=nnx.Rngs(key)))(jax.random.key(0))
+
+
+PACKED_TEXT = dataclasses.replace(TEXT, dim=32, attention_dim=32)
+PACKED_DIT = dataclasses.replace(configs.DIT, dim=128, ffn_dim=128, layers=1, heads=2, text_dim=32)  # int8 layers come in tiles of 128
+PACKED = work.Sizes(
+    vae=dataclasses.replace(SMALL_VAE, latent_channels=8, mean=(0.0,) * 8, std=(1.0,) * 8),
+    text=PACKED_TEXT,
+    dit=PACKED_DIT,
+    sla=dataclasses.replace(PACKED_DIT, attention="sla", sla=configs.DIT_SLA.sla),
+)
+
+
+def finished_run(folder, **stages) -> work.Run:
+    """A run whose stages have left random networks."""
+    run = work.Run(folder=folder, settings=stages, sizes=PACKED, stages=Stages(False))
+    dense = dit(PACKED.dit)
+    work.export(run, "vae", "vae", vae(PACKED.vae), PACKED.vae, steps=3)
+    work.export(run, "text", "text", text(PACKED.text), PACKED.text)
+    for name in ("teacher", "student"):
+        work.export(run, name, "dit", dense, PACKED.dit, steps=5, step=7)
+    for name in ("sla", "merged"):
+        work.export(run, name, "dit", distil.sparse(dense, PACKED.sla, "float32"), PACKED.sla, steps=4)
+    return run
