@@ -78,7 +78,8 @@ def sla_stage(run: Run) -> None:
 
 
 def rcm_config(cfg: RCMStage) -> RCMConfig:
-    consistency = SCM(kappa=cfg.kappa, time=LogNormal(mean=cfg.mean), compute=cfg.tangent) if cfg.kappa else None
+    how = {"compute": cfg.tangent, "tangent": cfg.derivative, "interval": cfg.interval}
+    consistency = SCM(kappa=cfg.kappa, time=LogNormal(mean=cfg.mean), **how) if cfg.kappa else None
     return RCMConfig(
         guidance=cfg.guidance, consistency=consistency, dmd_weight=cfg.dmd_weight, dmd_limit=cfg.dmd_limit or None,
         sample_time=UniformShift(shift=cfg.shift), max_steps=cfg.max_steps, frequency=cfg.frequency, warmup=0, ema=EMAConfig(),

@@ -21,6 +21,7 @@ from tdjax.train.tiny.work import OutOfTime, Run
 
 SHOWN = ("truth", "teacher_unipc_50", "teacher_euler_4", "student_4", "student_2", "student_1", "sla_50", "merged_4", "merged_int8_4")
 AT_ONCE = 64  # clips compared or rendered together
+KEPT = 6  # sets of clips: a row's and its parent's, of each seed
 REPEATS = 5  # of a timing
 
 
@@ -66,7 +67,7 @@ class Bench:
             else:
                 video = sampling.videos(self.vae, self.latents(row, prompts, self.run.key(f"noise {seed}")))
             self.kept[name] = (video, prompts.said)
-            while len(self.kept) > 4:
+            while len(self.kept) > KEPT:
                 self.kept.pop(next(iter(self.kept)))
         return self.kept[name]
 
@@ -136,8 +137,9 @@ def evaluate(bench: Bench, row: Variant, rows: dict[str, Variant]) -> dict:
     mean = {name: float(np.mean([values[name] for values in seeds])) for name in seeds[0]}
     mean["fd_pca"] = metrics.frechet(metrics.gaussian(basis(np.concatenate([f[0] for f in features]))), pooled)
     mean["fd_random"] = metrics.frechet(metrics.gaussian(np.concatenate([f[1] for f in features])), random)
-    if row.sampler is not None:
+    if row.sampler is not None and row.template is None and row.split == "train":
         mean["diversity"] = diversity(bench, row)
+    if row.sampler is not None:
         mean["megabytes"] = megabytes(bench, row)
     return {"title": row.title, "evaluations": row.evaluations, "steps": row.sampler.steps if row.sampler else 0, "seeds": seeds} | {
         "values": mean
@@ -203,10 +205,16 @@ def possible(run: Run, cfg: EvaluateStage) -> dict[str, Variant]:
     return rows if cfg.rows == "all" else {key: rows[key] for key in cfg.rows.split(",") if key in rows}
 
 
+def families(rows: dict[str, Variant], parent: str = "") -> list[Variant]:
+    """Rows with their children behind them, so that the parents' clips are still there."""
+    own = [row for row in rows.values() if (row.parent if row.parent in rows else "") == parent]
+    return [member for row in own for member in (row, *families(rows, row.key))]
+
+
 def run_stage(run: Run) -> None:
     bench, rows = Bench(run), possible(run, run.settings["evaluate"])
     known = {row.key: row for row in variants(bench.cfg)}
-    for row in rows.values():
+    for row in families(rows):
         if "seeds" not in read(run, row):
             if time.monotonic() > run.until:
                 raise OutOfTime(f"evaluate: stopped before {row.key}; the same command goes on from there")

@@ -89,6 +89,8 @@ class RCMStage:
     max_steps: int = 4
     compute: str = "bfloat16"
     tangent: str = "float32"  # what the derivative along the teacher is computed in
+    derivative: str = "exact"  # or semidiscrete, discrete, over `interval`: for a teacher with a noisy derivative in time
+    interval: float = 1e-2
     chunk: int = 10
     check_every: int = 100
     check_prompts: int = 32

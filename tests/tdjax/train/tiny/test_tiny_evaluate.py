@@ -38,6 +38,14 @@ def test_true_clips_are_all_right_and_results_are_kept(run, monkeypatch, capsys)
     assert again["values"] == truth["values"] | {"gpu_ms": 1.5} and again["seeds"] == truth["seeds"]
 
 
+def test_children_follow_their_parents():
+    every = {row.key: row for row in rows.variants(CFG)}
+    order = [row.key for row in evaluate.families(every)]
+    assert sorted(order) == sorted(every) and order[order.index("teacher_unipc_50") + 1] == "sla_50"
+    some = evaluate.families({key: every[key] for key in ("merged_int8_4", "student_4", "merged_raw_4")})
+    assert [row.key for row in some] == ["merged_int8_4", "student_4", "merged_raw_4"]
+
+
 def test_rows_need_their_weights(run):
     every = evaluate.possible(run, settings.EvaluateStage())
     assert "merged_4" in every and "scm_4" not in every and "merged_raw_4" not in every
