@@ -9,6 +9,7 @@ VAE decoder  -> frames
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tdjax.request import Request, check_choice, make_request
 from tdjax.resolution import fit_image, size_notes
 from tdjax.result import Result, describe
 from tdjax.stages import Stages
-from tdjax.tokenizer import Tokenizer, prompt_warnings
+from tdjax.tokenizer import Tokenizer, language_warnings, prompt_warnings
 
 
 def load(
@@ -115,11 +116,16 @@ class Pipeline:
         check_vocabulary(self.tokenizer, parts.get("text"))
         facts, preset = located.facts, PRESETS.get(located.preset or "")
         self.name = facts.get("name", located.name)
-        self.trained, self.default_prompt = facts.get("trained", True), facts.get("prompt")
+        self.trained, self.prompts, self.language = facts.get("trained", True), facts.get("prompts", []), facts.get("language")
         self.distilled = located.distilled
         self.resolution = None if "width" in facts else preset.resolution if preset else "480p"
         self.size = VideoSize(**{k: facts[k] for k in ("frames", "height", "width") if k in facts})
-        self.sampler = preset.sampler if preset else I2V_SAMPLER if self.task == "i2v" else T2V_SAMPLER
+        own = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.get("sampler", {}).items()}
+        self.sampler = dataclasses.replace(preset.sampler if preset else I2V_SAMPLER if self.task == "i2v" else T2V_SAMPLER, **own)
+
+    def default_prompt(self, seed: int) -> str | None:
+        """A prompt that suits the model, another one for each seed; None for models that name none."""
+        return self.prompts[seed % len(self.prompts)] if self.prompts else None
 
     @property
     def config(self) -> DiTConfig:
@@ -372,7 +378,7 @@ class Pipeline:
         lines += reference_notes(self.config)
         if request.prompt_embeds is None and self.trained:
             for text in request.prompts:
-                lines += prompt_warnings(self.tokenizer, text)
+                lines += language_warnings(self.language, text) if self.language else prompt_warnings(self.tokenizer, text)
         if not self.distilled and request.sampler.few_step:
             lines.append(
                 f"{self.name} looks like undistilled Wan weights (by its name): {request.sampler.steps} steps give poor video; "
