@@ -1,7 +1,8 @@
-"""The embedded demo model: a small Wan-shaped set that runs on any machine, written to the cache on first use.
+"""The embedded demo model: a small Wan-shaped set that runs on any machine.
 
-It is randomly initialised: it exercises every stage of the real path (our checkpoint layout, tokenizer, text encoder,
-transformer, sampler, VAE, video file) and draws noise. The command says so.
+A package without the trained model (assets/demo) writes random weights to the cache on first use: they exercise every stage
+of the real path (our checkpoint layout, tokenizer, text encoder, transformer, sampler, VAE, video file) and draw noise. The
+command says so.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ DIT = DiTConfig(
     dim=128, ffn_dim=256, layers=4, heads=2, in_channels=8, out_channels=8, patch=(1, 1, 1), freq_dim=128, text_dim=64, text_len=32,
     attention="sla", sla=SLAConfig(topk=0.3, block_q=64, block_k=64), round_time=False, policy=FLOAT32,
 )  # fmt: skip
-FACTS = {"name": "demo", "trained": False, "frames": 33, "height": 64, "width": 64, "prompt": PROMPT}
+FACTS = {"name": "demo", "trained": False, "frames": 33, "height": 64, "width": 64, "prompts": [PROMPT]}
+PACKAGED = Path(__file__).parent / "assets" / "demo"  # the trained model, written by `python -m tdjax.train.tiny`
 
 
 def tokenizer() -> Tokenizer:
@@ -86,7 +88,9 @@ def write(folder: Path) -> Path:
 
 
 def folder(cache: Path) -> Path:
-    """The demo's model folder under the cache, written if it is not there. The name changes with its configs."""
+    """The trained model of the package; without one, random weights under the cache, written if they are not there."""
+    if (PACKAGED / "model.json").is_file():
+        return PACKAGED
     digest = hashlib.sha256(json.dumps([VERSION, to_dict(DIT), to_dict(VAE_CONFIG), to_dict(TEXT), FACTS]).encode()).hexdigest()[:12]
     target = cache / f"demo-{digest}"
     return target if (target / "model.json").is_file() else write(target)

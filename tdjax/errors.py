@@ -30,6 +30,10 @@ class CheckpointError(TdjaxError):
     exit_code = 3
 
 
+class KernelError(TdjaxError):
+    """A kernel does not compute on this device what its reference computes."""
+
+
 class OutOfMemory(TdjaxError):
     """A stage does not fit; names the stage, the estimate and the remedies in order."""
 

@@ -133,7 +133,9 @@ def run(args) -> int:
     if args.seed < 0:
         args.seed = secrets.randbelow(2**31)
         stages.note(f"seed {args.seed}")
-    jobs = read_jobs(args, pipe.default_prompt)
+    jobs = read_jobs(args, pipe.default_prompt(args.seed))
+    if args.prompt is None and jobs[0].prompt and not args.prompt_file and not args.serve:
+        stages.note(f"no --prompt: {jobs[0].prompt!r}")
     if args.serve:
         return serve(args, pipe)
     if args.dry_run:

@@ -137,15 +137,13 @@ def planned_parts(preset: Preset, *, attention: str, quant: str, topk: float | N
 
 
 def reference_notes(cfg: DiTConfig) -> list[str]:
-    """Where a GPU user would expect a kernel and gets a reference: which one, and what it costs (docs/performance.md)."""
-    if jax.default_backend() != "gpu":
+    """Where a GPU user would expect the kernels of sparse attention and gets the reference."""
+    if jax.default_backend() != "gpu" or cfg.attention == "dense" or cfg.impl == "triton":
         return []
-    notes = []
-    if cfg.linear == "int8" and cfg.row_impl != "triton":
-        notes.append("int8 linears run as an XLA reference (no GPU kernel in this version): a step takes about 5 times as long as bfloat16")
-    if cfg.attention != "dense" and cfg.impl != "triton":
-        notes.append(f"{cfg.attention} attention runs as an XLA reference (no GPU kernel in this version): about as fast as dense")
-    return notes
+    if cfg.impl != "reference" and cfg.policy.compute in ("bfloat16", "float16"):
+        return []
+    why = "as asked for" if cfg.impl == "reference" else "the kernels take bfloat16 and float16"
+    return [f"{cfg.attention} attention runs as its XLA reference ({why}): several times slower than the kernels"]
 
 
 def check_impl(impl: str, dtype: str) -> None:

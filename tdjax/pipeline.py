@@ -9,6 +9,7 @@ VAE decoder  -> frames
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tdjax.arguments import PATHS
 from tdjax.conditioning import image_condition, image_video
 from tdjax.config import I2V_SAMPLER, PRESETS, QUANT, T2V_SAMPLER, DiTConfig, VideoSize
 from tdjax.errors import NotFinite, UsageError
+from tdjax.guard import check_kernels
 from tdjax.locate import Located, cache_folder, locate
 from tdjax.mesh import make_mesh
 from tdjax.parts import Lora, Part, check_vocabulary, open_parts, reference_notes
@@ -28,7 +30,7 @@ from tdjax.request import Request, check_choice, make_request
 from tdjax.resolution import fit_image, size_notes
 from tdjax.result import Result, describe
 from tdjax.stages import Stages
-from tdjax.tokenizer import Tokenizer, prompt_warnings
+from tdjax.tokenizer import Tokenizer, language_warnings, prompt_warnings
 
 
 def load(
@@ -109,15 +111,21 @@ class Pipeline:
         for part in parts.values():
             part.mesh = self.mesh
         self.programs = programs.Programs(self.mesh)
+        self.kernels_checked = False
         self.tokenizer = None if located.tokenizer is None else Tokenizer(located.tokenizer, self.text_len)
         check_vocabulary(self.tokenizer, parts.get("text"))
         facts, preset = located.facts, PRESETS.get(located.preset or "")
         self.name = facts.get("name", located.name)
-        self.trained, self.default_prompt = facts.get("trained", True), facts.get("prompt")
+        self.trained, self.prompts, self.language = facts.get("trained", True), facts.get("prompts", []), facts.get("language")
         self.distilled = located.distilled
         self.resolution = None if "width" in facts else preset.resolution if preset else "480p"
         self.size = VideoSize(**{k: facts[k] for k in ("frames", "height", "width") if k in facts})
-        self.sampler = preset.sampler if preset else I2V_SAMPLER if self.task == "i2v" else T2V_SAMPLER
+        own = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.get("sampler", {}).items()}
+        self.sampler = dataclasses.replace(preset.sampler if preset else I2V_SAMPLER if self.task == "i2v" else T2V_SAMPLER, **own)
+
+    def default_prompt(self, seed: int) -> str | None:
+        """A prompt that suits the model, another one for each seed; None for models that name none."""
+        return self.prompts[seed % len(self.prompts)] if self.prompts else None
 
     @property
     def config(self) -> DiTConfig:
@@ -346,6 +354,9 @@ class Pipeline:
 
     def videos(self, request: Request) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """(latents, frames) of every prompt and sample, through all stages."""
+        if not self.kernels_checked:
+            check_kernels(self.config, self.stages)
+            self.kernels_checked = True
         texts, keep = self.texts(request), self.keep(request)
         condition = self.encode_image(request) if self.task == "i2v" else None
         key = jax.random.key(request.seed) if request.key is None else request.key
@@ -367,7 +378,7 @@ class Pipeline:
         lines += reference_notes(self.config)
         if request.prompt_embeds is None and self.trained:
             for text in request.prompts:
-                lines += prompt_warnings(self.tokenizer, text)
+                lines += language_warnings(self.language, text) if self.language else prompt_warnings(self.tokenizer, text)
         if not self.distilled and request.sampler.few_step:
             lines.append(
                 f"{self.name} looks like undistilled Wan weights (by its name): {request.sampler.steps} steps give poor video; "

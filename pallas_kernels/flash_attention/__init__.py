@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import choose, on_cuda
+from pallas_kernels.dispatch import automatic, choose
 from pallas_kernels.flash_attention import cudnn, reference, triton
 
 IMPLS = {
@@ -17,25 +17,21 @@ IMPLS = {
     "cudnn+triton": cudnn.with_triton_tangent,
     "interpret": partial(triton.attention, interpret=True),
 }
-CUDA = cudnn.attention  # of "auto"
 
 
 def attention(q, k, v, *, scale: float | None = None, impl: str = "auto"):  # q [b l h k], k v [b s h k] -> [b l h k]
     """softmax(scale q k^T) v for each head, softmax in float32; scale defaults to 1 / sqrt(k).
 
-    impl: "auto" (cuDNN on CUDA for bfloat16 and float16 with a head width it takes, else the reference), "reference", "cudnn",
-    "triton" (our kernels for all of forward, tangent and gradient), "cudnn+triton" (our kernel for the tangent, cuDNN for the
-    rest), "interpret" (our kernels without a GPU, for tests). The tangent of "auto" and "cudnn" is the reference's until our
-    kernel has been measured on a GPU.
+    impl: "auto" (cuDNN on CUDA for bfloat16 and float16 with a head width it takes, with the tangent of our kernel where it takes
+    the arguments; else the reference), "reference", "cudnn" (with the tangent of the reference), "triton" (our kernels for all of
+    forward, tangent and gradient), "cudnn+triton" (our kernel for the tangent, cuDNN for the rest), "interpret" (our kernels
+    without a GPU, for tests).
     """
     check(q, k, v)
-    auto = automatic if cudnn.refusal(q) is None and jax.default_backend() == "gpu" else reference.attention
-    return partial(choose("attention", impl, IMPLS, auto), scale=scale)(q, k, v)
-
-
-def automatic(q, k, v, scale):
-    """cuDNN when compiled for CUDA, the reference when compiled for anything else."""
-    return on_cuda(partial(CUDA, scale=scale), partial(reference.attention, scale=scale))(q, k, v)
+    ready = {name: partial(function, scale=scale) for name, function in IMPLS.items()}
+    refusal = cudnn.refusal(q) if jax.default_backend() == "gpu" else "no cuDNN"
+    derivative = ready["cudnn" if triton.refusal(q, scale) else "cudnn+triton"]
+    return choose("attention", impl, ready, automatic(ready["cudnn"], ready["reference"], refusal, derivative))(q, k, v)
 
 
 def check(q, k, v):

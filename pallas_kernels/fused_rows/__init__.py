@@ -1,8 +1,9 @@
 """Row ops between the products of a transformer block: residual sum, norm and modulation; GELU; each with its quantisation.
 
-float32 inside, one rounding at each output. impl: "auto" (the reference until the kernel has been measured on a GPU), "reference",
-"triton", "interpret". scheme: "channel" (int8) or "fp8" of `pallas_kernels.int8_matmul`, whose `quantize_activations` quantises
-rows alone. A row with a NaN or an infinity gets a scale that is not finite; other rows are untouched.
+float32 inside, one rounding at each output. impl: "auto" (the kernel on CUDA, for widths that are multiples of 128; elsewhere the
+reference), "reference", "triton", "interpret". scheme: "channel" (int8) or "fp8" of `pallas_kernels.int8_matmul`, whose
+`quantize_activations` quantises rows alone. A row with a NaN or an infinity gets a scale that is not finite; other rows are
+untouched.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from pallas_kernels.derivatives import forward_only
-from pallas_kernels.dispatch import choose
+from pallas_kernels.dispatch import automatic, choose
 from pallas_kernels.fused_rows import reference, triton
 from pallas_kernels.int8_matmul import SCHEMES, QTensor
 from pallas_kernels.tuning import tile
@@ -25,7 +26,7 @@ __all__ = ["Normed", "gelu", "norm"]
 ROW_SCHEMES = {name: scheme.dtype for name, scheme in SCHEMES.items() if name != "block128"}
 NO_DERIVATIVE = (
     "fused_rows.{} is forward only where it quantises or runs a kernel. "
-    'Differentiate the float model: with_linear(model, "float"), impl="reference" and no scheme.'
+    'Differentiate the float model: with_linear(model, "float"), impl="auto" or "reference" and no scheme.'
 )
 
 
@@ -49,18 +50,23 @@ def norm(x, factor, shift, *, y=None, gate=None, eps: float, floats: bool = True
         given = "no y" if y is None else f"y {y.dtype} {y.shape}"
         raise ValueError(f"norm: x {x.dtype} {x.shape}, {given}; expected y of the shape and dtype of x, and a gate only with y")
     vectors = [sample_rows(name, a, b, d) for name, a in (("gate", gate), ("factor", factor), ("shift", shift))]
-    run = choose("norm", impl, NORM, reference.norm)
-    run = partial(run, eps=eps, floats=floats, dtype=ROW_SCHEMES.get(scheme))
-    if run.func is not reference.norm or scheme:
+    run = named("norm", impl, NORM, d, eps=eps, floats=floats, dtype=ROW_SCHEMES.get(scheme))
+    if impl not in ("auto", "reference") or scheme:
         run = forward_only(run, NO_DERIVATIVE.format("norm"))
     return Normed(*run(x, y, *vectors))
 
 
 def gelu(x, *, scheme: str, impl: str = "auto") -> QTensor:  # [b l d] -> values [(b l) d], scale [(b l)]
     """GELU (tanh form) of x, quantised by row from float32."""
-    check("gelu", x, False, scheme)
-    run = partial(choose("gelu", impl, GELU, reference.gelu), dtype=ROW_SCHEMES[scheme])
-    return forward_only(run, NO_DERIVATIVE.format("gelu"))(x)
+    _, _, d = check("gelu", x, False, scheme)
+    return forward_only(named("gelu", impl, GELU, d, dtype=ROW_SCHEMES[scheme]), NO_DERIVATIVE.format("gelu"))(x)
+
+
+def named(name: str, impl: str, impls: dict[str, Callable], width: int, **options) -> Callable:
+    """The implementation called `impl`; differentiated, "auto" is the reference."""
+    ready = {key: partial(function, **options) for key, function in impls.items()}
+    refusal = f"width {width} is not a multiple of 128" if width % 128 else None
+    return choose(name, impl, ready, automatic(ready["triton"], ready["reference"], refusal, derivative=ready["reference"]))
 
 
 def kernel(function: Callable, name: str, interpret: bool) -> Callable:

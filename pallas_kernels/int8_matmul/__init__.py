@@ -4,9 +4,10 @@ block128  int8, a scale for each tile of 128 x 128: the published quantised chec
 channel   int8, a scale for each token and for each output channel
 fp8       float8_e4m3fn, scales as in channel
 
-An activation is quantised once and multiplied with every weight that reads it. impl: "auto" (the reference until the kernel
-has been measured on a GPU; fp8: float8 operands on CUDA), "reference", "xla" (channel: the reference; fp8: float8 operands),
-"triton", "interpret". A tile (block128) or row (channel, fp8) with a NaN or an infinity gives outputs that are not finite.
+An activation is quantised once and multiplied with every weight that reads it. impl: "auto" (on CUDA, for widths that are
+multiples of 128, the kernels, and XLA's product of float8 operands; elsewhere the reference), "reference", "xla" (channel: the
+reference; fp8: float8 operands), "triton", "interpret". A tile (block128) or row (channel, fp8) with a NaN or an infinity gives
+outputs that are not finite.
 """
 
 from __future__ import annotations
@@ -79,14 +80,18 @@ def quantized_linear(x: QTensor, weight: QTensor, bias=None, *, scheme: str, out
 
 
 def quantize_in(op, x, scheme, impl):
-    table = SCHEMES[scheme].quantizers
-    return forward_only(choose(op, impl, table, table["reference"]), NO_DERIVATIVE.format(op))(x)
+    return forward_only(chosen(op, impl, SCHEMES[scheme].quantizers), NO_DERIVATIVE.format(op))(x)
 
 
 def linear(op, x, weight, bias, scheme, out_dtype, impl):
-    product = choose(op, impl, SCHEMES[scheme].products, SCHEMES[scheme].auto)
+    product = chosen(op, impl, SCHEMES[scheme].products)
     run = lambda x, weight, bias: product(x, weight, bias, jnp.dtype(out_dtype))
     return forward_only(run, NO_DERIVATIVE.format(op))(x, weight, bias)
+
+
+def chosen(op, impl, table):
+    named = {name: function for name, function in table.items() if name != "auto"}
+    return choose(op, impl, named, table["auto"])
 
 
 def named(scheme: str) -> Scheme:

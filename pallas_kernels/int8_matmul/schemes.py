@@ -14,17 +14,13 @@ from pallas_kernels.int8_matmul import channel, reference, rows, triton
 from pallas_kernels.int8_matmul.quantize import BLOCK, QTensor, quantize, tiles
 from pallas_kernels.tuning import tile
 
-# (k, n) of the weights whose product the kernel computes faster than XLA, as measured on a GPU inside a scan over layers: there
-# XLA (jax 0.11.2) keeps the scales out of its matrix product and writes the sums to memory between the two.
-KERNEL_SHAPES: frozenset[tuple[int, int]] = frozenset()
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheme:
     """quantizers: impl -> (x [m k]) -> QTensor;  products: impl -> (x, weight, bias or None, out_dtype) -> [m n].
 
-    Values [m k] of `dtype` have scales of shape `scale_shape((m, k))`; k is a multiple of `k_multiple`. `auto` is one of the
-    products, or a choice among them: the reference, until the kernel has been measured on a GPU.
+    Values [m k] of `dtype` have scales of shape `scale_shape((m, k))`; k is a multiple of `k_multiple`. Both have an "auto": the
+    kernel on CUDA, where there is one, and the reference elsewhere.
     """
 
     dtype: object
@@ -32,7 +28,6 @@ class Scheme:
     k_multiple: int
     quantizers: Mapping[str, Callable]
     products: Mapping[str, Callable]
-    auto: Callable
 
     def quantize_weight(self, weight) -> QTensor:  # [n k] float
         """A weight as the products take it: rows are output channels."""
@@ -51,58 +46,55 @@ def kernel(function: Callable, name: str, interpret: bool, *more) -> Callable:
     return lambda *args: function(*args, *more, tile=tile("int8_matmul", name), interpret=interpret)
 
 
-def kernels(function: Callable, name: str, *more) -> dict[str, Callable]:
-    return {impl: kernel(function, name, impl == "interpret", *more) for impl in ("triton", "interpret")}
+def quantizers(reference: Callable, function: Callable, name: str, *more) -> dict[str, Callable]:
+    """The reference (XLA's too) and the kernel, which "auto" takes on CUDA where whole warps read a row."""
+    made = {impl: kernel(function, name, impl == "interpret", *more) for impl in ("triton", "interpret")}
+    auto = lambda x: reference(x) if x.shape[1] % BLOCK else on_cuda(made["triton"], reference)(x)
+    return {"reference": reference, "xla": reference, **made, "auto": auto}
 
 
 def row_quantizers(dtype) -> dict[str, Callable]:
-    plain = partial(channel.quantize_rows, dtype=dtype)
-    return {"reference": plain, "xla": plain, **kernels(rows.quantize_rows, "quantize_rows", dtype)}
+    return quantizers(partial(channel.quantize_rows, dtype=dtype), rows.quantize_rows, "quantize_rows", dtype)
 
 
-def row_product(x: QTensor, weight: QTensor, bias, out_dtype):
-    """XLA's product, or the kernel when compiled for CUDA at a shape of KERNEL_SHAPES."""
-    n, k = weight.values.shape
-    run = lambda function: lambda x, weight, bias: function(x, weight, bias, out_dtype)
-    if (k, n) not in KERNEL_SHAPES:
-        return channel.product(x, weight, bias, out_dtype)
-    return on_cuda(run(ROW_KERNELS["triton"]), run(channel.product))(x, weight, bias)
+def products(reference: Callable, fast: Callable, **others: Callable) -> dict[str, Callable]:
+    """ "auto" is `fast` on CUDA, which takes widths that are multiples of 128, and the reference elsewhere."""
 
+    def auto(x, weight, bias, out_dtype):
+        run = lambda function: lambda x, weight, bias: function(x, weight, bias, out_dtype)
+        if x.values.shape[1] % BLOCK:
+            return reference(x, weight, bias, out_dtype)
+        return on_cuda(run(fast), run(reference))(x, weight, bias)
 
-def fp8_product(x: QTensor, weight: QTensor, bias, out_dtype):
-    """A dot of float8 operands when compiled for CUDA, its float32 form on anything else."""
-    run = lambda function: lambda x, weight, bias: function(x, weight, bias, out_dtype)
-    return on_cuda(run(channel.fp8_product_xla), run(channel.fp8_product))(x, weight, bias)
+    return {"reference": reference, **others, "auto": auto}
 
 
 def rows_of(shape):
     return shape[:1]
 
 
-ROW_KERNELS = kernels(triton.row_product, "row_product")
+BLOCK_KERNELS = {impl: kernel(triton.block_product, "block_product", impl == "interpret") for impl in ("triton", "interpret")}
+ROW_KERNELS = {impl: kernel(triton.row_product, "row_product", impl == "interpret") for impl in ("triton", "interpret")}
 SCHEMES: dict[str, Scheme] = {
     "block128": Scheme(
         dtype=jnp.int8,
         scale_shape=tiles,
         k_multiple=BLOCK,
-        quantizers={"reference": quantize, **kernels(triton.quantize, "quantize")},
-        products={"reference": block_product, **kernels(triton.block_product, "block_product")},
-        auto=block_product,
+        quantizers=quantizers(quantize, triton.quantize, "quantize"),
+        products=products(block_product, BLOCK_KERNELS["triton"], **BLOCK_KERNELS),
     ),
     "channel": Scheme(
         dtype=jnp.int8,
         scale_shape=rows_of,
         k_multiple=1,
         quantizers=row_quantizers(jnp.int8),
-        products={"reference": channel.product, "xla": channel.product, **ROW_KERNELS},
-        auto=row_product,
+        products=products(channel.product, ROW_KERNELS["triton"], xla=channel.product, **ROW_KERNELS),
     ),
     "fp8": Scheme(
         dtype=channel.FP8,
         scale_shape=rows_of,
         k_multiple=1,
         quantizers=row_quantizers(channel.FP8),
-        products={"reference": channel.fp8_product, "xla": channel.fp8_product_xla},
-        auto=fp8_product,
+        products=products(channel.fp8_product, channel.fp8_product_xla, xla=channel.fp8_product_xla),
     ),
 }

@@ -1,6 +1,7 @@
 """Queries and keys on their way from the projections to sparse attention: RMS norm, rotation, block means, int8 keys.
 
-Every `impl` is "auto", "reference", "triton" or "interpret"; "auto" is the reference until the kernels have been measured on a GPU.
+Every `impl` is "auto", "reference", "triton" or "interpret"; "auto" is the kernels on CUDA, for the sizes that they take
+(`triton.refusal`), and the reference elsewhere. Differentiated, rms_norm_rope and rms_norm_rope_pool are the reference.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.derivatives import forward_only
-from pallas_kernels.dispatch import choose
+from pallas_kernels.dispatch import automatic, choose
 from pallas_kernels.qk_prep import reference, triton
 
 __all__ = ["quantize_keys", "rms_norm_rope", "rms_norm_rope_pool"]
@@ -36,7 +37,7 @@ def rms_norm_rope(x, weight, cos, sin, *, eps: float, impl: str = "auto"):  # x 
     followed by a rotation rounds twice (thu-ml/TurboDiffusion rcm/networks/wan2pt1.py). Differentiable in both modes.
     """
     check(x, weight, cos, sin)
-    return differentiable("rms_norm_rope", impl, ROPE, eps=eps)(x, weight, cos, sin)
+    return differentiable("rms_norm_rope", impl, ROPE, (2 * cos.shape[1],), eps=eps)(x, weight, cos, sin)
 
 
 def rms_norm_rope_pool(x, weight, cos, sin, *, eps: float, block: int, impl: str = "auto"):  # -> [b l h k], f32 [b h n k]
@@ -45,22 +46,27 @@ def rms_norm_rope_pool(x, weight, cos, sin, *, eps: float, block: int, impl: str
     The means are what the block map of sparse attention is made of (arXiv 2509.24006).
     """
     check(x, weight, cos, sin)
-    return differentiable("rms_norm_rope_pool", impl, ROPE_POOL, eps=eps, block=block)(x, weight, cos, sin)
+    return differentiable("rms_norm_rope_pool", impl, ROPE_POOL, (2 * cos.shape[1],), eps=eps, block=block)(x, weight, cos, sin)
 
 
 def quantize_keys(k, mean, *, block: int, impl: str = "auto"):  # k [b l h k], mean f32 [b h k] -> int8 [b l h k], f32 [b h n]
     """k - mean in int8, and the scale of each block of each head: amax/127, nearest even (SageAttention, arXiv 2410.02367)."""
     if k.ndim != 4 or mean.shape != (k.shape[0], *k.shape[2:]) or mean.dtype != jnp.float32:
         raise ValueError(f"quantize_keys: k {k.shape}, mean {mean.dtype} {mean.shape}; expected [b l h k] and float32 [b h k]")
-    return forward_only(partial(choose("quantize_keys", impl, KEYS, reference.quantize_keys), block=block), NO_DERIVATIVE)(k, mean)
+    return forward_only(named("quantize_keys", impl, KEYS, (k.shape[3], block), block=block), NO_DERIVATIVE)(k, mean)
 
 
-def differentiable(name: str, impl: str, impls: dict[str, Callable], **sizes) -> Callable:
-    """The implementation called `impl`, with the derivatives of the reference."""
-    run = partial(choose(name, impl, impls, impls["reference"]), **sizes)
-    plain = partial(impls["reference"], **sizes)
-    op = jax.custom_jvp(run)
-    op.defjvp(lambda args, tangents: (run(*args), jax.jvp(plain, args, tangents)[1]))
+def named(name: str, impl: str, impls: dict[str, Callable], powers: tuple[int, ...], **sizes) -> Callable:
+    """The implementation called `impl`; powers: sizes that the kernel wants to be powers of two."""
+    ready = {key: partial(function, **sizes) for key, function in impls.items()}
+    refusal = next(filter(None, map(triton.refusal, powers)), None)
+    return choose(name, impl, ready, automatic(ready["triton"], ready["reference"], refusal, derivative=ready["reference"]))
+
+
+def differentiable(name: str, impl: str, impls: dict[str, Callable], powers: tuple[int, ...], **sizes) -> Callable:
+    """`named`, with the derivatives of the reference."""
+    op = jax.custom_jvp(named(name, impl, impls, powers, **sizes))
+    op.defjvp(lambda args, tangents: jax.jvp(partial(impls["reference"], **sizes), args, tangents))
     return op
 
 

@@ -91,37 +91,49 @@ def rows_kernel(x_ref, weight_ref, cos_ref, sin_ref, y_ref, *sum_ref, heads, len
 
 def quantize_keys(k, mean, *, block, interpret):  # k [b l h k], mean f32 [b h k] -> int8 [b l h k], f32 [b h n]
     """See `reference.quantize_keys`; the quotient is a product with 127/amax."""
+    return quantize_and_measure(k, mean, block=block, interpret=interpret)[:2]
+
+
+def quantize_and_measure(k, mean, *, block, interpret):  # -> int8 [b l h k], f32 [b h n], f32 [b h n]
+    """`quantize_keys`, and a bound on the length (Euclidean norm) of each block's longest token as rounded: values times scale."""
     b, l, h, d = k.shape
     refuse("quantize_keys", "head width", d)
     refuse("quantize_keys", "block", block)
     n, at = count(l, block), tile("qk_prep", "quantize_keys")
     tokens = pl.BlockSpec((None, block, None, d), lambda i, g: (g // h, i, g % h, 0))
+    number = pl.BlockSpec((None, None, None), lambda i, g: (g // h, g % h, i))
     return launch(
         partial(quantize_kernel, length=l, interpret=interpret),
-        [jax.ShapeDtypeStruct(k.shape, jnp.int8), jax.ShapeDtypeStruct((b, h, n), jnp.float32)],
+        [jax.ShapeDtypeStruct(k.shape, jnp.int8), *[jax.ShapeDtypeStruct((b, h, n), jnp.float32)] * 2],
         (n, b * h),
         [tokens, pl.BlockSpec((None, None, d), lambda i, g: (g // h, g % h, 0))],
-        [tokens, pl.BlockSpec((None, None, None), lambda i, g: (g // h, g % h, i))],
+        [tokens, number, number],
         warps=at.warps,
         stages=at.stages,
         interpret=interpret,
     )(k, mean)
 
 
-def quantize_kernel(k_ref, mean_ref, values_ref, scale_ref, *, length, interpret):
-    """k [block k], mean [k] -> int8 values [block k] and their scale."""
-    block = k_ref.shape[0]
+def quantize_kernel(k_ref, mean_ref, values_ref, scale_ref, longest_ref, *, length, interpret):
+    """k [block k], mean [k] -> int8 values [block k], their scale, and the length of the longest row."""
+    block, width = k_ref.shape
     inside = (pl.program_id(0) * block + jnp.arange(block) < length)[:, None]
     x = jnp.where(inside, load(k_ref, inside).astype(jnp.float32) - load(mean_ref), 0.0)
     amax = jnp.maximum(largest([x]), FLOOR)
+    scale = amax / 127
     store(values_ref, narrow(x * (127 / amax), jnp.int8, interpret), inside)
-    store(scale_ref, amax / 127)
+    store(scale_ref, scale)
+    store(longest_ref, jnp.sqrt((x * x).sum(1).max()) + scale * (0.5 * math.sqrt(width)))  # rounding moves each element half a step
 
 
 def refuse(op, name, size):
-    """Raise ValueError unless size is a power of two."""
-    if size & (size - 1):
-        low = power_of_two(size) // 2
-        raise ValueError(
-            f"{op}: {name} is {size}; the kernel takes powers of two; nearest: {low} and {2 * low}; impl='reference' takes any"
-        )
+    """Raise ValueError with the reason if the kernels do not take the size."""
+    reason = refusal(size)
+    if reason:
+        raise ValueError(f"{op}: {name} is {size}; the kernel takes {reason}; impl='reference' takes any")
+
+
+def refusal(size) -> str | None:
+    """What the kernels take instead of this head width or block; None if they take it."""
+    low = power_of_two(size) // 2
+    return f"powers of two; nearest: {low} and {2 * low}" if size & (size - 1) else None

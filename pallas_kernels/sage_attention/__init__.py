@@ -1,7 +1,7 @@
 """Attention with int8 scores: queries and keys quantised by block, softmax and values as in the float ops. Forward only.
 
-Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels interpreted, for tests); "auto"
-is the reference until the kernels have been measured on a GPU.
+Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels interpreted, for tests). "auto"
+is the kernels on CUDA, for the dtypes and sizes that they take, and the reference elsewhere.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from functools import partial
 import jax.numpy as jnp
 
 from pallas_kernels.derivatives import forward_only
-from pallas_kernels.dispatch import choose
 from pallas_kernels.flash_attention import check as check_attention
 from pallas_kernels.sage_attention import reference, triton
 from pallas_kernels.sage_attention.quantize import quantize_blocks
 from pallas_kernels.sparse_attention import check as check_blocks
-from pallas_kernels.sparse_attention import check_means, chosen_blocks, linear_attention, plain_map, table
+from pallas_kernels.sparse_attention import check_means, chosen_blocks, linear_attention, plain_map, run, table
 
 __all__ = ["quantize_blocks", "sage_attention", "sage_sparse_attention", "sage_sparse_linear_attention"]
 
@@ -48,20 +47,21 @@ def sage_sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block
     """`sparse_linear_attention` with int8 scores in its sparse branch: q k v [b l h k] -> [b l h k]."""
     check_attention(q, k, v)
     check_means(q, k, means, block_q, block_k)
-    run = choose("sage_sparse_linear_attention", impl, WHOLE, sum_of_branches)
-    run = partial(run, chosen=chosen_blocks(k.shape[1], topk, block_k), block_q=block_q, block_k=block_k)
-    return forward_only(run, NO_DERIVATIVE)(q, k, v, proj_kernel, proj_bias, means)
+    sizes = {"chosen": chosen_blocks(k.shape[1], topk, block_k), "block_q": block_q, "block_k": block_k}
+    return forward_only(partial(run, "sage_sparse_linear_attention", impl, WHOLE, **sizes), NO_DERIVATIVE)(
+        q, k, v, proj_kernel, proj_bias, means
+    )
 
 
 def sage_sparse_attention(q, k, v, blocks, *, block_q=128, block_k=64, impl="auto"):  # q k v [b l h k] -> [b l h k]
     """`sparse_attention` with int8 scores; blocks int32 [b h q_blocks chosen]."""
     check_blocks(q, k, v, blocks, block_q)
-    run = choose("sage_sparse_attention", impl, SPARSE, reference.sage_sparse_attention)
-    return forward_only(partial(run, block_q=block_q, block_k=block_k), NO_DERIVATIVE)(q, k, v, blocks)
+    op = partial(run, "sage_sparse_attention", impl, SPARSE, block_q=block_q, block_k=block_k)
+    return forward_only(op, NO_DERIVATIVE)(q, k, v, blocks)
 
 
 def sage_attention(q, k, v, *, block_q=128, block_k=64, impl="auto"):  # q k v [b l h k] -> [b l h k]
     """Dense attention with int8 scores (SageAttention, arXiv 2410.02367)."""
     check_attention(q, k, v)
-    run = choose("sage_attention", impl, DENSE, every_block)
-    return forward_only(partial(run, block_q=block_q, block_k=block_k), NO_DERIVATIVE)(q, k, v)
+    op = partial(run, "sage_attention", impl, DENSE, block_q=block_q, block_k=block_k)
+    return forward_only(op, NO_DERIVATIVE)(q, k, v)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.qk_prep.triton import quantize_keys
+from pallas_kernels.qk_prep.triton import quantize_and_measure
 from pallas_kernels.sparse_attention.block_map import block_map_and_mean
 from pallas_kernels.sparse_attention.forward import attend, block, kernel_name
 from pallas_kernels.sparse_attention.triton import summed
@@ -35,15 +35,22 @@ def sage_sparse_linear_attention(q, k, v, proj_kernel, proj_bias, means=None, *,
 
 
 def int8_attention(q, k, mean, v, blocks, block_q, block_k, *, linear=None, interpret):  # mean f32 [b h k]
-    """`attend` with int8 scores; queries have no mean taken off."""
-    queries = quantize_keys(q, jnp.zeros_like(mean), block=block_q, interpret=interpret)
-    keys = quantize_keys(k, mean, block=block_k, interpret=interpret)
+    """`attend` with int8 scores."""
+    given = operands(q, k, mean, block_q, block_k, interpret=interpret)
     at = tile("sage_attention", kernel_name(block_q))
-    return attend(int8_scores, queries, keys, v, blocks, block_q, block_k, linear=linear, interpret=interpret, at=at)
+    return attend(int8_scores, *given, v, blocks, block_q, block_k, linear=linear, interpret=interpret, at=at)
 
 
-def int8_scores(plan, rows, queries, keys):  # each int8 [.. k] and the scales of its blocks f32
+def operands(q, k, mean, block_q, block_k, *, interpret):
+    """What `int8_scores` reads of queries, which have no mean taken off, and of keys."""
+    *queries, q_length = quantize_and_measure(q, jnp.zeros_like(mean), block=block_q, interpret=interpret)
+    *keys, k_length = quantize_and_measure(k, mean, block=block_k, interpret=interpret)
+    bound = LOG2E * q.shape[-1] ** -0.5 * q_length * k_length.max(2, keepdims=True)  # Cauchy-Schwarz
+    return (*queries, bound), tuple(keys)
+
+
+def int8_scores(plan, rows, queries, keys):  # int8 [.. k], scales of its blocks f32, bounds of the scores of each block of queries
     """int32 products of int8 queries and keys; the factor holds both blocks' scales, 1/sqrt(k) and log2(e)."""
-    q = load(queries[0], rows)
-    scale = LOG2E * q.shape[-1] ** -0.5 * queries[1][pl.program_id(0)]
-    return lambda j: (dot(q, block(keys[0], j, plan.block_k), (1, 1), jnp.int32), scale * keys[1][j])
+    q, here = load(queries[0], rows), pl.program_id(0)
+    scale = LOG2E * q.shape[-1] ** -0.5 * queries[1][here]
+    return lambda j: (dot(q, block(keys[0], j, plan.block_k), (1, 1), jnp.int32), scale * keys[1][j]), queries[2][here]

@@ -1,7 +1,7 @@
 """Sparse-linear attention: exact softmax over a few key blocks for each query block, a linear branch over all keys.
 
-Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels interpreted, for tests); "auto"
-is the reference until the kernels have been measured on a GPU.
+Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels interpreted, for tests). "auto"
+is the kernels on CUDA, for the dtypes and sizes that they take (`forward.refusal`), and the reference elsewhere.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from functools import partial
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.dispatch import choose
+from pallas_kernels.dispatch import automatic, choose
 from pallas_kernels.flash_attention import check as check_attention
 from pallas_kernels.sparse_attention import block_map as block_map_kernels
 from pallas_kernels.sparse_attention import reference, triton
+from pallas_kernels.sparse_attention.forward import refusal
 from pallas_kernels.sparse_attention.reference import dense_map, linear_attention, pooled_scores
 
 __all__ = ["block_map", "chosen_blocks", "dense_map", "linear_attention", "pooled_scores", "sparse_attention", "sparse_linear_attention"]
@@ -34,7 +35,7 @@ def plain_map(q, k, chosen, block_q, block_k, means):
     return jnp.sort(lax.top_k(scores, chosen)[1], -1)
 
 
-def sum_of_branches(q, k, v, proj_kernel, proj_bias, chosen, block_q, block_k, means=None):
+def sum_of_branches(q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k):
     """The whole op from the references of its parts."""
     blocks = plain_map(q, k, chosen, block_q, block_k, means)
     return reference.sparse_attention(q, k, v, blocks, block_q, block_k) + linear_attention(q, k, v, proj_kernel, proj_bias)
@@ -43,6 +44,13 @@ def sum_of_branches(q, k, v, proj_kernel, proj_bias, chosen, block_q, block_k, m
 IMPLS = table(reference.sparse_attention, triton.sparse_attention)
 MAPS = table(reference.block_map, block_map_kernels.block_map)
 WHOLE = table(sum_of_branches, triton.sparse_linear_attention)
+
+
+def run(name, impl, impls, q, *args, block_q, block_k, **sizes):
+    """The implementation called `impl`, on its arguments; "auto" by the dtype and sizes of q and the blocks."""
+    ready = {key: partial(f, block_q=block_q, block_k=block_k, **sizes) for key, f in impls.items()}
+    auto = automatic(ready["triton"], ready["reference"], refusal(q.shape[-1], block_q, block_k, q.dtype))
+    return choose(name, impl, ready, auto)(q, *args)
 
 
 def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, means=None, impl="auto"):
@@ -54,8 +62,8 @@ def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block_q=12
     """
     check_attention(q, k, v)
     check_means(q, k, means, block_q, block_k)
-    run = choose("sparse_linear_attention", impl, WHOLE, sum_of_branches)
-    return run(q, k, v, proj_kernel, proj_bias, chosen_blocks(k.shape[1], topk, block_k), block_q, block_k, means)
+    sizes = {"chosen": chosen_blocks(k.shape[1], topk, block_k), "block_q": block_q, "block_k": block_k}
+    return run("sparse_linear_attention", impl, WHOLE, q, k, v, proj_kernel, proj_bias, means, **sizes)
 
 
 def chosen_blocks(length: int, topk: float, block_k: int) -> int:
@@ -66,14 +74,14 @@ def chosen_blocks(length: int, topk: float, block_k: int) -> int:
 
 def block_map(q, k, *, topk, block_q=128, block_k=64, impl="auto"):  # q k [b l h k] -> int32 [b h q_blocks chosen], ascending
     """The key blocks of highest pooled score for each block of queries; ties go to the lowest index."""
-    return choose("block_map", impl, MAPS, reference.block_map)(q, k, chosen_blocks(k.shape[1], topk, block_k), block_q, block_k)
+    sizes = {"chosen": chosen_blocks(k.shape[1], topk, block_k), "block_q": block_q, "block_k": block_k}
+    return run("block_map", impl, MAPS, q, k, **sizes)
 
 
 def sparse_attention(q, k, v, blocks, *, block_q=128, block_k=64, impl="auto"):  # q k v [b l h k] -> [b l h k]
     """Softmax attention of each query block over its list of key blocks [b h q_blocks chosen], ascending, no repeats."""
     check(q, k, v, blocks, block_q)
-    run = choose("sparse_attention", impl, IMPLS, reference.sparse_attention)
-    return run(q, k, v, blocks, block_q, block_k)
+    return run("sparse_attention", impl, IMPLS, q, k, v, blocks, block_q=block_q, block_k=block_k)
 
 
 def check(q, k, v, blocks, block_q):

@@ -1,8 +1,12 @@
 """Forward kernel of attention over lists of key blocks, dense attention included; the linear branch goes with it.
 
-One loop serves every kind of score: a `scorer` takes the refs of queries and keys, and returns a function from the number of a
-key block to its raw scores and the positive factor that makes them logarithms to base 2. The int8 scorer is in
-sage_attention. Running maximum and sums are those of FlashAttention-2 (arXiv 2307.08691).
+One pass serves every kind of score: a `scorer` takes the refs of queries and keys, and returns a function from the number of a
+key block to its raw scores and the positive factor that makes them logarithms to base 2, and a bound on the magnitude of all
+these logarithms, or None. The int8 scorer is in sage_attention.
+
+Where the bound is small, it is what the softmax subtracts: no maximum is looked for and no sum is rescaled, which is a third of
+the loop's instructions. Nothing is lost: a row's largest exponential is at least 2^(-2 bound), and those that count beside it are
+far above the smallest float32. Elsewhere running maximum and sums are those of FlashAttention-2 (arXiv 2307.08691).
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ from pallas_kernels.sparse_attention.reference import EPS
 from pallas_kernels.tiles import LOG2E, dot, exp2, fma_exp2, launch, load, store
 from pallas_kernels.tiles import blocks as count
 from pallas_kernels.tuning import tile
+
+BOUND = 48.0  # the largest bound that is subtracted: 2^(-2 BOUND - 24) is a normal float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +55,7 @@ def kernel_name(block_q):
 def float_scores(plan, rows, queries, keys):
     """Scores q k^T summed in float32; the factor holds 1/sqrt(k) and log2(e)."""
     q = load(queries[0], rows)
-    return lambda j: (dot(q, block(keys[0], j, plan.block_k), (1, 1)), LOG2E * q.shape[-1] ** -0.5)
+    return lambda j: (dot(q, block(keys[0], j, plan.block_k), (1, 1)), LOG2E * q.shape[-1] ** -0.5), None
 
 
 def attend(scorer, queries, keys, v, blocks, block_q, block_k, *, linear=None, save=False, interpret, at):
@@ -63,7 +69,9 @@ def attend(scorer, queries, keys, v, blocks, block_q, block_k, *, linear=None, s
     kernel does not take.
     """
     (b, l, h, d), n = queries[0].shape, count(queries[0].shape[1], block_q)
-    refuse(d, block_q, block_k, v.dtype, interpret)
+    reason = refusal(d, block_q, block_k, v.dtype, interpret)
+    if reason:
+        raise ValueError(f"attention kernel: {reason}")
     short = max(block_k - v.shape[1], 0)  # less than one block of keys: zeros go before them
     lengthen = lambda x: jnp.pad(x, ((0, 0), (short, 0), (0, 0), (0, 0))) if x.ndim == 4 and short else x
     chosen = count(v.shape[1], block_k) if blocks is None else blocks.shape[-1]
@@ -99,22 +107,38 @@ def attend_kernel(plan, ins, outs):
     if ins["linear"] is not None:  # first, and out to memory: beside the loop's accumulators it does not fit into registers
         q, m, z, bias = ins["linear"]
         store(outs["o"], linear_branch(load(q, rows), load(m), load(z), load(bias), interpret).astype(dtype), rows)
-    scores = plan.scorer(plan, rows, ins["queries"], ins["keys"])
+    scores, bound = plan.scorer(plan, rows, ins["queries"], ins["keys"])
+    number = lambda t: t if ins["blocks"] is None else ins["blocks"][t]
+    values = lambda j: block(ins["v"], j, plan.block_k)
 
-    def step(t, state):  # nothing that an address depends on may be in the state: such loads are not overlapped with work
+    def quick(t, state):  # a block of which every key exists; nothing that an address depends on may be in the state of a loop:
+        total, o = state  # such loads are not overlapped with work
+        j = number(t)
+        s, factor = scores(j)
+        p = fma_exp2(s.astype(jnp.float32), factor, -bound, interpret)
+        return total + p.sum(1), o + dot(p.astype(dtype), values(j), (1, 0))
+
+    def step(t, state):
         top, total, o = state
-        j = t if ins["blocks"] is None else ins["blocks"][t]
+        j = number(t)
         s, factor = scores(j)
         s = hide(plan, j, s, -jnp.inf if s.dtype == jnp.float32 else jnp.iinfo(s.dtype).min)
         new = jnp.maximum(top, s.max(1).astype(jnp.float32) * factor)
         p = fma_exp2(s.astype(jnp.float32), factor, -new[:, None], interpret)
         p = p if s.dtype == jnp.float32 else hide(plan, j, p, 0.0)  # the least integer is not minus infinity
         fade = exp2(top - new, interpret)
-        o = o * fade[:, None] + dot(p.astype(dtype), block(ins["v"], j, plan.block_k), (1, 0))
+        o = o * fade[:, None] + dot(p.astype(dtype), values(j), (1, 0))
         return new, total * fade + p.sum(1), o
 
-    state = jnp.full(plan.block_q, -jnp.inf), jnp.zeros(plan.block_q), jnp.zeros(outs["o"].shape)
-    top, total, o = jax.lax.fori_loop(0, plan.chosen, step, state)
+    first, top = 0, jnp.full(plan.block_q, -jnp.inf)
+    total, o = jnp.zeros(plan.block_q), jnp.zeros(outs["o"].shape)
+    if bound is not None:
+        small = bound <= BOUND
+        whole = plan.chosen - (1 if plan.length % plan.block_k else 0)  # the list ascends: only its last block can be the ragged one
+        first = small.astype(jnp.int32) * jnp.int32(whole)
+        total, o = jax.lax.fori_loop(0, first, quick, (total, o))
+        top = jnp.where(small, bound, top)
+    top, total, o = jax.lax.fori_loop(first, plan.chosen, step, (top, total, o))
     if "lse" in outs:
         store(outs["lse"], (top + jnp.log2(total)) * math.log(2))
     o = o * (1 / total)[:, None]
@@ -151,11 +175,12 @@ def block(ref, j, size):  # ref [s k] -> [size k]
     return load(ref.at[pl.ds(jnp.minimum(j * size, ref.shape[0] - size), size)])
 
 
-def refuse(width, block_q, block_k, dtype, interpret):
-    """Raise ValueError unless head width and blocks are powers of two and the dtype is one that the tensor cores take."""
+def refusal(width, block_q, block_k, dtype, interpret=False) -> str | None:
+    """Why the kernel does not take these sizes or this dtype; None if it does."""
     for name, size in {"head width": width, "block_q": block_q, "block_k": block_k}.items():
         if size < 16 or size & (size - 1):
             low = max(16, 1 << size.bit_length() - 1)
-            raise ValueError(f"attention kernel: {name} is {size}; allowed: powers of two from 16 on; nearest: {low} and {2 * low}")
+            return f"{name} is {size}; allowed: powers of two from 16 on; nearest: {low} and {2 * low}"
     if dtype == jnp.float32 and not interpret:
-        raise ValueError("attention kernel: float32 is for impl='interpret' and 'reference'; allowed: bfloat16, float16")
+        return "float32 is for impl='interpret' and 'reference'; allowed: bfloat16, float16"
+    return None

@@ -30,7 +30,7 @@ def sparse_attention(q, k, v, blocks, block_q, block_k, *, interpret):
     return with_derivatives(run, tangent=tangent, grad=grad)(q, k, v, blocks)
 
 
-def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, chosen, block_q, block_k, means=None, *, interpret):
+def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k, interpret):
     """The whole op: map, sums over all keys, and one pass over the queries for both branches.
 
     What the gradient needs besides o is written only where the op is differentiated; the tangent is that of the reference.

@@ -147,11 +147,11 @@ class DiT(nnx.Module):
         table = rope(grid, self.cfg.head_dim)
         e, e0 = self.time(timestep)
 
-        @jax.checkpoint
         def step(x, each):
             block, kv = each
             return self.between(block(x, e0, kv_of(block.cross_attn, kv), table)), None
 
+        step = jax.checkpoint(step) if self.cfg.remat else step
         x = lax.scan(step, self.between(self.patchify(x, image)), (self.blocks, kvs))[0]
         return self.unpatchify(self.head(x, e), grid)
 
@@ -224,6 +224,13 @@ def coordinates(shape: tuple[int, int, int]):  # -> f32 [t h w 3]
     """Each place's t, h and w, from -1 to 1 over the clip; 0 along an axis of one."""
     axes = [np.linspace(-1, 1, n, dtype=np.float32) if n > 1 else np.zeros(1, np.float32) for n in shape]
     return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1)
+
+
+def with_compute(model: DiT, compute: str) -> DiT:
+    """The same weights in a model that computes in another dtype."""
+    cfg = dataclasses.replace(model.cfg, policy=dataclasses.replace(model.cfg.policy, compute=compute))
+    structure = jax.tree.structure(jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0))))
+    return jax.tree.unflatten(structure, jax.tree.leaves(model))
 
 
 def with_linear(model: DiT, linear: str, *, free: bool = False) -> DiT:

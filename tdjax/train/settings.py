@@ -34,9 +34,15 @@ SOURCES = {
     "LogNormal": "tdjax.train.times",
     "SLAConfig": "tdjax.config",
     "DiTConfig": "tdjax.config",
+    "VAEStage": "tdjax.train.tiny.settings",
+    "TeacherStage": "tdjax.train.tiny.settings",
+    "SLAStage": "tdjax.train.tiny.settings",
+    "RCMStage": "tdjax.train.tiny.settings",
+    "MergeStage": "tdjax.train.tiny.settings",
+    "EvaluateStage": "tdjax.train.tiny.settings",
 }
 ALIASES = {"TimeDistribution": "UniformShift | LogNormal"}
-ELSEWHERE = {"DiTConfig": ("attention", "linear", "impl", "sla", "policy", "image_dim")}  # chosen by other keys, or not trained
+ELSEWHERE = {"DiTConfig": ("attention", "linear", "impl", "sla", "policy", "image_dim", "remat")}  # chosen by other keys, or not trained
 
 
 @dataclasses.dataclass

@@ -18,7 +18,6 @@ from pallas_kernels.int8_matmul import (
     quantize_weight,
     quantized_linear,
     rescale,
-    schemes,
 )
 
 BF16 = jnp.bfloat16
@@ -167,14 +166,12 @@ def test_one_interface(scheme):
     np.testing.assert_allclose(y, np.concatenate(apart, 1), rtol=1e-6, atol=1e-5)
 
 
-def test_a_listed_shape_takes_the_kernel_on_cuda(monkeypatch):
-    x, w = pair(3, 256, 5, "channel")
-    run = lambda: jax.make_jaxpr(lambda x, w: quantized_linear(x, w, scheme="channel", out_dtype=BF16))(x, w)
-    assert "pallas_call" not in str(run())
-    monkeypatch.setattr(schemes, "KERNEL_SHAPES", frozenset({(256, 5)}))
-    assert "pallas_call" in str(run())
-    y = jax.jit(lambda x, w: quantized_linear(x, w, scheme="channel", out_dtype=BF16))(x, w)
-    same([y], [linear(x, w, scheme="channel", out_dtype=BF16, impl="xla")])
+@pytest.mark.parametrize("k", [256, 100])
+def test_auto_is_the_kernel_on_cuda_for_widths_that_it_takes(k):
+    x, w = pair(3, k, 5, "channel")
+    run = lambda x, w: quantized_linear(x, w, scheme="channel", out_dtype=BF16)
+    assert ("pallas_call" in str(jax.make_jaxpr(run)(x, w))) == (k == 256)
+    same([jax.jit(run)(x, w)], [linear(x, w, scheme="channel", out_dtype=BF16, impl="xla")])
 
 
 def test_errors():

@@ -11,7 +11,8 @@ from tolerances import assert_close
 
 import pallas_kernels.sage_attention as op
 from pallas_kernels import sparse_attention
-from pallas_kernels.sage_attention import workloads
+from pallas_kernels.sage_attention import triton, workloads
+from pallas_kernels.sparse_attention.forward import BOUND
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")  # jax 0.11 lowers for a known GPU only
 
@@ -63,6 +64,30 @@ def test_with_linear_branch():
     q, k, v = qkv(l=200)
     o, expected = both(op.sage_sparse_linear_attention, q, k, v, *proj(16), topk=0.5)
     assert_close(o, expected, "float32")
+
+
+@pytest.mark.parametrize("l", [320, 300])
+def test_bounded_and_running_maximum_give_the_same(l):
+    """Scores are bounded in some blocks of queries only: those after token 128 are long."""
+    q, k, v = qkv(l=l, k=32)
+    q = q.at[:, 128:].multiply(6.0)
+    bound = triton.operands(q, k, k.mean(1), 64, 64, interpret=True)[0][2]
+    assert (np.asarray(bound <= BOUND)[0, 0] == (np.arange(5) < 2)).all()
+    o, expected = both(op.sage_attention, q, k, v, block_q=64, block_k=64)
+    assert_close(o, expected, "float32")
+
+
+def test_bounds_hold():
+    """No score is larger than the bound of its block of queries, and a block of equal tokens comes close to it."""
+    q, k = jnp.asarray(normal(0, 1, 100, 2, 32)), jnp.asarray(normal(1, 1, 130, 2, 32))
+    q = q.at[:, 64:].set(q[:, 64:65])
+    k = jnp.concatenate([k, -2 * q[:, 64:65].repeat(40, 1)], 1)
+    (values, scale, bound), (keys, key_scale) = triton.operands(q, k, jnp.zeros((1, 2, 32)), 64, 64, interpret=True)
+    rows = lambda scale, l: np.repeat(np.asarray(scale, np.float64), 64, 2)[:, :, :l].swapaxes(1, 2)[..., None]
+    wide = lambda x, scale: np.asarray(x, np.float64) * rows(scale, x.shape[1])
+    scores = np.abs(np.einsum("blhk,bshk->bhls", wide(values, scale), wide(keys, key_scale))) * np.log2(np.e) / 32**0.5
+    largest = np.stack([scores[:, :, i : i + 64].max((2, 3)) for i in (0, 64)], 2)
+    assert (largest <= np.asarray(bound)).all() and (largest[..., 1] >= 0.9 * np.asarray(bound)[..., 1]).all()
 
 
 def test_published_accuracy_in_bfloat16():

@@ -24,8 +24,8 @@ FLAGS = ["--num_frames", "5", "--width", "32", "--height", "32", "--compile_cach
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """The demo's model folder."""
-    return demo.folder(tmp_path_factory.mktemp("cache"))
+    """The demo's model folder, with random weights."""
+    return demo.write(tmp_path_factory.mktemp("cache") / "demo")
 
 
 @pytest.fixture(scope="module")

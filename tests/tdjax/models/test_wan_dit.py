@@ -13,6 +13,7 @@ from convert.detect import detect
 from convert.files import Source
 from convert.golden import Held
 from convert.load import Checkpoint
+from pallas_kernels import fused_rows
 from pallas_kernels.fused_rows import reference
 from tdjax.config import WAN_14B, DiTConfig, SLAConfig
 from tdjax.linear import LINEAR
@@ -97,7 +98,7 @@ def test_published_fast_norm_explains_its_output(golden, monkeypatch):
         return x, h * factor[:, None] + shift[:, None], None
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "norm", padded)
+        patch.setitem(fused_rows.NORM, "reference", padded)
         values = jax.jit(lambda *a: intermediates(*a))(model, *args)
     v = model.unpatchify(model.head(values["block1/out"], values["e"]), model.grid(args[0]))
     assert_close(v, channels_last(g["out/v_fastnorm"]), "dit")
@@ -287,4 +288,4 @@ def test_lowers_for_cuda_at_real_size(attention, linear):
     arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     lowered = run.trace(model, arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096)).lower(lowering_platforms=("cuda",))
     assert lowered.out_info.shape == (1, 21, 60, 104, 16)
-    assert len(lowered.as_text()) < 400_000  # no table of the size of the video is a constant of the program
+    assert len(lowered.as_text()) < 1_000_000  # kernels travel in it; a table of the size of the video would be 16 MB

@@ -1,0 +1,111 @@
+"""`python -m tdjax.train.tiny`: the whole recipe, or some of its stages, in one folder."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import math
+import sys
+import time
+from pathlib import Path
+
+from tdjax.arguments import hyphens
+from tdjax.errors import TdjaxError, UsageError, leave
+from tdjax.train.settings import Tree, build, put
+from tdjax.train.tiny import settings
+
+STAGES = {  # name -> file and function
+    "vae": ("vae", "run_stage"),
+    "teacher": ("teacher", "run_stage"),
+    "sla": ("distil", "sla_stage"),
+    "rcm": ("distil", "rcm_stage"),
+    "merge": ("distil", "merge_stage"),
+    "evaluate": ("evaluate", "run_stage"),
+    "timing": ("evaluate", "timing_stage"),
+    "package": ("package", "run_stage"),
+}
+RESULT = {"vae": "vae", "teacher": "teacher", "sla": "sla", "merge": "merged"}  # folders that say that a stage is finished
+
+
+def build_parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m tdjax.train.tiny", description="Train the tiny model from nothing, stage by stage.")
+    p.add_argument("settings", nargs="*", metavar="stage.key=value", help="changes, for example teacher.steps=8000")
+    p.add_argument(
+        "--stage", help=f"stages with commas between, of {', '.join(STAGES)}; default: all. Those that have their result are skipped"
+    )
+    p.add_argument("--folder", default="runs/tiny", help="where results, states and metrics are kept")
+    p.add_argument("--scale", type=float, default=1.0, help="of every number of steps and clips; 0.01 for a trial")
+    p.add_argument("--seconds", type=float, help="stop, with the state saved, after this time")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--again", action="store_true", help="run the named stages also where they are finished")
+    p.add_argument("--compile_cache_dir", help="folder of compiled programs, or none")
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 all is done, 2 usage, 3 checkpoint, 5 not finite, 75 stopped by --seconds."""
+    begun = time.monotonic()
+    try:
+        args = build_parser().parse_intermixed_args(hyphens(sys.argv[1:] if argv is None else argv))
+        chosen = chosen_stages(args.stage)
+        parts = resolve(args.settings, args.scale)
+        return run(args, chosen, parts, begun)
+    except TdjaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from the last saved state", file=sys.stderr)
+        return 130
+
+
+def chosen_stages(given: str | None) -> tuple[str, ...]:
+    names = tuple(given.split(",") if given else STAGES)
+    if wrong := [name for name in names if name not in STAGES]:
+        raise UsageError(f"unknown stage {', '.join(wrong)}", f"stages: {', '.join(STAGES)}", "for example --stage vae,teacher")
+    return tuple(name for name in STAGES if name in names)
+
+
+def resolve(words: list[str], scale: float) -> dict:
+    """The settings of every stage, scaled, with those of the command line over them."""
+    if not 0 < scale <= 10:
+        raise UsageError(f"--scale is {scale:g}", "it multiplies steps and clips; greater than 0, at most 10", "use 1")
+    trees = {name: Tree(cls.__name__) for name, cls in settings.STAGES.items()}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UsageError(f"cannot read {word!r}", "settings are stage.key=value, without blanks", "for example teacher.steps=8000")
+        put(trees, key, value)
+    base = {name: settings.scaled(cls(), scale) for name, cls in settings.STAGES.items()}
+    return {name: settings.scaled(build(tree, base[name]), 1) for name, tree in trees.items()}
+
+
+def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
+    from tdjax.generate import set_compile_cache
+
+    note = set_compile_cache(args)
+    from tdjax.stages import Stages
+    from tdjax.train.tiny import work
+
+    stages = Stages(not args.quiet)
+    if note:
+        stages.note(note)
+    until = begun + args.seconds if args.seconds else math.inf
+    tiny = work.Run(folder=Path(args.folder), settings=parts, seed=args.seed, until=until, stages=stages)
+    for name in chosen:
+        result = parts["rcm"].name if name == "rcm" else RESULT.get(name)
+        if result and work.finished(tiny, result) and not args.again:
+            stages.note(f"{name}: finished already")
+            continue
+        start, (file, function) = time.monotonic(), STAGES[name]
+        try:
+            getattr(importlib.import_module(f"tdjax.train.tiny.{file}"), function)(tiny)
+        except work.OutOfTime as end:
+            stages.note(str(end))
+            return 75
+        stages.note(f"{name}: {time.monotonic() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -1,0 +1,123 @@
+"""Stage 1: the video autoencoder, trained on rendered clips; then the mean and deviation of its latents."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tdjax.models.wan_vae import VAE, over_chunks
+from tdjax.train.optimizer import OptimizerConfig, adamw
+from tdjax.train.state import EMAConfig, TrainState, apply, ema_update, named_keys
+from tdjax.train.tiny import clips, detector, metrics, work
+from tdjax.train.tiny.factors import FRAMES
+from tdjax.train.tiny.settings import VAEStage
+from tdjax.train.tiny.work import Phase, Run
+
+EMA = EMAConfig(decay=0.995)
+LEAST_DEVIATION = 0.2  # of a latent channel, as a share of the largest: a dead channel would become noise of full strength
+AT_ONCE = 64
+
+
+def posterior(vae: VAE, video):  # f32[b T H W 3] -> mean, log variance f32[b t h w z]
+    x = over_chunks(vae.encoder, video.astype(vae.cfg.policy.compute_dtype), vae.cfg.temporal)
+    mean, log_variance = jnp.split(vae.quant_conv(x).astype(jnp.float32), 2, -1)
+    return mean, jnp.clip(log_variance, -20.0, 10.0)
+
+
+def loss(vae: VAE, video, draws, jitter, cfg: VAEStage):
+    """L1 of pixels and of their differences, and a little of the divergence; jitter f32[] times noise is what the decoder sees."""
+    mean, log_variance = posterior(vae, video)
+    z = mean + jnp.exp(0.5 * log_variance) * draws["latent"]
+    z = z + jitter * jax.lax.stop_gradient(mean.std((0, 1, 2, 3))) * draws["jitter"]
+    made = vae.decode(z)
+    pixels = jnp.abs(made - video).mean()
+    along = [jnp.abs(jnp.diff(made, axis=axis) - jnp.diff(video, axis=axis)).mean() for axis in (1, 2, 3)]
+    kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance).mean()
+    total = pixels + cfg.differences * sum(along) + cfg.kl * kl
+    return total, {"loss": total, "l1": pixels, "kl": kl}
+
+
+def make_step(cfg: VAEStage, optimizer, frames: int):
+    """step(state) -> (state, numbers) on clips of this many frames."""
+
+    def step(state: TrainState):
+        keys = named_keys(state, "clips", "latent", "jitter")
+        video = clips.render(clips.sample(keys["clips"], cfg.batch, "all"), frames)
+        shape = jax.eval_shape(lambda vae: posterior(vae, video)[0], state.model).shape
+        draws = {name: jax.random.normal(keys[name], shape) for name in ("latent", "jitter")}
+        jitter = jnp.where(state.step >= cfg.jitter_from * cfg.steps, jnp.float32(cfg.jitter), jnp.float32(0))
+        grads, numbers = jax.grad(loss, has_aux=True)(state.model, video, draws, jitter, cfg)
+        model, opt, more = apply(optimizer, grads, state.opt, state.model)
+        ema = ema_update(state.ema, model, state.step, EMA)
+        return dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt), numbers | more
+
+    return step
+
+
+@jax.jit
+def round_trip(vae: VAE, video):  # f32[b T H W 3] -> the same
+    return vae.decode(vae.encode(video))
+
+
+def make_check(run: Run, cfg: VAEStage):
+    """check(state, step): whole clips through the averaged weights, judged as generated clips are."""
+    factors = clips.sample(run.key("check"), cfg.check_clips, "all")
+
+    def check(state: TrainState, step: int) -> dict[str, float]:
+        scores = judged(state.ema, factors)
+        return {name: scores[name] for name in ("psnr", "all", "shape", "colour", "size", "motion", "speed", "overlap")}
+
+    return check
+
+
+def judged(vae: VAE, factors: clips.Factors) -> dict[str, float]:
+    """Detector scores and PSNR of a round trip."""
+    measured, fidelity, n = [], [], factors.start.shape[0]
+    for i in range(0, n, AT_ONCE):
+        video = clips.render(jax.tree.map(lambda x, i=i: x[i : i + AT_ONCE], factors))
+        made = round_trip(vae, video)
+        measured.append(detector.measure(made))
+        fidelity.append(metrics.psnr(made, video) * len(made))
+    whole = jax.tree.map(lambda *x: np.concatenate([np.asarray(part) for part in x]), *measured)
+    return detector.scores(whole, jax.device_get(factors.said)) | {"psnr": sum(fidelity) / n}
+
+
+@partial(jax.jit, static_argnums=2)
+def moments(vae: VAE, key, n: int):  # -> sums over n clips: f32[z], of squares f32[z], count
+    mean = vae.encode(clips.render(clips.sample(key, n)))
+    return mean.sum((0, 1, 2, 3)), jnp.square(mean).sum((0, 1, 2, 3)), mean.size / mean.shape[-1]
+
+
+def statistics(vae: VAE, key, n: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of every latent channel over n clips, the deviation not below LEAST_DEVIATION of the largest."""
+    parts = [jax.device_get(moments(vae, jax.random.fold_in(key, i), min(AT_ONCE, n))) for i in range(-(-n // AT_ONCE))]
+    total, squares, count = (np.sum([np.float64(part[i]) for part in parts], 0) for i in range(3))
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    std = np.maximum(std, LEAST_DEVIATION * std.max())
+    return tuple(round(float(x), 5) for x in mean), tuple(round(float(x), 5) for x in std)
+
+
+def run_stage(run: Run) -> None:
+    cfg: VAEStage = run.settings["vae"]
+    sizes = work.trained(run.sizes.vae, cfg.compute)
+    rates = OptimizerConfig(
+        learning_rate=cfg.learning_rate, b1=0.9, b2=0.99, warmup=cfg.warmup, decay="cosine", steps=cfg.steps + 1, final=0.01, clip=1.0
+    )
+    optimizer = adamw(rates)
+    vae = jax.jit(lambda key: VAE(sizes, rngs=nnx.Rngs(key)))(run.key("vae"))
+    state = TrainState.create(vae, optimizer, run.key("vae steps"))
+    phases = [Phase(cfg.steps, work.repeated(make_step(cfg, optimizer, FRAMES), cfg.chunk))]
+    if cfg.steps > cfg.long_steps:
+        phases.insert(0, Phase(cfg.steps - cfg.long_steps, work.repeated(make_step(cfg, optimizer, cfg.frames), cfg.chunk)))
+    state = work.train(run, "vae", state, phases, cfg.chunk, (), make_check(run, cfg), cfg.check_every)
+    with run.stages("latent statistics"):
+        mean, std = statistics(state.ema, run.key("statistics"), cfg.statistics)
+    run.say(f"latents: mean {mean}, deviation {std}")
+    work.export(run, "vae", "vae", state.ema, dataclasses.replace(run.sizes.vae, mean=mean, std=std), steps=cfg.steps)
+    work.forget_states(run, "vae")

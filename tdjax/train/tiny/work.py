@@ -1,0 +1,152 @@
+"""How a stage of the recipe runs: many steps in one call of the device, a line for each call, and a state to go on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tdjax import checkpoint
+from tdjax.config import DiTConfig, TextConfig, VAEConfig
+from tdjax.errors import NotFinite
+from tdjax.stages import Stages
+from tdjax.train import saves
+from tdjax.train.metrics import Metrics
+from tdjax.train.tiny import configs
+
+SAVE_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The networks of a run."""
+
+    vae: VAEConfig = configs.VAE
+    text: TextConfig = configs.TEXT
+    dit: DiTConfig = configs.DIT
+    sla: DiTConfig = configs.DIT_SLA
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run of the recipe: where, from which seed, until when (of time.monotonic), and what its stages do."""
+
+    folder: Path
+    settings: dict[str, Any]
+    seed: int = 0
+    until: float = math.inf
+    sizes: Sizes = Sizes()
+    stages: Stages = dataclasses.field(default_factory=lambda: Stages(show=False))
+
+    def key(self, purpose: str) -> jax.Array:
+        """The random key of one use, the same in whatever order uses come."""
+        return jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(purpose.encode()))
+
+    def work(self, name: str) -> Path:
+        return self.folder / "work" / name
+
+    def say(self, text: str) -> None:
+        self.stages.note(text)
+
+
+class OutOfTime(Exception):
+    """The run's time is over in the middle of a stage; its state is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """program(state, *data) -> (state, numbers [chunk]) does a chunk of steps, until step `until`."""
+
+    until: int
+    program: Callable
+
+
+def repeated(step: Callable, chunk: int) -> Callable:
+    """`chunk` times step(state, *data) -> (state, numbers), as one program that takes over the state's memory."""
+    return jax.jit(lambda state, *data: lax.scan(lambda state, _: step(state, *data), state, None, length=chunk), donate_argnums=0)
+
+
+def train(run: Run, name: str, state, phases: Sequence[Phase], chunk: int, data=(), check: Callable | None = None, check_every: int = 0):
+    """All steps of a stage, from its last saved state if there is one -> the last state.
+
+    check(state, step) -> numbers, every `check_every` steps and at the end; they are logged beside the others. Raises OutOfTime,
+    NotFinite.
+    """
+    work, steps = run.work(name), phases[-1].until
+    done = (saves.steps(work) or [0])[-1]
+    if done:
+        state = saves.restore(saves.folder(work, done), state)
+        run.say(f"{name}: going on from step {done}")
+    begun = saved = time.monotonic()
+    with Metrics(work, done) as log:
+        while done < steps:
+            program = next(phase.program for phase in phases if done < phase.until)
+            state, numbers = program(state, *data)
+            numbers = {key: float(value) for key, value in jax.device_get(means(numbers)).items()}
+            done += chunk
+            now = time.monotonic()
+            numbers["seconds_per_step"], begun = (now - begun) / chunk, now
+            log.write(done, numbers)
+            run.say(line(name, done, steps, numbers))
+            if not math.isfinite(numbers["loss"]):
+                raise NotFinite(f"{name}: the loss is not finite at step {done}", f"logged in {log.path}", "begin again with a lower rate")
+            if check and (done >= steps or done // check_every > (done - chunk) // check_every):
+                found = check(state, done)
+                log.write(done, found)
+                run.say(line(f"{name} check", done, steps, found))
+                begun = time.monotonic()
+            if done < steps and (now - saved > SAVE_SECONDS or now > run.until):
+                saves.save(work, done, state, {}, keep=1)
+                begun = saved = time.monotonic()
+                if now > run.until:
+                    raise OutOfTime(f"{name}: stopped at step {done} of {steps}; the same command goes on from there")
+    return state
+
+
+@jax.jit
+def means(numbers: dict) -> dict:
+    return {name: jnp.mean(value.astype(jnp.float32)) for name, value in numbers.items()}
+
+
+def line(name: str, done: int, steps: int, numbers: dict[str, float]) -> str:
+    return f"{name} {done}/{steps}  " + "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+
+
+def finished(run: Run, name: str) -> bool:
+    """Whether a stage's result is there."""
+    return (run.folder / name / "manifest.json").is_file()
+
+
+def export(run: Run, name: str, kind: str, module, cfg, **facts) -> None:
+    """A result in our checkpoint layout, weights in bfloat16, complete or not at all."""
+    cfg = configs.stored(cfg)
+    wanted = checkpoint.names(checkpoint.abstract(kind, cfg))
+    leaves = {leaf: x.astype(wanted[leaf].dtype) for leaf, x in checkpoint.names(module).items()}
+    source = {"name": "tdjax tiny recipe", "seed": run.seed, **facts}
+    checkpoint.save(run.folder / name, jax.device_get(leaves), kind=kind, cfg=cfg, source=source, overwrite=True)
+
+
+def forget_states(run: Run, name: str) -> None:
+    """Delete the states of a stage that has its result."""
+    for step in saves.steps(run.work(name)):
+        checkpoint.remove(saves.folder(run.work(name), step))
+
+
+def load(run: Run, name: str, compute: str = "float32"):
+    """A stage's result with float32 weights, that computes in the given dtype."""
+    kind, stored = checkpoint.checked(run.folder / name)
+    return checkpoint.restore(run.folder / name, config=trained(stored, compute))[1]
+
+
+def trained(cfg, compute: str):
+    """A network as it is while it trains: float32 weights, activations kept where memory is no concern."""
+    cfg = dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, param="float32", compute=compute))
+    return dataclasses.replace(cfg, remat=False) if isinstance(cfg, DiTConfig) else cfg

@@ -1,0 +1,100 @@
+"""The runner of a stage: chunks, checks, a cut run that goes on to the same bits; and what the settings become."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tdjax.errors import NotFinite, UsageError
+from tdjax.stages import Stages
+from tdjax.train.tiny import __main__ as command
+from tdjax.train.tiny import settings, work
+from tdjax.train.tiny.work import Phase
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    step: jax.Array
+    x: jax.Array
+    key: jax.Array
+
+
+def state():
+    return State(jnp.int32(0), jnp.zeros(3), jax.random.key(5))
+
+
+def step(state, bonus):
+    noise = jax.random.normal(jax.random.fold_in(state.key, state.step), (3,))
+    x = 0.9 * state.x + noise + bonus
+    return dataclasses.replace(state, step=state.step + 1, x=x), {"loss": jnp.square(x).mean()}
+
+
+def a_run(folder, **more):
+    return work.Run(folder=folder, settings={}, stages=Stages(False), **more)
+
+
+PROGRAM = work.repeated(step, 5)
+
+
+def test_a_cut_run_goes_on_to_the_same_bits(tmp_path):
+    phases, bonus = [Phase(20, PROGRAM)], (jnp.float32(0.5),)
+    whole = work.train(a_run(tmp_path / "a"), "stage", state(), phases, 5, bonus)
+    with pytest.raises(work.OutOfTime, match="stopped at step 5 of 20"):
+        work.train(a_run(tmp_path / "b", until=0.0), "stage", state(), phases, 5, bonus)
+    again = work.train(a_run(tmp_path / "b"), "stage", state(), phases, 5, bonus)
+    assert int(again.step) == 20 and np.array_equal(whole.x, again.x)
+    rows = [json.loads(line) for line in (tmp_path / "b/work/stage/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [5, 10, 15, 20] and all(row["loss"] > 0 for row in rows)
+
+
+def test_checks_phases_and_a_loss_that_is_not_finite(tmp_path):
+    seen = []
+    bad = lambda state, bonus: PROGRAM(dataclasses.replace(state, x=state.x * jnp.nan), bonus)
+    check = lambda state, done: seen.append((done, int(state.step))) or {"score": float(done)}
+    run, bonus = a_run(tmp_path), (jnp.float32(0),)
+    work.train(run, "good", state(), [Phase(10, PROGRAM), Phase(15, PROGRAM)], 5, bonus, check, 10)
+    assert seen == [(10, 10), (15, 15)]
+    with pytest.raises(NotFinite, match="step 15"):
+        work.train(run, "bad", state(), [Phase(10, PROGRAM), Phase(15, bad)], 5, bonus)
+
+
+def test_keys_of_different_uses_differ(tmp_path):
+    keys = [a_run(tmp_path, seed=seed).key(use) for seed in (0, 1) for use in ("vae steps", "sla steps")]
+    assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}) == 4
+
+
+def test_settings_are_scaled_and_overridden():
+    parts = command.resolve(["teacher.batch=4", "rcm.kappa=0.3"], 0.01)
+    teacher, vae = parts["teacher"], parts["vae"]
+    assert (teacher.steps, teacher.chunk, teacher.batch, teacher.clips) == (200, 100, 4, 655)  # steps are whole chunks
+    assert vae.steps == 25 and vae.chunk == 25 and vae.long_steps == 25
+    assert parts["rcm"].kappa == 0.3 and parts["rcm"].steps == 10
+    usual = command.resolve([], 1.0)
+    assert usual == {name: cls() for name, cls in settings.STAGES.items()}
+    assert all(s.steps % s.chunk == 0 for s in usual.values() if hasattr(s, "steps"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--stage", "vae,dream"], "unknown stage dream"),
+        (["--scale", "0"], "--scale is 0"),
+        (["teacher.stepz=3"], "did you mean teacher.steps?"),
+        (["teacher.steps=many"], "teacher.steps is 'many'"),
+        (["fast"], "cannot read 'fast'"),
+    ],
+)
+def test_errors_of_the_command(argv, text, capsys):
+    assert command.main([*argv, "--folder", "nowhere"]) == UsageError.exit_code
+    assert text in capsys.readouterr().err
+
+
+def test_finished_stages_are_skipped(tmp_path, capsys):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "manifest.json").write_text("{}")
+    assert command.main(["--stage", "vae", "--folder", str(tmp_path), "--compile_cache_dir", "none"]) == 0
+    assert "vae: finished already" in capsys.readouterr().err
