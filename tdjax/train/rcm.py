@@ -50,7 +50,7 @@ class SCM:
     time: TimeDistribution = LogNormal()  # of the noise on data
     tangent: str = "exact"  # or differences in time: semidiscrete (fd_type 1), discrete (fd_type 2); not with rounded timesteps
     interval: float = 1e-2  # of the differences; the official 1e-4 is below the rounding of a float32 network
-    compute: str | None = None  # dtype in which the tangent's network runs, where it is not the student's own
+    compute: str = "own"  # dtype in which the network of the tangent runs; own: the student's
     warmup_form: str = "paper"  # of the direction; code2026: as the official code has it since January 2026
 
     def __post_init__(self):
@@ -60,8 +60,8 @@ class SCM:
             raise ValueError(f"SCM.tangent is {self.tangent!r}; allowed: {', '.join(consistency.TANGENT)}")
         if self.warmup_form not in consistency.WARMUPS:
             raise ValueError(f"SCM.warmup_form is {self.warmup_form!r}; allowed: {', '.join(consistency.WARMUPS)}")
-        if self.compute is not None and self.compute not in FLOATS:
-            raise ValueError(f"SCM.compute is {self.compute!r}; allowed: None, {', '.join(FLOATS)}")
+        if self.compute not in ("own", *FLOATS):
+            raise ValueError(f"SCM.compute is {self.compute!r}; allowed: own, {', '.join(FLOATS)}")
         if not 0 < self.interval < 0.5:
             raise ValueError(f"SCM.interval is {self.interval}; allowed: greater than 0, less than 0.5 of the pi/2 of TrigFlow time")
 
@@ -146,7 +146,7 @@ def scm_gradient(config: RCMConfig, model, teacher, batch: Batch, draws: dict, r
     c = flow.from_log_sigma(draws["data_time"])
     x = flow.noisy(batch.latents, draws["data_noise"], flow.per_sample(c))
     v_teacher = guided_teacher(teacher, batch, config.guidance)(x, flow.TIME_SCALE * c.u)
-    student = model if own.compute is None else with_compute(model, own.compute)
+    student = model if own.compute == "own" else with_compute(model, own.compute)
     v, term = consistency.TANGENT[own.tangent](velocity(student, batch.text, batch.image), x, v_teacher, c, own.interval)
     g = consistency.raw_direction(x, v_teacher - v, term, c, r, own.warmup_form)
     ok = whole(x, v, g)

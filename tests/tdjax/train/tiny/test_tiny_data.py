@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import tiny_cases
 
+from tdjax.train import shards
+from tdjax.train.data import Position, ShardSource, Stream
 from tdjax.train.tiny import captions, clips, data
 
 
@@ -43,3 +45,17 @@ def test_a_batch_keeps_latents_and_captions_together(some, tokens):
         i = next(i for i in range(16) if any(np.array_equal(row, known) for known in np.asarray(some.tokens[i])))
         assert np.array_equal(x, np.asarray(some.latents[i], np.float32))
     assert len({bytes(np.asarray(row)) for row in rows}) > 16  # different captions of one clip
+
+
+def test_clips_as_shards_are_what_the_loader_reads(tmp_path, some):
+    """Latents and text rows written in the official layout come back to the bit."""
+    text = np.asarray(jax.random.normal(jax.random.key(0), (16, 32, 16)), shards.BF16)
+    latents = np.asarray(some.latents)
+    for shard in range(2):
+        rows = range(8 * shard, 8 * shard + 8)
+        shards.write_shard(tmp_path / f"shard_{shard:06}.tar", ((latents[i], text[i], f"clip {i}") for i in rows), first=8 * shard)
+    stream = Stream(ShardSource(tmp_path, frames=3, channels=8, text_dim=16), batch=16)
+    batch, _ = stream.batch(Position())
+    keys = [row.tobytes() for row in text]
+    order = [keys.index(np.asarray(row, shards.BF16).tobytes()) for row in batch.text]
+    assert sorted(order) == list(range(16)) and np.array_equal(np.asarray(batch.latents, shards.BF16), latents[order])

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny_cases
@@ -9,6 +10,14 @@ import tiny_cases
 from tdjax.train.tiny import clips, evaluate, metrics, rows, settings
 
 CFG = settings.EvaluateStage(clips=6, seeds=2, batch=6, real=6, prompts=2, compute="float32", rows="truth,student_1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiling():
+    """These programs run a few times; compiling them well takes far longer than that."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
