@@ -14,6 +14,7 @@ from tdjax.errors import UsageError
 from tdjax.precision import FLOAT32
 
 
+@pytest.mark.slow
 def test_rows_of_the_demo_model(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     argv = ["--model", "demo", "--stage", "dit", "--attention", "sla", "--linear", "float,fp8", "--repeats", "2", "--num_steps", "2"]
