@@ -59,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompt_embeds", metavar="FILE", help=".safetensors written by --save_prompt_embeds; the text encoder is not loaded"
     )
     prompt.add_argument("--save_prompt_embeds", metavar="FILE", help="write the prompt's embeddings and stop")
+    prompt.add_argument(
+        "--prompt_cache", choices=("on", "off"), default="on", help="keep embeddings of prompts on disk (python -m tdjax.cache)"
+    )
     prompt.add_argument("--image_path", metavar="FILE", help="first frame (image-to-video)")
     prompt.add_argument("--fit", choices=("crop", "pad", "stretch", "adaptive"), help="image to frame (default crop)")
     prompt.add_argument("--adaptive_resolution", action="store_true", help="same as --fit adaptive")

@@ -119,6 +119,7 @@ def run(args) -> int:
         mesh=args.mesh,
         low_memory=args.low_memory,
         text_encoder=not args.prompt_embeds,
+        prompt_cache=args.prompt_cache == "on",
         lora=lora_weights(args.lora),
         lora_high=lora_weights(args.lora_high),
         lora_low=lora_weights(args.lora_low),

@@ -27,6 +27,7 @@ KINDS = {
     "vae": ("a video VAE", "vae_path"),
     "text": ("a umT5 text encoder", "text_encoder_path"),
 }
+ENDS = 2**16  # bytes at each end of a file that stand for it in an identity
 Lora = tuple[tuple[str, float], ...]
 
 
@@ -89,6 +90,19 @@ class Part:
             for leaf in jax.tree.leaves(self.module):
                 leaf.delete()
             self.module = None
+
+    def identity(self) -> str:
+        """A hash that tells these weights from any others on this machine: size, date, beginning and end of every file."""
+        files = sorted(p for p in self.path.rglob("*") if p.is_file()) if self.ours else self.file.source.files
+        found = hashlib.sha256()
+        for file in files:
+            facts = file.stat()
+            found.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
+            with file.open("rb") as f:
+                found.update(f.read(ENDS))
+                f.seek(max(0, facts.st_size - ENDS))
+                found.update(f.read(ENDS))
+        return found.hexdigest()
 
     def fingerprint(self) -> dict:
         """Name, size and a quick hash (first and last MiB) of the file, or the source that our manifest recorded."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ import numpy as np
 
 from tdjax import demo, flow, plan, programs, sampler, teacher
 from tdjax.arguments import PATHS
-from tdjax.conditioning import image_condition, image_video
+from tdjax.conditioning import Tokens, image_condition, image_video
 from tdjax.config import I2V_SAMPLER, PRESETS, QUANT, T2V_SAMPLER, DiTConfig, VideoSize
 from tdjax.errors import NotFinite, UsageError
 from tdjax.guard import check_kernels
 from tdjax.locate import Located, cache_folder, locate
 from tdjax.mesh import make_mesh
 from tdjax.parts import Lora, Part, check_vocabulary, open_parts, reference_notes
+from tdjax.prompt_cache import FOLDER, PromptCache
+from tdjax.prompts import embed
 from tdjax.request import Request, check_choice, make_request
 from tdjax.resolution import fit_image, size_notes
 from tdjax.result import Result, describe
@@ -45,6 +48,7 @@ def load(
     mesh: str | None = None,
     low_memory: bool = False,
     text_encoder: bool = True,
+    prompt_cache: bool = True,
     lora: Lora = (),
     lora_high: Lora = (),
     lora_low: Lora = (),
@@ -67,6 +71,7 @@ def load(
     mesh:       several devices for one video, for example "sp=4" or "tp=2,sp=2".
     low_memory: free every part as soon as its stage ends, also where all would fit together.
     text_encoder: False where only prompt_embeds will be given: the text encoder and the tokenizer need not be there.
+    prompt_cache: keep embeddings of prompts on disk (`tdjax.prompt_cache`), so that a repeated prompt needs no text encoder.
     lora:       ((file, weight), ...) merged at load into every expert; lora_high and lora_low into one.
     paths:      dit_path, high_noise_model_path, low_noise_model_path, vae_path, text_encoder_path, tokenizer_path.
     Raises CheckpointError for files that are missing, damaged or of another kind; UsageError for bad arguments.
@@ -78,9 +83,9 @@ def load(
     check_choice("attention_impl", attention_impl, ("auto", "reference", "triton", "cudnn"))
     for name in paths:
         check_choice("an argument of load", name, PATHS)
-    stages = stages or Stages(show=False)
+    stages, cache = stages or Stages(show=False), Path(cache_dir) if cache_dir else cache_folder()
     if str(model) == "demo" and not any(paths.values()):
-        model = demo.folder(Path(cache_dir) if cache_dir else cache_folder())
+        model = demo.folder(cache)
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with stages("open"):
@@ -99,14 +104,24 @@ def load(
             lora={"dit": (*lora, *lora_high), "dit_low": (*lora, *lora_low)},
             note=stages.note,
         )
-    return Pipeline(located, parts, mesh=mesh, low_memory=low_memory, stages=stages)
+    kept = PromptCache(cache / FOLDER) if prompt_cache else None
+    return Pipeline(located, parts, mesh=mesh, low_memory=low_memory, stages=stages, prompt_cache=kept)
 
 
 class Pipeline:
     """Text or image to video. Made by `load`; call it with a prompt, see `__call__`."""
 
-    def __init__(self, located: Located, parts: dict[str, Part], *, mesh: str | None, low_memory: bool, stages: Stages):
-        self.parts, self.low_memory, self.stages = parts, low_memory, stages
+    def __init__(
+        self,
+        located: Located,
+        parts: dict[str, Part],
+        *,
+        mesh: str | None,
+        low_memory: bool,
+        stages: Stages,
+        prompt_cache: PromptCache | None = None,
+    ):
+        self.parts, self.low_memory, self.stages, self.prompt_cache = parts, low_memory, stages, prompt_cache
         self.mesh = make_mesh(mesh, self.config)
         for part in parts.values():
             part.mesh = self.mesh
@@ -214,15 +229,20 @@ class Pipeline:
         return self.programs.get(self.stages, "text", programs.encode_text, self.parts["text"].abstract(), row, row)
 
     def embed(self, prompts: str | list[str], *, request: Request | None = None) -> np.ndarray:
-        """Prompts -> embeddings [b s d] on the host, one prompt at a time through the text encoder."""
+        """Prompts -> embeddings [b s d] on the host: from the cache, or one prompt at a time through the text encoder."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if self.tokenizer is None or "text" not in self.parts:
             raise UsageError("this model was opened without a text encoder", "a prompt cannot be encoded", "give prompt_embeds")
         request = request or Request(prompts=tuple(prompts), size=self.size, sampler=self.sampler)
-        tokens, run = self.tokenizer.encode(prompts), self.text_program()
-        encoder = self.loaded("text", request)
+        tokens, encode = self.tokenizer.encode(prompts), functools.partial(self.encode_text, request)
+        return embed(prompts, tokens, self.parts["text"], self.prompt_cache, self.stages, encode)
+
+    def encode_text(self, request: Request, tokens: Tokens) -> np.ndarray:
+        """Tokens [b s] -> [b s d] on the host; the encoder is freed where weights do not stay."""
+        run, encoder = self.text_program(), self.loaded("text", request)
         with self.stage("text", request):
-            rows = [run(encoder, *self.programs.place((tokens.ids[i : i + 1], tokens.mask[i : i + 1]))) for i in range(len(prompts))]
+            each = zip(tokens.ids[:, None], tokens.mask[:, None], strict=True)
+            rows = [run(encoder, *self.programs.place(row)) for row in each]
             embeds = np.concatenate([np.asarray(row) for row in rows])
         if not self.keep(request):
             self.parts["text"].free()
