@@ -191,13 +191,19 @@ def run_jobs(args, pipe, todo: list[tuple[Job, list[Path]]]) -> int:
         arguments = call_arguments(args, job)
         if job.prompt in embeds:
             arguments["prompt_embeds"] = embeds[job.prompt][None]
-        outputs.write(args, pipe.stages, pipe(job.prompt, **arguments), paths)
+        make(args, pipe, job, paths, arguments)
     if args.profile and todo:
         import jax
 
         with jax.profiler.trace(args.profile):
             pipe(todo[-1][0].prompt, **call_arguments(args, todo[-1][0]))
     return report(args, pipe)
+
+
+def make(args, pipe, job: Job, paths: list[Path], arguments: dict) -> None:
+    """One job from prompt to complete files."""
+    with outputs.Files(args, pipe, job, paths, arguments) as files:
+        files.finish(pipe(job.prompt, **arguments, **files.listen))
 
 
 def check_model(args, pipe) -> None:
@@ -267,7 +273,7 @@ def serve(args, pipe) -> int:
                 job = Job(prompt=line, seed=now.seed, image=now.image_path, num_frames=now.num_frames)
                 pipe.request(line, **call_arguments(now, job))
                 ((_, paths),) = outputs.assign(now, pipe.name, [job], pipe.stages.note)
-                outputs.write(now, pipe.stages, pipe(line, **call_arguments(now, job)), paths)
+                make(now, pipe, job, paths, call_arguments(now, job))
         except (TdjaxError, OSError) as error:  # a bad line must not end the session that holds the weights
             print(f"error: {error}", file=sys.stderr)
     return report(args, pipe)

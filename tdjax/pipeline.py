@@ -20,9 +20,10 @@ import numpy as np
 
 from tdjax import demo, flow, plan, programs, sampler, teacher
 from tdjax.arguments import PATHS
-from tdjax.conditioning import Tokens, image_condition, image_video
+from tdjax.conditioning import Tokens, first_frame, image_condition
 from tdjax.config import I2V_SAMPLER, PRESETS, QUANT, T2V_SAMPLER, DiTConfig, VideoSize
 from tdjax.errors import NotFinite, UsageError
+from tdjax.frames import Coder
 from tdjax.guard import check_kernels
 from tdjax.locate import Located, cache_folder, locate
 from tdjax.mesh import make_mesh
@@ -126,6 +127,7 @@ class Pipeline:
         for part in parts.values():
             part.mesh = self.mesh
         self.programs = programs.Programs(self.mesh)
+        self.coder = Coder(self.programs, self.parts["vae"], stages)
         self.kernels_checked = False
         self.tokenizer = None if located.tokenizer is None else Tokenizer(located.tokenizer, self.text_len)
         check_vocabulary(self.tokenizer, parts.get("text"))
@@ -193,7 +195,7 @@ class Pipeline:
         shape = self.programs.shape
         condition = None
         if self.task == "i2v":
-            self.programs.get(self.stages, "vae encode", programs.encode_image, self.parts["vae"].abstract(), self.video_shape(request))
+            self.coder.encoder(request.size)
             condition = shape((*grid[:-1], self.config.condition_channels))
         text = shape((self.text_rows(request), self.text_len, self.config.text_dim), self.config.policy.compute_dtype)
         for single in (False, True):  # the whole loop, and its single steps for a terminal
@@ -201,7 +203,7 @@ class Pipeline:
             for chunk, *_ in chunks:
                 self.denoise_program(request, self.programs.place(state), text, condition, self.programs.place(chunk))
         if request.output_type != "latent":
-            self.decode_program(request)
+            self.coder.decoder(grid, request.output_type)
 
     # -- the stages ----------------------------------------------------------------------------------------------------
 
@@ -260,16 +262,14 @@ class Pipeline:
         dtype = self.config.policy.compute_dtype
         return [np.concatenate([row[None], rows[len(prompts) :]]).astype(dtype) if negative else row[None].astype(dtype) for row in embeds]
 
-    def video_shape(self, request: Request):
-        return self.programs.shape((1, request.size.frames, request.size.height, request.size.width, 3))
-
     def encode_image(self, request: Request):
         """The image as condition f32[1 t h w 20]: mask of the first latent frame, and latents of the image and grey frames."""
-        run = self.programs.get(self.stages, "vae encode", programs.encode_image, self.parts["vae"].abstract(), self.video_shape(request))
+        self.coder.encoder(request.size)
         vae = self.loaded("vae", request)
         with self.stage("vae encode", request):
-            video = self.programs.place(image_video(fit_image(request.image, request.size, request.fit), request.size))
-            return jax.block_until_ready(self.programs.place(image_condition(run(vae, video))))
+            image = first_frame(fit_image(request.image, request.size, request.fit), request.size)
+            latents = self.coder.encode(vae, image, request.size)
+            return jax.block_until_ready(self.programs.place(image_condition(self.programs.place(latents))))
 
     def start(self, request: Request, key, *, single: bool):
         """(state, [(schedule, first step, last step + 1, expert)]): the loop cut where experts change, or into single steps
@@ -317,24 +317,24 @@ class Pipeline:
             raise plan.not_finite(finite.index(False) + 1, steps, self.config)
         return state if request.sampler.few_step else state.x
 
-    def decode_program(self, request: Request):
-        latents = self.programs.shape(self.latent_shape(request))
-        return self.programs.get(
-            self.stages, "vae decode", programs.decode, self.parts["vae"].abstract(), latents, output=request.output_type
-        )
-
-    def decode(self, request: Request, latents) -> np.ndarray:
-        """Latents f32[1 t h w c] -> uint8 (or float32 in [0, 1]) [1 T H W 3] on the host."""
-        run, vae = self.decode_program(request), self.loaded("vae", request)
+    def decode(self, request: Request, latents: np.ndarray, index: int = 0) -> np.ndarray:
+        """Latents f32[1 t h w c] -> uint8 (or float32 in [0, 1]) [1 T H W 3] on the host; chunks go to `on_frames` as they come."""
+        self.coder.decoder(latents.shape, request.output_type)
+        vae, size, start = self.loaded("vae", request), request.size, 0
+        video = np.empty((1, size.frames, size.height, size.width, 3), np.uint8 if request.output_type == "uint8" else np.float32)
         with self.stage("vae decode", request):
-            frames, finite = run(vae, latents)
-            if request.check == "finite" and not bool(finite):
-                raise NotFinite(
-                    "the VAE decoder gave NaN or infinity: no video was written",
-                    f"it ran in {self.parts['vae'].config.policy.compute}, on finite latents",
-                    "try --vae_dtype float32; check the file with python -m convert.validate --level values",
-                )
-            return np.asarray(frames)
+            for frames, finite in self.coder.decode(vae, latents, request.output_type):
+                if request.check == "finite" and not finite:
+                    raise NotFinite(
+                        "the VAE decoder gave NaN or infinity: no video was written",
+                        f"it ran in {self.parts['vae'].config.policy.compute}, on finite latents",
+                        "try --vae_dtype float32; check the file with python -m convert.validate --level values",
+                    )
+                chunk = video[0, start : start + len(frames)]
+                chunk[...], start = frames, start + len(frames)
+                if request.on_frames is not None:
+                    request.on_frames(index, chunk)
+        return video
 
     # -- the call ------------------------------------------------------------------------------------------------------
 
@@ -345,7 +345,8 @@ class Pipeline:
         image (path, PIL image or uint8 [H W 3]); fit "crop" | "pad" | "stretch" | "adaptive"; resolution and aspect_ratio, or
         width and height; num_frames (4k+1); num_steps, sigma_max, mid_t, sampler, boundary, shift, guidance_scale,
         negative_prompt; seed, or key (a jax.random key); num_samples; latents (start noise [1 t h w c]); prompt_embeds [b s d];
-        output_type "uint8" | "float" | "latent"; check "finite" | "none". Names of diffusers and TurboDiffusion are accepted.
+        output_type "uint8" | "float" | "latent"; check "finite" | "none"; on_frames(index, frames), called with each chunk
+        [t H W 3] of video number `index` as soon as it is decoded. Names of diffusers and TurboDiffusion are accepted.
 
         Same seed, shapes, version and device kind: same bits. Sample i of a prompt uses fold_in(key, i).
         """
@@ -369,8 +370,12 @@ class Pipeline:
             seed=request.seed,
             fps=request.fps,
             timings=timings,
-            metadata=describe(self.name, self.trained, request, self.parts, timings),
+            metadata={**self.facts(request), "timings": timings},
         )
+
+    def facts(self, request: Request) -> dict[str, Any]:
+        """Everything needed to make the same videos again, as JSON values."""
+        return describe(self.name, self.trained, request, self.parts)
 
     def videos(self, request: Request) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """(latents, frames) of every prompt and sample, through all stages."""
@@ -389,7 +394,7 @@ class Pipeline:
                 x = self.denoise(request, jax.random.fold_in(key, sample), text, condition)
                 latents.append(np.asarray(x))
                 if request.output_type != "latent":
-                    frames.append(self.decode(request, x))
+                    frames.append(self.decode(request, latents[-1], len(frames)))
         return latents, frames
 
     def warnings(self, request: Request) -> list[str]:

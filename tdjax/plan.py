@@ -17,6 +17,7 @@ from tdjax.errors import NotFinite, OutOfMemory
 from tdjax.models.wan_vae import cache_bytes
 
 GIB = 2**30
+DECODE_STEPS, ENCODE_STEPS = 9.5, 10  # activations of a chunk at full resolution that a VAE program holds at its worst moment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,14 +54,12 @@ def dit_working(cfg: DiTConfig, size: VideoSize, batch: int) -> int:
     return text + stream + max(attention + sparse, mlp)
 
 
-def vae_working(cfg: VAEConfig, size: VideoSize, encode: bool) -> int:
-    """The cache, the activations of one scan step at full resolution, and the pixels: factors fitted to XLA's own count on
-    an H100 (docs/performance.md)."""
-    item, frame = np.dtype(cfg.policy.compute).itemsize, size.height * size.width
+def vae_working(cfg: VAEConfig, height: int, width: int, *, encode: bool) -> int:
+    """The cache and the activations of one chunk at full resolution; frames come and go. The factors are XLA's own count for an
+    H100 (docs/performance.md)."""
+    item, frame = np.dtype(cfg.policy.compute).itemsize, height * width
     step = 4 * cfg.multipliers[0] * cfg.dim * frame * item  # one activation of four frames at full resolution
-    pixels = size.frames * frame * 3
-    cache = cache_bytes(cfg, size.height, size.width, encode=encode)
-    return cache + int(9 * step) + pixels * 4 if encode else cache + int(10.5 * step) + pixels * (item + 1)
+    return cache_bytes(cfg, height, width, encode=encode) + int((ENCODE_STEPS if encode else DECODE_STEPS) * step)
 
 
 def stage_plans(parts: dict, size: VideoSize, *, image: bool, guided: bool) -> list[StagePlan]:
@@ -71,13 +70,13 @@ def stage_plans(parts: dict, size: VideoSize, *, image: bool, guided: bool) -> l
         plans.append(StagePlan("text", module_bytes(module), text_working(cfg, 1)))
     vae_cfg, vae = parts["vae"]
     if image:
-        plans.append(StagePlan("vae encode", module_bytes(vae), vae_working(vae_cfg, size, encode=True)))
+        plans.append(StagePlan("vae encode", module_bytes(vae), vae_working(vae_cfg, size.height, size.width, encode=True)))
     for name in ("dit", "dit_low"):
         if name in parts:
             cfg, module = parts[name]
             label = "denoise" if "dit_low" not in parts else ("denoise (high noise)" if name == "dit" else "denoise (low noise)")
             plans.append(StagePlan(label, module_bytes(module), dit_working(cfg, size, 2 if guided else 1)))
-    plans.append(StagePlan("vae decode", module_bytes(vae), vae_working(vae_cfg, size, encode=False)))
+    plans.append(StagePlan("vae decode", module_bytes(vae), vae_working(vae_cfg, size.height, size.width, encode=False)))
     return plans
 
 

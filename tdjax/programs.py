@@ -15,14 +15,29 @@ def encode_text(encoder, ids, mask):
     return encoder(ids, mask)
 
 
-def encode_image(vae, video):
-    """f32[b T H W 3] in [-1, 1] -> normalised latents f32[b t h w c]."""
-    return vae.encode(video)
+def encode_first(vae, video):
+    """The first frame f32[b 1 H W 3] in [-1, 1] -> (normalised latents f32[b 1 h w c], cache)."""
+    return vae.encode_chunk(video)
 
 
-def decode(vae, latents, *, output: str):
-    """Normalised latents -> (uint8 or float32 in [0, 1] [b T H W 3], whether all of it was finite)."""
-    video = vae.decode(latents)
+def encode_later(vae, cache, video):
+    """Four frames f32[b 4 H W 3] after those that the cache remembers -> (latents f32[b 1 h w c], cache)."""
+    return vae.encode_chunk(video, cache)
+
+
+def decode_first(vae, latents, *, output: str):
+    """The first latent frame f32[b 1 h w c] -> (its frame [b 1 H W 3], whether all of it was finite, cache)."""
+    return decode_later(vae, None, latents, output=output)
+
+
+def decode_later(vae, cache, latents, *, output: str):
+    """A latent frame after those that the cache remembers -> (frames [b 4 H W 3], whether all of it was finite, cache)."""
+    video, cache = vae.decode_chunk(latents, cache)
+    return *pixels(video, output), cache
+
+
+def pixels(video, output: str):
+    """f32 in [-1, 1] -> (uint8, or float32 in [0, 1]; whether all of it was finite)."""
     finite, video = jnp.isfinite(video).all(), jnp.clip(video, -1.0, 1.0)
     if output == "uint8":
         return jnp.round((video + 1.0) * 127.5).astype(jnp.uint8), finite
