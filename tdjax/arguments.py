@@ -109,6 +109,12 @@ def build_parser() -> argparse.ArgumentParser:
     speed.add_argument("--default_norm", action="store_true", help="accepted: LayerNorm is always the true one here")
     speed.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     speed.add_argument("--vae_dtype", choices=("bfloat16", "float16", "float32"))
+    speed.add_argument(
+        "--text_encoder_device",
+        choices=("auto", "device", "stream"),
+        default="auto",
+        help="stream: a layer at a time, no weights stay; auto: streamed on a GPU unless --serve or --mesh, or where not all fits together",
+    )
     speed.add_argument("--low_memory", action="store_true", help="free every part as soon as its stage ends")
     speed.add_argument("--compile_cache_dir", metavar="DIR", help="persistent compile cache (default: user cache); none turns it off")
 

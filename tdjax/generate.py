@@ -119,6 +119,7 @@ def run(args) -> int:
         mesh=args.mesh,
         low_memory=args.low_memory,
         text_encoder=not args.prompt_embeds,
+        text_encoder_device=text_encoder_device(args),
         prompt_cache=args.prompt_cache == "on",
         lora=lora_weights(args.lora),
         lora_high=lora_weights(args.lora_high),
@@ -198,6 +199,14 @@ def run_jobs(args, pipe, todo: list[tuple[Job, list[Path]]]) -> int:
         with jax.profiler.trace(args.profile):
             pipe(todo[-1][0].prompt, **call_arguments(args, todo[-1][0]))
     return report(args, pipe)
+
+
+def text_encoder_device(args) -> str:
+    """A command that ends after its videos reads the text encoder once: by streaming it, it gives the device's memory to the rest."""
+    import jax
+
+    once = not args.serve and not args.mesh and jax.default_backend() != "cpu"
+    return "stream" if args.text_encoder_device == "auto" and once else args.text_encoder_device
 
 
 def make(args, pipe, job: Job, paths: list[Path], arguments: dict) -> None:

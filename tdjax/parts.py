@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from convert import load as published
 from tdjax import checkpoint
@@ -84,6 +86,30 @@ class Part:
                     module = jax.device_put(module, shardings(module, self.mesh))
             self.module = jax.block_until_ready(module)
         return self.module
+
+    def layers(self, prefix: str) -> Iterator[dict[str, jax.Array]]:
+        """{leaf name: its part of one layer, on the device} for each layer of the stacked leaves below `prefix`, one after another.
+
+        A published file is read as its layers are asked for; a checkpoint of ours passes through host memory whole.
+        """
+        device = jax.local_devices()[0]
+        if not self.ours:
+            yield from self.file.layers(self.config, prefix, device)
+            return
+        names = [name for name in checkpoint.names(abstract(self.kind, self.config)) if name.startswith(prefix)]
+        leaves = {name: self.leaf(name) for name in names}
+        for i in range(len(leaves[names[0]])):
+            yield {name: jax.device_put(leaf[i], device) for name, leaf in leaves.items()}
+
+    def leaf(self, name: str) -> np.ndarray:
+        """One leaf on the host, in the dtype that it is loaded as."""
+        if not self.ours:
+            return self.file.leaf(self.config, name)
+        return checkpoint.read(self.path, name).astype(checkpoint.names(abstract(self.kind, self.config))[name].dtype)
+
+    def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Rows of a table on the host."""
+        return self.leaf(name)[ids] if self.ours else self.file.rows(self.config, name, ids)
 
     def free(self) -> None:
         if self.module is not None:

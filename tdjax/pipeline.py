@@ -1,4 +1,4 @@
-"""load() and Pipeline: the order of stages, what is resident when, and what is freed.
+"""Pipeline: the order of stages, what is resident when, and what is freed.
 
 text encoder -> embeddings      (then freed unless everything fits together)
 VAE encoder  -> image condition (image-to-video only)
@@ -11,106 +11,34 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tdjax import demo, flow, plan, programs, sampler, teacher
-from tdjax.arguments import PATHS
+from tdjax import flow, plan, programs, sampler, teacher
 from tdjax.conditioning import Tokens, first_frame, image_condition
-from tdjax.config import I2V_SAMPLER, PRESETS, QUANT, T2V_SAMPLER, DiTConfig, VideoSize
+from tdjax.config import I2V_SAMPLER, PRESETS, T2V_SAMPLER, DiTConfig, VideoSize
 from tdjax.errors import NotFinite, UsageError
 from tdjax.frames import Coder
 from tdjax.guard import check_kernels
-from tdjax.locate import Located, cache_folder, locate
+from tdjax.locate import Located
 from tdjax.mesh import make_mesh
-from tdjax.parts import Lora, Part, check_vocabulary, open_parts, reference_notes
-from tdjax.prompt_cache import FOLDER, PromptCache
-from tdjax.prompts import embed
-from tdjax.request import Request, check_choice, make_request
+from tdjax.parts import Part, check_vocabulary, reference_notes
+from tdjax.prompt_cache import PromptCache
+from tdjax.prompts import TextEncoder
+from tdjax.request import Request, make_request
 from tdjax.resolution import fit_image, size_notes
 from tdjax.result import Result, describe
 from tdjax.stages import Stages
 from tdjax.tokenizer import Tokenizer, language_warnings, prompt_warnings
 
-
-def load(
-    model: str | Path = "demo",
-    *,
-    attention: str = "auto",
-    attention_impl: str = "auto",
-    quant: str = "auto",
-    dtype: str = "auto",
-    vae_dtype: str | None = None,
-    sla_topk: float | None = None,
-    mesh: str | None = None,
-    low_memory: bool = False,
-    text_encoder: bool = True,
-    prompt_cache: bool = True,
-    lora: Lora = (),
-    lora_high: Lora = (),
-    lora_low: Lora = (),
-    revision: str | None = None,
-    offline: bool = False,
-    cache_dir: str | Path | None = None,
-    stages: Stages | None = None,
-    **paths: str | Path | None,
-) -> Pipeline:
-    """Open a model for generation. No weights are read yet: each stage loads its own.
-
-    model:      a name of PRESETS, a hub id (org/name), a published .pth or .safetensors file, a folder of published
-                files, a diffusers folder, a folder written by `python -m convert`, or "demo".
-    attention:  "auto" (sla where the weights have its projection), "original" (dense), "sla", "sagesla".
-    quant:      "auto" (as stored), "none" (dequantise at load), or quantise at load: "int8" (the published scheme, tiles of
-                128 x 128), "int8_channel" or "fp8" (a scale for each token and each output channel; faster on GPUs).
-    attention_impl: "auto", "reference", "triton" (the kernels of this package wherever there is one, in linear layers and norms
-                too), "cudnn" (dense attention).
-    dtype:      "auto" (bfloat16 on an accelerator, float32 on a CPU), "bfloat16", "float16", "float32".
-    mesh:       several devices for one video, for example "sp=4" or "tp=2,sp=2".
-    low_memory: free every part as soon as its stage ends, also where all would fit together.
-    text_encoder: False where only prompt_embeds will be given: the text encoder and the tokenizer need not be there.
-    prompt_cache: keep embeddings of prompts on disk (`tdjax.prompt_cache`), so that a repeated prompt needs no text encoder.
-    lora:       ((file, weight), ...) merged at load into every expert; lora_high and lora_low into one.
-    paths:      dit_path, high_noise_model_path, low_noise_model_path, vae_path, text_encoder_path, tokenizer_path.
-    Raises CheckpointError for files that are missing, damaged or of another kind; UsageError for bad arguments.
-    """
-    check_choice("attention", attention, ("auto", "original", "dense", "sla", "sagesla"))
-    check_choice("quant", quant, QUANT)
-    check_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
-    check_choice("vae_dtype", vae_dtype or dtype, ("auto", "bfloat16", "float16", "float32"))
-    check_choice("attention_impl", attention_impl, ("auto", "reference", "triton", "cudnn"))
-    for name in paths:
-        check_choice("an argument of load", name, PATHS)
-    stages, cache = stages or Stages(show=False), Path(cache_dir) if cache_dir else cache_folder()
-    if str(model) == "demo" and not any(paths.values()):
-        model = demo.folder(cache)
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    with stages("open"):
-        wanted = ("dit", "vae", "text", "tokenizer") if text_encoder else ("dit", "vae")
-        located = locate(str(model), revision=revision, offline=offline, parts=wanted, **paths)
-        for line in located.warnings:
-            stages.note(line)
-        parts = open_parts(
-            located,
-            attention=attention,
-            impl=attention_impl,
-            quant=quant,
-            topk=sla_topk,
-            dtype=dtype,
-            vae_dtype=vae_dtype or dtype,
-            lora={"dit": (*lora, *lora_high), "dit_low": (*lora, *lora_low)},
-            note=stages.note,
-        )
-    kept = PromptCache(cache / FOLDER) if prompt_cache else None
-    return Pipeline(located, parts, mesh=mesh, low_memory=low_memory, stages=stages, prompt_cache=kept)
+TEXT_DEVICES = ("auto", "device", "stream")
 
 
 class Pipeline:
-    """Text or image to video. Made by `load`; call it with a prompt, see `__call__`."""
+    """Text or image to video. Made by `tdjax.load`; call it with a prompt, see `__call__`."""
 
     def __init__(
         self,
@@ -120,10 +48,13 @@ class Pipeline:
         mesh: str | None,
         low_memory: bool,
         stages: Stages,
+        text_encoder_device: str = "auto",
         prompt_cache: PromptCache | None = None,
     ):
-        self.parts, self.low_memory, self.stages, self.prompt_cache = parts, low_memory, stages, prompt_cache
+        self.parts, self.low_memory, self.stages, self.text_encoder_device = parts, low_memory, stages, text_encoder_device
         self.mesh = make_mesh(mesh, self.config)
+        if self.mesh is not None and text_encoder_device == "stream":
+            raise UsageError("text_encoder_device stream with a mesh", "layers are streamed to one device", "use device, or no mesh")
         for part in parts.values():
             part.mesh = self.mesh
         self.programs = programs.Programs(self.mesh)
@@ -131,6 +62,7 @@ class Pipeline:
         self.kernels_checked = False
         self.tokenizer = None if located.tokenizer is None else Tokenizer(located.tokenizer, self.text_len)
         check_vocabulary(self.tokenizer, parts.get("text"))
+        self.text = TextEncoder(self.programs, parts["text"], self.tokenizer, prompt_cache, stages) if "text" in parts else None
         facts, preset = located.facts, PRESETS.get(located.preset or "")
         self.name = facts.get("name", located.name)
         self.trained, self.prompts, self.language = facts.get("trained", True), facts.get("prompts", []), facts.get("language")
@@ -174,8 +106,17 @@ class Pipeline:
 
     def plan(self, request: Request) -> list[plan.StagePlan]:
         """Memory of each stage for a request; nothing is loaded."""
+        return self.plan_with(request, stream_text=self.streams_text(request))
+
+    def plan_with(self, request: Request, **choices: bool) -> list[plan.StagePlan]:
         parts = {name: (part.config, part.abstract()) for name, part in self.parts.items()}
-        return plan.stage_plans(parts, request.size, image=self.task == "i2v", guided=request.sampler.guidance != 1.0)
+        return plan.stage_plans(parts, request.size, image=self.task == "i2v", guided=request.sampler.guidance != 1.0, **choices)
+
+    def streams_text(self, request: Request) -> bool:
+        """Whether the text encoder passes through the device layer by layer."""
+        if self.text_encoder_device != "auto" or self.mesh is not None:
+            return self.text_encoder_device == "stream"
+        return not plan.keep_resident(self.plan_with(request, stream_text=False), plan.memory_limit(), self.low_memory)
 
     def keep(self, request: Request) -> bool:
         """Whether all weights stay on the device between stages."""
@@ -189,8 +130,8 @@ class Pipeline:
         if self.task == "i2v" and arguments.get("image") is None:
             arguments["image"] = np.zeros((self.size.height, self.size.width, 3), np.uint8)
         request = self.request(prompt, **arguments)
-        if "text" in self.parts:
-            self.text_program()
+        if self.text is not None:
+            self.text.layer_programs() if self.streams_text(request) else self.text.program()
         grid = self.latent_shape(request)
         shape = self.programs.shape
         condition = None
@@ -226,26 +167,24 @@ class Pipeline:
                 part.load()
         return part.module
 
-    def text_program(self):
-        row = self.programs.shape((1, self.text_len), jnp.int32)
-        return self.programs.get(self.stages, "text", programs.encode_text, self.parts["text"].abstract(), row, row)
-
     def embed(self, prompts: str | list[str], *, request: Request | None = None) -> np.ndarray:
         """Prompts -> embeddings [b s d] on the host: from the cache, or one prompt at a time through the text encoder."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if self.tokenizer is None or "text" not in self.parts:
+        if self.tokenizer is None or self.text is None:
             raise UsageError("this model was opened without a text encoder", "a prompt cannot be encoded", "give prompt_embeds")
         request = request or Request(prompts=tuple(prompts), size=self.size, sampler=self.sampler)
-        tokens, encode = self.tokenizer.encode(prompts), functools.partial(self.encode_text, request)
-        return embed(prompts, tokens, self.parts["text"], self.prompt_cache, self.stages, encode)
+        return self.text.embed(prompts, functools.partial(self.encode_text, request))
 
     def encode_text(self, request: Request, tokens: Tokens) -> np.ndarray:
         """Tokens [b s] -> [b s d] on the host; the encoder is freed where weights do not stay."""
-        run, encoder = self.text_program(), self.loaded("text", request)
+        if self.parts["text"].module is None and self.streams_text(request):
+            self.text.layer_programs()
+            with self.stage("text, layer by layer", request):
+                return self.text.streamed(tokens)
+        self.text.program()
+        encoder = self.loaded("text", request)
         with self.stage("text", request):
-            each = zip(tokens.ids[:, None], tokens.mask[:, None], strict=True)
-            rows = [run(encoder, *self.programs.place(row)) for row in each]
-            embeds = np.concatenate([np.asarray(row) for row in rows])
+            embeds = self.text.whole(encoder, tokens)
         if not self.keep(request):
             self.parts["text"].free()
         return embeds

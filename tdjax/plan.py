@@ -18,6 +18,7 @@ from tdjax.models.wan_vae import cache_bytes
 
 GIB = 2**30
 DECODE_STEPS, ENCODE_STEPS = 9.5, 10  # activations of a chunk at full resolution that a VAE program holds at its worst moment
+STREAMED_LAYERS = 3  # of the text encoder on the device: one that runs, one that waits, one that arrives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +63,13 @@ def vae_working(cfg: VAEConfig, height: int, width: int, *, encode: bool) -> int
     return cache_bytes(cfg, height, width, encode=encode) + int((ENCODE_STEPS if encode else DECODE_STEPS) * step)
 
 
-def stage_plans(parts: dict, size: VideoSize, *, image: bool, guided: bool) -> list[StagePlan]:
+def stage_plans(parts: dict, size: VideoSize, *, image: bool, guided: bool, stream_text: bool = False) -> list[StagePlan]:
     """parts: {"text"|"vae"|"dit"|"dit_low": (config, abstract module)} -> the stages in the order they run."""
     plans = []
     if "text" in parts:
         cfg, module = parts["text"]
-        plans.append(StagePlan("text", module_bytes(module), text_working(cfg, 1)))
+        weights = STREAMED_LAYERS * module_bytes(module.blocks) // cfg.layers if stream_text else module_bytes(module)
+        plans.append(StagePlan("text", weights, text_working(cfg, 1)))
     vae_cfg, vae = parts["vae"]
     if image:
         plans.append(StagePlan("vae encode", module_bytes(vae), vae_working(vae_cfg, size.height, size.width, encode=True)))

@@ -8,11 +8,22 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tdjax import sampler
+from tdjax.models.umt5 import without_padding
 
 
 def encode_text(encoder, ids, mask):
     """ids, mask i32[b s] -> [b s d], zeros after each prompt's end."""
     return encoder(ids, mask)
+
+
+def text_layer(block, x, mask):
+    """One layer of the text encoder: x [b s d] -> [b s d]."""
+    return block(x, mask)
+
+
+def text_end(norm, x, mask):
+    """What the encoder does after its last layer."""
+    return without_padding(norm(x), mask)
 
 
 def encode_first(vae, video):

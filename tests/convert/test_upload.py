@@ -28,3 +28,21 @@ def test_pieces_give_the_leaf(tmp_path, monkeypatch, piece_bytes):
         expected = file.final(claim, tuple(target.shape), np.dtype(target.dtype))
         got = room.upload([file.tensors[key] for key in claim.keys], claim.row, target, jax.devices()[0])
         assert got.dtype == expected.dtype and np.array_equal(np.asarray(got), expected), name
+
+
+def test_reads_run_ahead_in_order():
+    started = []
+    reads = [lambda i=i: started.append(i) or i for i in range(9)]
+    for i, value in enumerate(room.ahead(iter(reads), readers=2)):
+        assert value == i and len(started) <= i + 3
+    assert sorted(started) == list(range(9))
+
+
+def test_a_read_that_fails_is_raised_in_its_place():
+    def bad():
+        raise OSError("gone")
+
+    values = room.ahead(iter([lambda: 1, lambda: 2, bad, lambda: 4]))
+    assert [next(values), next(values)] == [1, 2]
+    with pytest.raises(OSError, match="gone"):
+        next(values)
