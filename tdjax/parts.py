@@ -5,9 +5,11 @@ Weights come from our own checkpoint folder or straight from a published file; w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -30,6 +32,7 @@ KINDS = {
     "text": ("a umT5 text encoder", "text_encoder_path"),
 }
 ENDS = 2**16  # bytes at each end of a file that stand for it in an identity
+LOADER = ThreadPoolExecutor(1, thread_name_prefix="load")  # parts that are loaded ahead, in the order in which they were asked for
 Lora = tuple[tuple[str, float], ...]
 
 
@@ -37,7 +40,7 @@ class Part:
     """One network. kind: "text", "vae" or "dit". `module` is None until loaded; `config` says what it is loaded as."""
 
     def __init__(self, path: Path, kind: str, *, lora: Lora = ()):
-        self.path, self.mesh, self.module, self.lora = Path(path), None, None, lora
+        self.path, self.mesh, self.module, self.coming, self.lora = Path(path), None, None, None, lora
         self.ours = (self.path / "manifest.json").is_file()
         if self.ours:
             manifest = checkpoint.inspect(self.path)
@@ -62,7 +65,7 @@ class Part:
         """A part by its config alone, for a memory plan before any file is there."""
         part = cls.__new__(cls)
         part.path, part.mesh, part.module, part.kind, part.config, part.stored = Path(name), None, None, kind, config, config
-        part.lora = ()
+        part.lora, part.coming = (), None
         return part
 
     def abstract(self):
@@ -75,17 +78,27 @@ class Part:
     def load(self):
         """The module on the device; loading twice is loading once."""
         if self.module is None:
-            config = self.config
-            if isinstance(config, DiTConfig):  # linears are read as stored, then quantised or dequantised on the device
-                config = dataclasses.replace(config, linear=self.stored.linear)
-            where = None if self.mesh is None else shardings(abstract(self.kind, config), self.mesh)
-            module = checkpoint.restore(self.path, where, config)[1] if self.ours else self.file.load(config, where)
-            if isinstance(config, DiTConfig) and config.linear != self.config.linear:
-                module = with_linear(module, self.config.linear, free=True)
-                if self.mesh is not None:
-                    module = jax.device_put(module, shardings(module, self.mesh))
-            self.module = jax.block_until_ready(module)
+            coming, self.coming = self.coming, None
+            self.module = self.read() if coming is None else coming.result()
         return self.module
+
+    def load_ahead(self) -> None:
+        """Begin to load in a thread, one part after another; `load` then waits for it, and raises what went wrong."""
+        if self.module is None and self.coming is None:
+            self.coming = LOADER.submit(self.read)
+
+    def read(self):
+        """The weights on the device, whatever is there already."""
+        config = self.config
+        if isinstance(config, DiTConfig):  # linears are read as stored, then quantised or dequantised on the device
+            config = dataclasses.replace(config, linear=self.stored.linear)
+        where = None if self.mesh is None else shardings(abstract(self.kind, config), self.mesh)
+        module = checkpoint.restore(self.path, where, config)[1] if self.ours else self.file.load(config, where)
+        if isinstance(config, DiTConfig) and config.linear != self.config.linear:
+            module = with_linear(module, self.config.linear, free=True)
+            if self.mesh is not None:
+                module = jax.device_put(module, shardings(module, self.mesh))
+        return jax.block_until_ready(module)
 
     def layers(self, prefix: str) -> Iterator[dict[str, jax.Array]]:
         """{leaf name: its part of one layer, on the device} for each layer of the stacked leaves below `prefix`, one after another.
@@ -112,6 +125,10 @@ class Part:
         return self.leaf(name)[ids] if self.ours else self.file.rows(self.config, name, ids)
 
     def free(self) -> None:
+        coming, self.coming = self.coming, None
+        if coming is not None and not coming.cancel():
+            with contextlib.suppress(Exception):  # nobody has asked for these weights
+                self.module = coming.result()
         if self.module is not None:
             for leaf in jax.tree.leaves(self.module):
                 leaf.delete()

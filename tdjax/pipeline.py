@@ -59,7 +59,7 @@ class Pipeline:
             part.mesh = self.mesh
         self.programs = programs.Programs(self.mesh)
         self.coder = Coder(self.programs, self.parts["vae"], stages)
-        self.kernels_checked = False
+        self.kernels_checked, self.begun = False, set()
         self.tokenizer = None if located.tokenizer is None else Tokenizer(located.tokenizer, self.text_len)
         check_vocabulary(self.tokenizer, parts.get("text"))
         self.text = TextEncoder(self.programs, parts["text"], self.tokenizer, prompt_cache, stages) if "text" in parts else None
@@ -132,19 +132,42 @@ class Pipeline:
         request = self.request(prompt, **arguments)
         if self.text is not None:
             self.text.layer_programs() if self.streams_text(request) else self.text.program()
-        grid = self.latent_shape(request)
-        shape = self.programs.shape
+        for wait in (False, True):
+            with contextlib.nullcontext() if wait else self.programs.ahead():
+                self.later_programs(request, (False, True))  # the whole loop, and its single steps for a terminal
+
+    def later_programs(self, request: Request, singles: tuple[bool, ...]) -> None:
+        """Those of every stage after the text encoder."""
+        grid, shape = self.latent_shape(request), self.programs.shape
         condition = None
         if self.task == "i2v":
             self.coder.encoder(request.size)
             condition = shape((*grid[:-1], self.config.condition_channels))
         text = shape((self.text_rows(request), self.text_len, self.config.text_dim), self.config.policy.compute_dtype)
-        for single in (False, True):  # the whole loop, and its single steps for a terminal
-            state, chunks = self.start(request, jax.random.key(0), single=single)
-            for chunk, *_ in chunks:
-                self.denoise_program(request, self.programs.place(state), text, condition, self.programs.place(chunk))
+        for single in singles:
+            begun = jax.eval_shape(lambda key, single=single: without_spans(self.start(request, key, single=single)), jax.random.key(0))
+            state, chunks = jax.tree.map(lambda x: shape(x.shape, x.dtype), begun)
+            for chunk in chunks:
+                self.denoise_program(request, state, text, condition, chunk)
         if request.output_type != "latent":
             self.coder.decoder(grid, request.output_type)
+
+    def begin(self, request: Request) -> None:
+        """Where everything fits together: threads compile the programs of all stages, and load weights in the order of stages, while
+        the first stage runs. Elsewhere each stage makes its program, which takes memory too, and then loads."""
+        if not self.keep(request):
+            return
+        single = self.stages.show
+        facts = (request.size, request.sampler, request.output_type, single)
+        if facts not in self.begun:
+            self.begun.add(facts)
+            with self.programs.ahead():
+                self.later_programs(request, (single,))
+        swap = flow.split_times(flow.times(request.sampler), request.sampler.boundary)
+        for name in ("vae", "dit", "dit_low") if self.task == "i2v" else ("dit", "dit_low", "vae"):
+            used = name == "vae" or (swap < request.sampler.steps if name == "dit_low" else swap > 0 or "dit_low" not in self.parts)
+            if name in self.parts and used and (name != "vae" or self.task == "i2v" or request.output_type != "latent"):
+                self.parts[name].load_ahead()
 
     # -- the stages ----------------------------------------------------------------------------------------------------
 
@@ -167,6 +190,16 @@ class Pipeline:
                 part.load()
         return part.module
 
+    def ready(self, name: str, request: Request, program):
+        """(what `program` gives, the module of a part): side by side where memory is ample, else the program first."""
+        if self.keep(request):
+            with self.programs.ahead():
+                program()
+            module = self.loaded(name, request)
+            return program(), module
+        run = program()
+        return run, self.loaded(name, request)
+
     def embed(self, prompts: str | list[str], *, request: Request | None = None) -> np.ndarray:
         """Prompts -> embeddings [b s d] on the host: from the cache, or one prompt at a time through the text encoder."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -181,8 +214,7 @@ class Pipeline:
             self.text.layer_programs()
             with self.stage("text, layer by layer", request):
                 return self.text.streamed(tokens)
-        self.text.program()
-        encoder = self.loaded("text", request)
+        _, encoder = self.ready("text", request, self.text.program)
         with self.stage("text", request):
             embeds = self.text.whole(encoder, tokens)
         if not self.keep(request):
@@ -203,8 +235,7 @@ class Pipeline:
 
     def encode_image(self, request: Request):
         """The image as condition f32[1 t h w 20]: mask of the first latent frame, and latents of the image and grey frames."""
-        self.coder.encoder(request.size)
-        vae = self.loaded("vae", request)
+        _, vae = self.ready("vae", request, lambda: self.coder.encoder(request.size))
         with self.stage("vae encode", request):
             image = first_frame(fit_image(request.image, request.size, request.fit), request.size)
             latents = self.coder.encode(vae, image, request.size)
@@ -242,10 +273,9 @@ class Pipeline:
         state = self.programs.place(state)
         for chunk, first, last, name in chunks:
             chunk = self.programs.place(chunk)
-            run = self.denoise_program(request, state, text, condition, chunk)
             if name == "dit_low" and not keep:
                 self.parts["dit"].free()
-            model = self.loaded(name, request)
+            run, model = self.ready(name, request, functools.partial(self.denoise_program, request, state, text, condition, chunk))
             label = "denoise" if last - first > 1 or steps == 1 else f"denoise: step {first + 1} of {steps}"
             with self.stage(label, request):
                 state, ok = run(model, state, text, condition, chunk)
@@ -258,8 +288,8 @@ class Pipeline:
 
     def decode(self, request: Request, latents: np.ndarray, index: int = 0) -> np.ndarray:
         """Latents f32[1 t h w c] -> uint8 (or float32 in [0, 1]) [1 T H W 3] on the host; chunks go to `on_frames` as they come."""
-        self.coder.decoder(latents.shape, request.output_type)
-        vae, size, start = self.loaded("vae", request), request.size, 0
+        _, vae = self.ready("vae", request, lambda: self.coder.decoder(latents.shape, request.output_type))
+        size, start = request.size, 0
         video = np.empty((1, size.frames, size.height, size.width, 3), np.uint8 if request.output_type == "uint8" else np.float32)
         with self.stage("vae decode", request):
             for frames, finite in self.coder.decode(vae, latents, request.output_type):
@@ -300,6 +330,7 @@ class Pipeline:
                 raise
             raise plan.out_of_memory("compile", self.plan(request), plan.memory_limit()) from error
         finally:
+            self.programs.forget()
             if not self.keep(request):
                 self.free()
         timings = self.stages.seconds(first)
@@ -321,6 +352,7 @@ class Pipeline:
         if not self.kernels_checked:
             check_kernels(self.config, self.stages)
             self.kernels_checked = True
+        self.begin(request)
         texts, keep = self.texts(request), self.keep(request)
         condition = self.encode_image(request) if self.task == "i2v" else None
         key = jax.random.key(request.seed) if request.key is None else request.key
@@ -362,3 +394,9 @@ class Pipeline:
     def memory(self) -> dict[str, int]:
         """XLA's count of peak bytes on a device for every stage compiled so far."""
         return self.programs.memory()
+
+
+def without_spans(started: tuple) -> tuple:
+    """What `Pipeline.start` gives, arrays alone."""
+    state, chunks = started
+    return state, [chunk for chunk, *_ in chunks]
