@@ -115,7 +115,13 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         help="stream: a layer at a time, no weights stay; auto: streamed on a GPU unless --serve or --mesh, or where not all fits together",
     )
-    speed.add_argument("--low_memory", action="store_true", help="free every part as soon as its stage ends")
+    speed.add_argument(
+        "--vae",
+        choices=("auto", "full", "tiled"),
+        default="auto",
+        help="decode whole frames or tiles; auto: tiles where a frame does not fit",
+    )
+    speed.add_argument("--low_memory", action="store_true", help="free every part as soon as its stage ends; stream the text encoder")
     speed.add_argument("--compile_cache_dir", metavar="DIR", help="persistent compile cache (default: user cache); none turns it off")
 
     out = p.add_argument_group("output")

@@ -17,6 +17,7 @@ from tdjax import programs
 from tdjax.config import VideoSize
 from tdjax.models.wan_vae import cache_shapes
 from tdjax.parts import Part
+from tdjax.tiles import tiling
 
 IN_FLIGHT = 2  # chunks that are computed while an earlier one travels to the host
 
@@ -37,9 +38,11 @@ class Coder:
         past = jax.tree.map(lambda x: shape(x.shape, x.dtype), cache)
         return one, get(later, past, shape(chunks[1]), donate=(1,))
 
-    def decoder(self, grid: tuple[int, ...], output: str):
-        """grid: shape of the latents (1, t, h, w, z)."""
+    def decoder(self, grid: tuple[int, ...], output: str, tiled: bool = False):
+        """grid: shape of the latents (1, t, h, w, z). In tiles, the programs of one tile, whose frames are floats."""
         _, t, h, w, z = grid
+        if tiled and len(tiling(h, w).corners) > 1:
+            (h, w), output = tiling(h, w).size, "float"
         cfg, one = self.part.config, (1, 1, h, w, z)
         cache = cache_shapes(cfg, h * cfg.spatial, w * cfg.spatial)
         return self.pair("vae decode", programs.decode_first, programs.decode_later, (one, one if t > 1 else None), cache, output=output)
@@ -51,12 +54,29 @@ class Coder:
         chunks = frames(1), frames(cfg.temporal) if size.frames > 1 else None
         return self.pair("vae encode", programs.encode_first, programs.encode_later, chunks, cache)
 
-    def decode(self, vae, latents: np.ndarray, output: str) -> Iterator[tuple[np.ndarray, bool]]:
+    def decode(self, vae, latents: np.ndarray, output: str, tiled: bool = False) -> Iterator[tuple[np.ndarray, bool]]:
         """f32 [1 t h w z] on the host -> (frames [1 or 4, H W 3] on the host, whether they were finite), in order."""
+        if tiled and len(tiling(*latents.shape[2:4]).corners) > 1:
+            yield from self.decode_tiles(vae, latents, output)
+            return
         first, later = self.decoder(latents.shape, output)
         chunks = (self.compiled.place(latents[:, i : i + 1]) for i in range(latents.shape[1]))
         for frames, finite in arriving(carried(first, later, vae, chunks)):
             yield frames[0], bool(finite)
+
+    def decode_tiles(self, vae, latents: np.ndarray, output: str) -> Iterator[tuple[np.ndarray, bool]]:
+        """The same through overlapping tiles, one after another over the whole clip; the host adds them up, in float32."""
+        cfg, tiles = self.part.config, tiling(*latents.shape[2:4])
+        (h, w), scale, t = tiles.size, cfg.spatial, latents.shape[1]
+        video = np.zeros((1 + (t - 1) * cfg.temporal, latents.shape[2] * scale, latents.shape[3] * scale, 3), np.float32)
+        spans, finite = [slice(0, 1)] + [slice(1 + i * cfg.temporal, 1 + (i + 1) * cfg.temporal) for i in range(t - 1)], [True] * t
+        for (top, left), weight in zip(tiles.corners, tiles.weights(scale), strict=True):
+            part = video[:, top * scale : (top + h) * scale, left * scale : (left + w) * scale]
+            for i, (frames, ok) in enumerate(self.decode(vae, latents[:, :, top : top + h, left : left + w], "float")):
+                part[spans[i]] += weight * frames
+                finite[i] &= ok
+        for span, ok in zip(spans, finite, strict=True):
+            yield video[span] if output == "float" else np.round(np.nan_to_num(video[span]) * 255).astype(np.uint8), ok
 
     def encode(self, vae, image: np.ndarray, size: VideoSize) -> np.ndarray:
         """The image f32 [1 1 H W 3] followed by grey frames -> latents f32 [1 t h w z] on the host."""

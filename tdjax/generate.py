@@ -104,7 +104,15 @@ def run(args) -> int:
         located = Located(name=args.model.lower(), layout="published", preset=args.model.lower(), distilled=preset.distilled)
         options = {"attention": args.attention_type, "quant": args.quant, "topk": args.sla_topk, "dtype": args.dtype}
         parts = planned_parts(preset, note=stages.note, **options)
-        pipe = Pipeline(located, parts, mesh=args.mesh, low_memory=args.low_memory, stages=stages)
+        pipe = Pipeline(
+            located,
+            parts,
+            mesh=args.mesh,
+            low_memory=args.low_memory,
+            stages=stages,
+            text_encoder_device=text_encoder_device(args),
+            vae=args.vae,
+        )
         check_model(args, pipe)
         stages.note(f"{args.model} is not downloaded: this plan comes from its preset")
         return dry_run(args, pipe, read_jobs(args, "dry run"))
@@ -120,6 +128,7 @@ def run(args) -> int:
         low_memory=args.low_memory,
         text_encoder=not args.prompt_embeds,
         text_encoder_device=text_encoder_device(args),
+        vae=args.vae,
         prompt_cache=args.prompt_cache == "on",
         lora=lora_weights(args.lora),
         lora_high=lora_weights(args.lora_high),

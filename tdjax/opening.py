@@ -11,7 +11,7 @@ from tdjax.arguments import PATHS
 from tdjax.config import QUANT
 from tdjax.locate import cache_folder, locate
 from tdjax.parts import Lora, open_parts
-from tdjax.pipeline import TEXT_DEVICES, Pipeline
+from tdjax.pipeline import TEXT_DEVICES, VAE_WAYS, Pipeline
 from tdjax.prompt_cache import FOLDER, PromptCache
 from tdjax.request import check_choice
 from tdjax.stages import Stages
@@ -30,6 +30,7 @@ def load(
     low_memory: bool = False,
     text_encoder: bool = True,
     text_encoder_device: str = "auto",
+    vae: str = "auto",
     prompt_cache: bool = True,
     lora: Lora = (),
     lora_high: Lora = (),
@@ -51,10 +52,13 @@ def load(
                 too), "cudnn" (dense attention).
     dtype:      "auto" (bfloat16 on an accelerator, float32 on a CPU), "bfloat16", "float16", "float32".
     mesh:       several devices for one video, for example "sp=4" or "tp=2,sp=2".
-    low_memory: free every part as soon as its stage ends, also where all would fit together.
+    low_memory: free every part as soon as its stage ends, also where all would fit together; the text encoder is streamed
+                unless text_encoder_device says otherwise.
     text_encoder: False where only prompt_embeds will be given: the text encoder and the tokenizer need not be there.
     text_encoder_device: "device" (all of it, as the other parts), "stream" (a layer at a time from the file: no weights stay), or
                 "auto": the device if everything fits there together, else stream. The same embeddings.
+    vae:        "full" (whole frames), "tiled" (overlapping tiles of 320 pixels with blended seams, for small GPUs: close to the
+                same frames), or "auto": tiled where the whole frame does not fit.
     prompt_cache: keep embeddings of prompts on disk (`tdjax.prompt_cache`), so that a repeated prompt needs no text encoder.
     lora:       ((file, weight), ...) merged at load into every expert; lora_high and lora_low into one.
     paths:      dit_path, high_noise_model_path, low_noise_model_path, vae_path, text_encoder_path, tokenizer_path.
@@ -65,6 +69,7 @@ def load(
     check_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
     check_choice("vae_dtype", vae_dtype or dtype, ("auto", "bfloat16", "float16", "float32"))
     check_choice("text_encoder_device", text_encoder_device, TEXT_DEVICES)
+    check_choice("vae", vae, VAE_WAYS)
     check_choice("attention_impl", attention_impl, ("auto", "reference", "triton", "cudnn"))
     for name in paths:
         check_choice("an argument of load", name, PATHS)
@@ -96,5 +101,6 @@ def load(
         low_memory=low_memory,
         stages=stages,
         text_encoder_device=text_encoder_device,
+        vae=vae,
         prompt_cache=PromptCache(cache / FOLDER) if prompt_cache else None,
     )

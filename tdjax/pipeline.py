@@ -34,7 +34,7 @@ from tdjax.result import Result, describe
 from tdjax.stages import Stages
 from tdjax.tokenizer import Tokenizer, language_warnings, prompt_warnings
 
-TEXT_DEVICES = ("auto", "device", "stream")
+TEXT_DEVICES, VAE_WAYS = ("auto", "device", "stream"), ("auto", "full", "tiled")
 
 
 class Pipeline:
@@ -49,9 +49,11 @@ class Pipeline:
         low_memory: bool,
         stages: Stages,
         text_encoder_device: str = "auto",
+        vae: str = "auto",
         prompt_cache: PromptCache | None = None,
     ):
         self.parts, self.low_memory, self.stages, self.text_encoder_device = parts, low_memory, stages, text_encoder_device
+        self.vae = vae
         self.mesh = make_mesh(mesh, self.config)
         if self.mesh is not None and text_encoder_device == "stream":
             raise UsageError("text_encoder_device stream with a mesh", "layers are streamed to one device", "use device, or no mesh")
@@ -106,7 +108,7 @@ class Pipeline:
 
     def plan(self, request: Request) -> list[plan.StagePlan]:
         """Memory of each stage for a request; nothing is loaded."""
-        return self.plan_with(request, stream_text=self.streams_text(request))
+        return self.plan_with(request, stream_text=self.streams_text(request), tiled=self.tiled(request))
 
     def plan_with(self, request: Request, **choices: bool) -> list[plan.StagePlan]:
         parts = {name: (part.config, part.abstract()) for name, part in self.parts.items()}
@@ -116,7 +118,15 @@ class Pipeline:
         """Whether the text encoder passes through the device layer by layer."""
         if self.text_encoder_device != "auto" or self.mesh is not None:
             return self.text_encoder_device == "stream"
-        return not plan.keep_resident(self.plan_with(request, stream_text=False), plan.memory_limit(), self.low_memory)
+        plans = self.plan_with(request, tiled=self.tiled(request))
+        return not plan.keep_resident(plans, plan.memory_limit(), self.low_memory)
+
+    def tiled(self, request: Request) -> bool:
+        """Whether frames are decoded in tiles: as asked for, else where the whole frame does not fit."""
+        if self.vae != "auto":
+            return self.vae == "tiled"
+        limit = plan.memory_limit()
+        return limit is not None and self.plan_with(request)[-1].total > 0.9 * limit
 
     def keep(self, request: Request) -> bool:
         """Whether all weights stay on the device between stages."""
@@ -150,7 +160,7 @@ class Pipeline:
             for chunk in chunks:
                 self.denoise_program(request, state, text, condition, chunk)
         if request.output_type != "latent":
-            self.coder.decoder(grid, request.output_type)
+            self.coder.decoder(grid, request.output_type, self.tiled(request))
 
     def begin(self, request: Request) -> None:
         """Where everything fits together: threads compile the programs of all stages, and load weights in the order of stages, while
@@ -288,11 +298,12 @@ class Pipeline:
 
     def decode(self, request: Request, latents: np.ndarray, index: int = 0) -> np.ndarray:
         """Latents f32[1 t h w c] -> uint8 (or float32 in [0, 1]) [1 T H W 3] on the host; chunks go to `on_frames` as they come."""
-        _, vae = self.ready("vae", request, lambda: self.coder.decoder(latents.shape, request.output_type))
+        tiled = self.tiled(request)
+        _, vae = self.ready("vae", request, lambda: self.coder.decoder(latents.shape, request.output_type, tiled))
         size, start = request.size, 0
         video = np.empty((1, size.frames, size.height, size.width, 3), np.uint8 if request.output_type == "uint8" else np.float32)
         with self.stage("vae decode", request):
-            for frames, finite in self.coder.decode(vae, latents, request.output_type):
+            for frames, finite in self.coder.decode(vae, latents, request.output_type, tiled):
                 if request.check == "finite" and not finite:
                     raise NotFinite(
                         "the VAE decoder gave NaN or infinity: no video was written",

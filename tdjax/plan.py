@@ -15,6 +15,7 @@ import numpy as np
 from tdjax.config import DiTConfig, TextConfig, VAEConfig, VideoSize
 from tdjax.errors import NotFinite, OutOfMemory
 from tdjax.models.wan_vae import cache_bytes
+from tdjax.tiles import tiling
 
 GIB = 2**30
 DECODE_STEPS, ENCODE_STEPS = 9.5, 10  # activations of a chunk at full resolution that a VAE program holds at its worst moment
@@ -63,7 +64,9 @@ def vae_working(cfg: VAEConfig, height: int, width: int, *, encode: bool) -> int
     return cache_bytes(cfg, height, width, encode=encode) + int((ENCODE_STEPS if encode else DECODE_STEPS) * step)
 
 
-def stage_plans(parts: dict, size: VideoSize, *, image: bool, guided: bool, stream_text: bool = False) -> list[StagePlan]:
+def stage_plans(
+    parts: dict, size: VideoSize, *, image: bool, guided: bool, stream_text: bool = False, tiled: bool = False
+) -> list[StagePlan]:
     """parts: {"text"|"vae"|"dit"|"dit_low": (config, abstract module)} -> the stages in the order they run."""
     plans = []
     if "text" in parts:
@@ -78,7 +81,9 @@ def stage_plans(parts: dict, size: VideoSize, *, image: bool, guided: bool, stre
             cfg, module = parts[name]
             label = "denoise" if "dit_low" not in parts else ("denoise (high noise)" if name == "dit" else "denoise (low noise)")
             plans.append(StagePlan(label, module_bytes(module), dit_working(cfg, size, 2 if guided else 1)))
-    plans.append(StagePlan("vae decode", module_bytes(vae), vae_working(vae_cfg, size.height, size.width, encode=False)))
+    sides = (size.height // vae_cfg.spatial, size.width // vae_cfg.spatial)
+    height, width = (n * vae_cfg.spatial for n in (tiling(*sides).size if tiled else sides))
+    plans.append(StagePlan("vae decode", module_bytes(vae), vae_working(vae_cfg, height, width, encode=False)))
     return plans
 
 
