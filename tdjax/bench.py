@@ -139,6 +139,7 @@ def measure(stage: str, what: str, function, module, *args, repeats: int, per: i
 
 
 def text_rows(cfg: TextConfig, repeats: int):
+    import jax
     import jax.numpy as jnp
 
     from tdjax import checkpoint, programs
@@ -146,6 +147,10 @@ def text_rows(cfg: TextConfig, repeats: int):
     ids = jnp.ones((1, cfg.text_len), jnp.int32)
     encoder = random_weights(checkpoint.abstract("text", cfg))
     yield measure("text", f"{cfg.text_len} tokens", programs.encode_text, encoder, ids, ids, repeats=repeats)[0]
+    block = jax.tree.map(lambda leaf: leaf[0], encoder.blocks)
+    del encoder
+    x = jnp.zeros((1, cfg.text_len, cfg.dim), cfg.policy.compute_dtype)
+    yield measure("text", f"one layer of {cfg.layers}, streamed", programs.text_layer, block, x, ids, repeats=repeats)[0]
 
 
 def vae_rows(cfg: VAEConfig, size: VideoSize, dit: DiTConfig, repeats: int):
