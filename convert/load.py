@@ -124,7 +124,8 @@ class Checkpoint:
         if device.platform in HOST or size < ON_DEVICE:
             return jax.device_put(self.final(claim, tuple(target.shape), np.dtype(target.dtype)), sharding).block_until_ready()
         out = upload([self.tensors[key] for key in claim.keys], claim.row, target, device).block_until_ready()
-        return out if sharding.device_set == {device} else jax.device_put(out, sharding)
+        here = sharding.device_set == {device} and sharding.memory_kind in (None, device.default_memory().kind)
+        return out if here else jax.device_put(out, sharding)
 
     def layers(self, config: Config, prefix: str, device: jax.Device) -> Iterator[dict[str, jax.Array]]:
         """{leaf name: its part of one layer, transposed and cast} for every layer of the stacked leaves below `prefix`, on the

@@ -5,11 +5,10 @@ Weights come from our own checkpoint folder or straight from a published file; w
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -33,6 +32,7 @@ KINDS = {
 }
 ENDS = 2**16  # bytes at each end of a file that stand for it in an identity
 LOADER = ThreadPoolExecutor(1, thread_name_prefix="load")  # parts that are loaded ahead, in the order in which they were asked for
+HOST_MEMORY = "pinned_host"
 Lora = tuple[tuple[str, float], ...]
 
 
@@ -79,13 +79,37 @@ class Part:
         """The module on the device; loading twice is loading once."""
         if self.module is None:
             coming, self.coming = self.coming, None
-            self.module = self.read() if coming is None else coming.result()
+            module = self.read() if coming is None else coming.result()
+            if jax.tree.leaves(module)[0].sharding.memory_kind == HOST_MEMORY:
+                there = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+                module, held = jax.block_until_ready(jax.device_put(module, there)), module
+                for leaf in jax.tree.leaves(held):
+                    leaf.delete()
+            self.module = module
         return self.module
 
-    def load_ahead(self) -> None:
-        """Begin to load in a thread, one part after another; `load` then waits for it, and raises what went wrong."""
+    def load_ahead(self, host: bool = False) -> None:
+        """Begin to load in a thread, one part after another; `load` then waits for it, and raises what went wrong.
+
+        host: only into the memory of the host, where the device's own is taken; `load` moves it.
+        """
         if self.module is None and self.coming is None:
-            self.coming = LOADER.submit(self.read)
+            self.coming = LOADER.submit(self.read_to_host if host else self.read)
+
+    @property
+    def stageable(self) -> bool:
+        """Whether the host can hold the weights as the device will: on one device, and nothing left to quantise."""
+        unchanged = not isinstance(self.config, DiTConfig) or self.config.linear == self.stored.linear
+        return self.mesh is None and unchanged
+
+    def read_to_host(self):
+        """The weights in page-locked memory of the host. A published leaf passes through the device, which transposes it."""
+        there = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind=HOST_MEMORY)
+        if not self.ours:
+            return jax.block_until_ready(self.file.load(self.config, there))
+        module = abstract(self.kind, self.config)
+        leaves = [jax.device_put(self.leaf(name), there) for name in checkpoint.names(module)]
+        return jax.block_until_ready(jax.tree.unflatten(jax.tree.structure(module), leaves))
 
     def read(self):
         """The weights on the device, whatever is there already."""
@@ -127,8 +151,7 @@ class Part:
     def free(self) -> None:
         coming, self.coming = self.coming, None
         if coming is not None and not coming.cancel():
-            with contextlib.suppress(Exception):  # nobody has asked for these weights
-                self.module = coming.result()
+            coming.add_done_callback(dropped)
         if self.module is not None:
             for leaf in jax.tree.leaves(self.module):
                 leaf.delete()
@@ -159,6 +182,13 @@ class Part:
                 f.seek(max(0, file.stat().st_size - 2**20))
                 quick.update(f.read())
         return {"path": str(self.path), "bytes": sum(f.stat().st_size for f in files), "quick_sha256": quick.hexdigest()}
+
+
+def dropped(coming: Future) -> None:
+    """Weights that nobody waits for any more."""
+    if not coming.cancelled() and coming.exception() is None:
+        for leaf in jax.tree.leaves(coming.result()):
+            leaf.delete()
 
 
 def open_parts(

@@ -14,10 +14,9 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from tdjax import flow, plan, programs, sampler, teacher
+from tdjax import flow, plan, programs, spans
 from tdjax.conditioning import Tokens, first_frame, image_condition
 from tdjax.config import I2V_SAMPLER, PRESETS, T2V_SAMPLER, DiTConfig, VideoSize
 from tdjax.errors import NotFinite, UsageError
@@ -90,8 +89,6 @@ class Pipeline:
     def text_len(self) -> int:
         return self.parts["text"].config.text_len if "text" in self.parts else self.config.text_len
 
-    # -- before anything runs ------------------------------------------------------------------------------------------
-
     def request(self, prompt: str | list[str] | None = None, **arguments: Any) -> Request:
         """The checked arguments of a call; raises UsageError before any long work."""
         prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
@@ -155,7 +152,7 @@ class Pipeline:
             condition = shape((*grid[:-1], self.config.condition_channels))
         text = shape((self.text_rows(request), self.text_len, self.config.text_dim), self.config.policy.compute_dtype)
         for single in singles:
-            begun = jax.eval_shape(lambda key, single=single: without_spans(self.start(request, key, single=single)), jax.random.key(0))
+            begun = jax.eval_shape(lambda key, single=single: spans.arrays(self.start(request, key, single=single)), jax.random.key(0))
             state, chunks = jax.tree.map(lambda x: shape(x.shape, x.dtype), begun)
             for chunk in chunks:
                 self.denoise_program(request, state, text, condition, chunk)
@@ -174,10 +171,9 @@ class Pipeline:
             with self.programs.ahead():
                 self.later_programs(request, (single,))
         swap = flow.split_times(flow.times(request.sampler), request.sampler.boundary)
-        for name in ("vae", "dit", "dit_low") if self.task == "i2v" else ("dit", "dit_low", "vae"):
-            used = name == "vae" or (swap < request.sampler.steps if name == "dit_low" else swap > 0 or "dit_low" not in self.parts)
-            if name in self.parts and used and (name != "vae" or self.task == "i2v" or request.output_type != "latent"):
-                self.parts[name].load_ahead()
+        experts = [name for name in ("dit", "dit_low") if name == "dit" or (name in self.parts and swap < request.sampler.steps)]
+        for name in ("vae", *experts) if self.task == "i2v" else experts if request.output_type == "latent" else (*experts, "vae"):
+            self.parts[name].load_ahead()
 
     # -- the stages ----------------------------------------------------------------------------------------------------
 
@@ -252,22 +248,10 @@ class Pipeline:
             return jax.block_until_ready(self.programs.place(image_condition(self.programs.place(latents))))
 
     def start(self, request: Request, key, *, single: bool):
-        """(state, [(schedule, first step, last step + 1, expert)]): the loop cut where experts change, or into single steps
-        where progress is shown. A cut changes no bit of the result."""
-        cfg, shape = request.sampler, self.latent_shape(request)
-        noise = programs.start_noise(key, cfg.steps if cfg.mode == "sde" else 1, shape)
-        first = noise[0] if request.latents is None else jnp.array(request.latents, jnp.float32)  # a copy: the state is donated
-        times = flow.times(cfg)
-        swap = flow.split_times(times, cfg.boundary) if "dit_low" in self.parts else cfg.steps
-        cuts = sorted({0, swap, cfg.steps} | (set(range(cfg.steps)) if single else set()))
-        spans = [(a, b, "dit" if a < swap else "dit_low") for a, b in zip(cuts, cuts[1:], strict=False)]
-        if cfg.few_step:
-            state, later = sampler.start(first, times), sampler.injected(noise)
-            cut = lambda a, b: (later[a:b] if cfg.mode == "sde" else None, jnp.asarray(times[a : b + 1]))
-        else:
-            state, rows = sampler.teacher_start(first), teacher.rows(cfg)
-            cut = lambda a, b: jax.tree.map(jnp.asarray, rows.part(a, b))
-        return state, [(cut(a, b), a, b, name) for a, b, name in spans]
+        """(state, [Span]), see `tdjax.spans`."""
+        return spans.start(
+            request.sampler, self.latent_shape(request), key, request.latents, experts="dit_low" in self.parts, single=single
+        )
 
     def denoise_program(self, request: Request, state, text, condition, chunk):
         cfg, model = request.sampler, self.parts["dit"].abstract()
@@ -279,22 +263,31 @@ class Pipeline:
     def denoise(self, request: Request, key, text, condition):
         """-> latents f32[1 t h w c] on the device. Raises NotFinite with the first bad step."""
         steps, keep, finite = request.sampler.steps, self.keep(request), []
-        state, chunks = self.start(request, key, single=self.stages.show)
+        state, cut = self.start(request, key, single=self.stages.show)
         state = self.programs.place(state)
-        for chunk, first, last, name in chunks:
+        for chunk, first, last, name in cut:
             chunk = self.programs.place(chunk)
             if name == "dit_low" and not keep:
                 self.parts["dit"].free()
             run, model = self.ready(name, request, functools.partial(self.denoise_program, request, state, text, condition, chunk))
+            if name == "dit" and not keep and cut[-1].expert == "dit_low":
+                self.stage_second(request)
             label = "denoise" if last - first > 1 or steps == 1 else f"denoise: step {first + 1} of {steps}"
             with self.stage(label, request):
                 state, ok = run(model, state, text, condition, chunk)
                 finite += np.asarray(ok).tolist()
         if not keep:
-            self.parts[chunks[-1][3]].free()
+            self.parts[cut[-1].expert].free()
         if request.check == "finite" and not all(finite):
             raise plan.not_finite(finite.index(False) + 1, steps, self.config)
         return state if request.sampler.few_step else state.x
+
+    def stage_second(self, request: Request) -> None:
+        """The second expert is read into the host's memory while the first one runs, where there is room."""
+        part = self.parts["dit_low"]
+        high = next(p for p in self.plan(request) if p.name.startswith("denoise"))
+        if part.stageable and plan.may_stage(high, part.abstract(), plan.memory_limit()):
+            part.load_ahead(host=True)
 
     def decode(self, request: Request, latents: np.ndarray, index: int = 0) -> np.ndarray:
         """Latents f32[1 t h w c] -> uint8 (or float32 in [0, 1]) [1 T H W 3] on the host; chunks go to `on_frames` as they come."""
@@ -405,9 +398,3 @@ class Pipeline:
     def memory(self) -> dict[str, int]:
         """XLA's count of peak bytes on a device for every stage compiled so far."""
         return self.programs.memory()
-
-
-def without_spans(started: tuple) -> tuple:
-    """What `Pipeline.start` gives, arrays alone."""
-    state, chunks = started
-    return state, [chunk for chunk, *_ in chunks]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -101,6 +102,21 @@ def keep_resident(plans: list[StagePlan], limit: int | None, low_memory: bool) -
         return True
     weights = sum(p.weights for p in plans if p.name != "vae encode")  # the VAE stands in two stages
     return weights + max(p.working for p in plans) < 0.9 * limit
+
+
+def may_stage(working_stage: StagePlan, module, limit: int | None) -> bool:
+    """Whether a module can be read into the host's memory while a stage runs: the host has room for it, and the device for its largest
+    leaf twice (it is transposed there). Not where the device does not report its memory: that is the host's own."""
+    largest = max(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(module))
+    room = limit is not None and working_stage.total + 2 * largest < 0.9 * limit
+    return room and 1.2 * module_bytes(module) < host_available()
+
+
+def host_available() -> int:
+    """Bytes that the host could give to a process (Linux; 0 elsewhere)."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
 
 
 def table(plans: list[StagePlan], limit: int | None) -> str:

@@ -1,9 +1,11 @@
 """Programs and weights made by threads: asked for early, waited for in their own stage, wrong there and nowhere else."""
 
+import dataclasses
 import shutil
 import threading
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -140,3 +142,57 @@ def test_little_memory_begins_nothing(model, monkeypatch):
     monkeypatch.setattr(plan, "memory_limit", lambda: 2**20)
     pipe.begin(pipe.request("a", **SMALL))
     assert asked(pipe) == set()
+
+
+# -- the second expert -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def experts(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experts") / "model"
+    shutil.copytree(model, folder)
+    shutil.rmtree(folder / "dit")
+    cfg = dataclasses.replace(demo.DIT, attention="dense", layers=1)
+    for seed, name in enumerate(("dit_high", "dit_low")):
+        checkpoint.save(folder / name, demo.random_leaves("dit", cfg, seed), kind="dit", cfg=cfg)
+    return folder
+
+
+def test_weights_held_by_the_host_are_the_weights(experts):
+    here, held = Part(experts / "dit_low", "dit"), Part(experts / "dit_low", "dit")
+    held.load_ahead(host=True)
+    module = held.coming.result()
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(module)} == {"pinned_host"}
+    a, b = checkpoint.names(here.load()), checkpoint.names(held.load())
+    assert {leaf.sharding.memory_kind for leaf in b.values()} == {jax.devices()[0].default_memory().kind}
+    assert all(np.array_equal(a[name], b[name]) for name in a) and all(leaf.is_deleted() for leaf in jax.tree.leaves(module))
+
+
+def test_the_second_expert_waits_in_the_host(experts, monkeypatch):
+    """Memory for one expert at a time: the other one is read while the first runs, and the video is the same."""
+    call = {"num_frames": 5, "width": 32, "height": 32, "output_type": "latent"}
+    plain = tdjax.load(experts)
+    expected, request = plain("a red circle", **call), plain.request("a", **call)
+    limit = plain.plan(request)[1].total + 2**20
+    assert not plan.keep_resident(plain.plan(request), 3 * limit, True)
+    staged = []
+    monkeypatch.setattr(Part, "read_to_host", lambda self, run=Part.read_to_host: staged.append(self.path.name) or run(self))
+    for room, names in ((True, ["dit_low"]), (False, [])):
+        staged.clear()
+        lean = tdjax.load(experts, low_memory=True)
+        monkeypatch.setattr(plan, "memory_limit", lambda room=room: 2**34 if room else limit // 2)
+        assert np.array_equal(lean("a red circle", **call).latents, expected.latents)
+        assert staged == names and all(part.module is None and part.coming is None for part in lean.parts.values())
+
+
+def test_room_for_staging(experts, monkeypatch):
+    module = Part(experts / "dit_low", "dit").abstract()
+    stage = plan.StagePlan("denoise", 1000, 1000)
+    assert plan.may_stage(stage, module, 2**34) and plan.host_available() > 2**20
+    assert not plan.may_stage(stage, module, None) and not plan.may_stage(stage, module, 3000)
+    monkeypatch.setattr(plan, "host_available", lambda: plan.module_bytes(module))
+    assert not plan.may_stage(stage, module, 2**34)
+
+
+def test_what_is_quantised_at_load_cannot_wait(model):
+    assert tdjax.load(model).parts["dit"].stageable and not tdjax.load(model, quant="fp8").parts["dit"].stageable
