@@ -50,7 +50,7 @@ def code(path: Path) -> list[tuple[str, str]]:
 
 
 def test_there_are_notebooks():
-    assert NOTEBOOKS
+    assert [path.name[0] for path in NOTEBOOKS] == list("123456")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
