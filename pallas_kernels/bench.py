@@ -121,8 +121,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def refusal() -> str | None:
+    """Why nothing can be measured here; None if it can."""
+    if jax.default_backend() == "gpu":
+        return None
+    return f"the kernels run on NVIDIA GPUs, and the first device here is {jax.devices()[0].device_kind}; records: docs/bench/kernels.jsonl"
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 ok, 1 a row could not be measured, 2 usage, or no GPU."""
     args = parse(sys.argv[1:] if argv is None else argv)
+    reason = refusal()
+    if reason:
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
     device = jax.devices()[0]
     facts = {"device": device.device_kind, "jax": jax.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)

@@ -60,7 +60,7 @@ class DiTConfig:
     eps: float = 1e-6
     attention: str = "dense"
     linear: str = "float"
-    remat: bool = True  # the backward pass computes each block again instead of keeping its activations
+    remat: bool = True  # the backward pass computes each block again; if not, activations are kept and the loop is unrolled
     impl: str = "auto"  # which kernels compute: an `impl` of pallas_kernels
     sla: SLAConfig = SLAConfig()
     round_time: bool = True  # timestep rounded to bfloat16 before the sinusoid, as all published weights expect

@@ -37,7 +37,7 @@ def sage_sparse_linear_attention(q, k, v, proj_kernel, proj_bias, means=None, *,
 def int8_attention(q, k, mean, v, blocks, block_q, block_k, *, linear=None, interpret):  # mean f32 [b h k]
     """`attend` with int8 scores."""
     given = operands(q, k, mean, block_q, block_k, interpret=interpret)
-    at = tile("sage_attention", kernel_name(block_q))
+    at = tile("sage_attention", "dense" if blocks is None and block_q > 64 else kernel_name(block_q))
     return attend(int8_scores, *given, v, blocks, block_q, block_k, linear=linear, interpret=interpret, at=at)
 
 

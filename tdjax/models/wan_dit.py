@@ -151,8 +151,9 @@ class DiT(nnx.Module):
             block, kv = each
             return self.between(block(x, e0, kv_of(block.cross_attn, kv), table)), None
 
-        step = jax.checkpoint(step) if self.cfg.remat else step
-        x = lax.scan(step, self.between(self.patchify(x, image)), (self.blocks, kvs))[0]
+        # Kept activations of a loop are copied into a stack and out of it again; blocks written out one by one hand them over.
+        step, unroll = (jax.checkpoint(step), 1) if self.cfg.remat else (step, self.cfg.layers)
+        x = lax.scan(step, self.between(self.patchify(x, image)), (self.blocks, kvs), unroll=unroll)[0]
         return self.unpatchify(self.head(x, e), grid)
 
     def context(self, text, features):

@@ -36,7 +36,13 @@ def test_a_row_gives_what_its_error_is_taken_from(name, impl, workload):
 SQUARE = Workload(make=lambda key: (jax.random.normal(key, (64, 64), jnp.bfloat16),), flops=2.0 * 64**3, bytes=4.0 * 64**2)
 
 
+def test_it_needs_a_gpu(capsys):
+    assert bench.main(["sla"]) == 2
+    assert "the kernels run on NVIDIA GPUs, and the first device here is cpu" in capsys.readouterr().err
+
+
 def test_a_measured_row(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "refusal", lambda: None)
     product = lambda impl, x: (x @ x) * (2 if impl == "wrong" else 1)
     exact = lambda x: jnp.matmul(x.astype(jnp.float32), x.astype(jnp.float32), precision="highest")
     case = Case(name="square", impls=("right", "wrong"), workloads={"small": SQUARE}, run=product, exact=exact)
@@ -51,6 +57,8 @@ def test_a_measured_row(monkeypatch, capsys, tmp_path):
 
 
 def test_a_row_that_cannot_run_is_told_and_the_others_go_on(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "refusal", lambda: None)
+
     def run(impl, x):
         if impl == "refusing":
             raise ValueError("heads of width 7")
