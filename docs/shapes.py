@@ -1,4 +1,4 @@
-"""For the API pages: the comment behind a signature, which gives shapes, becomes part of the docstring."""
+"""For the API pages: the comment behind a signature, which gives shapes, becomes part of a docstring that gives none."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ class Shapes(griffe.Extension):
         for line in func.source.splitlines():
             code, _, comment = line.partition("  # ")
             if code.rstrip().endswith(":") and not code.lstrip().startswith("@"):
-                if comment and "noqa" not in comment:
+                if comment and "noqa" not in comment and not ("->" in func.docstring.value and "[" in func.docstring.value):
                     func.docstring.value = f"{func.docstring.value.rstrip()}\n\n{comment.strip()}"
                 return
