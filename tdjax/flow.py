@@ -46,6 +46,7 @@ def from_log_sigma(s) -> Coefficients:
 
 
 def coefficients(u, a) -> Coefficients:
+    """Coefficients of u and a = 1-u, arrays of one shape."""
     b = jnp.sqrt(u * u + a * a)  # at least sqrt(1/2)
     return Coefficients(u=u, a=a, b=b, sin=u / b, cos=a / b)
 
@@ -61,6 +62,7 @@ def sigma(u):
 
 
 def u_from_sigma(sigma):
+    """Rectified-flow time of an EDM sigma in [0, infinity)."""
     return sigma / (1.0 + sigma)
 
 
@@ -86,7 +88,7 @@ def per_sample(value):
 
 
 def noisy(x0, eps, c: Coefficients):
-    """x_u of data and noise."""
+    """x_u of data and noise, both [b t h w c]; here and below c is `per_sample`, [b 1 1 1 1]."""
     return c.a * x0 + c.u * eps
 
 

@@ -100,7 +100,8 @@ class Pipeline:
         request.check_arrays(latents=self.latent_shape(request), embeds=(self.text_len, self.config.text_dim))
         return request
 
-    def latent_shape(self, request: Request) -> tuple[int, ...]:  # (1, t, h, w, c)
+    def latent_shape(self, request: Request) -> tuple[int, ...]:
+        """(1, t, h, w, c) of the latents of one video."""
         return (1, *request.size.latent_grid, self.config.out_channels)
 
     def plan(self, request: Request) -> list[plan.StagePlan]:

@@ -21,12 +21,12 @@ Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def sde(x, v, eps, u, u_next):
-    """To the predicted data, then back up to u_next with fresh noise."""
+    """x, v, eps f32[b t h w c] at time u -> x at u_next: to the predicted data, then back up with fresh noise."""
     return (1.0 - u_next) * (x - u * v) + u_next * eps
 
 
 def ode(x, v, eps, u, u_next):
-    """Along the velocity; the noise is not used."""
+    """x, v f32[b t h w c] at time u -> x at u_next, along the velocity; the noise is not used."""
     return x - (u - u_next) * v
 
 

@@ -22,6 +22,7 @@ IMPLS = {
 def attention(q, k, v, *, scale: float | None = None, impl: str = "auto"):  # q [b l h k], k v [b s h k] -> [b l h k]
     """softmax(scale q k^T) v for each head, softmax in float32; scale defaults to 1 / sqrt(k).
 
+    q [b l h k], k and v [b s h k], one floating dtype -> [b l h k] of that dtype. ValueError for other shapes, dtypes and names.
     impl: "auto" (cuDNN on CUDA for bfloat16 and float16 with a head width it takes, with the tangent of our kernel where it takes
     the arguments; else the reference), "reference", "cudnn" (with the tangent of the reference), "triton" (our kernels for all of
     forward, tangent and gradient), "cudnn+triton" (our kernel for the tangent, cuDNN for the rest), "interpret" (our kernels

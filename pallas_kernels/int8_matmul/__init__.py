@@ -50,6 +50,8 @@ NO_DERIVATIVE = (
 def int8_linear(x, weight: QTensor, bias=None, *, impl: str = "auto"):  # x [m k] float, weight [n k] -> [m n] of x.dtype
     """x W^T + bias in the block128 scheme: x quantised like the weight, float32 sums in the order of k.
 
+    x [m k] float, weight int8 [n k] with float32 scales [ceil(n/128) k/128], bias [n] or None -> [m n] of x.dtype. Forward only.
+    Raises ValueError where k is not a multiple of 128, or shapes do not fit. Source: thu-ml/TurboDiffusion turbodiffusion/ops.
     The sum is rounded to x.dtype before the bias is added, as in the published kernels: two roundings.
     """
     check("int8_linear", SCHEMES["block128"], x, weight, bias)
@@ -57,7 +59,7 @@ def int8_linear(x, weight: QTensor, bias=None, *, impl: str = "auto"):  # x [m k
 
 
 def quantize_activations(x, scheme: str, *, impl: str = "auto") -> QTensor:  # [m k] float
-    """x as the products of the scheme take it; k is a multiple of 128 in block128."""
+    """x [m k] as the products of the scheme take it; k is a multiple of 128 in block128 (else ValueError)."""
     if x.ndim != 2:
         raise ValueError(f"quantize_activations: x {x.shape}; expected [m k]")
     check_k("quantize_activations", named(scheme), x.shape[1])
@@ -65,7 +67,7 @@ def quantize_activations(x, scheme: str, *, impl: str = "auto") -> QTensor:  # [
 
 
 def quantize_weight(weight, scheme: str) -> QTensor:  # [n k] float
-    """A float weight, one row for each output channel, in the scheme."""
+    """A float weight [n k], one row for each output channel, in the scheme: values [n k] of 8 bits, and their scales."""
     return named(scheme).quantize_weight(weight)
 
 

@@ -44,7 +44,10 @@ WHOLE = table(sum_of_branches, triton.sage_sparse_linear_attention)
 
 
 def sage_sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, means=None, impl="auto"):
-    """`sparse_linear_attention` with int8 scores in its sparse branch: q k v [b l h k] -> [b l h k]."""
+    """`sparse_linear_attention` with int8 scores in its sparse branch: q k v [b l h k] -> [b l h k].
+
+    The other arguments, and errors, are those of `sparse_linear_attention`. A derivative raises NotImplementedError.
+    """
     check_attention(q, k, v)
     check_means(q, k, means, block_q, block_k)
     sizes = {"chosen": chosen_blocks(k.shape[1], topk, block_k), "block_q": block_q, "block_k": block_k}

@@ -54,11 +54,12 @@ def run(name, impl, impls, q, *args, block_q, block_k, **sizes):
 
 
 def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, means=None, impl="auto"):
-    """SLA (arXiv 2509.24006; thu-ml/TurboDiffusion turbodiffusion/SLA/core.py): q k v [b l h k] -> [b l h k].
+    """SLA (arXiv 2509.24006; thu-ml/TurboDiffusion turbodiffusion/SLA/core.py): q k v [b l h k], one floating dtype -> [b l h k].
 
     proj_kernel [k k] (i o) and proj_bias [k], float32, project the linear branch of every head. topk is the share of key
     blocks kept. The choice of blocks has no gradient; the linear branch sums over all keys, chosen or not.
     means: those of the blocks of q f32 [b h i k] and of k f32 [b h j k], as `qk_prep.rms_norm_rope_pool` gives; else computed here.
+    Raises ValueError for other shapes, dtypes and names of `impl`.
     """
     check_attention(q, k, v)
     check_means(q, k, means, block_q, block_k)
@@ -73,13 +74,20 @@ def chosen_blocks(length: int, topk: float, block_k: int) -> int:
 
 
 def block_map(q, k, *, topk, block_q=128, block_k=64, impl="auto"):  # q k [b l h k] -> int32 [b h q_blocks chosen], ascending
-    """The key blocks of highest pooled score for each block of queries; ties go to the lowest index."""
+    """The key blocks of highest pooled score for each block of queries; ties go to the lowest index.
+
+    q k [b l h k] -> int32 [b h q_blocks chosen], ascending; `chosen` is `chosen_blocks` of the share topk. No gradient.
+    """
     sizes = {"chosen": chosen_blocks(k.shape[1], topk, block_k), "block_q": block_q, "block_k": block_k}
     return run("block_map", impl, MAPS, q, k, **sizes)
 
 
 def sparse_attention(q, k, v, blocks, *, block_q=128, block_k=64, impl="auto"):  # q k v [b l h k] -> [b l h k]
-    """Softmax attention of each query block over its list of key blocks [b h q_blocks chosen], ascending, no repeats."""
+    """Softmax attention of each query block over its list of key blocks [b h q_blocks chosen], ascending, no repeats.
+
+    q k v [b l h k] -> [b l h k]. The last block may be shorter; keys past the end do not count. Raises ValueError for a list that is not
+    int32, or not of these queries. Differentiable with the list held constant.
+    """
     check(q, k, v, blocks, block_q)
     return run("sparse_attention", impl, IMPLS, q, k, v, blocks, block_q=block_q, block_k=block_k)
 

@@ -128,7 +128,7 @@ class UMT5(nnx.Module):
         self.norm = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
 
     def __call__(self, ids, mask):  # i32[b s], i32[b s] (1 up to the prompt's end) -> [b s d]
-        """Text features, exact zeros where mask is 0: the DiT has no text mask and attends to those rows."""
+        """ids, mask i32 [b s] -> text features [b s d], exact zeros where mask is 0: the DiT has no text mask and attends to those rows."""
         return without_padding(self.encode(ids, mask), mask)
 
     def encode(self, ids, mask):  # -> [b s d] at all positions, those after the prompt's end included

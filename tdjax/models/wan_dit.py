@@ -125,7 +125,7 @@ class DiT(nnx.Module):
 
     def __call__(self, x, timestep, text, image=None, features=None):
         """x f32 [b t h w c], timestep f32 [b] in 0..1000, text [b s text_dim], image [b t h w 20] (mask, then latents),
-        features [b 257 image_dim] -> f32 [b t h w c]."""
+        features [b 257 image_dim] -> f32 [b t h w c]. Raises ValueError, naming the argument, for other shapes."""
         self.check(x=x, timestep=timestep, image=image, text=text, features=features)
         context = self.context(text, features)
         return self.forward(x, timestep, image, lambda attn, _: attn.text_kv(*context), None)
@@ -137,7 +137,7 @@ class DiT(nnx.Module):
         return lax.scan(lambda _, attn: (None, attn.text_kv(*context)), None, self.blocks.cross_attn)[1]
 
     def velocity(self, x, timestep, kv: TextKV, image=None):
-        """`__call__` on text whose keys and values are at hand."""
+        """`__call__` on text whose keys and values are at hand: x f32 [b t h w c], timestep f32 [b] -> f32 [b t h w c]."""
         self.check(x=x, timestep=timestep, image=image)
         return self.forward(x, timestep, image, lambda _, kv: kv, kv)
 

@@ -224,13 +224,19 @@ class VAE(nnx.Module):
         self.decoder = Decoder(cfg, rngs=rngs)
 
     def encode(self, video):  # f32 [b T H W 3] in -1..1, T = 4k+1 -> f32 [b t h w z]
-        """Normalised latents, without noise: the mean of the posterior."""
+        """Video f32 [b T H W 3] in -1..1 -> normalised latents f32 [b t h w z], without noise: the mean of the posterior.
+
+        T is 4k+1 and gives t = k+1; H and W are multiples of 8 (UsageError else).
+        """
         check_video(video.shape, self.cfg)
         x = over_chunks(self.encoder, video.astype(self.cfg.policy.compute_dtype), self.cfg.temporal)
         return self.normalise(self.quant_conv(x)[..., : self.cfg.latent_channels])
 
     def decode(self, latents):  # f32 [b t h w z] -> f32 [b T H W 3], not clipped
-        """The scan stacks frames in the compute dtype; they become float32 after it."""
+        """Normalised latents f32 [b t h w z] -> video f32 [b 4t-3 8h 8w 3], about -1..1 and not clipped.
+
+        The scan stacks frames in the compute dtype; they become float32 after it.
+        """
         check_latents(latents.shape, self.cfg)
         return over_chunks(self.decoder, self.decoder_input(latents), 1).astype(jnp.float32)
 

@@ -1,0 +1,269 @@
+"""Documents: code is executed, commands are read by their own parsers, quoted messages are in the source, links lead somewhere."""
+
+import argparse
+import ast
+import importlib
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import convert.__main__
+import convert.quantize
+import convert.validate
+import pallas_kernels.bench
+import tdjax.bench
+import tdjax.env
+import tdjax.train.__main__
+import tdjax.train.tiny.__main__
+from tdjax import arguments, generate
+from tdjax.arguments import hyphens
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+ids = lambda path: str(path.relative_to(ROOT))
+
+# What a fence may say. "sh main" and "sh test": .ci/run executes them; "sh run": executed here; "sh": read by the commands' parsers.
+FENCES = {"", "text", "sh", "sh main", "sh test", "sh run", "python"}
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    """(what the fence says, text) of every block of a page."""
+    return re.findall(r"^```([^\n]*)\n(.*?)^```$", path.read_text(), re.M | re.S)
+
+
+def commands(path: Path) -> list[str]:
+    """Every command line of a page: in fences, and in backquotes of the text."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
+    inline = re.findall(r"`(python -m [^`]+)`", text)
+    return inline + [
+        line.split("  #")[0] for fence, body in blocks(path) if fence in FENCES for line in body.splitlines() if is_command(line)
+    ]
+
+
+def is_command(line: str) -> bool:
+    return re.match(r"(\.venv/bin/)?(python3?|pip|jupyter|mkdocs) ", line) is not None
+
+
+# -- parsers: each reads a command as far as it can without opening a file --------------------------------------------------
+
+
+def read_generate(argv):
+    early = arguments.parse(argv)
+    early.image_path = early.prompt_file = early.prompt_embeds = early.latents = None  # the files need not be here
+    generate.check_early(early)
+
+
+def read_train(argv):
+    args = tdjax.train.__main__.build_parser().parse_intermixed_args(hyphens(argv))
+    if args.preset and args.preset != "PRESET":
+        parts = tdjax.train.__main__.resolve(args.preset, args.settings)
+        assert all(tdjax.train.__main__.build(tree) is not None for tree in parts.values())
+
+
+def read_tiny(argv):
+    args = tdjax.train.tiny.__main__.build_parser().parse_intermixed_args(hyphens(argv))
+    assert tdjax.train.tiny.__main__.chosen_stages(args.stage) and tdjax.train.tiny.__main__.resolve(args.settings, args.scale)
+
+
+def read_convert(argv):
+    args = convert.__main__.build_parser().parse_intermixed_args(argv)
+    *sources, target = (Path(path) for path in args.paths)
+    convert.__main__.check(args, sources, target)
+
+
+def read_env(argv):
+    assert set(argv) <= {"--json", "--selftest"}
+
+
+READERS = {
+    "tdjax.generate": read_generate,
+    "tdjax.train": read_train,
+    "tdjax.train.tiny": read_tiny,
+    "tdjax.bench": tdjax.bench.parse,
+    "tdjax.env": read_env,
+    "convert": read_convert,
+    "convert.validate": lambda argv: convert.validate.build_parser().parse_args(argv),
+    "convert.quantize": lambda argv: convert.quantize.build_parser().parse_args(argv),
+    "pallas_kernels.bench": pallas_kernels.bench.parse,
+    "pytest": lambda argv: None,  # .ci/run executes it
+    "venv": lambda argv: None,
+}
+# Commands that the text names without their arguments, or with a word that stands for some.
+SHORT = {
+    "python -m convert",
+    "python -m convert.quantize",
+    "python -m convert --merge",
+    "python -m convert --lora",
+    "python -m tdjax.train PRESET key=value ...",
+}
+
+
+def read_pip(argv):
+    for word in argv:
+        for extra in re.findall(r"\[(\w+)\]", word):
+            assert extra in PROJECT["optional-dependencies"], f"no extra {extra}"
+
+
+def read(line: str) -> None:
+    line = line.strip()
+    if line in SHORT:
+        return None
+    program, *argv = shlex.split(line)
+    program = Path(program).name
+    if program == "pip":
+        return read_pip(argv)
+    if program == "jupyter":
+        assert argv[0] == "lab" and (ROOT / argv[1]).is_dir()
+        return None
+    if program == "mkdocs":
+        assert argv == ["build", "--strict"] and (ROOT / "mkdocs.yml").is_file()
+        return None
+    assert program in ("python", "python3") and argv[0] == "-m", line
+    try:
+        return READERS[argv[1]](argv[2:])
+    except SystemExit as error:
+        assert error.code in (0, None), f"{line}: its own parser refuses it"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=ids)
+def test_every_command_is_understood(path):
+    for line in commands(path):
+        read(line)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=ids)
+def test_every_command_that_a_notebook_names_is_understood(path):
+    for line in re.findall(r"`(python -m [^`]+)`", path.read_text()):
+        read(line.replace("NAME ...", "tdjax.env"))
+
+
+def test_a_wrong_command_would_be_found():
+    for line in ("python -m tdjax.generate --promt fox", "python -m tdjax.train sla-1.3b modle.weights=x", 'pip install -e ".[notebok]"'):
+        with pytest.raises((AssertionError, ValueError)):
+            read(line)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=ids)
+def test_fences_are_known(path):
+    text = path.read_text()
+    assert len(re.findall(r"^```", text, re.M)) == 2 * len(blocks(path))
+    for fence, body in blocks(path):
+        assert fence in FENCES, fence
+        if fence == "python":
+            ast.parse(body)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in PAGES if p != README and {"python", "sh run"} & {fence for fence, _ in blocks(p)}], ids=ids)
+def test_blocks_run(path, tmp_path, monkeypatch):
+    """A page's code from top to bottom in one folder, as a reader would try it."""
+    monkeypatch.setenv("TDJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    for fence, body in blocks(path):
+        if fence == "python":
+            argvs = [[sys.executable, "-c", body]]
+        elif fence == "sh run":
+            argvs = [[sys.executable, *shlex.split(line)[1:]] for line in body.splitlines()]
+        else:
+            continue
+        for argv in argvs:
+            done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, f"{argv}\n{done.stdout}\n{done.stderr}"
+
+
+# -- troubleshooting --------------------------------------------------------------------------------------------------------
+
+
+def template(node) -> str | None:
+    """A string of the source with an ellipsis for everything that is put in when it runs."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        parts = template(node.left), template(node.right)
+        return "".join(part or "…" for part in parts) if any(parts) else None
+    return None
+
+
+def test_quoted_messages_are_in_the_source():
+    """Headings of troubleshooting.md quote lines of messages; each is part of a string somewhere in the code."""
+    files = [path for package in ("tdjax", "convert", "pallas_kernels") for path in (ROOT / package).rglob("*.py")]
+    strings = {text for path in files for node in ast.walk(ast.parse(path.read_text())) if (text := template(node))}
+    quotes = [
+        q
+        for line in (ROOT / "docs/troubleshooting.md").read_text().splitlines()
+        if line.startswith("### ")
+        for q in re.findall("`([^`]+)`", line)
+    ]
+    assert len(quotes) > 50
+    for quote in quotes:
+        assert len(quote.replace("…", "").strip()) >= 6 and any(quote in text for text in strings), quote
+
+
+PARSERS = (arguments, convert.__main__, convert.quantize, convert.validate, tdjax.train.__main__, tdjax.train.tiny.__main__)
+
+
+@pytest.mark.parametrize("name", ["troubleshooting", "training", "index"])
+def test_options_that_pages_name_exist(name):
+    known = {"--strict", "--selftest"}.union(*(options_of(module.build_parser()) for module in PARSERS))
+    named = set(re.findall(r"(?<![\w-])--[a-z_]+", (ROOT / f"docs/{name}.md").read_text()))
+    assert named <= known, named - known
+
+
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+# -- links, paths, API ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PAGES, ids=ids)
+def test_paths_that_pages_name_exist(path):
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
+    for name in re.findall(r"`((?:docs|tests|tdjax|convert|pallas_kernels|notebooks)/[\w./]+)`", text):
+        assert (ROOT / name).exists() or name == "tdjax/assets/demo", name  # the trained demo model comes with a release
+    for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[\w-]+)?\)", text):
+        assert (path.parent / target).exists(), target
+
+
+def documented():
+    """(page, dotted name, object) of everything that the API pages show."""
+    for page in sorted((ROOT / "docs/api").glob("*.md")):
+        for name, options in re.findall(r"^::: ([\w.]+)\n((?:    .*\n)*)", page.read_text(), re.M):
+            owner, _, last = name.rpartition(".")
+            try:
+                found = importlib.import_module(name)
+            except ModuleNotFoundError:
+                found = getattr(importlib.import_module(owner), last)
+                yield page.name, name, found
+            members = re.search(r"members: \[(.*?)\]", options)
+            for member in filter(None, members[1].split(", ") if members else ()):
+                yield page.name, f"{name}.{member}", inspect.getattr_static(found, member)
+
+
+def test_what_the_api_pages_show_is_documented():
+    rows = list(documented())
+    assert len(rows) > 80
+    for page, name, found in rows:
+        found = getattr(found, "fget", found)
+        assert inspect.getdoc(found), f"{page}: {name} has no docstring"
+
+
+def test_public_names_are_on_the_api_pages():
+    shown = {name.rpartition(".")[2] for _, name, _ in documented()}
+    import pallas_kernels
+    import tdjax
+
+    missing = {*tdjax.__all__, *pallas_kernels.__all__} - shown - {"PRESETS", "__version__"}
+    assert not missing, missing
