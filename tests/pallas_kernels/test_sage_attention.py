@@ -1,3 +1,4 @@
+import described
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,7 +96,7 @@ def test_cuda_kernel_of_the_publishers(golden):
 def test_lowers_for_cuda_at_real_size():
     x = jax.ShapeDtypeStruct((1, 32760, 12, 128), jnp.bfloat16)
     proj = jax.ShapeDtypeStruct((128, 128), jnp.float32), jax.ShapeDtypeStruct((128,), jnp.float32)
-    jax.jit(lambda *a: sage_sparse_linear_attention(*a, topk=0.1)).trace(x, x, x, *proj).lower(lowering_platforms=("cuda",))
+    described.lower(described.trace(jax.jit(lambda *a: sage_sparse_linear_attention(*a, topk=0.1)), x, x, x, *proj))
 
 
 def test_errors():

@@ -2,19 +2,17 @@
 
 from functools import partial
 
+import described
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 from tolerances import assert_close
 
 import pallas_kernels.sage_attention as op
 from pallas_kernels import sparse_attention
 from pallas_kernels.sage_attention import triton, workloads
 from pallas_kernels.sparse_attention.forward import BOUND
-
-H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")  # jax 0.11 lowers for a known GPU only
 
 
 def normal(seed, *shape):
@@ -119,8 +117,7 @@ def test_cuda_kernel_of_the_publishers(golden):
 def test_real_shapes_lower_for_cuda(function, loads):
     args = jax.eval_shape(loads["wan1.3b_480p"].make, jax.random.key(0))
     run = partial(function, impl="triton", **({"topk": 0.1} if len(args) > 3 else {}))
-    with use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=H100)):
-        assert "attend_kernel" in jax.jit(run).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert "attend_kernel" in described.lower(described.trace(jax.jit(run), *args)).as_text()
 
 
 def test_it_is_forward_only():

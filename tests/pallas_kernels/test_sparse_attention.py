@@ -1,3 +1,4 @@
+import described
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,11 +191,11 @@ def test_memory_is_bounded_at_real_size_and_it_lowers_for_cuda(l, h):
     x = jax.ShapeDtypeStruct((1, l, h, 128), jnp.bfloat16)
     proj = jax.ShapeDtypeStruct((128, 128), jnp.float32), jax.ShapeDtypeStruct((128,), jnp.float32)
     run = lambda *a: op.sparse_linear_attention(*a, topk=0.1)
-    traced = jax.jit(run).trace(x, x, x, *proj)
-    traced.lower(lowering_platforms=("cuda",))
+    traced = described.trace(jax.jit(run), x, x, x, *proj)
+    described.lower(traced)
     assert largest(traced.jaxpr.jaxpr) <= max(reference.CHUNK_BYTES, x.size * 4 * 1.01)
-    backward = jax.jit(jax.grad(lambda *a: run(*a).astype(jnp.float32).sum(), range(5))).trace(x, x, x, *proj)
-    backward.lower(lowering_platforms=("cuda",))
+    backward = described.trace(jax.jit(jax.grad(lambda *a: run(*a).astype(jnp.float32).sum(), range(5))), x, x, x, *proj)
+    described.lower(backward)
     assert largest(backward.jaxpr.jaxpr) <= max(reference.CHUNK_BYTES, x.size * 4 * 1.01)
 
 

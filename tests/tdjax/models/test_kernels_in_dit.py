@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections import Counter
 
+import described
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +74,6 @@ def test_kernels_lower_for_cuda_at_real_size(attention, linear):
     arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     cfg = DiTConfig(attention=attention, linear=linear, impl="triton")
     model = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
-    lowered = run.trace(model, arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096)).lower(lowering_platforms=("cuda",))
+    lowered = described.lower(described.trace(run, model, arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096)))
     assert lowered.out_info.shape == (1, 21, 60, 104, 16)
     assert Counter(re.findall(r'name = "(\w+_kernel)"', lowered.as_text())) == LAUNCHED[attention, linear]

@@ -1,6 +1,7 @@
 import dataclasses
 from pathlib import Path
 
+import described
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -286,6 +287,6 @@ def test_fourteen_billion_parameters_cost_nothing_until_they_are_loaded():
 def test_lowers_for_cuda_at_real_size(attention, linear):
     model = abstract(DiTConfig(attention=attention, linear=linear))
     arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    lowered = run.trace(model, arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096)).lower(lowering_platforms=("cuda",))
+    lowered = described.lower(described.trace(run, model, arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096)))
     assert lowered.out_info.shape == (1, 21, 60, 104, 16)
     assert len(lowered.as_text()) < 1_000_000  # kernels travel in it; a table of the size of the video would be 16 MB
