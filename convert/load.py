@@ -19,7 +19,8 @@ from convert import merge
 from convert.detect import Detected, describe, detect, stored_dtypes
 from convert.files import Source, open_source
 from convert.rules import Binding, Claim, bind
-from convert.upload import upload
+from convert.tensor import Tensor
+from convert.upload import ahead, settle, upload
 from tdjax import checkpoint, filenames
 from tdjax.config import Config, DiTConfig
 
@@ -123,7 +124,37 @@ class Checkpoint:
         if device.platform in HOST or size < ON_DEVICE:
             return jax.device_put(self.final(claim, tuple(target.shape), np.dtype(target.dtype)), sharding).block_until_ready()
         out = upload([self.tensors[key] for key in claim.keys], claim.row, target, device).block_until_ready()
-        return out if sharding.device_set == {device} else jax.device_put(out, sharding)
+        here = sharding.device_set == {device} and sharding.memory_kind in (None, device.default_memory().kind)
+        return out if here else jax.device_put(out, sharding)
+
+    def layers(self, config: Config, prefix: str, device: jax.Device) -> Iterator[dict[str, jax.Array]]:
+        """{leaf name: its part of one layer, transposed and cast} for every layer of the stacked leaves below `prefix`, on the
+        device; threads read the next layers meanwhile."""
+        shapes = targets(self.kind, config)
+        claims = {name: claim for name, claim in self.binding(config).claims.items() if name.startswith(prefix)}
+        host = device.platform in HOST
+
+        def layer(i: int) -> dict[str, np.ndarray]:
+            values = {name: self.tensors[claim.keys[i]].read() for name, claim in claims.items()}
+            return {n: arrange(x, claims[n].row.layout, np.dtype(shapes[n].dtype)) for n, x in values.items()} if host else values
+
+        count = len(next(iter(claims.values())).keys)
+        for values in ahead(functools.partial(layer, i) for i in range(count)):
+            put = lambda n, x: jax.device_put(x, device) if host else settle(x, claims[n].row.layout, shapes[n].dtype, device)
+            yield {name: put(name, x) for name, x in values.items()}
+
+    def rows(self, config: Config, leaf: str, ids: np.ndarray) -> np.ndarray:
+        """Rows of a table on the host, each read by itself where the file allows it."""
+        claim, dtype = self.binding(config).claims[leaf], np.dtype(targets(self.kind, config)[leaf].dtype)
+        tensor = self.tensors[claim.keys[0]]
+        if claim.row.layout or not isinstance(tensor, Tensor) or not tensor.contiguous:
+            return self.final(claim, tuple(tensor.shape), dtype)[ids]
+        return np.concatenate([tensor.rows(i, i + 1).read() for i in map(int, ids)]).astype(dtype)
+
+    def leaf(self, config: Config, name: str) -> np.ndarray:
+        """One leaf on the host."""
+        target = targets(self.kind, config)[name]
+        return self.final(self.binding(config).claims[name], tuple(target.shape), np.dtype(target.dtype))
 
     def facts(self) -> dict[str, Any]:
         """What a report and a manifest say about this file, without its hash."""

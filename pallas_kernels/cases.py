@@ -32,7 +32,7 @@ SELF = {name: work for name, work in dense_shapes.WORKLOADS.items() if "text" no
 class Case:
     """run(impl, *args) is timed; prepare(impl, *args), where given, makes its arguments from the workload's, untimed.
 
-    exact(*args of the workload) is what the output should be, in float32; None leaves the error out. narrow: the share of the
+    exact(*args of the workload) is what the output should be. narrow: the share of the
     operations that 8-bit units could do, by implementation ("" for all others).
     """
 
@@ -40,7 +40,7 @@ class Case:
     impls: tuple[str, ...]
     workloads: Mapping[str, Workload]
     run: Callable
-    exact: Callable | None = None
+    exact: Callable
     prepare: Callable | None = None
     narrow: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -56,6 +56,11 @@ def wide(args):
 def exactly(run: Callable) -> Callable:
     """The reference on float32 arguments."""
     return lambda *args: run("reference", *wide(args))
+
+
+def plainly(run: Callable) -> Callable:
+    """The reference on the arguments as they are: for ops whose outputs are whole numbers or 8 bits."""
+    return partial(run, "reference")
 
 
 def sla(impl, *args):
@@ -185,7 +190,7 @@ CASES: dict[str, Case] = {
             name="sage_sparse", impls=("triton",), workloads=sage_shapes.SPARSE, run=int8_loop, exact=exactly(sparse),
             prepare=int8_operands, narrow={"": 0.5},
         ),
-        Case(name="block_map", impls=KERNEL, workloads=sparse_shapes.WORKLOADS, run=block_map),
+        Case(name="block_map", impls=KERNEL, workloads=sparse_shapes.WORKLOADS, run=block_map, exact=plainly(block_map)),
         Case(name="summaries", impls=KERNEL, workloads=sparse_shapes.WORKLOADS, run=summaries, exact=exactly(summaries)),
         Case(name="attention", impls=("cudnn", "triton"), workloads=dense_shapes.WORKLOADS, run=dense, exact=exactly(dense)),
         Case(
@@ -203,10 +208,10 @@ CASES: dict[str, Case] = {
             name="product", impls=LINEARS, workloads=linear_shapes.WORKLOADS, run=product, exact=float_layer,
             prepare=quantised_both, narrow=LINEAR_BITS,
         ),
-        Case(name="norm", impls=KERNEL, workloads=row_shapes.NORM, run=norm),
-        Case(name="gelu", impls=KERNEL, workloads=row_shapes.GELU, run=gelu),
-        Case(name="quantize_rows", impls=KERNEL, workloads=row_shapes.QUANTIZE, run=rows),
+        Case(name="norm", impls=KERNEL, workloads=row_shapes.NORM, run=norm, exact=plainly(norm)),
+        Case(name="gelu", impls=KERNEL, workloads=row_shapes.GELU, run=gelu, exact=plainly(gelu)),
+        Case(name="quantize_rows", impls=KERNEL, workloads=row_shapes.QUANTIZE, run=rows, exact=plainly(rows)),
         Case(name="qk_prep", impls=KERNEL, workloads=prep_shapes.WORKLOADS, run=prep, exact=exactly(prep)),
-        Case(name="quantize_keys", impls=KERNEL, workloads=prep_shapes.KEYS, run=keys),
+        Case(name="quantize_keys", impls=KERNEL, workloads=prep_shapes.KEYS, run=keys, exact=plainly(keys)),
     )
 }  # fmt: skip

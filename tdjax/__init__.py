@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 # Public names by the module that owns them. They are imported on first use (PEP 562), so that `import tdjax` costs
 # nothing and starts no device.
 _PUBLIC = {
-    "load": "tdjax.pipeline",
+    "load": "tdjax.opening",
     "Pipeline": "tdjax.pipeline",
     "Result": "tdjax.result",
     "PRESETS": "tdjax.config",

@@ -12,6 +12,7 @@ COMMANDS = {
     "bench": ("tdjax.bench", "time and memory of every stage, with random weights"),
     "train": ("tdjax.train.__main__", "SLA fine-tuning, rCM distillation, flow matching"),
     "env": ("tdjax.env", "versions, devices, caches"),
+    "cache": ("tdjax.cache", "what tdjax keeps on disk: list, remove"),
     "convert": ("convert.__main__", "published checkpoints to tdjax's layout and back"),
     "validate": ("convert.validate", "check a checkpoint: keys, values, forward, golden vectors"),
     "quantize": ("convert.quantize", "bf16 weights to W8A8"),

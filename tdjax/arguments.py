@@ -59,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompt_embeds", metavar="FILE", help=".safetensors written by --save_prompt_embeds; the text encoder is not loaded"
     )
     prompt.add_argument("--save_prompt_embeds", metavar="FILE", help="write the prompt's embeddings and stop")
+    prompt.add_argument(
+        "--prompt_cache", choices=("on", "off"), default="on", help="keep embeddings of prompts on disk (python -m tdjax.cache)"
+    )
     prompt.add_argument("--image_path", metavar="FILE", help="first frame (image-to-video)")
     prompt.add_argument("--fit", choices=("crop", "pad", "stretch", "adaptive"), help="image to frame (default crop)")
     prompt.add_argument("--adaptive_resolution", action="store_true", help="same as --fit adaptive")
@@ -106,7 +109,19 @@ def build_parser() -> argparse.ArgumentParser:
     speed.add_argument("--default_norm", action="store_true", help="accepted: LayerNorm is always the true one here")
     speed.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
     speed.add_argument("--vae_dtype", choices=("bfloat16", "float16", "float32"))
-    speed.add_argument("--low_memory", action="store_true", help="free every part as soon as its stage ends")
+    speed.add_argument(
+        "--text_encoder_device",
+        choices=("auto", "device", "stream"),
+        default="auto",
+        help="stream: a layer at a time, no weights stay; auto: streamed on a GPU unless --serve or --mesh, or where not all fits together",
+    )
+    speed.add_argument(
+        "--vae",
+        choices=("auto", "full", "tiled"),
+        default="auto",
+        help="decode whole frames or tiles; auto: tiles where a frame does not fit",
+    )
+    speed.add_argument("--low_memory", action="store_true", help="free every part as soon as its stage ends; stream the text encoder")
     speed.add_argument("--compile_cache_dir", metavar="DIR", help="persistent compile cache (default: user cache); none turns it off")
 
     out = p.add_argument_group("output")

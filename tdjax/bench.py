@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import platform
@@ -138,6 +139,7 @@ def measure(stage: str, what: str, function, module, *args, repeats: int, per: i
 
 
 def text_rows(cfg: TextConfig, repeats: int):
+    import jax
     import jax.numpy as jnp
 
     from tdjax import checkpoint, programs
@@ -145,6 +147,10 @@ def text_rows(cfg: TextConfig, repeats: int):
     ids = jnp.ones((1, cfg.text_len), jnp.int32)
     encoder = random_weights(checkpoint.abstract("text", cfg))
     yield measure("text", f"{cfg.text_len} tokens", programs.encode_text, encoder, ids, ids, repeats=repeats)[0]
+    block = jax.tree.map(lambda leaf: leaf[0], encoder.blocks)
+    del encoder
+    x = jnp.zeros((1, cfg.text_len, cfg.dim), cfg.policy.compute_dtype)
+    yield measure("text", f"one layer of {cfg.layers}, streamed", programs.text_layer, block, x, ids, repeats=repeats)[0]
 
 
 def vae_rows(cfg: VAEConfig, size: VideoSize, dit: DiTConfig, repeats: int):
@@ -154,11 +160,18 @@ def vae_rows(cfg: VAEConfig, size: VideoSize, dit: DiTConfig, repeats: int):
     from tdjax import checkpoint, programs
 
     vae = random_weights(checkpoint.abstract("vae", cfg))
-    what = f"{size.frames} frames of {size.width}x{size.height}"
-    video = jnp.zeros((1, size.frames, size.height, size.width, 3))
-    yield measure("vae encode", what, programs.encode_image, vae, video, repeats=repeats)[0]
-    latents = jax.random.normal(jax.random.key(0), (1, *size.latent_grid, dit.out_channels))
-    yield measure("vae decode", what, lambda vae, x: programs.decode(vae, x, output="uint8"), vae, latents, repeats=repeats)[0]
+    video = jnp.zeros((1, 1 + cfg.temporal, size.height, size.width, 3))
+    latents = jax.random.normal(jax.random.key(0), (1, 2, *size.latent_grid[1:], dit.out_channels))
+    rest = size.latent_grid[0] - 1
+    first, later = "first frame", f"chunk of {cfg.temporal} frames (one of {rest})"
+    decode_first = functools.partial(programs.decode_first, output="uint8")
+    decode_later = functools.partial(programs.decode_later, output="uint8")
+    row, (_, cache) = measure("vae encode", first, programs.encode_first, vae, video[:, :1], repeats=repeats)
+    yield row
+    yield measure("vae encode", later, programs.encode_later, vae, cache, video[:, 1:], repeats=repeats)[0]
+    row, (_, _, cache) = measure("vae decode", first, decode_first, vae, latents[:, :1], repeats=repeats)
+    yield row
+    yield measure("vae decode", later, decode_later, vae, cache, latents[:, 1:], repeats=repeats)[0]
 
 
 def dit_rows(cfg: DiTConfig, size: VideoSize, args):

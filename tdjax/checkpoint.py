@@ -111,12 +111,12 @@ class InGroups(ocp.type_handlers.ArrayHandler):
 def quiet():
     """Orbax tells the terminal about its own conventions through absl; users of this layout cannot act on that."""
     logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    severe = lambda record: record.levelno >= logging.CRITICAL  # one for each block: parts may be read by several threads
+    logger.addFilter(severe)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(severe)
 
 
 # Names ---------------------------------------------------------------------------------------------------------------

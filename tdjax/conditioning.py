@@ -22,17 +22,16 @@ class Tokens:
     mask: jax.Array | np.ndarray
 
 
-def image_video(pixels: np.ndarray, size: VideoSize) -> jax.Array:  # uint8 [H W 3] -> f32[1 T H W 3]
-    """The clip that the VAE encodes for image-to-video: the image in [-1, 1], then frames of zeros (mid grey).
+def first_frame(pixels: np.ndarray, size: VideoSize) -> np.ndarray:  # uint8 [H W 3] -> f32[1 1 H W 3]
+    """The image in [-1, 1]. For image-to-video the VAE encodes it with frames of zeros (mid grey) after it.
 
     Source: thu-ml/TurboDiffusion turbodiffusion/inference/wan2.2_i2v_infer.py.
     """
     if pixels.shape != (size.height, size.width, 3) or pixels.dtype != np.uint8:
         raise ValueError(
-            f"image_video takes uint8 {(size.height, size.width, 3)}, got {pixels.dtype} {pixels.shape}; use resolution.fit_image"
+            f"first_frame takes uint8 {(size.height, size.width, 3)}, got {pixels.dtype} {pixels.shape}; use resolution.fit_image"
         )
-    image = jnp.asarray(pixels.astype(np.float32) / np.float32(127.5) - np.float32(1))
-    return jnp.pad(image[None, None], ((0, 0), (0, size.frames - 1), (0, 0), (0, 0), (0, 0)))
+    return (pixels.astype(np.float32) / np.float32(127.5) - np.float32(1))[None, None]
 
 
 def first_frame_mask(shape: tuple[int, ...]) -> jax.Array:  # (b, t, h, w) -> f32[b t h w 4]
@@ -42,5 +41,5 @@ def first_frame_mask(shape: tuple[int, ...]) -> jax.Array:  # (b, t, h, w) -> f3
 
 
 def image_condition(latents: jax.Array) -> jax.Array:  # f32[b t h w c] -> f32[b t h w 4 + c]
-    """The channels beside the noisy latents of an image-to-video model: mask, then the normalised latents of `image_video`."""
+    """The channels beside the noisy latents of an image-to-video model: mask, then the normalised latents of the image's clip."""
     return jnp.concatenate([first_frame_mask(latents.shape[:-1]), latents.astype(jnp.float32)], axis=-1)

@@ -54,9 +54,9 @@ def near_files(path: Path) -> str:
 
 
 def leave(code: int) -> None:
-    """Exit a command with its code. After an interrupt at once: the runtime's threads may still be compiling, and do not stop in order."""
+    """Exit a command with its code. After a failure at once: threads may still be compiling or loading, and do not stop in order."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == 130:
+    if code:
         os._exit(code)
     sys.exit(code)

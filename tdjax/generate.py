@@ -104,7 +104,15 @@ def run(args) -> int:
         located = Located(name=args.model.lower(), layout="published", preset=args.model.lower(), distilled=preset.distilled)
         options = {"attention": args.attention_type, "quant": args.quant, "topk": args.sla_topk, "dtype": args.dtype}
         parts = planned_parts(preset, note=stages.note, **options)
-        pipe = Pipeline(located, parts, mesh=args.mesh, low_memory=args.low_memory, stages=stages)
+        pipe = Pipeline(
+            located,
+            parts,
+            mesh=args.mesh,
+            low_memory=args.low_memory,
+            stages=stages,
+            text_encoder_device=text_encoder_device(args),
+            vae=args.vae,
+        )
         check_model(args, pipe)
         stages.note(f"{args.model} is not downloaded: this plan comes from its preset")
         return dry_run(args, pipe, read_jobs(args, "dry run"))
@@ -119,6 +127,9 @@ def run(args) -> int:
         mesh=args.mesh,
         low_memory=args.low_memory,
         text_encoder=not args.prompt_embeds,
+        text_encoder_device=text_encoder_device(args),
+        vae=args.vae,
+        prompt_cache=args.prompt_cache == "on",
         lora=lora_weights(args.lora),
         lora_high=lora_weights(args.lora_high),
         lora_low=lora_weights(args.lora_low),
@@ -190,13 +201,27 @@ def run_jobs(args, pipe, todo: list[tuple[Job, list[Path]]]) -> int:
         arguments = call_arguments(args, job)
         if job.prompt in embeds:
             arguments["prompt_embeds"] = embeds[job.prompt][None]
-        outputs.write(args, pipe.stages, pipe(job.prompt, **arguments), paths)
+        make(args, pipe, job, paths, arguments)
     if args.profile and todo:
         import jax
 
         with jax.profiler.trace(args.profile):
             pipe(todo[-1][0].prompt, **call_arguments(args, todo[-1][0]))
     return report(args, pipe)
+
+
+def text_encoder_device(args) -> str:
+    """A command that ends after its videos reads the text encoder once: by streaming it, it gives the device's memory to the rest."""
+    import jax
+
+    once = not args.serve and not args.mesh and jax.default_backend() != "cpu"
+    return "stream" if args.text_encoder_device == "auto" and once else args.text_encoder_device
+
+
+def make(args, pipe, job: Job, paths: list[Path], arguments: dict) -> None:
+    """One job from prompt to complete files."""
+    with outputs.Files(args, pipe, job, paths, arguments) as files:
+        files.finish(pipe(job.prompt, **arguments, **files.listen))
 
 
 def check_model(args, pipe) -> None:
@@ -266,7 +291,7 @@ def serve(args, pipe) -> int:
                 job = Job(prompt=line, seed=now.seed, image=now.image_path, num_frames=now.num_frames)
                 pipe.request(line, **call_arguments(now, job))
                 ((_, paths),) = outputs.assign(now, pipe.name, [job], pipe.stages.note)
-                outputs.write(now, pipe.stages, pipe(line, **call_arguments(now, job)), paths)
+                make(now, pipe, job, paths, call_arguments(now, job))
         except (TdjaxError, OSError) as error:  # a bad line must not end the session that holds the weights
             print(f"error: {error}", file=sys.stderr)
     return report(args, pipe)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tdjax.arguments import Job
 from tdjax.errors import UsageError
-from tdjax.result import check_save, sidecar
+from tdjax.result import check_save, sidecar, write_json
+from tdjax.video import Writer
 
 DEFAULT = "output/{model}_{seed}_{index}.mp4"
 DEFAULT_ROWS = "output/{model}_{row}_{prompt_slug}_{seed}_{index}.mp4"  # prompt files: the row keeps equal prompts apart
@@ -80,16 +81,49 @@ def assign(args, name: str, jobs: list[Job], note) -> list[tuple[Job, list[Path]
     return todo
 
 
-def write(args, stages, result, paths: list[Path]) -> None:
-    """The files of one job; each path on stdout once its file is complete."""
-    if args.grid:
-        result = tiled(result)
-    for index, path in enumerate(paths):
-        with stages("write"):
-            overwrite = args.overwrite or bool(args.prompt_file)
-            result.save(path, index=index, crf=args.crf, metadata=args.metadata == "on", overwrite=overwrite)
-        line = {"path": str(path), "seed": result.seed, "index": index, "timings": result.timings}
-        print(json.dumps(line) if args.json else path, flush=True)
+class Files:
+    """The files of one job, encoded in a thread while the frames are decoded. None of them is there before `finish`.
+
+    with Files(args, pipe, job, paths, arguments) as files:
+        files.finish(pipe(job.prompt, **arguments, **files.listen))
+    """
+
+    def __init__(self, args, pipe, job: Job, paths: list[Path], arguments: dict):
+        self.args, self.stages, self.paths = args, pipe.stages, paths
+        self.options = {"crf": args.crf, "overwrite": args.overwrite or bool(args.prompt_file)}
+        self.facts = pipe.facts(pipe.request(job.prompt, **arguments))
+        self.writers: dict[int, Writer] = {}
+        whole = args.grid or any(path.suffix == ".safetensors" for path in paths)  # made of what is there at the end only
+        self.listen = {} if whole else {"on_frames": self.take}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for writer in self.writers.values():
+            writer.cancel()  # of no effect on one that is closed
+
+    def take(self, index: int, frames) -> None:
+        if index not in self.writers:
+            facts = json.dumps({**self.facts, "index": index, "fps": self.args.fps}) if self.args.metadata == "on" else None
+            self.writers[index] = Writer(self.paths[index], fps=self.args.fps, metadata=facts, **self.options)
+        self.writers[index].put(frames)
+
+    def finish(self, result) -> None:
+        """Complete every file; each path on stdout once it is there."""
+        metadata = self.args.metadata == "on"
+        if self.args.grid:
+            result = tiled(result)
+        for index, path in enumerate(self.paths):
+            with self.stages("write"):
+                if self.listen:
+                    self.writers[index].close()
+                    if metadata:
+                        write_json(sidecar(path), {**result.metadata, "index": index, "fps": self.args.fps})
+                else:
+                    result.save(path, index=index, metadata=metadata, **self.options)
+            line = {"path": str(path), "seed": result.seed, "index": index, "timings": result.timings}
+            print(json.dumps(line) if self.args.json else path, flush=True)
 
 
 def tiled(result):

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from convert import load as published
 from tdjax import checkpoint
@@ -27,6 +30,9 @@ KINDS = {
     "vae": ("a video VAE", "vae_path"),
     "text": ("a umT5 text encoder", "text_encoder_path"),
 }
+ENDS = 2**16  # bytes at each end of a file that stand for it in an identity
+LOADER = ThreadPoolExecutor(1, thread_name_prefix="load")  # parts that are loaded ahead, in the order in which they were asked for
+HOST_MEMORY = "pinned_host"
 Lora = tuple[tuple[str, float], ...]
 
 
@@ -34,7 +40,7 @@ class Part:
     """One network. kind: "text", "vae" or "dit". `module` is None until loaded; `config` says what it is loaded as."""
 
     def __init__(self, path: Path, kind: str, *, lora: Lora = ()):
-        self.path, self.mesh, self.module, self.lora = Path(path), None, None, lora
+        self.path, self.mesh, self.module, self.coming, self.lora = Path(path), None, None, None, lora
         self.ours = (self.path / "manifest.json").is_file()
         if self.ours:
             manifest = checkpoint.inspect(self.path)
@@ -59,7 +65,7 @@ class Part:
         """A part by its config alone, for a memory plan before any file is there."""
         part = cls.__new__(cls)
         part.path, part.mesh, part.module, part.kind, part.config, part.stored = Path(name), None, None, kind, config, config
-        part.lora = ()
+        part.lora, part.coming = (), None
         return part
 
     def abstract(self):
@@ -72,23 +78,97 @@ class Part:
     def load(self):
         """The module on the device; loading twice is loading once."""
         if self.module is None:
-            config = self.config
-            if isinstance(config, DiTConfig):  # linears are read as stored, then quantised or dequantised on the device
-                config = dataclasses.replace(config, linear=self.stored.linear)
-            where = None if self.mesh is None else shardings(abstract(self.kind, config), self.mesh)
-            module = checkpoint.restore(self.path, where, config)[1] if self.ours else self.file.load(config, where)
-            if isinstance(config, DiTConfig) and config.linear != self.config.linear:
-                module = with_linear(module, self.config.linear, free=True)
-                if self.mesh is not None:
-                    module = jax.device_put(module, shardings(module, self.mesh))
-            self.module = jax.block_until_ready(module)
+            coming, self.coming = self.coming, None
+            module = self.read() if coming is None else coming.result()
+            if jax.tree.leaves(module)[0].sharding.memory_kind == HOST_MEMORY:
+                there = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+                module, held = jax.block_until_ready(jax.device_put(module, there)), module
+                for leaf in jax.tree.leaves(held):
+                    leaf.delete()
+            self.module = module
         return self.module
 
+    def load_ahead(self, host: bool = False) -> None:
+        """Begin to load in a thread, one part after another; `load` then waits for it, and raises what went wrong.
+
+        host: only into the memory of the host, where the device's own is taken; `load` moves it.
+        """
+        if self.module is None and self.coming is None:
+            self.coming = LOADER.submit(self.read_to_host if host else self.read)
+
+    @property
+    def stageable(self) -> bool:
+        """Whether the host can hold the weights as the device will: on one device, and nothing left to quantise."""
+        unchanged = not isinstance(self.config, DiTConfig) or self.config.linear == self.stored.linear
+        return self.mesh is None and unchanged
+
+    def read_to_host(self):
+        """The weights in page-locked memory of the host. A published leaf passes through the device, which transposes it."""
+        there = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind=HOST_MEMORY)
+        if not self.ours:
+            return jax.block_until_ready(self.file.load(self.config, there))
+        module = abstract(self.kind, self.config)
+        leaves = [jax.device_put(self.leaf(name), there) for name in checkpoint.names(module)]
+        return jax.block_until_ready(jax.tree.unflatten(jax.tree.structure(module), leaves))
+
+    def read(self):
+        """The weights on the device, whatever is there already."""
+        config = self.config
+        if isinstance(config, DiTConfig):  # linears are read as stored, then quantised or dequantised on the device
+            config = dataclasses.replace(config, linear=self.stored.linear)
+        where = None if self.mesh is None else shardings(abstract(self.kind, config), self.mesh)
+        module = checkpoint.restore(self.path, where, config)[1] if self.ours else self.file.load(config, where)
+        if isinstance(config, DiTConfig) and config.linear != self.config.linear:
+            module = with_linear(module, self.config.linear, free=True)
+            if self.mesh is not None:
+                module = jax.device_put(module, shardings(module, self.mesh))
+        return jax.block_until_ready(module)
+
+    def layers(self, prefix: str) -> Iterator[dict[str, jax.Array]]:
+        """{leaf name: its part of one layer, on the device} for each layer of the stacked leaves below `prefix`, one after another.
+
+        A published file is read as its layers are asked for; a checkpoint of ours passes through host memory whole.
+        """
+        device = jax.local_devices()[0]
+        if not self.ours:
+            yield from self.file.layers(self.config, prefix, device)
+            return
+        names = [name for name in checkpoint.names(abstract(self.kind, self.config)) if name.startswith(prefix)]
+        leaves = {name: self.leaf(name) for name in names}
+        for i in range(len(leaves[names[0]])):
+            yield {name: jax.device_put(leaf[i], device) for name, leaf in leaves.items()}
+
+    def leaf(self, name: str) -> np.ndarray:
+        """One leaf on the host, in the dtype that it is loaded as."""
+        if not self.ours:
+            return self.file.leaf(self.config, name)
+        return checkpoint.read(self.path, name).astype(checkpoint.names(abstract(self.kind, self.config))[name].dtype)
+
+    def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Rows of a table on the host."""
+        return self.leaf(name)[ids] if self.ours else self.file.rows(self.config, name, ids)
+
     def free(self) -> None:
+        coming, self.coming = self.coming, None
+        if coming is not None and not coming.cancel():
+            coming.add_done_callback(dropped)
         if self.module is not None:
             for leaf in jax.tree.leaves(self.module):
                 leaf.delete()
             self.module = None
+
+    def identity(self) -> str:
+        """A hash that tells these weights from any others on this machine: size, date, beginning and end of every file."""
+        files = sorted(p for p in self.path.rglob("*") if p.is_file()) if self.ours else self.file.source.files
+        found = hashlib.sha256()
+        for file in files:
+            facts = file.stat()
+            found.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
+            with file.open("rb") as f:
+                found.update(f.read(ENDS))
+                f.seek(max(0, facts.st_size - ENDS))
+                found.update(f.read(ENDS))
+        return found.hexdigest()
 
     def fingerprint(self) -> dict:
         """Name, size and a quick hash (first and last MiB) of the file, or the source that our manifest recorded."""
@@ -102,6 +182,13 @@ class Part:
                 f.seek(max(0, file.stat().st_size - 2**20))
                 quick.update(f.read())
         return {"path": str(self.path), "bytes": sum(f.stat().st_size for f in files), "quick_sha256": quick.hexdigest()}
+
+
+def dropped(coming: Future) -> None:
+    """Weights that nobody waits for any more."""
+    if not coming.cancelled() and coming.exception() is None:
+        for leaf in jax.tree.leaves(coming.result()):
+            leaf.delete()
 
 
 def open_parts(

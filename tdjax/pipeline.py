@@ -1,4 +1,4 @@
-"""load() and Pipeline: the order of stages, what is resident when, and what is freed.
+"""Pipeline: the order of stages, what is resident when, and what is freed.
 
 text encoder -> embeddings      (then freed unless everything fits together)
 VAE encoder  -> image condition (image-to-video only)
@@ -10,110 +10,60 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from pathlib import Path
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from tdjax import demo, flow, plan, programs, sampler, teacher
-from tdjax.arguments import PATHS
-from tdjax.conditioning import image_condition, image_video
-from tdjax.config import I2V_SAMPLER, PRESETS, QUANT, T2V_SAMPLER, DiTConfig, VideoSize
+from tdjax import flow, plan, programs, spans
+from tdjax.conditioning import Tokens, first_frame, image_condition
+from tdjax.config import I2V_SAMPLER, PRESETS, T2V_SAMPLER, DiTConfig, VideoSize
 from tdjax.errors import NotFinite, UsageError
+from tdjax.frames import Coder
 from tdjax.guard import check_kernels
-from tdjax.locate import Located, cache_folder, locate
+from tdjax.locate import Located
 from tdjax.mesh import make_mesh
-from tdjax.parts import Lora, Part, check_vocabulary, open_parts, reference_notes
-from tdjax.request import Request, check_choice, make_request
+from tdjax.parts import Part, check_vocabulary, reference_notes
+from tdjax.prompt_cache import PromptCache
+from tdjax.prompts import TextEncoder
+from tdjax.request import Request, make_request
 from tdjax.resolution import fit_image, size_notes
 from tdjax.result import Result, describe
 from tdjax.stages import Stages
 from tdjax.tokenizer import Tokenizer, language_warnings, prompt_warnings
 
-
-def load(
-    model: str | Path = "demo",
-    *,
-    attention: str = "auto",
-    attention_impl: str = "auto",
-    quant: str = "auto",
-    dtype: str = "auto",
-    vae_dtype: str | None = None,
-    sla_topk: float | None = None,
-    mesh: str | None = None,
-    low_memory: bool = False,
-    text_encoder: bool = True,
-    lora: Lora = (),
-    lora_high: Lora = (),
-    lora_low: Lora = (),
-    revision: str | None = None,
-    offline: bool = False,
-    cache_dir: str | Path | None = None,
-    stages: Stages | None = None,
-    **paths: str | Path | None,
-) -> Pipeline:
-    """Open a model for generation. No weights are read yet: each stage loads its own.
-
-    model:      a name of PRESETS, a hub id (org/name), a published .pth or .safetensors file, a folder of published
-                files, a diffusers folder, a folder written by `python -m convert`, or "demo".
-    attention:  "auto" (sla where the weights have its projection), "original" (dense), "sla", "sagesla".
-    quant:      "auto" (as stored), "none" (dequantise at load), or quantise at load: "int8" (the published scheme, tiles of
-                128 x 128), "int8_channel" or "fp8" (a scale for each token and each output channel; faster on GPUs).
-    attention_impl: "auto", "reference", "triton" (the kernels of this package wherever there is one, in linear layers and norms
-                too), "cudnn" (dense attention).
-    dtype:      "auto" (bfloat16 on an accelerator, float32 on a CPU), "bfloat16", "float16", "float32".
-    mesh:       several devices for one video, for example "sp=4" or "tp=2,sp=2".
-    low_memory: free every part as soon as its stage ends, also where all would fit together.
-    text_encoder: False where only prompt_embeds will be given: the text encoder and the tokenizer need not be there.
-    lora:       ((file, weight), ...) merged at load into every expert; lora_high and lora_low into one.
-    paths:      dit_path, high_noise_model_path, low_noise_model_path, vae_path, text_encoder_path, tokenizer_path.
-    Raises CheckpointError for files that are missing, damaged or of another kind; UsageError for bad arguments.
-    """
-    check_choice("attention", attention, ("auto", "original", "dense", "sla", "sagesla"))
-    check_choice("quant", quant, QUANT)
-    check_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
-    check_choice("vae_dtype", vae_dtype or dtype, ("auto", "bfloat16", "float16", "float32"))
-    check_choice("attention_impl", attention_impl, ("auto", "reference", "triton", "cudnn"))
-    for name in paths:
-        check_choice("an argument of load", name, PATHS)
-    stages = stages or Stages(show=False)
-    if str(model) == "demo" and not any(paths.values()):
-        model = demo.folder(Path(cache_dir) if cache_dir else cache_folder())
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    with stages("open"):
-        wanted = ("dit", "vae", "text", "tokenizer") if text_encoder else ("dit", "vae")
-        located = locate(str(model), revision=revision, offline=offline, parts=wanted, **paths)
-        for line in located.warnings:
-            stages.note(line)
-        parts = open_parts(
-            located,
-            attention=attention,
-            impl=attention_impl,
-            quant=quant,
-            topk=sla_topk,
-            dtype=dtype,
-            vae_dtype=vae_dtype or dtype,
-            lora={"dit": (*lora, *lora_high), "dit_low": (*lora, *lora_low)},
-            note=stages.note,
-        )
-    return Pipeline(located, parts, mesh=mesh, low_memory=low_memory, stages=stages)
+TEXT_DEVICES, VAE_WAYS = ("auto", "device", "stream"), ("auto", "full", "tiled")
 
 
 class Pipeline:
-    """Text or image to video. Made by `load`; call it with a prompt, see `__call__`."""
+    """Text or image to video. Made by `tdjax.load`; call it with a prompt, see `__call__`."""
 
-    def __init__(self, located: Located, parts: dict[str, Part], *, mesh: str | None, low_memory: bool, stages: Stages):
-        self.parts, self.low_memory, self.stages = parts, low_memory, stages
+    def __init__(
+        self,
+        located: Located,
+        parts: dict[str, Part],
+        *,
+        mesh: str | None,
+        low_memory: bool,
+        stages: Stages,
+        text_encoder_device: str = "auto",
+        vae: str = "auto",
+        prompt_cache: PromptCache | None = None,
+    ):
+        self.parts, self.low_memory, self.stages, self.text_encoder_device = parts, low_memory, stages, text_encoder_device
+        self.vae = vae
         self.mesh = make_mesh(mesh, self.config)
+        if self.mesh is not None and text_encoder_device == "stream":
+            raise UsageError("text_encoder_device stream with a mesh", "layers are streamed to one device", "use device, or no mesh")
         for part in parts.values():
             part.mesh = self.mesh
         self.programs = programs.Programs(self.mesh)
-        self.kernels_checked = False
+        self.coder = Coder(self.programs, self.parts["vae"], stages)
+        self.kernels_checked, self.begun = False, set()
         self.tokenizer = None if located.tokenizer is None else Tokenizer(located.tokenizer, self.text_len)
         check_vocabulary(self.tokenizer, parts.get("text"))
+        self.text = TextEncoder(self.programs, parts["text"], self.tokenizer, prompt_cache, stages) if "text" in parts else None
         facts, preset = located.facts, PRESETS.get(located.preset or "")
         self.name = facts.get("name", located.name)
         self.trained, self.prompts, self.language = facts.get("trained", True), facts.get("prompts", []), facts.get("language")
@@ -139,8 +89,6 @@ class Pipeline:
     def text_len(self) -> int:
         return self.parts["text"].config.text_len if "text" in self.parts else self.config.text_len
 
-    # -- before anything runs ------------------------------------------------------------------------------------------
-
     def request(self, prompt: str | list[str] | None = None, **arguments: Any) -> Request:
         """The checked arguments of a call; raises UsageError before any long work."""
         prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
@@ -158,8 +106,25 @@ class Pipeline:
 
     def plan(self, request: Request) -> list[plan.StagePlan]:
         """Memory of each stage for a request; nothing is loaded."""
+        return self.plan_with(request, stream_text=self.streams_text(request), tiled=self.tiled(request))
+
+    def plan_with(self, request: Request, **choices: bool) -> list[plan.StagePlan]:
         parts = {name: (part.config, part.abstract()) for name, part in self.parts.items()}
-        return plan.stage_plans(parts, request.size, image=self.task == "i2v", guided=request.sampler.guidance != 1.0)
+        return plan.stage_plans(parts, request.size, image=self.task == "i2v", guided=request.sampler.guidance != 1.0, **choices)
+
+    def streams_text(self, request: Request) -> bool:
+        """Whether the text encoder passes through the device layer by layer."""
+        if self.text_encoder_device != "auto" or self.mesh is not None:
+            return self.text_encoder_device == "stream"
+        plans = self.plan_with(request, tiled=self.tiled(request))
+        return not plan.keep_resident(plans, plan.memory_limit(), self.low_memory)
+
+    def tiled(self, request: Request) -> bool:
+        """Whether frames are decoded in tiles: as asked for, else where the whole frame does not fit."""
+        if self.vae != "auto":
+            return self.vae == "tiled"
+        limit = plan.memory_limit()
+        return limit is not None and self.plan_with(request)[-1].total > 0.9 * limit
 
     def keep(self, request: Request) -> bool:
         """Whether all weights stay on the device between stages."""
@@ -173,21 +138,43 @@ class Pipeline:
         if self.task == "i2v" and arguments.get("image") is None:
             arguments["image"] = np.zeros((self.size.height, self.size.width, 3), np.uint8)
         request = self.request(prompt, **arguments)
-        if "text" in self.parts:
-            self.text_program()
-        grid = self.latent_shape(request)
-        shape = self.programs.shape
+        if self.text is not None:
+            self.text.layer_programs() if self.streams_text(request) else self.text.program()
+        for wait in (False, True):
+            with contextlib.nullcontext() if wait else self.programs.ahead():
+                self.later_programs(request, (False, True))  # the whole loop, and its single steps for a terminal
+
+    def later_programs(self, request: Request, singles: tuple[bool, ...]) -> None:
+        """Those of every stage after the text encoder."""
+        grid, shape = self.latent_shape(request), self.programs.shape
         condition = None
         if self.task == "i2v":
-            self.programs.get(self.stages, "vae encode", programs.encode_image, self.parts["vae"].abstract(), self.video_shape(request))
+            self.coder.encoder(request.size)
             condition = shape((*grid[:-1], self.config.condition_channels))
         text = shape((self.text_rows(request), self.text_len, self.config.text_dim), self.config.policy.compute_dtype)
-        for single in (False, True):  # the whole loop, and its single steps for a terminal
-            state, chunks = self.start(request, jax.random.key(0), single=single)
-            for chunk, *_ in chunks:
-                self.denoise_program(request, self.programs.place(state), text, condition, self.programs.place(chunk))
+        for single in singles:
+            begun = jax.eval_shape(lambda key, single=single: spans.arrays(self.start(request, key, single=single)), jax.random.key(0))
+            state, chunks = jax.tree.map(lambda x: shape(x.shape, x.dtype), begun)
+            for chunk in chunks:
+                self.denoise_program(request, state, text, condition, chunk)
         if request.output_type != "latent":
-            self.decode_program(request)
+            self.coder.decoder(grid, request.output_type, self.tiled(request))
+
+    def begin(self, request: Request) -> None:
+        """Where everything fits together: threads compile the programs of all stages, and load weights in the order of stages, while
+        the first stage runs. Elsewhere each stage makes its program, which takes memory too, and then loads."""
+        if not self.keep(request):
+            return
+        single = self.stages.show
+        facts = (request.size, request.sampler, request.output_type, single)
+        if facts not in self.begun:
+            self.begun.add(facts)
+            with self.programs.ahead():
+                self.later_programs(request, (single,))
+        swap = flow.split_times(flow.times(request.sampler), request.sampler.boundary)
+        experts = [name for name in ("dit", "dit_low") if name == "dit" or (name in self.parts and swap < request.sampler.steps)]
+        for name in ("vae", *experts) if self.task == "i2v" else experts if request.output_type == "latent" else (*experts, "vae"):
+            self.parts[name].load_ahead()
 
     # -- the stages ----------------------------------------------------------------------------------------------------
 
@@ -210,21 +197,33 @@ class Pipeline:
                 part.load()
         return part.module
 
-    def text_program(self):
-        row = self.programs.shape((1, self.text_len), jnp.int32)
-        return self.programs.get(self.stages, "text", programs.encode_text, self.parts["text"].abstract(), row, row)
+    def ready(self, name: str, request: Request, program):
+        """(what `program` gives, the module of a part): side by side where memory is ample, else the program first."""
+        if self.keep(request):
+            with self.programs.ahead():
+                program()
+            module = self.loaded(name, request)
+            return program(), module
+        run = program()
+        return run, self.loaded(name, request)
 
     def embed(self, prompts: str | list[str], *, request: Request | None = None) -> np.ndarray:
-        """Prompts -> embeddings [b s d] on the host, one prompt at a time through the text encoder."""
+        """Prompts -> embeddings [b s d] on the host: from the cache, or one prompt at a time through the text encoder."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if self.tokenizer is None or "text" not in self.parts:
+        if self.tokenizer is None or self.text is None:
             raise UsageError("this model was opened without a text encoder", "a prompt cannot be encoded", "give prompt_embeds")
         request = request or Request(prompts=tuple(prompts), size=self.size, sampler=self.sampler)
-        tokens, run = self.tokenizer.encode(prompts), self.text_program()
-        encoder = self.loaded("text", request)
+        return self.text.embed(prompts, functools.partial(self.encode_text, request))
+
+    def encode_text(self, request: Request, tokens: Tokens) -> np.ndarray:
+        """Tokens [b s] -> [b s d] on the host; the encoder is freed where weights do not stay."""
+        if self.parts["text"].module is None and self.streams_text(request):
+            self.text.layer_programs()
+            with self.stage("text, layer by layer", request):
+                return self.text.streamed(tokens)
+        _, encoder = self.ready("text", request, self.text.program)
         with self.stage("text", request):
-            rows = [run(encoder, *self.programs.place((tokens.ids[i : i + 1], tokens.mask[i : i + 1]))) for i in range(len(prompts))]
-            embeds = np.concatenate([np.asarray(row) for row in rows])
+            embeds = self.text.whole(encoder, tokens)
         if not self.keep(request):
             self.parts["text"].free()
         return embeds
@@ -241,34 +240,19 @@ class Pipeline:
         dtype = self.config.policy.compute_dtype
         return [np.concatenate([row[None], rows[len(prompts) :]]).astype(dtype) if negative else row[None].astype(dtype) for row in embeds]
 
-    def video_shape(self, request: Request):
-        return self.programs.shape((1, request.size.frames, request.size.height, request.size.width, 3))
-
     def encode_image(self, request: Request):
         """The image as condition f32[1 t h w 20]: mask of the first latent frame, and latents of the image and grey frames."""
-        run = self.programs.get(self.stages, "vae encode", programs.encode_image, self.parts["vae"].abstract(), self.video_shape(request))
-        vae = self.loaded("vae", request)
+        _, vae = self.ready("vae", request, lambda: self.coder.encoder(request.size))
         with self.stage("vae encode", request):
-            video = self.programs.place(image_video(fit_image(request.image, request.size, request.fit), request.size))
-            return jax.block_until_ready(self.programs.place(image_condition(run(vae, video))))
+            image = first_frame(fit_image(request.image, request.size, request.fit), request.size)
+            latents = self.coder.encode(vae, image, request.size)
+            return jax.block_until_ready(self.programs.place(image_condition(self.programs.place(latents))))
 
     def start(self, request: Request, key, *, single: bool):
-        """(state, [(schedule, first step, last step + 1, expert)]): the loop cut where experts change, or into single steps
-        where progress is shown. A cut changes no bit of the result."""
-        cfg, shape = request.sampler, self.latent_shape(request)
-        noise = programs.start_noise(key, cfg.steps if cfg.mode == "sde" else 1, shape)
-        first = noise[0] if request.latents is None else jnp.array(request.latents, jnp.float32)  # a copy: the state is donated
-        times = flow.times(cfg)
-        swap = flow.split_times(times, cfg.boundary) if "dit_low" in self.parts else cfg.steps
-        cuts = sorted({0, swap, cfg.steps} | (set(range(cfg.steps)) if single else set()))
-        spans = [(a, b, "dit" if a < swap else "dit_low") for a, b in zip(cuts, cuts[1:], strict=False)]
-        if cfg.few_step:
-            state, later = sampler.start(first, times), sampler.injected(noise)
-            cut = lambda a, b: (later[a:b] if cfg.mode == "sde" else None, jnp.asarray(times[a : b + 1]))
-        else:
-            state, rows = sampler.teacher_start(first), teacher.rows(cfg)
-            cut = lambda a, b: jax.tree.map(jnp.asarray, rows.part(a, b))
-        return state, [(cut(a, b), a, b, name) for a, b, name in spans]
+        """(state, [Span]), see `tdjax.spans`."""
+        return spans.start(
+            request.sampler, self.latent_shape(request), key, request.latents, experts="dit_low" in self.parts, single=single
+        )
 
     def denoise_program(self, request: Request, state, text, condition, chunk):
         cfg, model = request.sampler, self.parts["dit"].abstract()
@@ -280,42 +264,51 @@ class Pipeline:
     def denoise(self, request: Request, key, text, condition):
         """-> latents f32[1 t h w c] on the device. Raises NotFinite with the first bad step."""
         steps, keep, finite = request.sampler.steps, self.keep(request), []
-        state, chunks = self.start(request, key, single=self.stages.show)
+        state, cut = self.start(request, key, single=self.stages.show)
         state = self.programs.place(state)
-        for chunk, first, last, name in chunks:
+        for chunk, first, last, name in cut:
             chunk = self.programs.place(chunk)
-            run = self.denoise_program(request, state, text, condition, chunk)
             if name == "dit_low" and not keep:
                 self.parts["dit"].free()
-            model = self.loaded(name, request)
+            run, model = self.ready(name, request, functools.partial(self.denoise_program, request, state, text, condition, chunk))
+            if name == "dit" and not keep and cut[-1].expert == "dit_low":
+                self.stage_second(request)
             label = "denoise" if last - first > 1 or steps == 1 else f"denoise: step {first + 1} of {steps}"
             with self.stage(label, request):
                 state, ok = run(model, state, text, condition, chunk)
                 finite += np.asarray(ok).tolist()
         if not keep:
-            self.parts[chunks[-1][3]].free()
+            self.parts[cut[-1].expert].free()
         if request.check == "finite" and not all(finite):
             raise plan.not_finite(finite.index(False) + 1, steps, self.config)
         return state if request.sampler.few_step else state.x
 
-    def decode_program(self, request: Request):
-        latents = self.programs.shape(self.latent_shape(request))
-        return self.programs.get(
-            self.stages, "vae decode", programs.decode, self.parts["vae"].abstract(), latents, output=request.output_type
-        )
+    def stage_second(self, request: Request) -> None:
+        """The second expert is read into the host's memory while the first one runs, where there is room."""
+        part = self.parts["dit_low"]
+        high = next(p for p in self.plan(request) if p.name.startswith("denoise"))
+        if part.stageable and plan.may_stage(high, part.abstract(), plan.memory_limit()):
+            part.load_ahead(host=True)
 
-    def decode(self, request: Request, latents) -> np.ndarray:
-        """Latents f32[1 t h w c] -> uint8 (or float32 in [0, 1]) [1 T H W 3] on the host."""
-        run, vae = self.decode_program(request), self.loaded("vae", request)
+    def decode(self, request: Request, latents: np.ndarray, index: int = 0) -> np.ndarray:
+        """Latents f32[1 t h w c] -> uint8 (or float32 in [0, 1]) [1 T H W 3] on the host; chunks go to `on_frames` as they come."""
+        tiled = self.tiled(request)
+        _, vae = self.ready("vae", request, lambda: self.coder.decoder(latents.shape, request.output_type, tiled))
+        size, start = request.size, 0
+        video = np.empty((1, size.frames, size.height, size.width, 3), np.uint8 if request.output_type == "uint8" else np.float32)
         with self.stage("vae decode", request):
-            frames, finite = run(vae, latents)
-            if request.check == "finite" and not bool(finite):
-                raise NotFinite(
-                    "the VAE decoder gave NaN or infinity: no video was written",
-                    f"it ran in {self.parts['vae'].config.policy.compute}, on finite latents",
-                    "try --vae_dtype float32; check the file with python -m convert.validate --level values",
-                )
-            return np.asarray(frames)
+            for frames, finite in self.coder.decode(vae, latents, request.output_type, tiled):
+                if request.check == "finite" and not finite:
+                    raise NotFinite(
+                        "the VAE decoder gave NaN or infinity: no video was written",
+                        f"it ran in {self.parts['vae'].config.policy.compute}, on finite latents",
+                        "try --vae_dtype float32; check the file with python -m convert.validate --level values",
+                    )
+                chunk = video[0, start : start + len(frames)]
+                chunk[...], start = frames, start + len(frames)
+                if request.on_frames is not None:
+                    request.on_frames(index, chunk)
+        return video
 
     # -- the call ------------------------------------------------------------------------------------------------------
 
@@ -326,7 +319,8 @@ class Pipeline:
         image (path, PIL image or uint8 [H W 3]); fit "crop" | "pad" | "stretch" | "adaptive"; resolution and aspect_ratio, or
         width and height; num_frames (4k+1); num_steps, sigma_max, mid_t, sampler, boundary, shift, guidance_scale,
         negative_prompt; seed, or key (a jax.random key); num_samples; latents (start noise [1 t h w c]); prompt_embeds [b s d];
-        output_type "uint8" | "float" | "latent"; check "finite" | "none". Names of diffusers and TurboDiffusion are accepted.
+        output_type "uint8" | "float" | "latent"; check "finite" | "none"; on_frames(index, frames), called with each chunk
+        [t H W 3] of video number `index` as soon as it is decoded. Names of diffusers and TurboDiffusion are accepted.
 
         Same seed, shapes, version and device kind: same bits. Sample i of a prompt uses fold_in(key, i).
         """
@@ -341,6 +335,7 @@ class Pipeline:
                 raise
             raise plan.out_of_memory("compile", self.plan(request), plan.memory_limit()) from error
         finally:
+            self.programs.forget()
             if not self.keep(request):
                 self.free()
         timings = self.stages.seconds(first)
@@ -350,14 +345,19 @@ class Pipeline:
             seed=request.seed,
             fps=request.fps,
             timings=timings,
-            metadata=describe(self.name, self.trained, request, self.parts, timings),
+            metadata={**self.facts(request), "timings": timings},
         )
+
+    def facts(self, request: Request) -> dict[str, Any]:
+        """Everything needed to make the same videos again, as JSON values."""
+        return describe(self.name, self.trained, request, self.parts)
 
     def videos(self, request: Request) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """(latents, frames) of every prompt and sample, through all stages."""
         if not self.kernels_checked:
             check_kernels(self.config, self.stages)
             self.kernels_checked = True
+        self.begin(request)
         texts, keep = self.texts(request), self.keep(request)
         condition = self.encode_image(request) if self.task == "i2v" else None
         key = jax.random.key(request.seed) if request.key is None else request.key
@@ -370,7 +370,7 @@ class Pipeline:
                 x = self.denoise(request, jax.random.fold_in(key, sample), text, condition)
                 latents.append(np.asarray(x))
                 if request.output_type != "latent":
-                    frames.append(self.decode(request, x))
+                    frames.append(self.decode(request, latents[-1], len(frames)))
         return latents, frames
 
     def warnings(self, request: Request) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,8 +16,11 @@ import numpy as np
 from tdjax.config import DiTConfig, TextConfig, VAEConfig, VideoSize
 from tdjax.errors import NotFinite, OutOfMemory
 from tdjax.models.wan_vae import cache_bytes
+from tdjax.tiles import tiling
 
 GIB = 2**30
+DECODE_STEPS, ENCODE_STEPS = 9.5, 10  # activations of a chunk at full resolution that a VAE program holds at its worst moment
+STREAMED_LAYERS = 3  # of the text encoder on the device: one that runs, one that waits, one that arrives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,31 +57,34 @@ def dit_working(cfg: DiTConfig, size: VideoSize, batch: int) -> int:
     return text + stream + max(attention + sparse, mlp)
 
 
-def vae_working(cfg: VAEConfig, size: VideoSize, encode: bool) -> int:
-    """The cache, the activations of one scan step at full resolution, and the pixels: factors fitted to XLA's own count on
-    an H100 (docs/performance.md)."""
-    item, frame = np.dtype(cfg.policy.compute).itemsize, size.height * size.width
+def vae_working(cfg: VAEConfig, height: int, width: int, *, encode: bool) -> int:
+    """The cache and the activations of one chunk at full resolution; frames come and go. The factors are XLA's own count for an
+    H100 (docs/performance.md)."""
+    item, frame = np.dtype(cfg.policy.compute).itemsize, height * width
     step = 4 * cfg.multipliers[0] * cfg.dim * frame * item  # one activation of four frames at full resolution
-    pixels = size.frames * frame * 3
-    cache = cache_bytes(cfg, size.height, size.width, encode=encode)
-    return cache + int(9 * step) + pixels * 4 if encode else cache + int(10.5 * step) + pixels * (item + 1)
+    return cache_bytes(cfg, height, width, encode=encode) + int((ENCODE_STEPS if encode else DECODE_STEPS) * step)
 
 
-def stage_plans(parts: dict, size: VideoSize, *, image: bool, guided: bool) -> list[StagePlan]:
+def stage_plans(
+    parts: dict, size: VideoSize, *, image: bool, guided: bool, stream_text: bool = False, tiled: bool = False
+) -> list[StagePlan]:
     """parts: {"text"|"vae"|"dit"|"dit_low": (config, abstract module)} -> the stages in the order they run."""
     plans = []
     if "text" in parts:
         cfg, module = parts["text"]
-        plans.append(StagePlan("text", module_bytes(module), text_working(cfg, 1)))
+        weights = STREAMED_LAYERS * module_bytes(module.blocks) // cfg.layers if stream_text else module_bytes(module)
+        plans.append(StagePlan("text", weights, text_working(cfg, 1)))
     vae_cfg, vae = parts["vae"]
     if image:
-        plans.append(StagePlan("vae encode", module_bytes(vae), vae_working(vae_cfg, size, encode=True)))
+        plans.append(StagePlan("vae encode", module_bytes(vae), vae_working(vae_cfg, size.height, size.width, encode=True)))
     for name in ("dit", "dit_low"):
         if name in parts:
             cfg, module = parts[name]
             label = "denoise" if "dit_low" not in parts else ("denoise (high noise)" if name == "dit" else "denoise (low noise)")
             plans.append(StagePlan(label, module_bytes(module), dit_working(cfg, size, 2 if guided else 1)))
-    plans.append(StagePlan("vae decode", module_bytes(vae), vae_working(vae_cfg, size, encode=False)))
+    sides = (size.height // vae_cfg.spatial, size.width // vae_cfg.spatial)
+    height, width = (n * vae_cfg.spatial for n in (tiling(*sides).size if tiled else sides))
+    plans.append(StagePlan("vae decode", module_bytes(vae), vae_working(vae_cfg, height, width, encode=False)))
     return plans
 
 
@@ -95,6 +102,21 @@ def keep_resident(plans: list[StagePlan], limit: int | None, low_memory: bool) -
         return True
     weights = sum(p.weights for p in plans if p.name != "vae encode")  # the VAE stands in two stages
     return weights + max(p.working for p in plans) < 0.9 * limit
+
+
+def may_stage(working_stage: StagePlan, module, limit: int | None) -> bool:
+    """Whether a module can be read into the host's memory while a stage runs: the host has room for it, and the device for its largest
+    leaf twice (it is transposed there). Not where the device does not report its memory: that is the host's own."""
+    largest = max(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(module))
+    room = limit is not None and working_stage.total + 2 * largest < 0.9 * limit
+    return room and 1.2 * module_bytes(module) < host_available()
+
+
+def host_available() -> int:
+    """Bytes that the host could give to a process (Linux; 0 elsewhere)."""
+    file = Path("/proc/meminfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
 
 
 def table(plans: list[StagePlan], limit: int | None) -> str:

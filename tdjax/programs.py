@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tdjax import sampler
+from tdjax.models.umt5 import without_padding
+
+COMPILERS = 4  # programs that are compiled at the same time
 
 
 def encode_text(encoder, ids, mask):
@@ -15,14 +22,39 @@ def encode_text(encoder, ids, mask):
     return encoder(ids, mask)
 
 
-def encode_image(vae, video):
-    """f32[b T H W 3] in [-1, 1] -> normalised latents f32[b t h w c]."""
-    return vae.encode(video)
+def text_layer(block, x, mask):
+    """One layer of the text encoder: x [b s d] -> [b s d]."""
+    return block(x, mask)
 
 
-def decode(vae, latents, *, output: str):
-    """Normalised latents -> (uint8 or float32 in [0, 1] [b T H W 3], whether all of it was finite)."""
-    video = vae.decode(latents)
+def text_end(norm, x, mask):
+    """What the encoder does after its last layer."""
+    return without_padding(norm(x), mask)
+
+
+def encode_first(vae, video):
+    """The first frame f32[b 1 H W 3] in [-1, 1] -> (normalised latents f32[b 1 h w c], cache)."""
+    return vae.encode_chunk(video)
+
+
+def encode_later(vae, cache, video):
+    """Four frames f32[b 4 H W 3] after those that the cache remembers -> (latents f32[b 1 h w c], cache)."""
+    return vae.encode_chunk(video, cache)
+
+
+def decode_first(vae, latents, *, output: str):
+    """The first latent frame f32[b 1 h w c] -> (its frame [b 1 H W 3], whether all of it was finite, cache)."""
+    return decode_later(vae, None, latents, output=output)
+
+
+def decode_later(vae, cache, latents, *, output: str):
+    """A latent frame after those that the cache remembers -> (frames [b 4 H W 3], whether all of it was finite, cache)."""
+    video, cache = vae.decode_chunk(latents, cache)
+    return *pixels(video, output), cache
+
+
+def pixels(video, output: str):
+    """f32 in [-1, 1] -> (uint8, or float32 in [0, 1]; whether all of it was finite)."""
     finite, video = jnp.isfinite(video).all(), jnp.clip(video, -1.0, 1.0)
     if output == "uint8":
         return jnp.round((video + 1.0) * 127.5).astype(jnp.uint8), finite
@@ -63,7 +95,7 @@ def denoise_guided(model, state, text, image, schedule, *, guidance: float):
 
 
 class Programs:
-    """Compiled executables by function, static arguments and shapes; compile time is a stage of its own.
+    """Compiled executables by function, static arguments and shapes; waiting for the compiler is a stage of its own.
 
     With a mesh, weights lie as their shapes say and everything else is whole on every device.
     """
@@ -71,6 +103,9 @@ class Programs:
     def __init__(self, mesh=None):
         self.mesh = mesh
         self.compiled: dict = {}
+        self.asking = False
+        self.coming: dict[Any, Future] = {}
+        self.pool: ThreadPoolExecutor | None = None
 
     @property
     def whole(self):
@@ -84,18 +119,41 @@ class Programs:
         return jax.device_put(tree, self.whole)
 
     def get(self, stages, label: str, function, *args, donate: tuple[int, ...] = (), **static):
-        """The executable for these arguments (arrays or shapes); compiled on first use."""
+        """The executable for these arguments (arrays or shapes); compiled on first use. Within `ahead` it is asked for: None."""
         leaves, structure = jax.tree.flatten(args)
         key = (function, tuple(sorted(static.items())), structure, tuple((tuple(x.shape), str(x.dtype)) for x in leaves))
-        if key not in self.compiled:
-            with stages(f"compile {label}"):
-                jitted = jax.jit(lambda *a: function(*a, **static), donate_argnums=donate, out_shardings=self.whole)
-                if self.mesh is None:
-                    self.compiled[key] = jitted.lower(*args).compile()
-                else:
-                    with jax.set_mesh(self.mesh):
-                        self.compiled[key] = jitted.lower(*args).compile()
+        if key in self.compiled:
+            return self.compiled[key]
+        make = lambda: self.compile(jax.jit(lambda *a: function(*a, **static), donate_argnums=donate, out_shardings=self.whole), args)
+        if self.asking:
+            self.pool = self.pool or ThreadPoolExecutor(COMPILERS, thread_name_prefix="compile")
+            if key not in self.coming:
+                self.coming[key] = self.pool.submit(make)
+            return None
+        with stages(f"compile {label}"):
+            future = self.coming.pop(key, None)
+            self.compiled[key] = make() if future is None else future.result()
         return self.compiled[key]
+
+    def compile(self, jitted, args):
+        if self.mesh is None:
+            return jitted.lower(*args).compile()
+        with jax.set_mesh(self.mesh):
+            return jitted.lower(*args).compile()
+
+    @contextlib.contextmanager
+    def ahead(self):
+        """Within the block `get` hands programs to threads and returns at once; the next `get` of each waits for it, and raises what
+        went wrong."""
+        self.asking = True
+        try:
+            yield
+        finally:
+            self.asking = False
+
+    def forget(self) -> None:
+        """Programs that were asked for and not begun are not compiled."""
+        self.coming = {key: future for key, future in self.coming.items() if not future.cancel()}
 
     def memory(self) -> dict[str, int]:
         """XLA's own count of peak bytes on a device (arguments, outputs and temporaries) for each compiled stage."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Request:
     fps: int = 16
     resolution: str | None = None  # the name that the size came from, where there was one
     check: str = "finite"
+    on_frames: Callable[[int, np.ndarray], None] | None = None  # (number of the video, chunk of its frames [t H W 3])
 
     def check_arrays(self, *, latents: tuple[int, ...], embeds: tuple[int, int]) -> None:
         """Raises UsageError unless given arrays have the shapes of this model at this size."""
@@ -143,6 +145,8 @@ def checked(request: Request) -> Request:
     check_choice("check", request.check, ("finite", "none"))
     if not request.fps >= 1:
         raise UsageError(f"fps is {request.fps}", "it is the frame rate written into the file", "the models were trained at 16")
+    if request.on_frames is not None and (not callable(request.on_frames) or request.output_type == "latent"):
+        raise UsageError("on_frames", "it is a function of (number of the video, frames), and latents have no frames", "see help")
     if request.key is not None and request.seed is not None:
         request = dataclasses.replace(request, seed=None)
     if not request.prompts and request.prompt_embeds is None:

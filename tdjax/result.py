@@ -125,7 +125,7 @@ def save_latents(path: Path, latents: np.ndarray, overwrite: bool = False) -> No
     os.replace(part, path)
 
 
-def describe(name: str, trained: bool, request, parts: dict, timings: dict[str, float]) -> dict[str, Any]:
+def describe(name: str, trained: bool, request, parts: dict) -> dict[str, Any]:
     """Everything needed to make the same video again, as JSON values; arrays that were given stand as their sha256."""
     import jax
 
@@ -147,5 +147,4 @@ def describe(name: str, trained: bool, request, parts: dict, timings: dict[str, 
         "files": {name: part.fingerprint() for name, part in parts.items()},
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
         "device": jax.local_devices()[0].device_kind,
-        "timings": timings,
     }

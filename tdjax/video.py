@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import queue
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -77,6 +79,47 @@ def write(
             for i, image in enumerate(images):
                 save_png(part / f"{i:05d}.png", image, metadata if i == 0 else None)
     return path
+
+
+class Writer:
+    """`write` in a thread of its own: `put` each chunk as it is made, then `close`; or `cancel`, which leaves nothing.
+
+    Errors of the thread, of whatever kind, are raised by the next call.
+    """
+
+    def __init__(self, path: str | Path, **options):
+        self.chunks: queue.SimpleQueue = queue.SimpleQueue()
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self.run, args=(Path(path), options), daemon=True)
+        self.thread.start()
+
+    def run(self, path: Path, options: dict) -> None:
+        try:
+            write(path, self.arriving(), **options)
+        except BaseException as error:
+            self.error = error
+
+    def arriving(self) -> Iterator[np.ndarray]:
+        while (chunk := self.chunks.get()) is not None:
+            if isinstance(chunk, BaseException):
+                raise chunk
+            yield chunk
+
+    def put(self, frames: np.ndarray) -> None:  # uint8 [t H W 3], not to be changed afterwards
+        if self.error is not None:
+            raise self.error
+        self.chunks.put(frames)
+
+    def close(self) -> None:
+        """Wait until the file is complete."""
+        self.chunks.put(None)
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def cancel(self) -> None:
+        self.chunks.put(InterruptedError("cancelled"))
+        self.thread.join()
 
 
 def check_target(path: Path, fps: float, crf: int, overwrite: bool) -> None:

@@ -77,6 +77,12 @@ def compile_cache(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+@pytest.fixture(autouse=True)
+def own_cache_folder(tmp_path_factory, monkeypatch):
+    """No test sees what another one, or the user, has left in tdjax's cache folder."""
+    monkeypatch.setenv("TDJAX_CACHE", str(tmp_path_factory.mktemp("tdjax")))
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

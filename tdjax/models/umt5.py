@@ -129,13 +129,17 @@ class UMT5(nnx.Module):
 
     def __call__(self, ids, mask):  # i32[b s], i32[b s] (1 up to the prompt's end) -> [b s d]
         """ids, mask i32 [b s] -> text features [b s d], exact zeros where mask is 0: the DiT has no text mask and attends to those rows."""
-        x = self.encode(ids, mask)
-        return jnp.where(mask[..., None] > 0, x, jnp.zeros((), x.dtype))
+        return without_padding(self.encode(ids, mask), mask)
 
     def encode(self, ids, mask):  # -> [b s d] at all positions, those after the prompt's end included
         step = lambda x, block: (block(x, mask), None)
         x = self.embed(ids).astype(self.cfg.policy.compute_dtype)
         return self.norm(lax.scan(jax.checkpoint(step), x, self.blocks)[0])
+
+
+def without_padding(x, mask):  # [b s d], i32[b s] -> [b s d]
+    """Zeros where the mask is 0."""
+    return jnp.where(mask[..., None] > 0, x, jnp.zeros((), x.dtype))
 
 
 def intermediates(model: UMT5, ids, mask) -> dict[str, np.ndarray | jax.Array]:

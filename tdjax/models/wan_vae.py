@@ -240,6 +240,16 @@ class VAE(nnx.Module):
         check_latents(latents.shape, self.cfg)
         return over_chunks(self.decoder, self.decoder_input(latents), 1).astype(jnp.float32)
 
+    def encode_chunk(self, video, cache=None):  # f32 [b 1|4 H W 3] -> f32 [b 1 h w z], cache
+        """`encode` one chunk at a time; cache is None for the first frame."""
+        x, cache = self.encoder(video.astype(self.cfg.policy.compute_dtype), cache)
+        return self.normalise(self.quant_conv(x)[..., : self.cfg.latent_channels]), cache
+
+    def decode_chunk(self, latents, cache=None):  # f32 [b 1 h w z] -> f32 [b 1|4 H W 3], cache
+        """`decode` one latent frame at a time; cache is None for the first."""
+        x, cache = self.decoder(self.decoder_input(latents), cache)
+        return x.astype(jnp.float32), cache
+
     def normalise(self, mean):  # [... z] -> f32 [... z], float32 island
         return (mean.astype(jnp.float32) - np.float32(self.cfg.mean)) / np.float32(self.cfg.std)
 
@@ -297,10 +307,13 @@ def intermediates(vae: VAE, video=None, latents=None) -> dict:
 
 
 @functools.cache
-def cache_bytes(cfg: VAEConfig, height: int, width: int, *, encode: bool = False) -> int:
-    """Bytes that one clip's decoder (or encoder) carries from one latent frame to the next; from shapes, nothing is run."""
+def cache_shapes(cfg: VAEConfig, height: int, width: int, *, encode: bool = False):
+    """What one clip's decoder (or encoder) carries from one latent frame to the next, as shapes; nothing is run."""
     vae = jax.eval_shape(lambda: VAE(cfg, rngs=nnx.Rngs(0)))
     h, w, c = (height, width, COLOURS) if encode else (height // cfg.spatial, width // cfg.spatial, cfg.latent_channels)
     step = lambda vae, x: (vae.encoder if encode else vae.decoder)(x, None)
-    _, cache = jax.eval_shape(step, vae, jax.ShapeDtypeStruct((1, 1, h, w, c), cfg.policy.compute_dtype))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    return jax.eval_shape(step, vae, jax.ShapeDtypeStruct((1, 1, h, w, c), cfg.policy.compute_dtype))[1]
+
+
+def cache_bytes(cfg: VAEConfig, height: int, width: int, *, encode: bool = False) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache_shapes(cfg, height, width, encode=encode)))

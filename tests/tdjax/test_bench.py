@@ -14,6 +14,7 @@ from tdjax.errors import UsageError
 from tdjax.precision import FLOAT32
 
 
+@pytest.mark.slow
 def test_rows_of_the_demo_model(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     argv = ["--model", "demo", "--stage", "dit", "--attention", "sla", "--linear", "float,fp8", "--repeats", "2", "--num_steps", "2"]
@@ -44,7 +45,14 @@ def test_random_weights_keep_variance(kind):
 
 def test_text_stage(capsys):
     assert bench.main(["--model", "demo", "--stage", "text", "--repeats", "1"]) == 0
-    assert "32 tokens" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "32 tokens" in out and "one layer of 2, streamed" in out
+
+
+def test_vae_stage(capsys):
+    assert bench.main(["--model", "demo", "--stage", "vae", "--repeats", "1"]) == 0
+    lines = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if line.startswith("vae")]
+    assert lines == [["vae", stage, what] for stage in ("encode", "decode") for what in ("first", "chunk")]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tdjax.conditioning import Tokens, first_frame_mask, image_condition, image_video
+from tdjax.conditioning import Tokens, first_frame, first_frame_mask, image_condition
 from tdjax.config import VideoSize
 from tdjax.resolution import choose_size, fit_image
 
@@ -22,23 +22,18 @@ def test_tokens_are_a_pytree():
         tokens.ids = None
 
 
-def test_image_video_is_the_image_then_zeros():
+def test_the_first_frame_is_the_image():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3)).astype(np.uint8)
     pixels[0, 0] = 0, 255, 127
-    video = np.asarray(image_video(pixels, SIZE))
-    assert video.shape == (1, 9, 32, 48, 3) and video.dtype == np.float32
+    video = first_frame(pixels, SIZE)
+    assert video.shape == (1, 1, 32, 48, 3) and video.dtype == np.float32
     np.testing.assert_allclose(video[0, 0], pixels / 127.5 - 1, atol=1e-7)
     assert video[0, 0, 0, 0, :2].tolist() == [-1.0, 1.0]
-    assert (video[0, 1:] == 0).all()
 
 
-def test_image_video_of_one_frame():
-    assert image_video(np.zeros((32, 48, 3), np.uint8), VideoSize(frames=1, height=32, width=48)).shape == (1, 1, 32, 48, 3)
-
-
-def test_image_video_refuses_another_size():
+def test_first_frame_refuses_another_size():
     with pytest.raises(ValueError, match="fit_image"):
-        image_video(np.zeros((32, 32, 3), np.uint8), SIZE)
+        first_frame(np.zeros((32, 32, 3), np.uint8), SIZE)
 
 
 def test_mask_is_one_in_the_first_latent_frame():
@@ -65,6 +60,7 @@ def test_from_an_image_to_the_condition():
 
     image = np.full((100, 77, 3), 255, np.uint8)
     size = choose_size(width=48, height=32, num_frames=9, image_size=(77, 100))
-    condition = np.asarray(image_condition(encode(image_video(fit_image(image, size), size))))
+    video = np.pad(first_frame(fit_image(image, size), size), ((0, 0), (0, size.frames - 1), (0, 0), (0, 0), (0, 0)))
+    condition = np.asarray(image_condition(encode(video)))
     assert condition.shape == (1, *SIZE.latent_grid, 20)
     assert (condition[:, 0] == 1).all() and (condition[:, 1:] == 0).all()

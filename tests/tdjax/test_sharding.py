@@ -110,6 +110,7 @@ def test_sharded_forward_equals_the_unsharded_one(inputs):
     assert_close(actual, whole, "dit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear, impl", [("int8_channel", "interpret"), ("int8", "auto")])
 def test_sharded_layers_of_8_bits(inputs, linear, impl):
     """Kernels see their part; rows keep their scales. A last bit may move a value over an edge, and that moves the next layer's."""

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import av
 import numpy as np
@@ -332,3 +333,60 @@ def test_contact_sheet():
 def test_importing_video_does_not_import_jax():
     code = "import sys, tdjax.video, tdjax.resolution; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=os.getcwd(), env={**os.environ, "PYTHONPATH": os.getcwd()}).returncode == 0
+
+
+# -- writing in a thread ---------------------------------------------------------------------------------------------------
+
+
+def test_writer_is_write(tmp_path):
+    clip = waves(7)
+    writer = video.Writer(tmp_path / "a.npy")
+    for start in range(0, 7, 3):
+        writer.put(clip[start : start + 3])
+    writer.close()
+    assert (tmp_path / "a.npy").read_bytes() == video.write(tmp_path / "b.npy", clip).read_bytes()
+    writer = video.Writer(tmp_path / "a.mkv", fps=16, metadata=META)
+    writer.put(clip)
+    writer.close()
+    with av.open(str(tmp_path / "a.mkv")) as container:
+        assert container.metadata["COMMENT"] == META
+    assert np.array_equal(video.read_video(tmp_path / "a.mkv"), clip)
+
+
+def test_writer_encodes_before_the_last_chunk_is_there(tmp_path, monkeypatch):
+    seen, first = [], threading.Event()
+
+    def slow(part, images, *rest):
+        for image in images:
+            seen.append(image)
+            first.set()
+        part.write_bytes(b"x")
+
+    monkeypatch.setattr(video, "encode", slow)
+    writer = video.Writer(tmp_path / "a.mp4")
+    writer.put(waves(1))
+    assert first.wait(10) and len(seen) == 1 and not (tmp_path / "a.mp4").exists()
+    writer.put(waves(2))
+    writer.close()
+    assert len(seen) == 3 and [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+    writer.cancel()  # too late to matter
+    assert (tmp_path / "a.mp4").read_bytes() == b"x"
+
+
+def test_cancelled_writer_leaves_nothing(tmp_path):
+    writer = video.Writer(tmp_path / "a.mp4")
+    writer.put(waves(2))
+    writer.cancel()
+    assert not list(tmp_path.iterdir()) and not writer.thread.is_alive()
+
+
+def test_errors_of_the_thread_come_back(tmp_path):
+    writer = video.Writer(tmp_path / "a.mp4", crf=99)
+    with pytest.raises(UsageError, match="crf is 99"):
+        writer.close()
+    writer = video.Writer(tmp_path / "b.mp4")
+    writer.put(np.zeros((1, 4, 4, 3), np.float32))
+    writer.thread.join(10)
+    with pytest.raises(ValueError, match="uint8"):
+        writer.put(waves(1))
+    assert not list(tmp_path.iterdir())

@@ -46,6 +46,7 @@ def relative(actual, expected):
     return np.linalg.norm(np.asarray(actual, np.float64) - expected) / np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention, linear", [("sla", "float"), ("sagesla", "int8_channel"), ("dense", "fp8")])
 def test_kernels_give_the_reference(attention, linear):
     """float32 between the ops. Last bits move values of 8 bits over edges, two blocks deep; sagesla rounds scores to int8 besides."""

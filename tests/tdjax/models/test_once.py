@@ -60,6 +60,7 @@ def test_activations_are_quantised_once(linear, dtype):
     assert rounded(jax.make_jaxpr(model)(x, timestep, text).jaxpr, dtype) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", LINEAR)
 def test_text_read_beforehand_gives_the_plain_call(linear):
     model = with_linear(floats(attention="dense", in_channels=24, out_channels=4, image_dim=12), linear)

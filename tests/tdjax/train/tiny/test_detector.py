@@ -43,6 +43,7 @@ def test_true_clips_are_right():
     assert np.mean(right) >= 0.995
 
 
+@pytest.mark.slow
 def test_bytes_and_pixel_noise_change_little(truth):
     _, right = judged(clips.to_uint8(truth))
     assert right["all"].all()

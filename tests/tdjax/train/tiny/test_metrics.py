@@ -98,6 +98,7 @@ def test_random_features_against_torch(real):
     assert_close(metrics.random_features(real[0][:3]), expected.numpy(), "float32")
 
 
+@pytest.mark.slow
 def test_distances_of_clips(real):
     """Two sets of true clips are near, one in inverted colours is far. Measured 11 and 356, 2.2 and 53."""
     sets = [*real, -real[1]]

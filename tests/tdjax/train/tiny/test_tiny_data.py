@@ -27,6 +27,7 @@ def test_tokens_are_those_of_the_pipeline(tokens):
     assert np.array_equal(data.negative(tokens), rows[-1])
 
 
+@pytest.mark.slow
 def test_every_clip_has_whole_captions_and_a_short_one():
     said = jax.device_get(clips.sample(jax.random.key(1), 60).said)
     texts = data.texts_of(said, 7)

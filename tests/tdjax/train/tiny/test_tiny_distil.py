@@ -33,6 +33,7 @@ def text():
     return tiny_cases.text()
 
 
+@pytest.mark.slow
 def test_sparse_attention_follows_the_teacher(some, text):
     """Latents of three frames of 16 tokens are one block: its linear branch alone differs, and begins at nothing."""
     optimizer = adamw(OptimizerConfig(learning_rate=1e-3, b1=0.9, warmup=0))
@@ -48,6 +49,7 @@ def test_sparse_attention_follows_the_teacher(some, text):
     assert losses[-5:].mean() < 0.7 * losses[:5].mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kappa", [1.0, 0.0])
 def test_a_cycle_is_a_turn_of_the_student_and_four_of_the_critic(some, text, tokens, kappa):
     cfg = settings.RCMStage(batch=2, steps=6, warmup=0, compute="float32", tangent="float32", kappa=kappa, learning_rate=1e-3)

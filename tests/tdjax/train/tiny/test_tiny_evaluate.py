@@ -32,6 +32,7 @@ def test_rows_of_the_table():
     assert (found["teacher_unipc_50"].evaluations, found["student_2"].evaluations, found["truth"].evaluations) == (100, 2, 0)
 
 
+@pytest.mark.slow
 def test_true_clips_are_all_right_and_results_are_kept(run, monkeypatch, capsys):
     evaluate.run_stage(run)
     truth, student = (json.loads((run.folder / "results" / f"{key}.json").read_text()) for key in ("truth", "student_1"))

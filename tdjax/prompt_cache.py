@@ -1,0 +1,103 @@
+"""Embeddings of prompts on disk: a prompt that was encoded before needs no text encoder, neither its weights nor its program."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+FOLDER, SUFFIX = "prompts", ".safetensors"
+LIMIT = 2**29  # bytes of all entries; a prompt of 100 tokens takes 0.8 MB with umT5-xxl in bfloat16
+FORMAT = 1
+
+
+def entry_key(ids: np.ndarray, mask: np.ndarray, facts: dict[str, Any]) -> str:
+    """The name of one prompt's entry: its tokens [s] (they stand for text and tokenizer), and what computed the embedding."""
+    text = json.dumps({"format": FORMAT, "ids": ids[mask > 0].tolist(), "length": len(ids), **facts}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclasses.dataclass
+class PromptCache:
+    """One file for each prompt, of its rows up to the prompt's end (the rest is zeros). The least recently used ones go first.
+
+    Nothing here stops a run: an entry that is damaged counts as absent, and a folder that cannot be written is told of once.
+    """
+
+    folder: Path
+    limit: int = LIMIT
+    failed: bool = False
+
+    def path(self, key: str) -> Path:
+        return self.folder / f"{key}{SUFFIX}"
+
+    def get(self, key: str, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray | None:
+        """[s d] with the zeros behind the prompt put back, or None."""
+        path = self.path(key)
+        try:
+            with safe_open(path, framework="np") as f:
+                rows = f.get_tensor("rows")
+        except (OSError, SafetensorError):
+            return None
+        if rows.ndim != 2 or len(rows) > shape[0] or rows.shape[1] != shape[1] or rows.dtype != dtype:
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(path)
+        return np.concatenate([rows, np.zeros((shape[0] - len(rows), shape[1]), dtype)])
+
+    def put(self, key: str, embeds: np.ndarray, tokens: int, prompt: str) -> str | None:
+        """Keep the first `tokens` rows of [s d]; a line for the user where that is not possible, the first time."""
+        part = self.folder / f".{key}.{secrets.token_hex(4)}.part"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file({"rows": np.ascontiguousarray(embeds[:tokens])}, part, metadata={"prompt": prompt})
+            os.replace(part, self.path(key))
+            self.trim()
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            first, self.failed = not self.failed, True
+            why = getattr(error, "strerror", None) or error
+            return f"prompt cache {self.folder} cannot be written ({why}): going on without" if first else None
+        return None
+
+    def entries(self) -> list[tuple[Path, os.stat_result]]:
+        """Files and their facts, the least recently used first."""
+        found = []
+        for path in self.folder.glob(f"*{SUFFIX}"):
+            with contextlib.suppress(OSError):  # another process may have removed it
+                found.append((path, path.stat()))
+        return sorted(found, key=lambda row: (row[1].st_mtime_ns, row[0].name))
+
+    def trim(self) -> None:
+        """Remove the oldest entries until the rest fits, and what killed processes left an hour ago."""
+        entries = self.entries()
+        size = sum(facts.st_size for _, facts in entries)
+        for path, facts in entries:
+            if size <= self.limit:
+                break
+            path.unlink(missing_ok=True)
+            size -= facts.st_size
+        for part in self.folder.glob(".*.part"):
+            with contextlib.suppress(OSError):
+                if time.time() - part.stat().st_mtime > 3600:
+                    part.unlink()
+
+
+def prompt_of(path: Path) -> str:
+    """The text that an entry was made from."""
+    try:
+        with safe_open(path, framework="np") as f:
+            return (f.metadata() or {}).get("prompt", "")
+    except (OSError, SafetensorError):
+        return "(damaged)"
