@@ -18,6 +18,7 @@ import convert.quantize
 import convert.validate
 import pallas_kernels.bench
 import tdjax.bench
+import tdjax.cache
 import tdjax.env
 import tdjax.train.__main__
 import tdjax.train.tiny.__main__
@@ -31,8 +32,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ids = lambda path: str(path.relative_to(ROOT))
 
-# What a fence may say. "sh main" and "sh test": .ci/run executes them; "sh run": executed here; "sh": read by the commands' parsers.
-FENCES = {"", "text", "sh", "sh main", "sh test", "sh run", "python"}
+# What a fence may say. "sh main" and "sh test": .ci/run executes them; "bash": executed here; "sh": read by the commands' parsers.
+FENCES = {"", "text", "sh", "sh main", "sh test", "bash", "python"}
 
 
 def blocks(path: Path) -> list[tuple[str, str]]:
@@ -84,11 +85,17 @@ def read_env(argv):
     assert set(argv) <= {"--json", "--selftest"}
 
 
+def read_cache(argv):
+    """Its listing is harmless, and is made."""
+    assert argv[0] == "ls" and tdjax.cache.main(argv) == 0
+
+
 READERS = {
     "tdjax.generate": read_generate,
     "tdjax.train": read_train,
     "tdjax.train.tiny": read_tiny,
     "tdjax.bench": tdjax.bench.parse,
+    "tdjax.cache": read_cache,
     "tdjax.env": read_env,
     "convert": read_convert,
     "convert.validate": lambda argv: convert.validate.build_parser().parse_args(argv),
@@ -163,7 +170,7 @@ def test_fences_are_known(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in PAGES if p != README and {"python", "sh run"} & {fence for fence, _ in blocks(p)}], ids=ids)
+@pytest.mark.parametrize("path", [p for p in PAGES if p != README and {"python", "bash"} & {fence for fence, _ in blocks(p)}], ids=ids)
 def test_blocks_run(path, tmp_path, monkeypatch):
     """A page's code from top to bottom in one folder, as a reader would try it."""
     monkeypatch.setenv("TDJAX_CACHE", str(tmp_path / "cache"))
@@ -172,7 +179,7 @@ def test_blocks_run(path, tmp_path, monkeypatch):
     for fence, body in blocks(path):
         if fence == "python":
             argvs = [[sys.executable, "-c", body]]
-        elif fence == "sh run":
+        elif fence == "bash":
             argvs = [[sys.executable, *shlex.split(line)[1:]] for line in body.splitlines()]
         else:
             continue
