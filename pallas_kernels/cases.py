@@ -190,8 +190,8 @@ CASES: dict[str, Case] = {
             name="sage_sparse", impls=("triton",), workloads=sage_shapes.SPARSE, run=int8_loop, exact=exactly(sparse),
             prepare=int8_operands, narrow={"": 0.5},
         ),
-        Case(name="block_map", impls=KERNEL, workloads=sparse_shapes.WORKLOADS, run=block_map, exact=plainly(block_map)),
-        Case(name="summaries", impls=KERNEL, workloads=sparse_shapes.WORKLOADS, run=summaries, exact=exactly(summaries)),
+        Case(name="block_map", impls=KERNEL, workloads=sparse_shapes.MAPS, run=block_map, exact=plainly(block_map)),
+        Case(name="summaries", impls=KERNEL, workloads=sparse_shapes.SUMMARIES, run=summaries, exact=exactly(summaries)),
         Case(name="attention", impls=("cudnn", "triton"), workloads=dense_shapes.WORKLOADS, run=dense, exact=exactly(dense)),
         Case(
             name="sage_attention", impls=("triton",), workloads=sage_shapes.DENSE, narrow={"": 0.5}, exact=exactly(dense),

@@ -46,6 +46,15 @@ def once(l: int, h: int) -> float:
 
 
 SPARSE = {name: Workload(partial(with_lists, *at), flops=sparse(*at), bytes=once(*at)) for name, at in SHAPES.items()}
+
+
+def part(l: int, h: int, flops: float) -> Workload:
+    """A step of the whole op that reads two of q, k and v."""
+    return Workload(partial(with_projection, l, h), flops=flops, bytes=4.0 * l * h * WIDTH)
+
+
+MAPS = {name: part(l, h, 2.0 * h * WIDTH * -(-l // BLOCK_Q) * -(-l // BLOCK_K)) for name, (l, h) in SHAPES.items()}
+SUMMARIES = {name: part(l, h, 2.0 * l * h * WIDTH**2) for name, (l, h) in SHAPES.items()}
 WORKLOADS = {  # the linear branch adds phi(k)^T v and phi(q) m; the map's scores are too few to count
     name: Workload(partial(with_projection, l, h), flops=sparse(l, h) + 4.0 * l * h * WIDTH**2, bytes=once(l, h))
     for name, (l, h) in SHAPES.items()
