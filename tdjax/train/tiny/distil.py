@@ -21,7 +21,7 @@ from tdjax.train.times import LogNormal, UniformShift
 from tdjax.train.tiny import data, detector, metrics, sampling, work
 from tdjax.train.tiny.settings import MergeStage, RCMStage, SLAStage
 from tdjax.train.tiny.teacher import batch_key
-from tdjax.train.tiny.work import Phase, Run
+from tdjax.train.tiny.work import Run
 
 FIRST = math.log(80.0)  # log sigma at which the student begins
 LEAST_DIVERSITY = 0.85  # a student below it loses in the choice of the best
@@ -58,7 +58,7 @@ def sla_stage(run: Run) -> None:
     optimizer = adamw(OptimizerConfig(learning_rate=cfg.learning_rate, b1=0.9, warmup=cfg.warmup))
     config = SLATrainingConfig(time=LogNormal(mean=cfg.mean))
     state = TrainState.create(sparse(teacher, run.sizes.sla, cfg.compute), optimizer, run.key("sla steps"))
-    phases = [Phase(cfg.steps, work.repeated(make_sla_step(config, optimizer, cfg.batch), cfg.chunk))]
+    program = work.repeated(make_sla_step(config, optimizer, cfg.batch), cfg.chunk)
     negative = data.negative(data.tokenizer(run))
     prompts = sampling.prompts(data.tokenizer(run), run.key("check"), cfg.check_clips)
     how = sampling.teacher(cfg.check_steps, "euler", cfg.guidance, 3.0)
@@ -69,7 +69,7 @@ def sla_stage(run: Run) -> None:
         return {name: scores[name] for name in ("all", "shape", "colour", "motion", "speed")}
 
     clips = data.make(run, vae, cfg.clips)
-    state = work.train(run, "sla", state, phases, cfg.chunk, (clips, teacher, text), check, cfg.check_every)
+    state = work.train(run, "sla", state, program, cfg.steps, cfg.chunk, (clips, teacher, text), check, cfg.check_every)
     work.export(run, "sla", "dit", state.ema, run.sizes.sla, steps=cfg.steps)
     work.forget_states(run, "sla")
 
@@ -166,9 +166,9 @@ def rcm_stage(run: Run) -> None:
         key = run.key("tangent check")
         error = jax.jit(lambda *models: tangent_error(cfg, *models, clips, negative, key))(state.model, teacher, text)
         run.say(f"rcm: derivative along the teacher against a central difference: {float(error):.3f} relative (above 0.5 is too noisy)")
-    phases = [Phase(cfg.steps, work.repeated(make_rcm_cycle(cfg, optimizer, critic_optimizer), cfg.chunk))]
+    program = work.repeated(make_rcm_cycle(cfg, optimizer, critic_optimizer), cfg.chunk)
     best = Best(run, cfg, cfg.name, vae, text)
-    work.train(run, cfg.name, state, phases, cfg.chunk, (clips, teacher, text, negative), best, cfg.check_every)
+    work.train(run, cfg.name, state, program, cfg.steps, cfg.chunk, (clips, teacher, text, negative), best, cfg.check_every)
     kept = run.folder / best.name
     facts = {name: value for name, value in checkpoint.inspect(kept)["source"].items() if name not in ("name", "seed")}
     work.export(run, cfg.name, "dit", work.load(run, best.name), run.sizes.dit, **facts)
@@ -209,7 +209,7 @@ def merge_stage(run: Run) -> None:
         )
         config = SLATrainingConfig(time=StudentTimes())
         state = TrainState.create(model, optimizer, run.key("heal steps"))
-        phases = [Phase(cfg.heal, work.repeated(make_sla_step(config, optimizer, cfg.batch), cfg.chunk))]
-        model = work.train(run, "merge", state, phases, cfg.chunk, (data.make(run, vae, cfg.clips), student, text)).ema
+        program, clips = work.repeated(make_sla_step(config, optimizer, cfg.batch), cfg.chunk), data.make(run, vae, cfg.clips)
+        model = work.train(run, "merge", state, program, cfg.heal, cfg.chunk, (clips, student, text)).ema
         work.forget_states(run, "merge")
     work.export(run, "merged", "dit", model, run.sizes.sla, heal=cfg.heal)

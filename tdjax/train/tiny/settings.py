@@ -10,19 +10,19 @@ import math
 class VAEStage:
     """The autoencoder, on clips rendered as they are needed."""
 
-    steps: int = 2500
-    long_steps: int = 300  # the last steps see whole clips, the others `frames` frames
-    batch: int = 32
-    frames: int = 17
+    steps: int = 4000
+    batch: int = 8
     learning_rate: float = 1e-3
     warmup: int = 100
-    kl: float = 1e-4  # weight of the mean divergence from a unit normal
+    kl: float = 3e-5  # weight of the mean divergence from a unit normal
+    drawn: float = 10.0  # weight of a pixel of the object, beside one of the background
+    width: float = 0.1  # of the quadratic part of the distance between pixels
     differences: float = 0.1  # weight of the errors of differences between neighbouring pixels and frames
     jitter: float = 0.1  # noise on what the decoder sees, as a share of each channel's deviation
     jitter_from: float = 0.5  # share of the steps after which it begins
-    compute: str = "float32"  # between layers; on tensor cores float32 products are rounded to TF32
+    compute: str = "bfloat16"  # between layers
     chunk: int = 50  # steps in one call of the device
-    check_every: int = 500
+    check_every: int = 1000
     check_clips: int = 64
     statistics: int = 2048  # clips that the latents' mean and deviation are measured on
 
@@ -31,8 +31,8 @@ class VAEStage:
 class TeacherStage:
     """The dense transformer and the text encoder, together, by flow matching."""
 
-    clips: int = 65536
-    steps: int = 11000
+    clips: int = 32768
+    steps: int = 8000
     batch: int = 128
     learning_rate: float = 1e-3
     text_rate: float = 5e-4
@@ -126,8 +126,8 @@ class EvaluateStage:
 
 
 STAGES = {"vae": VAEStage, "teacher": TeacherStage, "sla": SLAStage, "rcm": RCMStage, "merge": MergeStage, "evaluate": EvaluateStage}
-SCALED = ("steps", "long_steps", "heal", "warmup", "clips", "statistics", "check_clips", "check_every", "real")
-LEAST = {"warmup": 0, "long_steps": 0, "heal": 0, "clips": 16, "statistics": 16, "check_clips": 4, "real": 80}
+SCALED = ("steps", "heal", "warmup", "clips", "statistics", "check_clips", "check_every", "real")
+LEAST = {"warmup": 0, "heal": 0, "clips": 16, "statistics": 16, "check_clips": 4, "real": 80}
 
 
 def scaled(stage, scale: float):
@@ -137,7 +137,6 @@ def scaled(stage, scale: float):
         stage = dataclasses.replace(stage, **less)
     if not hasattr(stage, "chunk"):
         return stage
-    longest = "heal" if hasattr(stage, "heal") else "steps"
-    chunk = max(1, min(stage.chunk, getattr(stage, longest)))
-    rounded = {name: -(-getattr(stage, name) // chunk) * chunk for name in (longest, "long_steps") if hasattr(stage, name)}
-    return dataclasses.replace(stage, chunk=chunk, **rounded)
+    count = "heal" if hasattr(stage, "heal") else "steps"
+    chunk = max(1, min(stage.chunk, getattr(stage, count)))
+    return dataclasses.replace(stage, chunk=chunk, **{count: -(-getattr(stage, count) // chunk) * chunk})

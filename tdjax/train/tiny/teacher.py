@@ -18,7 +18,7 @@ from tdjax.train.times import UniformShift
 from tdjax.train.tiny import data, detector, sampling, work
 from tdjax.train.tiny.data import Data
 from tdjax.train.tiny.settings import TeacherStage
-from tdjax.train.tiny.work import Phase, Run
+from tdjax.train.tiny.work import Run
 
 
 class Captioned(nnx.Module):
@@ -81,9 +81,9 @@ def run_stage(run: Run) -> None:
     optimizer = make_optimizer(cfg)
     model = jax.jit(lambda key: Captioned(dit, run.sizes.text, rngs=nnx.Rngs(key)))(run.key("teacher"))
     state = TrainState.create(model, optimizer, run.key("teacher steps"))
-    phases = [Phase(cfg.steps, work.repeated(make_step(cfg, optimizer), cfg.chunk))]
+    program = work.repeated(make_step(cfg, optimizer), cfg.chunk)
     check = make_check(run, cfg, vae, negative)
-    state = work.train(run, "teacher", state, phases, cfg.chunk, (clips, negative), check, cfg.check_every)
+    state = work.train(run, "teacher", state, program, cfg.steps, cfg.chunk, (clips, negative), check, cfg.check_every)
     work.export(run, "text", "text", state.ema.text, run.sizes.text, steps=cfg.steps)
     work.export(run, "teacher", "dit", state.ema.dit, run.sizes.dit, steps=cfg.steps)  # last: it says that the stage is finished
     work.forget_states(run, "teacher")

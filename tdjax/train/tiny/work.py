@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tdjax.train import saves
 from tdjax.train.metrics import Metrics
 from tdjax.train.tiny import configs
 
-SAVE_SECONDS = 60.0
+SAVE_SECONDS = 120.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,26 +61,20 @@ class OutOfTime(Exception):
     """The run's time is over in the middle of a stage; its state is saved."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """program(state, *data) -> (state, numbers [chunk]) does a chunk of steps, until step `until`."""
-
-    until: int
-    program: Callable
-
-
 def repeated(step: Callable, chunk: int) -> Callable:
     """`chunk` times step(state, *data) -> (state, numbers), as one program that takes over the state's memory."""
     return jax.jit(lambda state, *data: lax.scan(lambda state, _: step(state, *data), state, None, length=chunk), donate_argnums=0)
 
 
-def train(run: Run, name: str, state, phases: Sequence[Phase], chunk: int, data=(), check: Callable | None = None, check_every: int = 0):
+def train(
+    run: Run, name: str, state, program: Callable, steps: int, chunk: int, data=(), check: Callable | None = None, check_every: int = 0
+):
     """All steps of a stage, from its last saved state if there is one -> the last state.
 
-    check(state, step) -> numbers, every `check_every` steps and at the end; they are logged beside the others. Raises OutOfTime,
-    NotFinite.
+    program(state, *data) -> (state, numbers [chunk]) does a chunk of steps. check(state, step) -> numbers, every `check_every` steps and
+    at the end; they are logged beside the others. Raises OutOfTime, NotFinite.
     """
-    work, steps = run.work(name), phases[-1].until
+    work = run.work(name)
     done = (saves.steps(work) or [0])[-1]
     if done:
         state = saves.restore(saves.folder(work, done), state)
@@ -88,7 +82,6 @@ def train(run: Run, name: str, state, phases: Sequence[Phase], chunk: int, data=
     begun = saved = time.monotonic()
     with Metrics(work, done) as log:
         while done < steps:
-            program = next(phase.program for phase in phases if done < phase.until)
             state, numbers = program(state, *data)
             numbers = {key: float(value) for key, value in jax.device_get(means(numbers)).items()}
             done += chunk

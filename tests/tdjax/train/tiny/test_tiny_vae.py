@@ -22,9 +22,27 @@ def seen():
         mean, log_variance = vae.posterior(model, video)
         z = model.encode(video)
         error = model.decode(z) - video
-        return {"total": total, "noisy": noisy, "mean": mean, "log_variance": log_variance, "z": z, "error": error, **parts}
+        return {
+            "total": total,
+            "noisy": noisy,
+            "mean": mean,
+            "log_variance": log_variance,
+            "z": z,
+            "error": error,
+            "weight": vae.emphasis(video, cfg.drawn),
+            **parts,
+        }
 
     return jax.device_get(tiny_cases.jit(all_of)(model))
+
+
+def test_the_object_weighs_as_much_more_in_every_clip():
+    video = -jnp.ones((2, 1, 8, 8, 3)).at[0, 0, 3, 3].set(-2.0).at[1, 0, 2:6, 2:6].set(-2.0)
+    weight = np.asarray(vae.emphasis(video, 10.0))
+    assert weight.shape == (2, 1, 8, 8, 1)
+    assert_close(weight.mean((1, 2, 3, 4)), np.ones(2), "float32")
+    for clip, drawn in ((0, (3, 3)), (1, (4, 4))):
+        assert_close(weight[clip, 0][drawn], 10 * weight[clip, 0, 0, 0], "float32")
 
 
 def test_the_mean_of_the_posterior_is_what_the_encoder_gives(seen):
@@ -33,13 +51,14 @@ def test_the_mean_of_the_posterior_is_what_the_encoder_gives(seen):
 
 
 def test_the_loss_counts_pixels_differences_and_divergence(seen):
-    pixels = np.abs(seen["error"]).mean()
-    steps = sum(np.abs(np.diff(seen["error"], axis=axis)).mean() for axis in (1, 2, 3))
+    cfg, distance = settings.VAEStage(), lambda e: np.sqrt(e**2 + settings.VAEStage().width ** 2) - settings.VAEStage().width
+    pixels = (seen["weight"] * distance(seen["error"])).mean()
+    steps = sum(distance(np.diff(seen["error"], axis=axis)).mean() for axis in (1, 2, 3))
     variance = np.exp(seen["log_variance"])
     kl = 0.5 * (seen["mean"] ** 2 + variance - 1 - seen["log_variance"]).mean()
-    assert_close(seen["l1"], pixels, "float32")
+    assert_close(seen["rmse"], np.sqrt((seen["error"] ** 2).mean()), "float32")
     assert_close(seen["kl"], kl, "float32")
-    assert abs(seen["total"] - pixels - 0.1 * steps - 1e-4 * kl) < 1e-5
+    assert abs(seen["total"] - pixels - cfg.differences * steps - cfg.kl * kl) < 1e-5
     assert seen["noisy"] != seen["total"]
 
 

@@ -12,7 +12,6 @@ from tdjax.errors import NotFinite, UsageError
 from tdjax.stages import Stages
 from tdjax.train.tiny import __main__ as command
 from tdjax.train.tiny import settings, work
-from tdjax.train.tiny.work import Phase
 
 
 @jax.tree_util.register_dataclass
@@ -41,25 +40,25 @@ PROGRAM = work.repeated(step, 5)
 
 
 def test_a_cut_run_goes_on_to_the_same_bits(tmp_path):
-    phases, bonus = [Phase(20, PROGRAM)], (jnp.float32(0.5),)
-    whole = work.train(a_run(tmp_path / "a"), "stage", state(), phases, 5, bonus)
+    bonus = (jnp.float32(0.5),)
+    whole = work.train(a_run(tmp_path / "a"), "stage", state(), PROGRAM, 20, 5, bonus)
     with pytest.raises(work.OutOfTime, match="stopped at step 5 of 20"):
-        work.train(a_run(tmp_path / "b", until=0.0), "stage", state(), phases, 5, bonus)
-    again = work.train(a_run(tmp_path / "b"), "stage", state(), phases, 5, bonus)
+        work.train(a_run(tmp_path / "b", until=0.0), "stage", state(), PROGRAM, 20, 5, bonus)
+    again = work.train(a_run(tmp_path / "b"), "stage", state(), PROGRAM, 20, 5, bonus)
     assert int(again.step) == 20 and np.array_equal(whole.x, again.x)
     rows = [json.loads(line) for line in (tmp_path / "b/work/stage/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 15, 20] and all(row["loss"] > 0 for row in rows)
 
 
-def test_checks_phases_and_a_loss_that_is_not_finite(tmp_path):
+def test_checks_and_a_loss_that_is_not_finite(tmp_path):
     seen = []
-    bad = lambda state, bonus: PROGRAM(dataclasses.replace(state, x=state.x * jnp.nan), bonus)
+    bad = lambda state, bonus: PROGRAM(dataclasses.replace(state, x=jnp.where(state.step < 10, state.x, jnp.nan)), bonus)
     check = lambda state, done: seen.append((done, int(state.step))) or {"score": float(done)}
     run, bonus = a_run(tmp_path), (jnp.float32(0),)
-    work.train(run, "good", state(), [Phase(10, PROGRAM), Phase(15, PROGRAM)], 5, bonus, check, 10)
+    work.train(run, "good", state(), PROGRAM, 15, 5, bonus, check, 10)
     assert seen == [(10, 10), (15, 15)]
     with pytest.raises(NotFinite, match="step 15"):
-        work.train(run, "bad", state(), [Phase(10, PROGRAM), Phase(15, bad)], 5, bonus)
+        work.train(run, "bad", state(), bad, 15, 5, bonus)
 
 
 def test_keys_of_different_uses_differ(tmp_path):
@@ -68,10 +67,10 @@ def test_keys_of_different_uses_differ(tmp_path):
 
 
 def test_settings_are_scaled_and_overridden():
-    parts = command.resolve(["teacher.batch=4", "rcm.kappa=0.3"], 0.01)
+    parts = command.resolve(["teacher.batch=4", "teacher.chunk=50", "rcm.kappa=0.3"], 0.01)
     teacher, vae = parts["teacher"], parts["vae"]
-    assert (teacher.steps, teacher.chunk, teacher.batch, teacher.clips) == (200, 100, 4, 655)  # steps are whole chunks
-    assert vae.steps == 25 and vae.chunk == 25 and vae.long_steps == 25
+    assert (teacher.steps, teacher.chunk, teacher.batch, teacher.clips) == (100, 50, 4, 328)  # steps are whole chunks
+    assert vae.steps == 40 and vae.chunk == 40
     assert parts["rcm"].kappa == 0.3 and parts["rcm"].steps == 10
     usual = command.resolve([], 1.0)
     assert usual == {name: cls() for name, cls in settings.STAGES.items()}
