@@ -223,22 +223,26 @@ class VAE(nnx.Module):
         self.post_quant_conv = Conv((1, 1, 1), cfg.latent_channels, cfg.latent_channels, cfg, rngs=rngs)
         self.decoder = Decoder(cfg, rngs=rngs)
 
-    def encode(self, video):  # f32 [b T H W 3] in -1..1, T = 4k+1 -> f32 [b t h w z]
+    def encode(self, video, whole: bool = False):  # f32 [b T H W 3] in -1..1, T = 4k+1 -> f32 [b t h w z]
         """Video f32 [b T H W 3] in -1..1 -> normalised latents f32 [b t h w z], without noise: the mean of the posterior.
 
-        T is 4k+1 and gives t = k+1; H and W are multiples of 8 (UsageError else).
+        T is 4k+1 and gives t = k+1; H and W are multiples of 8 (UsageError else). whole: all frames but the first in one step,
+        for many small clips: the same numbers in larger pieces of work, and memory that grows with the length of the clip.
         """
-        check_video(video.shape, self.cfg)
-        x = over_chunks(self.encoder, video.astype(self.cfg.policy.compute_dtype), self.cfg.temporal)
-        return self.normalise(self.quant_conv(x)[..., : self.cfg.latent_channels])
+        return self.normalise(self.encoded(video, whole)[..., : self.cfg.latent_channels])
 
-    def decode(self, latents):  # f32 [b t h w z] -> f32 [b T H W 3], not clipped
+    def encoded(self, video, whole: bool = False):  # f32 [b T H W 3] -> [b t h w 2z], mean and log-variance
+        check_video(video.shape, self.cfg)
+        size = video.shape[1] - 1 if whole else self.cfg.temporal
+        return self.quant_conv(over_chunks(self.encoder, video.astype(self.cfg.policy.compute_dtype), size))
+
+    def decode(self, latents, whole: bool = False):  # f32 [b t h w z] -> f32 [b T H W 3], not clipped
         """Normalised latents f32 [b t h w z] -> video f32 [b 4t-3 8h 8w 3], about -1..1 and not clipped.
 
-        The scan stacks frames in the compute dtype; they become float32 after it.
+        The scan stacks frames in the compute dtype; they become float32 after it. whole: as in `encode`.
         """
         check_latents(latents.shape, self.cfg)
-        return over_chunks(self.decoder, self.decoder_input(latents), 1).astype(jnp.float32)
+        return over_chunks(self.decoder, self.decoder_input(latents), latents.shape[1] - 1 if whole else 1).astype(jnp.float32)
 
     def encode_chunk(self, video, cache=None):  # f32 [b 1|4 H W 3] -> f32 [b 1 h w z], cache
         """`encode` one chunk at a time; cache is None for the first frame."""

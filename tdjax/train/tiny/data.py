@@ -72,7 +72,7 @@ def texts_of(said: Attributes, seed: int) -> list[list[str]]:
 
 @jax.jit
 def encode(vae, factors: clips.Factors):  # -> bf16[b t h w c]
-    return vae.encode(clips.render(factors)).astype(jnp.bfloat16)
+    return vae.encode(clips.render(factors), whole=True).astype(jnp.bfloat16)
 
 
 @partial(jax.jit, static_argnums=(2, 3))

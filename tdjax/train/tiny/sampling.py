@@ -62,7 +62,7 @@ def many_steps(dit, text, tokens, negative, key, schedule, guidance):
 
 @jax.jit
 def decode(vae, x):  # f32[b t h w c] -> uint8[b T H W 3], as clips are written
-    return clips.to_uint8(vae.decode(x))
+    return clips.to_uint8(vae.decode(x, whole=True))
 
 
 def videos(vae, x) -> np.ndarray:  # f32[n t h w c] -> uint8[n T H W 3] on the host

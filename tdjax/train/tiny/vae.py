@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tdjax.models.wan_vae import VAE, over_chunks
+from tdjax.models.wan_vae import VAE
 from tdjax.train.optimizer import OptimizerConfig, adamw
 from tdjax.train.state import EMAConfig, TrainState, apply, ema_update, named_keys
 from tdjax.train.tiny import clips, detector, metrics, work
@@ -23,8 +23,7 @@ AT_ONCE = 64
 
 
 def posterior(vae: VAE, video):  # f32[b T H W 3] -> mean, log variance f32[b t h w z]
-    x = over_chunks(vae.encoder, video.astype(vae.cfg.policy.compute_dtype), vae.cfg.temporal)
-    mean, log_variance = jnp.split(vae.quant_conv(x).astype(jnp.float32), 2, -1)
+    mean, log_variance = jnp.split(vae.encoded(video, whole=True).astype(jnp.float32), 2, -1)
     return mean, jnp.clip(log_variance, -20.0, 10.0)
 
 
@@ -45,7 +44,7 @@ def loss(vae: VAE, video, draws, jitter, cfg: VAEStage):
     mean, log_variance = posterior(vae, video)
     z = mean + jnp.exp(0.5 * log_variance) * draws["latent"]
     z = z + jitter * jax.lax.stop_gradient(mean.std((0, 1, 2, 3))) * draws["jitter"]
-    made = vae.decode(z)
+    made = vae.decode(z, whole=True)
     pixels = (emphasis(video, cfg.drawn) * distance(made, video, cfg.width)).mean()
     along = [distance(jnp.diff(made, axis=axis), jnp.diff(video, axis=axis), cfg.width).mean() for axis in (1, 2, 3)]
     kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance).mean()
@@ -72,7 +71,7 @@ def make_step(cfg: VAEStage, optimizer):
 
 @jax.jit
 def round_trip(vae: VAE, video):  # f32[b T H W 3] -> the same
-    return vae.decode(vae.encode(video))
+    return vae.decode(vae.encode(video, whole=True), whole=True)
 
 
 def make_check(run: Run, cfg: VAEStage):
@@ -100,7 +99,7 @@ def judged(vae: VAE, factors: clips.Factors) -> dict[str, float]:
 
 @partial(jax.jit, static_argnums=2)
 def moments(vae: VAE, key, n: int):  # -> sums over n clips: f32[z], of squares f32[z], count
-    mean = vae.encode(clips.render(clips.sample(key, n)))
+    mean = vae.encode(clips.render(clips.sample(key, n)), whole=True)
     return mean.sum((0, 1, 2, 3)), jnp.square(mean).sum((0, 1, 2, 3)), mean.size / mean.shape[-1]
 
 

@@ -200,6 +200,15 @@ def test_chunks_equal_the_whole():
     assert_close(over_chunks(conv, x, 2), conv(x, None)[0], "float32", "chunks")
 
 
+def test_all_frames_at_once_are_the_frames_one_by_one(tiny):
+    """`whole` is another division of the same work, for both directions and for a single frame."""
+    video, latents = normal((1, 9, 16, 16, 3)), normal((1, 3, 2, 2, tiny.cfg.latent_channels))
+    for method, x in ((VAE.encode, video), (VAE.decode, latents)):
+        for part in (x, x[:, :1]):
+            piecewise, whole = (jax.jit(method, static_argnames="whole")(tiny, part, whole=whole) for whole in (False, True))
+            assert_close(whole, piecewise, "float32", method.__name__)
+
+
 @pytest.mark.parametrize(("size", "stride"), [((3, 3, 3), 1), ((3, 1, 1), 1), ((3, 1, 1), 2), ((1, 3, 3), 1)])
 def test_conv3d_is_the_three_dimensional_convolution(size, stride):
     x, kernel = normal((2, 7, 5, 6, 11)), normal((*size, 11, 13)) / 10
