@@ -61,15 +61,17 @@ class Bench:
         name = (row.key, seed)
         if name not in self.kept:
             prompts = self.prompts(row, seed, self.cfg.clips)
-            if row.sampler is None:
-                factors = clips.sample(self.run.key(f"evaluate {seed} {row.split} {self.cfg.clips}"), self.cfg.clips, row.split)
-                video = self.rendered(factors, row.key == "vae")
-            else:
-                video = sampling.videos(self.vae, self.latents(row, prompts, self.run.key(f"noise {seed}")))
-            self.kept[name] = (video, prompts.said)
+            self.kept[name] = (self.made(row, seed, prompts), prompts.said)
             while len(self.kept) > KEPT:
                 self.kept.pop(next(iter(self.kept)))
         return self.kept[name]
+
+    def made(self, row: Variant, seed: int, prompts: sampling.Prompts):  # -> uint8[n T H W 3] on the host
+        """Clips of the first prompts of a seed, as many as are given: all of them or whole batches."""
+        if row.sampler is not None:
+            return sampling.videos(self.vae, self.latents(row, prompts, self.run.key(f"noise {seed}")))
+        factors = clips.sample(self.run.key(f"evaluate {seed} {row.split} {self.cfg.clips}"), self.cfg.clips, row.split)
+        return self.rendered(jax.tree.map(lambda x: x[: len(prompts.texts)], factors), row.key == "vae")
 
     def rendered(self, factors, through_vae: bool):
         parts = []
@@ -253,9 +255,10 @@ def tell(run: Run) -> None:
 def sheet(run: Run, bench: Bench, rows: list[Variant], prompts: int = 3) -> None:
     """Frames of a few prompts from every variant, all from the same noise: sheet_0.png, sheet_1.png, ..."""
     shown: dict[int, dict[str, np.ndarray]] = {i: {} for i in range(prompts)}
-    texts = bench.prompts(rows[0], 0, bench.cfg.clips).texts
+    first = bench.prompts(rows[0], 0, bench.cfg.clips).first(bench.cfg.batch)
+    texts = first.texts
     for row in rows:
-        video, _ = bench.clips(row, 0)
+        video = bench.made(row, 0, first)
         for i in shown:
             steps = f", {row.sampler.steps} steps" if row.sampler else f": {texts[i]}"
             shown[i][f"{row.title}{steps}"] = video[i]

@@ -83,6 +83,9 @@ class Prompts:
     said: Attributes
     tokens: jax.Array
 
+    def first(self, n: int) -> Prompts:
+        return Prompts(self.texts[:n], jax.tree.map(lambda x: x[:n], self.said), self.tokens[:n])
+
 
 def prompts(tokenizer, key, n: int, split: str = "train", template: str | None = None, repeats: int = 1) -> Prompts:
     """n captions, each `repeats` times in a row."""
