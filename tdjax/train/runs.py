@@ -41,8 +41,6 @@ class Networks:
     """The student and its teacher, opened without data. teacher and student are Parts, or None."""
 
     def __init__(self, model: ModelConfig, method: str):
-        half = Policy(param=model.compute, compute=model.compute)
-        master = Policy(param="float32", compute=model.compute)
         self.teacher = self.student = None
         stored = model.dit
         if model.weights:
@@ -50,10 +48,10 @@ class Networks:
             self.student = opened(model.student, model.offline) if model.student else opened(model.weights, model.offline)
             stored = self.student.stored
             check_teacher(self.teacher.stored, stored, method)
-            self.teacher.config = dataclasses.replace(self.teacher.stored, policy=half)
+            self.teacher.config = frozen(self.teacher.stored, model)
         elif method != "flow":
             raise UsageError("model.weights is not given", f"{method} starts from a trained network", "for example wan2.1-t2v-1.3b")
-        self.config: DiTConfig = dataclasses.replace(stored, attention=model.attention, sla=model.sla, policy=master)
+        self.config: DiTConfig = trained(stored, model)
         if method == "flow":
             self.teacher = None
 
@@ -84,6 +82,17 @@ class Networks:
         missing = {name: x for name, x in checkpoint.names(wanted).items() if name not in leaves and DENSE_DROPS in name}
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         return checkpoint.assemble(wanted, leaves | {name: jnp.zeros(x.shape, x.dtype, device=whole) for name, x in missing.items()})
+
+
+def trained(stored: DiTConfig, model: ModelConfig) -> DiTConfig:
+    """The network that is trained: float32 weights, the attention that the run is about."""
+    policy = Policy(param="float32", compute=model.compute)
+    return dataclasses.replace(stored, attention=model.attention, sla=model.sla, policy=policy)
+
+
+def frozen(stored: DiTConfig, model: ModelConfig) -> DiTConfig:
+    """A teacher: as it is stored, in the compute dtype."""
+    return dataclasses.replace(stored, policy=Policy(param=model.compute, compute=model.compute))
 
 
 def opened(name: str, offline: bool) -> Part:
