@@ -6,9 +6,14 @@ import griffe
 
 
 class Shapes(griffe.Extension):
-    """Reads the comment at the end of a function's signature."""
+    """Reads the comment at the end of a function's signature; keeps functions that a file of their package shares the name with."""
+
+    def __init__(self):
+        self.of_packages: list[griffe.Function] = []
 
     def on_function_instance(self, *, node, func: griffe.Function, **_) -> None:
+        if func.parent is not None and func.parent.is_init_module:
+            self.of_packages.append(func)
         if func.docstring is None or not func.source:
             return
         for line in func.source.splitlines():
@@ -17,3 +22,7 @@ class Shapes(griffe.Extension):
                 if comment and "noqa" not in comment and not ("->" in func.docstring.value and "[" in func.docstring.value):
                     func.docstring.value = f"{func.docstring.value.rstrip()}\n\n{comment.strip()}"
                 return
+
+    def on_package(self, **_) -> None:
+        for func in self.of_packages:
+            func.parent.set_member(func.name, func)

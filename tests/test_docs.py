@@ -2,8 +2,10 @@
 
 import argparse
 import ast
+import html
 import importlib
 import inspect
+import os
 import re
 import shlex
 import subprocess
@@ -274,3 +276,21 @@ def test_public_names_are_on_the_api_pages():
 
     missing = {*tdjax.__all__, *pallas_kernels.__all__} - shown - {"PRESETS", "__version__"}
     assert not missing, missing
+
+
+def test_built_site(tmp_path):
+    """Where mkdocs is installed: the site builds, shows all that the API pages name, and its links lead to files and headings."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+    assert done.returncode == 0, done.stderr
+    pages = {path: path.read_text() for path in tmp_path.rglob("*.html")}
+    names = {path: set(re.findall(r'id="([^"]+)"', text)) for path, text in pages.items()}
+    for page, name, _ in documented():
+        assert name in names[tmp_path / "api" / Path(page).stem / "index.html"], f"{page}: {name} is not shown"
+    for path, text in pages.items():
+        for target in re.findall(r'(?:href|src)="(?!https?:|data:|/)([^"]+)"', text):
+            place, _, heading = html.unescape(target).partition("#")
+            goal = path if not place else (path.parent / place).resolve()
+            goal = goal / "index.html" if goal.is_dir() else goal
+            assert goal.exists() and (not heading or goal.suffix != ".html" or heading in names[goal]), f"{path}: {target}"
