@@ -112,6 +112,8 @@ SHORT = {
     "python -m convert.quantize",
     "python -m convert --merge",
     "python -m convert --lora",
+    "python -m tdjax.cache rm",
+    "python -m tdjax.train",
     "python -m tdjax.train PRESET key=value ...",
 }
 
@@ -215,7 +217,7 @@ def test_quoted_messages_are_in_the_source():
         if line.startswith("### ")
         for q in re.findall("`([^`]+)`", line)
     ]
-    assert len(quotes) > 50
+    assert len(quotes) > 100 and len(set(quotes)) == len(quotes)
     for quote in quotes:
         assert len(quote.replace("…", "").strip()) >= 6 and any(quote in text for text in strings), quote
 
