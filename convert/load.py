@@ -73,7 +73,10 @@ class Checkpoint:
         return self.bindings[config]
 
     def leaves(self, config: Config | None = None) -> Iterator[tuple[str, np.ndarray, str | None, np.dtype]]:
-        """(leaf name, array as in the file with layers stacked in front, einops layout or None, dtype it should get)."""
+        """(leaf name, array as in the file with layers stacked in front [n ...], einops layout or None, dtype it should get).
+
+        Raises CheckpointError with the key report where keys and leaves do not fit.
+        """
         config = config or self.config
         for name, claim in self.binding(config).claims.items():
             yield name, self.stack(claim), claim.row.stacked_layout, np.dtype(targets(self.kind, config)[name].dtype)

@@ -9,7 +9,7 @@ import jax
 
 
 def choose(op: str, impl: str, table: dict[str, Callable], auto: Callable) -> Callable:
-    """The implementation called `impl`: a name of `table`, or "auto", which is the callable `auto`."""
+    """The implementation called `impl`: a name of `table`, or "auto", which is the callable `auto`; ValueError for other names."""
     if impl == "auto":
         return auto
     if impl in table:

@@ -203,6 +203,7 @@ def save(folder, module_or_leaves, kind: str, cfg: Config, source: dict | str | 
 
     module_or_leaves: a module of `kind`, or {leaf name: array or Lazy}. Leaves go to disk one after another, in sorted
     order of names, and must be exactly those of the abstract module. source: where the weights came from (JSON values).
+    Raises CheckpointError with every leaf that differs, UsageError where the folder exists and overwrite is not given.
     """
     leaves = module_or_leaves if isinstance(module_or_leaves, dict) else names(module_or_leaves)
     expected = table(names(abstract(kind, cfg)))
@@ -231,7 +232,7 @@ def save(folder, module_or_leaves, kind: str, cfg: Config, source: dict | str | 
 
 
 def inspect(folder) -> dict[str, Any]:
-    """The manifest, checked for form; no parameter is read."""
+    """The manifest, checked for form; no parameter is read. Raises CheckpointError for a folder or a format that is not ours."""
     folder = Path(folder)
     file = folder / "manifest.json"
     if not file.is_file():
@@ -314,7 +315,7 @@ def readable(folder: Path, action: Callable[[ocp.Checkpointer], Any]):
 
 
 def restore(folder, sharding=None, config: Config | None = None):
-    """(config, module) of a checkpoint folder.
+    """(config, module) of a checkpoint folder. Raises CheckpointError where it is damaged, incomplete or of another model.
 
     sharding: where leaves go, see `placements`.
     config:   another config of the same model: other storage dtype, or attention "dense" for weights that have more.

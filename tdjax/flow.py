@@ -52,17 +52,17 @@ def coefficients(u, a) -> Coefficients:
 
 
 def log_sigma(u):
-    """Log of the EDM sigma at u; the logit."""
+    """Log of the EDM sigma at u f32[...]; the logit."""
     return jnp.log(u) - jnp.log1p(-u)
 
 
 def sigma(u):
-    """EDM sigma at u: infinite at 1."""
+    """EDM sigma at u [...] in [0, 1): infinite at 1."""
     return u / (1.0 - u)
 
 
 def u_from_sigma(sigma):
-    """Rectified-flow time of an EDM sigma in [0, infinity)."""
+    """Rectified-flow time of an EDM sigma [...] in [0, infinity), shaped like it."""
     return sigma / (1.0 + sigma)
 
 
@@ -73,7 +73,7 @@ def u_from_trig(t):
 
 
 def shift(u, factor: float):
-    """Later times get more room: sigma -> factor * sigma."""
+    """u [...] with more room for later times: sigma -> factor * sigma."""
     return factor * u / (1.0 + (factor - 1.0) * u)
 
 
@@ -93,27 +93,27 @@ def noisy(x0, eps, c: Coefficients):
 
 
 def data(x, v, c: Coefficients):
-    """x0 predicted by velocity v at x = x_u."""
+    """x0 [b t h w c] predicted by velocity v at x = x_u, both [b t h w c]."""
     return x - c.u * v
 
 
 def noise(x, v, c: Coefficients):
-    """eps predicted by velocity v at x = x_u."""
+    """eps [b t h w c] predicted by velocity v at x = x_u, both [b t h w c]."""
     return x + c.a * v
 
 
 def velocity(x, x0, c: Coefficients):
-    """The velocity whose prediction of data is x0. Undefined at u = 0."""
+    """The velocity at x = x_u whose prediction of data is x0, all [b t h w c]. Undefined at u = 0."""
     return (x - x0) / c.u
 
 
 def trig_from_velocity(x, v, c: Coefficients):
-    """F of TrigFlow from v at x = x_u: stable at both ends, unlike (cos x_t - x0) / sin."""
+    """F of TrigFlow from v at x = x_u, all [b t h w c]: stable at both ends, unlike (cos x_t - x0) / sin."""
     return (c.cos - c.sin) * x + c.b * v
 
 
 def velocity_from_trig(x, f, c: Coefficients):
-    """v from TrigFlow's F at x = x_u."""
+    """v from TrigFlow's F at x = x_u, all [b t h w c]."""
     return (f - (c.cos - c.sin) * x) / c.b
 
 

@@ -30,7 +30,11 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(text: str | None, cfg: DiTConfig) -> Mesh | None:
-    """The mesh over the first devices; UsageError when it does not divide the heads or there are too few devices."""
+    """The mesh over the first devices; None for None and "auto".
+
+    text: AXIS=SIZE with commas between, of fsdp (parameters), tp (heads and MLP), sp (sequence): "sp=4", "tp=2,sp=2".
+    Raises UsageError for other words, for tp times sp that does not divide the heads, and for more devices than there are.
+    """
     if text is None or text == "auto":
         return None
     sizes = parse_mesh(text)

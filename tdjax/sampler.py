@@ -61,7 +61,7 @@ def sample_from(velocity: Velocity, x, noise, times, mode: str):
     """Steps over times f32[n+1] from the state x at times[0] -> (x at times[n], finite bool[n]).
 
     noise f32[n b t h w c]: entry i is injected after step i (a slice of `injected(...)`); None will do for mode "ode".
-    finite[i] says whether the state after step i is finite everywhere.
+    finite[i] says whether the state after step i is finite everywhere. ValueError for another mode or another length of the noise.
     """
     if mode not in UPDATE:
         raise ValueError(f"mode is {mode!r}; allowed: {', '.join(UPDATE)} (teachers: sample_teacher)")
@@ -106,12 +106,12 @@ def sample(velocity: Velocity, noise, times, mode: str):
 
 
 def guide(v, v_negative, scale):
-    """Classifier-free guidance."""
+    """Classifier-free guidance of velocities [b t h w c]; scale 1 is v itself."""
     return v_negative + scale * (v - v_negative)
 
 
 def guided(velocity: Velocity, velocity_negative: Velocity, scale) -> Velocity:
-    """One guided velocity of two networks' calls."""
+    """v- + scale (v - v-) of two callables (x f32[b t h w c], timestep f32[b]) -> v, as one of them; each step calls both."""
     return lambda x, timestep: guide(velocity(x, timestep), velocity_negative(x, timestep), scale)
 
 

@@ -2,8 +2,10 @@
 
 import argparse
 import ast
+import html
 import importlib
 import inspect
+import os
 import re
 import shlex
 import subprocess
@@ -110,6 +112,8 @@ SHORT = {
     "python -m convert.quantize",
     "python -m convert --merge",
     "python -m convert --lora",
+    "python -m tdjax.cache rm",
+    "python -m tdjax.train",
     "python -m tdjax.train PRESET key=value ...",
 }
 
@@ -213,7 +217,7 @@ def test_quoted_messages_are_in_the_source():
         if line.startswith("### ")
         for q in re.findall("`([^`]+)`", line)
     ]
-    assert len(quotes) > 50
+    assert len(quotes) > 100 and len(set(quotes)) == len(quotes)
     for quote in quotes:
         assert len(quote.replace("…", "").strip()) >= 6 and any(quote in text for text in strings), quote
 
@@ -274,3 +278,21 @@ def test_public_names_are_on_the_api_pages():
 
     missing = {*tdjax.__all__, *pallas_kernels.__all__} - shown - {"PRESETS", "__version__"}
     assert not missing, missing
+
+
+def test_built_site(tmp_path):
+    """Where mkdocs is installed: the site builds, shows all that the API pages name, and its links lead to files and headings."""
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+    assert done.returncode == 0, done.stderr
+    pages = {path: path.read_text() for path in tmp_path.rglob("*.html")}
+    names = {path: set(re.findall(r'id="([^"]+)"', text)) for path, text in pages.items()}
+    for page, name, _ in documented():
+        assert name in names[tmp_path / "api" / Path(page).stem / "index.html"], f"{page}: {name} is not shown"
+    for path, text in pages.items():
+        for target in re.findall(r'(?:href|src)="(?!https?:|data:|/)([^"]+)"', text):
+            place, _, heading = html.unescape(target).partition("#")
+            goal = path if not place else (path.parent / place).resolve()
+            goal = goal / "index.html" if goal.is_dir() else goal
+            assert goal.exists() and (not heading or goal.suffix != ".html" or heading in names[goal]), f"{path}: {target}"

@@ -20,7 +20,7 @@ class QTensor(NamedTuple):
 
 
 def tiles(shape) -> tuple[int, int]:
-    """Number of tiles of a matrix in each direction."""
+    """Number of tiles of 128 x 128 of a matrix [m k] in each direction, the last ones cut: (ceil(m/128), ceil(k/128))."""
     return math.ceil(shape[0] / BLOCK), math.ceil(shape[1] / BLOCK)
 
 

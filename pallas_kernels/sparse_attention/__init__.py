@@ -68,7 +68,7 @@ def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block_q=12
 
 
 def chosen_blocks(length: int, topk: float, block_k: int) -> int:
-    """Key blocks kept for each query block: the share of all blocks cut to a whole number, at least one."""
+    """Key blocks kept of `length` keys for each query block: the share of all blocks cut to a whole number, at least one."""
     blocks = -(-length // block_k)
     return max(1, min(blocks, int(topk * blocks)))
 

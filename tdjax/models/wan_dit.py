@@ -228,7 +228,7 @@ def coordinates(shape: tuple[int, int, int]):  # -> f32 [t h w 3]
 
 
 def with_compute(model: DiT, compute: str) -> DiT:
-    """The same weights in a model that computes in another dtype."""
+    """The same weights in a model that computes in another dtype (a name: "float32", "bfloat16", "float16")."""
     cfg = dataclasses.replace(model.cfg, policy=dataclasses.replace(model.cfg.policy, compute=compute))
     structure = jax.tree.structure(jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0))))
     return jax.tree.unflatten(structure, jax.tree.leaves(model))

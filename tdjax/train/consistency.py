@@ -29,12 +29,12 @@ def at(velocity: Velocity, x, u):
 
 
 def tau(c: flow.Coefficients):
-    """F = tau x_t + b v."""
+    """The factor of x_t in F = tau x_t + b v; shaped like the members of c."""
     return (c.cos - c.sin) * c.b
 
 
 def earlier(c: flow.Coefficients, h: float) -> flow.Coefficients:
-    """Coefficients at TrigFlow time t - h."""
+    """Coefficients at TrigFlow time t - h: c of any shape, h in radians."""
     sin = c.sin * math.cos(h) - c.cos * math.sin(h)
     cos = c.cos * math.cos(h) + c.sin * math.sin(h)
     b = 1.0 / (sin + cos)
@@ -47,7 +47,7 @@ def earlier(c: flow.Coefficients, h: float) -> flow.Coefficients:
 
 
 def exact(student: Velocity, x, v_teacher, c: flow.Coefficients, h: float):
-    """-> (v-, T) by one forward-mode derivative; h is not used."""
+    """-> (v-, T), both f32[b t h w c], by one forward-mode derivative; h is not used."""
     p = flow.per_sample(c)
     v, j = jax.jvp(lambda x, u: at(student, x, u), (x, c.u), (v_teacher, jnp.ones_like(c.u)))
     return v, p.b * tau(p) * (v_teacher - v) + p.b**3 * j
@@ -56,7 +56,8 @@ def exact(student: Velocity, x, v_teacher, c: flow.Coefficients, h: float):
 def discrete(student: Velocity, x, v_teacher, c: flow.Coefficients, h: float):
     """-> (v-, T) from dF/dt = (cos(h) F(x_t, t) - F(x_{t-h}, t-h)) / sin(h), x_{t-h} on the teacher's trajectory.
 
-    In rectified flow that point is x - (u - u') V, and what remains is one difference of velocities.
+    x, v_teacher and both results f32[b t h w c], c of u f32[b], h in radians of TrigFlow time. In rectified flow that point is
+    x - (u - u') V, and what remains is one difference of velocities.
     """
     past = earlier(c, h)
     p, q = flow.per_sample(c), flow.per_sample(past)
@@ -66,7 +67,10 @@ def discrete(student: Velocity, x, v_teacher, c: flow.Coefficients, h: float):
 
 
 def semidiscrete(student: Velocity, x, v_teacher, c: flow.Coefficients, h: float):
-    """-> (v-, T) from the exact derivative in x_t and a difference in t at fixed x_t, weighted as in `discrete`."""
+    """-> (v-, T) from the exact derivative in x_t and a difference in t at fixed x_t, weighted as in `discrete`.
+
+    Shapes and units are those of `discrete`.
+    """
     past = earlier(c, h)
     p, q = flow.per_sample(c), flow.per_sample(past)
     v, j = jax.jvp(lambda x: at(student, x, c.u), (x,), (tau(p) * x + p.b**2 * v_teacher,))
@@ -94,7 +98,7 @@ def raw_direction(x, dv, term, c: flow.Coefficients, r, form: str = "paper"):
 
 
 def normalised(g, floor: float):
-    """g / (|g| + floor sqrt(size)) over each sample: floor is in units of the root mean square of g."""
+    """g / (|g| + floor sqrt(size)) over each sample of g [b t h w c]: floor is in units of the root mean square of g."""
     norm = jnp.sqrt(reduce(jnp.square(g), "b t h w c -> b 1 1 1 1", "sum"))
     return g / (norm + floor * math.sqrt(g[0].size))
 

@@ -58,7 +58,7 @@ def distance(network: Velocity, target: Callable, latents, eps, s):
 
 
 def flow_matching_loss(network: Velocity, latents, eps, s):
-    """Mean square of v - (eps - x0) -> (f32[b], ok bool[b])."""
+    """Mean square of v - (eps - x0) over each sample -> (f32[b], ok bool[b]); latents and eps f32[b t h w c], log sigma s f32[b]."""
     return distance(network, lambda x, timestep: eps - latents, latents, eps, s)
 
 

@@ -36,7 +36,10 @@ class SLATrainingConfig:
 
 
 def white_box_loss(student: Velocity, teacher: Velocity, latents, eps, s):
-    """Mean square of v_student - v_teacher at the same x_u, no guidance, no weight of time -> (f32[b], ok bool[b])."""
+    """Mean square of v_student - v_teacher at the same x_u, no guidance, no weight of time -> (f32[b], ok bool[b]).
+
+    latents and eps f32[b t h w c], log sigma s f32[b].
+    """
     return distance(student, teacher, latents, eps, s)
 
 

@@ -42,7 +42,7 @@ class Teacher:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Of one trained model. ema is float32; key never changes, each step folds its number in."""
+    """Of one trained model. step int32[]; ema, shaped like the model, float32; key never changes, each step folds its number in."""
 
     step: jax.Array
     model: Any
@@ -52,7 +52,10 @@ class TrainState:
 
     @classmethod
     def create(cls, model, optimizer: optax.GradientTransformation, key) -> TrainState:
-        """Step 0 from float32 weights. Arrays are copied, so that the state may be donated while `model` is kept."""
+        """Step 0 from float32 weights. Arrays are copied, so that the state may be donated while `model` is kept.
+
+        Raises UsageError for a weight that is not float32.
+        """
         check(model)
         return cls(step=jnp.int32(0), model=copy(model), ema=copy(model), opt=optimizer.init(model), key=jnp.array(key))
 
@@ -72,7 +75,10 @@ class DistillState:
 
     @classmethod
     def create(cls, model, optimizer, key, *, critic=None, critic_optimizer=None) -> DistillState:
-        """Step 0. model and critic are usually both the teacher; arrays are copied."""
+        """Step 0. model and critic are usually both the teacher; arrays are copied.
+
+        Raises UsageError for a weight that is not float32, ValueError for a critic without its optimizer or the reverse.
+        """
         if (critic is None) != (critic_optimizer is None):
             raise ValueError("DistillState.create: give critic and critic_optimizer together, or neither")
         start = TrainState.create(model, optimizer, key)
@@ -99,7 +105,10 @@ def check(model):
 
 
 def trainable(model, pattern: str = ".*"):
-    """Booleans in the shape of the model: the leaves whose whole name (`sharding.leaf_name`) matches the pattern."""
+    """Booleans in the shape of the model: the leaves whose whole name (`sharding.leaf_name`) matches the pattern.
+
+    Raises UsageError if none does.
+    """
     mask = jax.tree_util.tree_map_with_path(lambda path, _: re.fullmatch(pattern, leaf_name(path)) is not None, model)
     if not any(jax.tree.leaves(mask)):
         names = ", ".join(leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(model))
@@ -138,7 +147,7 @@ class EMAConfig:
 
 
 def ema_update(ema, model, step, config: EMAConfig):
-    """The float32 average after update `step` (counted from 0) has given `model`."""
+    """The float32 average after update `step` (int32[], counted from 0) has given `model`; leaf by leaf, in the shapes of `ema`."""
     beta = config.beta(step)
     return jax.tree.map(lambda old, new: new.astype(jnp.float32) + beta * (old - new.astype(jnp.float32)), ema, model)
 
@@ -147,7 +156,7 @@ def ema_update(ema, model, step, config: EMAConfig):
 
 
 def velocity(model, text, image=None) -> Velocity:
-    """A model with its conditioning as the (x, timestep) -> v that losses take."""
+    """A model with its conditioning, text [b s d] and image [b t h w 20] or None, as the (x, timestep) -> v f32[b t h w c] of losses."""
     return lambda x, timestep: model(x, timestep, text, image).astype(jnp.float32)
 
 
@@ -170,7 +179,10 @@ def negative_text(teacher: Teacher | None, text, purpose: str):
 
 
 def guided_teacher(teacher: Teacher, batch: Batch, guidance: float) -> Velocity:
-    """The teacher's velocity of a batch with classifier-free guidance; 1 means none."""
+    """The teacher's velocity (x f32[b t h w c], timestep f32[b]) -> v of a batch with classifier-free guidance; 1 means none.
+
+    Raises UsageError where guidance needs the negative embedding and it is missing, or of another shape than a sample's text.
+    """
     positive = velocity(teacher.model, batch.text, batch.image)
     if guidance == 1.0:
         return positive

@@ -290,3 +290,11 @@ def test_lowers_for_cuda_at_real_size(attention, linear):
     lowered = described.lower(described.trace(run, model, arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096)))
     assert lowered.out_info.shape == (1, 21, 60, 104, 16)
     assert len(lowered.as_text()) < 1_000_000  # kernels travel in it; a table of the size of the video would be 16 MB
+
+
+@pytest.mark.parametrize(("attention", "linear"), [("dense", "float"), ("sla", "int8"), ("sagesla", "int8_channel"), ("sagesla", "fp8")])
+def test_lowers_for_a_tpu_without_kernels(attention, linear):
+    model = abstract(DiTConfig(layers=2, attention=attention, linear=linear))
+    arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    traced = run.trace(model, arg(1, 5, 32, 32, 16), arg(1), arg(1, 512, 4096))
+    assert "custom_call" not in traced.lower(lowering_platforms=("tpu",)).as_text()
