@@ -45,7 +45,7 @@ def test_the_prompts_ask_for_everything():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{}, {"quant": "none"}, {"quant": "int8_channel"}, {"attention": "sagesla"}, {"attention": "dense"}],
+    [{}, {"quant": "none"}, {"attention": "dense"}, {"attention": "sagesla", "quant": "int8_channel"}],
     ids=lambda options: " ".join(options.values()) or "as packaged",
 )
 def test_it_obeys(options):
@@ -59,14 +59,6 @@ def test_another_seed_is_another_clip_of_the_same_prompt():
     assert sum(obeyed(pipe, prompts, seed=1).values()) >= len(prompts) - 1
     a, b = (pipe(prompts[0], seed=seed).frames.astype(int) for seed in (0, 1))
     assert np.abs(a - b).max() > 50  # an object at another place
-
-
-@pytest.mark.slow
-def test_fewer_steps_obey_too():
-    pipe = tdjax.load("demo")
-    frames = pipe(list(PROMPTS), num_steps=2).frames
-    found = detector.correct(detector.measure(frames), captions.parse(PROMPTS))
-    assert np.mean([found[factor] for factor in ("shape", "colour", "background")]) > 0.7
 
 
 # -- the command -----------------------------------------------------------------------------------------------------------
@@ -95,7 +87,7 @@ def test_another_prompt_each_time(capsys):
 def test_what_it_does_not_know(capsys):
     assert generate.main(["--prompt", "a red fox in the snow", "--dry_run", *FLAGS]) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "has never seen" in line]
-    assert "'fox', 'snow'" in line and "'red'" not in line
+    assert "never seen 'fox', 'in', 'snow';" in line
     assert all(", ".join(values) in line for values in captions.knows().values())
     assert generate.main(["--prompt", package.PROMPT, "--dry_run", *FLAGS]) == 0
     assert "has never seen" not in capsys.readouterr().err
