@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         what.add_argument(f"--{name}", action="append", default=[], metavar="FILE[:WEIGHT]", help=text)
 
     prompt = p.add_argument_group("prompt and image")
-    prompt.add_argument("--prompt", help="text, or - for standard input")
+    prompt.add_argument("--prompt", help="text, or - for standard input (default: one of the prompts that the embedded demo suggests)")
     prompt.add_argument("--negative_prompt", default="", help="teacher samplers only")
     prompt.add_argument(
         "--prompt_file", metavar="FILE", help=".txt (one a line), .csv or .jsonl with prompt, seed, image, num_frames, out; resumes"
@@ -90,7 +90,12 @@ def build_parser() -> argparse.ArgumentParser:
     sampler.add_argument("--latents", metavar="FILE.npy", help="start noise [1 t h w c]")
 
     speed = p.add_argument_group("speed and memory")
-    speed.add_argument("--attention_type", choices=("auto", "original", "dense", "sla", "sagesla"), default="auto")
+    speed.add_argument(
+        "--attention_type",
+        choices=("auto", "original", "dense", "sla", "sagesla"),
+        default="auto",
+        help="original is dense; sagesla: sla with int8 scores; auto: sla where the weights have its projection",
+    )
     speed.add_argument(
         "--attention_impl",
         default="auto",

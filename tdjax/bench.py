@@ -69,10 +69,9 @@ def chosen(text: str, allowed: tuple[str, ...], flag: str) -> list[str]:
 def configs(args) -> tuple[DiTConfig, VAEConfig, TextConfig, VideoSize]:
     """What the model of that name is made of, and the size of its video."""
     if args.model == "demo":
-        from tdjax import demo
+        from tdjax.train.tiny import configs as demo
 
-        dit, vae, text = demo.DIT, demo.VAE_CONFIG, demo.TEXT
-        size = VideoSize(**{name: demo.FACTS[name] for name in ("frames", "height", "width")})
+        dit, vae, text, size = demo.DIT_SLA, demo.VAE, demo.TEXT, demo.SIZE
     else:
         preset = PRESETS[args.model]
         dit, vae, text, size = preset.config, VAEConfig(), TextConfig(), choose_size(resolution=args.size or preset.resolution)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import math
@@ -23,11 +22,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
 
 import tdjax
 from tdjax.config import KINDS, Config, from_dict, to_dict
 from tdjax.errors import CheckpointError, UsageError
+from tdjax.layers import as_shapes
 from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.models.wan_vae import VAE
@@ -127,10 +126,9 @@ def names(module) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(module)}
 
 
-@functools.cache
 def abstract(kind: str, cfg: Config):
     """The module of a kind ("dit", "vae", "text") with shapes in place of arrays; nothing is allocated."""
-    return jax.eval_shape(lambda: MODULES[kind](cfg, rngs=nnx.Rngs(0)))
+    return as_shapes(MODULES[kind], cfg)
 
 
 def assemble(abstract_module, arrays: dict[str, Any]):

@@ -139,14 +139,14 @@ def run(args) -> int:
         **{name: getattr(args, name) for name in PATHS},
     )
     check_model(args, pipe)
-    if not pipe.trained:
-        stages.note("the embedded demo model is UNTRAINED (random weights): it runs the whole path and draws noise, whatever the prompt")
+    if args.model == "demo" and not any(getattr(args, name) for name in PATHS):
+        stages.note(f"the embedded demo model, {pipe.size}; --model gives another")
     if args.seed < 0:
         args.seed = secrets.randbelow(2**31)
         stages.note(f"seed {args.seed}")
-    jobs = read_jobs(args, pipe.default_prompt(args.seed))
+    jobs = read_jobs(args, pipe.default_prompt(secrets.randbelow(2**31)))
     if args.prompt is None and jobs[0].prompt and not args.prompt_file and not args.serve:
-        stages.note(f"no --prompt: {jobs[0].prompt!r}")
+        stages.note(f'no prompt was given, this one is drawn: --prompt "{jobs[0].prompt}" --seed {args.seed}')
     if args.serve:
         return serve(args, pipe)
     if args.dry_run:

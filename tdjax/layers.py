@@ -1,9 +1,11 @@
-"""Norms and the time sinusoid, shared by the networks: float32 inside, one rounding at the end."""
+"""Norms and the time sinusoid, shared by the networks (float32 inside, one rounding at the end), and modules as shapes."""
 
 from __future__ import annotations
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -11,6 +13,19 @@ from flax import nnx
 from jax import lax
 
 from tdjax.precision import Policy
+
+
+class OneKey:
+    """In place of nnx.Rngs where numbers do not matter: making a key for every layer takes longer than the rest of a constructor."""
+
+    def params(self):
+        return jax.random.key(0)
+
+
+@functools.cache
+def as_shapes(module: type[nnx.Module], cfg):
+    """The module of a class and config with shapes in place of arrays; nothing is allocated."""
+    return jax.eval_shape(lambda: module(cfg, rngs=OneKey()))
 
 
 class RMSNorm(nnx.Module):

@@ -75,7 +75,7 @@ def load(
         check_choice("an argument of load", name, PATHS)
     stages, cache = stages or Stages(show=False), Path(cache_dir) if cache_dir else cache_folder()
     if str(model) == "demo" and not any(paths.values()):
-        model = demo.folder(cache)
+        model = demo.folder()
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     with stages("open"):

@@ -66,7 +66,7 @@ class Pipeline:
         self.text = TextEncoder(self.programs, parts["text"], self.tokenizer, prompt_cache, stages) if "text" in parts else None
         facts, preset = located.facts, PRESETS.get(located.preset or "")
         self.name = facts.get("name", located.name)
-        self.trained, self.prompts, self.language = facts.get("trained", True), facts.get("prompts", []), facts.get("language")
+        self.prompts, self.language = facts.get("prompts", []), facts.get("language")
         self.distilled = located.distilled
         self.resolution = None if "width" in facts else preset.resolution if preset else "480p"
         self.size = VideoSize(**{k: facts[k] for k in ("frames", "height", "width") if k in facts})
@@ -350,7 +350,7 @@ class Pipeline:
 
     def facts(self, request: Request) -> dict[str, Any]:
         """Everything needed to make the same videos again, as JSON values."""
-        return describe(self.name, self.trained, request, self.parts)
+        return describe(self.name, request, self.parts)
 
     def videos(self, request: Request) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """(latents, frames) of every prompt and sample, through all stages."""
@@ -377,7 +377,7 @@ class Pipeline:
         """What a user should know before waiting: the prompt's length, an unusual size, weights that need many steps."""
         lines = size_notes(request.size, request.resolution) if self.resolution else []
         lines += reference_notes(self.config)
-        if request.prompt_embeds is None and self.trained:
+        if request.prompt_embeds is None:
             for text in request.prompts:
                 lines += language_warnings(self.language, text) if self.language else prompt_warnings(self.tokenizer, text)
         if not self.distilled and request.sampler.few_step:

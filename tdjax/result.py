@@ -125,14 +125,13 @@ def save_latents(path: Path, latents: np.ndarray, overwrite: bool = False) -> No
     os.replace(part, path)
 
 
-def describe(name: str, trained: bool, request, parts: dict) -> dict[str, Any]:
+def describe(name: str, request, parts: dict) -> dict[str, Any]:
     """Everything needed to make the same video again, as JSON values; arrays that were given stand as their sha256."""
     import jax
 
     return {
         "tdjax": tdjax.__version__,
         "model": name,
-        "trained": trained,
         "prompts": list(request.prompts),
         "negative_prompt": request.negative_prompt,
         "seed": request.seed,

@@ -243,7 +243,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 def test_paths_that_pages_name_exist(path):
     text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
     for name in re.findall(r"`((?:docs|tests|tdjax|convert|pallas_kernels|notebooks)/[\w./]+)`", text):
-        assert (ROOT / name).exists() or name == "tdjax/assets/demo", name  # the trained demo model comes with a release
+        assert (ROOT / name).exists(), name
     for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[\w-]+)?\)", text):
         assert (path.parent / target).exists(), target
 

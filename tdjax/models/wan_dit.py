@@ -17,7 +17,7 @@ from jax import lax
 
 from tdjax.attention import CrossAttention, SelfAttention, TextKV
 from tdjax.config import DiTConfig
-from tdjax.layers import LayerNorm, modulate, sinusoid
+from tdjax.layers import LayerNorm, as_shapes, modulate, sinusoid
 from tdjax.linear import LINEAR, Linear, converted
 from tdjax.models.rope import rope
 from tdjax.precision import Policy
@@ -230,7 +230,7 @@ def coordinates(shape: tuple[int, int, int]):  # -> f32 [t h w 3]
 def with_compute(model: DiT, compute: str) -> DiT:
     """The same weights in a model that computes in another dtype (a name: "float32", "bfloat16", "float16")."""
     cfg = dataclasses.replace(model.cfg, policy=dataclasses.replace(model.cfg.policy, compute=compute))
-    structure = jax.tree.structure(jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0))))
+    structure = jax.tree.structure(as_shapes(DiT, cfg))
     return jax.tree.unflatten(structure, jax.tree.leaves(model))
 
 
@@ -244,7 +244,7 @@ def with_linear(model: DiT, linear: str, *, free: bool = False) -> DiT:
     old, new = LINEAR[model.cfg.linear].leaves, LINEAR[linear].leaves
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
     cfg = dataclasses.replace(model.cfg, linear=linear)
-    abstract = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
+    abstract = as_shapes(DiT, cfg)
     shapes = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
     for name, shape in shapes.items():
         stem, _, last = name.rpartition(".")

@@ -19,6 +19,7 @@ from jax import lax
 
 from tdjax.config import VAEConfig, neighbours
 from tdjax.errors import UsageError
+from tdjax.layers import as_shapes
 from tdjax.models.causal_conv import CausalConv, Conv, zero_past
 
 COLOURS = 3
@@ -313,7 +314,7 @@ def intermediates(vae: VAE, video=None, latents=None) -> dict:
 @functools.cache
 def cache_shapes(cfg: VAEConfig, height: int, width: int, *, encode: bool = False):
     """What one clip's decoder (or encoder) carries from one latent frame to the next, as shapes; nothing is run."""
-    vae = jax.eval_shape(lambda: VAE(cfg, rngs=nnx.Rngs(0)))
+    vae = as_shapes(VAE, cfg)
     h, w, c = (height, width, COLOURS) if encode else (height // cfg.spatial, width // cfg.spatial, cfg.latent_channels)
     step = lambda vae, x: (vae.encoder if encode else vae.decoder)(x, None)
     return jax.eval_shape(step, vae, jax.ShapeDtypeStruct((1, 1, h, w, c), cfg.policy.compute_dtype))[1]

@@ -41,9 +41,10 @@ def write(folder: Path, *names: str) -> None:
 
 def tokenizer(folder: Path) -> None:
     """Ids inside the real vocabulary; the real tokenizer is not ours to ship."""
-    from tdjax import demo
+    from tdjax.train.tiny import captions
+    from tdjax.train.tiny.tokenizer import build
 
-    demo.tokenizer().save(str(folder / "tokenizer.json"))
+    build(captions.vocabulary()).save(str(folder / "tokenizer.json"))
 
 
 def photograph(width: int = 1600, height: int = 900) -> Image.Image:

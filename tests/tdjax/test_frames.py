@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_model
 
 import tdjax
-from tdjax import checkpoint, demo, programs
+from tdjax import checkpoint, programs
 from tdjax.config import VideoSize
 from tdjax.errors import UsageError
 from tdjax.frames import IN_FLIGHT, Coder, arriving
@@ -19,7 +20,7 @@ CALL = {"width": 32, "height": 32, "num_steps": 1}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return demo.write(tmp_path_factory.mktemp("models") / "demo")
+    return random_model.write(tmp_path_factory.mktemp("models") / "random")
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +64,9 @@ def test_programs_do_not_depend_on_the_length(coder):
 
 
 def test_a_frame_that_is_not_finite_is_told(coder):
-    leaves = demo.random_leaves("vae", demo.VAE_CONFIG, 1)
+    leaves = random_model.random_leaves("vae", random_model.VAE, 1)
     leaves["decoder.conv_out.bias"][...] = np.nan
-    bad = checkpoint.assemble(checkpoint.abstract("vae", demo.VAE_CONFIG), {n: jnp.asarray(x) for n, x in leaves.items()})
+    bad = checkpoint.assemble(checkpoint.abstract("vae", random_model.VAE), {n: jnp.asarray(x) for n, x in leaves.items()})
     assert [finite for _, finite in coder.decode(bad, latents(5), "uint8")] == [False, False]
 
 

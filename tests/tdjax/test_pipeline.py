@@ -8,9 +8,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import random_model
 
 import tdjax
-from tdjax import checkpoint, demo, generate, pipeline, programs
+from tdjax import checkpoint, generate, pipeline, programs
 from tdjax.config import PRESETS, DiTConfig, VideoSize
 from tdjax.errors import CheckpointError, NotFinite, OutOfMemory, UsageError
 from tdjax.locate import Located
@@ -24,8 +25,8 @@ FLAGS = ["--num_frames", "5", "--width", "32", "--height", "32", "--compile_cach
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """The demo's model folder, with random weights."""
-    return demo.write(tmp_path_factory.mktemp("cache") / "demo")
+    """A model folder of random weights."""
+    return random_model.write(tmp_path_factory.mktemp("cache") / "random")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def pipe(model):
 
 def dit_folder(path, cfg: DiTConfig, seed: int = 0, **change):
     """A transformer of random weights in our layout; change={leaf: value} fills a leaf (dots as double underscores)."""
-    leaves = demo.random_leaves("dit", cfg, seed)
+    leaves = random_model.random_leaves("dit", cfg, seed)
     for name, value in change.items():
         leaves[name.replace("__", ".")][...] = value
     return checkpoint.save(path, leaves, kind="dit", cfg=cfg, source={"name": "test"})
@@ -43,14 +44,14 @@ def dit_folder(path, cfg: DiTConfig, seed: int = 0, **change):
 
 @pytest.fixture(scope="session")
 def i2v_model(model, tmp_path_factory):
-    """Two image-to-video experts over the demo's VAE and text encoder: 8 latent channels + 4 mask + 8 image latents."""
+    """Two image-to-video experts over the same VAE and text encoder: 8 latent channels + 4 mask + 8 image latents."""
     folder = tmp_path_factory.mktemp("i2v") / "model"
     shutil.copytree(model, folder)
     shutil.rmtree(folder / "dit")
-    cfg = dataclasses.replace(demo.DIT, in_channels=20, attention="dense", layers=2)
+    cfg = dataclasses.replace(random_model.DIT, in_channels=20, attention="dense", layers=2)
     dit_folder(folder / "dit_high", cfg, 1)
     dit_folder(folder / "dit_low", cfg, 2)
-    (folder / "model.json").write_text(json.dumps({**demo.FACTS, "name": "i2v-test"}))
+    (folder / "model.json").write_text(json.dumps({**random_model.FACTS, "name": "i2v-test"}))
     return folder
 
 
@@ -72,12 +73,12 @@ def test_the_smallest_command(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert generate.main(["--model", str(model), "--compile_cache_dir", "none"]) == 0
     out = capsys.readouterr()
-    assert out.out == "output/demo_0_0.mp4\n"
-    assert "UNTRAINED" in out.err
-    assert read_video(tmp_path / "output/demo_0_0.mp4").shape == (33, 64, 64, 3)
-    facts = json.loads((tmp_path / "output/demo_0_0.mp4.json").read_text())
-    assert facts["seed"] == 0 and facts["prompts"] == [demo.PROMPT] and facts["sampler"]["steps"] == 4
-    assert sorted(p.name for p in (tmp_path / "output").iterdir()) == ["demo_0_0.mp4", "demo_0_0.mp4.json"]
+    assert out.out == "output/random_0_0.mp4\n"
+    assert f'no prompt was given, this one is drawn: --prompt "{random_model.PROMPT}" --seed 0' in out.err
+    assert read_video(tmp_path / "output/random_0_0.mp4").shape == (33, 64, 64, 3)
+    facts = json.loads((tmp_path / "output/random_0_0.mp4.json").read_text())
+    assert facts["seed"] == 0 and facts["prompts"] == [random_model.PROMPT] and facts["sampler"]["steps"] == 4
+    assert sorted(p.name for p in (tmp_path / "output").iterdir()) == ["random_0_0.mp4", "random_0_0.mp4.json"]
 
 
 def test_same_seed_same_bits_and_samples_do_not_depend_on_the_batch(pipe):
@@ -112,7 +113,7 @@ def test_guidance_uses_the_negative_prompt(model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     shutil.rmtree(folder / "dit")
-    dit_folder(folder / "dit", dataclasses.replace(demo.DIT, layers=1, attention="dense"))
+    dit_folder(folder / "dit", dataclasses.replace(random_model.DIT, layers=1, attention="dense"))
     pipe = tdjax.load(folder)
     call = lambda **kw: pipe("a red circle", sampler="euler", num_steps=2, output_type="latent", **kw, **SMALL).latents
     plain = call(guidance_scale=1.0)
@@ -201,7 +202,7 @@ def test_mesh_messages(model):
         tdjax.load(model, mesh="sp=3")
     with pytest.raises(UsageError, match="AXIS=SIZE"):
         tdjax.load(model, mesh="four")
-    cfg = dataclasses.replace(demo.DIT, heads=8, dim=128)
+    cfg = dataclasses.replace(random_model.DIT, heads=8, dim=128)
     from tdjax.mesh import make_mesh
 
     with pytest.raises(UsageError, match="needs 8 devices"):
@@ -299,7 +300,7 @@ def test_serving_keeps_weights_and_survives_a_bad_line(model, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert generate.main(["--model", str(model), "--serve", *FLAGS]) == 0
     out = capsys.readouterr()
-    assert out.out.split() == ["output/demo_0_0.mp4", "output/demo_0_0-2.mp4"]
+    assert out.out.split() == ["output/random_0_0.mp4", "output/random_0_0-2.mp4"]
     assert "num_steps is 9" in out.err
 
 
@@ -358,7 +359,7 @@ def test_task_and_image_must_agree(model, i2v_model, tmp_path, capsys):
 
 def test_sla_needs_its_projection(model, tmp_path, capsys):
     folder = tmp_path / "dense"
-    dit_folder(folder, dataclasses.replace(demo.DIT, attention="dense", layers=1))
+    dit_folder(folder, dataclasses.replace(random_model.DIT, attention="dense", layers=1))
     argv = ["--dit_path", str(folder), "--vae_path", str(model / "vae"), "--text_encoder_path", str(model / "text")]
     argv += ["--tokenizer_path", str(model / "tokenizer.json"), "--attention_type", "sla"]
     message = failing(model, tmp_path, capsys, 3, *argv)
@@ -367,11 +368,11 @@ def test_sla_needs_its_projection(model, tmp_path, capsys):
 
 def test_parts_of_another_kind(model, tmp_path, capsys):
     assert "is a umT5 text encoder, not a video VAE" in failing(model, tmp_path, capsys, 3, "--vae_path", str(model / "text"))
-    cfg = dataclasses.replace(demo.DIT, in_channels=16, out_channels=16, layers=1)
+    cfg = dataclasses.replace(random_model.DIT, in_channels=16, out_channels=16, layers=1)
     dit_folder(tmp_path / "wide", cfg)
     message = failing(model, tmp_path, capsys, 3, "--dit_path", str(tmp_path / "wide"))
     assert "8 latent channels, the transformer 16" in message and "48" in message
-    cfg = dataclasses.replace(demo.DIT, text_dim=48, layers=1)
+    cfg = dataclasses.replace(random_model.DIT, text_dim=48, layers=1)
     dit_folder(tmp_path / "text48", cfg)
     assert "vectors of 64, the transformer takes 48" in failing(model, tmp_path, capsys, 3, "--dit_path", str(tmp_path / "text48"))
 
@@ -388,7 +389,7 @@ def test_not_finite_names_the_step(model, tmp_path, capsys):
     shutil.copytree(model, folder)
     shutil.rmtree(folder / "dit")
 
-    dit_folder(folder / "dit", dataclasses.replace(demo.DIT, layers=1), head__proj__bias=np.nan)
+    dit_folder(folder / "dit", dataclasses.replace(random_model.DIT, layers=1), head__proj__bias=np.nan)
     message = failing(folder, tmp_path, capsys, 5)
     assert "step 1 of 4" in message and "--attention_type original" in message
     assert generate.main(["--model", str(folder), "--prompt", "a", "--save_path", str(tmp_path / "n.npy"), "--check", "none", *FLAGS]) == 0
@@ -400,9 +401,9 @@ def test_the_decoder_is_checked_too(model, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     shutil.rmtree(folder / "vae")
-    leaves = demo.random_leaves("vae", demo.VAE_CONFIG, 0)
+    leaves = random_model.random_leaves("vae", random_model.VAE, 0)
     leaves["decoder.conv_out.bias"][...] = np.nan
-    checkpoint.save(folder / "vae", leaves, kind="vae", cfg=demo.VAE_CONFIG)
+    checkpoint.save(folder / "vae", leaves, kind="vae", cfg=random_model.VAE)
     assert "VAE decoder gave NaN" in failing(folder, tmp_path, capsys, 5)
 
 

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_model
 
 import tdjax
-from tdjax import checkpoint, demo, plan
+from tdjax import checkpoint, plan
 from tdjax.errors import CheckpointError
 from tdjax.parts import Part
 from tdjax.programs import Programs
@@ -22,7 +23,7 @@ SMALL = {"num_frames": 5, "width": 32, "height": 32, "num_steps": 1}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return demo.write(tmp_path_factory.mktemp("models") / "demo")
+    return random_model.write(tmp_path_factory.mktemp("models") / "random")
 
 
 def double(x):
@@ -152,9 +153,9 @@ def experts(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts") / "model"
     shutil.copytree(model, folder)
     shutil.rmtree(folder / "dit")
-    cfg = dataclasses.replace(demo.DIT, attention="dense", layers=1)
+    cfg = dataclasses.replace(random_model.DIT, attention="dense", layers=1)
     for seed, name in enumerate(("dit_high", "dit_low")):
-        checkpoint.save(folder / name, demo.random_leaves("dit", cfg, seed), kind="dit", cfg=cfg)
+        checkpoint.save(folder / name, random_model.random_leaves("dit", cfg, seed), kind="dit", cfg=cfg)
     return folder
 
 

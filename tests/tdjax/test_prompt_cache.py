@@ -5,10 +5,11 @@ import os
 import ml_dtypes
 import numpy as np
 import pytest
+import random_model
 from safetensors.numpy import save_file
 
 import tdjax
-from tdjax import checkpoint, demo, generate, pipeline
+from tdjax import checkpoint, generate, pipeline
 from tdjax.prompt_cache import PromptCache, entry_key, prompt_of
 
 SMALL = {"num_frames": 5, "width": 32, "height": 32, "num_steps": 1, "output_type": "latent"}
@@ -17,7 +18,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return demo.write(tmp_path_factory.mktemp("models") / "demo")
+    return random_model.write(tmp_path_factory.mktemp("models") / "random")
 
 
 def embeddings(seed: int, tokens: int = 3, shape=(8, 4)) -> np.ndarray:
@@ -101,8 +102,8 @@ def test_one_new_prompt_among_known_ones(model):
 
 
 def test_other_weights_are_other_entries(model, tmp_path):
-    leaves = demo.random_leaves("text", demo.TEXT, 7)
-    other = checkpoint.save(tmp_path / "text", leaves, kind="text", cfg=demo.TEXT)
+    leaves = random_model.random_leaves("text", random_model.TEXT, 7)
+    other = checkpoint.save(tmp_path / "text", leaves, kind="text", cfg=random_model.TEXT)
     a = tdjax.load(model).embed("a red circle")
     b = tdjax.load(model, text_encoder_path=other).embed("a red circle")
     assert not np.array_equal(a, b)

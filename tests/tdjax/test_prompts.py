@@ -6,10 +6,11 @@ import weakref
 import jax
 import numpy as np
 import pytest
+import random_model
 from safetensors.numpy import save_file
 
 import tdjax
-from tdjax import demo, plan
+from tdjax import plan
 from tdjax.arguments import parse
 from tdjax.errors import UsageError
 from tdjax.generate import text_encoder_device
@@ -25,7 +26,7 @@ SMALL = {"num_frames": 5, "width": 32, "height": 32, "num_steps": 1, "output_typ
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return demo.write(tmp_path_factory.mktemp("models") / "demo")
+    return random_model.write(tmp_path_factory.mktemp("models") / "random")
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_model
 
 import tdjax
-from tdjax import checkpoint, demo, plan, programs, tiles
+from tdjax import checkpoint, plan, programs, tiles
 from tdjax.config import VideoSize
 from tdjax.frames import Coder
 from tdjax.parts import Part
@@ -43,7 +44,7 @@ def test_impossible_tiles():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return demo.write(tmp_path_factory.mktemp("models") / "demo")
+    return random_model.write(tmp_path_factory.mktemp("models") / "random")
 
 
 def smooth(h: int, w: int, t: int = 2) -> np.ndarray:
@@ -60,7 +61,7 @@ def local(vae):
     """Without the attention over whole frames, which a tile cuts short and random weights make as strong as all else."""
     leaves = checkpoint.names(vae)
     leaves |= {name: jnp.zeros_like(leaf) for name, leaf in leaves.items() if "middle.1.proj" in name}
-    return checkpoint.assemble(checkpoint.abstract("vae", demo.VAE_CONFIG), leaves)
+    return checkpoint.assemble(checkpoint.abstract("vae", random_model.VAE), leaves)
 
 
 def test_seams(model, monkeypatch):

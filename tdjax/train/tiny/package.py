@@ -24,7 +24,7 @@ def facts() -> dict:
     """model.json: what a pipeline should know of the model."""
     how = sampling.student(4)
     return {
-        "name": "demo", "trained": True, "frames": factors.FRAMES, "height": factors.SIDE, "width": factors.SIDE,
+        "name": "demo", "frames": factors.FRAMES, "height": factors.SIDE, "width": factors.SIDE,
         "prompts": [PROMPT, *(captions.random_prompt(seed) for seed in range(1, PROMPTS))],
         "sampler": {"mid": list(how.mid), "sigma_max": how.sigma_max},
         "language": {"words": captions.vocabulary(), "knows": captions.knows()},

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import random_model
 from tolerances import assert_close
 
-from tdjax import checkpoint, demo
+from tdjax import checkpoint
 from tdjax.config import DiTConfig
 from tdjax.precision import FLOAT32, Policy
 from tdjax.stages import Stages
@@ -181,9 +182,9 @@ def folder(tmp_path_factory):
         write_shard(out / "shards" / f"shard_{number:06}.tar", samples[3 * number : 3 * number + 3], 3 * number)
     (out / "negative.pt").write_bytes(torch_bytes(rng.normal(size=(7, 6)).astype(ml_dtypes.bfloat16)))
     bf16 = dataclasses.replace(TINY, policy=Policy())
-    checkpoint.save(out / "dense", demo.random_leaves("dit", bf16, 1), "dit", bf16)
+    checkpoint.save(out / "dense", random_model.random_leaves("dit", bf16, 1), "dit", bf16)
     sparse = dataclasses.replace(bf16, attention="sla")
-    checkpoint.save(out / "sparse", demo.random_leaves("dit", sparse, 2), "dit", sparse)
+    checkpoint.save(out / "sparse", random_model.random_leaves("dit", sparse, 2), "dit", sparse)
     return out
 
 
