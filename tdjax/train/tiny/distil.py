@@ -155,7 +155,9 @@ class Best:
 
 def rcm_stage(run: Run) -> None:
     cfg: RCMStage = run.settings["rcm"]
-    vae, text, teacher = work.load(run, "vae"), work.load(run, "text"), work.load(run, "teacher", cfg.compute)
+    vae, text = work.load(run, "vae"), work.load(run, "text")
+    # Blocks in a loop: a cycle has a dozen passes, and its program, with all of their blocks one by one, took four minutes to compile.
+    teacher = work.load(run, "teacher", cfg.compute, remat=True)
     clips = data.make(run, vae, cfg.clips)
     negative = jax.jit(embed)(text, data.negative(data.tokenizer(run))[None])[0]
     optimizer = adamw(rates(cfg, cfg.learning_rate, cfg.steps))

@@ -79,6 +79,8 @@ def train(
     if done:
         state = saves.restore(saves.folder(work, done), state)
         run.say(f"{name}: going on from step {done}")
+    # Where data are bound to a device, so is what comes out; a first state that is not would make a second program of the next call.
+    state = jax.device_put(state, jax.devices()[0])
     begun = saved = time.monotonic()
     with Metrics(work, done) as log:
         while done < steps:
@@ -133,13 +135,13 @@ def forget_states(run: Run, name: str) -> None:
         checkpoint.remove(saves.folder(run.work(name), step))
 
 
-def load(run: Run, name: str, compute: str = "float32"):
+def load(run: Run, name: str, compute: str = "float32", remat: bool = False):
     """A stage's result with float32 weights, that computes in the given dtype."""
     kind, stored = checkpoint.checked(run.folder / name)
-    return checkpoint.restore(run.folder / name, config=trained(stored, compute))[1]
+    return checkpoint.restore(run.folder / name, config=trained(stored, compute, remat))[1]
 
 
-def trained(cfg, compute: str):
-    """A network as it is while it trains: float32 weights, activations kept where memory is no concern."""
+def trained(cfg, compute: str, remat: bool = False):
+    """A network as it is while it trains: float32 weights, and activations kept, memory being no concern, unless `remat`."""
     cfg = dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, param="float32", compute=compute))
-    return dataclasses.replace(cfg, remat=False) if isinstance(cfg, DiTConfig) else cfg
+    return dataclasses.replace(cfg, remat=remat) if isinstance(cfg, DiTConfig) else cfg

@@ -50,6 +50,13 @@ def test_a_cut_run_goes_on_to_the_same_bits(tmp_path):
     assert [row["step"] for row in rows] == [5, 10, 15, 20] and all(row["loss"] > 0 for row in rows)
 
 
+def test_one_program_serves_all_chunks(tmp_path):
+    """Also where the first state is bound to no device, and the data are."""
+    program, bonus = work.repeated(step, 5), (jax.device_put(jnp.float32(0.5), jax.devices()[0]),)
+    work.train(a_run(tmp_path), "stage", jax.jit(state)(), program, 15, 5, bonus)
+    assert program._cache_size() == 1
+
+
 def test_checks_and_a_loss_that_is_not_finite(tmp_path):
     seen = []
     bad = lambda state, bonus: PROGRAM(dataclasses.replace(state, x=jnp.where(state.step < 10, state.x, jnp.nan)), bonus)
