@@ -222,6 +222,8 @@ def save(folder, module_or_leaves, kind: str, cfg: Config, source: dict | str | 
         with contextlib.closing(ocp.Checkpointer(handler)) as writer:
             pieces = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in lazy}
             writer.save(part / "params", args=ocp.args.PyTreeSave(lazy, save_args=pieces))
+        for told in part.glob("params/commit_success.txt"):
+            told.write_text("complete\n")  # Orbax says where on this machine the folder was, which is nobody's business
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return Path(folder)
 

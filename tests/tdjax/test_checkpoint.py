@@ -77,6 +77,8 @@ def test_round_trip(tmp_path, modules, name):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]
     one = next(iter(manifest["leaves"]))
     np.testing.assert_array_equal(checkpoint.read(tmp_path / "x", one), np.asarray(checkpoint.names(got)[one]))
+    files = [path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()]
+    assert not any(str(tmp_path).encode() in data for data in files)  # nothing of the machine travels with the weights
 
 
 def test_a_restored_module_does_not_trace_again(folder, modules):

@@ -137,6 +137,7 @@ def evaluate(bench: Bench, row: Variant, rows: dict[str, Variant]) -> dict:
         features.append(bench.features(video))
     basis, pooled, random = bench.reference()
     mean = {name: float(np.mean([values[name] for values in seeds])) for name in seeds[0]}
+    mean["clips"] = bench.cfg.clips * bench.cfg.seeds
     mean["fd_pca"] = metrics.frechet(metrics.gaussian(basis(np.concatenate([f[0] for f in features]))), pooled)
     mean["fd_random"] = metrics.frechet(metrics.gaussian(np.concatenate([f[1] for f in features])), random)
     if row.sampler is not None and row.template is None and row.split == "train":

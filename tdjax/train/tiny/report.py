@@ -37,6 +37,7 @@ class Column:
 COLUMNS = tuple(
     Column(key=key, title=title, form=form)
     for key, title, form in (
+        ("clips", "clips", ".0f"),
         ("all", "all attributes", ".1%"),
         ("shape", "shape", ".1%"),
         ("colour", "colour", ".1%"),

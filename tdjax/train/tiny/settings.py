@@ -10,7 +10,7 @@ import math
 class VAEStage:
     """The autoencoder, on clips rendered as they are needed."""
 
-    steps: int = 4000
+    steps: int = 6000
     batch: int = 8
     learning_rate: float = 1e-3
     warmup: int = 100
