@@ -263,6 +263,12 @@ def documented():
                 yield page.name, f"{name}.{member}", inspect.getattr_static(found, member)
 
 
+def test_the_results_are_those_of_the_packaged_model():
+    card = (ROOT / "tdjax/assets/demo/MODEL_CARD.md").read_text().split("## Results")[1]
+    table = "\n".join(line for line in card.splitlines() if line.startswith("|"))
+    assert table.count("\n") > 10 and table in (ROOT / "docs/training.md").read_text()
+
+
 def test_what_the_api_pages_show_is_documented():
     rows = list(documented())
     assert len(rows) > 80

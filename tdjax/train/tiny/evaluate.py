@@ -261,7 +261,7 @@ def sheet(run: Run, bench: Bench, rows: list[Variant], prompts: int = 3) -> None
     for row in rows:
         video = bench.made(row, 0, first)
         for i in shown:
-            steps = f", {row.sampler.steps} steps" if row.sampler else f": {texts[i]}"
+            steps = f", {row.sampler.steps} step{'s'[: row.sampler.steps > 1]}" if row.sampler else f": {texts[i]}"
             shown[i][f"{row.title}{steps}"] = video[i]
     for i, strips in shown.items():
         report.contact_sheet(run.folder / f"sheet_{i}.png", strips)
