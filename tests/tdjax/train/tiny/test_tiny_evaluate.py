@@ -40,7 +40,7 @@ def test_true_clips_are_all_right_and_results_are_kept(run, monkeypatch, capsys)
     assert student["values"]["all"] < 0.5 and student["values"]["fd_pca"] > 2 * truth["values"]["fd_pca"]
     assert 0 <= student["values"]["diversity"] < 1 and student["values"]["megabytes"] > 0.1
     table = (run.folder / "table.md").read_text()
-    assert "| ground truth | 0 | 0 | 100.0% |" in table and len(table.splitlines()) == 4
+    assert "| ground truth | 0 | 0 | 12 | 100.0% |" in table and len(table.splitlines()) == 4
     monkeypatch.setattr(evaluate, "evaluate", None)  # nothing is computed again
     evaluate.run_stage(run)
     evaluate.write(run, next(row for row in rows.variants(CFG) if row.key == "truth"), {"values": {"gpu_ms": 1.5}})

@@ -47,7 +47,7 @@ class Codec:
         x = jnp.zeros((len(numbers), *configs.SIZE.latent_grid, 8))
         return x.at[:, 0, 0, 0].set(numbers).at[:, 0, 0, 1, 0].set(factors.heading) / self.scale
 
-    def decode(self, x):
+    def decode(self, x, whole):
         numbers = x[:, 0, 0, 0] * self.scale
         said = Attributes(**{name: jnp.round(numbers[:, i]).astype(jnp.int32) for i, name in enumerate(NAMES)})
         return clips.render(Factors(said=said, start=numbers[:, 6:] * 32, heading=jnp.sign(x[:, 0, 0, 1, 0])))
