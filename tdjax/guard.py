@@ -1,6 +1,9 @@
-"""INT8 and FP8 arithmetic runs on a GPU only where its kernels agree with their references there: checked before weights are read."""
+"""What must hold before a transformer runs: its 8-bit kernels agree with their references on this GPU, and it has the GPU to itself."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Future, wait
 
 import jax
 
@@ -24,7 +27,7 @@ def check_kernels(cfg: DiTConfig, stages: Stages) -> None:
     if not wanted or cfg.impl == "reference" or jax.default_backend() != "gpu":
         return
     with stages("check kernels"):
-        failed = [check for check in selftest.run("triton", wanted) if not check.passed]
+        failed = [check for check in selftest.together("triton", wanted) if not check.passed]
     if failed:
         raise KernelError(
             f"8-bit kernels fail their self-test on {jax.devices()[0].device_kind}: "
@@ -32,3 +35,14 @@ def check_kernels(cfg: DiTConfig, stages: Stages) -> None:
             "the video would be black or noise; python -m tdjax.env --selftest prints every kernel",
             "use --attention_type sla (or original) and --quant none, or --attention_impl reference",
         )
+
+
+def wait_for_threads(work: Iterable[Future | None], stages: Stages) -> None:
+    """To be called before a transformer runs for the first time, with what threads compile and load: what went wrong there stays in it.
+
+    cuDNN warms its attention up at that time, within the capture of a stream. Work of other threads on the device makes that fail
+    ("capturing stream has unjoined work") or hang: both were seen, with jax 0.11.2.
+    """
+    if asked := [future for future in work if future is not None]:
+        with stages("compile and load the rest"):
+            wait(asked)

@@ -21,13 +21,13 @@ from tdjax.conditioning import Tokens, first_frame, image_condition
 from tdjax.config import I2V_SAMPLER, PRESETS, T2V_SAMPLER, DiTConfig, VideoSize
 from tdjax.errors import NotFinite, UsageError
 from tdjax.frames import Coder
-from tdjax.guard import check_kernels
+from tdjax.guard import check_kernels, wait_for_threads
 from tdjax.locate import Located
 from tdjax.mesh import make_mesh
 from tdjax.parts import Part, check_vocabulary, reference_notes
 from tdjax.prompt_cache import PromptCache
 from tdjax.prompts import TextEncoder
-from tdjax.request import Request, make_request
+from tdjax.request import Request, make_request, sampler_notes
 from tdjax.resolution import fit_image, size_notes
 from tdjax.result import Result, describe
 from tdjax.stages import Stages
@@ -264,19 +264,21 @@ class Pipeline:
     def denoise(self, request: Request, key, text, condition):
         """-> latents f32[1 t h w c] on the device. Raises NotFinite with the first bad step."""
         steps, keep, finite = request.sampler.steps, self.keep(request), []
-        state, cut = self.start(request, key, single=self.stages.show)
-        state = self.programs.place(state)
+        state, cut = self.start(request, key, single=self.stages.show or (not keep and "dit_low" in self.parts))
+        state, later = self.programs.place(state), [span.expert for span in cut[1:]]
         for chunk, first, last, name in cut:
             chunk = self.programs.place(chunk)
             if name == "dit_low" and not keep:
                 self.parts["dit"].free()
             run, model = self.ready(name, request, functools.partial(self.denoise_program, request, state, text, condition, chunk))
-            if name == "dit" and not keep and cut[-1].expert == "dit_low":
-                self.stage_second(request)
+            if first == 0:
+                wait_for_threads([*self.programs.coming.values(), *(part.coming for part in self.parts.values())], self.stages)
             label = "denoise" if last - first > 1 or steps == 1 else f"denoise: step {first + 1} of {steps}"
             with self.stage(label, request):
                 state, ok = run(model, state, text, condition, chunk)
                 finite += np.asarray(ok).tolist()
+            if first == 0 and not keep and {"dit", "dit_low"} <= set(later):
+                self.stage_second(request)
         if not keep:
             self.parts[cut[-1].expert].free()
         if request.check == "finite" and not all(finite):
@@ -284,7 +286,7 @@ class Pipeline:
         return state if request.sampler.few_step else state.x
 
     def stage_second(self, request: Request) -> None:
-        """The second expert is read into the host's memory while the first one runs, where there is room."""
+        """The second expert is read into the host's memory while the first one's later steps run, where there is room."""
         part = self.parts["dit_low"]
         high = next(p for p in self.plan(request) if p.name.startswith("denoise"))
         if part.stageable and plan.may_stage(high, part.abstract(), plan.memory_limit()):
@@ -376,19 +378,10 @@ class Pipeline:
     def warnings(self, request: Request) -> list[str]:
         """What a user should know before waiting: the prompt's length, an unusual size, weights that need many steps."""
         lines = size_notes(request.size, request.resolution) if self.resolution else []
-        lines += reference_notes(self.config)
+        lines += reference_notes(self.config) + sampler_notes(request.sampler, self.name, self.distilled, "dit_low" in self.parts)
         if request.prompt_embeds is None:
             for text in request.prompts:
                 lines += language_warnings(self.language, text) if self.language else prompt_warnings(self.tokenizer, text)
-        if not self.distilled and request.sampler.few_step:
-            lines.append(
-                f"{self.name} looks like undistilled Wan weights (by its name): {request.sampler.steps} steps give poor video; "
-                "use --sampler unipc --num_steps 50 --guidance_scale 5, or a TurboWan file"
-            )
-        if "dit_low" in self.parts and flow.split_times(flow.times(request.sampler), request.sampler.boundary) == request.sampler.steps:
-            lines.append(
-                f"all {request.sampler.steps} steps lie above the boundary {request.sampler.boundary:g}: the low-noise expert is not used"
-            )
         return lines
 
     def free(self, *names: str) -> None:

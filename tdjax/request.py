@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tdjax import flow
 from tdjax.config import SamplerConfig, VideoSize
 from tdjax.errors import UsageError
 from tdjax.resolution import choose_size
@@ -183,3 +184,16 @@ def as_image(image) -> np.ndarray:
             "convert it to 8-bit RGB",
         )
     return array
+
+
+def sampler_notes(cfg: SamplerConfig, name: str, distilled: bool, experts: bool) -> list[str]:
+    """Steps that do not suit the weights."""
+    lines = []
+    if not distilled and cfg.few_step:
+        lines.append(
+            f"{name} looks like undistilled Wan weights (by its name): {cfg.steps} steps give poor video; "
+            "use --sampler unipc --num_steps 50 --guidance_scale 5, or a TurboWan file"
+        )
+    if experts and flow.split_times(flow.times(cfg), cfg.boundary) == cfg.steps:
+        lines.append(f"all {cfg.steps} steps lie above the boundary {cfg.boundary:g}: the low-noise expert is not used")
+    return lines

@@ -12,7 +12,7 @@ import pytest
 import random_model
 
 import tdjax
-from tdjax import checkpoint, plan
+from tdjax import checkpoint, flow, plan
 from tdjax.errors import CheckpointError
 from tdjax.parts import Part
 from tdjax.programs import Programs
@@ -116,8 +116,9 @@ def test_stages_are_told_in_order(model):
     """Whatever the threads are at, a run tells its stages in one order; without room for all, programs come before weights."""
     pipe = tdjax.load(model, prompt_cache=False)
     names = list(pipe("a red circle", **SMALL).timings)
-    assert names == ["load text", "compile text", "text", "load dit", "compile denoise", "denoise", "load vae", "compile vae decode",
-                     "vae decode"]  # fmt: skip
+    assert names == ["load text", "compile text", "text", "load dit", "compile denoise", "compile and load the rest", "denoise",
+                     "load vae", "compile vae decode", "vae decode"]  # fmt: skip
+    assert list(pipe("a red circle", **SMALL).timings) == ["text", "denoise", "vae decode"]
     lean = tdjax.load(model, prompt_cache=False, low_memory=True, text_encoder_device="device")
     names = list(lean("a red circle", **SMALL).timings)
     assert names == ["compile text", "load text", "text", "compile denoise", "load dit", "denoise", "compile vae decode", "load vae",
@@ -131,6 +132,30 @@ def test_everything_has_begun_before_the_first_stage_ends(model, monkeypatch):
     pipe("a red circle", **SMALL)
     assert seen == [{"denoise", "decode_first", "decode_later", "dit", "vae"}]
     assert not pipe.programs.coming
+
+
+def unfinished(pipe) -> set[str]:
+    """Of what threads were asked for, what they still do."""
+    futures = {**{key[0].__name__: future for key, future in pipe.programs.coming.items()},
+               **{name: part.coming for name, part in pipe.parts.items() if part.coming is not None}}  # fmt: skip
+    return {name for name, future in futures.items() if not future.done()}
+
+
+def test_a_transformer_begins_alone(model, monkeypatch):
+    """cuDNN cannot prepare its attention while other threads use the GPU: they have finished when the first step begins."""
+    pipe = tdjax.load(model, prompt_cache=False)
+    seen, denoise, compile_, read = [], pipe.denoise_program, Programs.compile, Part.read
+    slow = lambda run: lambda *args: time.sleep(0.3) or run(*args)
+    monkeypatch.setattr(Programs, "compile", slow(compile_))
+    monkeypatch.setattr(Part, "read", slow(read))
+
+    def watched(*args):
+        run = denoise(*args)
+        return run and (lambda *a: seen.append(unfinished(pipe)) or run(*a))
+
+    monkeypatch.setattr(pipe, "denoise_program", watched)
+    pipe("a red circle", **SMALL)
+    assert seen == [set()]
 
 
 def asked(pipe) -> set[str]:
@@ -184,6 +209,25 @@ def test_the_second_expert_waits_in_the_host(experts, monkeypatch):
         monkeypatch.setattr(plan, "memory_limit", lambda room=room: 2**34 if room else limit // 2)
         assert np.array_equal(lean("a red circle", **call).latents, expected.latents)
         assert staged == names and all(part.module is None and part.coming is None for part in lean.parts.values())
+
+
+def test_the_second_expert_is_read_after_the_first_step(experts, monkeypatch):
+    pipe, events = tdjax.load(experts, low_memory=True), []
+    denoise = pipe.denoise_program
+
+    def counted(*args):
+        run = denoise(*args)
+        return lambda *a: events.append("step") or run(*a)
+
+    monkeypatch.setattr(pipe, "denoise_program", counted)
+    monkeypatch.setattr(pipe, "stage_second", lambda request: events.append("read"))
+    call = {"num_frames": 5, "width": 32, "height": 32, "output_type": "latent"}
+    pipe("a red circle", num_steps=4, **call)
+    high = flow.split_times(flow.times(pipe.request("a", num_steps=4, **call).sampler), pipe.sampler.boundary)
+    assert high > 1 and events == ["step", "read", "step", "step", "step"]
+    events.clear()
+    pipe("a red circle", num_steps=4, boundary=0.95, **call)  # one step above it: nothing to hide the reading behind
+    assert events == ["step"] * 4
 
 
 def test_room_for_staging(experts, monkeypatch):
