@@ -1,7 +1,7 @@
 """Files in the exact layout of the published checkpoints, filled with random values of sensible scale.
 
-`python tests/gpu/published.py FOLDER MANIFEST...` writes FOLDER/<MANIFEST>.pth with torch.save, as the official tools do. The
-numbers mean nothing, but every key, shape and dtype, the container, the sizes on disk and the work are those of the real files.
+`python tests/gpu/published.py FOLDER MANIFEST...` writes FOLDER/<MANIFEST>.pth with torch.save, as the official tools do, unless it is
+there. The numbers mean nothing, but every key, shape and dtype, the container, the sizes on disk and the work are those of the real files.
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ def tensor(key: str, shape: list[int], dtype: str | None, device: str) -> torch.
     return (torch.randn(shape, device=device, dtype=kind) * deviation + mean).cpu()
 
 
-def write(folder: Path, name: str, device: str) -> Path:
+def write(folder: Path, name: str, device: str) -> None:
+    path = folder / f"{name}.pth"
+    if path.exists():
+        return
     manifest = json.loads((MANIFESTS / f"{name}.json").read_text())
     start = time.perf_counter()
     state = {key: tensor(key, spec["shape"], spec["dtype"], device) for key, spec in manifest["tensors"].items()}
-    path = folder / f"{name}.pth"
-    torch.save(state, path)
+    torch.save(state, part := path.with_suffix(".part"))
+    part.rename(path)
     print(f"{path.name}: {path.stat().st_size / 2**30:.2f} GiB in {time.perf_counter() - start:.0f} s", flush=True)
-    return path
 
 
 def main() -> None:
