@@ -5,15 +5,25 @@ from pallas_kernels import selftest
 from tdjax import env
 
 
-def test_names_are_unique_and_every_case_has_a_bound():
-    names = [name for name, _, bound in selftest.cases() if bound >= 0]
-    assert len(names) == len(set(names)) >= 14
+def test_every_case_has_a_bound():
+    assert [name for name, _ in selftest.cases()] == list(selftest.BOUNDS) and min(selftest.BOUNDS.values()) >= 0
+    assert len(selftest.BOUNDS) >= 14
 
 
-def test_one_real_case():
-    (name, function, bound) = next(iter(selftest.cases()))
-    check = selftest.Check(name, selftest.distance(function("interpret"), function("reference")), bound)
-    assert check.passed and check.error > 0
+def test_two_real_cases():
+    wanted = {"sparse-linear attention", "channel quantisation"}
+    one_by_one, together = list(selftest.run("interpret", wanted)), selftest.together("interpret", wanted)
+    assert {check.name for check in together} == wanted and all(check.passed for check in together)
+    assert one_by_one == together and one_by_one[0].error > 0
+
+
+def counted(monkeypatch, rows: dict, bounds: dict) -> list:
+    """Cases in place of the real ones; -> the names of each program that is made."""
+    made, outputs = [], selftest.outputs
+    monkeypatch.setattr(selftest, "cases", lambda: iter(rows.items()))
+    monkeypatch.setattr(selftest, "BOUNDS", bounds)
+    monkeypatch.setattr(selftest, "outputs", lambda impl, names: made.append(set(names)) or outputs(impl, names))
+    return made
 
 
 def test_a_wrong_kernel_and_one_that_raises_fail(monkeypatch, capsys):
@@ -22,18 +32,25 @@ def test_a_wrong_kernel_and_one_that_raises_fail(monkeypatch, capsys):
             return jnp.ones(3)
         raise ValueError("no such instruction\nmore")
 
-    rows = [
-        ("right", lambda impl: jnp.ones(3), 0.0),
-        ("wrong", lambda impl: jnp.ones(3) * (1.0 if impl == "reference" else 1.1), 1e-2),
-        ("nan", lambda impl: jnp.full(3, 1.0 if impl == "reference" else jnp.nan), 1e-2),
-        ("broken", broken, 1e-2),
-    ]
-    monkeypatch.setattr(selftest, "cases", lambda: iter(rows))
+    rows = {
+        "right": lambda impl: jnp.ones(3),
+        "wrong": lambda impl: jnp.ones(3) * (1.0 if impl == "reference" else 1.1),
+        "nan": lambda impl: jnp.full(3, 1.0 if impl == "reference" else jnp.nan),
+        "broken": broken,
+    }
+    bounds = {"right": 0.0, "wrong": 1e-2, "nan": 1e-2, "broken": 1e-2}
+    made = counted(monkeypatch, rows, bounds)
     checks = list(selftest.run("interpret"))
     assert [c.passed for c in checks] == [True, False, False, False]
     assert checks[1].error == pytest.approx(0.1, rel=1e-3)
     assert env.main(["--selftest"]) == 1
     out = capsys.readouterr().out
     assert out.count("FAIL") == 3 and "ValueError: no such instruction" in out and "more" not in out
-    monkeypatch.setattr(selftest, "cases", lambda: iter(rows[:1]))
+    for bad in ({"right", "wrong"}, {"right", "broken"}):  # one by one, so that what fails has a name
+        made.clear()
+        assert [c.name for c in selftest.together("interpret", bad) if not c.passed] == sorted(bad - {"right"})
+        assert sorted(map(len, made)) == [1, 1, 2]
+    made.clear()
+    assert all(c.passed for c in selftest.together("interpret", {"right"})) and made == [{"right"}]
+    monkeypatch.setattr(selftest, "BOUNDS", {"right": 0.0})
     assert env.main(["--selftest"]) == 0
