@@ -50,7 +50,7 @@ COLUMNS = tuple(
         ("diversity", "diversity", ".2f"),
         ("psnr", "PSNR to parent, dB", ".1f"),
         ("cpu_seconds", "s, 2-core CPU", ".2f"),
-        ("gpu_ms", "ms, H100", ".1f"),
+        ("gpu_ms", "ms, GPU", ".1f"),
         ("megabytes", "MB", ".1f"),
     )
 )

@@ -79,7 +79,7 @@ class RCMStage:
     critic_rate: float = 3e-4
     warmup: int = 50
     decay_from: float = 2 / 3  # share of the steps after which the rates fall to 0
-    kappa: float = 1.0  # weight of the consistency term; 0 leaves distribution matching alone
+    kappa: float = 0.3  # weight of the consistency term; 0 leaves distribution matching alone
     dmd_weight: float = 1.0  # 0 leaves consistency alone
     dmd_limit: float = 5.0
     guidance: float = 1.5  # of the teacher

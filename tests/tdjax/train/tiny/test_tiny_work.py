@@ -74,11 +74,11 @@ def test_keys_of_different_uses_differ(tmp_path):
 
 
 def test_settings_are_scaled_and_overridden():
-    parts = command.resolve(["teacher.batch=4", "teacher.chunk=50", "rcm.kappa=0.3"], 0.01)
+    parts = command.resolve(["teacher.batch=4", "teacher.chunk=50", "rcm.kappa=0.5"], 0.01)
     teacher, vae = parts["teacher"], parts["vae"]
     assert (teacher.steps, teacher.chunk, teacher.batch, teacher.clips) == (100, 50, 4, 328)  # steps are whole chunks
     assert vae.steps == 100 and vae.chunk == 50
-    assert parts["rcm"].kappa == 0.3 and parts["rcm"].steps == 10
+    assert parts["rcm"].kappa == 0.5 and parts["rcm"].steps == 10
     usual = command.resolve([], 1.0)
     assert usual == {name: cls() for name, cls in settings.STAGES.items()}
     assert all(s.steps % s.chunk == 0 for s in usual.values() if hasattr(s, "steps"))
