@@ -1,8 +1,9 @@
 """`python -m tdjax.bench`: generation at real size with random weights, in one process, as one table: every stage, then end to end.
 
 Speed does not depend on the values, so no checkpoint is needed. With --error each denoising row also gives the relative L2 of its
-latents to those of the same weights and noise in float32, with dense or sparse-linear attention in reference form. What XLA tunes on
-a GPU it remembers for the process: for a cold compile that is quite cold, run --stage e2e with one kind of attention and of layer.
+latents to those of the same weights and noise in float32, with dense or sparse-linear attention in reference form, and the PSNR of the
+frames that one VAE with random weights makes of both. What XLA tunes on a GPU it remembers for the process: for a cold compile that is
+quite cold, run --stage e2e with one kind of attention and of layer.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def sources(args) -> dict[str, Callable[[], Iterator[Row]]]:
     return {
         "text": lambda: bench_rows.text_rows(text, args.repeats),
         "vae": lambda: bench_rows.vae_rows(vae, size, args.repeats),
-        "dit": lambda: bench_rows.dit_rows(dit, size, args),
+        "dit": lambda: bench_rows.dit_rows(dit, vae, size, args),
         "e2e": lambda: bench_pipeline.e2e_rows(dit, vae, text, size, args),
     }
 
@@ -101,11 +102,12 @@ def with_peaks(row: Row, host: int) -> Row:
 
 def table(rows: list[Row]) -> str:
     wide = max(len(row.what) for row in rows)
-    lines = [f"{'stage':11} {'what':{wide}} {'ms':>9} {'p10':>9} {'p90':>9} {'compile s':>10} {'weights':>10} {'working':>10} {'error':>9}"]
+    lines = [f"{'stage':11} {'what':{wide}} {'ms':>9} {'p10':>9} {'p90':>9} {'compile s':>10} {'weights':>10} {'working':>10} {'error':>9} {'PSNR':>8}"]
     for r in rows:
         error, compile_s = "" if r.error is None else f"{r.error:.2e}", "" if r.compile_s is None else f"{r.compile_s:.1f}"
+        psnr = "" if r.psnr is None else f"{r.psnr:.1f} dB"
         memory = f"{r.weights / GIB:6.2f} GiB {r.working / GIB:6.2f} GiB"
-        lines.append(f"{r.stage:11} {r.what:{wide}} {r.ms:9.2f} {r.p10:9.2f} {r.p90:9.2f} {compile_s:>10} {memory} {error:>9}".rstrip())
+        lines.append(f"{r.stage:11} {r.what:{wide}} {r.ms:9.2f} {r.p10:9.2f} {r.p90:9.2f} {compile_s:>10} {memory} {error:>9} {psnr:>8}".rstrip())
     return "\n".join(lines)
 
 

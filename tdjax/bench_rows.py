@@ -26,7 +26,8 @@ from tdjax.tiles import tiling
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement. Milliseconds of one call: median, 10th and 90th percentile; bytes by XLA's count; error: relative L2.
+    """One measurement. Milliseconds of one call: median, 10th and 90th percentile; bytes by XLA's count; error: relative L2 of the
+    latents, psnr: dB of the frames that one VAE makes of them.
 
     ratio: how many times as long the original's 50 guided steps take as all steps of this row. Peaks: of the process, so far.
     """
@@ -40,6 +41,7 @@ class Row:
     weights: int
     working: int
     error: float | None = None
+    psnr: float | None = None
     ratio: float | None = None
     device_peak: int | None = None
     host_peak: int | None = None
@@ -169,21 +171,21 @@ def variants(cfg: DiTConfig, args) -> list[DiTConfig]:
     return [dataclasses.replace(cfg, impl=args.impl, **kind) for kind in kinds]
 
 
-def dit_rows(cfg: DiTConfig, size: VideoSize, args) -> Iterator[Row]:
+def dit_rows(cfg: DiTConfig, vae: VAEConfig, size: VideoSize, args) -> Iterator[Row]:
     """One row for each of `variants`: a whole loop of steps in one program, given per step. The original comes first: others are
     compared with it."""
     original = None
     if args.teacher:
         dense = dataclasses.replace(cfg, attention="dense", linear="float", impl=args.impl)
-        original = denoise_row(dense, size, dataclasses.replace(TEACHER_SAMPLER, steps=1), args)
+        original = denoise_row(dense, vae, size, dataclasses.replace(TEACHER_SAMPLER, steps=1), args)
         yield original
     for changed in variants(cfg, args):
-        row = denoise_row(changed, size, SamplerConfig(steps=args.num_steps), args)
+        row = denoise_row(changed, vae, size, SamplerConfig(steps=args.num_steps), args)
         ratio = None if original is None else TEACHER_SAMPLER.steps * original.ms / (args.num_steps * row.ms)
         yield dataclasses.replace(row, ratio=ratio)
 
 
-def denoise_row(cfg: DiTConfig, size: VideoSize, schedule: SamplerConfig, args) -> Row:
+def denoise_row(cfg: DiTConfig, vae: VAEConfig, size: VideoSize, schedule: SamplerConfig, args) -> Row:
     shape = (1, *size.latent_grid, cfg.out_channels)
     noise = programs.start_noise(jax.random.key(1), schedule.steps, shape)
     text = jax.random.normal(jax.random.key(2), (1, cfg.text_len, cfg.text_dim)).astype(cfg.policy.compute_dtype)
@@ -204,8 +206,20 @@ def denoise_row(cfg: DiTConfig, size: VideoSize, schedule: SamplerConfig, args) 
         return row
     model = in_float32(model, cfg)  # the measured weights go before the exact ones run
     truth, _ = jax.jit(run)(model, state, text.astype(jnp.float32), image, rows)
-    out, truth = np.asarray(out, np.float64), np.asarray(truth, np.float64)
-    return dataclasses.replace(row, error=float(np.linalg.norm(out - truth) / np.linalg.norm(truth)))
+    del model
+    out, truth = np.asarray(out, np.float32), np.asarray(truth, np.float32)
+    error = float(np.linalg.norm(out - truth) / np.linalg.norm(truth))
+    return dataclasses.replace(row, error=error, psnr=psnr(vae, out, truth))
+
+
+def psnr(cfg: VAEConfig, ours, truth) -> float:
+    """dB between the frames of two clips of latents f32 [1 t h w c], by a VAE with random weights; infinity for the same frames."""
+    part = Part.planned("vae", cfg, "vae")
+    vae, coder = random_weights(part.abstract()), Coder(programs.Programs(), part, Stages(show=False))
+    pairs = zip(*(coder.decode(vae, latents, "float") for latents in (ours, truth)), strict=True)
+    errors = [np.square(x - y, dtype=np.float64).mean(0) for (frames, _), (others, _) in pairs for x, y in zip(frames, others, strict=True)]
+    mean = float(np.mean(errors))
+    return -10 * math.log10(mean) if mean else math.inf
 
 
 def label(cfg: DiTConfig) -> str:

@@ -26,6 +26,7 @@ def test_rows_of_the_demo_model(tmp_path, capsys):
         assert 0 < row["p10"] <= row["ms"] <= row["p90"] and row["compile_s"] > 0 and row["device"] and row["jax"]
     original, plain, fp8 = rows
     assert plain["error"] < 1e-6 and 1e-4 < fp8["error"] < 5e-2 and original["error"] is None
+    assert plain["psnr"] > 80 and 20 < fp8["psnr"] < 70 and original["psnr"] is None
     assert fp8["weights"] < plain["weights"]
     assert original["ratio"] is None and plain["ratio"] == pytest.approx(50 * original["ms"] / (2 * plain["ms"]))
     text = capsys.readouterr().out
