@@ -99,6 +99,8 @@ def run(args) -> int:
     stages = Stages(show)
     if cache_note:
         stages.note(cache_note)
+    with stages("start device"):
+        text_device = text_encoder_device(args)
     if args.dry_run and not_downloaded(args):
         preset = PRESETS[args.model.lower()]
         located = Located(name=args.model.lower(), layout="published", preset=args.model.lower(), distilled=preset.distilled)
@@ -110,7 +112,7 @@ def run(args) -> int:
             mesh=args.mesh,
             low_memory=args.low_memory,
             stages=stages,
-            text_encoder_device=text_encoder_device(args),
+            text_encoder_device=text_device,
             vae=args.vae,
         )
         check_model(args, pipe)
@@ -127,7 +129,7 @@ def run(args) -> int:
         mesh=args.mesh,
         low_memory=args.low_memory,
         text_encoder=not args.prompt_embeds,
-        text_encoder_device=text_encoder_device(args),
+        text_encoder_device=text_device,
         vae=args.vae,
         prompt_cache=args.prompt_cache == "on",
         lora=lora_weights(args.lora),

@@ -169,7 +169,7 @@ class Pipeline:
         facts = (request.size, request.sampler, request.output_type, single)
         if facts not in self.begun:
             self.begun.add(facts)
-            with self.programs.ahead():
+            with self.stages("prepare"), self.programs.ahead():
                 self.later_programs(request, (single,))
         swap = flow.split_times(flow.times(request.sampler), request.sampler.boundary)
         experts = [name for name in ("dit", "dit_low") if name == "dit" or (name in self.parts and swap < request.sampler.steps)]
@@ -342,8 +342,8 @@ class Pipeline:
                 self.free()
         timings = self.stages.seconds(first)
         return Result(
-            frames=np.concatenate(frames) if frames else None,
-            latents=np.concatenate(latents),
+            frames=joined(frames) if frames else None,
+            latents=joined(latents),
             seed=request.seed,
             fps=request.fps,
             timings=timings,
@@ -392,3 +392,8 @@ class Pipeline:
     def memory(self) -> dict[str, int]:
         """XLA's count of peak bytes on a device for every stage compiled so far."""
         return self.programs.memory()
+
+
+def joined(videos: list[np.ndarray]) -> np.ndarray:
+    """Videos [1 ...] as one array; a single one, of which there may be hundreds of megabytes, is not copied."""
+    return videos[0] if len(videos) == 1 else np.concatenate(videos)

@@ -116,7 +116,7 @@ def test_stages_are_told_in_order(model):
     """Whatever the threads are at, a run tells its stages in one order; without room for all, programs come before weights."""
     pipe = tdjax.load(model, prompt_cache=False)
     names = list(pipe("a red circle", **SMALL).timings)
-    assert names == ["load text", "compile text", "text", "load dit", "compile denoise", "compile and load the rest", "denoise",
+    assert names == ["prepare", "load text", "compile text", "text", "load dit", "compile denoise", "compile and load the rest", "denoise",
                      "load vae", "compile vae decode", "vae decode"]  # fmt: skip
     assert list(pipe("a red circle", **SMALL).timings) == ["text", "denoise", "vae decode"]
     lean = tdjax.load(model, prompt_cache=False, low_memory=True, text_encoder_device="device")
