@@ -102,12 +102,14 @@ def with_peaks(row: Row, host: int) -> Row:
 
 def table(rows: list[Row]) -> str:
     wide = max(len(row.what) for row in rows)
-    lines = [f"{'stage':11} {'what':{wide}} {'ms':>9} {'p10':>9} {'p90':>9} {'compile s':>10} {'weights':>10} {'working':>10} {'error':>9} {'PSNR':>8}"]
+    numbers = f"{'ms':>9} {'p10':>9} {'p90':>9} {'compile s':>10} {'weights':>10} {'working':>10} {'error':>9} {'PSNR':>8}"
+    lines = [f"{'stage':11} {'what':{wide}} {numbers}"]
     for r in rows:
-        error, compile_s = "" if r.error is None else f"{r.error:.2e}", "" if r.compile_s is None else f"{r.compile_s:.1f}"
-        psnr = "" if r.psnr is None else f"{r.psnr:.1f} dB"
+        error, psnr = "" if r.error is None else f"{r.error:.2e}", "" if r.psnr is None else f"{r.psnr:.1f} dB"
+        compile_s = "" if r.compile_s is None else f"{r.compile_s:.1f}"
         memory = f"{r.weights / GIB:6.2f} GiB {r.working / GIB:6.2f} GiB"
-        lines.append(f"{r.stage:11} {r.what:{wide}} {r.ms:9.2f} {r.p10:9.2f} {r.p90:9.2f} {compile_s:>10} {memory} {error:>9} {psnr:>8}".rstrip())
+        numbers = f"{r.ms:9.2f} {r.p10:9.2f} {r.p90:9.2f} {compile_s:>10} {memory} {error:>9} {psnr:>8}"
+        lines.append(f"{r.stage:11} {r.what:{wide}} {numbers}".rstrip())
     return "\n".join(lines)
 
 

@@ -174,18 +174,19 @@ def variants(cfg: DiTConfig, args) -> list[DiTConfig]:
 def dit_rows(cfg: DiTConfig, vae: VAEConfig, size: VideoSize, args) -> Iterator[Row]:
     """One row for each of `variants`: a whole loop of steps in one program, given per step. The original comes first: others are
     compared with it."""
-    original = None
+    original, decode = None, decoder(vae) if args.error else None
     if args.teacher:
         dense = dataclasses.replace(cfg, attention="dense", linear="float", impl=args.impl)
-        original = denoise_row(dense, vae, size, dataclasses.replace(TEACHER_SAMPLER, steps=1), args)
+        original = denoise_row(dense, size, dataclasses.replace(TEACHER_SAMPLER, steps=1), args)
         yield original
     for changed in variants(cfg, args):
-        row = denoise_row(changed, vae, size, SamplerConfig(steps=args.num_steps), args)
+        row = denoise_row(changed, size, SamplerConfig(steps=args.num_steps), args, decode)
         ratio = None if original is None else TEACHER_SAMPLER.steps * original.ms / (args.num_steps * row.ms)
         yield dataclasses.replace(row, ratio=ratio)
 
 
-def denoise_row(cfg: DiTConfig, vae: VAEConfig, size: VideoSize, schedule: SamplerConfig, args) -> Row:
+def denoise_row(cfg: DiTConfig, size: VideoSize, schedule: SamplerConfig, args, decode: Callable | None = None) -> Row:
+    """decode: if the error is asked for, see `decoder`."""
     shape = (1, *size.latent_grid, cfg.out_channels)
     noise = programs.start_noise(jax.random.key(1), schedule.steps, shape)
     text = jax.random.normal(jax.random.key(2), (1, cfg.text_len, cfg.text_dim)).astype(cfg.policy.compute_dtype)
@@ -202,23 +203,27 @@ def denoise_row(cfg: DiTConfig, vae: VAEConfig, size: VideoSize, schedule: Sampl
         run = lambda model, *a: programs.denoise_guided(model, *a, guidance=schedule.guidance)
         what = "original step: dense, float, guided"
     row, (out, _) = measure("step", what, run, model, state, text, image, rows, repeats=args.repeats, per=schedule.steps)
-    if not (args.error and schedule.few_step):
+    if decode is None:
         return row
     model = in_float32(model, cfg)  # the measured weights go before the exact ones run
     truth, _ = jax.jit(run)(model, state, text.astype(jnp.float32), image, rows)
     del model
     out, truth = np.asarray(out, np.float32), np.asarray(truth, np.float32)
     error = float(np.linalg.norm(out - truth) / np.linalg.norm(truth))
-    return dataclasses.replace(row, error=error, psnr=psnr(vae, out, truth))
+    return dataclasses.replace(row, error=error, psnr=psnr(decode(out), decode(truth)))
 
 
-def psnr(cfg: VAEConfig, ours, truth) -> float:
-    """dB between the frames of two clips of latents f32 [1 t h w c], by a VAE with random weights; infinity for the same frames."""
+def decoder(cfg: VAEConfig) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
+    """Latents f32 [1 t h w c] -> chunks of frames f32 [t H W 3] in [0, 1], by a VAE with random weights."""
     part = Part.planned("vae", cfg, "vae")
     vae, coder = random_weights(part.abstract()), Coder(programs.Programs(), part, Stages(show=False))
-    pairs = zip(*(coder.decode(vae, latents, "float") for latents in (ours, truth)), strict=True)
-    errors = [np.square(x - y, dtype=np.float64).mean(0) for (frames, _), (others, _) in pairs for x, y in zip(frames, others, strict=True)]
-    mean = float(np.mean(errors))
+    return lambda latents: (frames for frames, _ in coder.decode(vae, latents, "float"))
+
+
+def psnr(chunks: Iterator[np.ndarray], others: Iterator[np.ndarray]) -> float:
+    """dB between two clips; infinity for the same frames."""
+    errors = [np.square(x - y, dtype=np.float64).mean((1, 2, 3)) for x, y in zip(chunks, others, strict=True)]
+    mean = float(np.concatenate(errors).mean())
     return -10 * math.log10(mean) if mean else math.inf
 
 

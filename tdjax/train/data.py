@@ -214,7 +214,9 @@ def on_device(batch: Batch, mesh: Mesh | None = None) -> Batch:
 
 
 class ReadAhead:
-    """Batches of a stream from a place on, read and put on the device by one thread, `depth` of them ahead.
+    """Batches of a stream from a place on, read by one thread, `depth` of them ahead, and put on the device when they are asked for.
+
+    The thread leaves the device alone: beside its work cuDNN could not prepare for a first step (`tdjax.guard.wait_for_threads`).
 
     with ReadAhead(stream, position, place) as batches:
         batch, position = batches.next()
@@ -231,8 +233,8 @@ class ReadAhead:
         position = self.position
         while not self.stopped.is_set():
             try:
-                batch, position = self.stream.batch(position)
-                item = (self.place(batch), position)
+                item = self.stream.batch(position)
+                position = item[1]
             except Exception as error:  # noqa: BLE001  (raised again by next)
                 item = error
             self.ready.put(item)
@@ -244,7 +246,8 @@ class ReadAhead:
         item = self.ready.get()
         if isinstance(item, Exception):
             raise item
-        return item
+        batch, position = item
+        return self.place(batch), position
 
     def __enter__(self):
         self.thread.start()

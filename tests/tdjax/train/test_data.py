@@ -322,6 +322,13 @@ def test_reading_ahead_gives_the_stream_and_ends(tmp_path):
     assert all(isinstance(x, jax.Array) for batch, _ in got for x in (batch.latents, batch.text))
 
 
+def test_the_thread_leaves_the_device_alone(tmp_path):
+    stream, where = Stream(source(data_set(tmp_path)), batch=4), []
+    with ReadAhead(stream, Position(), lambda batch: where.append(threading.current_thread()) or batch) as batches:
+        batch, _ = batches.next()
+    assert where == [threading.main_thread()] and isinstance(batch.latents, np.ndarray)
+
+
 def test_an_error_of_the_thread_comes_with_its_batch(tmp_path):
     path = data_set(tmp_path, (4,)) / "shard_000000.tar"
     stream = Stream(source(tmp_path), batch=1)
