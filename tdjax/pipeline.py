@@ -343,7 +343,7 @@ class Pipeline:
         timings = self.stages.seconds(first)
         return Result(
             frames=joined(frames) if frames else None,
-            latents=joined(latents),
+            latents=np.concatenate(latents),
             seed=request.seed,
             fps=request.fps,
             timings=timings,
