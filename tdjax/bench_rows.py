@@ -214,7 +214,8 @@ def denoise_row(cfg: DiTConfig, size: VideoSize, schedule: SamplerConfig, args, 
 
 
 def decoder(cfg: VAEConfig) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
-    """Latents f32 [1 t h w c] -> chunks of frames f32 [t H W 3] in [0, 1], by a VAE with random weights."""
+    """Latents f32 [1 t h w c] -> chunks of frames f32 [t H W 3] in [0, 1], by a VAE with random weights: what it makes of differences ranks
+    variants, and says little of a real video."""
     part = Part.planned("vae", cfg, "vae")
     vae, coder = random_weights(part.abstract()), Coder(programs.Programs(), part, Stages(show=False))
     return lambda latents: (frames for frames, _ in coder.decode(vae, latents, "float"))

@@ -89,6 +89,8 @@ def local_files(args) -> bool:
 
 def run(args) -> int:
     cache_note = set_compile_cache(args)
+    import jax
+
     import tdjax
     from tdjax.locate import Located
     from tdjax.parts import planned_parts
@@ -100,6 +102,7 @@ def run(args) -> int:
     if cache_note:
         stages.note(cache_note)
     with stages("start device"):
+        jax.default_backend()
         text_device = text_encoder_device(args)
     if args.dry_run and not_downloaded(args):
         preset = PRESETS[args.model.lower()]

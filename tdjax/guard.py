@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from concurrent.futures import Future, wait
 
@@ -10,6 +11,7 @@ import jax
 from pallas_kernels import selftest
 from tdjax.config import DiTConfig
 from tdjax.errors import KernelError
+from tdjax.parts import LOADER
 from tdjax.stages import Stages
 
 # What a kind of attention or of linear layer runs on a GPU: names of checks of `pallas_kernels.selftest`.
@@ -40,9 +42,10 @@ def check_kernels(cfg: DiTConfig, stages: Stages) -> None:
 def wait_for_threads(work: Iterable[Future | None], stages: Stages) -> None:
     """To be called before a transformer runs for the first time, with what threads compile and load: what went wrong there stays in it.
 
-    cuDNN warms its attention up at that time, within the capture of a stream. Work of other threads on the device makes that fail
-    ("capturing stream has unjoined work") or hang: both were seen, with jax 0.11.2.
+    cuDNN warms its attention up at that time, within the capture of a stream. Beside work of other threads on the device that failed
+    ("capturing stream has unjoined work"), with jax 0.11.2; a hang was seen too, its cause not proved. Loads that nobody waits for any
+    more count as well.
     """
-    if asked := [future for future in work if future is not None]:
-        with stages("compile and load the rest"):
-            wait(asked)
+    asked = [future for future in work if future is not None]
+    with stages("compile and load the rest") if asked else contextlib.nullcontext():
+        wait([*asked, LOADER.submit(int)])  # one thread, in order: all that it was given is done

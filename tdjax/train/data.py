@@ -216,7 +216,7 @@ def on_device(batch: Batch, mesh: Mesh | None = None) -> Batch:
 class ReadAhead:
     """Batches of a stream from a place on, read by one thread, `depth` of them ahead, and put on the device when they are asked for.
 
-    The thread leaves the device alone: beside its work cuDNN could not prepare for a first step (`tdjax.guard.wait_for_threads`).
+    The thread leaves the device alone: beside its work cuDNN may not be able to prepare a first step (`tdjax.guard.wait_for_threads`).
 
     with ReadAhead(stream, position, place) as batches:
         batch, position = batches.next()

@@ -1,6 +1,6 @@
 """`python -m tdjax.generate` on files of the published layouts at real size, from the start of the process to the video.
 
-    python tests/gpu/real_size.py 1.3B FOLDER     writes 17 GB; T2V at 480p, 81 frames, 4 steps: the fastest way, the int8 file, dense
+    python tests/gpu/real_size.py 1.3B FOLDER     writes 16 GB; T2V at 480p, 81 frames, 4 steps: the fastest way, the int8 file, dense
     python tests/gpu/real_size.py 14B FOLDER      writes 26 GB; T2V at 720p, 81 frames, 4 steps, the int8 file
     python tests/gpu/real_size.py A14B FOLDER     writes 41 GB; I2V at 720p, 81 frames, 4 steps, the int8 files of both experts
 

@@ -87,6 +87,7 @@ def test_same_seed_same_bits_and_samples_do_not_depend_on_the_batch(pipe):
     assert one.frames.dtype == np.uint8 and one.frames.shape == (1, 5, 32, 32, 3)
     assert np.array_equal(one.latents[0], two.latents[0]) and np.array_equal(one.frames[0], two.frames[0])
     assert not np.array_equal(two.latents[0], two.latents[1])
+    assert all(array.flags.writeable for result in (one, two) for array in (result.latents, result.frames))
     assert not np.array_equal(one.latents, pipe("a red circle", seed=4, **SMALL).latents)
     assert np.array_equal(one.latents, pipe("a red circle", key=jax.random.key(3), **SMALL).latents)
 
