@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import fused_rows, qk_prep, sage_attention, sparse_attention
+from pallas_kernels.causal_taps import causal_taps
+from pallas_kernels.causal_taps import workloads as tap_shapes
 from pallas_kernels.flash_attention import attention, cudnn
 from pallas_kernels.flash_attention import workloads as dense_shapes
 from pallas_kernels.fused_rows import workloads as row_shapes
@@ -177,6 +179,10 @@ def keys(impl, *args):
     return qk_prep.quantize_keys(*args, block=prep_shapes.BLOCK, impl=impl)
 
 
+def taps(impl, x, past, gain):
+    return causal_taps(x, past, gain, impl=impl)
+
+
 LINEARS = ("bf16", "block128", "channel", "channel+triton", "fp8")
 LINEAR_BITS = {"bf16": 0.0, "": 1.0}
 KERNEL = ("reference", "triton")
@@ -212,6 +218,7 @@ CASES: dict[str, Case] = {
         Case(name="gelu", impls=KERNEL, workloads=row_shapes.GELU, run=gelu, exact=plainly(gelu)),
         Case(name="quantize_rows", impls=KERNEL, workloads=row_shapes.QUANTIZE, run=rows, exact=plainly(rows)),
         Case(name="qk_prep", impls=KERNEL, workloads=prep_shapes.WORKLOADS, run=prep, exact=exactly(prep)),
+        Case(name="causal_taps", impls=KERNEL, workloads=tap_shapes.WORKLOADS, run=taps, exact=exactly(taps)),
         Case(name="quantize_keys", impls=KERNEL, workloads=prep_shapes.KEYS, run=keys, exact=plainly(keys)),
     )
 }  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import fused_rows, qk_prep, sage_attention, sparse_attention
+from pallas_kernels.causal_taps import causal_taps
 from pallas_kernels.flash_attention import attention
 from pallas_kernels.int8_matmul import quantize_activations, quantize_weight, quantized_linear
 
@@ -38,6 +39,7 @@ BOUNDS = {
     "gelu to int8": INT8_MAP,
     "norm, rotation and means": BF16,
     "int8 keys": INT8_MAP,
+    "norm, SiLU and taps": BF16,
 }
 
 
@@ -104,6 +106,8 @@ def cases() -> Iterator[tuple[str, Callable]]:
     yield "norm, rotation and means", prep
     mean = k.astype(jnp.float32).mean(1)
     yield "int8 keys", lambda impl: qk_prep.quantize_keys(k, mean, block=64, impl=impl)[0].astype(jnp.float32)
+    frames, past, gain = normal(12, 1, 4, 8, 10, 96), normal(13, 1, 2, 8, 10, 96), normal(14, 96)
+    yield "norm, SiLU and taps", lambda impl: causal_taps(frames, past, gain, impl=impl)
 
 
 def outputs(impl: str, names: Collection[str]) -> dict[str, tuple]:

@@ -74,6 +74,11 @@ def exp2(x, interpret):  # float32
     return inline("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], jnp.float32, interpret, jnp.exp2)
 
 
+def reciprocal(x, interpret):  # float32
+    """1 / x by one instruction, a last bit off; that of infinity is zero."""
+    return inline("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], jnp.float32, interpret, lambda x: 1 / x)
+
+
 def load(ref, mask=None):
     """ref[...], with zeros where `mask` is false."""
     return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))

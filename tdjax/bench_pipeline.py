@@ -129,7 +129,7 @@ def memory(pipe: Pipeline, *stages: str) -> dict[str, int | None]:
     for part, functions in (USES[name] for name in stages or USES):
         used = [counted[function] for function in functions if function in counted]
         if used:
-            weights[part] = plan.module_bytes(pipe.parts[part].abstract())
+            weights[part] = plan.weight_bytes(part, pipe.parts[part].config)
             working.append(max(used) - weights[part])
     return {"weights": sum(weights.values()), "working": max(working), "host_peak": host_peak(pipe.stages)}
 

@@ -48,7 +48,7 @@ def devices() -> list[dict[str, Any]]:
 
 def kernels(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every implementation of every op, whether the first device can run it, and why not."""
-    from pallas_kernels import flash_attention, fused_rows, qk_prep, sage_attention, sparse_attention
+    from pallas_kernels import causal_taps, flash_attention, fused_rows, qk_prep, sage_attention, sparse_attention
     from pallas_kernels.int8_matmul import SCHEMES
     from tdjax.linear import LINEAR
 
@@ -60,6 +60,7 @@ def kernels(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "norm": fused_rows.NORM,
         "gelu": fused_rows.GELU,
         "rms_norm_rope": qk_prep.ROPE,
+        "causal_taps": causal_taps.TAPS,
     }
     device = found[0] if found else None
     return [

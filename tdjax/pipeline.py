@@ -109,8 +109,8 @@ class Pipeline:
         return self.plan_with(request, stream_text=self.streams_text(request), tiled=self.tiled(request))
 
     def plan_with(self, request: Request, **choices: bool) -> list[plan.StagePlan]:
-        parts = {name: (part.config, part.abstract()) for name, part in self.parts.items()}
-        return plan.stage_plans(parts, request.size, image=self.task == "i2v", guided=request.sampler.guidance != 1.0, **choices)
+        configs = {name: part.config for name, part in self.parts.items()}
+        return plan.stage_plans(configs, request.size, image=self.task == "i2v", guided=request.sampler.guidance != 1.0, **choices)
 
     def streams_text(self, request: Request) -> bool:
         """Whether the text encoder passes through the device layer by layer."""

@@ -7,19 +7,21 @@ worst moment of a stage; docs/performance.md keeps the measured peaks beside it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from tdjax.config import DiTConfig, TextConfig, VAEConfig, VideoSize
+from tdjax import checkpoint
+from tdjax.config import Config, DiTConfig, TextConfig, VAEConfig, VideoSize
 from tdjax.errors import NotFinite, OutOfMemory
 from tdjax.models.wan_vae import cache_bytes
 from tdjax.tiles import tiling
 
 GIB = 2**30
-DECODE_STEPS, ENCODE_STEPS = 9.5, 10  # activations of a chunk at full resolution that a VAE program holds at its worst moment
+DECODE_STEPS, ENCODE_STEPS = 6, 6  # activations of a chunk at full resolution that a VAE program holds at its worst moment
 STREAMED_LAYERS = 3  # of the text encoder on the device: one that runs, one that waits, one that arrives
 
 
@@ -37,6 +39,18 @@ class StagePlan:
 def module_bytes(module) -> int:
     """Bytes of all leaves of an (abstract) module."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(module))
+
+
+@functools.cache
+def weight_bytes(kind: str, cfg: Config) -> int:
+    """Bytes of a network's weights. Counting the leaves takes milliseconds, and a call plans many times."""
+    return module_bytes(checkpoint.abstract(kind, cfg))
+
+
+@functools.cache
+def layer_bytes(cfg: TextConfig) -> int:
+    """Bytes of one layer of the text encoder."""
+    return module_bytes(checkpoint.abstract("text", cfg).blocks) // cfg.layers
 
 
 def text_working(cfg: TextConfig, batch: int) -> int:
@@ -66,25 +80,25 @@ def vae_working(cfg: VAEConfig, height: int, width: int, *, encode: bool) -> int
 
 
 def stage_plans(
-    parts: dict, size: VideoSize, *, image: bool, guided: bool, stream_text: bool = False, tiled: bool = False
+    configs: dict[str, Config], size: VideoSize, *, image: bool, guided: bool, stream_text: bool = False, tiled: bool = False
 ) -> list[StagePlan]:
-    """parts: {"text"|"vae"|"dit"|"dit_low": (config, abstract module)} -> the stages in the order they run."""
+    """configs of "text" (or not), "vae", "dit", "dit_low" (or not) -> the stages in the order they run."""
     plans = []
-    if "text" in parts:
-        cfg, module = parts["text"]
-        weights = STREAMED_LAYERS * module_bytes(module.blocks) // cfg.layers if stream_text else module_bytes(module)
+    if "text" in configs:
+        cfg = configs["text"]
+        weights = STREAMED_LAYERS * layer_bytes(cfg) if stream_text else weight_bytes("text", cfg)
         plans.append(StagePlan("text", weights, text_working(cfg, 1)))
-    vae_cfg, vae = parts["vae"]
+    vae = configs["vae"]
     if image:
-        plans.append(StagePlan("vae encode", module_bytes(vae), vae_working(vae_cfg, size.height, size.width, encode=True)))
+        plans.append(StagePlan("vae encode", weight_bytes("vae", vae), vae_working(vae, size.height, size.width, encode=True)))
     for name in ("dit", "dit_low"):
-        if name in parts:
-            cfg, module = parts[name]
-            label = "denoise" if "dit_low" not in parts else ("denoise (high noise)" if name == "dit" else "denoise (low noise)")
-            plans.append(StagePlan(label, module_bytes(module), dit_working(cfg, size, 2 if guided else 1)))
-    sides = (size.height // vae_cfg.spatial, size.width // vae_cfg.spatial)
-    height, width = (n * vae_cfg.spatial for n in (tiling(*sides).size if tiled else sides))
-    plans.append(StagePlan("vae decode", module_bytes(vae), vae_working(vae_cfg, height, width, encode=False)))
+        if name in configs:
+            cfg = configs[name]
+            label = "denoise" if "dit_low" not in configs else ("denoise (high noise)" if name == "dit" else "denoise (low noise)")
+            plans.append(StagePlan(label, weight_bytes("dit", cfg), dit_working(cfg, size, 2 if guided else 1)))
+    sides = (size.height // vae.spatial, size.width // vae.spatial)
+    height, width = (n * vae.spatial for n in (tiling(*sides).size if tiled else sides))
+    plans.append(StagePlan("vae decode", weight_bytes("vae", vae), vae_working(vae, height, width, encode=False)))
     return plans
 
 

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.int8_matmul.quantize import QTensor
 from pallas_kernels.int8_matmul.rounding import rounded, total
 from pallas_kernels.int8_matmul.rows import load_parts, quantize_rows, split, store_parts, store_quantized
-from pallas_kernels.tiles import LOG2E, exp2, fma, inline, launch
+from pallas_kernels.tiles import LOG2E, exp2, fma, launch, reciprocal
 from pallas_kernels.tuning import Tile
 
 GELU = -2 * LOG2E * math.sqrt(2 / math.pi)  # gelu(x) = x / (1 + 2^(GELU (x + 0.044715 x^3)))
@@ -73,5 +73,4 @@ def gelu(x, *, dtype, tile: Tile, interpret: bool) -> QTensor:  # [b l d]
 def gelu_tanh(x, interpret):  # float32
     """x times a logistic function, which is GELU's tanh form without the cancellation in 1 + tanh."""
     power = fma(x * x, jnp.float32(GELU * 0.044715), jnp.float32(GELU), interpret)
-    reciprocal = inline("rcp.approx.ftz.f32 $0, $1;", "=f,f", [1 + exp2(x * power, interpret)], jnp.float32, interpret, lambda x: 1 / x)
-    return x * reciprocal
+    return x * reciprocal(1 + exp2(x * power, interpret), interpret)

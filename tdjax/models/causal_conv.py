@@ -8,33 +8,64 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
+from pallas_kernels.causal_taps import causal_taps, norm_silu
 from tdjax.config import VAEConfig
 
 
-def conv2d(x, kernel, stride: int = 1):  # x [b t h w i], kernel [h w i o] -> [b t h w o]
-    """The same 2-D convolution of every frame. Odd kernels, zeros outside; stride 2 needs even h and w.
+def conv2d(x, kernel, bias, stride: int = 1, plus=None):  # x [b t h w i], kernel [h w i o], bias [o], plus [b t h w o] -> [b t h w o]
+    """The same 2-D convolution of every frame. Odd kernels, zeros outside; stride 2 needs even h and w. plus: what else is added.
 
     "SAME" is then what the network was trained with: one zero on every side at stride 1, one zero at the right and
-    bottom only at stride 2.
+    bottom only at stride 2. Frames are images until all is added: so cuDNN does it as it writes.
     """
     if kernel.shape[:2] == (1, 1) and stride == 1:
-        return jnp.einsum("bthwi,io->bthwo", x, kernel[0, 0])
-    b = x.shape[0]
-    x = rearrange(x, "b t h w i -> (b t) h w i")
-    x = lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return rearrange(x, "(b t) h w o -> b t h w o", b=b)
+        y = jnp.einsum("bthwi,io->bthwo", x, kernel[0, 0]) + bias
+        return y if plus is None else y + plus
+    b, layout = x.shape[0], ("NHWC", "HWIO", "NHWC")
+    y = lax.conv_general_dilated(images(x), kernel, (stride, stride), "SAME", dimension_numbers=layout) + bias
+    return rearrange(y if plus is None else y + images(plus), "(b t) h w o -> b t h w o", b=b)
 
 
-def conv3d(x, kernel, stride: int = 1):  # x [b t h w i], kernel [t h w i o] -> [b (t-kt)//stride+1 h w o]
-    """3-D convolution: zeros around each frame, none before or after in time; `stride` is in time.
+def images(x):  # [b t h w c] -> [(b t) h w c]
+    return rearrange(x, "b t h w c -> (b t) h w c")
 
-    The frames that the time taps see stand side by side in the channels of one 2-D convolution. XLA runs that faster than
-    its own convolution over three dimensions, on CUDA and on CPU, at the price of a copy of `x` three times as wide.
+
+def conv2d_upsampled(x, kernel, bias):  # x [b t h w i], kernel [3 3 i o], bias [o] -> [b t 2h 2w o]
+    """conv2d(x, kernel, bias) of frames of twice the height and width, every pixel of x repeated 2 x 2: those are never made.
+
+    An output row 2r + p sees the rows r - 1 + p and r + p of x, one of them through two taps, whose sum is one tap. So there are four
+    kernels of 2 x 2 taps, one for each place in a 2 x 2 block of the output: 16 products where there were 36.
     """
-    width = kernel.shape[0]
-    last = x.shape[1] - width
-    x = jnp.concatenate([x[:, i : i + last + 1 : stride] for i in range(width)], axis=-1)
-    return conv2d(x, rearrange(kernel, "t h w i o -> h w (t i) o"))
+    rows = folded(kernel.astype(jnp.float32))
+    kernel = rearrange(folded(jnp.moveaxis(rows, 2, 0)), "q b p a i o -> a b i (p q o)").astype(kernel.dtype)
+    b = x.shape[0]
+    y = lax.conv_general_dilated(images(x), kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = interleaved(rearrange(y + jnp.tile(bias, 4), "n h w (p q o) -> n h w p q o", p=2, q=2))
+    return rearrange(y, "(b t) h p w q o -> b t (h p) (w q) o", b=b)
+
+
+@jax.custom_jvp
+def interleaved(y):  # [n h+1 w+1 2 2 o] -> [n h 2 w 2 o]
+    """Each place of its kernel's output. XLA moves an element at a time: words of two 16-bit numbers take half the time."""
+    if y.dtype.itemsize != 2 or y.shape[-1] % 2:
+        return placed(y)
+    words = placed(lax.bitcast_convert_type(rearrange(y, "... (o two) -> ... o two", two=2), jnp.uint32))
+    return rearrange(lax.bitcast_convert_type(words, y.dtype), "... o two -> ... (o two)")
+
+
+interleaved.defjvp(lambda primals, tangents: (interleaved(*primals), placed(*tangents)))  # words have no derivative
+
+
+def placed(y):
+    h, w = (n - 1 for n in y.shape[1:3])
+    rows = [jnp.stack([y[:, p : p + h, q : q + w, p, q] for q in range(2)], axis=3) for p in range(2)]
+    return jnp.stack(rows, axis=2)
+
+
+def folded(taps):  # [3 ...] -> [2 2 ...]
+    """Of an output at each of two places, the taps upon the two inputs that it sees."""
+    first, middle, last = taps
+    return jnp.stack([jnp.stack([first, middle + last]), jnp.stack([first + middle, last])])
 
 
 class Conv(nnx.Module):
@@ -47,21 +78,49 @@ class Conv(nnx.Module):
 
     def __call__(self, x, stride: int = 1):  # [b t h w i] -> [b t h/stride w/stride o]
         kernel = self.kernel[...].astype(x.dtype)
-        kernel = kernel[0] if kernel.ndim == 5 else kernel
-        return conv2d(x, kernel, stride) + self.bias[...].astype(x.dtype)
+        return conv2d(x, kernel[0] if kernel.ndim == 5 else kernel, self.bias[...].astype(x.dtype), stride)
+
+    def upsampled(self, x):  # [b t h w i] -> [b t 2h 2w o]
+        """The convolution of every pixel repeated 2 x 2; of kernels 3 x 3."""
+        return conv2d_upsampled(x, self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype))
 
 
 class CausalConv(Conv):
-    """3-D convolution of time width 3 whose output frame sees its own and the two earlier input frames."""
+    """3-D convolution of time width 3 whose output frame sees its own and the two earlier input frames.
 
-    def __call__(self, x, past=None):  # [b t h w i], [b 2 h w i] -> [b t h w o], the next past
-        """`past` is the last two input frames before `x`; None: `x` is the beginning, the past is zeros."""
-        x = jnp.concatenate([zero_past(x) if past is None else past, x], axis=1)
-        return self.valid(x), x[:, -2:]
+    The frames that the time taps see stand side by side in the channels of one 2-D convolution. XLA runs that faster than
+    its own convolution over three dimensions, on CUDA and on CPU, at the price of an input three times as wide.
+    """
 
-    def valid(self, x, stride: int = 1):  # [b t h w i] -> [b (t-3)//stride+1 h w o]
-        """Without padding in time: the caller has put the past in front."""
-        return conv3d(x, self.kernel[...].astype(x.dtype), stride) + self.bias[...].astype(x.dtype)
+    def __call__(self, x, past=None, gain=None, plus=None):  # [b t h w i], [b 2 h w i], [i], [b t h w o] -> [b t h w o], the next past
+        """Of x, or of silu(unit_norm(x, gain)). `past` is what it is of in the two frames before; None: x is the beginning, the past is
+        zeros. plus: what is added to the output."""
+        wide, past = causal_taps(x, past, gain)
+        return self.of_taps(wide, plus), past
+
+    def halving(self, x, past):  # [b t h w i], [b 1 h w i] -> [b t/2 h w o], the next past
+        """Every second output, from the one that sees the frame before x and the first two of x."""
+        x = jnp.concatenate([past, x], axis=1)
+        return self.of_taps(jnp.concatenate([x[:, i : i + x.shape[1] - 2 : 2] for i in range(3)], axis=-1)), x[:, -1:]
+
+    def of_taps(self, wide, plus=None):  # [b t h w 3i], [b t h w o] -> [b t h w o]
+        kernel = rearrange(self.kernel[...].astype(wide.dtype), "t h w i o -> h w (t i) o")
+        return conv2d(wide, kernel, self.bias[...].astype(wide.dtype), plus=plus)
+
+
+class NarrowCausalConv(CausalConv):
+    """The same for much fewer outputs than inputs: every tap of time by itself, of which outputs of three frames are added, in float32.
+
+    A frame is read once and not three times over, and what is remembered are two frames of outputs of the taps.
+    """
+
+    def __call__(self, x, past=None, gain=None):  # [b t h w i], [b 2 h w 3o], [i] -> [b t h w o], the next past
+        y = x if gain is None else norm_silu(x, gain)
+        kernel, bias = rearrange(self.kernel[...].astype(x.dtype), "t h w i o -> h w i (t o)"), self.bias[...].astype(jnp.float32)
+        y = conv2d(y, kernel, jnp.zeros(kernel.shape[-1], x.dtype))
+        y = jnp.concatenate([zero_past(y) if past is None else past, y], axis=1)
+        taps = enumerate(jnp.split(y.astype(jnp.float32), 3, axis=-1))
+        return sum((tap[:, i : i + x.shape[1]] for i, tap in taps), bias).astype(x.dtype), y[:, -2:]
 
 
 def zero_past(x):  # [b t h w c] -> [b 2 h w c]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels
-from pallas_kernels import attention, fused_rows, qk_prep, sage_attention, sparse_attention, tuning
+from pallas_kernels import attention, causal_taps, fused_rows, qk_prep, sage_attention, sparse_attention, tuning
 from pallas_kernels.int8_matmul import QTensor, quantize_activations, quantized_linear
 from pallas_kernels.int8_matmul.schemes import SCHEMES
 
@@ -21,6 +21,12 @@ S8 = {"sm80": "mma.sync.aligned.m16n8k32", "sm89": "mma.sync.aligned.m16n8k32", 
 S8 |= {"sm100": "tcgen05.mma.cta_group::1.kind::i8", "sm120": "mma.sync.aligned.m16n8k32"}
 SIZES = {"480p": (32760, 1536, 8960, 12), "720p": (75600, 5120, 13824, 40)}  # tokens, width, MLP width, heads
 spec = jax.ShapeDtypeStruct
+
+
+def taps(size, dtype):
+    """Of the VAE's widest activations."""
+    frames = lambda t: spec((1, t, *{"480p": (480, 832), "720p": (720, 1280)}[size], 96), dtype)
+    return lambda *args: causal_taps.causal_taps(*args, impl="triton"), (frames(4), frames(2), spec((96,), dtype))
 
 
 def qkv(size):
@@ -84,6 +90,8 @@ def case(name, size):
             lambda x, w, cos, sin: qk_prep.rms_norm_rope_pool(x, w, cos, sin, eps=1e-6, block=64, impl="triton"),
             (rows, spec((d,), jnp.bfloat16), angles, angles),
         ),
+        "taps": taps(size, jnp.bfloat16),
+        "taps in float32": taps(size, jnp.float32),
         "keys": (lambda k, mean: qk_prep.quantize_keys(k, mean, block=64, impl="triton"), (qkv(size)[0], spec((1, h, 128), jnp.float32))),
     }[name]
 
@@ -92,6 +100,7 @@ CASES = {  # case -> kernels that must be in it
     "sla": 5, "sla 64x64": 5, "sla 64x128": 5, "sla gradient": 5, "sla gradient 64x64": 5, "sagesla": 6, "sagesla 64x64": 6,
     "sagesla 64x128": 6, "sage dense": 2, "dense": 1, "dense tangent": 2, "dense gradient": 3, "block128": 1, "channel": 1,
     "quantize block128": 1, "quantize rows": 1, "norm": 1, "gelu": 1, "norm and rope": 1, "keys": 1,
+    "taps": 1, "taps in float32": 1,
 }  # fmt: skip
 INT8 = ("sagesla", "sagesla 64x64", "sagesla 64x128", "sage dense", "block128", "channel")
 # Bytes that a kernel may spill, by kernel and family: the linear branch beside the loop's accumulators and, on sm80 and sm89 with

@@ -105,12 +105,11 @@ def test_a_tile_that_is_not_finite_is_told(model, monkeypatch):
 
 def test_the_plan_of_tiles():
     cfg = dataclasses.replace(tdjax.VAEConfig(), policy=tdjax.Policy(param="bfloat16", compute="bfloat16"))
-    vae = checkpoint.abstract("vae", cfg)
     size = VideoSize(frames=81, height=720, width=1280)
-    of = lambda **kw: plan.stage_plans({"vae": (cfg, vae)}, size, image=False, guided=False, **kw)[-1]
+    of = lambda **kw: plan.stage_plans({"vae": cfg}, size, image=False, guided=False, **kw)[-1]
     assert of(tiled=True).working < 0.15 * of().working and of(tiled=True).name == "vae decode"
     longer = dataclasses.replace(size, frames=161)
-    assert plan.stage_plans({"vae": (cfg, vae)}, longer, image=False, guided=False)[-1] == of()
+    assert plan.stage_plans({"vae": cfg}, longer, image=False, guided=False)[-1] == of()
 
 
 def test_who_decodes_in_tiles(model, monkeypatch):

@@ -16,7 +16,7 @@ from tolerances import assert_close
 from tdjax.config import VAEConfig
 from tdjax.errors import UsageError
 from tdjax.models import wan_vae
-from tdjax.models.causal_conv import CausalConv, conv3d
+from tdjax.models.causal_conv import CausalConv, NarrowCausalConv, conv2d, conv2d_upsampled
 from tdjax.models.wan_vae import VAE, attend, cache_bytes, intermediates, over_chunks
 from tdjax.precision import FLOAT32
 
@@ -209,12 +209,67 @@ def test_all_frames_at_once_are_the_frames_one_by_one(tiny):
             assert_close(whole, piecewise, "float32", method.__name__)
 
 
-@pytest.mark.parametrize(("size", "stride"), [((3, 3, 3), 1), ((3, 1, 1), 1), ((3, 1, 1), 2), ((1, 3, 3), 1)])
-def test_conv3d_is_the_three_dimensional_convolution(size, stride):
-    x, kernel = normal((2, 7, 5, 6, 11)), normal((*size, 11, 13)) / 10
-    spatial = [(n // 2, n // 2) for n in size[1:]]
-    expected = lax.conv_general_dilated(x, kernel, (stride, 1, 1), [(0, 0), *spatial], dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
-    assert_close(conv3d(x, kernel, stride), expected, "float32", f"{size} stride {stride}")
+def causal_conv(size, inputs, outputs, kind=CausalConv):
+    shapes = jax.eval_shape(lambda: kind(size, inputs, outputs, TINY, rngs=nnx.Rngs(0)))
+    return jax.tree.map(lambda leaf: normal(leaf.shape) / 10, shapes)
+
+
+def conv3d(x, conv, stride=1):
+    """lax's convolution over three dimensions, without frames before or after."""
+    spatial = [(n // 2, n // 2) for n in conv.kernel.shape[1:3]]
+    layout = ("NDHWC", "DHWIO", "NDHWC")
+    return lax.conv_general_dilated(x, conv.kernel[...], (stride, 1, 1), [(0, 0), *spatial], dimension_numbers=layout) + conv.bias[...]
+
+
+@pytest.mark.parametrize("size", [(3, 3, 3), (3, 1, 1)])
+@pytest.mark.parametrize("gain", [None, normal((11,))])
+def test_causal_convolution_is_the_one_over_three_dimensions(size, gain):
+    """After the two frames of the past, with and without norm and SiLU before it."""
+    conv, x, past = causal_conv(size, 11, 13), normal((2, 5, 5, 6, 11)), normal((1, 2, 2, 5, 6, 11))[0]
+    y = x
+    if gain is not None:
+        y = x / np.sqrt(np.square(x).sum(-1, keepdims=True)) * np.sqrt(11).astype(np.float32) * gain
+        y = y / (1 + np.exp(-y))
+    plus = normal((2, 5, 5, 6, 13))
+    out, following = conv(x, past, gain, plus)
+    assert_close(out, conv3d(np.concatenate([past, y], axis=1), conv) + plus, "float32", "convolution")
+    assert_close(following, y[:, -2:], "float32", "past")
+
+
+@pytest.mark.parametrize("gain", [None, normal((11,))])
+def test_few_outputs_tap_by_tap(gain):
+    """The same convolution; chunk by chunk it remembers outputs of the taps."""
+    wide, narrow = (causal_conv((3, 3, 3), 11, 3, kind) for kind in (CausalConv, NarrowCausalConv))
+    x = normal((2, 5, 5, 6, 11))
+    expected = wide(x, None, gain)[0]
+    assert_close(narrow(x, None, gain)[0], expected, "float32", "whole")
+    first, past = narrow(x[:, :1], None, gain)
+    assert past.shape == (2, 2, 5, 6, 9)
+    chunks = [first]
+    for part in (x[:, 1:3], x[:, 3:]):
+        out, past = narrow(part, past, gain)
+        chunks.append(out)
+    assert_close(np.concatenate(chunks, axis=1), expected, "float32", "chunks")
+
+
+def test_halving_takes_every_second_output():
+    conv, x, past = causal_conv((3, 1, 1), 11, 11), normal((2, 4, 5, 6, 11)), normal((1, 2, 1, 5, 6, 11))[0]
+    out, following = conv.halving(x, past)
+    assert_close(out, conv3d(np.concatenate([past, x], axis=1), conv, stride=2), "float32", "halving")
+    np.testing.assert_array_equal(following, x[:, -1:])
+
+
+@pytest.mark.parametrize("outputs", [13, 14])
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2.0**-7)])
+def test_convolution_of_repeated_pixels(outputs, dtype, bound):
+    """By four kernels of 2 x 2 taps: what the 3 x 3 taps give on the larger frames, at their edges too; and the gradients of it."""
+    x, kernel, bias = (a.astype(dtype) for a in (normal((2, 3, 5, 6, 11)), normal((3, 3, 11, outputs)) / 10, normal((outputs,))))
+    larger = lambda x: jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+    plain, ours = (lambda x, k: conv2d(larger(x), k, bias)), (lambda x, k: conv2d_upsampled(x, k, bias))
+    pulled = [jax.grad(lambda *args, f=f: (f(*args).astype(jnp.float32) ** 2).sum(), argnums=(0, 1))(x, kernel) for f in (ours, plain)]
+    for made, expected in zip((ours(x, kernel), *pulled[0]), (plain(x, kernel), *pulled[1]), strict=True):
+        made, expected = np.asarray(made, np.float64), np.asarray(expected, np.float64)
+        assert made.shape == expected.shape and np.linalg.norm(made - expected) < bound * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("queries", [4, 12, 2048])
@@ -249,9 +304,9 @@ def test_lowers_for_cuda_at_full_size():
 
 
 def test_cache_bytes():
-    """Two frames of every causal convolution's input; the numbers of VAE's docstring."""
-    assert round(cache_bytes(VAEConfig(), 480, 832) / 1e9, 2) == 1.89
-    assert round(cache_bytes(VAEConfig(), 720, 1280) / 1e9, 2) == 4.36
+    """Two frames of every causal convolution's input (of the last one's taps); the numbers of VAE's docstring."""
+    assert round(cache_bytes(VAEConfig(), 480, 832) / 1e9, 2) == 1.75
+    assert round(cache_bytes(VAEConfig(), 720, 1280) / 1e9, 2) == 4.04
     assert round(cache_bytes(VAEConfig(), 480, 832, encode=True) / 1e9, 2) == 1.12
     assert round(cache_bytes(VAEConfig(), 720, 1280, encode=True) / 1e9, 2) == 2.59
 
