@@ -23,6 +23,7 @@ from tdjax.errors import UsageError
 from tdjax.locate import Located
 from tdjax.parts import Part
 from tdjax.pipeline import Pipeline
+from tdjax.programs import WORTH_KEEPING
 from tdjax.result import Result
 from tdjax.stages import Stages
 from tdjax.video import Writer
@@ -115,7 +116,7 @@ def empty_cache():
         compilation_cache.reset_cache()  # it opens its folder once
 
     with tempfile.TemporaryDirectory() as folder:
-        use(folder, 0.5)
+        use(folder, WORTH_KEEPING)
         try:
             yield
         finally:

@@ -350,8 +350,10 @@ def set_compile_cache(args) -> str | None:
         return f"compile cache {folder} is not writable ({error.strerror}): going on without; --compile_cache_dir DIR chooses another"
     import jax
 
+    from tdjax.programs import WORTH_KEEPING
+
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
     return None
 
 

@@ -153,7 +153,10 @@ class Pipeline:
             condition = shape((*grid[:-1], self.config.condition_channels))
         text = shape((self.text_rows(request), self.text_len, self.config.text_dim), self.config.policy.compute_dtype)
         for single in singles:
-            begun = jax.eval_shape(lambda key, single=single: spans.arrays(self.start(request, key, single=single)), jax.random.key(0))
+            key = jax.eval_shape(jax.random.key, 0) if request.key is None else request.key
+            args = [shape(key.shape, key.dtype), shape((), np.uint32), None if request.latents is None else shape(grid)]
+            self.start_program(request, *args, single=single)
+            begun = jax.eval_shape(functools.partial(spans.start, **self.cut(request, single), shape=grid), *args)
             state, chunks = jax.tree.map(lambda x: shape(x.shape, x.dtype), begun)
             for chunk in chunks:
                 self.denoise_program(request, state, text, condition, chunk)
@@ -248,11 +251,13 @@ class Pipeline:
             latents = self.coder.encode(vae, image, request.size)
             return jax.block_until_ready(self.programs.place(image_condition(self.programs.place(latents))))
 
-    def start(self, request: Request, key, *, single: bool):
-        """(state, [Span]), see `tdjax.spans`."""
-        return spans.start(
-            request.sampler, self.latent_shape(request), key, request.latents, experts="dit_low" in self.parts, single=single
-        )
+    def cut(self, request: Request, single: bool) -> dict[str, Any]:
+        """How the loop is cut into calls."""
+        return {"cfg": request.sampler, "experts": "dit_low" in self.parts, "single": single}
+
+    def start_program(self, request: Request, key, sample, latents, *, single: bool):
+        static = {**self.cut(request, single), "shape": self.latent_shape(request)}
+        return self.programs.get(self.stages, "start noise", spans.start, key, sample, latents, **static)
 
     def denoise_program(self, request: Request, state, text, condition, chunk):
         cfg, model = request.sampler, self.parts["dit"].abstract()
@@ -261,13 +266,15 @@ class Pipeline:
             function, static = programs.denoise_guided, {"guidance": cfg.guidance}
         return self.programs.get(self.stages, "denoise", function, model, state, text, condition, chunk, donate=(1,), **static)
 
-    def denoise(self, request: Request, key, text, condition):
+    def denoise(self, request: Request, key, sample: int, text, condition):
         """-> latents f32[1 t h w c] on the device. Raises NotFinite with the first bad step."""
         steps, keep, finite = request.sampler.steps, self.keep(request), []
-        state, cut = self.start(request, key, single=self.stages.show or (not keep and "dit_low" in self.parts))
-        state, later = self.programs.place(state), [span.expert for span in cut[1:]]
-        for chunk, first, last, name in cut:
-            chunk = self.programs.place(chunk)
+        single = self.stages.show or (not keep and "dit_low" in self.parts)
+        args = self.programs.place((key, np.uint32(sample), None if request.latents is None else np.asarray(request.latents, np.float32)))
+        state, chunks = self.start_program(request, *args, single=single)(*args)
+        cut = spans.cut(**self.cut(request, single))
+        later = [span.expert for span in cut[1:]]
+        for chunk, (first, last, name) in zip(chunks, cut, strict=True):
             if name == "dit_low" and not keep:
                 self.parts["dit"].free()
             run, model = self.ready(name, request, functools.partial(self.denoise_program, request, state, text, condition, chunk))
@@ -369,7 +376,7 @@ class Pipeline:
             for sample in range(request.num_samples):
                 if not keep:
                     self.free("vae")
-                x = self.denoise(request, jax.random.fold_in(key, sample), text, condition)
+                x = self.denoise(request, key, sample, text, condition)
                 latents.append(np.asarray(x))
                 if request.output_type != "latent":
                     frames.append(self.decode(request, latents[-1], len(frames)))

@@ -21,7 +21,7 @@ from tdjax.models.wan_vae import cache_bytes
 from tdjax.tiles import tiling
 
 GIB = 2**30
-DECODE_STEPS, ENCODE_STEPS = 6, 6  # activations of a chunk at full resolution that a VAE program holds at its worst moment
+VAE_STEPS = 5.5  # activations of a chunk at full resolution that a VAE program holds at its worst moment: 5.0 by XLA's count
 STREAMED_LAYERS = 3  # of the text encoder on the device: one that runs, one that waits, one that arrives
 
 
@@ -72,11 +72,10 @@ def dit_working(cfg: DiTConfig, size: VideoSize, batch: int) -> int:
 
 
 def vae_working(cfg: VAEConfig, height: int, width: int, *, encode: bool) -> int:
-    """The cache and the activations of one chunk at full resolution; frames come and go. The factors are XLA's own count for an
-    H100 (docs/performance.md)."""
+    """The cache and the activations of one chunk at full resolution; frames come and go."""
     item, frame = np.dtype(cfg.policy.compute).itemsize, height * width
     step = 4 * cfg.multipliers[0] * cfg.dim * frame * item  # one activation of four frames at full resolution
-    return cache_bytes(cfg, height, width, encode=encode) + int((ENCODE_STEPS if encode else DECODE_STEPS) * step)
+    return cache_bytes(cfg, height, width, encode=encode) + int(VAE_STEPS * step)
 
 
 def stage_plans(

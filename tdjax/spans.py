@@ -6,37 +6,40 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from tdjax import flow, programs, sampler, teacher
 from tdjax.config import SamplerConfig
 
 
 class Span(NamedTuple):
-    """One call: what the loop reads at each of its steps, the first step, the last + 1, and the part whose network runs."""
+    """One call: its first step, the last + 1, and the part whose network runs."""
 
-    schedule: Any
     first: int
     last: int
     expert: str
 
 
-def start(cfg: SamplerConfig, shape: tuple[int, ...], key, latents=None, *, experts: bool, single: bool) -> tuple[Any, list[Span]]:
-    """(state, spans). latents: start noise that was given. experts: there are two networks."""
-    noise = programs.start_noise(key, cfg.steps if cfg.mode == "sde" else 1, shape)
+def cut(cfg: SamplerConfig, *, experts: bool, single: bool) -> list[Span]:
+    """experts: there are two networks. single: every step is a call of its own."""
+    swap = flow.split_times(flow.times(cfg), cfg.boundary) if experts else cfg.steps
+    cuts = sorted({0, swap, cfg.steps} | (set(range(cfg.steps)) if single else set()))
+    return [Span(a, b, "dit" if a < swap else "dit_low") for a, b in zip(cuts, cuts[1:], strict=False)]
+
+
+def start(key, sample, latents=None, *, cfg: SamplerConfig, shape: tuple[int, ...], experts: bool, single: bool) -> tuple[Any, list]:
+    """(state, what the loop of each span reads at each of its steps): a program of its own, as many small ones take longer to compile.
+
+    Sample `sample` draws from fold_in(key, sample). latents: start noise that was given.
+    """
+    noise = programs.start_noise(jax.random.fold_in(key, sample), cfg.steps if cfg.mode == "sde" else 1, shape)
+    noise = lax.optimization_barrier(noise)  # its bits are those that a caller draws and gives as `latents`
     first = noise[0] if latents is None else jnp.array(latents, jnp.float32)  # a copy: the state is donated
     times = flow.times(cfg)
-    swap = flow.split_times(times, cfg.boundary) if experts else cfg.steps
-    cuts = sorted({0, swap, cfg.steps} | (set(range(cfg.steps)) if single else set()))
     if cfg.few_step:
         state, later = sampler.start(first, times), sampler.injected(noise)
         part = lambda a, b: (later[a:b] if cfg.mode == "sde" else None, jnp.asarray(times[a : b + 1]))
     else:
         state, rows = sampler.teacher_start(first), teacher.rows(cfg)
         part = lambda a, b: jax.tree.map(jnp.asarray, rows.part(a, b))
-    return state, [Span(part(a, b), a, b, "dit" if a < swap else "dit_low") for a, b in zip(cuts, cuts[1:], strict=False)]
-
-
-def arrays(started: tuple[Any, list[Span]]) -> tuple[Any, list]:
-    """What `start` gives, without numbers and names."""
-    state, cut = started
-    return state, [span.schedule for span in cut]
+    return state, [part(span.first, span.last) for span in cut(cfg, experts=experts, single=single)]

@@ -224,7 +224,7 @@ def test_warmup_compiles_what_the_call_runs(model):
     pipe.warmup(**SMALL)
     before = len(pipe.programs.compiled)
     pipe("a red circle", **SMALL)
-    assert len(pipe.programs.compiled) == before == 5  # text, the loop, its single step, decoder: first and later
+    assert len(pipe.programs.compiled) == before == 7  # text; start noise and the loop, whole and in single steps; decoder: first and later
 
 
 def test_a_plan_needs_no_download(tmp_path, capsys, monkeypatch):

@@ -108,7 +108,7 @@ def test_damaged_weights_are_told_when_they_are_needed(model, tmp_path, capsys):
     with pytest.raises(CheckpointError, match="dit"):
         pipe("a red circle", **SMALL)
     names = [row.name for row in stages.rows]
-    assert names[-1] == "text" and "load dit ..." in capsys.readouterr().err.splitlines()[-1]
+    assert names[-2:] == ["text", "compile start noise"] and "load dit ..." in capsys.readouterr().err.splitlines()[-1]
     assert pipe.parts["dit"].module is None
 
 
@@ -116,13 +116,13 @@ def test_stages_are_told_in_order(model):
     """Whatever the threads are at, a run tells its stages in one order; without room for all, programs come before weights."""
     pipe = tdjax.load(model, prompt_cache=False)
     names = list(pipe("a red circle", **SMALL).timings)
-    assert names == ["prepare", "load text", "compile text", "text", "load dit", "compile denoise", "compile and load the rest", "denoise",
-                     "load vae", "compile vae decode", "vae decode"]  # fmt: skip
+    assert names == ["prepare", "load text", "compile text", "text", "compile start noise", "load dit", "compile denoise",
+                     "compile and load the rest", "denoise", "load vae", "compile vae decode", "vae decode"]  # fmt: skip
     assert list(pipe("a red circle", **SMALL).timings) == ["text", "denoise", "vae decode"]
     lean = tdjax.load(model, prompt_cache=False, low_memory=True, text_encoder_device="device")
     names = list(lean("a red circle", **SMALL).timings)
-    assert names == ["compile text", "load text", "text", "compile denoise", "load dit", "denoise", "compile vae decode", "load vae",
-                     "vae decode"]  # fmt: skip
+    assert names == ["compile text", "load text", "text", "compile start noise", "compile denoise", "load dit", "denoise",
+                     "compile vae decode", "load vae", "vae decode"]  # fmt: skip
 
 
 def test_everything_has_begun_before_the_first_stage_ends(model, monkeypatch):
@@ -130,7 +130,7 @@ def test_everything_has_begun_before_the_first_stage_ends(model, monkeypatch):
     seen = []
     monkeypatch.setattr(pipe.text, "whole", lambda *args, run=pipe.text.whole: seen.append(asked(pipe)) or run(*args))
     pipe("a red circle", **SMALL)
-    assert seen == [{"denoise", "decode_first", "decode_later", "dit", "vae"}]
+    assert seen == [{"start", "denoise", "decode_first", "decode_later", "dit", "vae"}]
     assert not pipe.programs.coming
 
 
