@@ -7,7 +7,7 @@ TABLE = {
     "dit": (5e-5, 1e-5),  # floor 2.0e-6; the spec's suggestion
     "sla": (5e-5, 1e-5),  # floor 1e-6; block maps are compared exactly
     "vae": (3e-5, 1e-5),  # floor 2.8e-6
-    "vae_bf16": (1e-1, 0.0),  # whole decoder, values to 2.7; diffusers' bfloat16 is 4.8e-2 from the golden file, ours 6.0e-2
+    "vae_bf16": (1e-1, 0.0),  # whole decoder, values to 2.7; diffusers' bfloat16 is 4.8e-2 from the golden file, ours 3.8e-2
     "umt5": (5e-5, 1e-5),  # floor 6.1e-6
     "sampler": (1e-6, 1e-5),  # exact in float64; our state is float32
     "fastnorm": (1e-5, 1e-5),  # floor 7e-7
