@@ -71,6 +71,7 @@ def configs(args) -> tuple[DiTConfig, VAEConfig, TextConfig, VideoSize]:
     if args.dtype:
         policy = Policy(param=args.dtype, compute=args.dtype)
         dit, vae, text = (dataclasses.replace(cfg, policy=policy) for cfg in (dit, vae, text))
+    vae = dataclasses.replace(vae, impl="reference" if args.impl == "reference" else "auto")
     return dit, vae, text, dataclasses.replace(size, frames=args.num_frames) if args.num_frames else size
 
 

@@ -120,6 +120,7 @@ class VAEConfig:
     mean: tuple[float, ...] = LATENT_MEAN
     std: tuple[float, ...] = LATENT_STD
     policy: Policy = Policy()
+    impl: str = "auto"  # which kernels compute: an `impl` of pallas_kernels
 
     def __post_init__(self):
         positive(self, "dim", "latent_channels", "res_blocks")

@@ -205,7 +205,8 @@ def open_parts(
     for name, path, kind in (("vae", located.vae, vae_dtype), ("text", located.text, dtype)):
         if path is not None:
             part = parts[name] = Part(path, name)
-            part.config = dataclasses.replace(part.stored, policy=Policy(param=kind, compute=kind))
+            more = {"impl": "reference" if impl == "reference" else "auto"} if name == "vae" else {}
+            part.config = dataclasses.replace(part.stored, policy=Policy(param=kind, compute=kind), **more)
     check_parts(parts)
     return parts
 

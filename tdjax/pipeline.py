@@ -153,10 +153,11 @@ class Pipeline:
             condition = shape((*grid[:-1], self.config.condition_channels))
         text = shape((self.text_rows(request), self.text_len, self.config.text_dim), self.config.policy.compute_dtype)
         for single in singles:
-            key = jax.eval_shape(jax.random.key, 0) if request.key is None else request.key
-            args = [shape(key.shape, key.dtype), shape((), np.uint32), None if request.latents is None else shape(grid)]
-            self.start_program(request, *args, single=single)
-            begun = jax.eval_shape(functools.partial(spans.start, **self.cut(request, single), shape=grid), *args)
+            key, cut = jax.eval_shape(jax.random.key, 0) if request.key is None else request.key, self.cut(request, single)
+            args = jax.tree.map(lambda x: shape(x.shape, x.dtype), self.start_args(request, key, 0))
+            self.start_program(request, args, cut)
+            state, noise = jax.eval_shape(functools.partial(spans.start, **spans.static(request.sampler, grid, cut)), *args)
+            begun = state, spans.schedules(request.sampler, cut, noise)
             state, chunks = jax.tree.map(lambda x: shape(x.shape, x.dtype), begun)
             for chunk in chunks:
                 self.denoise_program(request, state, text, condition, chunk)
@@ -251,13 +252,17 @@ class Pipeline:
             latents = self.coder.encode(vae, image, request.size)
             return jax.block_until_ready(self.programs.place(image_condition(self.programs.place(latents))))
 
-    def cut(self, request: Request, single: bool) -> dict[str, Any]:
-        """How the loop is cut into calls."""
-        return {"cfg": request.sampler, "experts": "dit_low" in self.parts, "single": single}
+    def cut(self, request: Request, single: bool) -> list[spans.Span]:
+        """The loop's calls, see `tdjax.spans`."""
+        return spans.cut(request.sampler, experts="dit_low" in self.parts, single=single)
 
-    def start_program(self, request: Request, key, sample, latents, *, single: bool):
-        static = {**self.cut(request, single), "shape": self.latent_shape(request)}
-        return self.programs.get(self.stages, "start noise", spans.start, key, sample, latents, **static)
+    def start_args(self, request: Request, key, sample: int) -> tuple:
+        latents = None if request.latents is None else np.asarray(request.latents, np.float32)
+        return key, np.uint32(sample), flow.times(request.sampler), latents
+
+    def start_program(self, request: Request, args: tuple, cut: list[spans.Span]):
+        static = spans.static(request.sampler, self.latent_shape(request), cut)
+        return self.programs.get(self.stages, "start noise", spans.start, *args, **static)
 
     def denoise_program(self, request: Request, state, text, condition, chunk):
         cfg, model = request.sampler, self.parts["dit"].abstract()
@@ -269,11 +274,10 @@ class Pipeline:
     def denoise(self, request: Request, key, sample: int, text, condition):
         """-> latents f32[1 t h w c] on the device. Raises NotFinite with the first bad step."""
         steps, keep, finite = request.sampler.steps, self.keep(request), []
-        single = self.stages.show or (not keep and "dit_low" in self.parts)
-        args = self.programs.place((key, np.uint32(sample), None if request.latents is None else np.asarray(request.latents, np.float32)))
-        state, chunks = self.start_program(request, *args, single=single)(*args)
-        cut = spans.cut(**self.cut(request, single))
-        later = [span.expert for span in cut[1:]]
+        cut = self.cut(request, self.stages.show or (not keep and "dit_low" in self.parts))
+        args, later = self.programs.place(self.start_args(request, key, sample)), [span.expert for span in cut[1:]]
+        state, noise = self.start_program(request, args, cut)(*args)
+        chunks = self.programs.place(spans.schedules(request.sampler, cut, noise))
         for chunk, (first, last, name) in zip(chunks, cut, strict=True):
             if name == "dit_low" and not keep:
                 self.parts["dit"].free()

@@ -148,6 +148,8 @@ def checked(request: Request) -> Request:
         raise UsageError(f"fps is {request.fps}", "it is the frame rate written into the file", "the models were trained at 16")
     if request.on_frames is not None and (not callable(request.on_frames) or request.output_type == "latent"):
         raise UsageError("on_frames", "it is a function of (number of the video, frames), and latents have no frames", "see help")
+    if request.key is not None and not hasattr(request.key, "dtype"):
+        raise UsageError(f"key is {request.key!r}", "a jax.random key is needed", "for example jax.random.key(3), or give a number as seed")
     if request.key is not None and request.seed is not None:
         request = dataclasses.replace(request, seed=None)
     if not request.prompts and request.prompt_embeds is None:

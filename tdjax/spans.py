@@ -27,19 +27,28 @@ def cut(cfg: SamplerConfig, *, experts: bool, single: bool) -> list[Span]:
     return [Span(a, b, "dit" if a < swap else "dit_low") for a, b in zip(cuts, cuts[1:], strict=False)]
 
 
-def start(key, sample, latents=None, *, cfg: SamplerConfig, shape: tuple[int, ...], experts: bool, single: bool) -> tuple[Any, list]:
-    """(state, what the loop of each span reads at each of its steps): a program of its own, as many small ones take longer to compile.
+def start(key, sample, times, latents, *, shape: tuple[int, ...], mode: str, entries: int, cuts: tuple[tuple[int, int], ...]):
+    """(state, [noise that the steps of each span inject, or None]): one program, as many small ones take longer to compile.
 
-    Sample `sample` draws from fold_in(key, sample). latents: start noise that was given.
+    Sample `sample` draws `entries` of noise from fold_in(key, sample). times f32[steps+1]; latents: start noise that was given, or None.
     """
-    noise = programs.start_noise(jax.random.fold_in(key, sample), cfg.steps if cfg.mode == "sde" else 1, shape)
+    noise = programs.start_noise(jax.random.fold_in(key, sample), entries, shape)
     noise = lax.optimization_barrier(noise)  # its bits are those that a caller draws and gives as `latents`
-    first = noise[0] if latents is None else jnp.array(latents, jnp.float32)  # a copy: the state is donated
+    first = noise[0] if latents is None else jnp.array(latents)  # a copy: the state is donated
+    state = sampler.start(first, times) if mode in sampler.UPDATE else sampler.teacher_start(first)
+    return state, [sampler.injected(noise)[a:b] if mode == "sde" else None for a, b in cuts]
+
+
+def static(cfg: SamplerConfig, shape: tuple[int, ...], cut: list[Span]) -> dict[str, Any]:
+    """What the program `start` depends on: not the schedule's numbers."""
+    entries = cfg.steps if cfg.mode == "sde" else 1
+    return {"shape": shape, "mode": cfg.mode, "entries": entries, "cuts": tuple((span.first, span.last) for span in cut)}
+
+
+def schedules(cfg: SamplerConfig, cut: list[Span], noise: list) -> list:
+    """What the loop of each span reads at each of its steps, with the noise from `start`."""
+    if not cfg.few_step:
+        rows = teacher.rows(cfg)
+        return [rows.part(span.first, span.last) for span in cut]
     times = flow.times(cfg)
-    if cfg.few_step:
-        state, later = sampler.start(first, times), sampler.injected(noise)
-        part = lambda a, b: (later[a:b] if cfg.mode == "sde" else None, jnp.asarray(times[a : b + 1]))
-    else:
-        state, rows = sampler.teacher_start(first), teacher.rows(cfg)
-        part = lambda a, b: jax.tree.map(jnp.asarray, rows.part(a, b))
-    return state, [part(span.first, span.last) for span in cut(cfg, experts=experts, single=single)]
+    return [(part, times[span.first : span.last + 1]) for span, part in zip(cut, noise, strict=True)]

@@ -92,10 +92,14 @@ class CausalConv(Conv):
     its own convolution over three dimensions, on CUDA and on CPU, at the price of an input three times as wide.
     """
 
+    def __init__(self, size: tuple[int, ...], inputs: int, outputs: int, cfg: VAEConfig, *, rngs: nnx.Rngs):
+        super().__init__(size, inputs, outputs, cfg, rngs=rngs)
+        self.impl = cfg.impl
+
     def __call__(self, x, past=None, gain=None, plus=None):  # [b t h w i], [b 2 h w i], [i], [b t h w o] -> [b t h w o], the next past
         """Of x, or of silu(unit_norm(x, gain)). `past` is what it is of in the two frames before; None: x is the beginning, the past is
         zeros. plus: what is added to the output."""
-        wide, past = causal_taps(x, past, gain)
+        wide, past = causal_taps(x, past, gain, impl=self.impl)
         return self.of_taps(wide, plus), past
 
     def halving(self, x, past):  # [b t h w i], [b 1 h w i] -> [b t/2 h w o], the next past

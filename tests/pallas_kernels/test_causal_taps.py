@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.causal_taps import causal_taps, triton
+from pallas_kernels.tuning import tile
 
 taps = jax.jit(causal_taps, static_argnames="impl")
 
@@ -86,14 +87,30 @@ def test_the_past_is_renewed_in_place():
     assert "operand_index = 1" in text and "output_operand_alias" in text
 
 
-def test_derivative_is_that_of_the_reference():
+def test_the_past_is_read_before_it_is_renewed():
+    """By all threads of a program: a barrier stands between the loads of the past and the stores to the same memory."""
+    spec = lambda frames: jax.ShapeDtypeStruct((1, frames, 16, 32), jnp.bfloat16)
+    kernel = functools.partial(triton.causal_taps, tile=tile("causal_taps", "taps"), interpret=False)
+    call = jax.make_jaxpr(kernel)(spec(1), spec(2), jax.ShapeDtypeStruct((32,), jnp.bfloat16)).eqns[0]
+    inside = call.params["jaxpr"]
+    _, past, _, _, following = inside.invars
+    at = lambda ref: [i for i, eqn in enumerate(inside.eqns) if ref in eqn.invars[:1]]
+    (barrier,) = [i for i, eqn in enumerate(inside.eqns) if "debug_barrier" in eqn.primitive.name]
+    assert call.params["input_output_aliases"] == ((1, 1),)
+    assert len(at(past)) == len(at(following)) == 2 and max(at(past)) < barrier < min(at(following))
+
+
+def test_derivative_is_that_of_the_reference(monkeypatch):
+    """Also where the default device is a GPU: no kernel in it, which has no derivative."""
     x, past, gain = arrays(1, 2, 4, 4, 32)
     x = jnp.clip(x, -3, 3)
     total = lambda impl: lambda *args: sum((a * a).sum() for a in causal_taps(*args, impl=impl))
-    grads = [jax.grad(total(impl), argnums=(0, 1, 2))(x, past, gain) for impl in ("auto", "reference")]
-    for a, e in zip(*grads, strict=True):
+    grad = lambda impl: jax.grad(total(impl), argnums=(0, 1, 2))
+    for a, e in zip(grad("auto")(x, past, gain), grad("reference")(x, past, gain), strict=True):
         assert np.isfinite(a).all() and np.abs(e).max() > 0
         np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "pallas_call" not in str(jax.make_jaxpr(grad("auto"))(x, past, gain))
 
 
 def test_errors():

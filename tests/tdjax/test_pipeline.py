@@ -227,6 +227,31 @@ def test_warmup_compiles_what_the_call_runs(model):
     assert len(pipe.programs.compiled) == before == 7  # text; start noise and the loop, whole and in single steps; decoder: first and later
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_warmup_of_two_experts_and_an_image(i2v_model, steps):
+    pipe = tdjax.load(i2v_model)
+    pipe.warmup(num_steps=steps, **SMALL)
+    before = len(pipe.programs.compiled)
+    pipe("a red circle", image=np.full((32, 32, 3), 99, np.uint8), num_steps=steps, **SMALL)
+    assert len(pipe.programs.compiled) == before
+
+
+def test_another_schedule_or_seed_compiles_nothing(model):
+    pipe = tdjax.load(model)
+    before = None
+    for change in ({}, {"sigma_max": 100.0}, {"boundary": 0.5}, {"mid_t": (1.45, 1.3, 0.9)}, {"seed": 7}):
+        pipe("a red circle", output_type="latent", **change, **SMALL)
+        before = before or set(pipe.programs.compiled)
+        assert set(pipe.programs.compiled) == before
+
+
+def test_the_reference_needs_no_kernel_in_any_part(model):
+    """--attention_impl reference is for GPUs without our kernels: the VAE follows it."""
+    pipe = tdjax.load(model, attention_impl="reference")
+    assert pipe.config.impl == pipe.parts["vae"].config.impl == "reference"
+    assert tdjax.load(model).parts["vae"].config.impl == "auto"
+
+
 def test_a_plan_needs_no_download(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     argv = ["--model", "turbowan2.2-i2v-a14b-720p-quant", "--dry_run", "--offline"]
@@ -474,6 +499,8 @@ def test_python_arguments(pipe):
     for seed in (-1, 2**32, "3"):
         with pytest.raises(UsageError, match="seed is"):
             pipe("a", seed=seed)
+    with pytest.raises(UsageError, match="key is 3"):
+        pipe("a", key=3)
     with pytest.raises(UsageError, match="NaN"):
         pipe("a", latents=np.full((1, 2, 4, 4, 8), np.nan), **SMALL)
     with pytest.raises(UsageError, match="output_type is 'pil'"):

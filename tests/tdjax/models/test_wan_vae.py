@@ -13,6 +13,7 @@ from flax import nnx
 from jax import lax
 from tolerances import assert_close
 
+from pallas_kernels import tuning
 from tdjax.config import VAEConfig
 from tdjax.errors import UsageError
 from tdjax.models import wan_vae
@@ -301,6 +302,18 @@ def test_lowers_for_cuda_at_full_size():
     assert "stablehlo.convolution" in text
     assert not re.search(r"dim_numbers = \[b, 0, 1, 2, f\]", text)
     assert "tensor<1x81x480x832x3xf32>" in text
+
+
+def test_a_gpu_without_our_kernels_takes_the_reference(monkeypatch):
+    """Older than Ampere: "auto" says so, impl="reference" traces without a kernel."""
+    refuse = lambda: (_ for _ in ()).throw(ValueError("the Triton kernels need 8.0 (Ampere) or newer"))
+    monkeypatch.setattr(tuning, "family", refuse)
+    latents = jax.ShapeDtypeStruct((1, 2, 4, 4, 16), jnp.float32)
+    small = VAEConfig(dim=32)
+    with pytest.raises(ValueError, match="need 8.0"):
+        jax.eval_shape(VAE.decode, abstract(small), latents)
+    plain = dataclasses.replace(small, impl="reference")
+    assert jax.eval_shape(VAE.decode, abstract(plain), latents).shape == (1, 5, 32, 32, 3)
 
 
 def test_cache_bytes():
