@@ -36,8 +36,8 @@ def expected(x, past, gain):
 
 @pytest.mark.parametrize("impl", ["reference", "interpret"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 4, 8, 12, 96), (2, 1, 4, 8, 384), (1, 2, 16, 32, 32), (1, 3, 4, 4, 160)])
-@pytest.mark.parametrize("given", ["x", "x past", "x gain", "x past gain"])
+@pytest.mark.parametrize("shape", [(1, 4, 8, 12, 96), (2, 1, 4, 8, 384), (1, 3, 4, 4, 160)])
+@pytest.mark.parametrize("given", ["x past", "x gain", "x past gain"])
 def test_taps(impl, dtype, shape, given):
     x, past, gain = arrays(*shape, dtype)
     past, gain = past if "past" in given else None, gain if "gain" in given else None
