@@ -29,7 +29,7 @@ from tdjax.prompt_cache import PromptCache
 from tdjax.prompts import TextEncoder
 from tdjax.request import Request, make_request, sampler_notes
 from tdjax.resolution import fit_image, size_notes
-from tdjax.result import Result, describe
+from tdjax.result import Result, describe, joined
 from tdjax.stages import Stages
 from tdjax.tokenizer import Tokenizer, language_warnings, prompt_warnings
 
@@ -153,8 +153,9 @@ class Pipeline:
             condition = shape((*grid[:-1], self.config.condition_channels))
         text = shape((self.text_rows(request), self.text_len, self.config.text_dim), self.config.policy.compute_dtype)
         for single in singles:
-            key, cut = jax.eval_shape(jax.random.key, 0) if request.key is None else request.key, self.cut(request, single)
-            args = jax.tree.map(lambda x: shape(x.shape, x.dtype), self.start_args(request, key, 0))
+            cut = spans.cut(request.sampler, experts="dit_low" in self.parts, single=single)
+            key = jax.eval_shape(jax.random.key, 0) if request.key is None else request.key
+            args = jax.tree.map(lambda x: shape(x.shape, x.dtype), spans.arguments(request.sampler, key, 0, request.latents))
             self.start_program(request, args, cut)
             state, noise = jax.eval_shape(functools.partial(spans.start, **spans.static(request.sampler, grid, cut)), *args)
             begun = state, spans.schedules(request.sampler, cut, noise)
@@ -252,14 +253,6 @@ class Pipeline:
             latents = self.coder.encode(vae, image, request.size)
             return jax.block_until_ready(self.programs.place(image_condition(self.programs.place(latents))))
 
-    def cut(self, request: Request, single: bool) -> list[spans.Span]:
-        """The loop's calls, see `tdjax.spans`."""
-        return spans.cut(request.sampler, experts="dit_low" in self.parts, single=single)
-
-    def start_args(self, request: Request, key, sample: int) -> tuple:
-        latents = None if request.latents is None else np.asarray(request.latents, np.float32)
-        return key, np.uint32(sample), flow.times(request.sampler), latents
-
     def start_program(self, request: Request, args: tuple, cut: list[spans.Span]):
         static = spans.static(request.sampler, self.latent_shape(request), cut)
         return self.programs.get(self.stages, "start noise", spans.start, *args, **static)
@@ -274,8 +267,9 @@ class Pipeline:
     def denoise(self, request: Request, key, sample: int, text, condition):
         """-> latents f32[1 t h w c] on the device. Raises NotFinite with the first bad step."""
         steps, keep, finite = request.sampler.steps, self.keep(request), []
-        cut = self.cut(request, self.stages.show or (not keep and "dit_low" in self.parts))
-        args, later = self.programs.place(self.start_args(request, key, sample)), [span.expert for span in cut[1:]]
+        experts = "dit_low" in self.parts
+        cut = spans.cut(request.sampler, experts=experts, single=self.stages.show or (not keep and experts))
+        args, later = self.programs.place(spans.arguments(request.sampler, key, sample, request.latents)), [span.expert for span in cut[1:]]
         state, noise = self.start_program(request, args, cut)(*args)
         chunks = self.programs.place(spans.schedules(request.sampler, cut, noise))
         for chunk, (first, last, name) in zip(chunks, cut, strict=True):
@@ -403,8 +397,3 @@ class Pipeline:
     def memory(self) -> dict[str, int]:
         """XLA's count of peak bytes on a device for every stage compiled so far."""
         return self.programs.memory()
-
-
-def joined(videos: list[np.ndarray]) -> np.ndarray:
-    """Videos [1 ...] as one array; a single one, of which there may be hundreds of megabytes, is not copied."""
-    return videos[0] if len(videos) == 1 else np.concatenate(videos)

@@ -147,3 +147,8 @@ def describe(name: str, request, parts: dict) -> dict[str, Any]:
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
         "device": jax.local_devices()[0].device_kind,
     }
+
+
+def joined(videos: list[np.ndarray]) -> np.ndarray:
+    """Videos [1 ...] as one array; a single one, of which there may be hundreds of megabytes, is not copied."""
+    return videos[0] if len(videos) == 1 else np.concatenate(videos)

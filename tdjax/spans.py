@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from tdjax import flow, programs, sampler, teacher
@@ -37,6 +38,11 @@ def start(key, sample, times, latents, *, shape: tuple[int, ...], mode: str, ent
     first = noise[0] if latents is None else jnp.array(latents)  # a copy: the state is donated
     state = sampler.start(first, times) if mode in sampler.UPDATE else sampler.teacher_start(first)
     return state, [sampler.injected(noise)[a:b] if mode == "sde" else None for a, b in cuts]
+
+
+def arguments(cfg: SamplerConfig, key, sample: int, latents) -> tuple:
+    """Those of the program `start`."""
+    return key, np.uint32(sample), flow.times(cfg), None if latents is None else np.asarray(latents, np.float32)
 
 
 def static(cfg: SamplerConfig, shape: tuple[int, ...], cut: list[Span]) -> dict[str, Any]:
