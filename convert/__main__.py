@@ -23,13 +23,38 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("paths", metavar="SRC... DST", nargs="+", help="what to convert, and where to; with --merge only DST")
-    p.add_argument("--to", choices=("orbax", "safetensors"), help="form of DST (default: by its suffix)")
-    p.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="storage of weights (default: bfloat16)")
-    p.add_argument("--names", choices=("turbo", "wan", "diffusers", "transformers"), help="names in an export")
-    p.add_argument("--lora", action="append", default=[], metavar="FILE[:WEIGHT]", help="add a LoRA to the transformer; may be repeated")
-    p.add_argument("--merge", metavar="BASE,DIFF_BASE,TARGET[,W]", help="convert BASE + W (TARGET - DIFF_BASE) instead of SRC")
-    p.add_argument("--heads", type=int, metavar="N", help="attention heads, where the head width is not 128")
+    p.add_argument(
+        "paths",
+        metavar="SRC... DST",
+        nargs="+",
+        help="what to convert, and where to; with --merge only DST",
+    )
+    p.add_argument(
+        "--to", choices=("orbax", "safetensors"), help="form of DST (default: by its suffix)"
+    )
+    p.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="storage of weights (default: bfloat16)",
+    )
+    p.add_argument(
+        "--names", choices=("turbo", "wan", "diffusers", "transformers"), help="names in an export"
+    )
+    p.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="add a LoRA to the transformer; may be repeated",
+    )
+    p.add_argument(
+        "--merge",
+        metavar="BASE,DIFF_BASE,TARGET[,W]",
+        help="convert BASE + W (TARGET - DIFF_BASE) instead of SRC",
+    )
+    p.add_argument(
+        "--heads", type=int, metavar="N", help="attention heads, where the head width is not 128"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace DST")
     p.add_argument("--no-hash", action="store_true", help="do not compute the sources' SHA-256")
     p.add_argument("--json", action="store_true", help="the report as one JSON line on stdout")
@@ -53,8 +78,14 @@ def convert(args) -> int:
     refuse_existing(target, args.overwrite)
     parts = components(sources) if sources else {"dit": None}
     one = len(parts) == 1 and "tokenizer" not in parts
-    reports = [convert_one(args, next(iter(parts.values())), target)] if one else convert_model(args, parts, target)
-    return finish(args, {"out": str(target), "parts": reports}, "\n\n".join(map(text, reports)), [target])
+    reports = (
+        [convert_one(args, next(iter(parts.values())), target)]
+        if one
+        else convert_model(args, parts, target)
+    )
+    return finish(
+        args, {"out": str(target), "parts": reports}, "\n\n".join(map(text, reports)), [target]
+    )
 
 
 def check(args, sources: list[Path], target: Path) -> None:
@@ -62,13 +93,29 @@ def check(args, sources: list[Path], target: Path) -> None:
     from tdjax.errors import UsageError
 
     if args.merge and sources:
-        raise UsageError(f"--merge and a source ({sources[0]})", "BASE is the source", f"python -m convert --merge {args.merge} {target}")
+        raise UsageError(
+            f"--merge and a source ({sources[0]})",
+            "BASE is the source",
+            f"python -m convert --merge {args.merge} {target}",
+        )
     if not args.merge and not sources:
-        raise UsageError(f"one path ({target})", "a source and a destination are needed", "python -m convert SRC DST")
+        raise UsageError(
+            f"one path ({target})",
+            "a source and a destination are needed",
+            "python -m convert SRC DST",
+        )
     if args.to and (args.to == "safetensors") != (target.suffix == ".safetensors"):
-        raise UsageError(f"--to {args.to} and {target.name}", "an export is named .safetensors, a folder is not", "change one of them")
+        raise UsageError(
+            f"--to {args.to} and {target.name}",
+            "an export is named .safetensors, a folder is not",
+            "change one of them",
+        )
     if args.names and target.suffix != ".safetensors":
-        raise UsageError(f"--names {args.names} and the folder {target}", "our layout has its own names", "give NAME.safetensors")
+        raise UsageError(
+            f"--names {args.names} and the folder {target}",
+            "our layout has its own names",
+            "give NAME.safetensors",
+        )
 
 
 if __name__ == "__main__":

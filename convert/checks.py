@@ -20,7 +20,12 @@ def keys(args) -> tuple[dict, str, int]:
     """Opening a checkpoint is the check: it raises with the full list."""
     leaves = open_leaves(args.checkpoint, **known(args))
     text = f"{describe(leaves.kind, leaves.config)}: {leaves.facts['matched']} tensors fill {len(leaves.lazy)} leaves"
-    facts = {"kind": leaves.kind, "matched": leaves.facts["matched"], "dropped": leaves.facts["dropped"], "leaves": len(leaves.lazy)}
+    facts = {
+        "kind": leaves.kind,
+        "matched": leaves.facts["matched"],
+        "dropped": leaves.facts["dropped"],
+        "leaves": len(leaves.lazy),
+    }
     return facts, text + f", {leaves.facts['dropped']} dropped", 0
 
 
@@ -41,11 +46,22 @@ def values(args) -> tuple[dict, str, int]:
                 worst = max(worst, float(np.nanmax(error, initial=0.0)))
                 if not (error <= atol + rtol * np.abs(y)).all():
                     bad.append((float(np.nanmax(error, initial=0.0)), name))
-    lines = [f"not finite  {name}" for name in not_finite] + [f"differs     {name} by up to {e:.3e}" for e, name in sorted(bad)[::-1]]
+    lines = [f"not finite  {name}" for name in not_finite] + [
+        f"differs     {name} by up to {e:.3e}" for e, name in sorted(bad)[::-1]
+    ]
     total = f"{len(ours.lazy)} leaves, {len(not_finite)} not finite"
-    total += f", {len(bad)} differ from {args.against.name}, by at most {worst:.3e}" if other is not None else ""
+    total += (
+        f", {len(bad)} differ from {args.against.name}, by at most {worst:.3e}"
+        if other is not None
+        else ""
+    )
     more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    facts = {"leaves": len(ours.lazy), "not_finite": not_finite, "different": {name: e for e, name in bad}, "worst": worst}
+    facts = {
+        "leaves": len(ours.lazy),
+        "not_finite": not_finite,
+        "different": {name: e for e, name in bad},
+        "worst": worst,
+    }
     return facts, "\n  ".join([total, *lines[:SHOWN], *more]), len(lines)
 
 
@@ -54,7 +70,11 @@ def against(args, ours: Leaves) -> Leaves | None:
     if args.against is None:
         return None
     other = open_leaves(args.against, "float32", **known(args))
-    checkpoint.check_table(shapes(ours), shapes(other), f"{args.against.name} is not the same network as {args.checkpoint.name}")
+    checkpoint.check_table(
+        shapes(ours),
+        shapes(other),
+        f"{args.against.name} is not the same network as {args.checkpoint.name}",
+    )
     return other
 
 
@@ -66,7 +86,11 @@ def forward(args) -> tuple[dict, str, int]:
     """The network on random input: finite, and with --against close to the other's output."""
     a = output(args.checkpoint, args)
     finite = bool(np.isfinite(a).all())
-    facts, text, failed = {"finite": finite, "rms": float(np.sqrt(np.mean(a**2)))}, "finite" if finite else "NOT FINITE", int(not finite)
+    facts, text, failed = (
+        {"finite": finite, "rms": float(np.sqrt(np.mean(a**2)))},
+        "finite" if finite else "NOT FINITE",
+        int(not finite),
+    )
     if args.against is not None:
         b = output(args.against, args)
         atol, rtol = (1e-2 if x is None else x for x in (args.atol, args.rtol))
@@ -82,14 +106,22 @@ def forward(args) -> tuple[dict, str, int]:
 def output(path, args) -> np.ndarray:
     """The output of a checkpoint's network on small random input that depends on its sizes alone."""
     leaves = open_leaves(path, None, **known(args))
-    module = leaves.file.load(leaves.config) if leaves.file is not None else checkpoint.restore(path)[1]
+    module = (
+        leaves.file.load(leaves.config) if leaves.file is not None else checkpoint.restore(path)[1]
+    )
     normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.float32)
     cfg = leaves.config
     if isinstance(cfg, DiTConfig):
         t, h, w = (n * 2 for n in cfg.patch)
         image = normal(2, 1, t, h, w, cfg.condition_channels) if cfg.condition_channels else None
         features = normal(3, 1, 257, cfg.image_dim) if cfg.image_dim else None
-        inputs = (normal(0, 1, t, h, w, cfg.out_channels), jnp.float32([500.0]), normal(1, 1, 16, cfg.text_dim), image, features)
+        inputs = (
+            normal(0, 1, t, h, w, cfg.out_channels),
+            jnp.float32([500.0]),
+            normal(1, 1, 16, cfg.text_dim),
+            image,
+            features,
+        )
         return np.asarray(applied(module, *inputs), np.float32)
     if isinstance(cfg, TextConfig):
         ids, mask = jnp.arange(8, dtype=jnp.int32)[None] % cfg.vocab, jnp.ones((1, 8), jnp.int32)

@@ -44,7 +44,15 @@ def bar(total: int, name: str):
     """A bar of bytes on stderr, silent where nobody looks."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=name, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False, file=sys.stderr)
+    return tqdm(
+        total=total,
+        desc=name,
+        unit="B",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+        leave=False,
+        file=sys.stderr,
+    )
 
 
 @contextlib.contextmanager
@@ -60,7 +68,9 @@ def reading(leaves, name: str) -> Iterator:
 
             return dataclasses.replace(lazy, read=read)
 
-        yield dataclasses.replace(leaves, lazy={name: watched(lazy) for name, lazy in leaves.lazy.items()})
+        yield dataclasses.replace(
+            leaves, lazy={name: watched(lazy) for name, lazy in leaves.lazy.items()}
+        )
 
 
 def save(leaves, target: Path, naming: str | None, overwrite: bool) -> Path:
@@ -70,13 +80,19 @@ def save(leaves, target: Path, naming: str | None, overwrite: bool) -> Path:
 
     if target.suffix == ".safetensors":
         return export(leaves, target, naming, overwrite)
-    return checkpoint.save(target, leaves.lazy, leaves.kind, leaves.config, source=leaves.facts, overwrite=overwrite)
+    return checkpoint.save(
+        target, leaves.lazy, leaves.kind, leaves.config, source=leaves.facts, overwrite=overwrite
+    )
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
     """Before any work: a destination that exists is an error, not something to find out after an hour."""
     if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists", "nothing is overwritten by itself", "give another name, or --overwrite")
+        raise UsageError(
+            f"{target} exists",
+            "nothing is overwritten by itself",
+            "give another name, or --overwrite",
+        )
 
 
 def finish(args, facts: dict, text: str, written: list[Path]) -> int:

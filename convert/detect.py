@@ -37,14 +37,46 @@ VAE22_KEYS = r"encoder\.downsamples\.0\.downsamples\.|encoder\.down_blocks\.0\.r
 RELATIVES = (  # models of the same family that are not this network: (key pattern, what it is, what to do)
     (LORA_KEYS, "a LoRA, not a model", "give it with --lora beside its base model"),
     (VAE22_KEYS, "the Wan2.2 TI2V-5B VAE (48 latent channels, here 16)", WAN21_VAE),
-    (r"vace_", "Wan VACE, which has more blocks than this network", "give a text- or image-to-video model"),
-    (r"img_emb\.emb_pos", "Wan2.1 FLF2V (first and last frame)", "give Wan2.1 I2V or Wan2.2 I2V A14B"),
-    (r"control_adapter\.|ref_conv\.", "a Wan Fun control model", "give a text- or image-to-video model"),
-    (r"audio_|casual_audio_encoder\.", "a Wan speech-to-video model", "give a text- or image-to-video model"),
-    (r"motion_encoder\.|face_adapter\.|face_encoder\.", "Wan Animate", "give a text- or image-to-video model"),
-    (r".*\.scale_weight$|scaled_fp8$", "scaled 8-bit floats (fp8_scaled)", "give the bf16 or fp16 file, or the int8 -quant file"),
-    (r"(text_model|vision_model|visual|textual)\.|log_scale$", "a CLIP model", "Wan2.2 I2V needs none; give another file"),
-    (r"decoder\.block\.\d+\.layer\.2\.|lm_head\.", "a whole T5 with its decoder", "give the encoder alone (umT5-xxl)"),
+    (
+        r"vace_",
+        "Wan VACE, which has more blocks than this network",
+        "give a text- or image-to-video model",
+    ),
+    (
+        r"img_emb\.emb_pos",
+        "Wan2.1 FLF2V (first and last frame)",
+        "give Wan2.1 I2V or Wan2.2 I2V A14B",
+    ),
+    (
+        r"control_adapter\.|ref_conv\.",
+        "a Wan Fun control model",
+        "give a text- or image-to-video model",
+    ),
+    (
+        r"audio_|casual_audio_encoder\.",
+        "a Wan speech-to-video model",
+        "give a text- or image-to-video model",
+    ),
+    (
+        r"motion_encoder\.|face_adapter\.|face_encoder\.",
+        "Wan Animate",
+        "give a text- or image-to-video model",
+    ),
+    (
+        r".*\.scale_weight$|scaled_fp8$",
+        "scaled 8-bit floats (fp8_scaled)",
+        "give the bf16 or fp16 file, or the int8 -quant file",
+    ),
+    (
+        r"(text_model|vision_model|visual|textual)\.|log_scale$",
+        "a CLIP model",
+        "Wan2.2 I2V needs none; give another file",
+    ),
+    (
+        r"decoder\.block\.\d+\.layer\.2\.|lm_head\.",
+        "a whole T5 with its decoder",
+        "give the encoder alone (umT5-xxl)",
+    ),
 )
 
 
@@ -58,7 +90,9 @@ class Detected:
     rows: tuple[Row, ...]
 
 
-def detect(tensors: Mapping[str, Any], name: str, metadata: Mapping[str, str] | None = None, **known) -> Detected:
+def detect(
+    tensors: Mapping[str, Any], name: str, metadata: Mapping[str, str] | None = None, **known
+) -> Detected:
     """Raises CheckpointError for files of another network. `known` are config fields that the caller is sure of."""
     odd = known.keys() - set().union(*map(fields_of, KINDS))
     if odd:
@@ -70,11 +104,15 @@ def detect(tensors: Mapping[str, Any], name: str, metadata: Mapping[str, str] | 
         found = {"dit": dit, "vae": vae, "text": text}[kind](tensors, naming, name, known)
     except KeyError as e:
         raise CheckpointError(
-            f"{name} looks like a {kind} but lacks {e.args[0]}", "its size cannot be told", "the file is incomplete"
+            f"{name} looks like a {kind} but lacks {e.args[0]}",
+            "its size cannot be told",
+            "the file is incomplete",
         ) from e
     except (ValueError, IndexError, ZeroDivisionError) as e:
         raise CheckpointError(
-            f"{name} looks like a {kind} of an impossible size", str(e), "the file is damaged, or of another network"
+            f"{name} looks like a {kind} of an impossible size",
+            str(e),
+            "the file is damaged, or of another network",
         ) from e
     return Detected(kind, naming, found, rows(kind, naming, found))
 
@@ -121,7 +159,9 @@ def from_metadata(kind: str, metadata) -> dict[str, Any]:
 
 def count(tensors, prefix: str) -> int:
     """1 + the highest number after `prefix`."""
-    numbers = {int(m[1]) for key in tensors if (m := re.match(re.escape(prefix) + r"(\d{1,5})\.", key))}
+    numbers = {
+        int(m[1]) for key in tensors if (m := re.match(re.escape(prefix) + r"(\d{1,5})\.", key))
+    }
     return max(numbers, default=-1) + 1
 
 
@@ -133,7 +173,12 @@ def dit(tensors, naming: str, name: str, known: dict) -> DiTConfig:
     """Sizes of a transformer. Head width is 128 unless the SLA projection or `known` says otherwise."""
     diffusers = naming == "diffusers"
     text, time, head, ffn = (
-        ("condition_embedder.text_embedder.linear_1", "condition_embedder.time_embedder.linear_1", "proj_out", "ffn.net.0.proj")
+        (
+            "condition_embedder.text_embedder.linear_1",
+            "condition_embedder.time_embedder.linear_1",
+            "proj_out",
+            "ffn.net.0.proj",
+        )
         if diffusers
         else ("text_embedding.0", "time_embedding.0", "head.head", "ffn.0")
     )
@@ -146,13 +191,17 @@ def dit(tensors, naming: str, name: str, known: dict) -> DiTConfig:
     outputs = shape(tensors, f"{head}.weight")[0] // volume
     if outputs == 48:
         raise CheckpointError(
-            f"{name} is Wan2.2 TI2V-5B", "it has 48 latent channels of another VAE, here 16", "give Wan2.1 or Wan2.2 A14B"
+            f"{name} is Wan2.2 TI2V-5B",
+            "it has 48 latent channels of another VAE, here 16",
+            "give Wan2.1 or Wan2.2 A14B",
         )
     proj = "blocks.0.self_attn.attn_op.local_attn.proj_l.weight"
     width = shape(tensors, proj)[0] if proj in tensors else HEAD_WIDTH
     if "heads" not in known and dim % width:
         raise CheckpointError(
-            f"{name}: width {dim} is no multiple of {width}", "the keys do not tell the number of heads", "say it: --heads N"
+            f"{name}: width {dim} is no multiple of {width}",
+            "the keys do not tell the number of heads",
+            "say it: --heads N",
         )
     fields = {
         "dim": dim,
@@ -174,7 +223,11 @@ def dit(tensors, naming: str, name: str, known: dict) -> DiTConfig:
 def vae(tensors, naming: str, name: str, known: dict) -> VAEConfig:
     """Sizes of a VAE, from the encoder's flat list of residual blocks and down-samplers."""
     wan = naming == "wan"
-    many, conv = ("encoder.downsamples", "residual.6.weight") if wan else ("encoder.down_blocks", "conv2.weight")
+    many, conv = (
+        ("encoder.downsamples", "residual.6.weight")
+        if wan
+        else ("encoder.down_blocks", "conv2.weight")
+    )
     post = "conv2.weight" if wan else "post_quant_conv.weight"
     dim = shape(tensors, "encoder.conv1.weight" if wan else "encoder.conv_in.weight")[0]
     latent = shape(tensors, post)[0]
@@ -206,11 +259,18 @@ def text(tensors, naming: str, name: str, known: dict) -> TextConfig:
     """Sizes of a umT5 encoder."""
     if naming == "wan":
         embedding, block = "token_embedding.weight", "blocks."
-        q, bias, up = "blocks.0.attn.q.weight", "blocks.0.pos_embedding.embedding.weight", "blocks.0.ffn.fc1.weight"
+        q, bias, up = (
+            "blocks.0.attn.q.weight",
+            "blocks.0.pos_embedding.embedding.weight",
+            "blocks.0.ffn.fc1.weight",
+        )
     else:
         embedding = "shared.weight" if "shared.weight" in tensors else "encoder.embed_tokens.weight"
         block, layer = "encoder.block.", "encoder.block.0.layer"
-        q, bias = f"{layer}.0.SelfAttention.q.weight", f"{layer}.0.SelfAttention.relative_attention_bias.weight"
+        q, bias = (
+            f"{layer}.0.SelfAttention.q.weight",
+            f"{layer}.0.SelfAttention.relative_attention_bias.weight",
+        )
         up = f"{layer}.1.DenseReluDense.wi_1.weight"
     vocab, dim = shape(tensors, embedding)
     buckets, heads = shape(tensors, bias)

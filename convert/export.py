@@ -53,11 +53,17 @@ def pieces(leaves: Leaves, naming: str) -> list[Piece]:
             lazy = leaves.lazy[leaf]
             shape = lazy.shape[1:] if row.stacked else lazy.shape
             if row.layout:
-                shape = einops.rearrange(np.broadcast_to(np.int8(0), shape), row.inverse_layout, **sizes(row, leaves)).shape
+                shape = einops.rearrange(
+                    np.broadcast_to(np.int8(0), shape), row.inverse_layout, **sizes(row, leaves)
+                ).shape
             out += [Piece(key, leaf, layer, row, tuple(shape), lazy.dtype) for layer, key in keys]
     except ValueError as e:
         others = " or ".join(namings(leaves.kind))
-        raise CheckpointError(f"{leaves.path.name} cannot be written under the {naming} names", str(e), f"choose --names {others}") from e
+        raise CheckpointError(
+            f"{leaves.path.name} cannot be written under the {naming} names",
+            str(e),
+            f"choose --names {others}",
+        ) from e
     return out
 
 
@@ -72,10 +78,18 @@ def sizes(row: Row, leaves: Leaves) -> dict[str, int]:
     return dict(zip("thw", leaves.config.patch, strict=True))
 
 
-def export(leaves: Leaves, path, naming: str | None = None, overwrite: bool = False, progress: Callable[[int], None] | None = None) -> Path:
+def export(
+    leaves: Leaves,
+    path,
+    naming: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
     """Write a .safetensors file, complete or not at all; one leaf is in memory at a time. progress(n): n bytes were written."""
     every = pieces(leaves, naming or leaves.naming)
-    order = sorted(every, key=lambda p: -p.dtype.itemsize)  # so that every tensor is aligned to its items
+    order = sorted(
+        every, key=lambda p: -p.dtype.itemsize
+    )  # so that every tensor is aligned to its items
     offsets, at = {}, 0
     for p in order:
         offsets[p.key] = at
@@ -98,7 +112,9 @@ def export(leaves: Leaves, path, naming: str | None = None, overwrite: bool = Fa
 def restore(x: np.ndarray, piece: Piece, leaves: Leaves) -> np.ndarray:
     """A leaf's layer in the orientation of the file, flat."""
     layer = x if piece.layer is None else x[piece.layer]
-    return arrange(layer, piece.row.inverse_layout, piece.dtype, **sizes(piece.row, leaves)).reshape(-1)
+    return arrange(
+        layer, piece.row.inverse_layout, piece.dtype, **sizes(piece.row, leaves)
+    ).reshape(-1)
 
 
 def header_bytes(leaves: Leaves, order: list[Piece], offsets: dict[str, int]) -> bytes:
@@ -107,7 +123,11 @@ def header_bytes(leaves: Leaves, order: list[Piece], offsets: dict[str, int]) ->
     header = {"__metadata__": {"format": "pt", detect.METADATA: config}}
     for p in order:
         span = [offsets[p.key], offsets[p.key] + p.nbytes]
-        header[p.key] = {"dtype": DTYPE_NAMES[p.dtype], "shape": list(p.shape), "data_offsets": span}
+        header[p.key] = {
+            "dtype": DTYPE_NAMES[p.dtype],
+            "shape": list(p.shape),
+            "data_offsets": span,
+        }
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw

@@ -13,22 +13,51 @@ from convert.read_torch import read_torch
 from convert.tensor import Tensor
 from tdjax.errors import CheckpointError
 
-LEVELS = ("state_dict", "model", "module", "model_state_dict", "ema", "generator")  # keys under which trainers put the weights
+LEVELS = (
+    "state_dict",
+    "model",
+    "module",
+    "model_state_dict",
+    "ema",
+    "generator",
+)  # keys under which trainers put the weights
 LEADING = ("net.", "module.", "model.diffusion_model.", "_orig_mod.")  # what wrappers put in front
 INNER = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")  # and in between
 
-LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # magic number of torch.save before torch 1.6
+LEGACY = (
+    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # magic number of torch.save before torch 1.6
+)
 OTHERS = (
-    (b"GGUF", "a GGUF file", "block-quantised GGUF weights are not read", "give the .safetensors or .pth file of the same model"),
+    (
+        b"GGUF",
+        "a GGUF file",
+        "block-quantised GGUF weights are not read",
+        "give the .safetensors or .pth file of the same model",
+    ),
     (
         b"version https://git-lfs",
         "a git-lfs pointer, not the file itself",
         "git cloned without the large files",
         "git lfs pull, or download it",
     ),
-    (b"<!DOCTYPE", "a web page", "the download saved an error page", "download it again, with a token if the model is gated"),
-    (b"<html", "a web page", "the download saved an error page", "download it again, with a token if the model is gated"),
-    (b"\x93NUMPY", "a numpy array", "a checkpoint holds named tensors", "give a .pth or .safetensors file"),
+    (
+        b"<!DOCTYPE",
+        "a web page",
+        "the download saved an error page",
+        "download it again, with a token if the model is gated",
+    ),
+    (
+        b"<html",
+        "a web page",
+        "the download saved an error page",
+        "download it again, with a token if the model is gated",
+    ),
+    (
+        b"\x93NUMPY",
+        "a numpy array",
+        "a checkpoint holds named tensors",
+        "give a .pth or .safetensors file",
+    ),
     (b"\x89HDF", "an HDF5 file", "HDF5 is not read", "give a .pth or .safetensors file"),
 )
 
@@ -57,7 +86,9 @@ class Source:
         digests = {file.name: file_sha256(file, progress) for file in self.files}
         if len(digests) == 1:
             return next(iter(digests.values()))
-        return hashlib.sha256("".join(f"{d}  {n}\n" for n, d in sorted(digests.items())).encode()).hexdigest()
+        return hashlib.sha256(
+            "".join(f"{d}  {n}\n" for n, d in sorted(digests.items())).encode()
+        ).hexdigest()
 
 
 def file_sha256(file: Path, progress: Callable[[int], None] | None = None) -> str:
@@ -88,7 +119,11 @@ def nearby(path: Path) -> tuple[str, str]:
     """Why and what to do, for a path that is not there."""
     if not path.parent.is_dir():
         return f"neither does the folder {path.parent}", "check the path"
-    names = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".pth", ".safetensors", ".json") or p.is_dir())
+    names = sorted(
+        p.name
+        for p in path.parent.iterdir()
+        if p.suffix in (".pth", ".safetensors", ".json") or p.is_dir()
+    )
     return f"the folder {path.parent} does", f"it holds: {', '.join(names[:12]) or 'nothing'}"
 
 
@@ -108,15 +143,25 @@ def open_file(path: Path) -> Source:
             "only the zip format is read",
             "save it again: torch.save(torch.load(f, weights_only=True), g)",
         )
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and b"{" not in head[8:9]:
+    if (
+        head[:1] == b"\x80"
+        and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+        and b"{" not in head[8:9]
+    ):
         raise CheckpointError(
-            f"{path} is a bare pickle", "pickles are programs and are not executed", "save the tensors with torch.save or safetensors"
+            f"{path} is a bare pickle",
+            "pickles are programs and are not executed",
+            "save the tensors with torch.save or safetensors",
         )
     if head[8:9] == b"{":
         tensors, metadata = read_safetensors(path)
         return clean(path, (path,), tensors, (), metadata)
     what = "empty" if not head else "neither a torch zip file nor a safetensors file"
-    raise CheckpointError(f"{path} is {what}", f"it begins with {head[:16]!r}", "give a .pth or .safetensors file, or download it again")
+    raise CheckpointError(
+        f"{path} is {what}",
+        f"it begins with {head[:16]!r}",
+        "give a .pth or .safetensors file, or download it again",
+    )
 
 
 def open_folder(path: Path) -> Source:
@@ -124,9 +169,15 @@ def open_folder(path: Path) -> Source:
     indices = sorted(path.glob("*.safetensors.index.json"))
     if len(indices) == 1:
         return dataclasses.replace(open_source(indices[0]), path=path)
-    files = sorted(path.glob("*.safetensors")) or sorted([*path.glob("*.pth"), *path.glob("*.pt"), *path.glob("*.bin")])
+    files = sorted(path.glob("*.safetensors")) or sorted(
+        [*path.glob("*.pth"), *path.glob("*.pt"), *path.glob("*.bin")]
+    )
     if len(indices) > 1:
-        raise CheckpointError(f"{path} holds {len(indices)} shard indices", ", ".join(p.name for p in indices), "name one of them")
+        raise CheckpointError(
+            f"{path} holds {len(indices)} shard indices",
+            ", ".join(p.name for p in indices),
+            "name one of them",
+        )
     if not files:
         parts = sorted(p.name for p in path.iterdir() if p.is_dir())
         raise CheckpointError(
@@ -138,21 +189,31 @@ def open_folder(path: Path) -> Source:
         return dataclasses.replace(open_file(files[0]), path=path)
     if any("-of-" in f.name for f in files):
         return open_shards(path, files)
-    raise CheckpointError(f"{path} holds {len(files)} files", ", ".join(f.name for f in files[:8]), "name one of them")
+    raise CheckpointError(
+        f"{path} holds {len(files)} files", ", ".join(f.name for f in files[:8]), "name one of them"
+    )
 
 
 def open_shards(path: Path, files: list[Path]) -> Source:
     """Shards without an index: complete by their own numbering (name-00001-of-00004), no key twice."""
     count = {f.stem.rpartition("-of-")[2] for f in files}
     if count != {f"{len(files):0{len(next(iter(count)))}d}"}:
-        raise CheckpointError(f"{path} holds {len(files)} shards of {' or '.join(sorted(count))}", "some are missing", "download the rest")
+        raise CheckpointError(
+            f"{path} holds {len(files)} shards of {' or '.join(sorted(count))}",
+            "some are missing",
+            "download the rest",
+        )
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     for file in files:
         part, facts = read_safetensors(file)
         twice = sorted(tensors.keys() & part.keys())
         if twice:
-            raise CheckpointError(f"{file} repeats {len(twice)} keys of another shard", ", ".join(twice[:5]), "download it again")
+            raise CheckpointError(
+                f"{file} repeats {len(twice)} keys of another shard",
+                ", ".join(twice[:5]),
+                "download it again",
+            )
         tensors, metadata = tensors | part, metadata | facts
     return clean(path, tuple(files), tensors, (), metadata)
 
@@ -160,7 +221,11 @@ def open_shards(path: Path, files: list[Path]) -> Source:
 def state_dict(path: Path, tree) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The tensors of a saved object and the names of its other entries, one or two known levels down if need be."""
     if isinstance(tree, Tensor):
-        raise CheckpointError(f"{path} holds one tensor without a name", "a checkpoint is a dict of tensors", "give a checkpoint")
+        raise CheckpointError(
+            f"{path} holds one tensor without a name",
+            "a checkpoint is a dict of tensors",
+            "give a checkpoint",
+        )
     for _ in range(3):
         if not isinstance(tree, dict):
             break
@@ -187,7 +252,9 @@ def clean(path: Path, files, tensors: dict[str, Tensor], ignored, metadata) -> S
         short = strip(key, stripped)
         if short in out:
             raise CheckpointError(
-                f"{path} holds {short!r} under two prefixes", "its keys mix wrapped and plain names", "keep one set of weights in the file"
+                f"{path} holds {short!r} under two prefixes",
+                "its keys mix wrapped and plain names",
+                "keep one set of weights in the file",
             )
         out[short] = tensor
     return Source(path, tuple(files), out, dict(stripped), tuple(ignored), metadata)

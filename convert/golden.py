@@ -78,10 +78,18 @@ class Golden:
                 self.arrays = {k: z[k] for k in z.files}
             self.config: dict[str, Any] = json.loads(bytes(self.arrays.pop("config", b"{}")))
         except FileNotFoundError as e:
-            raise CheckpointError(f"{self.path} does not exist", "a file of golden vectors was expected", "check the path") from e
+            raise CheckpointError(
+                f"{self.path} does not exist",
+                "a file of golden vectors was expected",
+                "check the path",
+            ) from e
         except Exception as e:  # numpy raises many kinds for a damaged archive
             why = f"{type(e).__name__}: {e}"
-            raise CheckpointError(f"{self.path} is not a file of golden vectors", why, "it is an .npz with a JSON config") from e
+            raise CheckpointError(
+                f"{self.path} is not a file of golden vectors",
+                why,
+                "it is an .npz with a JSON config",
+            ) from e
         self.seen: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
@@ -89,12 +97,18 @@ class Golden:
 
     def __getitem__(self, key: str) -> np.ndarray:
         if key not in self.arrays:
-            raise CheckpointError(f"{self.path} lacks {key}", "its format is not one that is known", "see the names of its arrays")
+            raise CheckpointError(
+                f"{self.path} lacks {key}",
+                "its format is not one that is known",
+                "see the names of its arrays",
+            )
         return self.arrays[key]
 
     def module(self, **known):
         """Our module in float32, filled from w/ by the rows."""
-        tensors = {k.removeprefix("w/"): Held(v) for k, v in self.arrays.items() if k.startswith("w/")}
+        tensors = {
+            k.removeprefix("w/"): Held(v) for k, v in self.arrays.items() if k.startswith("w/")
+        }
         found = detect(tensors, self.path.name, **known, policy=FLOAT32)
         return Checkpoint(Source(self.path, (self.path,), tensors, {}), found, tensors).load()
 
@@ -114,13 +128,20 @@ class Golden:
             error = np.where(np.isnan(error), np.inf, error)
             allowed = atol + rtol * np.abs(want.astype(np.float64))
             worst = np.argmax(error - allowed)
-            yield Row(key, float(error.max()), float(allowed.flat[worst]), bool((error > allowed).any()))
+            yield Row(
+                key, float(error.max()), float(allowed.flat[worst]), bool((error > allowed).any())
+            )
 
     def rest(self) -> Iterator[Row]:
         """The targets that no row has covered, each with the reason."""
         for key in self.arrays:
             if key.startswith(("out/", "mid/")) and key not in self.seen:
-                yield Row(key, note="not a target: " + NOT_A_TARGET[key] if key in NOT_A_TARGET else "not computed here")
+                yield Row(
+                    key,
+                    note="not a target: " + NOT_A_TARGET[key]
+                    if key in NOT_A_TARGET
+                    else "not computed here",
+                )
 
 
 def check_of(g: Golden):
@@ -135,7 +156,11 @@ def files(path: Path) -> list[Path]:
         return [path]
     found = [file for file in sorted(path.glob("*.npz")) if check_of(Golden(file)) is not None]
     if not found:
-        raise CheckpointError(f"{path} holds no golden vectors of a network", "looked for *.npz with a known config", "give a file")
+        raise CheckpointError(
+            f"{path} holds no golden vectors of a network",
+            "looked for *.npz with a known config",
+            "give a file",
+        )
     return found
 
 
@@ -146,7 +171,9 @@ def run(path, impl: str = "auto") -> list[Row]:
     if check is None:
         known = "transformers, sparse attention, VAE and umT5"
         raise CheckpointError(
-            f"{g.path} is not a kind of golden file that is run here", f"its config: {str(g.config)[:200]}", f"run are: {known}"
+            f"{g.path} is not a kind of golden file that is run here",
+            f"its config: {str(g.config)[:200]}",
+            f"run are: {known}",
         )
     with jax.default_matmul_precision("highest"):
         return [*check(g, impl), *g.rest()]
@@ -159,15 +186,29 @@ def channels_last(x):
 def dit(g: Golden, impl: str) -> Iterator[Row]:
     """dit_*: text- and image-to-video, dense and SLA."""
     c = g.config
-    known = {"heads": c["num_heads"], "text_len": c["text_len"], "eps": c["eps"], "round_time": False, "impl": impl}
+    known = {
+        "heads": c["num_heads"],
+        "text_len": c["text_len"],
+        "eps": c["eps"],
+        "round_time": False,
+        "impl": impl,
+    }
     if "sla_topk" in c:
         known["sla"] = SLAConfig(topk=c["sla_topk"], block_q=c["BLKQ"], block_k=c["BLKK"])
     model = g.module(patch=tuple(c["patch_size"]), **known)
     image = channels_last(g["in/y"]) if "in/y" in g else None
     features = jnp.asarray(g["in/clip"]) if "in/clip" in g else None
-    inputs = (channels_last(g["in/x"]), jnp.asarray(g["in/timesteps"][:, 0]), jnp.asarray(g["in/crossattn_emb"]), image, features)
+    inputs = (
+        channels_last(g["in/x"]),
+        jnp.asarray(g["in/timesteps"][:, 0]),
+        jnp.asarray(g["in/crossattn_emb"]),
+        image,
+        features,
+    )
     kind = "sla" if "sla_topk" in c else "dit"
-    inside, v = jax.jit(lambda model, *x: (inspect_dit.intermediates(model, *x), model(*x)))(model, *inputs)
+    inside, v = jax.jit(lambda model, *x: (inspect_dit.intermediates(model, *x), model(*x)))(
+        model, *inputs
+    )
     yield from g.compare(kind, inside | {"sinusoid_f64": inside["sinusoid"]}, "mid/")
     yield from g.compare(kind, {"v": rearrange(v, "b t h w c -> b c t h w")}, "out/")
 
@@ -176,9 +217,14 @@ def sla_op(g: Golden, impl: str) -> Iterator[Row]:
     """sla_op: the sparse-linear attention alone, at several block sizes and shares."""
     qkv = tuple(jnp.asarray(g[f"in/{name}"]) for name in "qkv")
     proj = jnp.asarray(g["w/proj_l.weight"]).T, jnp.asarray(g["w/proj_l.bias"])
-    identity = jnp.eye(qkv[0].shape[-1], dtype=qkv[0].dtype), jnp.zeros(qkv[0].shape[-1], qkv[0].dtype)
+    identity = (
+        jnp.eye(qkv[0].shape[-1], dtype=qkv[0].dtype),
+        jnp.zeros(qkv[0].shape[-1], qkv[0].dtype),
+    )
     linear = jax.jit(sparse.linear_attention)
-    yield from g.compare("sla", {"o_l_raw": linear(*qkv, *identity), "o_l": linear(*qkv, *proj)}, "mid/")
+    yield from g.compare(
+        "sla", {"o_l_raw": linear(*qkv, *identity), "o_l": linear(*qkv, *proj)}, "mid/"
+    )
     for c in g.config["configs"]:
         scores, values = sparse_values(c, impl)(*qkv, *proj)
         yield from g.compare("sla", {"pooled_score": scores}, f"mid/{c['tag']}/")
@@ -199,7 +245,11 @@ def sparse_values(c: dict[str, Any], impl: str):
         blocks = sparse.block_map(q, k, topk=topk, **size)
         o_s = sparse.sparse_attention(q, k, v, blocks, **size, impl=impl)
         o = sparse.sparse_linear_attention(q, k, v, kernel, bias, topk=topk, **size, impl=impl)
-        return sparse.pooled_scores(q, k, **size), {"sparse_map": sparse.dense_map(blocks, c["k_blocks"]), "o_s": o_s, "o": o}
+        return sparse.pooled_scores(q, k, **size), {
+            "sparse_map": sparse.dense_map(blocks, c["k_blocks"]),
+            "o_s": o_s,
+            "o": o,
+        }
 
     return jax.jit(values)
 
@@ -208,12 +258,21 @@ def vae(g: Golden, impl: str) -> Iterator[Row]:
     """vae_*: encoder and decoder at several numbers of frames."""
     known = {"mean": tuple(g.config["latent_mean"]), "std": tuple(g.config["latent_std"])}
     model = g.module(**known)
-    both = jax.jit(lambda m, x, z: (wan_vae.intermediates(m, x, z), {"encoded": m.encode(x), "decoded": m.decode(z)}))
+    both = jax.jit(
+        lambda m, x, z: (
+            wan_vae.intermediates(m, x, z),
+            {"encoded": m.encode(x), "decoded": m.decode(z)},
+        )
+    )
     for case in sorted({key.split("/")[1] for key in g.arrays if key.startswith("in/")}):
         video, latents = (channels_last(g[f"in/{case}/{name}"]) for name in ("video", "latent"))
         inside, out = both(model, video, latents)
         yield from g.compare("vae", inside, f"mid/{case}/")
-        yield from g.compare("vae", {k: rearrange(v, "b t h w c -> b c t h w") for k, v in out.items()}, f"out/{case}/")
+        yield from g.compare(
+            "vae",
+            {k: rearrange(v, "b t h w c -> b c t h w") for k, v in out.items()},
+            f"out/{case}/",
+        )
 
 
 def text(g: Golden, impl: str) -> Iterator[Row]:
@@ -224,7 +283,9 @@ def text(g: Golden, impl: str) -> Iterator[Row]:
     bias = umt5.position_bias(model.blocks.relative_bias[...][0], model.cfg, ids.shape[1])
     inside |= {"block0/pos_bias_first_query": bias[:, 0], "block0/pos_bias_last_query": bias[:, -1]}
     yield from g.compare("text", inside, "mid/")
-    yield from g.compare("text", {"embedding": jax.jit(lambda m, *x: m(*x))(model, ids, mask)}, "out/")
+    yield from g.compare(
+        "text", {"embedding": jax.jit(lambda m, *x: m(*x))(model, ids, mask)}, "out/"
+    )
 
 
 def table(rows: list[Row]) -> str:
@@ -236,5 +297,7 @@ def table(rows: list[Row]) -> str:
             lines.append(f"{r.name:{width}}  {'-':>9}  {'-':>9}  {r.note}")
         else:
             verdict = "OVER" if r.failed else "ok"
-            lines.append(f"{r.name:{width}}  {r.error:9.2e}  {r.allowed:9.2e}  {verdict}{'  ' + r.note if r.note else ''}")
+            lines.append(
+                f"{r.name:{width}}  {r.error:9.2e}  {r.allowed:9.2e}  {verdict}{'  ' + r.note if r.note else ''}"
+            )
     return "\n".join(lines)

@@ -16,7 +16,11 @@ from tdjax.config import Config
 from tdjax.errors import CheckpointError
 from tdjax.precision import Policy
 
-NAMES = {"dit": "turbo", "vae": "wan", "text": "wan"}  # names to export under where the source does not say
+NAMES = {
+    "dit": "turbo",
+    "vae": "wan",
+    "text": "wan",
+}  # names to export under where the source does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,11 @@ class Leaves:
 
 def stored_as(cfg: Config, dtype: str | None) -> Config:
     """The config with another storage dtype; compute follows it."""
-    return cfg if dtype is None else dataclasses.replace(cfg, policy=Policy(param=dtype, compute=dtype))
+    return (
+        cfg
+        if dtype is None
+        else dataclasses.replace(cfg, policy=Policy(param=dtype, compute=dtype))
+    )
 
 
 def open_leaves(path, dtype: str | None = None, **known) -> Leaves:
@@ -56,11 +64,26 @@ def open_leaves(path, dtype: str | None = None, **known) -> Leaves:
     cfg = stored_as(stored, dtype)
     shapes = targets(kind, cfg)
     read = lambda name, to: checkpoint.read(path, name).astype(to, copy=False)
-    lazy = {n: Lazy(tuple(x.shape), np.dtype(x.dtype), functools.partial(read, n, x.dtype)) for n, x in shapes.items()}
+    lazy = {
+        n: Lazy(tuple(x.shape), np.dtype(x.dtype), functools.partial(read, n, x.dtype))
+        for n, x in shapes.items()
+    }
     source = checkpoint.inspect(path)["source"]
-    count = {"tensors": len(lazy), "matched": len(lazy), "dropped": 0, "missing": 0, "unexpected": 0}
+    count = {
+        "tensors": len(lazy),
+        "matched": len(lazy),
+        "dropped": 0,
+        "missing": 0,
+        "unexpected": 0,
+    }
     size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
-    return Leaves(path, kind, cfg, lazy, {**source, "name": source.get("name", path.name), **count, "bytes": size})
+    return Leaves(
+        path,
+        kind,
+        cfg,
+        lazy,
+        {**source, "name": source.get("name", path.name), **count, "bytes": size},
+    )
 
 
 def of_file(file: Checkpoint, dtype: str | None) -> Leaves:

@@ -78,17 +78,27 @@ def merge(base, diff_base, target, weight: float) -> tuple[dict[str, Any], dict[
         floats_only(other.tensors, other.name)
         if other.kind != base.kind:
             raise CheckpointError(
-                f"{other.name} is a {other.kind}, {base.name} a {base.kind}", "only like can be merged", "check the three files"
+                f"{other.name} is a {other.kind}, {base.name} a {base.kind}",
+                "only like can be merged",
+                "check the three files",
             )
     ours, before, after = (slots(c.tensors, c.found.rows)[0] for c in (base, diff_base, target))
     out, kept = dict(base.tensors), []
     for slot, (_, key) in ours.items():
-        pair = [c.tensors[found[slot][1]] for c, found in ((diff_base, before), (target, after)) if slot in found]
+        pair = [
+            c.tensors[found[slot][1]]
+            for c, found in ((diff_base, before), (target, after))
+            if slot in found
+        ]
         if len(pair) == 2 and all(same_values(base.tensors[key].shape, t.shape) for t in pair):
             out[key] = changed(base.tensors[key], functools.partial(add_difference, *pair, weight))
         else:
             kept.append(key)
-    copied = {key_of(slot, base): target.tensors[key] for slot, (_, key) in after.items() if slot not in ours}
+    copied = {
+        key_of(slot, base): target.tensors[key]
+        for slot, (_, key) in after.items()
+        if slot not in ours
+    }
     matched = len(ours) - len(kept)
     if 2 * matched < len(ours):
         raise CheckpointError(
@@ -96,7 +106,12 @@ def merge(base, diff_base, target, weight: float) -> tuple[dict[str, Any], dict[
             "the others are missing or of another shape there, and a merge would leave them as they are",
             "check that the three files are of one model size",
         )
-    counts = {"merge": [base.name, diff_base.name, target.name, weight], "matched": matched, "kept": len(kept), "copied": len(copied)}
+    counts = {
+        "merge": [base.name, diff_base.name, target.name, weight],
+        "matched": matched,
+        "kept": len(kept),
+        "copied": len(copied),
+    }
     return out | copied, counts | {"kept_keys": sorted(kept)}
 
 
@@ -117,7 +132,9 @@ def key_of(slot: Slot, like) -> str:
         return row_of(leaf, like.found.rows).key(leaf, layer)
     except ValueError as e:
         raise CheckpointError(
-            f"{like.name} has no name for {leaf}", f"it follows the {like.found.naming} names", "give the base under Wan's own names"
+            f"{like.name} has no name for {leaf}",
+            f"it follows the {like.found.naming} names",
+            "give the base under Wan's own names",
         ) from e
 
 
@@ -131,10 +148,14 @@ PARTS = (  # suffix of a LoRA key -> what it is
     (r"\.diff_b$", "bias"),
     (r"\.diff_m$", "modulation"),
 )
-PREFIX = re.compile(r"(base_model\.model\.|diffusion_model\.|transformer\.|lora_unet_+|lora_transformer_+)+")
+PREFIX = re.compile(
+    r"(base_model\.model\.|diffusion_model\.|transformer\.|lora_unet_+|lora_transformer_+)+"
+)
 
 
-def add_lora(tensors: Mapping[str, Any], found: detect.Detected, file, weight: float) -> tuple[dict[str, Any], dict[str, Any]]:
+def add_lora(
+    tensors: Mapping[str, Any], found: detect.Detected, file, weight: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the tensors with a LoRA added, counts). Every key of the LoRA must find its tensor."""
     source = open_source(file)
     floats_only(tensors, "the base model")
@@ -144,7 +165,13 @@ def add_lora(tensors: Mapping[str, Any], found: detect.Detected, file, weight: f
     out, lost, counts = (
         dict(tensors),
         [],
-        {"lora": source.path.name, "weight": weight, "low_rank": 0, "full": 0, "tensors": len(source.tensors)},
+        {
+            "lora": source.path.name,
+            "weight": weight,
+            "low_rank": 0,
+            "full": 0,
+            "tensors": len(source.tensors),
+        },
     )
     for module, parts in modules.items():
         for kind in ("down", *(k for k in ("weight", "bias", "modulation") if k in parts)):
@@ -152,7 +179,9 @@ def add_lora(tensors: Mapping[str, Any], found: detect.Detected, file, weight: f
                 continue
             key = index.find(module, "weight" if kind == "down" else kind)
             full = parts[kind] if kind != "down" else None
-            if key is None or (full is not None and np.prod(full.shape) != np.prod(tensors[key].shape)):
+            if key is None or (
+                full is not None and np.prod(full.shape) != np.prod(tensors[key].shape)
+            ):
                 lost.append(f"{module} ({kind})")
             elif full is not None:
                 out[key] = changed(out[key], functools.partial(add_full, full, weight))
@@ -175,14 +204,30 @@ def lora_modules(tensors: Mapping[str, Any], name: str) -> dict[str, dict[str, A
     modules: dict[str, dict[str, Any]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        kind, hit = next(((kind, hit) for pattern, kind in PARTS if (hit := re.search(pattern, key))), (None, None))
+        kind, hit = next(
+            ((kind, hit) for pattern, kind in PARTS if (hit := re.search(pattern, key))),
+            (None, None),
+        )
         if hit is None:
             unknown.append(key)
         else:
-            modules.setdefault(PREFIX.sub("", key[: hit.start()], count=1) if PREFIX.match(key) else key[: hit.start()], {})[kind] = tensor
-    odd = [m for m, parts in modules.items() if ("down" in parts) != ("up" in parts) or parts.keys() == {"alpha"}]
+            modules.setdefault(
+                PREFIX.sub("", key[: hit.start()], count=1)
+                if PREFIX.match(key)
+                else key[: hit.start()],
+                {},
+            )[kind] = tensor
+    odd = [
+        m
+        for m, parts in modules.items()
+        if ("down" in parts) != ("up" in parts) or parts.keys() == {"alpha"}
+    ]
     if unknown or odd or not modules:
-        lines = unknown or [f"{m}: only {', '.join(modules[m])}" for m in odd] or ["it holds no tensors"]
+        lines = (
+            unknown
+            or [f"{m}: only {', '.join(modules[m])}" for m in odd]
+            or ["it holds no tensors"]
+        )
         raise CheckpointError(
             f"{name} is not a LoRA that is understood: {len(lines)} odd keys",
             f"first: {', '.join(lines[:3])}",
@@ -198,7 +243,10 @@ class Index:
     def __init__(self, found: detect.Detected, targets: dict[Slot, str]):
         self.targets = targets
         names = detect.NAMINGS[found.kind].ROWS
-        self.rows: list[tuple[Row, ...]] = [found.rows, *(detect.rows(found.kind, n, found.config) for n in names if n != found.naming)]
+        self.rows: list[tuple[Row, ...]] = [
+            found.rows,
+            *(detect.rows(found.kind, n, found.config) for n in names if n != found.naming),
+        ]
         self.flat: dict[str, str] = {}
         for slot, key in targets.items():
             for rows in self.rows:
@@ -219,7 +267,14 @@ class Index:
 def check_ranks(module: str, parts: dict[str, Any], shape: tuple[int, ...], name: str) -> None:
     up, down = parts["up"].shape, parts["down"].shape
     inputs = int(np.prod(shape[1:]))
-    if len(up) < 2 or len(down) < 2 or up[0] != shape[0] or up[1] != down[0] or np.prod(up[2:]) != 1 or np.prod(down[1:]) != inputs:
+    if (
+        len(up) < 2
+        or len(down) < 2
+        or up[0] != shape[0]
+        or up[1] != down[0]
+        or np.prod(up[2:]) != 1
+        or np.prod(down[1:]) != inputs
+    ):
         raise CheckpointError(
             f"{name}: {module} has factors {list(up)} and {list(down)}",
             f"the tensor is {list(shape)}",
@@ -231,8 +286,14 @@ def add_product(parts: dict[str, Any], weight: float, x: np.ndarray) -> np.ndarr
     """x + weight * alpha / rank * up down; without alpha the scale is 1."""
     up, down = (parts[k].read().astype(np.float32) for k in ("up", "down"))
     rank = down.shape[0]
-    scale = float(parts["alpha"].read().astype(np.float32).reshape(())) / rank if "alpha" in parts else 1.0
-    return x + np.float32(weight * scale) * (up.reshape(up.shape[0], rank) @ down.reshape(rank, -1)).reshape(x.shape)
+    scale = (
+        float(parts["alpha"].read().astype(np.float32).reshape(())) / rank
+        if "alpha" in parts
+        else 1.0
+    )
+    return x + np.float32(weight * scale) * (
+        up.reshape(up.shape[0], rank) @ down.reshape(rank, -1)
+    ).reshape(x.shape)
 
 
 def add_full(difference, weight: float, x: np.ndarray) -> np.ndarray:

@@ -29,10 +29,16 @@ def components(sources: list[Path]) -> dict[str, Path]:
     found: dict[str, list[Path]] = {}
     for path in sources:
         found.setdefault("tokenizer" if path.name in TOKENIZERS else kind_of(path), []).append(path)
-    many = {kind: paths for kind, paths in found.items() if len(paths) > (2 if kind == "dit" else 1)}
+    many = {
+        kind: paths for kind, paths in found.items() if len(paths) > (2 if kind == "dit" else 1)
+    }
     if many:
         kind, paths = next(iter(many.items()))
-        raise UsageError(f"{len(paths)} sources are a {kind}", ", ".join(map(str, paths)), "convert them one by one")
+        raise UsageError(
+            f"{len(paths)} sources are a {kind}",
+            ", ".join(map(str, paths)),
+            "convert them one by one",
+        )
     out = {kind: paths[0] for kind, paths in found.items()}
     if len(found.get("dit", ())) == 2:
         out["dit"], out["dit_low"] = experts(found["dit"])
@@ -62,7 +68,11 @@ def in_folder(folder: Path) -> dict[str, Path]:
     if (folder / "manifest.json").is_file():
         return {}
     root = folders.absolute(folder)
-    return {name: path for name, path in folders.local(root).parts.items() if isinstance(path, Path) and root in path.parents}
+    return {
+        name: path
+        for name, path in folders.local(root).parts.items()
+        if isinstance(path, Path) and root in path.parents
+    }
 
 
 def convert_one(args, path: Path | None, target: Path) -> dict[str, Any]:
@@ -76,9 +86,24 @@ def convert_one(args, path: Path | None, target: Path) -> dict[str, Any]:
     with reading(leaves, leaves.path.name) as watched:
         save(watched, target, args.names, args.overwrite)
     config = to_dict(leaves.config)
-    size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file()) if target.is_dir() else target.stat().st_size
-    about = {"kind": leaves.kind, "what": detect.describe(leaves.kind, leaves.config), "config": config, "param": config["policy"]["param"]}
-    return {**leaves.facts, **about, "leaves": len(leaves.lazy), "written": size, "out": str(target)}
+    size = (
+        sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
+        if target.is_dir()
+        else target.stat().st_size
+    )
+    about = {
+        "kind": leaves.kind,
+        "what": detect.describe(leaves.kind, leaves.config),
+        "config": config,
+        "param": config["policy"]["param"],
+    }
+    return {
+        **leaves.facts,
+        **about,
+        "leaves": len(leaves.lazy),
+        "written": size,
+        "out": str(target),
+    }
 
 
 def opened(args, path: Path) -> Leaves:
@@ -92,16 +117,22 @@ def merged(args) -> Leaves:
     fields = args.merge.split(",")
     if len(fields) not in (3, 4):
         raise UsageError(
-            f"--merge {args.merge}", "three files and a weight, separated by commas", "--merge rcm.pth,wan.safetensors,sla.pth,1.0"
+            f"--merge {args.merge}",
+            "three files and a weight, separated by commas",
+            "--merge rcm.pth,wan.safetensors,sla.pth,1.0",
         )
     try:
         weight = float(fields[3]) if len(fields) == 4 else 1.0
     except ValueError as e:
-        raise UsageError(f"--merge: the weight is {fields[3]!r}", "it must be a number", "such as 1.0") from e
+        raise UsageError(
+            f"--merge: the weight is {fields[3]!r}", "it must be a number", "such as 1.0"
+        ) from e
     for name in fields[:3]:
         if (Path(name) / "manifest.json").is_file():
             raise CheckpointError(
-                f"{name} is a converted checkpoint", "--merge works on published files", f"first: python -m convert {name} FILE.safetensors"
+                f"{name} is a converted checkpoint",
+                "--merge works on published files",
+                f"first: python -m convert {name} FILE.safetensors",
             )
     base, diff_base, target = (open_checkpoint(name, **known(args)) for name in fields[:3])
     tensors, counts = merge.merge(base, diff_base, target, weight)
@@ -116,7 +147,11 @@ def merged(args) -> Leaves:
 def convert_model(args, parts: dict[str, Path], target: Path) -> list[dict[str, Any]]:
     """All components into one folder, which appears when the last one is complete; the reports."""
     if target.suffix == ".safetensors":
-        raise UsageError(f"{len(parts)} sources and {target.name}", "an export holds one component", "export them one by one")
+        raise UsageError(
+            f"{len(parts)} sources and {target.name}",
+            "an export holds one component",
+            "export them one by one",
+        )
     reports = []
     with written(target, args.overwrite) as part:
         part.mkdir()

@@ -10,18 +10,34 @@ from tdjax.config import LINEAR
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m convert.quantize", description=__doc__, allow_abbrev=False)
-    p.add_argument("source", metavar="IN", type=Path, help="a published transformer file, or a folder that python -m convert wrote")
-    p.add_argument("target", metavar="OUT", type=Path, help="a folder in our layout, or a .safetensors file under the published names")
+    p = argparse.ArgumentParser(
+        prog="python -m convert.quantize", description=__doc__, allow_abbrev=False
+    )
+    p.add_argument(
+        "source",
+        metavar="IN",
+        type=Path,
+        help="a published transformer file, or a folder that python -m convert wrote",
+    )
+    p.add_argument(
+        "target",
+        metavar="OUT",
+        type=Path,
+        help="a folder in our layout, or a .safetensors file under the published names",
+    )
     p.add_argument(
         "--quant",
         choices=LINEAR[1:],
         default="int8",
         help="int8: tiles, as published; int8_channel, fp8: a scale for each token and output channel, into a folder only",
     )
-    p.add_argument("--heads", type=int, metavar="N", help="attention heads, where the head width is not 128")
+    p.add_argument(
+        "--heads", type=int, metavar="N", help="attention heads, where the head width is not 128"
+    )
     p.add_argument("--overwrite", action="store_true", help="replace OUT")
-    p.add_argument("--json", action="store_true", help="one JSON line on stdout, with the error of every layer")
+    p.add_argument(
+        "--json", action="store_true", help="one JSON line on stdout, with the error of every layer"
+    )
     return p
 
 
@@ -41,9 +57,14 @@ def quantize_file(args) -> int:
     after, errors = quantized(before, args.quant)
     with reading(after, args.source.name) as after:
         save(after, args.target, None, args.overwrite)
-    size = {name: sum(x.nbytes for x in leaves.lazy.values()) for name, leaves in (("before", before), ("after", after))}
+    size = {
+        name: sum(x.nbytes for x in leaves.lazy.values())
+        for name, leaves in (("before", before), ("after", after))
+    }
     text = f"{error_table(errors)}\n{size['before'] / 2**30:.3f} GiB -> {size['after'] / 2**30:.3f} GiB"
-    return finish(args, {"out": str(args.target), "bytes": size, "errors": errors}, text, [args.target])
+    return finish(
+        args, {"out": str(args.target), "bytes": size, "errors": errors}, text, [args.target]
+    )
 
 
 if __name__ == "__main__":

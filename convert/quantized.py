@@ -19,18 +19,32 @@ NAMES = {"int8": "int8 block128"}  # of kinds in a manifest
 
 
 @partial(jax.jit, static_argnums=1)
-def layer(kernel, linear: str):  # [i o] -> values [o i], f32 scales, relative and largest error of the weight
+def layer(
+    kernel, linear: str
+):  # [i o] -> values [o i], f32 scales, relative and largest error of the weight
     weight = Linear.unpacked(kernel)
     values, scale = LINEAR[linear].packed(weight, None)
     error = LINEAR[linear].unpacked(values, scale) - weight
-    return values, scale, jnp.linalg.norm(error) / jnp.maximum(jnp.linalg.norm(weight), 1e-30), jnp.abs(error).max()
+    return (
+        values,
+        scale,
+        jnp.linalg.norm(error) / jnp.maximum(jnp.linalg.norm(weight), 1e-30),
+        jnp.abs(error).max(),
+    )
 
 
 class Quantized:
     """Values and scales of one stacked Linear; the second to be asked for does not compute again."""
 
     def __init__(self, kernel: Lazy, name: str, linear: str, dtype: np.dtype, errors: dict):
-        self.kernel, self.name, self.linear, self.dtype, self.errors, self.scale = kernel, name, linear, dtype, errors, None
+        self.kernel, self.name, self.linear, self.dtype, self.errors, self.scale = (
+            kernel,
+            name,
+            linear,
+            dtype,
+            errors,
+            None,
+        )
 
     def weight(self) -> np.ndarray:
         kernel = self.kernel.read()
@@ -56,10 +70,16 @@ def quantized(leaves: Leaves, linear: str = "int8") -> tuple[Leaves, dict]:
     """(leaves of that kind, errors by layer, filled as the leaves are read). Refuses what is no float transformer."""
     if leaves.kind != "dit":
         raise CheckpointError(
-            f"{leaves.path.name} is a {leaves.kind}", "only the transformer has layers of 8 bits", "give a video transformer"
+            f"{leaves.path.name} is a {leaves.kind}",
+            "only the transformer has layers of 8 bits",
+            "give a video transformer",
         )
     if leaves.config.linear != "float":
-        raise CheckpointError(f"{leaves.path.name} is quantised already", f"its linears are {leaves.config.linear}", "give the bf16 file")
+        raise CheckpointError(
+            f"{leaves.path.name} is quantised already",
+            f"its linears are {leaves.config.linear}",
+            "give the bf16 file",
+        )
     config = dataclasses.replace(leaves.config, linear=linear)
     errors: dict = {}
     lazy, shapes = dict(leaves.lazy), targets("dit", config)
@@ -67,7 +87,9 @@ def quantized(leaves: Leaves, linear: str = "int8") -> tuple[Leaves, dict]:
         stem = name.removesuffix(".kernel")
         values, scale = (shapes[f"{stem}.{last}"] for last in LINEAR[linear].leaves)
         made = Quantized(lazy.pop(name), stem, linear, np.dtype(values.dtype), errors)
-        for last, shape, read in zip(LINEAR[linear].leaves, (values, scale), (made.weight, made.scales), strict=True):
+        for last, shape, read in zip(
+            LINEAR[linear].leaves, (values, scale), (made.weight, made.scales), strict=True
+        ):
             lazy[f"{stem}.{last}"] = Lazy(tuple(shape.shape), np.dtype(shape.dtype), read)
     naming = "turbo" if leaves.naming == "wan" else leaves.naming
     facts = leaves.facts | {"quantised": NAMES.get(linear, linear), "names": naming}
@@ -79,5 +101,7 @@ def error_table(errors: dict) -> str:
     lines = [f"{'weight error':28} {'mean':>9} {'worst':>9}  layer"]
     for name, e in sorted(errors.items()):
         worst = int(np.argmax(e["relative"]))
-        lines.append(f"{name:28} {np.mean(e['relative']):9.2e} {e['relative'][worst]:9.2e}  {worst}")
+        lines.append(
+            f"{name:28} {np.mean(e['relative']):9.2e} {e['relative'][worst]:9.2e}  {worst}"
+        )
     return "\n".join(lines)

@@ -11,10 +11,21 @@ from convert import torch_pickle
 from convert.tensor import Tensor
 from tdjax.errors import CheckpointError
 
-LOCAL_HEADER = struct.Struct("<4s22sHH")  # signature, (not needed here), length of the name, length of the extra field
+LOCAL_HEADER = struct.Struct(
+    "<4s22sHH"
+)  # signature, (not needed here), length of the name, length of the extra field
 PICKLE_BYTES = 2**28
 RESAVE = "with torch: torch.save({k: v for k, v in model.state_dict().items()}, 'plain.pth')"
-DAMAGE = (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError, OSError, EOFError, IndexError)
+DAMAGE = (
+    zipfile.BadZipFile,
+    struct.error,
+    ValueError,
+    NotImplementedError,
+    OverflowError,
+    OSError,
+    EOFError,
+    IndexError,
+)
 
 
 def read_torch(path: Path) -> Any:
@@ -26,21 +37,36 @@ def read_torch(path: Path) -> Any:
     pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
         kind = "a numpy archive" if any(n.endswith(".npy") for n in entries) else "a zip archive"
-        raise CheckpointError(f"{path} is {kind}, not a torch file", "it has no data.pkl", "give a .pth or .safetensors file")
+        raise CheckpointError(
+            f"{path} is {kind}, not a torch file",
+            "it has no data.pkl",
+            "give a .pth or .safetensors file",
+        )
     root = pickles[0].removesuffix("data.pkl")
     if any(n.startswith(f"{root}code/") for n in entries) or f"{root}constants.pkl" in entries:
         raise CheckpointError(
-            f"{path} is a TorchScript program, not a state dict", "programs are not executed", f"save its weights {RESAVE}"
+            f"{path} is a TorchScript program, not a state dict",
+            "programs are not executed",
+            f"save its weights {RESAVE}",
         )
     with path.open("rb") as f:
-        if f"{root}byteorder" in entries and entry_bytes(f, path, entries[f"{root}byteorder"], 16) != b"little":
-            raise CheckpointError(f"{path} was saved on a big-endian machine", "only little-endian files are read", "save it again")
+        if (
+            f"{root}byteorder" in entries
+            and entry_bytes(f, path, entries[f"{root}byteorder"], 16) != b"little"
+        ):
+            raise CheckpointError(
+                f"{path} was saved on a big-endian machine",
+                "only little-endian files are read",
+                "save it again",
+            )
         data = entry_bytes(f, path, entries[pickles[0]], PICKLE_BYTES)
         try:
             tree = torch_pickle.load(data)
         except torch_pickle.Refused as e:
             raise CheckpointError(
-                f"{path} is not a plain file of tensors: {e}", "it was refused and nothing in it was executed", f"save it again {RESAVE}"
+                f"{path} is not a plain file of tensors: {e}",
+                "it was refused and nothing in it was executed",
+                f"save it again {RESAVE}",
             ) from e
         return Binder(f, path, root, entries).bind(tree, 0)
 
@@ -52,22 +78,45 @@ def archive(path: Path) -> dict[str, zipfile.ZipInfo]:
         with zipfile.ZipFile(path) as z:
             infos = z.infolist()
     except DAMAGE as e:
-        raise CheckpointError(f"{path} is truncated or damaged", f"a torch file is a zip archive; {e}", "download it again") from e
+        raise CheckpointError(
+            f"{path} is truncated or damaged",
+            f"a torch file is a zip archive; {e}",
+            "download it again",
+        ) from e
     out: dict[str, zipfile.ZipInfo] = {}
     end = 0
     for info in sorted(infos, key=lambda i: i.header_offset):
         name, parts = info.filename, info.filename.replace("\\", "/").split("/")
         if name.startswith(("/", "\\")) or ".." in parts:
-            raise CheckpointError(f"{path} has an entry named {name!r}", "it leads outside the archive", "do not trust this file")
-        if name in out:
-            raise CheckpointError(f"{path} has two entries named {name!r}", "a torch file has each name once", "do not trust this file")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
             raise CheckpointError(
-                f"{path}: entry {name!r} is compressed or encrypted", "torch stores entries as they are", "save it again with torch.save"
+                f"{path} has an entry named {name!r}",
+                "it leads outside the archive",
+                "do not trust this file",
             )
-        if info.header_offset < end or info.header_offset + LOCAL_HEADER.size + info.file_size > size:
+        if name in out:
             raise CheckpointError(
-                f"{path}: entry {name!r} overlaps another one or the end of the file", "the archive is damaged", "download it again"
+                f"{path} has two entries named {name!r}",
+                "a torch file has each name once",
+                "do not trust this file",
+            )
+        if (
+            info.compress_type != zipfile.ZIP_STORED
+            or info.flag_bits & 1
+            or info.compress_size != info.file_size
+        ):
+            raise CheckpointError(
+                f"{path}: entry {name!r} is compressed or encrypted",
+                "torch stores entries as they are",
+                "save it again with torch.save",
+            )
+        if (
+            info.header_offset < end
+            or info.header_offset + LOCAL_HEADER.size + info.file_size > size
+        ):
+            raise CheckpointError(
+                f"{path}: entry {name!r} overlaps another one or the end of the file",
+                "the archive is damaged",
+                "download it again",
             )
         end = info.header_offset + LOCAL_HEADER.size + info.file_size
         out[name] = info
@@ -79,7 +128,11 @@ def entry_start(f, path: Path, info: zipfile.ZipInfo) -> int:
     f.seek(info.header_offset)
     header = f.read(LOCAL_HEADER.size)
     if len(header) < LOCAL_HEADER.size or header[:4] != b"PK\3\4":
-        raise CheckpointError(f"{path} is damaged", f"entry {info.filename!r} has no header where the directory says", "download it again")
+        raise CheckpointError(
+            f"{path} is damaged",
+            f"entry {info.filename!r} has no header where the directory says",
+            "download it again",
+        )
     _, _, name, extra = LOCAL_HEADER.unpack(header)
     return info.header_offset + LOCAL_HEADER.size + name + extra
 
@@ -87,12 +140,16 @@ def entry_start(f, path: Path, info: zipfile.ZipInfo) -> int:
 def entry_bytes(f, path: Path, info: zipfile.ZipInfo, limit: int) -> bytes:
     if info.file_size > limit:
         raise CheckpointError(
-            f"{path}: entry {info.filename!r} has {info.file_size} bytes", f"at most {limit} are expected", "do not trust this file"
+            f"{path}: entry {info.filename!r} has {info.file_size} bytes",
+            f"at most {limit} are expected",
+            "do not trust this file",
         )
     f.seek(entry_start(f, path, info))
     data = f.read(info.file_size)
     if len(data) < info.file_size:
-        raise CheckpointError(f"{path} is truncated", f"entry {info.filename!r} ends early", "download it again")
+        raise CheckpointError(
+            f"{path} is truncated", f"entry {info.filename!r} ends early", "download it again"
+        )
     return data
 
 
@@ -120,7 +177,9 @@ class Binder:
         if storage.key not in self.starts:
             name = f"{self.root}data/{storage.key}"
             if name not in self.entries:
-                raise CheckpointError(f"{self.path} is damaged", f"its entry {name!r} is missing", "download it again")
+                raise CheckpointError(
+                    f"{self.path} is damaged", f"its entry {name!r} is missing", "download it again"
+                )
             self.starts[storage.key] = entry_start(self.f, self.path, self.entries[name])
         start, info = self.starts[storage.key], self.entries[f"{self.root}data/{storage.key}"]
         needed = storage.size * storage.dtype.itemsize

@@ -6,17 +6,23 @@ from __future__ import annotations
 def text(report: dict) -> str:
     """The report of one component in a few lines."""
     lines = [f"{report['name']}: {report['what']}"]
-    lines.append(f"  config      {', '.join(f'{k} {v}' for k, v in report['config'].items() if k in SHOWN)}")
+    lines.append(
+        f"  config      {', '.join(f'{k} {v}' for k, v in report['config'].items() if k in SHOWN)}"
+    )
     lines.append(
         f"  tensors     {report['tensors']} in {report.get('files', 1)} file(s): {report['matched']} matched, {report['dropped']} dropped, "
         f"{report['missing']} missing, {report['unexpected']} unexpected -> {report['leaves']} leaves"
     )
     if report.get("stripped"):
-        lines.append(f"  prefixes    {', '.join(f'{name} {n} times' for name, n in report['stripped'].items())} taken off")
+        lines.append(
+            f"  prefixes    {', '.join(f'{name} {n} times' for name, n in report['stripped'].items())} taken off"
+        )
     if report.get("ignored"):
         lines.append(f"  ignored     {report['ignored']} entries that are not tensors")
     for change in report.get("changes", ()):
-        lines.append(f"  changed     {', '.join(f'{k} {v}' for k, v in change.items() if k != 'kept_keys')}")
+        lines.append(
+            f"  changed     {', '.join(f'{k} {v}' for k, v in change.items() if k != 'kept_keys')}"
+        )
     lines.append(
         f"  dtypes      {', '.join(f'{n} {name}' for name, n in report.get('dtypes', {}).items()) or 'as stored'} -> {report['param']}"
     )

@@ -41,7 +41,11 @@ class Row:
     @functools.cached_property
     def stacked(self) -> bool:
         """One leaf for all layers."""
-        return f"{{{LAYER}}}" in self.source and self.path is not None and f"{{{LAYER}}}" not in self.path
+        return (
+            f"{{{LAYER}}}" in self.source
+            and self.path is not None
+            and f"{{{LAYER}}}" not in self.path
+        )
 
     @functools.cached_property
     def source_pattern(self) -> re.Pattern:
@@ -85,7 +89,11 @@ def pattern(text: str, choices: Mapping[str, str]) -> re.Pattern:
     out, end = "", 0
     for m in PLACEHOLDER.finditer(text):
         name, allowed = m[1], m[2] or choices.get(m[1])
-        inside = "|".join(map(re.escape, allowed.split("|"))) if allowed else (r"0|[1-9]\d{0,5}" if name == LAYER else r"[^.]+")
+        inside = (
+            "|".join(map(re.escape, allowed.split("|")))
+            if allowed
+            else (r"0|[1-9]\d{0,5}" if name == LAYER else r"[^.]+")
+        )
         out += re.escape(text[end : m.start()]) + f"(?P<{name}>{inside})"
         end = m.end()
     return re.compile(out + re.escape(text[end:]))
@@ -118,7 +126,9 @@ def slots(keys: Iterable[str], rows: tuple[Row, ...]) -> tuple[dict, list[str], 
     for key in keys:
         found = [(row, claim) for row in rows if (claim := row.claim(key)) is not None]
         if len(found) > 1:
-            raise ValueError(f"{key} is claimed by {len(found)} rows: {', '.join(r.source for r, _ in found)}")
+            raise ValueError(
+                f"{key} is claimed by {len(found)} rows: {', '.join(r.source for r, _ in found)}"
+            )
         if not found:
             unknown.append(key)
             continue
@@ -139,7 +149,9 @@ def slots(keys: Iterable[str], rows: tuple[Row, ...]) -> tuple[dict, list[str], 
     return out, dropped, unknown
 
 
-def bind(tensors: Mapping[str, Any], rows: tuple[Row, ...], leaves: Mapping[str, Any], name: str) -> Binding:
+def bind(
+    tensors: Mapping[str, Any], rows: tuple[Row, ...], leaves: Mapping[str, Any], name: str
+) -> Binding:
     """Match a file's tensors (shape, dtype) with the leaves of an abstract module.
 
     Raises CheckpointError with the first differences, then all: unexpected keys, missing keys, other shapes or dtypes.
@@ -153,14 +165,22 @@ def bind(tensors: Mapping[str, Any], rows: tuple[Row, ...], leaves: Mapping[str,
         elif row.role == "optional":
             dropped.append(key)
         else:
-            problems.append(f"unexpected  {key} {list(tensors[key].shape)} (this model has no {leaf})")
+            problems.append(
+                f"unexpected  {key} {list(tensors[key].shape)} (this model has no {leaf})"
+            )
     claims = {}
     for leaf, target in leaves.items():
         layers = by_leaf.get(leaf, {})
         row = next(iter(layers.values()))[0] if layers else row_of(leaf, rows)
         expected = range(target.shape[0]) if row.stacked else (None,)
-        problems += [f"missing     {row.key(leaf, layer)}" for layer in expected if layer not in layers]
-        problems += [f"unexpected  {key} (layer {n} of {len(expected)})" for n, (_, key) in layers.items() if n not in expected]
+        problems += [
+            f"missing     {row.key(leaf, layer)}" for layer in expected if layer not in layers
+        ]
+        problems += [
+            f"unexpected  {key} (layer {n} of {len(expected)})"
+            for n, (_, key) in layers.items()
+            if n not in expected
+        ]
         for layer in expected:
             if layer in layers:
                 problems += misfit(tensors[layers[layer][1]], layers[layer][1], row, target)
@@ -171,7 +191,10 @@ def bind(tensors: Mapping[str, Any], rows: tuple[Row, ...], leaves: Mapping[str,
 
 
 def fail(name: str, problems: list[str], count: int) -> None:
-    kinds = {kind: sum(p.startswith(kind) for p in problems) for kind in ("missing", "unexpected", "different")}
+    kinds = {
+        kind: sum(p.startswith(kind) for p in problems)
+        for kind in ("missing", "unexpected", "different")
+    }
     counts = ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
     first = "; ".join(re.sub(" +", " ", p) for p in problems[:3])
     raise CheckpointError(
@@ -183,9 +206,15 @@ def fail(name: str, problems: list[str], count: int) -> None:
 
 def row_of(leaf: str, rows: tuple[Row, ...]) -> Row:
     """The row that fills a leaf. None, or two, is a mistake in the rows."""
-    found = [row for row in rows if row.path is not None and row.role != "twin" and row.path_pattern.fullmatch(leaf)]
+    found = [
+        row
+        for row in rows
+        if row.path is not None and row.role != "twin" and row.path_pattern.fullmatch(leaf)
+    ]
     if len(found) != 1:
-        raise ValueError(f"{leaf} is filled by {len(found)} rows: {', '.join(r.source for r in found)}")
+        raise ValueError(
+            f"{leaf} is filled by {len(found)} rows: {', '.join(r.source for r in found)}"
+        )
     return found[0]
 
 
@@ -193,7 +222,9 @@ def row_of(leaf: str, rows: tuple[Row, ...]) -> Row:
 def layout_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:
     """The shape after an einops layout, or None where it does not apply."""
     try:
-        return einops.rearrange(np.broadcast_to(np.int8(0), shape), layout).shape if layout else shape
+        return (
+            einops.rearrange(np.broadcast_to(np.int8(0), shape), layout).shape if layout else shape
+        )
     except (einops.EinopsError, ValueError):
         return None
 
@@ -202,9 +233,14 @@ def misfit(tensor, key: str, row: Row, target) -> list[str]:
     """At most one line about a tensor whose shape or kind of dtype is not the leaf's."""
     shape, want = tuple(tensor.shape), target.shape[1:] if row.stacked else target.shape
     if layout_shape(shape, row.layout) != tuple(want):
-        return [f"different   {key} {list(shape)}, expected {list(want)}" + (f" after {row.layout}" if row.layout else "")]
+        return [
+            f"different   {key} {list(shape)}, expected {list(want)}"
+            + (f" after {row.layout}" if row.layout else "")
+        ]
     if tensor.dtype is not None and is_float(tensor.dtype) != is_float(target.dtype):
-        return [f"different   {key} is {np.dtype(tensor.dtype).name}, expected {np.dtype(target.dtype).name}"]
+        return [
+            f"different   {key} is {np.dtype(tensor.dtype).name}, expected {np.dtype(target.dtype).name}"
+        ]
     return []
 
 

@@ -73,7 +73,9 @@ class Tensor:
     def rows(self, start: int, stop: int) -> Tensor:
         """The part [start:stop] along the first axis of a contiguous tensor."""
         row = self.nbytes // self.shape[0]
-        return dataclasses.replace(self, start=self.start + start * row, shape=(stop - start, *self.shape[1:]))
+        return dataclasses.replace(
+            self, start=self.start + start * row, shape=(stop - start, *self.shape[1:])
+        )
 
     def elements(self, count: int) -> np.ndarray:
         """`count` elements from `start`, flat."""
@@ -90,7 +92,9 @@ def fill(f, view: memoryview, path: Path) -> None:
         n = f.readinto(view)
         if not n:
             raise CheckpointError(
-                f"{path} ends in the middle of a tensor", "it is truncated, or changed while it was read", "download it again"
+                f"{path} ends in the middle of a tensor",
+                "it is truncated, or changed while it was read",
+                "download it again",
             )
         view = view[n:]
 

@@ -84,7 +84,11 @@ class View:
 
 def whole(values, what: str) -> tuple[int, ...]:
     """A tuple of non-negative integers, at most 64 of them."""
-    if not isinstance(values, tuple | list) or len(values) > 64 or any(type(v) is not int or v < 0 for v in values):
+    if (
+        not isinstance(values, tuple | list)
+        or len(values) > 64
+        or any(type(v) is not int or v < 0 for v in values)
+    ):
         raise Refused(f"a tensor's {what} is {str(values)[:80]}")
     return tuple(values)
 
@@ -98,9 +102,14 @@ def view(storage, dtype, offset, shape, strides) -> View:
     if len(out.shape) != len(out.strides):
         raise Refused(f"a tensor has shape {out.shape} but strides {out.strides}")
     item = dtype.itemsize
-    held, touched = storage.size * storage.dtype.itemsize, (offset + span(out.shape, out.strides)) * item
+    held, touched = (
+        storage.size * storage.dtype.itemsize,
+        (offset + span(out.shape, out.strides)) * item,
+    )
     if 0 not in out.shape and touched > held:
-        raise Refused(f"a tensor of shape {out.shape} needs {touched} bytes of storage {storage.key!r}, which has {held}")
+        raise Refused(
+            f"a tensor of shape {out.shape} needs {touched} bytes of storage {storage.key!r}, which has {held}"
+        )
     size = row_strides((1, *out.shape))[0] * item
     if size > max(held, EXPANDED_BYTES):
         raise Refused(f"a tensor of shape {out.shape} is a repetition of {held} bytes into {size}")
@@ -114,7 +123,9 @@ def rebuild_tensor(storage, offset, shape, strides, *_) -> View:
 def rebuild_tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype, *_) -> View:
     if not isinstance(dtype, Name) or dtype.text.removeprefix("torch.") not in TORCH_DTYPES:
         raise Refused(f"a tensor's dtype is {getattr(dtype, 'text', type(dtype).__name__)}")
-    return view(storage, DTYPES[TORCH_DTYPES[dtype.text.removeprefix("torch.")]], offset, shape, strides)
+    return view(
+        storage, DTYPES[TORCH_DTYPES[dtype.text.removeprefix("torch.")]], offset, shape, strides
+    )
 
 
 def rebuild_parameter(data, *_) -> View:
@@ -124,7 +135,9 @@ def rebuild_parameter(data, *_) -> View:
 
 
 def ordered_dict(pairs=()) -> dict:
-    if not isinstance(pairs, list | tuple) or any(not isinstance(p, list | tuple) or len(p) != 2 for p in pairs):
+    if not isinstance(pairs, list | tuple) or any(
+        not isinstance(p, list | tuple) or len(p) != 2 for p in pairs
+    ):
         raise Refused("an OrderedDict is made of something else than pairs")
     out: dict = {}
     for key, value in pairs:
@@ -254,7 +267,9 @@ class Machine:
         elif op == "BUILD":
             stack.pop()  # attributes, such as a state dict's _metadata: not needed
         else:
-            raise Refused(f"it uses the pickle opcode {op}, which torch.save does not need for tensors")
+            raise Refused(
+                f"it uses the pickle opcode {op}, which torch.save does not need for tensors"
+            )
 
     def since_mark(self) -> list:
         """What was pushed since the last mark, taken off the stack with it."""
@@ -276,7 +291,13 @@ def named(text: str) -> Name:
 
 def storage(pid) -> Storage:
     """('storage', type, key, device, element count)"""
-    if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[1], Name) or not isinstance(pid[2], str):
+    if (
+        not isinstance(pid, tuple)
+        or len(pid) != 5
+        or pid[0] != "storage"
+        or not isinstance(pid[1], Name)
+        or not isinstance(pid[2], str)
+    ):
         raise Refused("it refers to something outside that is not a storage")
     name = pid[1].text.rpartition(".")[2]
     if name not in STORAGES:

@@ -18,8 +18,12 @@ WAN = (
 LAYER = "encoder.block.{i}.layer"
 TRANSFORMERS = (
     Row("shared.weight", "embed.embedding"),
-    Row("encoder.embed_tokens.weight", "embed.embedding", role="twin"),  # tied: a file may hold either name or both
-    Row("spiece_model", None),  # the tokenizer, which ComfyUI's single files carry as a tensor of bytes
+    Row(
+        "encoder.embed_tokens.weight", "embed.embedding", role="twin"
+    ),  # tied: a file may hold either name or both
+    Row(
+        "spiece_model", None
+    ),  # the tokenizer, which ComfyUI's single files carry as a tensor of bytes
     Row(f"{LAYER}.0.layer_norm.weight", "blocks.norm1.scale"),
     Row(f"{LAYER}.0.SelfAttention.{{p:q|k|v|o}}.weight", "blocks.attn.{p}.kernel", "o i -> i o"),
     Row(f"{LAYER}.0.SelfAttention.relative_attention_bias.weight", "blocks.relative_bias"),

@@ -17,8 +17,15 @@ from jax import lax
 from convert.rules import Row
 from convert.tensor import Tensor, is_float
 
-TRAVELS = ("float32", "bfloat16", "float16", "int8")  # dtypes that are cast on the device; others are cast before
-PIECE_BYTES = 2**27  # a single tensor without a layout is cut into pieces of this size; layers are pieces by themselves
+TRAVELS = (
+    "float32",
+    "bfloat16",
+    "float16",
+    "int8",
+)  # dtypes that are cast on the device; others are cast before
+PIECE_BYTES = (
+    2**27
+)  # a single tensor without a layout is cut into pieces of this size; layers are pieces by themselves
 READERS = 2  # threads that read the next pieces from the file
 IN_FLIGHT = 3  # pieces on their way while the next one is read
 
@@ -42,7 +49,9 @@ def upload(tensors: list, row: Row, target: jax.ShapeDtypeStruct, device: jax.De
 
 def settle(values: np.ndarray, layout: str, dtype: np.dtype, device: jax.Device) -> jax.Array:
     """One tensor in file orientation -> transposed and cast on the device."""
-    return turned(jax.device_put(travelling(values, dtype), device), layout=layout, dtype=np.dtype(dtype))
+    return turned(
+        jax.device_put(travelling(values, dtype), device), layout=layout, dtype=np.dtype(dtype)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "dtype"))
@@ -75,7 +84,12 @@ def pieces(tensors: list, row: Row) -> Iterator[tuple[int, Any]]:
     whole = tensors[0]
     if row.stacked:
         yield from enumerate(tensors)
-    elif row.layout or not isinstance(whole, Tensor) or not whole.contiguous or whole.nbytes <= PIECE_BYTES:
+    elif (
+        row.layout
+        or not isinstance(whole, Tensor)
+        or not whole.contiguous
+        or whole.nbytes <= PIECE_BYTES
+    ):
         yield 0, whole
     else:
         step = max(1, PIECE_BYTES * whole.shape[0] // whole.nbytes)

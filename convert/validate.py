@@ -23,16 +23,49 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("checkpoint", metavar="CKPT", type=Path, nargs="?", help="a published file, or a folder that python -m convert wrote")
-    p.add_argument("--level", choices=("keys", "values", "forward"), default="values", help="how deep to look (default: values)")
-    p.add_argument("--against", type=Path, metavar="FILE", help="another file of the same weights, published or ours")
     p.add_argument(
-        "--golden", type=Path, metavar="FILE", action="append", default=[], help="golden vectors, or a folder of them; may be repeated"
+        "checkpoint",
+        metavar="CKPT",
+        type=Path,
+        nargs="?",
+        help="a published file, or a folder that python -m convert wrote",
     )
-    p.add_argument("--atol", type=float, help="--against: largest absolute difference (default: 0 for values, 1e-2 for outputs)")
-    p.add_argument("--rtol", type=float, help="--against: beside it, relative to the value (default: 0 and 1e-2)")
-    p.add_argument("--impl", default="auto", help="kernels of attention: auto, reference, triton, interpret")
-    p.add_argument("--heads", type=int, metavar="N", help="attention heads, where the head width is not 128")
+    p.add_argument(
+        "--level",
+        choices=("keys", "values", "forward"),
+        default="values",
+        help="how deep to look (default: values)",
+    )
+    p.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="another file of the same weights, published or ours",
+    )
+    p.add_argument(
+        "--golden",
+        type=Path,
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="golden vectors, or a folder of them; may be repeated",
+    )
+    p.add_argument(
+        "--atol",
+        type=float,
+        help="--against: largest absolute difference (default: 0 for values, 1e-2 for outputs)",
+    )
+    p.add_argument(
+        "--rtol",
+        type=float,
+        help="--against: beside it, relative to the value (default: 0 and 1e-2)",
+    )
+    p.add_argument(
+        "--impl", default="auto", help="kernels of attention: auto, reference, triton, interpret"
+    )
+    p.add_argument(
+        "--heads", type=int, metavar="N", help="attention heads, where the head width is not 128"
+    )
     p.add_argument("--json", action="store_true", help="one JSON line on stdout")
     return p
 
@@ -50,12 +83,21 @@ def validate(args) -> int:
     from tdjax.errors import UsageError
 
     if not args.golden and args.checkpoint is None:
-        raise UsageError("nothing to validate", "a checkpoint or --golden FILE is needed", "python -m convert.validate CKPT")
+        raise UsageError(
+            "nothing to validate",
+            "a checkpoint or --golden FILE is needed",
+            "python -m convert.validate CKPT",
+        )
     facts, lines, failed = {}, [], 0
     for path in [file for given in args.golden for file in golden.files(given)]:
         rows = golden.run(path, args.impl)
         bad = sum(r.failed for r in rows)
-        facts[str(path)] = {"failed": bad, "values": {r.name: {"error": r.error, "allowed": r.allowed, "note": r.note} for r in rows}}
+        facts[str(path)] = {
+            "failed": bad,
+            "values": {
+                r.name: {"error": r.error, "allowed": r.allowed, "note": r.note} for r in rows
+            },
+        }
         lines += [f"{path}", golden.table(rows), f"{len(rows)} values, {bad} over tolerance", ""]
         failed += bad
     if args.checkpoint is not None:

@@ -11,7 +11,9 @@ from tdjax.config import VAEConfig
 
 
 def conv(source: str, path: str, axes: str = "t h w") -> tuple[Row, ...]:
-    return Row(f"{source}.weight", f"{path}.kernel", f"o i {axes} -> {axes} i o"), Row(f"{source}.bias", f"{path}.bias")
+    return Row(f"{source}.weight", f"{path}.kernel", f"o i {axes} -> {axes} i o"), Row(
+        f"{source}.bias", f"{path}.bias"
+    )
 
 
 def norm(source: str, path: str, ones: str = "1 1 1") -> Row:
@@ -31,7 +33,9 @@ def block(source: str, path: str, parts: tuple[str, str, str, str, str]) -> tupl
 
 
 def resample(source: str, path: str) -> tuple[Row, ...]:
-    return *conv(f"{source}.resample.1", f"{path}.conv", "h w"), *conv(f"{source}.time_conv", f"{path}.time_conv")
+    return *conv(f"{source}.resample.1", f"{path}.conv", "h w"), *conv(
+        f"{source}.time_conv", f"{path}.time_conv"
+    )
 
 
 def attention(source: str, path: str) -> tuple[Row, ...]:
@@ -80,7 +84,9 @@ def diffusers(cfg: VAEConfig) -> tuple[Row, ...]:
     for stage in range(len(cfg.multipliers)):
         first = stage * (each + 1)
         for n in range(each):
-            rows += block(f"decoder.up_blocks.{stage}.resnets.{n}", f"decoder.up.{first + n}", DIFFUSERS_BLOCK)
+            rows += block(
+                f"decoder.up_blocks.{stage}.resnets.{n}", f"decoder.up.{first + n}", DIFFUSERS_BLOCK
+            )
         rows += resample(f"decoder.up_blocks.{stage}.upsamplers.0", f"decoder.up.{first + each}")
     return tuple(rows)
 

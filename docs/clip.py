@@ -26,4 +26,11 @@ if __name__ == "__main__":
     frames = np.pad(frames, ((0, 0), (0, 0), (GAP, GAP), (GAP, GAP), (0, 0)), constant_values=255)
     folder = Path(__file__).parent / "images"
     folder.mkdir(exist_ok=True)
-    print(write(folder / "demo.gif", rearrange(frames, "(y x) t h w c -> t (y h) (x w) c", x=4), fps=made.fps, overwrite=True))
+    print(
+        write(
+            folder / "demo.gif",
+            rearrange(frames, "(y x) t h w c -> t (y h) (x w) c", x=4),
+            fps=made.fps,
+            overwrite=True,
+        )
+    )

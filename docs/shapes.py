@@ -23,15 +23,24 @@ class Shapes(griffe.Extension):
         for line in func.source.splitlines():
             code, _, comment = line.partition("  # ")
             if code.rstrip().endswith(":") and not code.lstrip().startswith("@"):
-                if comment and "noqa" not in comment and not ("->" in func.docstring.value and "[" in func.docstring.value):
+                if (
+                    comment
+                    and "noqa" not in comment
+                    and not ("->" in func.docstring.value and "[" in func.docstring.value)
+                ):
                     func.docstring.value = f"{func.docstring.value.rstrip()}\n\n{comment.strip()}"
                 return
 
     def on_class_instance(self, *, node, cls: griffe.Class, **_) -> None:
-        fields = [match for line in (cls.source or "").splitlines() if (match := FIELD.fullmatch(line))]
+        fields = [
+            match for line in (cls.source or "").splitlines() if (match := FIELD.fullmatch(line))
+        ]
         if cls.docstring is not None and fields:
             width = max(len(name) for name, _ in (match.groups() for match in fields))
-            told = "\n".join(f"{name:{width}}  {meaning}" for name, meaning in (match.groups() for match in fields))
+            told = "\n".join(
+                f"{name:{width}}  {meaning}"
+                for name, meaning in (match.groups() for match in fields)
+            )
             cls.docstring.value = f"{cls.docstring.value.rstrip()}\n\n{told}"
 
     def on_package(self, **_) -> None:

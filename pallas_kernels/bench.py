@@ -61,9 +61,20 @@ def measure(case: Case, impl: str, workload: str, *, repeats: int, error: bool) 
     distance = relative(run(*args), jax.jit(case.exact)(*given)) if error else None
     times = samples(lambda: run(*args), repeats)
     low, middle, high = np.percentile(times, (10, 50, 90))
-    peaks = next((peaks for name, peaks in PEAKS.items() if re.search(rf"\b{name}\b", jax.devices()[0].device_kind)), None)
+    peaks = next(
+        (
+            peaks
+            for name, peaks in PEAKS.items()
+            if re.search(rf"\b{name}\b", jax.devices()[0].device_kind)
+        ),
+        None,
+    )
     share = case.eight_bit(impl)
-    least = None if peaks is None else max(work.flops * ((1 - share) / peaks[0] + share / peaks[1]), work.bytes / peaks[2])
+    least = (
+        None
+        if peaks is None
+        else max(work.flops * ((1 - share) / peaks[0] + share / peaks[1]), work.bytes / peaks[2])
+    )
     return Row(
         op=case.name, impl=impl, workload=workload, ms=middle, p10=low, p90=high, rate=work.flops / middle / 1e9,
         bandwidth=work.bytes / middle / 1e6, bound=None if least is None else 1e3 * least / middle, error=distance,
@@ -90,33 +101,55 @@ def relative(made, expected) -> float:
     """The largest relative L2 distance of any output, summed in float32 on the device."""
     worst = 0.0
     for a, e in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
-        squares = jax.jit(lambda a, e: ((a.astype(jnp.float32) - e.astype(jnp.float32)) ** 2).sum() / (e.astype(jnp.float32) ** 2).sum())
+        squares = jax.jit(
+            lambda a, e: (
+                ((a.astype(jnp.float32) - e.astype(jnp.float32)) ** 2).sum()
+                / (e.astype(jnp.float32) ** 2).sum()
+            )
+        )
         worst = max(worst, float(squares(a, e)) ** 0.5)
     return worst
 
 
 def table(rows: list[Row]) -> str:
-    lines = [f"{'op':22} {'impl':14} {'workload':20} {'ms':>8} {'p10':>8} {'p90':>8} {'TF/s':>7} {'GB/s':>7} {'bound':>6} {'error':>9}"]
+    lines = [
+        f"{'op':22} {'impl':14} {'workload':20} {'ms':>8} {'p10':>8} {'p90':>8} {'TF/s':>7} {'GB/s':>7} {'bound':>6} {'error':>9}"
+    ]
     for r in rows:
-        bound, error = "" if r.bound is None else f"{r.bound:.0%}", "" if r.error is None else f"{r.error:.2e}"
+        bound, error = (
+            "" if r.bound is None else f"{r.bound:.0%}",
+            "" if r.error is None else f"{r.error:.2e}",
+        )
         numbers = f"{r.ms:8.3f} {r.p10:8.3f} {r.p90:8.3f} {r.rate:7.1f} {r.bandwidth:7.0f} {bound:>6} {error:>9}"
         lines.append(f"{r.op:22} {r.impl:14} {r.workload:20} {numbers}")
     return "\n".join(lines)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.bench", description="Times and errors of the kernels.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.bench", description="Times and errors of the kernels."
+    )
     parser.add_argument("op", nargs="*", help=f"which ops; default all: {', '.join(CASES)}")
-    parser.add_argument("--workload", default="", help="only workloads whose name has this in it, e.g. 480p")
+    parser.add_argument(
+        "--workload", default="", help="only workloads whose name has this in it, e.g. 480p"
+    )
     parser.add_argument("--impl", default="", help="only these implementations, comma separated")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--no_error", dest="error", action="store_false", help="leave out the comparison with the reference")
+    parser.add_argument(
+        "--no_error",
+        dest="error",
+        action="store_false",
+        help="leave out the comparison with the reference",
+    )
     parser.add_argument("--json", type=Path, help="append one JSON line for each row to this file")
     args = parser.parse_args(argv)
     for name in args.op:
         if name not in CASES:
             near = difflib.get_close_matches(name, CASES, 1)
-            parser.error(f"no op {name!r}; allowed: {', '.join(CASES)}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            parser.error(
+                f"no op {name!r}; allowed: {', '.join(CASES)}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
     if args.repeats < 1:
         parser.error(f"--repeats is {args.repeats}; it must be at least 1")
     return args
@@ -137,20 +170,39 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {reason}", file=sys.stderr)
         return 2
     device = jax.devices()[0]
-    facts = {"device": device.device_kind, "jax": jax.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    facts = {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     rows, failed = [], False
     for case in [CASES[name] for name in args.op or CASES]:
         for workload in [name for name in case.workloads if args.workload in name]:
-            for impl in [impl for impl in case.impls if not args.impl or impl in args.impl.split(",")]:
+            for impl in [
+                impl for impl in case.impls if not args.impl or impl in args.impl.split(",")
+            ]:
                 try:
                     row = measure(case, impl, workload, repeats=args.repeats, error=args.error)
-                except (ValueError, NotImplementedError, RuntimeError) as reason:  # a row that a device cannot run; the others go on
-                    print(f"  {case.name} {impl} {workload}: {str(reason).splitlines()[0]}", file=sys.stderr, flush=True)
+                except (
+                    ValueError,
+                    NotImplementedError,
+                    RuntimeError,
+                ) as reason:  # a row that a device cannot run; the others go on
+                    print(
+                        f"  {case.name} {impl} {workload}: {str(reason).splitlines()[0]}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     failed = True
                     continue
                 rows.append(row)
-                print(f"  {row.op} {row.impl} {row.workload}: {row.ms:.3f} ms", file=sys.stderr, flush=True)
+                print(
+                    f"  {row.op} {row.impl} {row.workload}: {row.ms:.3f} ms",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if args.json:
                     with args.json.open("a") as file:
                         file.write(json.dumps({**facts, **dataclasses.asdict(row)}) + "\n")

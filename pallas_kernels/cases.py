@@ -52,7 +52,9 @@ class Case:
 
 def wide(args):
     """Floating-point arguments in float32."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, args)
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, args
+    )
 
 
 def exactly(run: Callable) -> Callable:
@@ -66,11 +68,15 @@ def plainly(run: Callable) -> Callable:
 
 
 def sla(impl, *args):
-    return sparse_attention.sparse_linear_attention(*args, topk=TOPK, block_q=BLOCK_Q, block_k=BLOCK_K, impl=impl)
+    return sparse_attention.sparse_linear_attention(
+        *args, topk=TOPK, block_q=BLOCK_Q, block_k=BLOCK_K, impl=impl
+    )
 
 
 def sagesla(impl, *args):
-    return sage_attention.sage_sparse_linear_attention(*args, topk=TOPK, block_q=BLOCK_Q, block_k=BLOCK_K, impl=impl)
+    return sage_attention.sage_sparse_linear_attention(
+        *args, topk=TOPK, block_q=BLOCK_Q, block_k=BLOCK_K, impl=impl
+    )
 
 
 def sparse(impl, *args):
@@ -87,20 +93,26 @@ def dense(impl, q, k, v):
 
 def int8_operands(impl, q, k, v, blocks):
     """The operands of the loop alone: queries and keys already quantised."""
-    make = lambda q, k: sage_kernels.operands(q, k, k.mean(1, dtype=jnp.float32), BLOCK_Q, BLOCK_K, interpret=False)
+    make = lambda q, k: sage_kernels.operands(
+        q, k, k.mean(1, dtype=jnp.float32), BLOCK_Q, BLOCK_K, interpret=False
+    )
     return jax.jit(make)(q, k), v, blocks
 
 
 def int8_loop(impl, operands, v, blocks):
     at = tile("sage_attention", kernel_name(BLOCK_Q))
-    return attend(sage_kernels.int8_scores, *operands, v, blocks, BLOCK_Q, BLOCK_K, interpret=False, at=at)
+    return attend(
+        sage_kernels.int8_scores, *operands, v, blocks, BLOCK_Q, BLOCK_K, interpret=False, at=at
+    )
 
 
 def summaries(impl, q, k, v, *_):
     if impl == "triton":
         return linear.summaries(k, v, interpret=False)
     phi = sparse_attention.reference.feature(k)
-    return jnp.einsum("blhi,blhj->bhij", phi, v, preferred_element_type=jnp.float32), phi.sum(1, dtype=jnp.float32)
+    return jnp.einsum("blhi,blhj->bhij", phi, v, preferred_element_type=jnp.float32), phi.sum(
+        1, dtype=jnp.float32
+    )
 
 
 def pullback(run: Callable) -> dict[str, Callable]:
@@ -144,13 +156,19 @@ def product(impl, x, weight, bias):
 
 
 def quantised_weight(impl, x, weight, bias):
-    return (x, weight, bias) if impl == "bf16" else (x, jax.jit(partial(quantize_weight, scheme=impl.partition("+")[0]))(weight), bias)
+    return (
+        (x, weight, bias)
+        if impl == "bf16"
+        else (x, jax.jit(partial(quantize_weight, scheme=impl.partition("+")[0]))(weight), bias)
+    )
 
 
 def quantised_both(impl, x, weight, bias):
     if impl == "bf16":
         return x, weight, bias
-    return quantize_activations(x, impl.partition("+")[0], impl="triton"), *quantised_weight(impl, x, weight, bias)[1:]
+    return quantize_activations(x, impl.partition("+")[0], impl="triton"), *quantised_weight(
+        impl, x, weight, bias
+    )[1:]
 
 
 def float_layer(x, weight, bias):
@@ -159,7 +177,9 @@ def float_layer(x, weight, bias):
 
 
 def norm(impl, x, factor, shift, y, gate):
-    out = fused_rows.norm(x, factor, shift, y=y, gate=gate, eps=1e-6, floats=False, scheme="channel", impl=impl)
+    out = fused_rows.norm(
+        x, factor, shift, y=y, gate=gate, eps=1e-6, floats=False, scheme="channel", impl=impl
+    )
     return out.x, out.q
 
 

@@ -20,7 +20,9 @@ def choose(op: str, impl: str, table: dict[str, Callable], auto: Callable) -> Ca
     raise ValueError(f"{op}: impl is {impl!r}; allowed: {', '.join(allowed)}{hint}")
 
 
-def automatic(kernel: Callable, reference: Callable, refusal: str | None, derivative: Callable | None = None) -> Callable:
+def automatic(
+    kernel: Callable, reference: Callable, refusal: str | None, derivative: Callable | None = None
+) -> Callable:
     """What "auto" means where both exist: `kernel` on CUDA, `reference` elsewhere and for what the kernel refuses.
 
     refusal: why the kernel does not take these arguments; None if it does. Differentiated, the op is `derivative` (by default the

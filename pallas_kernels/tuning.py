@@ -9,7 +9,13 @@ from pathlib import Path
 
 import jax
 
-FAMILIES = {8.0: "sm80", 8.9: "sm89", 9.0: "sm90", 10.0: "sm100", 12.0: "sm120"}  # from which compute capability on
+FAMILIES = {
+    8.0: "sm80",
+    8.9: "sm89",
+    9.0: "sm90",
+    10.0: "sm100",
+    12.0: "sm120",
+}  # from which compute capability on
 DEFAULT = "sm90"  # where no GPU is: interpret mode, and lowering on a CPU
 
 

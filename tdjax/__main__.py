@@ -24,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help") or argv[0] not in COMMANDS:
         lines = [f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()]
         asked = bool(argv) and argv[0] in ("-h", "--help")
-        text = "\n".join(["usage: tdjax COMMAND [arguments]", *lines, "`tdjax COMMAND --help` says more."])
+        text = "\n".join(
+            ["usage: tdjax COMMAND [arguments]", *lines, "`tdjax COMMAND --help` says more."]
+        )
         print(text, file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     module, _ = COMMANDS[argv[0]]

@@ -24,7 +24,9 @@ class DenseCore(nnx.Module):
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
 
-    def queries(self, x, norm: RMSNorm, rope):  # [b l d] -> [b l h k] normed and rotated, and what the core needs beside them
+    def queries(
+        self, x, norm: RMSNorm, rope
+    ):  # [b l d] -> [b l h k] normed and rotated, and what the core needs beside them
         return rotated(x, norm, rope, self.cfg), None
 
     keys = queries
@@ -33,12 +35,16 @@ class DenseCore(nnx.Module):
         return over_heads(partial(attention, impl=self.cfg.impl), q, k, v)
 
 
-def rotated(x, norm: RMSNorm, rope, cfg: DiTConfig):  # x [b l d], rope (cos, sin) [l k/2] -> [b l h k]
+def rotated(
+    x, norm: RMSNorm, rope, cfg: DiTConfig
+):  # x [b l d], rope (cos, sin) [l k/2] -> [b l h k]
     """RMS norm over all heads and rotation, tokens divided over the mesh."""
     run = partial(rms_norm_rope, eps=norm.eps, impl=cfg.row_impl)
     tables = (rearrange(table, "l k -> 1 l k") for table in rope)
     weight = rearrange(norm.scale[...], "d -> 1 1 d")
-    return over_tokens(lambda x, weight, cos, sin: run(x, weight[0, 0], cos[0], sin[0]), x, weight, *tables)
+    return over_tokens(
+        lambda x, weight, cos, sin: run(x, weight[0, 0], cos[0], sin[0]), x, weight, *tables
+    )
 
 
 class SLACore(nnx.Module):
@@ -48,9 +54,13 @@ class SLACore(nnx.Module):
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.proj = Linear(cfg.head_dim, cfg.head_dim, FLOAT32, rngs=rngs, init=jax.nn.initializers.zeros)
+        self.proj = Linear(
+            cfg.head_dim, cfg.head_dim, FLOAT32, rngs=rngs, init=jax.nn.initializers.zeros
+        )
 
-    def queries(self, x, norm: RMSNorm, rope):  # [b l d] -> [b l h k], means of its blocks f32 [b h n k]
+    def queries(
+        self, x, norm: RMSNorm, rope
+    ):  # [b l d] -> [b l h k], means of its blocks f32 [b h n k]
         return self.pooled(x, norm, rope, self.cfg.sla.block_q)
 
     def keys(self, x, norm: RMSNorm, rope):
@@ -59,11 +69,17 @@ class SLACore(nnx.Module):
     def pooled(self, x, norm, rope, block):
         if mesh_sizes():  # blocks may lie across devices: the core, which sees every token, takes the means itself
             return rotated(x, norm, rope, self.cfg), None
-        return rms_norm_rope_pool(x, norm.scale[...], *rope, eps=norm.eps, block=block, impl=self.cfg.row_impl)
+        return rms_norm_rope_pool(
+            x, norm.scale[...], *rope, eps=norm.eps, block=block, impl=self.cfg.row_impl
+        )
 
-    def __call__(self, q, k, v, means=None):  # [b l h k], means of the blocks of q and of k, if they are at hand
+    def __call__(
+        self, q, k, v, means=None
+    ):  # [b l h k], means of the blocks of q and of k, if they are at hand
         sla = self.cfg.sla
-        run = partial(self.op, topk=sla.topk, block_q=sla.block_q, block_k=sla.block_k, impl=self.cfg.impl)
+        run = partial(
+            self.op, topk=sla.topk, block_q=sla.block_q, block_k=sla.block_k, impl=self.cfg.impl
+        )
         if means is not None:
             return run(q, k, v, self.proj.kernel[...], self.proj.bias[...], means=means)
         return over_heads(run, q, k, v, self.proj.kernel[...], self.proj.bias[...])
@@ -120,7 +136,9 @@ class SelfAttention(Attention):
         x = self.q.ready(x)
         q, q_means = self.core.queries(self.q(x), self.norm_q, rope)
         k, k_means = self.core.keys(self.k(x), self.norm_k, rope)
-        return self.merge(self.core(q, k, self.values(x), None if q_means is None else (q_means, k_means)))
+        return self.merge(
+            self.core(q, k, self.values(x), None if q_means is None else (q_means, k_means))
+        )
 
 
 class TextKV(NamedTuple):
@@ -143,14 +161,21 @@ class CrossAttention(Attention):
             self.k_img, self.v_img = linear(), linear()
             self.norm_k_img = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
 
-    def text_kv(self, text, features=None) -> TextKV:  # text [b s d], features [b 257 d], float or ready for k
+    def text_kv(
+        self, text, features=None
+    ) -> TextKV:  # text [b s d], features [b 257 d], float or ready for k
         """What every step of a prompt reads alike."""
         text = self.k.ready(text)
         kv = TextKV(self.keys(text), self.values(text))
         if features is not None:
             features = self.k_img.ready(features)
-            kv = kv._replace(k_img=self.heads(self.norm_k_img(self.k_img(features))), v_img=self.heads(self.v_img(features)))
-        return jax.tree.map(lambda x: constrain(x, "batch", None, "head", None), kv)  # as attention wants them
+            kv = kv._replace(
+                k_img=self.heads(self.norm_k_img(self.k_img(features))),
+                v_img=self.heads(self.v_img(features)),
+            )
+        return jax.tree.map(
+            lambda x: constrain(x, "batch", None, "head", None), kv
+        )  # as attention wants them
 
     def __call__(self, x, kv: TextKV):  # x [b l d], float or ready for q
         q = self.queries(x)

@@ -18,7 +18,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tdjax.config import ATTENTION, LINEAR, PRESETS, TEACHER_SAMPLER, DiTConfig, TextConfig, VAEConfig, VideoSize
+from tdjax.config import (
+    ATTENTION,
+    LINEAR,
+    PRESETS,
+    TEACHER_SAMPLER,
+    DiTConfig,
+    TextConfig,
+    VAEConfig,
+    VideoSize,
+)
 from tdjax.errors import TdjaxError, UsageError
 from tdjax.precision import FLOATS, Policy
 from tdjax.resolution import choose_size
@@ -31,20 +40,50 @@ STAGES = ("text", "vae", "dit", "e2e")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tdjax.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="turbowan2.1-t2v-1.3b-480p", choices=("demo", *PRESETS), metavar="PRESET", help="or demo")
+    parser = argparse.ArgumentParser(
+        prog="python -m tdjax.bench", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--model",
+        default="turbowan2.1-t2v-1.3b-480p",
+        choices=("demo", *PRESETS),
+        metavar="PRESET",
+        help="or demo",
+    )
     parser.add_argument("--size", help="480p, 720p or WIDTHxHEIGHT; default: the preset's")
     parser.add_argument("--num_frames", "--num-frames", type=int, help="default 81 (demo: 33)")
     parser.add_argument("--num_steps", "--num-steps", type=int, default=4)
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
-    parser.add_argument("--attention", default="dense,sla,sagesla", help="comma list of " + ", ".join(ATTENTION))
+    parser.add_argument(
+        "--attention", default="dense,sla,sagesla", help="comma list of " + ", ".join(ATTENTION)
+    )
     parser.add_argument("--linear", default="float,int8", help="comma list of " + ", ".join(LINEAR))
-    parser.add_argument("--impl", default="auto", help="implementation of every op: auto, reference, triton; or of attention alone: cudnn")
-    parser.add_argument("--dtype", choices=FLOATS, help="of weights and computation; default: the model's own (demo: float32)")
-    parser.add_argument("--teacher", action="store_true", help="also the original: 50 guided steps, dense, one step timed")
-    parser.add_argument("--error", action="store_true", help="also the error of each denoising row (a float32 run: slow at real size)")
+    parser.add_argument(
+        "--impl",
+        default="auto",
+        help="implementation of every op: auto, reference, triton; or of attention alone: cudnn",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=FLOATS,
+        help="of weights and computation; default: the model's own (demo: float32)",
+    )
+    parser.add_argument(
+        "--teacher",
+        action="store_true",
+        help="also the original: 50 guided steps, dense, one step timed",
+    )
+    parser.add_argument(
+        "--error",
+        action="store_true",
+        help="also the error of each denoising row (a float32 run: slow at real size)",
+    )
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--save", metavar="FOLDER", help="also time runs from prompt to mp4, written into FOLDER (stage e2e)")
+    parser.add_argument(
+        "--save",
+        metavar="FOLDER",
+        help="also time runs from prompt to mp4, written into FOLDER (stage e2e)",
+    )
     parser.add_argument("--json", metavar="FILE", help="append one JSON line for each row")
     return parser.parse_args(argv)
 
@@ -53,7 +92,11 @@ def chosen(text: str, allowed: tuple[str, ...], flag: str) -> list[str]:
     names = [name for name in text.split(",") if name]
     for name in names:
         if name not in allowed:
-            raise UsageError(f"--{flag} has {name!r}", f"allowed: {', '.join(allowed)}", f"use --{flag} {','.join(allowed)}")
+            raise UsageError(
+                f"--{flag} has {name!r}",
+                f"allowed: {', '.join(allowed)}",
+                f"use --{flag} {','.join(allowed)}",
+            )
     return names
 
 
@@ -65,21 +108,38 @@ def configs(args) -> tuple[DiTConfig, VAEConfig, TextConfig, VideoSize]:
         dit, vae, text, size = demo.DIT_SLA, demo.VAE, demo.TEXT, demo.SIZE
     else:
         preset = PRESETS[args.model]
-        dit, vae, text, size = preset.config, VAEConfig(), TextConfig(), choose_size(resolution=args.size or preset.resolution)
+        dit, vae, text, size = (
+            preset.config,
+            VAEConfig(),
+            TextConfig(),
+            choose_size(resolution=args.size or preset.resolution),
+        )
     if args.model == "demo" and args.size:
-        raise UsageError("--size with --model demo", "the demo model makes 64x64", "leave --size away")
+        raise UsageError(
+            "--size with --model demo", "the demo model makes 64x64", "leave --size away"
+        )
     if args.dtype:
         policy = Policy(param=args.dtype, compute=args.dtype)
         dit, vae, text = (dataclasses.replace(cfg, policy=policy) for cfg in (dit, vae, text))
     vae = dataclasses.replace(vae, impl="reference" if args.impl == "reference" else "auto")
-    return dit, vae, text, dataclasses.replace(size, frames=args.num_frames) if args.num_frames else size
+    return (
+        dit,
+        vae,
+        text,
+        dataclasses.replace(size, frames=args.num_frames) if args.num_frames else size,
+    )
 
 
 def machine() -> dict[str, str]:
     import jax
 
     device = jax.devices()[0]
-    return {"device": device.device_kind, "jax": jax.__version__, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    return {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def sources(args) -> dict[str, Callable[[], Iterator[Row]]]:
@@ -98,7 +158,9 @@ def sources(args) -> dict[str, Callable[[], Iterator[Row]]]:
 def with_peaks(row: Row, host: int) -> Row:
     """The row with the memory that the process has reached by now; host: by the row before."""
     device, host = device_bytes(), max(host, row.host_peak or 0, host_peak_bytes() or 0)
-    return dataclasses.replace(row, device_peak=device[1] if device else None, host_peak=host or None)
+    return dataclasses.replace(
+        row, device_peak=device[1] if device else None, host_peak=host or None
+    )
 
 
 def table(rows: list[Row]) -> str:
@@ -106,10 +168,15 @@ def table(rows: list[Row]) -> str:
     numbers = f"{'ms':>9} {'p10':>9} {'p90':>9} {'compile s':>10} {'weights':>10} {'working':>10} {'error':>9} {'PSNR':>8}"
     lines = [f"{'stage':11} {'what':{wide}} {numbers}"]
     for r in rows:
-        error, psnr = "" if r.error is None else f"{r.error:.2e}", "" if r.psnr is None else f"{r.psnr:.1f} dB"
+        error, psnr = (
+            "" if r.error is None else f"{r.error:.2e}",
+            "" if r.psnr is None else f"{r.psnr:.1f} dB",
+        )
         compile_s = "" if r.compile_s is None else f"{r.compile_s:.1f}"
         memory = f"{r.weights / GIB:6.2f} GiB {r.working / GIB:6.2f} GiB"
-        numbers = f"{r.ms:9.2f} {r.p10:9.2f} {r.p90:9.2f} {compile_s:>10} {memory} {error:>9} {psnr:>8}"
+        numbers = (
+            f"{r.ms:9.2f} {r.p10:9.2f} {r.p90:9.2f} {compile_s:>10} {memory} {error:>9} {psnr:>8}"
+        )
         lines.append(f"{r.stage:11} {r.what:{wide}} {numbers}".rstrip())
     return "\n".join(lines)
 
@@ -121,19 +188,31 @@ def conclusions(rows: list[Row], steps: int) -> list[str]:
         if row.ratio is not None:
             seconds = steps * row.ms / 1e3
             original = f"original {TEACHER_SAMPLER.steps} steps {row.ratio * seconds:.1f} s"
-            lines.append(f"{original}; {row.what}: {steps} step{'s' * (steps > 1)} {seconds:.2f} s, {row.ratio:.0f}x")
+            lines.append(
+                f"{original}; {row.what}: {steps} step{'s' * (steps > 1)} {seconds:.2f} s, {row.ratio:.0f}x"
+            )
     size = lambda n: "not reported" if n is None else f"{n / GIB:.2f} GiB"
-    return [*lines, f"peak of the process: device {size(rows[-1].device_peak)}, host {size(rows[-1].host_peak)}"]
+    return [
+        *lines,
+        f"peak of the process: device {size(rows[-1].device_peak)}, host {size(rows[-1].host_peak)}",
+    ]
 
 
 def run(args) -> int:
     *_, size = configs(args)
     if args.repeats < 1 or args.num_steps < 1:
-        raise UsageError("--repeats and --num_steps", "both must be at least 1", "use --repeats 20 --num_steps 4")
-    args.attention, args.linear = chosen(args.attention, ATTENTION, "attention"), chosen(args.linear, LINEAR, "linear")
+        raise UsageError(
+            "--repeats and --num_steps", "both must be at least 1", "use --repeats 20 --num_steps 4"
+        )
+    args.attention, args.linear = (
+        chosen(args.attention, ATTENTION, "attention"),
+        chosen(args.linear, LINEAR, "linear"),
+    )
     facts = machine()
     print(
-        f"{args.model}, {size.frames} frames of {size.width}x{size.height}, " + ", ".join(f"{k} {v}" for k, v in facts.items()), flush=True
+        f"{args.model}, {size.frames} frames of {size.width}x{size.height}, "
+        + ", ".join(f"{k} {v}" for k, v in facts.items()),
+        flush=True,
     )
     rows, made = [], sources(args)
     try:
@@ -143,7 +222,12 @@ def run(args) -> int:
                 print(f"  {row.stage}, {row.what}: {row.ms:.2f} ms", file=sys.stderr, flush=True)
                 if args.json:
                     with Path(args.json).open("a") as file:
-                        file.write(json.dumps({"model": args.model, **facts, **dataclasses.asdict(rows[-1])}) + "\n")
+                        file.write(
+                            json.dumps(
+                                {"model": args.model, **facts, **dataclasses.asdict(rows[-1])}
+                            )
+                            + "\n"
+                        )
     finally:  # what was measured before a stage failed is not lost
         if rows:
             print(table(rows), *conclusions(rows, args.num_steps), sep="\n")

@@ -47,12 +47,17 @@ class RandomPart(Part):
         return {"path": None, "source": "random weights"}
 
 
-def e2e_rows(dit: DiTConfig, vae: VAEConfig, text: TextConfig, size: VideoSize, args) -> Iterator[Row]:
+def e2e_rows(
+    dit: DiTConfig, vae: VAEConfig, text: TextConfig, size: VideoSize, args
+) -> Iterator[Row]:
     """For each of `variants` what compiling takes, before there are weights; then its runs, all weights resident.
 
     Two experts are represented by one of them for all steps: they are alike, run the same program, and need not both fit.
     """
-    shared = {"vae": RandomPart.planned("vae", vae, "vae"), "text": RandomPart.planned("text", text, "text")}
+    shared = {
+        "vae": RandomPart.planned("vae", vae, "vae"),
+        "text": RandomPart.planned("text", text, "text"),
+    }
     call: dict[str, Any] = {"num_steps": args.num_steps}
     if dit.task == "i2v":
         call["image"] = np.full((size.height, size.width, 3), 127, np.uint8)
@@ -61,7 +66,9 @@ def e2e_rows(dit: DiTConfig, vae: VAEConfig, text: TextConfig, size: VideoSize, 
         pipe, cold, again = compiled(functools.partial(opened, cfg, shared, size, args.model), call)
         pipes.append(pipe)
         for what, seconds in (("cold", cold), ("from the persistent cache", again)):
-            yield row_of("compile", f"all stages, {what}, {label(cfg)}", [1e3 * seconds], **memory(pipe))
+            yield row_of(
+                "compile", f"all stages, {what}, {label(cfg)}", [1e3 * seconds], **memory(pipe)
+            )
     for pipe in pipes:
         yield from run_rows(pipe, call, args)
         pipe.free("dit")
@@ -96,7 +103,10 @@ def compiled(make: Callable[[], Pipeline], call: dict) -> tuple[Pipeline, float,
                 )
             jax.clear_caches()
             start = time.perf_counter()
-            for ahead in (pipe.programs.ahead(), contextlib.nullcontext()):  # asked for together, then waited for
+            for ahead in (
+                pipe.programs.ahead(),
+                contextlib.nullcontext(),
+            ):  # asked for together, then waited for
                 with ahead:
                     pipe.text.program()
                     pipe.later_programs(request, (False,))
@@ -132,7 +142,11 @@ def memory(pipe: Pipeline, *stages: str) -> dict[str, int | None]:
         if used:
             weights[part] = plan.weight_bytes(part, pipe.parts[part].config)
             working.append(max(used) - weights[part])
-    return {"weights": sum(weights.values()), "working": max(working), "host_peak": host_peak(pipe.stages)}
+    return {
+        "weights": sum(weights.values()),
+        "working": max(working),
+        "host_peak": host_peak(pipe.stages),
+    }
 
 
 # -- running ---------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,10 @@ def random_weights(module, seed: int = 0):
     shapes = {name: leaf.shape for name, leaf in checkpoint.names(module).items()}
 
     def draw(path, leaf):
-        name, key = leaf_name(path), jax.random.fold_in(jax.random.key(seed), math.prod(leaf.shape) % 2**31)
+        name, key = (
+            leaf_name(path),
+            jax.random.fold_in(jax.random.key(seed), math.prod(leaf.shape) % 2**31),
+        )
         stem, _, last = name.rpartition(".")
         values = f"{stem}.{scale_of.get(last)}"
         if leaf.dtype.itemsize == 1:  # deviation 32: of int8 and of float8 alike
@@ -94,7 +97,9 @@ def row_of(stage: str, what: str, times: list[float], **facts) -> Row:
     return Row(stage=stage, what=what, ms=middle, p10=low, p90=high, **facts)
 
 
-def measure(stage: str, what: str, function, module, *args, repeats: int, per: int = 1) -> tuple[Row, object]:
+def measure(
+    stage: str, what: str, function, module, *args, repeats: int, per: int = 1
+) -> tuple[Row, object]:
     """Compile, warm up, time `repeats` calls of function(module, *args); times are divided by `per`. -> (row, last output)"""
     start = time.perf_counter()
     run = jax.jit(function).lower(module, *args).compile()
@@ -104,17 +109,29 @@ def measure(stage: str, what: str, function, module, *args, repeats: int, per: i
     times = [ms / per for ms in timed(call, repeats)]
     memory, weights = run.memory_analysis(), plan.module_bytes(module)
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return row_of(stage, what, times, compile_s=compile_s, weights=weights, working=total - weights), out
+    return row_of(
+        stage, what, times, compile_s=compile_s, weights=weights, working=total - weights
+    ), out
 
 
 def text_rows(cfg: TextConfig, repeats: int) -> Iterator[Row]:
     ids = jnp.ones((1, cfg.text_len), jnp.int32)
     encoder = random_weights(checkpoint.abstract("text", cfg))
-    yield measure("text", f"{cfg.text_len} tokens", programs.encode_text, encoder, ids, ids, repeats=repeats)[0]
+    yield measure(
+        "text", f"{cfg.text_len} tokens", programs.encode_text, encoder, ids, ids, repeats=repeats
+    )[0]
     block = jax.tree.map(lambda leaf: leaf[0], encoder.blocks)
     del encoder
     x = jnp.zeros((1, cfg.text_len, cfg.dim), cfg.policy.compute_dtype)
-    yield measure("text", f"one layer of {cfg.layers}, streamed", programs.text_layer, block, x, ids, repeats=repeats)[0]
+    yield measure(
+        "text",
+        f"one layer of {cfg.layers}, streamed",
+        programs.text_layer,
+        block,
+        x,
+        ids,
+        repeats=repeats,
+    )[0]
 
 
 # -- VAE -------------------------------------------------------------------------------------------------------------------
@@ -125,7 +142,9 @@ def vae_rows(cfg: VAEConfig, size: VideoSize, repeats: int) -> Iterator[Row]:
     part = Part.planned("vae", cfg, "vae")
     vae, clip = random_weights(part.abstract()), f"{size.frames} frame" + "s" * (size.frames > 1)
     image = np.zeros((1, 1, size.height, size.width, 3), np.float32)
-    latents = np.random.default_rng(0).standard_normal((1, *size.latent_grid, cfg.latent_channels), np.float32)
+    latents = np.random.default_rng(0).standard_normal(
+        (1, *size.latent_grid, cfg.latent_channels), np.float32
+    )
 
     def encode(coder: Coder) -> None:
         coder.encode(vae, image, size)
@@ -135,12 +154,26 @@ def vae_rows(cfg: VAEConfig, size: VideoSize, repeats: int) -> Iterator[Row]:
             pass
 
     yield clip_row("vae encode", clip, part, lambda coder: coder.encoder(size), encode, repeats)
-    yield clip_row("vae decode", clip, part, lambda coder: coder.decoder(latents.shape, "uint8"), decode, repeats)
+    yield clip_row(
+        "vae decode",
+        clip,
+        part,
+        lambda coder: coder.decoder(latents.shape, "uint8"),
+        decode,
+        repeats,
+    )
     tiles = tiling(*latents.shape[2:4])
     if len(tiles.corners) > 1:
         height, width = (n * cfg.spatial for n in tiles.size)
         make = lambda coder: coder.decoder(latents.shape, "uint8", tiled=True)
-        yield clip_row("vae decode", f"{clip}, tiles of {width}x{height}", part, make, lambda coder: decode(coder, True), repeats)
+        yield clip_row(
+            "vae decode",
+            f"{clip}, tiles of {width}x{height}",
+            part,
+            make,
+            lambda coder: decode(coder, True),
+            repeats,
+        )
 
 
 def clip_row(stage: str, what: str, part: Part, make: Callable, run: Callable, repeats: int) -> Row:
@@ -154,7 +187,15 @@ def clip_row(stage: str, what: str, part: Part, make: Callable, run: Callable, r
     weights = plan.module_bytes(part.abstract())
     working = max(coder.compiled.memory().values()) - weights
     times = timed(lambda: run(coder), repeats)
-    return row_of(stage, what, times, compile_s=compile_s, weights=weights, working=working, host_peak=host_peak(stages))
+    return row_of(
+        stage,
+        what,
+        times,
+        compile_s=compile_s,
+        weights=weights,
+        working=working,
+        host_peak=host_peak(stages),
+    )
 
 
 def host_peak(stages: Stages) -> int | None:
@@ -167,7 +208,11 @@ def host_peak(stages: Stages) -> int | None:
 
 def variants(cfg: DiTConfig, args) -> list[DiTConfig]:
     """One config for each kind of attention and of linear layer."""
-    kinds = [{"attention": attention, "linear": linear} for attention in args.attention for linear in args.linear]
+    kinds = [
+        {"attention": attention, "linear": linear}
+        for attention in args.attention
+        for linear in args.linear
+    ]
     return [dataclasses.replace(cfg, impl=args.impl, **kind) for kind in kinds]
 
 
@@ -181,15 +226,23 @@ def dit_rows(cfg: DiTConfig, vae: VAEConfig, size: VideoSize, args) -> Iterator[
         yield original
     for changed in variants(cfg, args):
         row = denoise_row(changed, size, SamplerConfig(steps=args.num_steps), args, decode)
-        ratio = None if original is None else TEACHER_SAMPLER.steps * original.ms / (args.num_steps * row.ms)
+        ratio = (
+            None
+            if original is None
+            else TEACHER_SAMPLER.steps * original.ms / (args.num_steps * row.ms)
+        )
         yield dataclasses.replace(row, ratio=ratio)
 
 
-def denoise_row(cfg: DiTConfig, size: VideoSize, schedule: SamplerConfig, args, decode: Callable | None = None) -> Row:
+def denoise_row(
+    cfg: DiTConfig, size: VideoSize, schedule: SamplerConfig, args, decode: Callable | None = None
+) -> Row:
     """decode: if the error is asked for, see `decoder`."""
     shape = (1, *size.latent_grid, cfg.out_channels)
     noise = programs.start_noise(jax.random.key(1), schedule.steps, shape)
-    text = jax.random.normal(jax.random.key(2), (1, cfg.text_len, cfg.text_dim)).astype(cfg.policy.compute_dtype)
+    text = jax.random.normal(jax.random.key(2), (1, cfg.text_len, cfg.text_dim)).astype(
+        cfg.policy.compute_dtype
+    )
     image = jnp.zeros((*shape[:-1], cfg.condition_channels)) if cfg.condition_channels else None
     model = random_weights(checkpoint.abstract("dit", cfg))
     if schedule.few_step:
@@ -198,11 +251,16 @@ def denoise_row(cfg: DiTConfig, size: VideoSize, schedule: SamplerConfig, args, 
         run = lambda model, *a: programs.denoise(model, *a, mode=schedule.mode)
         what = label(cfg)
     else:
-        state, rows = sampler.teacher_start(noise[0]), jax.tree.map(jnp.asarray, teacher.rows(schedule))
+        state, rows = (
+            sampler.teacher_start(noise[0]),
+            jax.tree.map(jnp.asarray, teacher.rows(schedule)),
+        )
         text = jnp.concatenate([text, text])
         run = lambda model, *a: programs.denoise_guided(model, *a, guidance=schedule.guidance)
         what = "original step: dense, float, guided"
-    row, (out, _) = measure("step", what, run, model, state, text, image, rows, repeats=args.repeats, per=schedule.steps)
+    row, (out, _) = measure(
+        "step", what, run, model, state, text, image, rows, repeats=args.repeats, per=schedule.steps
+    )
     if decode is None:
         return row
     model = in_float32(model, cfg)  # the measured weights go before the exact ones run
@@ -217,13 +275,19 @@ def decoder(cfg: VAEConfig) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
     """Latents f32 [1 t h w c] -> chunks of frames f32 [t H W 3] in [0, 1], by a VAE with random weights: what it makes of differences ranks
     variants, and says little of a real video."""
     part = Part.planned("vae", cfg, "vae")
-    vae, coder = random_weights(part.abstract()), Coder(programs.Programs(), part, Stages(show=False))
+    vae, coder = (
+        random_weights(part.abstract()),
+        Coder(programs.Programs(), part, Stages(show=False)),
+    )
     return lambda latents: (frames for frames, _ in coder.decode(vae, latents, "float"))
 
 
 def psnr(chunks: Iterator[np.ndarray], others: Iterator[np.ndarray]) -> float:
     """dB between two clips; infinity for the same frames."""
-    errors = [np.square(x - y, dtype=np.float64).mean((1, 2, 3)) for x, y in zip(chunks, others, strict=True)]
+    errors = [
+        np.square(x - y, dtype=np.float64).mean((1, 2, 3))
+        for x, y in zip(chunks, others, strict=True)
+    ]
     mean = float(np.concatenate(errors).mean())
     return -10 * math.log10(mean) if mean else math.inf
 
@@ -235,6 +299,11 @@ def label(cfg: DiTConfig) -> str:
 def in_float32(model, cfg: DiTConfig):
     """The same weights in a model of references, all float32, with dense or sparse-linear attention."""
     attention = "dense" if cfg.attention == "dense" else "sla"
-    exact = dataclasses.replace(cfg, attention=attention, linear="float", impl="reference", policy=FLOAT32)
+    exact = dataclasses.replace(
+        cfg, attention=attention, linear="float", impl="reference", policy=FLOAT32
+    )
     leaves = checkpoint.names(with_linear(model, "float"))
-    return checkpoint.assemble(checkpoint.abstract("dit", exact), {name: leaf.astype(jnp.float32) for name, leaf in leaves.items()})
+    return checkpoint.assemble(
+        checkpoint.abstract("dit", exact),
+        {name: leaf.astype(jnp.float32) for name, leaf in leaves.items()},
+    )

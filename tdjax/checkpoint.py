@@ -34,10 +34,14 @@ from tdjax.sharding import leaf_name
 
 FORMAT = 1
 MODULES = {"dit": DiT, "vae": VAE, "text": UMT5}
-DENSE_DROPS = ".self_attn.core."  # parameters of sparse attention, which dense attention does without
+DENSE_DROPS = (
+    ".self_attn.core."  # parameters of sparse attention, which dense attention does without
+)
 GROUP_BYTES = 2**26  # small leaves written together; a larger leaf is alone in memory
 READ_BYTES = 2**30  # leaves read at the same time
-CHUNK_BYTES = 2**28  # pieces in which an array is written, so that a sharded restore reads only what it needs
+CHUNK_BYTES = (
+    2**28
+)  # pieces in which an array is written, so that a sharded restore reads only what it needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,9 @@ class InTurn(ocp.type_handlers.NumpyHandler):
 
     async def write(self, group, values, infos, args):
         arrays = [np.asarray(values[i].read()) for i in group]
-        for done in await super().serialize(arrays, [infos[i] for i in group], [args[i] for i in group]):
+        for done in await super().serialize(
+            arrays, [infos[i] for i in group], [args[i] for i in group]
+        ):
             await asyncio.to_thread(done.result)
 
 
@@ -110,7 +116,9 @@ class InGroups(ocp.type_handlers.ArrayHandler):
 def quiet():
     """Orbax tells the terminal about its own conventions through absl; users of this layout cannot act on that."""
     logger = logging.getLogger("absl")
-    severe = lambda record: record.levelno >= logging.CRITICAL  # one for each block: parts may be read by several threads
+    severe = lambda record: (
+        record.levelno >= logging.CRITICAL
+    )  # one for each block: parts may be read by several threads
     logger.addFilter(severe)
     try:
         yield
@@ -135,7 +143,9 @@ def assemble(abstract_module, arrays: dict[str, Any]):
     """Put arrays into the places that an abstract module names. Raises CheckpointError with every difference."""
     expected = table(names(abstract_module))
     check_table(expected, table(arrays), "these weights do not fill the model")
-    return jax.tree.unflatten(jax.tree.structure(abstract_module), [arrays[name] for name in expected])
+    return jax.tree.unflatten(
+        jax.tree.structure(abstract_module), [arrays[name] for name in expected]
+    )
 
 
 def table(leaves: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -152,7 +162,9 @@ def check_table(expected: dict, got: dict, what: str) -> None:
             (s, d), (s2, d2) = got[name], expected[name]
             lines.append(f"different   {name} {list(s)} {d}, expected {list(s2)} {d2}")
     if lines:
-        raise CheckpointError(f"{what}: {len(lines)} of {len(expected)} leaves differ", "\n".join(sorted(lines)))
+        raise CheckpointError(
+            f"{what}: {len(lines)} of {len(expected)} leaves differ", "\n".join(sorted(lines))
+        )
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
@@ -163,7 +175,11 @@ def written(target: Path, overwrite: bool = False):
     """A temporary sibling to write to, renamed to `target` on success and removed otherwise: `target` is never half there."""
     target = Path(os.path.abspath(target))
     if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists", "nothing is overwritten by itself", "give another name, or --overwrite")
+        raise UsageError(
+            f"{target} exists",
+            "nothing is overwritten by itself",
+            "give another name, or --overwrite",
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target)
     part = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.part")
@@ -196,7 +212,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def save(folder, module_or_leaves, kind: str, cfg: Config, source: dict | str | None = None, overwrite: bool = False) -> Path:
+def save(
+    folder,
+    module_or_leaves,
+    kind: str,
+    cfg: Config,
+    source: dict | str | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write a checkpoint folder, complete or not at all.
 
     module_or_leaves: a module of `kind`, or {leaf name: array or Lazy}. Leaves go to disk one after another, in sorted
@@ -206,7 +229,12 @@ def save(folder, module_or_leaves, kind: str, cfg: Config, source: dict | str | 
     leaves = module_or_leaves if isinstance(module_or_leaves, dict) else names(module_or_leaves)
     expected = table(names(abstract(kind, cfg)))
     check_table(expected, table(leaves), f"these leaves are not a {kind} of this config")
-    lazy = {n: x if isinstance(x, Lazy) else Lazy(tuple(x.shape), np.dtype(x.dtype), lambda x=x: np.asarray(x)) for n, x in leaves.items()}
+    lazy = {
+        n: x
+        if isinstance(x, Lazy)
+        else Lazy(tuple(x.shape), np.dtype(x.dtype), lambda x=x: np.asarray(x))
+        for n, x in leaves.items()
+    }
     manifest = {
         "format": FORMAT,
         "kind": kind,
@@ -217,13 +245,17 @@ def save(folder, module_or_leaves, kind: str, cfg: Config, source: dict | str | 
     }
     with written(Path(folder), overwrite) as part, quiet():
         part.mkdir()
-        registry = ocp.type_handlers.create_type_handler_registry((Lazy, InTurn(deepcopy_host_arrays=False)))
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (Lazy, InTurn(deepcopy_host_arrays=False))
+        )
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
         with contextlib.closing(ocp.Checkpointer(handler)) as writer:
             pieces = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in lazy}
             writer.save(part / "params", args=ocp.args.PyTreeSave(lazy, save_args=pieces))
         for told in part.glob("params/commit_success.txt"):
-            told.write_text("complete\n")  # Orbax says where on this machine the folder was, which is nobody's business
+            told.write_text(
+                "complete\n"
+            )  # Orbax says where on this machine the folder was, which is nobody's business
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return Path(folder)
 
@@ -236,21 +268,33 @@ def inspect(folder) -> dict[str, Any]:
     folder = Path(folder)
     file = folder / "manifest.json"
     if not file.is_file():
-        raise CheckpointError(f"{folder} is not a tdjax checkpoint: it has no manifest.json", *why_not(folder))
+        raise CheckpointError(
+            f"{folder} is not a tdjax checkpoint: it has no manifest.json", *why_not(folder)
+        )
     try:
         manifest = json.loads(file.read_text())
         version, kind, leaves = manifest["format"], manifest["kind"], manifest["leaves"]
-        ours = isinstance(leaves, dict) and all(isinstance(shape, list) and isinstance(d, str) for shape, d in leaves.values())
+        ours = isinstance(leaves, dict) and all(
+            isinstance(shape, list) and isinstance(d, str) for shape, d in leaves.values()
+        )
         ours = ours and isinstance(manifest["config"], dict) and isinstance(version, int)
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{file} is damaged or not ours", f"{type(e).__name__}: {e}", "convert the source file again") from e
+        raise CheckpointError(
+            f"{file} is damaged or not ours",
+            f"{type(e).__name__}: {e}",
+            "convert the source file again",
+        ) from e
     if not ours or version != FORMAT:
         what = f"{file} has format {version}" if ours else f"{file} is not ours"
         newer = ours and version > FORMAT
-        fix = "update tdjax" if newer else "convert the source file again: python -m convert SRC DST"
+        fix = (
+            "update tdjax" if newer else "convert the source file again: python -m convert SRC DST"
+        )
         raise CheckpointError(what, f"this version of tdjax reads format {FORMAT}", fix)
     if kind not in KINDS:
-        raise CheckpointError(f"{file} holds a {kind!r}", f"known kinds: {', '.join(KINDS)}", "update tdjax")
+        raise CheckpointError(
+            f"{file} holds a {kind!r}", f"known kinds: {', '.join(KINDS)}", "update tdjax"
+        )
     return manifest
 
 
@@ -258,13 +302,22 @@ def why_not(folder: Path) -> tuple[str, str]:
     """The second and third line of the message about a folder without manifest."""
     if not folder.exists():
         close = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.is_dir() else []
-        return "the folder does not exist", f"there is: {', '.join(close[:8]) or 'nothing beside it'}"
+        return (
+            "the folder does not exist",
+            f"there is: {', '.join(close[:8]) or 'nothing beside it'}",
+        )
     parts = sorted(p.parent.name for p in folder.glob("*/manifest.json"))
     if parts:
-        return f"it is a model folder with {', '.join(parts)}", f"name one of them: {folder / parts[0]}"
+        return (
+            f"it is a model folder with {', '.join(parts)}",
+            f"name one of them: {folder / parts[0]}",
+        )
     if folder.is_file() or any(folder.glob("*.safetensors")) or any(folder.glob("*.pth")):
         return "these are published weights", f"convert them: python -m convert {folder} DST"
-    return "a checkpoint holds manifest.json and params/", "convert published weights: python -m convert SRC DST"
+    return (
+        "a checkpoint holds manifest.json and params/",
+        "convert published weights: python -m convert SRC DST",
+    )
 
 
 def config_of(manifest: dict[str, Any]) -> Config:
@@ -272,7 +325,9 @@ def config_of(manifest: dict[str, Any]) -> Config:
         return from_dict(KINDS[manifest["kind"]], manifest["config"])
     except (ValueError, TypeError) as e:
         raise CheckpointError(
-            "the manifest's config is not one this version of tdjax knows", str(e), "convert the source file again"
+            "the manifest's config is not one this version of tdjax knows",
+            str(e),
+            "convert the source file again",
         ) from e
 
 
@@ -281,9 +336,17 @@ def checked(folder) -> tuple[str, Config]:
     folder, manifest = Path(folder), inspect(folder)
     kind, cfg = manifest["kind"], config_of(manifest)
     listed = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
-    check_table(table(names(abstract(kind, cfg))), listed, f"{folder / 'manifest.json'} does not describe its own config")
-    stored = readable(folder, lambda reader: described(reader.metadata(params(folder)).item_metadata))
-    check_table(listed, table(stored), f"{folder / 'params'} does not hold what manifest.json lists")
+    check_table(
+        table(names(abstract(kind, cfg))),
+        listed,
+        f"{folder / 'manifest.json'} does not describe its own config",
+    )
+    stored = readable(
+        folder, lambda reader: described(reader.metadata(params(folder)).item_metadata)
+    )
+    check_table(
+        listed, table(stored), f"{folder / 'params'} does not hold what manifest.json lists"
+    )
     return kind, cfg
 
 
@@ -301,9 +364,16 @@ def params(folder: Path) -> str:
 
 def readable(folder: Path, action: Callable[[ocp.Checkpointer], Any]):
     """action(reader), where whatever Orbax and TensorStore raise becomes one CheckpointError."""
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, InGroups()), (np.ndarray, Sizes()))
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, InGroups()), (np.ndarray, Sizes())
+    )
     try:
-        with quiet(), contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))) as reader:
+        with (
+            quiet(),
+            contextlib.closing(
+                ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
+            ) as reader,
+        ):
             return action(reader)
     except Exception as e:
         first = (str(e).strip().splitlines() or [""])[0][:300]
@@ -325,11 +395,23 @@ def restore(folder, sharding=None, config: Config | None = None):
     module = abstract(kind, config or stored)
     wanted = names(module)
     have = {name: tuple(shape) for name, (shape, _) in inspect(folder)["leaves"].items()}
-    unused = {name for name in have.keys() - wanted.keys() if DENSE_DROPS in name and config.attention == "dense"}
-    no_dtype = lambda shapes: {name: (shape, "") for name, shape in shapes.items() if name not in unused}
-    check_table(no_dtype({n: x.shape for n, x in wanted.items()}), no_dtype(have), f"{folder} cannot be read with the config asked for")
+    unused = {
+        name
+        for name in have.keys() - wanted.keys()
+        if DENSE_DROPS in name and config.attention == "dense"
+    }
+    no_dtype = lambda shapes: {
+        name: (shape, "") for name, shape in shapes.items() if name not in unused
+    }
+    check_table(
+        no_dtype({n: x.shape for n, x in wanted.items()}),
+        no_dtype(have),
+        f"{folder} cannot be read with the config asked for",
+    )
     where = placements(wanted, sharding)
-    how = lambda x, s: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=s, global_shape=x.shape, dtype=x.dtype)
+    how = lambda x, s: ocp.ArrayRestoreArgs(
+        restore_type=jax.Array, sharding=s, global_shape=x.shape, dtype=x.dtype
+    )
     args = {name: how(x, where[name]) for name, x in wanted.items()}
     request = ocp.args.PyTreeRestore(item=dict(wanted), restore_args=args, partial_restore=True)
     arrays = readable(folder, lambda reader: reader.restore(params(folder), args=request))
@@ -349,4 +431,6 @@ def read(folder, name: str) -> np.ndarray:
     """One leaf, on the host, as stored."""
     as_array = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
     request = ocp.args.PyTreeRestore(item={name: 0}, restore_args=as_array, partial_restore=True)
-    return readable(Path(folder), lambda reader: reader.restore(params(Path(folder)), args=request))[name]
+    return readable(
+        Path(folder), lambda reader: reader.restore(params(Path(folder)), args=request)
+    )[name]

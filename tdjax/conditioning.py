@@ -22,7 +22,9 @@ class Tokens:
     mask: jax.Array | np.ndarray
 
 
-def first_frame(pixels: np.ndarray, size: VideoSize) -> np.ndarray:  # uint8 [H W 3] -> f32[1 1 H W 3]
+def first_frame(
+    pixels: np.ndarray, size: VideoSize
+) -> np.ndarray:  # uint8 [H W 3] -> f32[1 1 H W 3]
     """The image in [-1, 1]. For image-to-video the VAE encodes it with frames of zeros (mid grey) after it.
 
     Source: thu-ml/TurboDiffusion turbodiffusion/inference/wan2.2_i2v_infer.py.
@@ -42,4 +44,6 @@ def first_frame_mask(shape: tuple[int, ...]) -> jax.Array:  # (b, t, h, w) -> f3
 
 def image_condition(latents: jax.Array) -> jax.Array:  # f32[b t h w c] -> f32[b t h w 4 + c]
     """The channels beside the noisy latents of an image-to-video model: mask, then the normalised latents of the image's clip."""
-    return jnp.concatenate([first_frame_mask(latents.shape[:-1]), latents.astype(jnp.float32)], axis=-1)
+    return jnp.concatenate(
+        [first_frame_mask(latents.shape[:-1]), latents.astype(jnp.float32)], axis=-1
+    )

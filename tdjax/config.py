@@ -10,9 +10,23 @@ from tdjax.errors import UsageError
 from tdjax.precision import Policy
 
 ATTENTION = ("dense", "sla", "sagesla")
-LINEAR = ("float", "int8", "int8_channel", "fp8")  # int8: tiles of 128 x 128, as published; the last two: tokens x output channels
-QUANT = ("auto", "none", *LINEAR[1:])  # what a load may ask for: as stored, float, or one of the others
-IMPLS = ("auto", "reference", "triton", "interpret")  # of every op; other names are implementations of attention alone
+LINEAR = (
+    "float",
+    "int8",
+    "int8_channel",
+    "fp8",
+)  # int8: tiles of 128 x 128, as published; the last two: tokens x output channels
+QUANT = (
+    "auto",
+    "none",
+    *LINEAR[1:],
+)  # what a load may ask for: as stored, float, or one of the others
+IMPLS = (
+    "auto",
+    "reference",
+    "triton",
+    "interpret",
+)  # of every op; other names are implementations of attention alone
 
 
 def positive(config, *names):
@@ -38,7 +52,9 @@ class SLAConfig:
                 "use 0.1 (fast, as published) or 0.15 (quality)",
             )
         if (self.block_q, self.block_k) not in ((128, 64), (64, 64), (64, 128)):
-            raise ValueError(f"SLA blocks are {self.block_q}x{self.block_k}; allowed: 128x64, 64x64, 64x128")
+            raise ValueError(
+                f"SLA blocks are {self.block_q}x{self.block_k}; allowed: 128x64, 64x64, 64x128"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +71,9 @@ class DiTConfig:
     freq_dim: int = 256
     text_dim: int = 4096
     text_len: int = 512
-    image_dim: int | None = None  # width of the image features (Wan2.1 I2V: 1280); None: no image branch
+    image_dim: int | None = (
+        None  # width of the image features (Wan2.1 I2V: 1280); None: no image branch
+    )
     coordinates: bool = False  # three constant channels with the place in the clip: small models do not learn it from rotation
     eps: float = 1e-6
     attention: str = "dense"
@@ -63,19 +81,38 @@ class DiTConfig:
     remat: bool = True  # the backward pass computes each block again; if not, activations are kept and the loop is unrolled
     impl: str = "auto"  # which kernels compute: an `impl` of pallas_kernels
     sla: SLAConfig = SLAConfig()
-    round_time: bool = True  # timestep rounded to bfloat16 before the sinusoid, as all published weights expect
+    round_time: bool = (
+        True  # timestep rounded to bfloat16 before the sinusoid, as all published weights expect
+    )
     policy: Policy = Policy()
 
     def __post_init__(self):
-        positive(self, "dim", "ffn_dim", "layers", "heads", "in_channels", "out_channels", "freq_dim", "text_dim", "text_len")
+        positive(
+            self,
+            "dim",
+            "ffn_dim",
+            "layers",
+            "heads",
+            "in_channels",
+            "out_channels",
+            "freq_dim",
+            "text_dim",
+            "text_len",
+        )
         if self.dim % self.heads or self.head_dim % 2:
-            raise ValueError(f"DiTConfig: dim {self.dim} over {self.heads} heads must give an even whole head width")
+            raise ValueError(
+                f"DiTConfig: dim {self.dim} over {self.heads} heads must give an even whole head width"
+            )
         if self.attention not in ATTENTION:
-            raise ValueError(f"DiTConfig.attention is {self.attention!r}; allowed: {', '.join(ATTENTION)}")
+            raise ValueError(
+                f"DiTConfig.attention is {self.attention!r}; allowed: {', '.join(ATTENTION)}"
+            )
         if self.linear not in LINEAR:
             raise ValueError(f"DiTConfig.linear is {self.linear!r}; allowed: {', '.join(LINEAR)}")
         if self.in_channels < self.out_channels:
-            raise ValueError(f"DiTConfig: in_channels {self.in_channels} is less than out_channels {self.out_channels}")
+            raise ValueError(
+                f"DiTConfig: in_channels {self.in_channels} is less than out_channels {self.out_channels}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -125,9 +162,13 @@ class VAEConfig:
     def __post_init__(self):
         positive(self, "dim", "latent_channels", "res_blocks")
         if len(self.temporal_down) != len(self.multipliers) - 1:
-            raise ValueError(f"VAEConfig: {len(self.multipliers)} multipliers need {len(self.multipliers) - 1} temporal_down flags")
+            raise ValueError(
+                f"VAEConfig: {len(self.multipliers)} multipliers need {len(self.multipliers) - 1} temporal_down flags"
+            )
         if not len(self.mean) == len(self.std) == self.latent_channels:
-            raise ValueError(f"VAEConfig: mean and std need {self.latent_channels} values, one for each latent channel")
+            raise ValueError(
+                f"VAEConfig: mean and std need {self.latent_channels} values, one for each latent channel"
+            )
 
     @property
     def spatial(self) -> int:
@@ -155,9 +196,21 @@ class TextConfig:
     policy: Policy = Policy()
 
     def __post_init__(self):
-        positive(self, "vocab", "dim", "attention_dim", "ffn_dim", "heads", "layers", "buckets", "text_len")
+        positive(
+            self,
+            "vocab",
+            "dim",
+            "attention_dim",
+            "ffn_dim",
+            "heads",
+            "layers",
+            "buckets",
+            "text_len",
+        )
         if self.attention_dim % self.heads:
-            raise ValueError(f"TextConfig: attention_dim {self.attention_dim} is not a multiple of {self.heads} heads")
+            raise ValueError(
+                f"TextConfig: attention_dim {self.attention_dim} is not a multiple of {self.heads} heads"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -178,7 +231,9 @@ def from_dict(cls, values: dict[str, Any]):
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}")
+        raise ValueError(
+            f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}"
+        )
     nested = {"sla": SLAConfig, "policy": Policy}
     out = {}
     for name, value in values.items():
@@ -192,11 +247,41 @@ def from_dict(cls, values: dict[str, Any]):
 # (width, height) by resolution and aspect ratio. "480p" and "720p" are the trained sizes; "480", "512" and "720" are the
 # older rows of thu-ml/TurboDiffusion imaginaire/utils/io/..., accepted because its commands name them: they are other sizes.
 VIDEO_SIZES: dict[str, dict[str, tuple[int, int]]] = {
-    "480p": {"16:9": (832, 480), "9:16": (480, 832), "4:3": (640, 480), "3:4": (480, 640), "1:1": (640, 640)},
-    "720p": {"16:9": (1280, 720), "9:16": (720, 1280), "4:3": (960, 720), "3:4": (720, 960), "1:1": (960, 960)},
-    "480": {"16:9": (768, 432), "9:16": (432, 768), "4:3": (640, 480), "3:4": (480, 640), "1:1": (480, 480)},
-    "512": {"16:9": (640, 384), "9:16": (384, 640), "4:3": (640, 512), "3:4": (512, 640), "1:1": (512, 512)},
-    "720": {"16:9": (1280, 704), "9:16": (704, 1280), "4:3": (960, 704), "3:4": (704, 960), "1:1": (960, 960)},
+    "480p": {
+        "16:9": (832, 480),
+        "9:16": (480, 832),
+        "4:3": (640, 480),
+        "3:4": (480, 640),
+        "1:1": (640, 640),
+    },
+    "720p": {
+        "16:9": (1280, 720),
+        "9:16": (720, 1280),
+        "4:3": (960, 720),
+        "3:4": (720, 960),
+        "1:1": (960, 960),
+    },
+    "480": {
+        "16:9": (768, 432),
+        "9:16": (432, 768),
+        "4:3": (640, 480),
+        "3:4": (480, 640),
+        "1:1": (480, 480),
+    },
+    "512": {
+        "16:9": (640, 384),
+        "9:16": (384, 640),
+        "4:3": (640, 512),
+        "3:4": (512, 640),
+        "1:1": (512, 512),
+    },
+    "720": {
+        "16:9": (1280, 704),
+        "9:16": (704, 1280),
+        "4:3": (960, 704),
+        "3:4": (704, 960),
+        "1:1": (960, 960),
+    },
 }
 
 
@@ -272,13 +357,18 @@ class SamplerConfig:
     mode: str = "sde"
     sigma_max: float = 80.0
     mid: tuple[float, ...] = (1.5, 1.4, 1.0)
-    boundary: float = 0.9  # two-expert models: the low-noise expert takes over at the first time below this
+    boundary: float = (
+        0.9  # two-expert models: the low-noise expert takes over at the first time below this
+    )
     shift: float = 5.0  # teacher only
     guidance: float = 1.0  # teacher only; distilled weights have guidance built in
 
     def __post_init__(self):
         if self.mode not in ("sde", "ode", "unipc", "euler"):
-            raise UsageError(f"sampler is {self.mode!r}", "allowed: sde, ode (distilled weights), unipc, euler (teacher)")
+            raise UsageError(
+                f"sampler is {self.mode!r}",
+                "allowed: sde, ode (distilled weights), unipc, euler (teacher)",
+            )
         if self.steps < 1:
             raise UsageError(f"num_steps is {self.steps}", "at least one step is needed", "use 4")
         if self.few_step and self.steps > len(self.mid) + 1:
@@ -290,9 +380,17 @@ class SamplerConfig:
         for name in ("boundary", "shift", "guidance"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (name == "shift" and value == 0):
-                raise UsageError(f"{name} is {value}", "a finite number is needed, not negative; shift positive", "leave it at its default")
+                raise UsageError(
+                    f"{name} is {value}",
+                    "a finite number is needed, not negative; shift positive",
+                    "leave it at its default",
+                )
         if not 0 < self.sigma_max < math.inf:
-            raise UsageError(f"sigma_max is {self.sigma_max}", "it must be positive", "use 80 (text) or 200 (image)")
+            raise UsageError(
+                f"sigma_max is {self.sigma_max}",
+                "it must be positive",
+                "use 80 (text) or 200 (image)",
+            )
         if self.few_step:
             times = (math.atan(self.sigma_max), *self.mid[: self.steps - 1], 0.0)
             if not all(a > b for a, b in zip(times, times[1:], strict=False)):
@@ -335,7 +433,9 @@ class Preset:
     config: DiTConfig
     resolution: str
     sampler: SamplerConfig = T2V_SAMPLER
-    base_repo: str = "Wan-AI/Wan2.1-T2V-1.3B"  # hub id of the VAE, the text encoder and the tokenizer
+    base_repo: str = (
+        "Wan-AI/Wan2.1-T2V-1.3B"  # hub id of the VAE, the text encoder and the tokenizer
+    )
     vae: str = "Wan2.1_VAE.pth"
     text: str = "models_t5_umt5-xxl-enc-bf16.pth"
     tokenizer: str = "google/umt5-xxl"
@@ -347,18 +447,26 @@ class Preset:
 
 def turbo(name: str, config: DiTConfig, resolution: str) -> dict[str, Preset]:
     """The two presets of one distilled text-to-video model: as published, and its int8 (`-quant`) file."""
-    sla, int8 = dataclasses.replace(config, attention="sla"), dataclasses.replace(config, attention="sla", linear="int8")
+    sla, int8 = (
+        dataclasses.replace(config, attention="sla"),
+        dataclasses.replace(config, attention="sla", linear="int8"),
+    )
     repo = f"TurboDiffusion/{name}"
     return {
         name.lower(): Preset(repo=repo, dit=(f"{name}.pth",), config=sla, resolution=resolution),
-        f"{name.lower()}-quant": Preset(repo=repo, dit=(f"{name}-quant.pth",), config=int8, resolution=resolution),
+        f"{name.lower()}-quant": Preset(
+            repo=repo, dit=(f"{name}-quant.pth",), config=int8, resolution=resolution
+        ),
     }
 
 
 def turbo_i2v(suffix: str, linear: str) -> Preset:
     return Preset(
         repo="TurboDiffusion/TurboWan2.2-I2V-A14B-720P",
-        dit=(f"TurboWan2.2-I2V-A14B-high-720P{suffix}.pth", f"TurboWan2.2-I2V-A14B-low-720P{suffix}.pth"),
+        dit=(
+            f"TurboWan2.2-I2V-A14B-high-720P{suffix}.pth",
+            f"TurboWan2.2-I2V-A14B-low-720P{suffix}.pth",
+        ),
         config=dataclasses.replace(WAN_A14B_I2V, attention="sla", linear=linear),
         resolution="720p",
         sampler=I2V_SAMPLER,

@@ -12,8 +12,25 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
-PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "ml_dtypes", "tokenizers", "av", "huggingface_hub")
-PLUGINS = ("jax-cuda", "jax-rocm", "jax-metal", "jax-tpu", "libtpu", "nvidia-cudnn")  # how names of device plugins begin
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "orbax-checkpoint",
+    "numpy",
+    "ml_dtypes",
+    "tokenizers",
+    "av",
+    "huggingface_hub",
+)
+PLUGINS = (
+    "jax-cuda",
+    "jax-rocm",
+    "jax-metal",
+    "jax-tpu",
+    "libtpu",
+    "nvidia-cudnn",
+)  # how names of device plugins begin
 CUDA_KERNELS = 8.0  # compute capability from which the CUDA kernels run: Ampere
 
 
@@ -21,10 +38,14 @@ def versions() -> dict[str, str | None]:
     """This package, and what it stands on; None for one that is missing."""
     import tdjax
 
-    installed = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions() if d.name}
+    installed = {
+        d.name.lower().replace("_", "-"): d.version for d in metadata.distributions() if d.name
+    }
     out = {"tdjax": tdjax.__version__, "python": platform.python_version()}
     out |= {name: installed.get(name.replace("_", "-")) for name in PACKAGES}
-    return out | {name: version for name, version in sorted(installed.items()) if name.startswith(PLUGINS)}
+    return out | {
+        name: version for name, version in sorted(installed.items()) if name.startswith(PLUGINS)
+    }
 
 
 def devices() -> list[dict[str, Any]]:
@@ -48,7 +69,14 @@ def devices() -> list[dict[str, Any]]:
 
 def kernels(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every implementation of every op, whether the first device can run it, and why not."""
-    from pallas_kernels import causal_taps, flash_attention, fused_rows, qk_prep, sage_attention, sparse_attention
+    from pallas_kernels import (
+        causal_taps,
+        flash_attention,
+        fused_rows,
+        qk_prep,
+        sage_attention,
+        sparse_attention,
+    )
     from pallas_kernels.int8_matmul import SCHEMES
     from tdjax.linear import LINEAR
 
@@ -56,7 +84,11 @@ def kernels(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         "attention": flash_attention.IMPLS,
         "sparse_linear_attention": sparse_attention.WHOLE,
         "sage_sparse_linear_attention": sage_attention.WHOLE,
-        **{f"linear {kind}": SCHEMES[layer.scheme].products for kind, layer in LINEAR.items() if kind != "float"},
+        **{
+            f"linear {kind}": SCHEMES[layer.scheme].products
+            for kind, layer in LINEAR.items()
+            if kind != "float"
+        },
         "norm": fused_rows.NORM,
         "gelu": fused_rows.GELU,
         "rms_norm_rope": qk_prep.ROPE,
@@ -64,7 +96,10 @@ def kernels(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     }
     device = found[0] if found else None
     return [
-        {"op": op, "impl": impl, "why_not": why_not(impl, device)} for op, impls in ops.items() for impl in impls if impl != "interpret"
+        {"op": op, "impl": impl, "why_not": why_not(impl, device)}
+        for op, impls in ops.items()
+        for impl in impls
+        if impl != "interpret"
     ]
 
 
@@ -88,8 +123,15 @@ def folders() -> dict[str, dict[str, Any]]:
 
     from tdjax.locate import cache_folder
 
-    places = {"tdjax": cache_folder(), "compiled": cache_folder() / "compiled", "hub": Path(constants.HF_HUB_CACHE)}
-    return {name: {"path": str(path), "exists": path.is_dir(), "writable": writable(path)} for name, path in places.items()}
+    places = {
+        "tdjax": cache_folder(),
+        "compiled": cache_folder() / "compiled",
+        "hub": Path(constants.HF_HUB_CACHE),
+    }
+    return {
+        name: {"path": str(path), "exists": path.is_dir(), "writable": writable(path)}
+        for name, path in places.items()
+    }
 
 
 def writable(path: Path) -> bool:
@@ -100,7 +142,11 @@ def writable(path: Path) -> bool:
 
 def report() -> dict[str, Any]:
     """All of it as JSON values. A backend that does not start is part of the report."""
-    out: dict[str, Any] = {"system": platform.platform(), "cpus": os.cpu_count(), "versions": versions()}
+    out: dict[str, Any] = {
+        "system": platform.platform(),
+        "cpus": os.cpu_count(),
+        "versions": versions(),
+    }
     try:
         out |= {"devices": devices(), "error": None}
     except RuntimeError as error:  # jax: a plugin that is installed and cannot start
@@ -111,20 +157,33 @@ def report() -> dict[str, Any]:
         "kernels": kernels(out["devices"]),
         "folders": folders(),
         "hub_offline": constants.HF_HUB_OFFLINE,
-        "variables": {name: os.environ[name] for name in ("JAX_PLATFORMS", "XLA_FLAGS", "TDJAX_CACHE", "HF_HOME") if name in os.environ},
+        "variables": {
+            name: os.environ[name]
+            for name in ("JAX_PLATFORMS", "XLA_FLAGS", "TDJAX_CACHE", "HF_HOME")
+            if name in os.environ
+        },
     }
 
 
 def text(found: dict[str, Any]) -> str:
     """The report for people."""
     lines = [f"system     {found['system']}, {found['cpus']} CPU cores"]
-    lines += [f"{'versions' if i == 0 else '':10} {name} {v or 'missing'}" for i, (name, v) in enumerate(found["versions"].items())]
+    lines += [
+        f"{'versions' if i == 0 else '':10} {name} {v or 'missing'}"
+        for i, (name, v) in enumerate(found["versions"].items())
+    ]
     for i, device in enumerate(found["devices"]):
         size = device["memory_bytes"]
         facts = [device["platform"]]
-        facts += [f"compute capability {device['compute_capability']}"] if device["compute_capability"] else []
+        facts += (
+            [f"compute capability {device['compute_capability']}"]
+            if device["compute_capability"]
+            else []
+        )
         facts += [f"{size / GIB:.1f} GiB usable"] if size else []
-        lines.append(f"{'devices' if i == 0 else '':10} {device['id']}: {device['kind']} ({', '.join(facts)})")
+        lines.append(
+            f"{'devices' if i == 0 else '':10} {device['id']}: {device['kind']} ({', '.join(facts)})"
+        )
     if found["error"]:
         lines.append(f"devices    none: {found['error']}")
     for i, row in enumerate(found["kernels"]):
@@ -132,10 +191,15 @@ def text(found: dict[str, Any]) -> str:
         lines.append(f"{'kernels' if i == 0 else '':10} {row['op']} {row['impl']}: {state}")
     for i, (name, place) in enumerate(found["folders"].items()):
         state = "" if place["writable"] else " (NOT writable)"
-        lines.append(f"{'caches' if i == 0 else '':10} {name}: {place['path']}{'' if place['exists'] else ' (not there yet)'}{state}")
+        lines.append(
+            f"{'caches' if i == 0 else '':10} {name}: {place['path']}{'' if place['exists'] else ' (not there yet)'}{state}"
+        )
     if found["hub_offline"]:
         lines.append("hub        offline (HF_HUB_OFFLINE)")
-    lines += [f"{'variables' if i == 0 else '':10} {name}={value}" for i, (name, value) in enumerate(found["variables"].items())]
+    lines += [
+        f"{'variables' if i == 0 else '':10} {name}={value}"
+        for i, (name, value) in enumerate(found["variables"].items())
+    ]
     return "\n".join(lines)
 
 
@@ -147,17 +211,25 @@ def selftest() -> int:
 
     device = jax.devices()[0]
     impl = "triton" if device.platform == "gpu" else "interpret"
-    print(f"{device.device_kind}: kernels {'compiled' if impl == 'triton' else 'interpreted (no CUDA device)'}", flush=True)
+    print(
+        f"{device.device_kind}: kernels {'compiled' if impl == 'triton' else 'interpreted (no CUDA device)'}",
+        flush=True,
+    )
     checks = list(selftest.run(impl))
     print(selftest.table(checks))
     return 0 if all(check.passed for check in checks) else 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tdjax.env", description="Versions, devices, kernels and caches of this machine.")
+    parser = argparse.ArgumentParser(
+        prog="python -m tdjax.env",
+        description="Versions, devices, kernels and caches of this machine.",
+    )
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
     parser.add_argument(
-        "--selftest", action="store_true", help="run every kernel against its reference (a minute; exit code 1 if one fails)"
+        "--selftest",
+        action="store_true",
+        help="run every kernel against its reference (a minute; exit code 1 if one fails)",
     )
     args = parser.parse_args(argv)
     if args.selftest:

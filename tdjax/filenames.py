@@ -21,20 +21,34 @@ COMPONENTS = {
         "spiece.model", "tokenizer/spiece.model", "google/umt5-xxl/spiece.model",
     ),
 }  # fmt: skip
-LIKELY = {"vae": re.compile(r"(^|[^a-z])vae([^a-z]|$)"), "text": re.compile(r"(^|[^a-z])u?m?t5([^a-z0-9]|$)")}
-OTHER = re.compile(r"(^|[/_.-])(vae|tae\w*|u?m?t5|clip|lora|text|text_encoder|image_encoder|tokenizer)([/_.-]|$)")
+LIKELY = {
+    "vae": re.compile(r"(^|[^a-z])vae([^a-z]|$)"),
+    "text": re.compile(r"(^|[^a-z])u?m?t5([^a-z0-9]|$)"),
+}
+OTHER = re.compile(
+    r"(^|[/_.-])(vae|tae\w*|u?m?t5|clip|lora|text|text_encoder|image_encoder|tokenizer)([/_.-]|$)"
+)
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 EXPERT = re.compile(r"(?<![a-z])(high|low)(?=[_-]?noise|[^a-z]|$)")
 TWO_EXPERTS = re.compile(r"(high|low)[_-]?noise|a14b|wan2[._]?2")
 GENERIC = ("diffusion_pytorch_model", "transformer")
 WAN = re.compile(r"(?<![a-z])wan2[._]?[12]")
 FEW_STEP = re.compile(r"turbo|rcm|distill|lightning|lightx2v|causvid|dmd|fast|\dstep")
-STEMS = {file.removesuffix(".pth").lower(): alias for alias, p in PRESETS.items() for file in p.dit if file.endswith(".pth")}
+STEMS = {
+    file.removesuffix(".pth").lower(): alias
+    for alias, p in PRESETS.items()
+    for file in p.dit
+    if file.endswith(".pth")
+}
 
 
 def stem(name: str) -> str:
     """A file's name without its suffix of weights."""
-    return name[: -len(max((s for s in WEIGHTS if name.endswith(s)), key=len))] if name.endswith(WEIGHTS) else name
+    return (
+        name[: -len(max((s for s in WEIGHTS if name.endswith(s)), key=len))]
+        if name.endswith(WEIGHTS)
+        else name
+    )
 
 
 def alias_of(model: str) -> str | None:
@@ -42,7 +56,9 @@ def alias_of(model: str) -> str | None:
     low = model.lower()
     if low in PRESETS:
         return low
-    by_repo = {preset.repo.lower(): alias for alias, preset in reversed(PRESETS.items())}  # the first preset of a repository wins
+    by_repo = {
+        preset.repo.lower(): alias for alias, preset in reversed(PRESETS.items())
+    }  # the first preset of a repository wins
     return STEMS.get(low) or by_repo.get(low)
 
 
@@ -53,7 +69,9 @@ def alias_of_path(path: PurePath) -> str | None:
     if not path.name.startswith(GENERIC):
         return None
     # A hub cache has models--organisation--name/snapshots/<commit>/[folder/]file.
-    folders = [part.split("--")[-1].lower().removesuffix("-diffusers") for part in path.parts[-6:-1]]
+    folders = [
+        part.split("--")[-1].lower().removesuffix("-diffusers") for part in path.parts[-6:-1]
+    ]
     return next((folder for folder in reversed(folders) if folder in PRESETS), None)
 
 
@@ -74,24 +92,49 @@ def expert(name: str) -> str | None:
 
 def needs_two(name: str) -> bool:
     """Whether a file named high or low is surely one of two experts (and not, say, a "high quality" variant)."""
-    return expert(name) is not None and TWO_EXPERTS.search("/".join(PurePath(name.lower()).parts[-2:])) is not None
+    return (
+        expert(name) is not None
+        and TWO_EXPERTS.search("/".join(PurePath(name.lower()).parts[-2:])) is not None
+    )
 
 
 def swap_expert(text: str) -> str:
     """The same name for the other expert."""
-    other = {"high": "low", "low": "high", "High": "Low", "Low": "High", "HIGH": "LOW", "LOW": "HIGH"}
-    return re.sub(r"(?<![A-Za-z])(high|low|High|Low|HIGH|LOW)(?=[_-]?[nN]oise|[^A-Za-z]|$)", lambda m: other[m[0]], text)
+    other = {
+        "high": "low",
+        "low": "high",
+        "High": "Low",
+        "Low": "High",
+        "HIGH": "LOW",
+        "LOW": "HIGH",
+    }
+    return re.sub(
+        r"(?<![A-Za-z])(high|low|High|Low|HIGH|LOW)(?=[_-]?[nN]oise|[^A-Za-z]|$)",
+        lambda m: other[m[0]],
+        text,
+    )
 
 
 def component(names: list[str], part: str) -> str | None:
     """The name of a part ("vae", "text", "tokenizer"): a known name, or the only file that looks like it."""
     have = set(names)
     for name in COMPONENTS[part]:
-        if name in have or f"{name}/manifest.json" in have or (part != "tokenizer" and f"{name}/config.json" in have):
+        if (
+            name in have
+            or f"{name}/manifest.json" in have
+            or (part != "tokenizer" and f"{name}/config.json" in have)
+        ):
             return name
     if part not in LIKELY:
         return None
-    likely = [n for n in names if "/" not in n and n.endswith(WEIGHTS) and not SHARD.search(n) and LIKELY[part].search(n.lower())]
+    likely = [
+        n
+        for n in names
+        if "/" not in n
+        and n.endswith(WEIGHTS)
+        and not SHARD.search(n)
+        and LIKELY[part].search(n.lower())
+    ]
     return likely[0] if len(likely) == 1 else None
 
 
@@ -108,7 +151,14 @@ def transformers(names: list[str], where: str) -> tuple[str, tuple[str, ...]]:
         for choice in choices:
             if all(f"{name}/{mark}" in have for name in choice):
                 return layout, choice
-    found = [n for n in names if n.endswith(WEIGHTS) and n.count("/") <= 1 and not SHARD.search(n) and not OTHER.search(n.lower())]
+    found = [
+        n
+        for n in names
+        if n.endswith(WEIGHTS)
+        and n.count("/") <= 1
+        and not SHARD.search(n)
+        and not OTHER.search(n.lower())
+    ]
     pairs = [(n, swap_expert(n)) for n in found if expert(n) == "high" and swap_expert(n) in found]
     paired = {n for pair in pairs for n in pair}
     options = [*pairs, *((n,) for n in found if n not in paired)]

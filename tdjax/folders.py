@@ -76,7 +76,9 @@ def local(path: Path) -> Found:
             if name and part not in found.parts:
                 found.parts[part] = place / name
     dit = found.parts.get("dit")
-    found.preset = found.facts.get("preset") or (dit and (alias_of_source(dit) or filenames.alias_of_path(dit)))
+    found.preset = found.facts.get("preset") or (
+        dit and (alias_of_source(dit) or filenames.alias_of_path(dit))
+    )
     return found
 
 
@@ -87,14 +89,22 @@ def read_json(path: Path) -> dict:
         if not isinstance(values, dict):
             raise ValueError("it is not a table of names and values")
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged", str(error), "write the folder again: python -m convert SRC DST --overwrite") from error
+        raise CheckpointError(
+            f"{path} is damaged",
+            str(error),
+            "write the folder again: python -m convert SRC DST --overwrite",
+        ) from error
     return values
 
 
 def one_file(path: Path) -> Found:
     if not path.name.endswith(filenames.WEIGHTS):
         allowed = ", ".join(filenames.WEIGHTS)
-        raise CheckpointError(f"{path} is no weight file by its name", f"allowed: {allowed}", "give the weight file itself")
+        raise CheckpointError(
+            f"{path} is no weight file by its name",
+            f"allowed: {allowed}",
+            "give the weight file itself",
+        )
     up = path.parent.parent
     dits = experts(f"{path.parent.name}/{path.name}", lambda name: (up / name).is_file())
     parts = {slot: up / name for slot, name in slots(dits).items()}
@@ -105,14 +115,27 @@ def folder(path: Path) -> Found:
     names = listing(path)
     if "manifest.json" in names:  # one component of ours: `<model>/dit`
         dits = experts(path.name, lambda name: (path.parent / name / "manifest.json").is_file())
-        return Found(name=path.name, layout="ours", parts={s: path.parent / name for s, name in slots(dits).items()}, looked=[path.parent])
+        return Found(
+            name=path.name,
+            layout="ours",
+            parts={s: path.parent / name for s, name in slots(dits).items()},
+            looked=[path.parent],
+        )
     layout, dits = filenames.transformers(names, str(path))
-    if layout == "published" and len(dits) == 1:  # the other expert may be in the folder beside this one
+    if (
+        layout == "published" and len(dits) == 1
+    ):  # the other expert may be in the folder beside this one
         found = one_file(path / dits[0])
         return dataclasses.replace(found, name=path.name, looked=[path, path.parent])
     facts = read_json(path / "model.json") if "model.json" in names else {}
     looked = [path, path.parent] if layout == "published" else [path]
-    return Found(name=path.name, layout=layout, parts={s: path / name for s, name in slots(dits).items()}, looked=looked, facts=facts)
+    return Found(
+        name=path.name,
+        layout=layout,
+        parts={s: path / name for s, name in slots(dits).items()},
+        looked=looked,
+        facts=facts,
+    )
 
 
 def entry(path: Path) -> Path:
@@ -121,19 +144,30 @@ def entry(path: Path) -> Path:
         return path
     _, dits = filenames.transformers(listing(path), str(path))
     if len(dits) != 1:
-        raise CheckpointError(f"{path} is a folder with {len(dits)} transformers", "one expert was expected", "give the file itself")
+        raise CheckpointError(
+            f"{path} is a folder with {len(dits)} transformers",
+            "one expert was expected",
+            "give the file itself",
+        )
     return path / dits[0]
 
 
 def listing(root: Path) -> list[str]:
     """Names of files in a folder and one level below it, hidden ones left out."""
-    files = (p.relative_to(root).as_posix() for p in [*root.glob("*"), *root.glob("*/*")] if p.is_file())
+    files = (
+        p.relative_to(root).as_posix() for p in [*root.glob("*"), *root.glob("*/*")] if p.is_file()
+    )
     return sorted(n for n in files if not n.startswith(".") and "/." not in n)
 
 
 def nearby(root: Path) -> list[str]:
     """Names of files in a folder, and those of known parts below it: enough to find a part, also where the folder is / or home."""
-    known = [f"{name}{mark}" for part in filenames.COMPONENTS.values() for name in part for mark in ("", "/manifest.json", "/config.json")]
+    known = [
+        f"{name}{mark}"
+        for part in filenames.COMPONENTS.values()
+        for name in part
+        for mark in ("", "/manifest.json", "/config.json")
+    ]
     files = sorted(p.name for p in root.glob("[!.]*") if p.is_file())
     return files + [name for name in known if "/" in name and (root / name).is_file()]
 

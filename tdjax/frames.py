@@ -28,10 +28,14 @@ class Coder:
     def __init__(self, compiled: programs.Programs, part: Part, stages):
         self.compiled, self.part, self.stages = compiled, part, stages
 
-    def pair(self, label: str, first: Callable, later: Callable, chunks: tuple, cache, **static) -> tuple[Callable, Callable | None]:
+    def pair(
+        self, label: str, first: Callable, later: Callable, chunks: tuple, cache, **static
+    ) -> tuple[Callable, Callable | None]:
         """Executables for the first chunk and for later ones; chunks: (shape of the first, of each later one or None)."""
         shape, vae = self.compiled.shape, self.part.abstract()
-        get = lambda function, *args, donate=(): self.compiled.get(self.stages, label, function, vae, *args, donate=donate, **static)
+        get = lambda function, *args, donate=(): self.compiled.get(
+            self.stages, label, function, vae, *args, donate=donate, **static
+        )
         one = get(first, shape(chunks[0]))
         if chunks[1] is None:
             return one, None
@@ -45,7 +49,14 @@ class Coder:
             (h, w), output = tiling(h, w).size, "float"
         cfg, one = self.part.config, (1, 1, h, w, z)
         cache = cache_shapes(cfg, h * cfg.spatial, w * cfg.spatial)
-        return self.pair("vae decode", programs.decode_first, programs.decode_later, (one, one if t > 1 else None), cache, output=output)
+        return self.pair(
+            "vae decode",
+            programs.decode_first,
+            programs.decode_later,
+            (one, one if t > 1 else None),
+            cache,
+            output=output,
+        )
 
     def encoder(self, size: VideoSize):
         cfg = self.part.config
@@ -54,7 +65,9 @@ class Coder:
         chunks = frames(1), frames(cfg.temporal) if size.frames > 1 else None
         return self.pair("vae encode", programs.encode_first, programs.encode_later, chunks, cache)
 
-    def decode(self, vae, latents: np.ndarray, output: str, tiled: bool = False) -> Iterator[tuple[np.ndarray, bool]]:
+    def decode(
+        self, vae, latents: np.ndarray, output: str, tiled: bool = False
+    ) -> Iterator[tuple[np.ndarray, bool]]:
         """f32 [1 t h w z] on the host -> (frames [1 or 4, H W 3] on the host, whether they were finite), in order."""
         if tiled and len(tiling(*latents.shape[2:4]).corners) > 1:
             yield from self.decode_tiles(vae, latents, output)
@@ -64,30 +77,54 @@ class Coder:
         for frames, finite in arriving(carried(first, later, vae, chunks)):
             yield frames[0], bool(finite)
 
-    def decode_tiles(self, vae, latents: np.ndarray, output: str) -> Iterator[tuple[np.ndarray, bool]]:
+    def decode_tiles(
+        self, vae, latents: np.ndarray, output: str
+    ) -> Iterator[tuple[np.ndarray, bool]]:
         """The same through overlapping tiles, one after another over the whole clip; the host adds them up, in float32."""
         cfg, tiles = self.part.config, tiling(*latents.shape[2:4])
         (h, w), scale, t = tiles.size, cfg.spatial, latents.shape[1]
-        video = np.zeros((1 + (t - 1) * cfg.temporal, latents.shape[2] * scale, latents.shape[3] * scale, 3), np.float32)
-        spans, finite = [slice(0, 1)] + [slice(1 + i * cfg.temporal, 1 + (i + 1) * cfg.temporal) for i in range(t - 1)], [True] * t
+        video = np.zeros(
+            (1 + (t - 1) * cfg.temporal, latents.shape[2] * scale, latents.shape[3] * scale, 3),
+            np.float32,
+        )
+        spans, finite = (
+            [slice(0, 1)]
+            + [slice(1 + i * cfg.temporal, 1 + (i + 1) * cfg.temporal) for i in range(t - 1)],
+            [True] * t,
+        )
         for (top, left), weight in zip(tiles.corners, tiles.weights(scale), strict=True):
             part = video[:, top * scale : (top + h) * scale, left * scale : (left + w) * scale]
-            for i, (frames, ok) in enumerate(self.decode(vae, latents[:, :, top : top + h, left : left + w], "float")):
+            for i, (frames, ok) in enumerate(
+                self.decode(vae, latents[:, :, top : top + h, left : left + w], "float")
+            ):
                 part[spans[i]] += weight * frames
                 finite[i] &= ok
         for span, ok in zip(spans, finite, strict=True):
-            yield video[span] if output == "float" else np.round(np.nan_to_num(video[span]) * 255).astype(np.uint8), ok
+            yield (
+                video[span]
+                if output == "float"
+                else np.round(np.nan_to_num(video[span]) * 255).astype(np.uint8),
+                ok,
+            )
 
     def encode(self, vae, image: np.ndarray, size: VideoSize) -> np.ndarray:
         """The image f32 [1 1 H W 3] followed by grey frames -> latents f32 [1 t h w z] on the host."""
         first, later = self.encoder(size)
         place, n = self.compiled.place, size.latent_grid[0] - 1
-        grey = place(np.zeros((1, self.part.config.temporal, *image.shape[2:]), np.float32)) if n else None
+        grey = (
+            place(np.zeros((1, self.part.config.temporal, *image.shape[2:]), np.float32))
+            if n
+            else None
+        )
         chunks = itertools.chain([place(image)], itertools.repeat(grey, n))
-        return np.concatenate([latents for (latents,) in arriving(carried(first, later, vae, chunks))], axis=1)
+        return np.concatenate(
+            [latents for (latents,) in arriving(carried(first, later, vae, chunks))], axis=1
+        )
 
 
-def carried(first: Callable, later: Callable | None, vae, chunks: Iterable) -> Iterator[tuple[jax.Array, ...]]:
+def carried(
+    first: Callable, later: Callable | None, vae, chunks: Iterable
+) -> Iterator[tuple[jax.Array, ...]]:
     """What the bodies return for each chunk, without the cache that they hand on."""
     chunks = iter(chunks)
     *out, cache = first(vae, next(chunks))

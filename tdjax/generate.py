@@ -28,10 +28,16 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}\nthe file system refused it\ngive another path", file=sys.stderr)
+        print(
+            f"error: {where}{error.strerror or error}\nthe file system refused it\ngive another path",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing was left half-written; the same command starts again", file=sys.stderr)
+        print(
+            "\ninterrupted: nothing was left half-written; the same command starts again",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -43,21 +49,42 @@ def check_early(args) -> None:
         if getattr(args, name) is not None:
             VideoSize(**{name: getattr(args, name)})
     image = (16, 9) if args.image_path else None  # its real size is checked when it is read
-    choose_size(resolution=args.resolution, aspect_ratio=args.aspect_ratio, width=args.width, height=args.height, image_size=image)
+    choose_size(
+        resolution=args.resolution,
+        aspect_ratio=args.aspect_ratio,
+        width=args.width,
+        height=args.height,
+        image_size=image,
+    )
     if args.sla_topk is not None:
         SLAConfig(topk=args.sla_topk)
-    known = PRESETS[args.model.lower()].sampler if args.model.lower() in PRESETS else SamplerConfig()
-    if args.sampler in ("sde", "ode") or (args.sampler is None and known.few_step and not local_files(args)):
+    known = (
+        PRESETS[args.model.lower()].sampler if args.model.lower() in PRESETS else SamplerConfig()
+    )
+    if args.sampler in ("sde", "ode") or (
+        args.sampler is None and known.few_step and not local_files(args)
+    ):
         steps = len(args.mid_t) + 1 if args.mid_t and args.num_steps is None else args.num_steps
-        changes = {"steps": steps, "sigma_max": args.sigma_max, "mid": args.mid_t and tuple(args.mid_t), "boundary": args.boundary}
+        changes = {
+            "steps": steps,
+            "sigma_max": args.sigma_max,
+            "mid": args.mid_t and tuple(args.mid_t),
+            "boundary": args.boundary,
+        }
         SamplerConfig(**{name: value for name, value in changes.items() if value is not None})
     if args.num_samples < 1:
-        raise UsageError(f"--num_samples is {args.num_samples}", "at least one video is made", "use 1")
+        raise UsageError(
+            f"--num_samples is {args.num_samples}", "at least one video is made", "use 1"
+        )
     for path in (args.image_path, args.latents, args.prompt_embeds, args.prompt_file):
         if path and not Path(path).is_file():
-            raise UsageError(f"{path} does not exist", "it was given on the command line", near_files(Path(path)))
+            raise UsageError(
+                f"{path} does not exist", "it was given on the command line", near_files(Path(path))
+            )
     if args.prompt_embeds and (args.prompt or args.prompt_file or args.serve):
-        raise UsageError("--prompt_embeds beside a prompt", "the embeddings are the prompt", "give one of them")
+        raise UsageError(
+            "--prompt_embeds beside a prompt", "the embeddings are the prompt", "give one of them"
+        )
     if args.save_path and args.save_path.endswith(".safetensors") and args.format is None:
         args.format = "latents"
     if args.grid and args.format == "latents":
@@ -66,7 +93,11 @@ def check_early(args) -> None:
     if args.save_path and not args.prompt_file and not args.overwrite and "{" not in args.save_path:
         for path in outputs.targets(args, "", Job(prompt="", seed=args.seed)):
             if path.exists():
-                raise UsageError(f"{path} exists", "nothing is overwritten by itself", "give another name, or --overwrite")
+                raise UsageError(
+                    f"{path} exists",
+                    "nothing is overwritten by itself",
+                    "give another name, or --overwrite",
+                )
 
 
 def not_downloaded(args) -> bool:
@@ -106,8 +137,18 @@ def run(args) -> int:
         text_device = text_encoder_device(args)
     if args.dry_run and not_downloaded(args):
         preset = PRESETS[args.model.lower()]
-        located = Located(name=args.model.lower(), layout="published", preset=args.model.lower(), distilled=preset.distilled)
-        options = {"attention": args.attention_type, "quant": args.quant, "topk": args.sla_topk, "dtype": args.dtype}
+        located = Located(
+            name=args.model.lower(),
+            layout="published",
+            preset=args.model.lower(),
+            distilled=preset.distilled,
+        )
+        options = {
+            "attention": args.attention_type,
+            "quant": args.quant,
+            "topk": args.sla_topk,
+            "dtype": args.dtype,
+        }
         parts = planned_parts(preset, note=stages.note, **options)
         pipe = Pipeline(
             located,
@@ -151,7 +192,9 @@ def run(args) -> int:
         stages.note(f"seed {args.seed}")
     jobs = read_jobs(args, pipe.default_prompt(secrets.randbelow(2**31)))
     if args.prompt is None and jobs[0].prompt and not args.prompt_file and not args.serve:
-        stages.note(f'no prompt was given, this one is drawn: --prompt "{jobs[0].prompt}" --seed {args.seed}')
+        stages.note(
+            f'no prompt was given, this one is drawn: --prompt "{jobs[0].prompt}" --seed {args.seed}'
+        )
     if args.serve:
         return serve(args, pipe)
     if args.dry_run:
@@ -160,11 +203,22 @@ def run(args) -> int:
         pipe.warmup(**call_arguments(args, jobs[0]))
         return report(args, pipe)
     if not jobs[0].prompt and not args.prompt_embeds:
-        raise UsageError("no prompt", "this model needs one", 'give --prompt "..." (long English descriptions work best)')
+        raise UsageError(
+            "no prompt",
+            "this model needs one",
+            'give --prompt "..." (long English descriptions work best)',
+        )
     if args.save_prompt_embeds:
         from tdjax.embeds import save_embeds
 
-        print(save_embeds(args.save_prompt_embeds, pipe.embed([job.prompt for job in jobs]), [job.prompt for job in jobs], args.overwrite))
+        print(
+            save_embeds(
+                args.save_prompt_embeds,
+                pipe.embed([job.prompt for job in jobs]),
+                [job.prompt for job in jobs],
+                args.overwrite,
+            )
+        )
         return report(args, pipe)
     for job in jobs:  # every row is checked before the first one runs
         try:
@@ -253,7 +307,11 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
 
     from tdjax import plan
 
-    image = {"image": np.zeros((1080, 1920, 3), np.uint8)} if pipe.task == "i2v" and not jobs[0].image else {}
+    image = (
+        {"image": np.zeros((1080, 1920, 3), np.uint8)}
+        if pipe.task == "i2v" and not jobs[0].image
+        else {}
+    )
     request = pipe.request(jobs[0].prompt or "dry run", **(call_arguments(args, jobs[0]) | image))
     for line in pipe.warnings(request):
         pipe.stages.note(line)
@@ -261,7 +319,12 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
     c = pipe.config
     lines = [
         f"model      {pipe.name} ({pipe.task}, {c.layers} layers of width {c.dim}), {c.policy.compute}",
-        f"attention  {c.attention}" + ("" if c.attention == "dense" else f", topk {c.sla.topk}, blocks {c.sla.block_q}x{c.sla.block_k}"),
+        f"attention  {c.attention}"
+        + (
+            ""
+            if c.attention == "dense"
+            else f", topk {c.sla.topk}, blocks {c.sla.block_q}x{c.sla.block_k}"
+        ),
         f"linears    {c.linear}",
         f"size       {request.size}: {request.size.tokens(c.patch)} tokens",
         f"sampler    {request.sampler.mode}, {request.sampler.steps} steps, sigma_max {request.sampler.sigma_max:g}",
@@ -271,7 +334,15 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
         plan.table(plans, limit),
     ]
     if args.json:
-        print(json.dumps({"plan": [dataclasses.asdict(p) for p in plans], "limit": limit, "tokens": request.size.tokens(c.patch)}))
+        print(
+            json.dumps(
+                {
+                    "plan": [dataclasses.asdict(p) for p in plans],
+                    "limit": limit,
+                    "tokens": request.size.tokens(c.patch),
+                }
+            )
+        )
     else:
         print("\n".join(lines))
     return 0
@@ -289,15 +360,24 @@ def serve(args, pipe) -> int:
             if line.startswith(":"):
                 command, *setting = line.split()
                 if command != ":set" or len(setting) < 2:
-                    raise UsageError(f"{line!r} is no command", ":set OPTION VALUE, or :quit", "a prompt does not begin with a colon")
+                    raise UsageError(
+                        f"{line!r} is no command",
+                        ":set OPTION VALUE, or :quit",
+                        "a prompt does not begin with a colon",
+                    )
                 words = checked_setting(words, setting)
             elif line:
                 now = parse_setting(args, words)
-                job = Job(prompt=line, seed=now.seed, image=now.image_path, num_frames=now.num_frames)
+                job = Job(
+                    prompt=line, seed=now.seed, image=now.image_path, num_frames=now.num_frames
+                )
                 pipe.request(line, **call_arguments(now, job))
                 ((_, paths),) = outputs.assign(now, pipe.name, [job], pipe.stages.note)
                 make(now, pipe, job, paths, call_arguments(now, job))
-        except (TdjaxError, OSError) as error:  # a bad line must not end the session that holds the weights
+        except (
+            TdjaxError,
+            OSError,
+        ) as error:  # a bad line must not end the session that holds the weights
             print(f"error: {error}", file=sys.stderr)
     return report(args, pipe)
 
@@ -308,14 +388,19 @@ def checked_setting(words: list[str], setting: list[str]) -> list[str]:
     try:
         check_early(parse(new))
     except SystemExit as error:  # argparse has said what is wrong
-        raise UsageError(f":set {' '.join(setting)} was not taken", "options and values are those of the command line") from error
+        raise UsageError(
+            f":set {' '.join(setting)} was not taken",
+            "options and values are those of the command line",
+        ) from error
     return new
 
 
 def parse_setting(args, words: list[str]):
     """The command's own options with the session's settings over them."""
     given = parse(words)
-    named = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    named = {
+        word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")
+    }
     return argparse.Namespace(**(vars(args) | {name: getattr(given, name) for name in named}))
 
 

@@ -33,7 +33,10 @@ def check_kernels(cfg: DiTConfig, stages: Stages) -> None:
     if failed:
         raise KernelError(
             f"8-bit kernels fail their self-test on {jax.devices()[0].device_kind}: "
-            + ", ".join(f"{check.name} ({check.failure or f'error {check.error:.1e}, allowed {check.bound:.1e}'})" for check in failed),
+            + ", ".join(
+                f"{check.name} ({check.failure or f'error {check.error:.1e}, allowed {check.bound:.1e}'})"
+                for check in failed
+            ),
             "the video would be black or noise; python -m tdjax.env --selftest prints every kernel",
             "use --attention_type sla (or original) and --quant none, or --attention_impl reference",
         )

@@ -54,7 +54,11 @@ class Repo:
         """All files of the repository; offline, those that the cache holds."""
         if self.is_offline:
             root = self.snapshot()
-            return sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()) if root else []
+            return (
+                sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+                if root
+                else []
+            )
         from huggingface_hub import HfApi
 
         with explained(self):
@@ -68,7 +72,11 @@ class Repo:
         repo = Path(constants.HF_HUB_CACHE) / f"models--{self.id.replace('/', '--')}"
         ref = repo / "refs" / (self.revision or "main")
         commit = ref.read_text().strip() if ref.is_file() else self.revision
-        return repo / "snapshots" / commit if commit and (repo / "snapshots" / commit).is_dir() else None
+        return (
+            repo / "snapshots" / commit
+            if commit and (repo / "snapshots" / commit).is_dir()
+            else None
+        )
 
     def fetch(self, names: list[str]) -> Path:
         """The local folder that holds all of `names`, and the shards of every index among them.
@@ -76,7 +84,9 @@ class Repo:
         Files that are all in the cache are used as they are, without asking the network whether there are newer ones.
         """
         root = self.fetch_named(names)
-        shards = [shard for name in names if name.endswith(INDEX) for shard in shards_of(root, name)]
+        shards = [
+            shard for name in names if name.endswith(INDEX) for shard in shards_of(root, name)
+        ]
         return self.fetch_named([*names, *shards]) if shards else root
 
     def fetch_named(self, names: list[str]) -> Path:
@@ -88,13 +98,24 @@ class Repo:
 
     def download(self, names: list[str], missing: list[str]) -> Path:
         if self.is_offline:
-            raise absent(self, missing, "this run is offline (--offline or HF_HUB_OFFLINE), and the cache does not hold it")
+            raise absent(
+                self,
+                missing,
+                "this run is offline (--offline or HF_HUB_OFFLINE), and the cache does not hold it",
+            )
         from huggingface_hub import HfApi, constants, snapshot_download
 
         with explained(self):
-            sizes = {info.path: info.size for info in HfApi().get_paths_info(self.id, missing, revision=self.revision)}
+            sizes = {
+                info.path: info.size
+                for info in HfApi().get_paths_info(self.id, missing, revision=self.revision)
+            }
         if len(sizes) < len(missing):
-            raise absent(self, [name for name in missing if name not in sizes], "the repository has no such file")
+            raise absent(
+                self,
+                [name for name in missing if name not in sizes],
+                "the repository has no such file",
+            )
         say(f"downloading {gigabytes(sum(sizes.values()))} from {self} to {constants.HF_HUB_CACHE}")
         for name, size in sizes.items():
             say(f"  {gigabytes(size):>9}  {name}")
@@ -111,7 +132,11 @@ def shards_of(root: Path, index: str) -> list[str]:
     try:
         files = sorted(set(json.loads((root / index).read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{root / index} is no safetensors index", repr(error), "delete it and download it again") from error
+        raise CheckpointError(
+            f"{root / index} is no safetensors index",
+            repr(error),
+            "delete it and download it again",
+        ) from error
     folder = index.rpartition("/")[0]
     return [f"{folder}/{file}" if folder else file for file in files]
 
@@ -134,7 +159,12 @@ def absent(repo: Repo, names: list[str], why: str) -> CheckpointError:
 def close(name: str, others: list[str], count: int = 3) -> list[str]:
     """Names near to `name`: by their spelling without case, the file's own name first."""
     lower = {other.rpartition("/")[2].lower(): other for other in others}
-    return [lower[match] for match in difflib.get_close_matches(name.rpartition("/")[2].lower(), list(lower), count, 0.6)]
+    return [
+        lower[match]
+        for match in difflib.get_close_matches(
+            name.rpartition("/")[2].lower(), list(lower), count, 0.6
+        )
+    ]
 
 
 @contextlib.contextmanager
@@ -167,11 +197,19 @@ def explained(repo: Repo):
             f"see {page}/commits/main, or leave --revision away",
         ) from error  # fmt: skip
     except HFValidationError as error:
-        raise CheckpointError(f"{repo.id!r} is no hub id", str(error).splitlines()[0], "ids look like organisation/name") from error
+        raise CheckpointError(
+            f"{repo.id!r} is no hub id",
+            str(error).splitlines()[0],
+            "ids look like organisation/name",
+        ) from error
     except (HTTPError, OSError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:
             what = f"hub repository {repo}: the disk is full"
-            raise CheckpointError(what, str(error), "make room (downloads resume); HF_HOME moves the cache to another disk") from error
+            raise CheckpointError(
+                what,
+                str(error),
+                "make room (downloads resume); HF_HOME moves the cache to another disk",
+            ) from error
         lines = str(error).splitlines() or [""]
         raise CheckpointError(
             f"hub repository {repo} cannot be read", f"{type(error).__name__}: {lines[0]}",

@@ -16,11 +16,20 @@ from flax import nnx
 from jax import lax
 
 from pallas_kernels import fused_rows
-from pallas_kernels.int8_matmul import QTensor, dequantize, dequantize_rows, quantize_activations, quantize_weight, quantized_linear
+from pallas_kernels.int8_matmul import (
+    QTensor,
+    dequantize,
+    dequantize_rows,
+    quantize_activations,
+    quantize_weight,
+    quantized_linear,
+)
 from tdjax.precision import Policy
 from tdjax.sharding import over_channels, over_tokens
 
-EXACT = lax.Precision.HIGHEST  # float32 operands are multiplied as float32; narrower ones are not affected
+EXACT = (
+    lax.Precision.HIGHEST
+)  # float32 operands are multiplied as float32; narrower ones are not affected
 xavier = jax.nn.initializers.xavier_uniform()
 
 
@@ -41,9 +50,13 @@ class Reader(nnx.Module):
         """x as the layer reads it."""
         return x
 
-    def normed(self, x, factor, shift, *, eps: float, y=None, gate=None):  # x y [b l i]; factor, shift, gate [i] or [b 1 i]
+    def normed(
+        self, x, factor, shift, *, eps: float, y=None, gate=None
+    ):  # x y [b l i]; factor, shift, gate [i] or [b 1 i]
         """(x + y gate, its layer norm times factor plus shift, ready)."""
-        stream, h = over_rows(lambda out: (out.x, out.h), x, factor, shift, y, gate, eps=eps, impl=self.impl)
+        stream, h = over_rows(
+            lambda out: (out.x, out.h), x, factor, shift, y, gate, eps=eps, impl=self.impl
+        )
         return stream, self.ready(h)
 
     def gelu(self, x):  # [b l i]
@@ -67,7 +80,17 @@ class Linear(Reader):
 
     leaves: ClassVar = ("kernel",)
 
-    def __init__(self, i: int, o: int, policy: Policy, *, rngs: nnx.Rngs, bias: bool = True, init=xavier, impl: str = "auto"):
+    def __init__(
+        self,
+        i: int,
+        o: int,
+        policy: Policy,
+        *,
+        rngs: nnx.Rngs,
+        bias: bool = True,
+        init=xavier,
+        impl: str = "auto",
+    ):
         self.impl = impl
         self.kernel = nnx.Param(init(rngs.params(), (i, o), policy.param_dtype))
         self.bias = nnx.Param(jnp.zeros(o, policy.param_dtype)) if bias else None
@@ -94,9 +117,21 @@ class QuantizedLinear(Reader):
     scheme: ClassVar[str]
     leaves: ClassVar = ("weight", "weight_scale")
     dequantize = staticmethod(dequantize_rows)
-    products: ClassVar[dict[str, str]] = {}  # impl -> impl of the product, where the scheme has no kernel for it
+    products: ClassVar[
+        dict[str, str]
+    ] = {}  # impl -> impl of the product, where the scheme has no kernel for it
 
-    def __init__(self, i: int, o: int, policy: Policy, *, rngs: nnx.Rngs, bias: bool = True, init=xavier, impl: str = "auto"):
+    def __init__(
+        self,
+        i: int,
+        o: int,
+        policy: Policy,
+        *,
+        rngs: nnx.Rngs,
+        bias: bool = True,
+        init=xavier,
+        impl: str = "auto",
+    ):
         self.impl = impl
         weight = rearrange(init(rngs.params(), (i, o), jnp.float32), "i o -> o i")
         for name, value in zip(self.leaves, self.packed(weight, None), strict=True):
@@ -105,12 +140,16 @@ class QuantizedLinear(Reader):
 
     def __call__(self, x):
         x = self.ready(x)
-        weights = [getattr(self, name)[...] for name in self.leaves] + ([] if self.bias is None else [self.bias[...]])
+        weights = [getattr(self, name)[...] for name in self.leaves] + (
+            [] if self.bias is None else [self.bias[...]]
+        )
         return self.divided(partial(self.product, dtype=x.dtype), x.values, x.scale, *weights)
 
     def product(self, values, scale, weight, weight_scale, bias=None, *, dtype):  # -> [b l o]
         weight, impl = QTensor(weight, weight_scale), self.products.get(self.impl, self.impl)
-        y = quantized_linear(self.rows(values, scale), weight, bias, scheme=self.scheme, out_dtype=dtype, impl=impl)
+        y = quantized_linear(
+            self.rows(values, scale), weight, bias, scheme=self.scheme, out_dtype=dtype, impl=impl
+        )
         return rearrange(y, "(b l) o -> b l o", b=values.shape[0])
 
     @staticmethod
@@ -156,18 +195,33 @@ class RowLinear(QuantizedLinear):
         return QTensor(rearrange(values, "b l i -> (b l) i"), rearrange(scale, "b l -> (b l)"))
 
     def quantize(self, x):
-        return over_tokens(lambda x: by_token(quantize_activations(rearrange(x, "b l i -> (b l) i"), self.scheme, impl=self.impl), x), x)
+        return over_tokens(
+            lambda x: by_token(
+                quantize_activations(rearrange(x, "b l i -> (b l) i"), self.scheme, impl=self.impl),
+                x,
+            ),
+            x,
+        )
 
     def normed(self, x, factor, shift, *, eps, y=None, gate=None):
         options = {"eps": eps, "floats": False, "scheme": self.scheme, "impl": self.impl}
-        stream, *h = over_rows(lambda out: (out.x, *by_token(out.q, out.x)), x, factor, shift, y, gate, **options)
+        stream, *h = over_rows(
+            lambda out: (out.x, *by_token(out.q, out.x)), x, factor, shift, y, gate, **options
+        )
         return stream, Activations(*h, x.dtype)
 
     def gelu(self, x):
-        return Activations(*over_tokens(lambda x: by_token(fused_rows.gelu(x, scheme=self.scheme, impl=self.impl), x), x), x.dtype)
+        return Activations(
+            *over_tokens(
+                lambda x: by_token(fused_rows.gelu(x, scheme=self.scheme, impl=self.impl), x), x
+            ),
+            x.dtype,
+        )
 
 
-def by_token(rows: QTensor, x):  # values [(b l) i], scale [(b l)]; x [b l i] -> values [b l i], scale [b l]
+def by_token(
+    rows: QTensor, x
+):  # values [(b l) i], scale [(b l)]; x [b l i] -> values [b l i], scale [b l]
     return tuple(rearrange(a, "(b l) ... -> b l ...", b=x.shape[0]) for a in rows)
 
 

@@ -20,12 +20,25 @@ from tdjax.folders import Found, Remote, absolute, entry, experts, local, shown,
 from tdjax.hub import Repo, close
 
 PARTS = ("dit", "vae", "text", "tokenizer")
-TITLES = {"dit": "transformer", "dit_low": "low-noise expert", "vae": "VAE", "text": "text encoder", "tokenizer": "tokenizer"}
+TITLES = {
+    "dit": "transformer",
+    "dit_low": "low-noise expert",
+    "vae": "VAE",
+    "text": "text encoder",
+    "tokenizer": "tokenizer",
+}
 FLAGS = {
     "dit": "--dit_path", "dit_low": "--low_noise_model_path", "vae": "--vae_path",
     "text": "--text_encoder_path", "tokenizer": "--tokenizer_path",
 }  # fmt: skip
-UNWANTED = (".bin", ".msgpack", ".h5", ".onnx", ".pt", ".ckpt")  # copies of the same weights in a diffusers repository
+UNWANTED = (
+    ".bin",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+    ".pt",
+    ".ckpt",
+)  # copies of the same weights in a diffusers repository
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +79,11 @@ def locate(
     Raises CheckpointError with what is missing, where it was looked for and what it is called.
     """
     if dit_path and (high_noise_model_path or low_noise_model_path):
-        raise UsageError("--dit_path and an expert path", "both give the transformer", "give one file, or the two experts")
+        raise UsageError(
+            "--dit_path and an expert path",
+            "both give the transformer",
+            "give one file, or the two experts",
+        )
     given = {
         "dit": dit_path or high_noise_model_path,
         "dit_low": low_noise_model_path,
@@ -77,7 +94,11 @@ def locate(
     own = {name: existing(absolute(path), FLAGS[name]) for name, path in given.items() if path}
     if model is None or str(model) in ("", "demo"):
         if "dit" not in own:
-            raise UsageError("no model", "a transformer is needed beside the other files", "give --model, or --dit_path FILE")
+            raise UsageError(
+                "no model",
+                "a transformer is needed beside the other files",
+                "give --model, or --dit_path FILE",
+            )
         found = local(own["dit"])
     else:
         found = find(str(model), revision, offline)
@@ -88,13 +109,25 @@ def locate(
         found.parts["dit"] = high
         if pair[1] == high:
             found.parts["dit_low"] = pair[0]
-    found.parts |= {name: entry(path) if name == "dit_low" else path for name, path in own.items() if name != "dit"}
+    found.parts |= {
+        name: entry(path) if name == "dit_low" else path
+        for name, path in own.items()
+        if name != "dit"
+    }
     warnings = swapped(own.get("dit") if high_noise_model_path else None, own.get("dit_low"))
-    if "tokenizer" not in found.parts and "tokenizer" in parts:  # small, and the official folder of weights has none
+    if (
+        "tokenizer" not in found.parts and "tokenizer" in parts
+    ):  # small, and the official folder of weights has none
         found.parts |= base_parts(Preset, Repo(Preset.base_repo, None, offline), only="tokenizer")
-    alone = dit_path is not None and "dit_low" not in found.parts and filenames.needs_two(shown(own["dit"]))
+    alone = (
+        dit_path is not None
+        and "dit_low" not in found.parts
+        and filenames.needs_two(shown(own["dit"]))
+    )
     if alone:
-        warnings.append(f"{shown(own['dit'])} is one expert of two, given by itself: every step runs through it")
+        warnings.append(
+            f"{shown(own['dit'])} is one expert of two, given by itself: every step runs through it"
+        )
     paths = gather(found, parts, alone=alone)
     dits = tuple(paths[name] for name in ("dit", "dit_low") if name in paths)
     if len(dits) == 2 and same(*dits):
@@ -122,7 +155,11 @@ def cache_folder() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "tdjax"
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "tdjax" / "Cache"
+        return (
+            Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+            / "tdjax"
+            / "Cache"
+        )
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdjax"
 
 
@@ -139,7 +176,9 @@ def find(model: str, revision: str | None, offline: bool) -> Found:
         return published(alias, revision, offline)
     segments = model.split("/")
     is_file = model.endswith(filenames.WEIGHTS)
-    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(/[^/].*)?", model) and len(segments) >= (3 if is_file else 2)
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(/[^/].*)?", model) and len(segments) >= (
+        3 if is_file else 2
+    )
     if is_id and not Path(segments[0]).is_dir():
         return on_hub(Repo("/".join(segments[:2]), revision, offline), "/".join(segments[2:]))
     if is_file or "/" in model or "\\" in model or model.startswith((".", "~")):
@@ -158,7 +197,11 @@ def existing(path: Path, flag: str) -> Path:
         return path
     parent = next((p for p in path.parents if p.is_dir()), Path("."))
     near = close(path.name, [p.name for p in parent.iterdir()]) if parent == path.parent else []
-    why = f"close names in {parent}: {', '.join(near)}" if near else f"nearest folder that exists: {parent.resolve()}"
+    why = (
+        f"close names in {parent}: {', '.join(near)}"
+        if near
+        else f"nearest folder that exists: {parent.resolve()}"
+    )
     alias = filenames.alias_of(path.name.removesuffix(".pth"))
     fix = f"to download it: --model {alias}" if alias else "check the path"
     raise CheckpointError(f"{path} does not exist (given as {flag})", why, fix)
@@ -178,7 +221,9 @@ def base_parts(preset, repo: Repo, only: str | None = None) -> dict[str, Remote]
     forms = [f"{preset.tokenizer}/tokenizer.json", f"{preset.tokenizer}/spiece.model"]
     tokenizer = next((name for name in forms if repo.cached(name)), forms[0])
     files = {"vae": preset.vae, "text": preset.text, "tokenizer": tokenizer}
-    return {part: Remote(repo, file, (file,)) for part, file in files.items() if only in (None, part)}
+    return {
+        part: Remote(repo, file, (file,)) for part, file in files.items() if only in (None, part)
+    }
 
 
 def on_hub(repo: Repo, file: str) -> Found:
@@ -210,7 +255,11 @@ def on_hub(repo: Repo, file: str) -> Found:
 
 
 def remote(repo: Repo, name: str, names: list[str]) -> Remote:
-    files = (name,) if name in names else tuple(n for n in names if n.startswith(f"{name}/") and not n.endswith(UNWANTED))
+    files = (
+        (name,)
+        if name in names
+        else tuple(n for n in names if n.startswith(f"{name}/") and not n.endswith(UNWANTED))
+    )
     return Remote(repo, name, files)
 
 
@@ -226,7 +275,9 @@ def with_transformer(found: Found, own: Found, *, keep_low: bool) -> Found:
     parts = {name: part for name, part in found.parts.items() if name not in dropped}
     dits = {name: part for name, part in own.parts.items() if name in ("dit", "dit_low")}
     preset = own.preset or found.preset
-    return dataclasses.replace(found, name=own.name, layout=own.layout, preset=preset, parts=parts | dits)
+    return dataclasses.replace(
+        found, name=own.name, layout=own.layout, preset=preset, parts=parts | dits
+    )
 
 
 def swapped(high: Path | None, low: Path | None) -> list[str]:
@@ -236,7 +287,14 @@ def swapped(high: Path | None, low: Path | None) -> list[str]:
         for path, role in ((high, "high"), (low, "low"))
         if path and filenames.expert(shown(path)) not in (None, role)
     ]
-    return [*wrong, "if the video is noise or mush, swap --high_noise_model_path and --low_noise_model_path"] if wrong else []
+    return (
+        [
+            *wrong,
+            "if the video is noise or mush, swap --high_noise_model_path and --low_noise_model_path",
+        ]
+        if wrong
+        else []
+    )
 
 
 def gather(found: Found, parts: tuple[str, ...], *, alone: bool) -> dict[str, Path]:
@@ -249,22 +307,34 @@ def gather(found: Found, parts: tuple[str, ...], *, alone: bool) -> dict[str, Pa
             try:
                 paths[name] = part.path()
             except CheckpointError as error:
-                helps = name == "tokenizer" and found.looked  # for local weights the hub is a help, not the place they come from
+                helps = (
+                    name == "tokenizer" and found.looked
+                )  # for local weights the hub is a help, not the place they come from
                 if not (helps or part.repo.is_offline):
                     raise
-                missing.append(f"{describe(found, name) if helps else TITLES[name]}: {error.what} ({error.why})")
+                missing.append(
+                    f"{describe(found, name) if helps else TITLES[name]}: {error.what} ({error.why})"
+                )
         elif part is None:
             missing.append(describe(found, name))
     dit = paths.get("dit")
-    if dit is not None and not alone and "dit_low" not in found.parts and filenames.needs_two(shown(dit)):
+    if (
+        dit is not None
+        and not alone
+        and "dit_low" not in found.parts
+        and filenames.needs_two(shown(dit))
+    ):
         other = "low" if filenames.expert(shown(dit)) == "high" else "high"
         expected = filenames.swap_expert(shown(dit))
-        missing.append(f"{other}-noise expert: looked for {expected} in {dit.parent.parent}; or give --{other}_noise_model_path")
+        missing.append(
+            f"{other}-noise expert: looked for {expected} in {dit.parent.parent}; or give --{other}_noise_model_path"
+        )
     if missing:
         raise CheckpointError(
             f"{found.name}: {len(missing)} part{'s' if len(missing) > 1 else ''} missing",
             "\n".join(missing),
-            "put the files there or give their paths" + ("" if found.looked else "; or run once without --offline"),
+            "put the files there or give their paths"
+            + ("" if found.looked else "; or run once without --offline"),
         )
     return paths
 
@@ -288,4 +358,9 @@ def same(a: Path, b: Path) -> bool:
     if a.samefile(b):
         return True
     # An index lists only names: that of both experts is the same.
-    return a.is_file() and b.is_file() and not a.name.endswith(".json") and filecmp.cmp(a, b, shallow=False)
+    return (
+        a.is_file()
+        and b.is_file()
+        and not a.name.endswith(".json")
+        and filecmp.cmp(a, b, shallow=False)
+    )

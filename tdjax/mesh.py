@@ -11,7 +11,11 @@ from jax.sharding import AxisType, Mesh
 from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
 
-AXES = {"fsdp": "fsdp", "tp": "tensor", "sp": "seq"}  # what users write -> the names of sharding.RULES
+AXES = {
+    "fsdp": "fsdp",
+    "tp": "tensor",
+    "sp": "seq",
+}  # what users write -> the names of sharding.RULES
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -49,7 +53,13 @@ def make_mesh(text: str | None, cfg: DiTConfig) -> Mesh | None:
     count, devices = math.prod(sizes.values()), jax.devices()
     if count > len(devices):
         raise UsageError(
-            f"--mesh {text} needs {count} devices", f"there are {len(devices)}: {devices[0].device_kind}", "use a smaller mesh"
+            f"--mesh {text} needs {count} devices",
+            f"there are {len(devices)}: {devices[0].device_kind}",
+            "use a smaller mesh",
         )
     names = tuple(AXES[name] for name in sizes)
-    return Mesh(np.array(devices[:count]).reshape(tuple(sizes.values())), names, axis_types=(AxisType.Auto,) * len(names))
+    return Mesh(
+        np.array(devices[:count]).reshape(tuple(sizes.values())),
+        names,
+        axis_types=(AxisType.Auto,) * len(names),
+    )

@@ -28,17 +28,30 @@ def check_template(text: str, given_format: str | None) -> None:
     try:
         path = Path(text.format(**dict.fromkeys(FIELDS, "x")))
     except (KeyError, IndexError, ValueError) as error:
-        raise UsageError(f"--save_path {text}: unknown field {error}", f"fields are {', '.join(FIELDS)}") from error
+        raise UsageError(
+            f"--save_path {text}: unknown field {error}", f"fields are {', '.join(FIELDS)}"
+        ) from error
     suffix = given_format and SUFFIX.get(given_format, f".{given_format}")
     if given_format and text not in (DEFAULT, DEFAULT_ROWS) and path.suffix not in ("", suffix):
-        raise UsageError(f"--format {given_format} and --save_path {text}", "the suffix says another format", "give one of them")
+        raise UsageError(
+            f"--format {given_format} and --save_path {text}",
+            "the suffix says another format",
+            "give one of them",
+        )
 
 
 def one(args, name: str, job: Job, index: int, count: int) -> Path:
     """The path of one sample."""
     text = template(args, job)
     slug = re.sub(r"\W+", "-", (job.prompt or "embeds").lower()).strip("-")[:40]
-    fields = {"model": name, "seed": job.seed, "index": index, "prompt_slug": slug, "date": datetime.date.today(), "row": job.row}
+    fields = {
+        "model": name,
+        "seed": job.seed,
+        "index": index,
+        "prompt_slug": slug,
+        "date": datetime.date.today(),
+        "row": job.row,
+    }
     path = Path(text.format(**fields))
     if args.format:
         path = path.with_suffix(SUFFIX.get(args.format, f".{args.format}"))
@@ -69,14 +82,22 @@ def assign(args, name: str, jobs: list[Job], note) -> list[tuple[Job, list[Path]
         paths = targets(args, name, job)
         for path in paths:
             if path in taken:
-                raise UsageError(f"two videos would be written to {path}", f"rows {taken[path]} and {job.row}", "give each row its own out")
+                raise UsageError(
+                    f"two videos would be written to {path}",
+                    f"rows {taken[path]} and {job.row}",
+                    "give each row its own out",
+                )
             taken[path] = job.row
         if args.prompt_file and not args.overwrite and all(path.exists() for path in paths):
             note(f"{', '.join(map(str, paths))} is there already: skipped")
             continue
         for path in paths:
-            again = args.overwrite or bool(args.prompt_file)  # an interrupted row is made anew, whole
-            check_save(path, fps=args.fps, crf=args.crf, metadata=args.metadata == "on", overwrite=again)
+            again = args.overwrite or bool(
+                args.prompt_file
+            )  # an interrupted row is made anew, whole
+            check_save(
+                path, fps=args.fps, crf=args.crf, metadata=args.metadata == "on", overwrite=again
+            )
         todo.append((job, paths))
     return todo
 
@@ -93,7 +114,9 @@ class Files:
         self.options = {"crf": args.crf, "overwrite": args.overwrite or bool(args.prompt_file)}
         self.facts = pipe.facts(pipe.request(job.prompt, **arguments))
         self.writers: dict[int, Writer] = {}
-        whole = args.grid or any(path.suffix == ".safetensors" for path in paths)  # made of what is there at the end only
+        whole = args.grid or any(
+            path.suffix == ".safetensors" for path in paths
+        )  # made of what is there at the end only
         self.listen = {} if whole else {"on_frames": self.take}
 
     def __enter__(self):
@@ -105,8 +128,14 @@ class Files:
 
     def take(self, index: int, frames) -> None:
         if index not in self.writers:
-            facts = json.dumps({**self.facts, "index": index, "fps": self.args.fps}) if self.args.metadata == "on" else None
-            self.writers[index] = Writer(self.paths[index], fps=self.args.fps, metadata=facts, **self.options)
+            facts = (
+                json.dumps({**self.facts, "index": index, "fps": self.args.fps})
+                if self.args.metadata == "on"
+                else None
+            )
+            self.writers[index] = Writer(
+                self.paths[index], fps=self.args.fps, metadata=facts, **self.options
+            )
         self.writers[index].put(frames)
 
     def finish(self, result) -> None:
@@ -119,10 +148,17 @@ class Files:
                 if self.listen:
                     self.writers[index].close()
                     if metadata:
-                        write_json(sidecar(path), {**result.metadata, "index": index, "fps": self.args.fps})
+                        write_json(
+                            sidecar(path), {**result.metadata, "index": index, "fps": self.args.fps}
+                        )
                 else:
                     result.save(path, index=index, metadata=metadata, **self.options)
-            line = {"path": str(path), "seed": result.seed, "index": index, "timings": result.timings}
+            line = {
+                "path": str(path),
+                "seed": result.seed,
+                "index": index,
+                "timings": result.timings,
+            }
             print(json.dumps(line) if self.args.json else path, flush=True)
 
 
@@ -130,6 +166,10 @@ def tiled(result):
     """All samples side by side, as the official scripts write them."""
     from einops import rearrange
 
-    columns = max(n for n in range(1, len(result) + 1) if len(result) % n == 0 and n * n <= len(result))
-    frames = rearrange(result.frames, "(r c) t h w k -> 1 t (r h) (c w) k", c=len(result) // columns)
+    columns = max(
+        n for n in range(1, len(result) + 1) if len(result) % n == 0 and n * n <= len(result)
+    )
+    frames = rearrange(
+        result.frames, "(r c) t h w k -> 1 t (r h) (c w) k", c=len(result) // columns
+    )
     return dataclasses.replace(result, frames=frames, latents=result.latents[:1])

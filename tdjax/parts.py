@@ -31,7 +31,9 @@ KINDS = {
     "text": ("a umT5 text encoder", "text_encoder_path"),
 }
 ENDS = 2**16  # bytes at each end of a file that stand for it in an identity
-LOADER = ThreadPoolExecutor(1, thread_name_prefix="load")  # parts that are loaded ahead, in the order in which they were asked for
+LOADER = ThreadPoolExecutor(
+    1, thread_name_prefix="load"
+)  # parts that are loaded ahead, in the order in which they were asked for
 HOST_MEMORY = "pinned_host"
 Lora = tuple[tuple[str, float], ...]
 
@@ -40,14 +42,22 @@ class Part:
     """One network. kind: "text", "vae" or "dit". `module` is None until loaded; `config` says what it is loaded as."""
 
     def __init__(self, path: Path, kind: str, *, lora: Lora = ()):
-        self.path, self.mesh, self.module, self.coming, self.lora = Path(path), None, None, None, lora
+        self.path, self.mesh, self.module, self.coming, self.lora = (
+            Path(path),
+            None,
+            None,
+            None,
+            lora,
+        )
         self.ours = (self.path / "manifest.json").is_file()
         if self.ours:
             manifest = checkpoint.inspect(self.path)
             self.kind, self.stored = manifest["kind"], checkpoint.config_of(manifest)
             if lora:
                 raise UsageError(
-                    "--lora with a converted checkpoint", "LoRA is merged into published weights", "use python -m convert --lora"
+                    "--lora with a converted checkpoint",
+                    "LoRA is merged into published weights",
+                    "use python -m convert --lora",
                 )
         else:
             self.file = published.open_checkpoint(self.path, lora=lora)
@@ -64,7 +74,14 @@ class Part:
     def planned(cls, kind: str, config: Config, name: str) -> Part:
         """A part by its config alone, for a memory plan before any file is there."""
         part = cls.__new__(cls)
-        part.path, part.mesh, part.module, part.kind, part.config, part.stored = Path(name), None, None, kind, config, config
+        part.path, part.mesh, part.module, part.kind, part.config, part.stored = (
+            Path(name),
+            None,
+            None,
+            kind,
+            config,
+            config,
+        )
         part.lora, part.coming = (), None
         return part
 
@@ -73,7 +90,11 @@ class Part:
         module = abstract(self.kind, self.config)
         if self.mesh is None:
             return module
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), module, shardings(module, self.mesh))
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            module,
+            shardings(module, self.mesh),
+        )
 
     def load(self):
         """The module on the device; loading twice is loading once."""
@@ -99,7 +120,9 @@ class Part:
     @property
     def stageable(self) -> bool:
         """Whether the host can hold the weights as the device will: on one device, and nothing left to quantise."""
-        unchanged = not isinstance(self.config, DiTConfig) or self.config.linear == self.stored.linear
+        unchanged = (
+            not isinstance(self.config, DiTConfig) or self.config.linear == self.stored.linear
+        )
         return self.mesh is None and unchanged
 
     def read_to_host(self):
@@ -114,10 +137,16 @@ class Part:
     def read(self):
         """The weights on the device, whatever is there already."""
         config = self.config
-        if isinstance(config, DiTConfig):  # linears are read as stored, then quantised or dequantised on the device
+        if isinstance(
+            config, DiTConfig
+        ):  # linears are read as stored, then quantised or dequantised on the device
             config = dataclasses.replace(config, linear=self.stored.linear)
         where = None if self.mesh is None else shardings(abstract(self.kind, config), self.mesh)
-        module = checkpoint.restore(self.path, where, config)[1] if self.ours else self.file.load(config, where)
+        module = (
+            checkpoint.restore(self.path, where, config)[1]
+            if self.ours
+            else self.file.load(config, where)
+        )
         if isinstance(config, DiTConfig) and config.linear != self.config.linear:
             module = with_linear(module, self.config.linear, free=True)
             if self.mesh is not None:
@@ -133,7 +162,11 @@ class Part:
         if not self.ours:
             yield from self.file.layers(self.config, prefix, device)
             return
-        names = [name for name in checkpoint.names(abstract(self.kind, self.config)) if name.startswith(prefix)]
+        names = [
+            name
+            for name in checkpoint.names(abstract(self.kind, self.config))
+            if name.startswith(prefix)
+        ]
         leaves = {name: self.leaf(name) for name in names}
         for i in range(len(leaves[names[0]])):
             yield {name: jax.device_put(leaf[i], device) for name, leaf in leaves.items()}
@@ -142,7 +175,9 @@ class Part:
         """One leaf on the host, in the dtype that it is loaded as."""
         if not self.ours:
             return self.file.leaf(self.config, name)
-        return checkpoint.read(self.path, name).astype(checkpoint.names(abstract(self.kind, self.config))[name].dtype)
+        return checkpoint.read(self.path, name).astype(
+            checkpoint.names(abstract(self.kind, self.config))[name].dtype
+        )
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         """Rows of a table on the host."""
@@ -159,7 +194,11 @@ class Part:
 
     def identity(self) -> str:
         """A hash that tells these weights from any others on this machine: size, date, beginning and end of every file."""
-        files = sorted(p for p in self.path.rglob("*") if p.is_file()) if self.ours else self.file.source.files
+        files = (
+            sorted(p for p in self.path.rglob("*") if p.is_file())
+            if self.ours
+            else self.file.source.files
+        )
         found = hashlib.sha256()
         for file in files:
             facts = file.stat()
@@ -181,7 +220,11 @@ class Part:
                 quick.update(f.read(2**20))
                 f.seek(max(0, file.stat().st_size - 2**20))
                 quick.update(f.read())
-        return {"path": str(self.path), "bytes": sum(f.stat().st_size for f in files), "quick_sha256": quick.hexdigest()}
+        return {
+            "path": str(self.path),
+            "bytes": sum(f.stat().st_size for f in files),
+            "quick_sha256": quick.hexdigest(),
+        }
 
 
 def dropped(coming: Future) -> None:
@@ -192,31 +235,58 @@ def dropped(coming: Future) -> None:
 
 
 def open_parts(
-    located: Located, *, attention: str, impl: str, quant: str, topk: float | None, dtype: str, vae_dtype: str, lora: dict[str, Lora], note
+    located: Located,
+    *,
+    attention: str,
+    impl: str,
+    quant: str,
+    topk: float | None,
+    dtype: str,
+    vae_dtype: str,
+    lora: dict[str, Lora],
+    note,
 ) -> dict[str, Part]:
     """All components with the configs that they will run as; those that cannot work together are refused."""
     check_impl(impl, dtype)
     parts = {}
     for name, path in zip(("dit", "dit_low"), located.dit, strict=False):
         part = parts[name] = Part(path, "dit", lora=lora[name])
-        part.config = chosen(part, attention=attention, quant=quant, topk=topk, impl=impl, dtype=dtype, note=note)
+        part.config = chosen(
+            part, attention=attention, quant=quant, topk=topk, impl=impl, dtype=dtype, note=note
+        )
     if "dit_low" not in parts and lora["dit_low"] != lora["dit"]:
-        raise UsageError("--lora_high or --lora_low with one transformer", "they are for the two experts of Wan2.2 A14B", "use --lora")
+        raise UsageError(
+            "--lora_high or --lora_low with one transformer",
+            "they are for the two experts of Wan2.2 A14B",
+            "use --lora",
+        )
     for name, path, kind in (("vae", located.vae, vae_dtype), ("text", located.text, dtype)):
         if path is not None:
             part = parts[name] = Part(path, name)
             more = {"impl": "reference" if impl == "reference" else "auto"} if name == "vae" else {}
-            part.config = dataclasses.replace(part.stored, policy=Policy(param=kind, compute=kind), **more)
+            part.config = dataclasses.replace(
+                part.stored, policy=Policy(param=kind, compute=kind), **more
+            )
     check_parts(parts)
     return parts
 
 
-def planned_parts(preset: Preset, *, attention: str, quant: str, topk: float | None, dtype: str, note) -> dict[str, Part]:
+def planned_parts(
+    preset: Preset, *, attention: str, quant: str, topk: float | None, dtype: str, note
+) -> dict[str, Part]:
     """The parts of a preset whose files are not here, for a GPU's dtype unless another was asked for."""
     dtype = "bfloat16" if dtype == "auto" else dtype
     policy = Policy(param=dtype, compute=dtype)
     parts = {"dit": Part.planned("dit", preset.config, preset.dit[0])}
-    parts["dit"].config = chosen(parts["dit"], attention=attention, quant=quant, topk=topk, impl="auto", dtype=dtype, note=note)
+    parts["dit"].config = chosen(
+        parts["dit"],
+        attention=attention,
+        quant=quant,
+        topk=topk,
+        impl="auto",
+        dtype=dtype,
+        note=note,
+    )
     if len(preset.dit) == 2:
         parts["dit_low"] = Part.planned("dit", parts["dit"].config, preset.dit[1])
     parts["vae"] = Part.planned("vae", dataclasses.replace(WAN_VAE, policy=policy), preset.vae)
@@ -231,7 +301,9 @@ def reference_notes(cfg: DiTConfig) -> list[str]:
     if cfg.impl != "reference" and cfg.policy.compute in ("bfloat16", "float16"):
         return []
     why = "as asked for" if cfg.impl == "reference" else "the kernels take bfloat16 and float16"
-    return [f"{cfg.attention} attention runs as its XLA reference ({why}): several times slower than the kernels"]
+    return [
+        f"{cfg.attention} attention runs as its XLA reference ({why}): several times slower than the kernels"
+    ]
 
 
 def check_impl(impl: str, dtype: str) -> None:
@@ -244,7 +316,9 @@ def check_impl(impl: str, dtype: str) -> None:
         )
 
 
-def chosen(part: Part, *, attention: str, quant: str, topk: float | None, impl: str, dtype: str, note) -> DiTConfig:
+def chosen(
+    part: Part, *, attention: str, quant: str, topk: float | None, impl: str, dtype: str, note
+) -> DiTConfig:
     """The stored config with what was asked for."""
     return dataclasses.replace(
         part.stored,
@@ -271,8 +345,13 @@ def chosen_linear(part: Part, quant: str, note) -> str:
     stored = part.stored.linear
     linear = {"auto": stored, "none": "float"}.get(quant, quant)
     if stored != "float":
-        say = {stored: "running as W8A8 (--quant none dequantises at load)", "float": "dequantised at load"}
-        note(f"{part.path.name}: {stored} weights in the blocks, {say.get(linear, f'made {linear} at load')}")
+        say = {
+            stored: "running as W8A8 (--quant none dequantises at load)",
+            "float": "dequantised at load",
+        }
+        note(
+            f"{part.path.name}: {stored} weights in the blocks, {say.get(linear, f'made {linear} at load')}"
+        )
     return linear
 
 

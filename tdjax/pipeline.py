@@ -51,27 +51,47 @@ class Pipeline:
         vae: str = "auto",
         prompt_cache: PromptCache | None = None,
     ):
-        self.parts, self.low_memory, self.stages, self.text_encoder_device = parts, low_memory, stages, text_encoder_device
+        self.parts, self.low_memory, self.stages, self.text_encoder_device = (
+            parts,
+            low_memory,
+            stages,
+            text_encoder_device,
+        )
         self.vae = vae
         self.mesh = make_mesh(mesh, self.config)
         if self.mesh is not None and text_encoder_device == "stream":
-            raise UsageError("text_encoder_device stream with a mesh", "layers are streamed to one device", "use device, or no mesh")
+            raise UsageError(
+                "text_encoder_device stream with a mesh",
+                "layers are streamed to one device",
+                "use device, or no mesh",
+            )
         for part in parts.values():
             part.mesh = self.mesh
         self.programs = programs.Programs(self.mesh)
         self.coder = Coder(self.programs, self.parts["vae"], stages)
         self.kernels_checked, self.begun = False, set()
-        self.tokenizer = None if located.tokenizer is None else Tokenizer(located.tokenizer, self.text_len)
+        self.tokenizer = (
+            None if located.tokenizer is None else Tokenizer(located.tokenizer, self.text_len)
+        )
         check_vocabulary(self.tokenizer, parts.get("text"))
-        self.text = TextEncoder(self.programs, parts["text"], self.tokenizer, prompt_cache, stages) if "text" in parts else None
+        self.text = (
+            TextEncoder(self.programs, parts["text"], self.tokenizer, prompt_cache, stages)
+            if "text" in parts
+            else None
+        )
         facts, preset = located.facts, PRESETS.get(located.preset or "")
         self.name = facts.get("name", located.name)
         self.prompts, self.language = facts.get("prompts", []), facts.get("language")
         self.distilled = located.distilled
         self.resolution = None if "width" in facts else preset.resolution if preset else "480p"
         self.size = VideoSize(**{k: facts[k] for k in ("frames", "height", "width") if k in facts})
-        own = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.get("sampler", {}).items()}
-        self.sampler = dataclasses.replace(preset.sampler if preset else I2V_SAMPLER if self.task == "i2v" else T2V_SAMPLER, **own)
+        own = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in facts.get("sampler", {}).items()
+        }
+        self.sampler = dataclasses.replace(
+            preset.sampler if preset else I2V_SAMPLER if self.task == "i2v" else T2V_SAMPLER, **own
+        )
 
     def default_prompt(self, seed: int) -> str | None:
         """A prompt that suits the model, another one for each seed; None for models that name none."""
@@ -92,12 +112,23 @@ class Pipeline:
     def request(self, prompt: str | list[str] | None = None, **arguments: Any) -> Request:
         """The checked arguments of a call; raises UsageError before any long work."""
         prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
-        request = make_request(prompts, arguments, task=self.task, size=self.size, resolution=self.resolution, sampler=self.sampler)
+        request = make_request(
+            prompts,
+            arguments,
+            task=self.task,
+            size=self.size,
+            resolution=self.resolution,
+            sampler=self.sampler,
+        )
         if request.sampler.guidance != 1.0 and "text" not in self.parts:
             raise UsageError(
-                "guidance without a text encoder", "the negative prompt is encoded by it", "give the prompt itself, or guidance 1"
+                "guidance without a text encoder",
+                "the negative prompt is encoded by it",
+                "give the prompt itself, or guidance 1",
             )
-        request.check_arrays(latents=self.latent_shape(request), embeds=(self.text_len, self.config.text_dim))
+        request.check_arrays(
+            latents=self.latent_shape(request), embeds=(self.text_len, self.config.text_dim)
+        )
         return request
 
     def latent_shape(self, request: Request) -> tuple[int, ...]:
@@ -106,11 +137,19 @@ class Pipeline:
 
     def plan(self, request: Request) -> list[plan.StagePlan]:
         """Memory of each stage for a request; nothing is loaded."""
-        return self.plan_with(request, stream_text=self.streams_text(request), tiled=self.tiled(request))
+        return self.plan_with(
+            request, stream_text=self.streams_text(request), tiled=self.tiled(request)
+        )
 
     def plan_with(self, request: Request, **choices: bool) -> list[plan.StagePlan]:
         configs = {name: part.config for name, part in self.parts.items()}
-        return plan.stage_plans(configs, request.size, image=self.task == "i2v", guided=request.sampler.guidance != 1.0, **choices)
+        return plan.stage_plans(
+            configs,
+            request.size,
+            image=self.task == "i2v",
+            guided=request.sampler.guidance != 1.0,
+            **choices,
+        )
 
     def streams_text(self, request: Request) -> bool:
         """Whether the text encoder passes through the device layer by layer."""
@@ -142,7 +181,9 @@ class Pipeline:
             self.text.layer_programs() if self.streams_text(request) else self.text.program()
         for wait in (False, True):
             with contextlib.nullcontext() if wait else self.programs.ahead():
-                self.later_programs(request, (False, True))  # the whole loop, and its single steps for a terminal
+                self.later_programs(
+                    request, (False, True)
+                )  # the whole loop, and its single steps for a terminal
 
     def later_programs(self, request: Request, singles: tuple[bool, ...]) -> None:
         """Those of every stage after the text encoder."""
@@ -151,13 +192,21 @@ class Pipeline:
         if self.task == "i2v":
             self.coder.encoder(request.size)
             condition = shape((*grid[:-1], self.config.condition_channels))
-        text = shape((self.text_rows(request), self.text_len, self.config.text_dim), self.config.policy.compute_dtype)
+        text = shape(
+            (self.text_rows(request), self.text_len, self.config.text_dim),
+            self.config.policy.compute_dtype,
+        )
         for single in singles:
             cut = spans.cut(request.sampler, experts="dit_low" in self.parts, single=single)
             key = jax.eval_shape(jax.random.key, 0) if request.key is None else request.key
-            args = jax.tree.map(lambda x: shape(x.shape, x.dtype), spans.arguments(request.sampler, key, 0, request.latents))
+            args = jax.tree.map(
+                lambda x: shape(x.shape, x.dtype),
+                spans.arguments(request.sampler, key, 0, request.latents),
+            )
             self.start_program(request, args, cut)
-            state, noise = jax.eval_shape(functools.partial(spans.start, **spans.static(request.sampler, grid, cut)), *args)
+            state, noise = jax.eval_shape(
+                functools.partial(spans.start, **spans.static(request.sampler, grid, cut)), *args
+            )
             begun = state, spans.schedules(request.sampler, cut, noise)
             state, chunks = jax.tree.map(lambda x: shape(x.shape, x.dtype), begun)
             for chunk in chunks:
@@ -177,8 +226,18 @@ class Pipeline:
             with self.stages("prepare"), self.programs.ahead():
                 self.later_programs(request, (single,))
         swap = flow.split_times(flow.times(request.sampler), request.sampler.boundary)
-        experts = [name for name in ("dit", "dit_low") if name == "dit" or (name in self.parts and swap < request.sampler.steps)]
-        for name in ("vae", *experts) if self.task == "i2v" else experts if request.output_type == "latent" else (*experts, "vae"):
+        experts = [
+            name
+            for name in ("dit", "dit_low")
+            if name == "dit" or (name in self.parts and swap < request.sampler.steps)
+        ]
+        for name in (
+            ("vae", *experts)
+            if self.task == "i2v"
+            else experts
+            if request.output_type == "latent"
+            else (*experts, "vae")
+        ):
             self.parts[name].load_ahead()
 
     # -- the stages ----------------------------------------------------------------------------------------------------
@@ -216,7 +275,11 @@ class Pipeline:
         """Prompts -> embeddings [b s d] on the host: from the cache, or one prompt at a time through the text encoder."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if self.tokenizer is None or self.text is None:
-            raise UsageError("this model was opened without a text encoder", "a prompt cannot be encoded", "give prompt_embeds")
+            raise UsageError(
+                "this model was opened without a text encoder",
+                "a prompt cannot be encoded",
+                "give prompt_embeds",
+            )
         request = request or Request(prompts=tuple(prompts), size=self.size, sampler=self.sampler)
         return self.text.embed(prompts, functools.partial(self.encode_text, request))
 
@@ -240,10 +303,19 @@ class Pipeline:
         """For each prompt what the transformer reads: [1 s d], or prompt and negative prompt [2 s d] under guidance."""
         prompts = list(request.prompts) if request.prompt_embeds is None else []
         negative = [request.negative_prompt] * (self.text_rows(request) - 1)
-        rows = self.embed(prompts + negative, request=request) if prompts + negative else np.zeros((0,))
+        rows = (
+            self.embed(prompts + negative, request=request)
+            if prompts + negative
+            else np.zeros((0,))
+        )
         embeds = rows[: len(prompts)] if request.prompt_embeds is None else request.prompt_embeds
         dtype = self.config.policy.compute_dtype
-        return [np.concatenate([row[None], rows[len(prompts) :]]).astype(dtype) if negative else row[None].astype(dtype) for row in embeds]
+        return [
+            np.concatenate([row[None], rows[len(prompts) :]]).astype(dtype)
+            if negative
+            else row[None].astype(dtype)
+            for row in embeds
+        ]
 
     def encode_image(self, request: Request):
         """The image as condition f32[1 t h w 20]: mask of the first latent frame, and latents of the image and grey frames."""
@@ -251,7 +323,9 @@ class Pipeline:
         with self.stage("vae encode", request):
             image = first_frame(fit_image(request.image, request.size, request.fit), request.size)
             latents = self.coder.encode(vae, image, request.size)
-            return jax.block_until_ready(self.programs.place(image_condition(self.programs.place(latents))))
+            return jax.block_until_ready(
+                self.programs.place(image_condition(self.programs.place(latents)))
+            )
 
     def start_program(self, request: Request, args: tuple, cut: list[spans.Span]):
         static = spans.static(request.sampler, self.latent_shape(request), cut)
@@ -262,23 +336,53 @@ class Pipeline:
         function, static = programs.denoise, {"mode": cfg.mode}
         if not cfg.few_step:
             function, static = programs.denoise_guided, {"guidance": cfg.guidance}
-        return self.programs.get(self.stages, "denoise", function, model, state, text, condition, chunk, donate=(1,), **static)
+        return self.programs.get(
+            self.stages,
+            "denoise",
+            function,
+            model,
+            state,
+            text,
+            condition,
+            chunk,
+            donate=(1,),
+            **static,
+        )
 
     def denoise(self, request: Request, key, sample: int, text, condition):
         """-> latents f32[1 t h w c] on the device. Raises NotFinite with the first bad step."""
         steps, keep, finite = request.sampler.steps, self.keep(request), []
         experts = "dit_low" in self.parts
-        cut = spans.cut(request.sampler, experts=experts, single=self.stages.show or (not keep and experts))
-        args, later = self.programs.place(spans.arguments(request.sampler, key, sample, request.latents)), [span.expert for span in cut[1:]]
+        cut = spans.cut(
+            request.sampler, experts=experts, single=self.stages.show or (not keep and experts)
+        )
+        args, later = (
+            self.programs.place(spans.arguments(request.sampler, key, sample, request.latents)),
+            [span.expert for span in cut[1:]],
+        )
         state, noise = self.start_program(request, args, cut)(*args)
         chunks = self.programs.place(spans.schedules(request.sampler, cut, noise))
         for chunk, (first, last, name) in zip(chunks, cut, strict=True):
             if name == "dit_low" and not keep:
                 self.parts["dit"].free()
-            run, model = self.ready(name, request, functools.partial(self.denoise_program, request, state, text, condition, chunk))
+            run, model = self.ready(
+                name,
+                request,
+                functools.partial(self.denoise_program, request, state, text, condition, chunk),
+            )
             if first == 0:
-                wait_for_threads([*self.programs.coming.values(), *(part.coming for part in self.parts.values())], self.stages)
-            label = "denoise" if last - first > 1 or steps == 1 else f"denoise: step {first + 1} of {steps}"
+                wait_for_threads(
+                    [
+                        *self.programs.coming.values(),
+                        *(part.coming for part in self.parts.values()),
+                    ],
+                    self.stages,
+                )
+            label = (
+                "denoise"
+                if last - first > 1 or steps == 1
+                else f"denoise: step {first + 1} of {steps}"
+            )
             with self.stage(label, request):
                 state, ok = run(model, state, text, condition, chunk)
                 finite += np.asarray(ok).tolist()
@@ -300,9 +404,14 @@ class Pipeline:
     def decode(self, request: Request, latents: np.ndarray, index: int = 0) -> np.ndarray:
         """Latents f32[1 t h w c] -> uint8 (or float32 in [0, 1]) [1 T H W 3] on the host; chunks go to `on_frames` as they come."""
         tiled = self.tiled(request)
-        _, vae = self.ready("vae", request, lambda: self.coder.decoder(latents.shape, request.output_type, tiled))
+        _, vae = self.ready(
+            "vae", request, lambda: self.coder.decoder(latents.shape, request.output_type, tiled)
+        )
         size, start = request.size, 0
-        video = np.empty((1, size.frames, size.height, size.width, 3), np.uint8 if request.output_type == "uint8" else np.float32)
+        video = np.empty(
+            (1, size.frames, size.height, size.width, 3),
+            np.uint8 if request.output_type == "uint8" else np.float32,
+        )
         with self.stage("vae decode", request):
             for frames, finite in self.coder.decode(vae, latents, request.output_type, tiled):
                 if request.check == "finite" and not finite:
@@ -383,10 +492,16 @@ class Pipeline:
     def warnings(self, request: Request) -> list[str]:
         """What a user should know before waiting: the prompt's length, an unusual size, weights that need many steps."""
         lines = size_notes(request.size, request.resolution) if self.resolution else []
-        lines += reference_notes(self.config) + sampler_notes(request.sampler, self.name, self.distilled, "dit_low" in self.parts)
+        lines += reference_notes(self.config) + sampler_notes(
+            request.sampler, self.name, self.distilled, "dit_low" in self.parts
+        )
         if request.prompt_embeds is None:
             for text in request.prompts:
-                lines += language_warnings(self.language, text) if self.language else prompt_warnings(self.tokenizer, text)
+                lines += (
+                    language_warnings(self.language, text)
+                    if self.language
+                    else prompt_warnings(self.tokenizer, text)
+                )
         return lines
 
     def free(self, *names: str) -> None:

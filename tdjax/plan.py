@@ -21,8 +21,13 @@ from tdjax.models.wan_vae import cache_bytes
 from tdjax.tiles import tiling
 
 GIB = 2**30
-KERNEL_STEPS, REFERENCE_STEPS = 5.5, 10  # activations of a chunk at full resolution that a VAE program holds at its worst moment
-STREAMED_LAYERS = 3  # of the text encoder on the device: one that runs, one that waits, one that arrives
+KERNEL_STEPS, REFERENCE_STEPS = (
+    5.5,
+    10,
+)  # activations of a chunk at full resolution that a VAE program holds at its worst moment
+STREAMED_LAYERS = (
+    3  # of the text encoder on the device: one that runs, one that waits, one that arrives
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +80,25 @@ def vae_working(cfg: VAEConfig, height: int, width: int, *, encode: bool) -> int
     """The cache and the activations of one chunk at full resolution; frames come and go. XLA counts 5.0 of them with the kernel, and
     up to 9.0 where the reference makes the taps."""
     item, frame = np.dtype(cfg.policy.compute).itemsize, height * width
-    steps = KERNEL_STEPS if cfg.impl != "reference" and jax.default_backend() == "gpu" else REFERENCE_STEPS
-    step = 4 * cfg.multipliers[0] * cfg.dim * frame * item  # one activation of four frames at full resolution
+    steps = (
+        KERNEL_STEPS
+        if cfg.impl != "reference" and jax.default_backend() == "gpu"
+        else REFERENCE_STEPS
+    )
+    step = (
+        4 * cfg.multipliers[0] * cfg.dim * frame * item
+    )  # one activation of four frames at full resolution
     return cache_bytes(cfg, height, width, encode=encode) + int(steps * step)
 
 
 def stage_plans(
-    configs: dict[str, Config], size: VideoSize, *, image: bool, guided: bool, stream_text: bool = False, tiled: bool = False
+    configs: dict[str, Config],
+    size: VideoSize,
+    *,
+    image: bool,
+    guided: bool,
+    stream_text: bool = False,
+    tiled: bool = False,
 ) -> list[StagePlan]:
     """configs of "text" (or not), "vae", "dit", "dit_low" (or not) -> the stages in the order they run."""
     plans = []
@@ -91,15 +108,33 @@ def stage_plans(
         plans.append(StagePlan("text", weights, text_working(cfg, 1)))
     vae = configs["vae"]
     if image:
-        plans.append(StagePlan("vae encode", weight_bytes("vae", vae), vae_working(vae, size.height, size.width, encode=True)))
+        plans.append(
+            StagePlan(
+                "vae encode",
+                weight_bytes("vae", vae),
+                vae_working(vae, size.height, size.width, encode=True),
+            )
+        )
     for name in ("dit", "dit_low"):
         if name in configs:
             cfg = configs[name]
-            label = "denoise" if "dit_low" not in configs else ("denoise (high noise)" if name == "dit" else "denoise (low noise)")
-            plans.append(StagePlan(label, weight_bytes("dit", cfg), dit_working(cfg, size, 2 if guided else 1)))
+            label = (
+                "denoise"
+                if "dit_low" not in configs
+                else ("denoise (high noise)" if name == "dit" else "denoise (low noise)")
+            )
+            plans.append(
+                StagePlan(
+                    label, weight_bytes("dit", cfg), dit_working(cfg, size, 2 if guided else 1)
+                )
+            )
     sides = (size.height // vae.spatial, size.width // vae.spatial)
     height, width = (n * vae.spatial for n in (tiling(*sides).size if tiled else sides))
-    plans.append(StagePlan("vae decode", weight_bytes("vae", vae), vae_working(vae, height, width, encode=False)))
+    plans.append(
+        StagePlan(
+            "vae decode", weight_bytes("vae", vae), vae_working(vae, height, width, encode=False)
+        )
+    )
     return plans
 
 
@@ -115,7 +150,9 @@ def keep_resident(plans: list[StagePlan], limit: int | None, low_memory: bool) -
         return False
     if limit is None:
         return True
-    weights = sum(p.weights for p in plans if p.name != "vae encode")  # the VAE stands in two stages
+    weights = sum(
+        p.weights for p in plans if p.name != "vae encode"
+    )  # the VAE stands in two stages
     return weights + max(p.working for p in plans) < 0.9 * limit
 
 
@@ -131,15 +168,23 @@ def host_available() -> int:
     """Bytes that the host could give to a process (Linux; 0 elsewhere)."""
     file = Path("/proc/meminfo")
     lines = file.read_text().splitlines() if file.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0
+    )
 
 
 def table(plans: list[StagePlan], limit: int | None) -> str:
     lines = [f"{'stage':22} {'weights':>10} {'working':>10} {'total':>10}"]
     for p in plans:
-        lines.append(f"{p.name:22} {p.weights / GIB:6.2f} GiB {p.working / GIB:6.2f} GiB {p.total / GIB:6.2f} GiB")
+        lines.append(
+            f"{p.name:22} {p.weights / GIB:6.2f} GiB {p.working / GIB:6.2f} GiB {p.total / GIB:6.2f} GiB"
+        )
     peak = max(plans, key=lambda p: p.total)
-    limit_text = "the device does not report its memory" if limit is None else f"{limit / GIB:.1f} GiB usable"
+    limit_text = (
+        "the device does not report its memory"
+        if limit is None
+        else f"{limit / GIB:.1f} GiB usable"
+    )
     lines.append(f"peak {peak.total / GIB:.2f} GiB in {peak.name} ({limit_text})")
     return "\n".join(lines)
 

@@ -64,14 +64,18 @@ def pixels(video, output: str):
 
 def start_noise(key, steps: int, shape: tuple[int, ...]):
     """f32[steps *shape]. Entry k draws from fold_in(key, k): the start is the same for every number of steps."""
-    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(key, k), shape, jnp.float32))(jnp.arange(steps))
+    return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(key, k), shape, jnp.float32))(
+        jnp.arange(steps)
+    )
 
 
 def denoise(model, x, text, image, schedule, *, mode: str):
     """Few steps: schedule = (noise f32[n b t h w c], times f32[n+1]) -> (x f32[b t h w c], finite bool[n])."""
     noise, times = schedule
     kv = before_the_loop(model, text)
-    return sampler.sample_from(lambda x, timestep: model.velocity(x, timestep, kv, image), x, noise, times, mode)
+    return sampler.sample_from(
+        lambda x, timestep: model.velocity(x, timestep, kv, image), x, noise, times, mode
+    )
 
 
 def before_the_loop(model, text):
@@ -90,7 +94,9 @@ def denoise_guided(model, state, text, image, schedule, *, guidance: float):
         both = lambda a: None if a is None else jnp.concatenate([a, a])
         if guidance == 1.0:
             return model.velocity(x, timestep, kv, image)
-        return sampler.guide(*jnp.split(model.velocity(both(x), both(timestep), kv, both(image)), 2), guidance)
+        return sampler.guide(
+            *jnp.split(model.velocity(both(x), both(timestep), kv, both(image)), 2), guidance
+        )
 
     return sampler.teacher_from(velocity, state, schedule)
 
@@ -122,10 +128,20 @@ class Programs:
     def get(self, stages, label: str, function, *args, donate: tuple[int, ...] = (), **static):
         """The executable for these arguments (arrays or shapes); compiled on first use. Within `ahead` it is asked for: None."""
         leaves, structure = jax.tree.flatten(args)
-        key = (function, tuple(sorted(static.items())), structure, tuple((tuple(x.shape), str(x.dtype)) for x in leaves))
+        key = (
+            function,
+            tuple(sorted(static.items())),
+            structure,
+            tuple((tuple(x.shape), str(x.dtype)) for x in leaves),
+        )
         if key in self.compiled:
             return self.compiled[key]
-        make = lambda: self.compile(jax.jit(lambda *a: function(*a, **static), donate_argnums=donate, out_shardings=self.whole), args)
+        make = lambda: self.compile(
+            jax.jit(
+                lambda *a: function(*a, **static), donate_argnums=donate, out_shardings=self.whole
+            ),
+            args,
+        )
         if self.asking:
             self.pool = self.pool or ThreadPoolExecutor(COMPILERS, thread_name_prefix="compile")
             if key not in self.coming:
@@ -162,6 +178,11 @@ class Programs:
         for (function, *_), executable in self.compiled.items():
             m = executable.memory_analysis()
             if m is not None:
-                size = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+                size = (
+                    m.argument_size_in_bytes
+                    + m.output_size_in_bytes
+                    + m.temp_size_in_bytes
+                    - m.alias_size_in_bytes
+                )
                 out[function.__name__] = max(out.get(function.__name__, 0), size)
         return out

@@ -23,7 +23,10 @@ FORMAT = 1
 
 def entry_key(ids: np.ndarray, mask: np.ndarray, facts: dict[str, Any]) -> str:
     """The name of one prompt's entry: its tokens [s] (they stand for text and tokenizer), and what computed the embedding."""
-    text = json.dumps({"format": FORMAT, "ids": ids[mask > 0].tolist(), "length": len(ids), **facts}, sort_keys=True)
+    text = json.dumps(
+        {"format": FORMAT, "ids": ids[mask > 0].tolist(), "length": len(ids), **facts},
+        sort_keys=True,
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -49,7 +52,12 @@ class PromptCache:
                 rows = f.get_tensor("rows")
         except (OSError, SafetensorError):
             return None
-        if rows.ndim != 2 or len(rows) > shape[0] or rows.shape[1] != shape[1] or rows.dtype != dtype:
+        if (
+            rows.ndim != 2
+            or len(rows) > shape[0]
+            or rows.shape[1] != shape[1]
+            or rows.dtype != dtype
+        ):
             return None
         with contextlib.suppress(OSError):
             os.utime(path)
@@ -60,7 +68,9 @@ class PromptCache:
         part = self.folder / f".{key}.{secrets.token_hex(4)}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"rows": np.ascontiguousarray(embeds[:tokens])}, part, metadata={"prompt": prompt})
+            save_file(
+                {"rows": np.ascontiguousarray(embeds[:tokens])}, part, metadata={"prompt": prompt}
+            )
             os.replace(part, self.path(key))
             self.trim()
         except (OSError, SafetensorError) as error:
@@ -68,7 +78,11 @@ class PromptCache:
                 part.unlink(missing_ok=True)
             first, self.failed = not self.failed, True
             why = getattr(error, "strerror", None) or error
-            return f"prompt cache {self.folder} cannot be written ({why}): going on without" if first else None
+            return (
+                f"prompt cache {self.folder} cannot be written ({why}): going on without"
+                if first
+                else None
+            )
         return None
 
     def entries(self) -> list[tuple[Path, os.stat_result]]:

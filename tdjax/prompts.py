@@ -22,8 +22,21 @@ BLOCKS = "blocks."  # how names of the encoder's stacked leaves begin
 class TextEncoder:
     """The text encoder of a pipeline as stages."""
 
-    def __init__(self, compiled: programs.Programs, part: Part, tokenizer: Tokenizer | None, cache: PromptCache | None, stages):
-        self.compiled, self.part, self.tokenizer, self.cache, self.stages = compiled, part, tokenizer, cache, stages
+    def __init__(
+        self,
+        compiled: programs.Programs,
+        part: Part,
+        tokenizer: Tokenizer | None,
+        cache: PromptCache | None,
+        stages,
+    ):
+        self.compiled, self.part, self.tokenizer, self.cache, self.stages = (
+            compiled,
+            part,
+            tokenizer,
+            cache,
+            stages,
+        )
 
     def embed(self, prompts: list[str], encode: Callable[[Tokens], np.ndarray]) -> np.ndarray:
         """-> [b s d]. `encode` is asked for the prompts that the cache does not know, all at once, and not at all if it knows
@@ -33,14 +46,22 @@ class TextEncoder:
         if self.cache is not None:
             with self.stages("prompt cache"):
                 facts = self.facts()
-                keys = [entry_key(ids, mask, facts) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
-                rows = [self.cache.get(key, (cfg.text_len, cfg.dim), np.dtype(cfg.policy.compute_dtype)) for key in keys]
+                keys = [
+                    entry_key(ids, mask, facts)
+                    for ids, mask in zip(tokens.ids, tokens.mask, strict=True)
+                ]
+                rows = [
+                    self.cache.get(key, (cfg.text_len, cfg.dim), np.dtype(cfg.policy.compute_dtype))
+                    for key in keys
+                ]
         missing = [i for i, row in enumerate(rows) if row is None]
         if missing:
             encoded = encode(Tokens(tokens.ids[missing], tokens.mask[missing]))
             for i, row in zip(missing, encoded, strict=True):
                 rows[i] = row
-                note = self.cache and self.cache.put(keys[i], row, int(tokens.mask[i].sum()), prompts[i])
+                note = self.cache and self.cache.put(
+                    keys[i], row, int(tokens.mask[i].sum()), prompts[i]
+                )
                 if note:
                     self.stages.note(note)
         return np.stack(rows)
@@ -60,24 +81,35 @@ class TextEncoder:
 
     def program(self):
         row = self.compiled.shape((1, self.part.config.text_len), jnp.int32)
-        return self.compiled.get(self.stages, "text", programs.encode_text, self.part.abstract(), row, row)
+        return self.compiled.get(
+            self.stages, "text", programs.encode_text, self.part.abstract(), row, row
+        )
 
     def whole(self, encoder, tokens: Tokens) -> np.ndarray:
         """Tokens [b s] -> [b s d] on the host, one prompt at a time."""
         run, place = self.program(), self.compiled.place
         each = zip(tokens.ids[:, None], tokens.mask[:, None], strict=True)
-        return np.concatenate([np.asarray(row) for row in [run(encoder, *place(row)) for row in each]])
+        return np.concatenate(
+            [np.asarray(row) for row in [run(encoder, *place(row)) for row in each]]
+        )
 
     # -- a layer at a time ---------------------------------------------------------------------------------------------
 
     def layer_programs(self):
         """Of one layer, with its input donated, and of what comes after the last."""
         cfg, module, shape = self.part.config, self.part.abstract(), self.compiled.shape
-        x, mask = shape((1, cfg.text_len, cfg.dim), cfg.policy.compute_dtype), shape((1, cfg.text_len), jnp.int32)
+        x, mask = (
+            shape((1, cfg.text_len, cfg.dim), cfg.policy.compute_dtype),
+            shape((1, cfg.text_len), jnp.int32),
+        )
         block = jax.tree.map(lambda leaf: shape(leaf.shape[1:], leaf.dtype), module.blocks)
         norm = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), module.norm)
-        get = lambda function, *args, donate=(): self.compiled.get(self.stages, "text", function, *args, donate=donate)
-        return get(programs.text_layer, block, x, mask, donate=(1,)), get(programs.text_end, norm, x, mask)
+        get = lambda function, *args, donate=(): self.compiled.get(
+            self.stages, "text", function, *args, donate=donate
+        )
+        return get(programs.text_layer, block, x, mask, donate=(1,)), get(
+            programs.text_end, norm, x, mask
+        )
 
     def streamed(self, tokens: Tokens) -> np.ndarray:
         """The same, with one layer of the encoder on the device and the next on its way; all prompts pass each layer together,
@@ -90,13 +122,22 @@ class TextEncoder:
         masks = [place(row[None]) for row in tokens.mask]
         before = xs
         for leaves in self.part.layers(BLOCKS):
-            block = unflatten(module.blocks, {name.removeprefix(BLOCKS): leaf for name, leaf in leaves.items()})
+            block = unflatten(
+                module.blocks, {name.removeprefix(BLOCKS): leaf for name, leaf in leaves.items()}
+            )
             jax.block_until_ready(before)  # the layer before this one is done: its weights are free
             before = xs = [layer(block, x, mask) for x, mask in zip(xs, masks, strict=True)]
             del leaves, block
-        norm = unflatten(module.norm, {name: self.part.leaf(f"norm.{name}") for name in checkpoint.names(module.norm)})
-        return np.concatenate([np.asarray(end(norm, x, mask)) for x, mask in zip(xs, masks, strict=True)])
+        norm = unflatten(
+            module.norm,
+            {name: self.part.leaf(f"norm.{name}") for name in checkpoint.names(module.norm)},
+        )
+        return np.concatenate(
+            [np.asarray(end(norm, x, mask)) for x, mask in zip(xs, masks, strict=True)]
+        )
 
 
 def unflatten(abstract, leaves: dict):
-    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in checkpoint.names(abstract)])
+    return jax.tree.unflatten(
+        jax.tree.structure(abstract), [leaves[name] for name in checkpoint.names(abstract)]
+    )

@@ -17,7 +17,12 @@ from tdjax.errors import UsageError
 from tdjax.resolution import choose_size
 
 # Names of diffusers and TurboDiffusion that mean the same.
-ALIASES = {"num_inference_steps": "num_steps", "image_path": "image", "num_videos_per_prompt": "num_samples", "generator": "key"}
+ALIASES = {
+    "num_inference_steps": "num_steps",
+    "image_path": "image",
+    "num_videos_per_prompt": "num_samples",
+    "generator": "key",
+}
 SAMPLER_FIELDS = {"num_steps": "steps", "sigma_max": "sigma_max", "mid_t": "mid", "sampler": "mode", "boundary": "boundary",
                   "shift": "shift", "guidance_scale": "guidance"}  # fmt: skip
 OUTPUTS = ("uint8", "float", "latent")
@@ -42,15 +47,21 @@ class Request:
     fps: int = 16
     resolution: str | None = None  # the name that the size came from, where there was one
     check: str = "finite"
-    on_frames: Callable[[int, np.ndarray], None] | None = None  # (number of the video, chunk of its frames [t H W 3])
+    on_frames: Callable[[int, np.ndarray], None] | None = (
+        None  # (number of the video, chunk of its frames [t H W 3])
+    )
 
     def check_arrays(self, *, latents: tuple[int, ...], embeds: tuple[int, int]) -> None:
         """Raises UsageError unless given arrays have the shapes of this model at this size."""
         if self.latents is not None and tuple(self.latents.shape) != latents:
             raise UsageError(
-                f"latents have shape {tuple(self.latents.shape)}", f"{self.size} needs {latents}, [1 t h w c]", "match the size"
+                f"latents have shape {tuple(self.latents.shape)}",
+                f"{self.size} needs {latents}, [1 t h w c]",
+                "match the size",
             )
-        if self.prompt_embeds is not None and (tuple(self.prompt_embeds.shape[1:]) != embeds or not len(self.prompt_embeds)):
+        if self.prompt_embeds is not None and (
+            tuple(self.prompt_embeds.shape[1:]) != embeds or not len(self.prompt_embeds)
+        ):
             raise UsageError(
                 f"prompt_embeds have shape {tuple(self.prompt_embeds.shape)}",
                 f"this model needs [b {embeds[0]} {embeds[1]}]",
@@ -60,18 +71,39 @@ class Request:
     def digests(self) -> dict[str, str]:
         """sha256 of the arrays that the caller gave, so that a sidecar tells whether they were the same."""
         given = {name: getattr(self, name) for name in ("image", "latents", "prompt_embeds")}
-        return {k: hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest() for k, v in given.items() if v is not None}
+        return {
+            k: hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest()
+            for k, v in given.items()
+            if v is not None
+        }
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         near = difflib.get_close_matches(str(value), allowed, 1, 0.0)[0]
-        raise UsageError(f"{name} is {value!r}", f"allowed: {', '.join(allowed)}", f"nearest: {near}")
+        raise UsageError(
+            f"{name} is {value!r}", f"allowed: {', '.join(allowed)}", f"nearest: {near}"
+        )
 
 
 def accepted() -> list[str]:
-    own = [f.name for f in dataclasses.fields(Request) if f.name not in ("prompts", "size", "sampler", "resolution")]
-    return sorted([*own, *SAMPLER_FIELDS, *ALIASES, "resolution", "aspect_ratio", "width", "height", "num_frames"])
+    own = [
+        f.name
+        for f in dataclasses.fields(Request)
+        if f.name not in ("prompts", "size", "sampler", "resolution")
+    ]
+    return sorted(
+        [
+            *own,
+            *SAMPLER_FIELDS,
+            *ALIASES,
+            "resolution",
+            "aspect_ratio",
+            "width",
+            "height",
+            "num_frames",
+        ]
+    )
 
 
 def canonical(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +124,13 @@ def canonical(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_request(
-    prompts: tuple[str, ...], arguments: dict[str, Any], *, task: str, size: VideoSize, resolution: str | None, sampler: SamplerConfig
+    prompts: tuple[str, ...],
+    arguments: dict[str, Any],
+    *,
+    task: str,
+    size: VideoSize,
+    resolution: str | None,
+    sampler: SamplerConfig,
 ) -> Request:
     """Arguments over the model's own defaults (its size, resolution and sampler)."""
     given = canonical(arguments)
@@ -104,10 +142,16 @@ def make_request(
     size_given = {name: given.pop(name) for name in size_names if name in given}
     fit = given.pop("fit", "crop")
     if size_given or resolution is not None or fit == "adaptive":
-        if resolution is None and not {"width", "height", "resolution", "aspect_ratio"} & set(size_given):
+        if resolution is None and not {"width", "height", "resolution", "aspect_ratio"} & set(
+            size_given
+        ):
             size_given |= {"width": size.width, "height": size.height}
         size_given = {"resolution": resolution, "num_frames": size.frames} | size_given
-        size = choose_size(**size_given, image_size=None if image is None else (image.shape[1], image.shape[0]), fit=fit)
+        size = choose_size(
+            **size_given,
+            image_size=None if image is None else (image.shape[1], image.shape[0]),
+            fit=fit,
+        )
     changes = {field: given.pop(name) for name, field in SAMPLER_FIELDS.items() if name in given}
     if "mid" in changes:
         changes["mid"] = tuple(float(t) for t in changes["mid"])
@@ -135,25 +179,53 @@ def teacher_defaults(mode: str) -> SamplerConfig:
 
 def checked(request: Request) -> Request:
     if request.num_samples < 1:
-        raise UsageError(f"num_samples is {request.num_samples}", "at least one video is made", "use 1")
-    if request.seed is not None and (not isinstance(request.seed, int | np.integer) or not 0 <= request.seed < 2**32):
-        raise UsageError(f"seed is {request.seed!r}", "a whole number from 0 to 4294967295", "use 0, or give a jax.random key as key")
+        raise UsageError(
+            f"num_samples is {request.num_samples}", "at least one video is made", "use 1"
+        )
+    if request.seed is not None and (
+        not isinstance(request.seed, int | np.integer) or not 0 <= request.seed < 2**32
+    ):
+        raise UsageError(
+            f"seed is {request.seed!r}",
+            "a whole number from 0 to 4294967295",
+            "use 0, or give a jax.random key as key",
+        )
     for name in ("latents", "prompt_embeds"):
         value = getattr(request, name)
         if value is not None and not np.isfinite(np.asarray(value, np.float32)).all():
-            raise UsageError(f"{name} hold NaN or infinity", "they are where sampling begins", "make them again")
+            raise UsageError(
+                f"{name} hold NaN or infinity", "they are where sampling begins", "make them again"
+            )
     check_choice("output_type", request.output_type, OUTPUTS)
     check_choice("check", request.check, ("finite", "none"))
     if not request.fps >= 1:
-        raise UsageError(f"fps is {request.fps}", "it is the frame rate written into the file", "the models were trained at 16")
-    if request.on_frames is not None and (not callable(request.on_frames) or request.output_type == "latent"):
-        raise UsageError("on_frames", "it is a function of (number of the video, frames), and latents have no frames", "see help")
+        raise UsageError(
+            f"fps is {request.fps}",
+            "it is the frame rate written into the file",
+            "the models were trained at 16",
+        )
+    if request.on_frames is not None and (
+        not callable(request.on_frames) or request.output_type == "latent"
+    ):
+        raise UsageError(
+            "on_frames",
+            "it is a function of (number of the video, frames), and latents have no frames",
+            "see help",
+        )
     if request.key is not None and not hasattr(request.key, "dtype"):
-        raise UsageError(f"key is {request.key!r}", "a jax.random key is needed", "for example jax.random.key(3), or give a number as seed")
+        raise UsageError(
+            f"key is {request.key!r}",
+            "a jax.random key is needed",
+            "for example jax.random.key(3), or give a number as seed",
+        )
     if request.key is not None and request.seed is not None:
         request = dataclasses.replace(request, seed=None)
     if not request.prompts and request.prompt_embeds is None:
-        raise UsageError("no prompt", "a prompt or prompt_embeds is needed", 'give a sentence, for example pipe("a fox in the snow")')
+        raise UsageError(
+            "no prompt",
+            "a prompt or prompt_embeds is needed",
+            'give a sentence, for example pipe("a fox in the snow")',
+        )
     return request
 
 
@@ -197,5 +269,7 @@ def sampler_notes(cfg: SamplerConfig, name: str, distilled: bool, experts: bool)
             "use --sampler unipc --num_steps 50 --guidance_scale 5, or a TurboWan file"
         )
     if experts and flow.split_times(flow.times(cfg), cfg.boundary) == cfg.steps:
-        lines.append(f"all {cfg.steps} steps lie above the boundary {cfg.boundary:g}: the low-noise expert is not used")
+        lines.append(
+            f"all {cfg.steps} steps lie above the boundary {cfg.boundary:g}: the low-noise expert is not used"
+        )
     return lines

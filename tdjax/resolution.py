@@ -25,7 +25,9 @@ def adaptive_size(image_size: tuple[int, int], area: int) -> tuple[int, int]:
     """
     width, height = image_size
     aspect = height / width
-    return round(math.sqrt(area / aspect) / MULTIPLE) * MULTIPLE, round(math.sqrt(area * aspect) / MULTIPLE) * MULTIPLE
+    return round(math.sqrt(area / aspect) / MULTIPLE) * MULTIPLE, round(
+        math.sqrt(area * aspect) / MULTIPLE
+    ) * MULTIPLE
 
 
 def nearest_aspect(resolution: str, ratio: float) -> str:
@@ -64,7 +66,11 @@ def choose_size(
             "width and height already fix the proportions",
             "leave aspect_ratio away, or give a resolution in place of width and height",
         )
-    base = (width, height) if width is not None else table_size(resolution or TRAINED[0], aspect_ratio, image_size, fit)
+    base = (
+        (width, height)
+        if width is not None
+        else table_size(resolution or TRAINED[0], aspect_ratio, image_size, fit)
+    )
     if fit == "adaptive":
         base = checked_adaptive(image_size, base)
     return VideoSize(frames=num_frames, width=base[0], height=base[1])
@@ -72,29 +78,41 @@ def choose_size(
 
 def check_fit(fit: str, image_size: tuple[int, int] | None) -> None:
     if fit not in FITS:
-        raise UsageError(f"fit is {fit!r}", f"allowed: {', '.join(FITS)}", f"nearest: {closest(fit, FITS)}")
+        raise UsageError(
+            f"fit is {fit!r}", f"allowed: {', '.join(FITS)}", f"nearest: {closest(fit, FITS)}"
+        )
     if fit == "adaptive" and image_size is None:
         raise UsageError(
-            "fit is adaptive, but there is no image", "an adaptive size takes its proportions from the image", "use an aspect ratio"
+            "fit is adaptive, but there is no image",
+            "an adaptive size takes its proportions from the image",
+            "use an aspect ratio",
         )
 
 
-def table_size(resolution: str, aspect_ratio: str | None, image_size: tuple[int, int] | None, fit: str) -> tuple[int, int]:
+def table_size(
+    resolution: str, aspect_ratio: str | None, image_size: tuple[int, int] | None, fit: str
+) -> tuple[int, int]:
     """(width, height) of the table."""
     if resolution not in VIDEO_SIZES:
         raise UsageError(
-            f"resolution is {resolution!r}", f"allowed: {', '.join(VIDEO_SIZES)}", f"nearest: {nearest_resolution(resolution)}"
+            f"resolution is {resolution!r}",
+            f"allowed: {', '.join(VIDEO_SIZES)}",
+            f"nearest: {nearest_resolution(resolution)}",
         )
     table = VIDEO_SIZES[resolution]
     if aspect_ratio is None:
         aspect_ratio = (
-            DEFAULT_ASPECT if image_size is None or fit == "adaptive" else nearest_aspect(resolution, image_size[0] / image_size[1])
+            DEFAULT_ASPECT
+            if image_size is None or fit == "adaptive"
+            else nearest_aspect(resolution, image_size[0] / image_size[1])
         )
     if aspect_ratio not in table:
         ratio = parse_ratio(aspect_ratio)
         near = nearest_aspect(resolution, ratio) if ratio else closest(aspect_ratio, table)
         raise UsageError(
-            f"aspect_ratio is {aspect_ratio!r}", f"allowed at {resolution}: {', '.join(table)} (width:height)", f"nearest: {near}"
+            f"aspect_ratio is {aspect_ratio!r}",
+            f"allowed at {resolution}: {', '.join(table)} (width:height)",
+            f"nearest: {near}",
         )
     return table[aspect_ratio]
 
@@ -136,10 +154,14 @@ def size_notes(size: VideoSize, resolution: str | None = None) -> list[str]:
     """Lines worth telling a user about a legal size: an older row of the table, or a size the models were not trained at."""
     notes = []
     if resolution in VIDEO_SIZES and resolution not in TRAINED:
-        notes.append(f'resolution "{resolution}" is {size.width}x{size.height}; "480p" and "720p" are the trained sizes, and other ones')
+        notes.append(
+            f'resolution "{resolution}" is {size.width}x{size.height}; "480p" and "720p" are the trained sizes, and other ones'
+        )
     trained = [pair for name in TRAINED for pair in VIDEO_SIZES[name].values()]
     if (size.width, size.height) not in trained:
-        away = lambda pair: math.hypot(math.log(pair[0] / size.width), math.log(pair[1] / size.height))
+        away = lambda pair: math.hypot(
+            math.log(pair[0] / size.width), math.log(pair[1] / size.height)
+        )
         near = min(trained, key=away)
         notes.append(
             f"{size.width}x{size.height} is not a size the published models were trained at (nearest {near[0]}x{near[1]}): "
@@ -148,7 +170,9 @@ def size_notes(size: VideoSize, resolution: str | None = None) -> list[str]:
     return notes
 
 
-def fit_image(image: np.ndarray, size: VideoSize, fit: str = "crop") -> np.ndarray:  # uint8 [H W 3] -> uint8 [height width 3]
+def fit_image(
+    image: np.ndarray, size: VideoSize, fit: str = "crop"
+) -> np.ndarray:  # uint8 [H W 3] -> uint8 [height width 3]
     """An image brought to the size of a clip, by Pillow's antialiased bilinear filter (the published script's filter too).
 
     crop:     scaled until it covers the frame, the middle is kept.
@@ -163,10 +187,17 @@ def fit_image(image: np.ndarray, size: VideoSize, fit: str = "crop") -> np.ndarr
     if fit == "crop":
         kept = [t / max(scales) for t in target]
         left, top = ((s - k) / 2 for s, k in zip(source.size, kept, strict=True))
-        return np.asarray(source.resize(target, Image.Resampling.BILINEAR, box=(left, top, left + kept[0], top + kept[1])))
+        return np.asarray(
+            source.resize(
+                target, Image.Resampling.BILINEAR, box=(left, top, left + kept[0], top + kept[1])
+            )
+        )
     if fit == "pad":
         inside = tuple(max(1, round(s * min(scales))) for s in source.size)
         canvas = Image.new("RGB", target)
-        canvas.paste(source.resize(inside, Image.Resampling.BILINEAR), tuple((t - i) // 2 for t, i in zip(target, inside, strict=True)))
+        canvas.paste(
+            source.resize(inside, Image.Resampling.BILINEAR),
+            tuple((t - i) // 2 for t, i in zip(target, inside, strict=True)),
+        )
         return np.asarray(canvas)
     return np.asarray(source.resize(target, Image.Resampling.BILINEAR))

@@ -46,7 +46,11 @@ class Result:
     def pixels(self, index: int = 0) -> np.ndarray:
         """uint8 [T H W 3] of one video."""
         if self.frames is None:
-            raise UsageError("this result has no frames", 'it was made with output_type="latent"', 'use "uint8" or "float"')
+            raise UsageError(
+                "this result has no frames",
+                'it was made with output_type="latent"',
+                'use "uint8" or "float"',
+            )
         frames = self.frames[index]
         return frames if frames.dtype == np.uint8 else np.round(frames * 255).astype(np.uint8)
 
@@ -56,7 +60,16 @@ class Result:
 
         return Image.fromarray(self.pixels(index)[i])
 
-    def save(self, path, *, index: int = 0, fps: int | None = None, crf: int = 17, metadata: bool = True, overwrite: bool = False) -> Path:
+    def save(
+        self,
+        path,
+        *,
+        index: int = 0,
+        fps: int | None = None,
+        crf: int = 17,
+        metadata: bool = True,
+        overwrite: bool = False,
+    ) -> Path:
         """Write one video; the suffix chooses the form (.mp4 .webm .mkv .gif .npy, .safetensors = latents, no suffix = png folder).
 
         With `metadata` a sidecar `<file>.json` is written beside it. Files appear under their name only when complete.
@@ -67,7 +80,14 @@ class Result:
         if path.suffix == ".safetensors":
             save_latents(path, self.latents[index : index + 1], overwrite)
         else:
-            video.write(path, self.pixels(index), fps=fps, crf=crf, metadata=json.dumps(facts) if metadata else None, overwrite=overwrite)
+            video.write(
+                path,
+                self.pixels(index),
+                fps=fps,
+                crf=crf,
+                metadata=json.dumps(facts) if metadata else None,
+                overwrite=overwrite,
+            )
         if metadata:
             write_json(sidecar(path), facts)
         return path
@@ -81,7 +101,9 @@ class Result:
             for i in range(len(self)):
                 path = video.write(Path(folder) / f"{i}.mp4", self.pixels(i), fps=self.fps, crf=20)
                 data = base64.b64encode(path.read_bytes()).decode()
-                tags.append(f'<video controls autoplay loop muted src="data:video/mp4;base64,{data}"></video>')
+                tags.append(
+                    f'<video controls autoplay loop muted src="data:video/mp4;base64,{data}"></video>'
+                )
         return "\n".join(tags)
 
 
@@ -94,17 +116,29 @@ def check_save(path: Path, *, fps: float, crf: int, metadata: bool, overwrite: b
     """Everything that stands in the way of `Result.save`, found before a long run: UsageError."""
     if path.suffix == ".safetensors":
         if path.exists() and not overwrite:
-            raise UsageError(f"{path} exists", "nothing is overwritten by itself", "give another name, or --overwrite")
+            raise UsageError(
+                f"{path} exists",
+                "nothing is overwritten by itself",
+                "give another name, or --overwrite",
+            )
     else:
         video.check_target(path, fps, crf, overwrite)
     if metadata and sidecar(path).exists() and not overwrite:
-        raise UsageError(f"{sidecar(path)} exists", "the video's metadata goes there", "give another name, --overwrite, or --metadata off")
+        raise UsageError(
+            f"{sidecar(path)} exists",
+            "the video's metadata goes there",
+            "give another name, --overwrite, or --metadata off",
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise UsageError(f"cannot write into {path.parent}", error.strerror or str(error), "give another --save_path") from error
+        raise UsageError(
+            f"cannot write into {path.parent}",
+            error.strerror or str(error),
+            "give another --save_path",
+        ) from error
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -118,7 +152,11 @@ def save_latents(path: Path, latents: np.ndarray, overwrite: bool = False) -> No
     from safetensors.numpy import save_file
 
     if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists", "nothing is overwritten by itself", "give another name, or --overwrite")
+        raise UsageError(
+            f"{path} exists",
+            "nothing is overwritten by itself",
+            "give another name, or --overwrite",
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     save_file({"latents": np.ascontiguousarray(latents)}, part)

@@ -64,10 +64,14 @@ def sample_from(velocity: Velocity, x, noise, times, mode: str):
     finite[i] says whether the state after step i is finite everywhere. ValueError for another mode or another length of the noise.
     """
     if mode not in UPDATE:
-        raise ValueError(f"mode is {mode!r}; allowed: {', '.join(UPDATE)} (teachers: sample_teacher)")
+        raise ValueError(
+            f"mode is {mode!r}; allowed: {', '.join(UPDATE)} (teachers: sample_teacher)"
+        )
     steps = times.shape[0] - 1
     if mode == "sde" and noise.shape[0] != steps:
-        raise ValueError(f"{steps} steps need {steps} entries of noise, entry i for step i; got {noise.shape[0]}")
+        raise ValueError(
+            f"{steps} steps need {steps} entries of noise, entry i for step i; got {noise.shape[0]}"
+        )
 
     def one(x, row):
         x = step(velocity, x, *row, mode)
@@ -88,10 +92,14 @@ def loop(one, state, rows):
 
     def body(carry):
         i, state, finite = carry
-        state, ok = one(state, jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), rows))
+        state, ok = one(
+            state, jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), rows)
+        )
         return i + 1, state, finite.at[i].set(ok)
 
-    return lax.while_loop(lambda carry: carry[0] < last, body, (jnp.int32(0), state, jnp.zeros(steps, bool)))[1:]
+    return lax.while_loop(
+        lambda carry: carry[0] < last, body, (jnp.int32(0), state, jnp.zeros(steps, bool))
+    )[1:]
 
 
 def sample(velocity: Velocity, noise, times, mode: str):
@@ -99,7 +107,9 @@ def sample(velocity: Velocity, noise, times, mode: str):
 
     Entry 0 of the noise starts, the others are injected ("sde"); "ode" reads entry 0 only.
     """
-    return sample_from(velocity, start(noise[0], times), injected(noise) if mode == "sde" else None, times, mode)
+    return sample_from(
+        velocity, start(noise[0], times), injected(noise) if mode == "sde" else None, times, mode
+    )
 
 
 # -- teacher ---------------------------------------------------------------------------------------------------------------
@@ -127,7 +137,9 @@ class TeacherState(NamedTuple):
 def teacher_start(noise) -> TeacherState:
     """The teacher starts from the noise itself (not scaled by its first time)."""
     # Three arrays of zeros, not one array three times: the state may be donated.
-    return TeacherState(x=noise, last=jnp.zeros_like(noise), m1=jnp.zeros_like(noise), m2=jnp.zeros_like(noise))
+    return TeacherState(
+        x=noise, last=jnp.zeros_like(noise), m1=jnp.zeros_like(noise), m2=jnp.zeros_like(noise)
+    )
 
 
 def teacher_step(velocity: Velocity, state: TeacherState, row: teacher.Rows) -> TeacherState:
@@ -136,7 +148,9 @@ def teacher_step(velocity: Velocity, state: TeacherState, row: teacher.Rows) -> 
     m = lax.optimization_barrier(x - row.time * call(velocity, x, row.time))
     c, p = row.corrector, row.predictor
     x = c[0] * x + c[1] * last + c[2] * m + c[3] * m1 + c[4] * m2
-    return lax.optimization_barrier(TeacherState(x=p[0] * x + p[1] * m + p[2] * m1, last=x, m1=m, m2=m1))
+    return lax.optimization_barrier(
+        TeacherState(x=p[0] * x + p[1] * m + p[2] * m1, last=x, m1=m, m2=m1)
+    )
 
 
 def teacher_from(velocity: Velocity, state: TeacherState, rows: teacher.Rows):

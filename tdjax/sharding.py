@@ -29,12 +29,21 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks\.down\.(int8_)?weight", ("n", "embed", "mlp")),
     (r"blocks\.((self|cross)_attn\.\w+|up|down)\.(weight_)?scale", ("n",)),
     # whole: norms, modulation, SLA projection, position bias
-    (r"blocks\.(norm\d\.(scale|bias)|modulation|relative_bias|self_attn\.core\.proj\.(kernel|bias))", ("n",)),
+    (
+        r"blocks\.(norm\d\.(scale|bias)|modulation|relative_bias|self_attn\.core\.proj\.(kernel|bias))",
+        ("n",),
+    ),
     # around the blocks of the transformer
-    (r"(patch_embed|text_embed\.(up|down)|time_embed\.(up|down)|time_proj)\.kernel", (None, "embed")),
+    (
+        r"(patch_embed|text_embed\.(up|down)|time_embed\.(up|down)|time_proj)\.kernel",
+        (None, "embed"),
+    ),
     (r"image_embed\.(up|down)\.kernel", (None, "embed")),
     (r"head\.proj\.kernel", ("embed", None)),
-    (r"((patch_embed|(text|time|image)_embed\.(up|down)|time_proj|head\.proj)\.bias|head\.modulation)", ()),
+    (
+        r"((patch_embed|(text|time|image)_embed\.(up|down)|time_proj|head\.proj)\.bias|head\.modulation)",
+        (),
+    ),
     (r"image_embed\.norm_(in|out)\.(scale|bias)", ()),
     # text encoder
     (r"embed\.embedding", ("vocab", "embed")),
@@ -53,13 +62,18 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "tokens": ("seq",),
     "channels": ("tensor",),  # of a product's output
-    "head": ("tensor", "seq"),  # heads inside attention: the token axis is gathered, the heads take over its devices
+    "head": (
+        "tensor",
+        "seq",
+    ),  # heads inside attention: the token axis is gathered, the heads take over its devices
 }
 
 
 def leaf_name(path) -> str:
     """A pytree path of a module as the name of its leaf: attribute names and indices joined by dots."""
-    keys = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path]
+    keys = [
+        str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path
+    ]
     return ".".join(keys[:-1] if keys and keys[-1] == "value" else keys)
 
 
@@ -68,15 +82,21 @@ def axes_of(name: str) -> tuple[str | None, ...]:
     rows = [(pattern, axes) for pattern, axes in PARAM_AXES if re.fullmatch(pattern, name)]
     if len(rows) != 1:
         found = ", ".join(pattern for pattern, _ in rows) or "none"
-        raise ValueError(f"leaf {name} must match exactly one row of tdjax.sharding.PARAM_AXES; matches: {found}")
+        raise ValueError(
+            f"leaf {name} must match exactly one row of tdjax.sharding.PARAM_AXES; matches: {found}"
+        )
     return rows[0][1]
 
 
-def spec(shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: dict[str, int]) -> PartitionSpec:
+def spec(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: dict[str, int]
+) -> PartitionSpec:
     """The partition of an array with these axis names over mesh axes of these sizes."""
     parts, used = [], set()
     for dim, axis in zip(shape, axes, strict=False):
-        names = tuple(m for m in RULES[axis] if sizes.get(m, 1) > 1 and m not in used) if axis else ()
+        names = (
+            tuple(m for m in RULES[axis] if sizes.get(m, 1) > 1 and m not in used) if axis else ()
+        )
         while names and dim % math.prod(sizes[m] for m in names):
             names = names[:-1]
         used.update(names)
@@ -97,7 +117,11 @@ def mesh_sizes() -> dict[str, int]:
     """Sizes of the current mesh's axes that the compiler partitions; empty without a mesh and inside shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     auto = jax.sharding.AxisType.Auto
-    return {name: mesh.shape[name] for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == auto}
+    return {
+        name: mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == auto
+    }
 
 
 def constrain(x, *axes: str | None):
@@ -130,6 +154,11 @@ def over_channels(op, x, x_scale, *weights):  # [b l i], [b l]; [o i], [o], [o]
     sizes = mesh_sizes()
     if not sizes:
         return op(x, x_scale, *weights)
-    rows, channels = spec(x.shape, ("batch", "tokens"), sizes), spec(weights[0].shape, ("channels",), sizes)
+    rows, channels = (
+        spec(x.shape, ("batch", "tokens"), sizes),
+        spec(weights[0].shape, ("channels",), sizes),
+    )
     specs = rows, rows, *(channels for _ in weights)
-    return jax.shard_map(op, in_specs=specs, out_specs=PartitionSpec(*rows, *channels), check_vma=False)(x, x_scale, *weights)
+    return jax.shard_map(
+        op, in_specs=specs, out_specs=PartitionSpec(*rows, *channels), check_vma=False
+    )(x, x_scale, *weights)

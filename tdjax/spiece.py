@@ -45,8 +45,14 @@ def read_spiece(path: Path, data: bytes) -> Tokenizer:
     try:
         model = parse(data)
         tokenizer = build(model) if model.supported else None
-    except Exception as error:  # a damaged file can fail anywhere, and the library raises bare Exception
-        raise CheckpointError(f"{path} is not a SentencePiece model", f"reading it failed: {error!r}", "download it again") from error
+    except (
+        Exception
+    ) as error:  # a damaged file can fail anywhere, and the library raises bare Exception
+        raise CheckpointError(
+            f"{path} is not a SentencePiece model",
+            f"reading it failed: {error!r}",
+            "download it again",
+        ) from error
     if tokenizer is None:
         raise CheckpointError(
             f"{path} is a SentencePiece model of another kind",
@@ -58,7 +64,11 @@ def read_spiece(path: Path, data: bytes) -> Tokenizer:
 
 def build(model: Spiece) -> Tokenizer:
     unknown = next((i for i, (_, _, kind) in enumerate(model.pieces) if kind == UNKNOWN), None)
-    tokenizer = Tokenizer(models.Unigram([(text, score) for text, score, _ in model.pieces], unknown, model.byte_fallback))
+    tokenizer = Tokenizer(
+        models.Unigram(
+            [(text, score) for text, score, _ in model.pieces], unknown, model.byte_fallback
+        )
+    )
     steps = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.remove_extra_spaces:
         steps += [normalizers.Replace(Regex(" +"), " "), normalizers.Replace(Regex("^ | $"), "")]
@@ -76,7 +86,13 @@ def parse(data: bytes) -> Spiece:
     for number, value in fields(data):
         if number == 1:
             piece = dict(fields(value))
-            pieces.append((piece[1].decode(), struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0, piece.get(3, 1)))
+            pieces.append(
+                (
+                    piece[1].decode(),
+                    struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0,
+                    piece.get(3, 1),
+                )
+            )
         elif number == 2:
             trainer = dict(fields(value))
         elif number == 3:

@@ -23,7 +23,9 @@ def host_peak_bytes() -> int | None:
 
 
 def reset_host_peak() -> None:
-    with contextlib.suppress(OSError):  # not Linux, or a sandbox without the file: the peak then covers the whole process
+    with contextlib.suppress(
+        OSError
+    ):  # not Linux, or a sandbox without the file: the peak then covers the whole process
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -39,7 +41,9 @@ def device_bytes() -> tuple[int, int] | None:
 class Stage:
     name: str
     seconds: float
-    device_peak: int | None = None  # highest since the process began: the backend's counter cannot be reset
+    device_peak: int | None = (
+        None  # highest since the process began: the backend's counter cannot be reset
+    )
     host_peak: int | None = None  # highest within the stage
 
 
@@ -73,7 +77,9 @@ class Stages:
         device = device_bytes()
         self.rows.append(Stage(name, seconds, device[1] if device else None, host_peak_bytes()))
         if self.show:
-            print(f"{chr(13) if self.line_open else ''}  {name}: {seconds:.1f} s   ", file=sys.stderr)
+            print(
+                f"{chr(13) if self.line_open else ''}  {name}: {seconds:.1f} s   ", file=sys.stderr
+            )
         self.line_open = False
 
     def note(self, text: str) -> None:
@@ -96,9 +102,13 @@ class Stages:
         table = Table("stage", "seconds", "device peak so far", "host peak")
         size = lambda n: "-" if n is None else f"{n / GIB:.2f} GiB"
         for row in self.rows:
-            table.add_row(row.name, f"{row.seconds:.3f}", size(row.device_peak), size(row.host_peak))
+            table.add_row(
+                row.name, f"{row.seconds:.3f}", size(row.device_peak), size(row.host_peak)
+            )
         table.add_row("sum of the stages", f"{sum(r.seconds for r in self.rows):.3f}", "", "")
-        clock = time.perf_counter() - self.begun  # more than the sum: programs are compiled and files read beside and between stages
+        clock = (
+            time.perf_counter() - self.begun
+        )  # more than the sum: programs are compiled and files read beside and between stages
         table.add_row("by the clock", f"{clock:.3f}", "", "")
         once = ("load", "compile")
         again = sum(r.seconds for r in self.rows if not r.name.startswith(once))

@@ -49,7 +49,9 @@ def euler(u: np.ndarray) -> tuple[list, list]:
 def unipc(u: np.ndarray) -> tuple[list, list]:
     """UniPC-2 bh2: order 1 on the first and the last step, 2 between; the last step lands on the predicted data."""
     steps = len(u) - 1
-    snr = np.log1p(-u[:-1]) - np.log(u[:-1])  # log of (1-u)/u; infinite at the end, which is never asked for
+    snr = np.log1p(-u[:-1]) - np.log(
+        u[:-1]
+    )  # log of (1-u)/u; infinite at the end, which is never asked for
     corrector, predictor = [KEEP], []
     for i in range(1, steps):
         corrector.append(correct(u, snr, i, order=min(2, i)))

@@ -42,7 +42,10 @@ class Tiling:
 
     def weights(self, scale: int) -> list[np.ndarray]:
         """For each tile f32 [h w 1] of `scale` times its size: how much it counts for each pixel. All tiles add up to one."""
-        rows, columns = (shares(n * scale, self.tile * scale, self.overlap * scale, scale) for n in (self.height, self.width))
+        rows, columns = (
+            shares(n * scale, self.tile * scale, self.overlap * scale, scale)
+            for n in (self.height, self.width)
+        )
         return [(row[:, None] * column[None, :])[..., None] for row in rows for column in columns]
 
 
@@ -67,4 +70,7 @@ def shares(length: int, tile: int, overlap: int, step: int) -> list[np.ndarray]:
             ramp[tile - overlap :] *= rising[::-1]
         ramps.append(ramp)
         total[place : place + tile] += ramp
-    return [(ramp / total[place : place + tile]).astype(np.float32) for place, ramp in zip(places, ramps, strict=True)]
+    return [
+        (ramp / total[place : place + tile]).astype(np.float32)
+        for place, ramp in zip(places, ramps, strict=True)
+    ]

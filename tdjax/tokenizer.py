@@ -39,7 +39,11 @@ class Tokenizer:
         self.library = read(self.path)
         self.end = self.library.token_to_id(END)
         if self.end is None:
-            raise CheckpointError(f"{self.path} has no {END} token", "umT5 prompts end with it", "give the tokenizer of google/umt5-xxl")
+            raise CheckpointError(
+                f"{self.path} has no {END} token",
+                "umT5 prompts end with it",
+                "give the tokenizer of google/umt5-xxl",
+            )
 
     @property
     def size(self) -> int:
@@ -77,11 +81,15 @@ def prompt_warnings(tokenizer: Tokenizer | None, prompt: str) -> list[str]:
         return ["the prompt is empty: the video follows no text"]
     if count > tokenizer.text_len:
         dropped = count - tokenizer.text_len
-        return [f"prompt {shown} has {count} tokens, the model takes {tokenizer.text_len}: the last {dropped} before the end were dropped"]
+        return [
+            f"prompt {shown} has {count} tokens, the model takes {tokenizer.text_len}: the last {dropped} before the end were dropped"
+        ]
     # Both limits, because writing without spaces has few "words" and long words have many tokens.
     if words < FEW_WORDS and count - 1 < FEW_TOKENS:
         plural = "" if words == 1 else "s"
-        return [f"prompt {shown} has {words} word{plural}: the models were trained on long captions, a sentence or more gives better video"]
+        return [
+            f"prompt {shown} has {words} word{plural}: the models were trained on long captions, a sentence or more gives better video"
+        ]
     return []
 
 
@@ -93,8 +101,12 @@ def language_warnings(language: dict, prompt: str) -> list[str]:
         return ["the prompt is empty: the video follows no text"]
     if not unknown:
         return []
-    known = "; ".join(f"{factor}: {', '.join(values)}" for factor, values in language["knows"].items())
-    return [f"this small model has never seen {', '.join(map(repr, unknown))}; it knows only {known}"]
+    known = "; ".join(
+        f"{factor}: {', '.join(values)}" for factor, values in language["knows"].items()
+    )
+    return [
+        f"this small model has never seen {', '.join(map(repr, unknown))}; it knows only {known}"
+    ]
 
 
 def find(path: Path) -> Path:
@@ -102,7 +114,11 @@ def find(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise CheckpointError(f"tokenizer {path} does not exist", "a file or a folder was expected", "give --tokenizer_path")
+        raise CheckpointError(
+            f"tokenizer {path} does not exist",
+            "a file or a folder was expected",
+            "give --tokenizer_path",
+        )
     for name in NAMES:
         if (path / name).is_file():
             return path / name
@@ -121,7 +137,9 @@ def read(path: Path) -> tokenizers.Tokenizer:
     try:
         library = tokenizers.Tokenizer.from_str(data.decode())
     except Exception as error:  # the library raises bare Exception for every kind of damage
-        raise CheckpointError(f"{path} is not a tokenizer.json", f"reading it failed: {error}", "download it again") from error
+        raise CheckpointError(
+            f"{path} is not a tokenizer.json", f"reading it failed: {error}", "download it again"
+        ) from error
     library.no_truncation()
     library.no_padding()
     return library

@@ -40,7 +40,12 @@ class Codec:
 
 CODECS = {
     ".mp4": Codec("libx264", "yuv420p", 51, container=(("movflags", "faststart"),)),
-    ".webm": Codec("libvpx-vp9", "yuv420p", 63, options=(("b", "0"), ("deadline", "good"), ("cpu-used", "4"), ("row-mt", "1"))),
+    ".webm": Codec(
+        "libvpx-vp9",
+        "yuv420p",
+        63,
+        options=(("b", "0"), ("deadline", "good"), ("cpu-used", "4"), ("row-mt", "1")),
+    ),
     ".mkv": Codec("ffv1", "bgr0", options=(("level", "3"), ("slicecrc", "1"))),
 }
 SUFFIXES = (*CODECS, ".gif", ".png", ".npy", FOLDER)
@@ -127,21 +132,37 @@ def check_target(path: Path, fps: float, crf: int, overwrite: bool) -> None:
     if path.suffix not in SUFFIXES:
         allowed = ", ".join(s for s in SUFFIXES if s)
         raise UsageError(
-            f"{path.name} has the suffix {path.suffix!r}", f"allowed: {allowed}, or none for a folder of PNG files", "use .mp4"
+            f"{path.name} has the suffix {path.suffix!r}",
+            f"allowed: {allowed}, or none for a folder of PNG files",
+            "use .mp4",
         )
     if path.exists() and not overwrite:
-        raise UsageError(f"{path} exists", "nothing is overwritten by itself", "give another name, or --overwrite")
-    if path.is_dir() and (path.suffix or any(not FRAME_NAME.fullmatch(p.name) for p in path.iterdir())):
         raise UsageError(
-            f"{path} is a folder that holds other things", "only a folder of numbered PNG files is replaced", "give another name"
+            f"{path} exists",
+            "nothing is overwritten by itself",
+            "give another name, or --overwrite",
+        )
+    if path.is_dir() and (
+        path.suffix or any(not FRAME_NAME.fullmatch(p.name) for p in path.iterdir())
+    ):
+        raise UsageError(
+            f"{path} is a folder that holds other things",
+            "only a folder of numbered PNG files is replaced",
+            "give another name",
         )
     if not 0 < fps <= 1000:
-        raise UsageError(f"fps is {fps}", "it must be positive and at most 1000", "the models were trained at 16")
+        raise UsageError(
+            f"fps is {fps}", "it must be positive and at most 1000", "the models were trained at 16"
+        )
     codec = CODECS.get(path.suffix)
     if codec is None:
         return
     if codec.crf_max is not None and not 0 <= crf <= codec.crf_max:
-        raise UsageError(f"crf is {crf}", f"{path.suffix} takes 0 (best) to {codec.crf_max}", "17 is visually lossless, 23 is smaller")
+        raise UsageError(
+            f"crf is {crf}",
+            f"{path.suffix} takes 0 (best) to {codec.crf_max}",
+            "17 is visually lossless, 23 is smaller",
+        )
     try:
         av.codec.Codec(codec.encoder, "w")
     except ValueError as error:  # av's UnknownCodecError is one
@@ -187,7 +208,14 @@ def even(image: np.ndarray) -> np.ndarray:  # [H W 3] -> both sides even
     return np.pad(image, [(0, n % 2) for n in image.shape[:2]] + [(0, 0)], mode="edge")
 
 
-def encode(part: Path, images: Iterator[np.ndarray], codec: Codec, fps: float, crf: int, metadata: str | None) -> None:
+def encode(
+    part: Path,
+    images: Iterator[np.ndarray],
+    codec: Codec,
+    fps: float,
+    crf: int,
+    metadata: str | None,
+) -> None:
     rate = Fraction(fps).limit_denominator(1001)
     with av.open(str(part), "w", options=dict(codec.container)) as container:
         if metadata is not None:
@@ -198,7 +226,11 @@ def encode(part: Path, images: Iterator[np.ndarray], codec: Codec, fps: float, c
             stream = stream or open_stream(container, image.shape, codec, rate, crf)
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             if codec.pixels == "yuv420p":
-                frame = frame.reformat(format=codec.pixels, dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+                frame = frame.reformat(
+                    format=codec.pixels,
+                    dst_colorspace=Colorspace.ITU709,
+                    dst_color_range=ColorRange.MPEG,
+                )
             frame.pts, frame.time_base = i, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -222,15 +254,24 @@ def write_gif(part: Path, images: Iterator[np.ndarray], fps: float, metadata: st
     clip = np.stack(list(images))
     sample = rearrange(clip[:: max(1, len(clip) // 8), ::2, ::2], "t h w c -> (t h) w c")
     palette = Image.fromarray(sample).quantize(256)
-    step = 3.5 * np.std(sample - np.asarray(palette.convert("RGB"), np.float32))  # sqrt(12): of uniform levels, their distance
+    step = 3.5 * np.std(
+        sample - np.asarray(palette.convert("RGB"), np.float32)
+    )  # sqrt(12): of uniform levels, their distance
     rows, columns = (-(-n // 8) for n in clip.shape[1:3])
     offset = (step * np.tile(bayer(8), (rows, columns)))[: clip.shape[1], : clip.shape[2], None]
     dithered = (np.clip(np.round(image + offset), 0, 255).astype(np.uint8) for image in clip)
-    pages = [Image.fromarray(image).quantize(palette=palette, dither=Image.Dither.NONE) for image in dithered]
-    ends = [round(i * 100 / fps) for i in range(len(pages) + 1)]  # hundredths of a second: the rounding must not add up
+    pages = [
+        Image.fromarray(image).quantize(palette=palette, dither=Image.Dither.NONE)
+        for image in dithered
+    ]
+    ends = [
+        round(i * 100 / fps) for i in range(len(pages) + 1)
+    ]  # hundredths of a second: the rounding must not add up
     durations = [10 * max(1, b - a) for a, b in zip(ends, ends[1:], strict=False)]
     comment = {} if metadata is None else {"comment": metadata.encode()}
-    pages[0].save(part, save_all=True, append_images=pages[1:], duration=durations, loop=0, **comment)
+    pages[0].save(
+        part, save_all=True, append_images=pages[1:], duration=durations, loop=0, **comment
+    )
 
 
 def bayer(size: int) -> np.ndarray:  # [size size] in -0.5..0.5; size is a power of two
@@ -253,7 +294,9 @@ def save_single(part: Path, images: Iterator[np.ndarray], metadata: str | None) 
     if next(images, None) is not None:
         name = part.stem
         raise UsageError(
-            f"{part.name} is one image, but there are several frames", "a .png file holds one", f"use {name} (a folder) or {name}.mp4"
+            f"{part.name} is one image, but there are several frames",
+            "a .png file holds one",
+            f"use {name} (a folder) or {name}.mp4",
         )
     save_png(part, image, metadata)
 
@@ -263,25 +306,43 @@ def read_image(path: str | Path) -> np.ndarray:  # uint8 [H W 3]
     path = Path(path)
     if not path.is_file():
         raise UsageError(
-            f"image {path} {'is a folder' if path.is_dir() else 'does not exist'}", "a file was expected", "check --image_path"
+            f"image {path} {'is a folder' if path.is_dir() else 'does not exist'}",
+            "a file was expected",
+            "check --image_path",
         )
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+                image = Image.fromarray(
+                    (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+                )
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.asarray(image.convert("RGB"))
     except UnidentifiedImageError as error:
-        raise UsageError(f"{path} is not an image", "its content is of no format that Pillow reads", "use PNG, JPEG or WebP") from error
+        raise UsageError(
+            f"{path} is not an image",
+            "its content is of no format that Pillow reads",
+            "use PNG, JPEG or WebP",
+        ) from error
     except Image.DecompressionBombError as error:
         raise UsageError(
-            f"image {path} is too large", str(error), "make it smaller first: the video has 1280x720 pixels at most"
+            f"image {path} is too large",
+            str(error),
+            "make it smaller first: the video has 1280x720 pixels at most",
         ) from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for files cut short or damaged
-        raise UsageError(f"image {path} cannot be read", f"it is cut short or damaged: {error}", "save or download it again") from error
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+    ) as error:  # what Pillow raises for files cut short or damaged
+        raise UsageError(
+            f"image {path} cannot be read",
+            f"it is cut short or damaged: {error}",
+            "save or download it again",
+        ) from error
 
 
 def read_video(path: str | Path) -> np.ndarray:  # uint8 [T H W 3]
@@ -290,10 +351,16 @@ def read_video(path: str | Path) -> np.ndarray:  # uint8 [T H W 3]
     if path.is_dir():
         files = sorted(path.glob("*.png"))
         if not files:
-            raise UsageError(f"{path} has no PNG files", "a folder of frames was expected", "check the path")
+            raise UsageError(
+                f"{path} has no PNG files", "a folder of frames was expected", "check the path"
+            )
         return np.stack([read_image(file) for file in files])
     if not path.is_file():
-        raise UsageError(f"video {path} does not exist", "a file or a folder of PNG files was expected", "check the path")
+        raise UsageError(
+            f"video {path} does not exist",
+            "a file or a folder of PNG files was expected",
+            "check the path",
+        )
     if path.suffix == ".npy":
         return np.load(path)
     if path.suffix == ".png":
@@ -302,7 +369,9 @@ def read_video(path: str | Path) -> np.ndarray:  # uint8 [T H W 3]
         with av.open(str(path)) as container:
             return np.stack([frame.to_ndarray() for frame in as_rgb(container)])
     except (av.error.FFmpegError, IndexError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as a video", str(error), "check the file with another player") from error
+        raise UsageError(
+            f"{path} cannot be read as a video", str(error), "check the file with another player"
+        ) from error
 
 
 def as_rgb(container) -> Iterator[av.VideoFrame]:
@@ -312,7 +381,12 @@ def as_rgb(container) -> Iterator[av.VideoFrame]:
         if graph is None:
             graph = av.filter.Graph()
             scale = graph.add("scale", "flags=bilinear+accurate_rnd+full_chroma_int")
-            chain = [graph.add_buffer(template=container.streams.video[0]), scale, graph.add("format", "rgb24"), graph.add("buffersink")]
+            chain = [
+                graph.add_buffer(template=container.streams.video[0]),
+                scale,
+                graph.add("format", "rgb24"),
+                graph.add("buffersink"),
+            ]
             for a, b in zip(chain, chain[1:], strict=False):
                 a.link_to(b)
             graph.configure()
@@ -320,10 +394,16 @@ def as_rgb(container) -> Iterator[av.VideoFrame]:
         yield graph.pull()
 
 
-def contact_sheet(frames: np.ndarray, columns: int = 4, gap: int = 2) -> np.ndarray:  # uint8 [T H W 3] -> uint8 [H' W' 3]
+def contact_sheet(
+    frames: np.ndarray, columns: int = 4, gap: int = 2
+) -> np.ndarray:  # uint8 [T H W 3] -> uint8 [H' W' 3]
     """Frames row by row in one image, with black between them and in the cells that stay empty."""
     if columns < 1 or len(frames) == 0:
-        raise ValueError(f"contact_sheet needs frames and at least one column, got {len(frames)} and {columns}")
+        raise ValueError(
+            f"contact_sheet needs frames and at least one column, got {len(frames)} and {columns}"
+        )
     columns = min(columns, len(frames))
     cells = np.pad(frames, ((0, -len(frames) % columns), (0, gap), (0, gap), (0, 0)))
-    return rearrange(cells, "(r k) h w c -> (r h) (k w) c", k=columns)[: -gap or None, : -gap or None]
+    return rearrange(cells, "(r k) h w c -> (r h) (k w) c", k=columns)[
+        : -gap or None, : -gap or None
+    ]

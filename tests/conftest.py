@@ -2,7 +2,9 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
 
 import json  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -33,7 +35,9 @@ class Golden:
         self.path = path
         with np.load(path) as z:
             self.arrays = {k: z[k] for k in z.files}
-        self.config = json.loads(bytes(self.arrays.pop("config"))) if "config" in self.arrays else {}
+        self.config = (
+            json.loads(bytes(self.arrays.pop("config"))) if "config" in self.arrays else {}
+        )
 
     def __getitem__(self, key):
         return self.arrays[key]

@@ -23,7 +23,13 @@ TARGETS = {
     "sm100": (10, 0, 148, 228, 227, "NVIDIA B200"),
     "sm120": (12, 0, 188, 100, 99, "NVIDIA RTX PRO 6000 Blackwell Server Edition"),
 }
-PTXAS_ARCH = {"sm80": "sm_80", "sm89": "sm_89", "sm90": "sm_90a", "sm100": "sm_100a", "sm120": "sm_120a"}
+PTXAS_ARCH = {
+    "sm80": "sm_80",
+    "sm89": "sm_89",
+    "sm90": "sm_90a",
+    "sm100": "sm_100a",
+    "sm120": "sm_120a",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,16 +73,33 @@ def compile_for(arch: str, function, *args) -> list[Compiled]:
     sharding = NamedSharding(mesh(arch), PartitionSpec())
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh(arch)):
-        options = {"xla_gpu_autotune_level": 0, "xla_dump_to": folder, "xla_dump_emitter_re": "ptx|llvm"}
+        options = {
+            "xla_gpu_autotune_level": 0,
+            "xla_dump_to": folder,
+            "xla_dump_emitter_re": "ptx|llvm",
+        }
         jax.jit(function).lower(*args).compile(compiler_options=options)
-        return [assembled(name, shared, Path(folder), arch) for name, shared in launched(Path(folder))]
+        return [
+            assembled(name, shared, Path(folder), arch) for name, shared in launched(Path(folder))
+        ]
 
 
 def launched(folder: Path) -> list[tuple[str, int]]:
     """Name and bytes of shared memory of every pallas_call among the compiled program's kernels."""
-    (metadata,), (sequence,) = folder.glob("*thunk_metadata.txt"), folder.glob("*thunk_sequence.txt")
-    ours = set(re.findall(r'profile_annotation: "pallas_call[^"]*"\s+thunk_id: (\d+)', metadata.read_text()))
-    rows = re.findall(r"^(\d+): kCustomKernel.*\] (\w+) grid: .* shared_memory: (\d+) bytes", sequence.read_text(), re.M)
+    (metadata,), (sequence,) = (
+        folder.glob("*thunk_metadata.txt"),
+        folder.glob("*thunk_sequence.txt"),
+    )
+    ours = set(
+        re.findall(
+            r'profile_annotation: "pallas_call[^"]*"\s+thunk_id: (\d+)', metadata.read_text()
+        )
+    )
+    rows = re.findall(
+        r"^(\d+): kCustomKernel.*\] (\w+) grid: .* shared_memory: (\d+) bytes",
+        sequence.read_text(),
+        re.M,
+    )
     return [(name, int(shared)) for number, name, shared in rows if str(int(number)) in ours]
 
 
@@ -84,10 +107,19 @@ def assembled(name: str, shared: int, folder: Path, arch: str) -> Compiled:
     """One kernel through ptxas."""
     (path,) = [p for p in folder.glob("*.ptx") if f".entry {name}(" in p.read_text()]
     (where,) = importlib.util.find_spec("nvidia.cu13").submodule_search_locations
-    command = [f"{where}/bin/ptxas", "-v", f"-arch={PTXAS_ARCH[arch]}", str(path), "-o", str(path.with_suffix(".cubin"))]
+    command = [
+        f"{where}/bin/ptxas",
+        "-v",
+        f"-arch={PTXAS_ARCH[arch]}",
+        str(path),
+        "-o",
+        str(path.with_suffix(".cubin")),
+    ]
     log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     part = log.split(f"Compiling entry function '{name}'")[1].split("Compiling entry function")[0]
     number = lambda pattern: int(m.group(1)) if (m := re.search(pattern, part)) else 0
     spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
     serialized = any(code in log for code in ("C7510", "C7511", "C7514"))
-    return Compiled(name, number(r"Used (\d+) registers"), spills, shared, serialized, path.read_text())
+    return Compiled(
+        name, number(r"Used (\d+) registers"), spills, shared, serialized, path.read_text()
+    )

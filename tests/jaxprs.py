@@ -12,7 +12,10 @@ def inner(value):
 def largest(jaxpr) -> int:
     """Bytes of the largest value in a jaxpr, inner ones included."""
     sizes = [v.aval.size * v.aval.dtype.itemsize for e in jaxpr.eqns for v in e.outvars]
-    return max([*sizes, *(largest(j) for e in jaxpr.eqns for p in e.params.values() for j in inner(p))], default=0)
+    return max(
+        [*sizes, *(largest(j) for e in jaxpr.eqns for p in e.params.values() for j in inner(p))],
+        default=0,
+    )
 
 
 def equations(jaxpr):

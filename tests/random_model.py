@@ -13,9 +13,26 @@ from tdjax.train.tiny.tokenizer import build
 
 PROMPT = "a small red circle moves left slowly on a gray background"
 TEXT = TextConfig(
-    vocab=256, dim=64, attention_dim=64, ffn_dim=128, heads=4, layers=2, buckets=32, max_distance=128, text_len=32, policy=FLOAT32
+    vocab=256,
+    dim=64,
+    attention_dim=64,
+    ffn_dim=128,
+    heads=4,
+    layers=2,
+    buckets=32,
+    max_distance=128,
+    text_len=32,
+    policy=FLOAT32,
 )
-VAE = VAEConfig(dim=16, latent_channels=8, multipliers=(1, 2, 2, 2), res_blocks=1, mean=(0.0,) * 8, std=(1.0,) * 8, policy=FLOAT32)
+VAE = VAEConfig(
+    dim=16,
+    latent_channels=8,
+    multipliers=(1, 2, 2, 2),
+    res_blocks=1,
+    mean=(0.0,) * 8,
+    std=(1.0,) * 8,
+    policy=FLOAT32,
+)
 DIT = DiTConfig(
     dim=128, ffn_dim=256, layers=4, heads=2, in_channels=8, out_channels=8, patch=(1, 1, 1), freq_dim=128, text_dim=64, text_len=32,
     attention="sla", sla=SLAConfig(topk=0.3, block_q=64, block_k=64), round_time=False, policy=FLOAT32,
@@ -43,7 +60,9 @@ def write(folder):
     folder.mkdir(parents=True)
     for seed, (kind, cfg) in enumerate((("dit", DIT), ("vae", VAE), ("text", TEXT))):
         source = {"name": f"random numbers, seed {seed}"}
-        checkpoint.save(folder / kind, random_leaves(kind, cfg, seed), kind=kind, cfg=cfg, source=source)
+        checkpoint.save(
+            folder / kind, random_leaves(kind, cfg, seed), kind=kind, cfg=cfg, source=source
+        )
     build(captions.vocabulary()).save(str(folder / "tokenizer.json"))
     (folder / "model.json").write_text(json.dumps(FACTS, indent=1) + "\n")
     return folder

@@ -48,7 +48,11 @@ def commands(path: Path) -> list[str]:
     text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
     inline = re.findall(r"`(python -m [^`]+)`", text)
     return inline + [
-        line.split("  #")[0] for fence, body in blocks(path) if fence in FENCES for line in body.splitlines() if is_command(line)
+        line.split("  #")[0]
+        for fence, body in blocks(path)
+        if fence in FENCES
+        for line in body.splitlines()
+        if is_command(line)
     ]
 
 
@@ -61,7 +65,9 @@ def is_command(line: str) -> bool:
 
 def read_generate(argv):
     early = arguments.parse(argv)
-    early.image_path = early.prompt_file = early.prompt_embeds = early.latents = None  # the files need not be here
+    early.image_path = early.prompt_file = early.prompt_embeds = early.latents = (
+        None  # the files need not be here
+    )
     generate.check_early(early)
 
 
@@ -74,7 +80,9 @@ def read_train(argv):
 
 def read_tiny(argv):
     args = tdjax.train.tiny.__main__.build_parser().parse_intermixed_args(hyphens(argv))
-    assert tdjax.train.tiny.__main__.chosen_stages(args.stage) and tdjax.train.tiny.__main__.resolve(args.settings, args.scale)
+    assert tdjax.train.tiny.__main__.chosen_stages(
+        args.stage
+    ) and tdjax.train.tiny.__main__.resolve(args.settings, args.scale)
 
 
 def read_convert(argv):
@@ -158,7 +166,11 @@ def test_every_command_that_a_notebook_names_is_understood(path):
 
 
 def test_a_wrong_command_would_be_found():
-    for line in ("python -m tdjax.generate --promt fox", "python -m tdjax.train sla-1.3b modle.weights=x", 'pip install -e ".[notebok]"'):
+    for line in (
+        "python -m tdjax.generate --promt fox",
+        "python -m tdjax.train sla-1.3b modle.weights=x",
+        'pip install -e ".[notebok]"',
+    ):
         with pytest.raises((AssertionError, ValueError)):
             read(line)
 
@@ -174,7 +186,11 @@ def test_fences_are_known(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in PAGES if p != README and {"python", "bash"} & {fence for fence, _ in blocks(p)}], ids=ids)
+@pytest.mark.parametrize(
+    "path",
+    [p for p in PAGES if p != README and {"python", "bash"} & {fence for fence, _ in blocks(p)}],
+    ids=ids,
+)
 def test_blocks_run(path, tmp_path, monkeypatch):
     """A page's code from top to bottom in one folder, as a reader would try it."""
     monkeypatch.setenv("TDJAX_CACHE", str(tmp_path / "cache"))
@@ -200,7 +216,9 @@ def template(node) -> str | None:
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else None
     if isinstance(node, ast.JoinedStr):
-        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+        return "".join(
+            part.value if isinstance(part, ast.Constant) else "…" for part in node.values
+        )
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         parts = template(node.left), template(node.right)
         return "".join(part or "…" for part in parts) if any(parts) else None
@@ -209,8 +227,17 @@ def template(node) -> str | None:
 
 def test_quoted_messages_are_in_the_source():
     """Headings of troubleshooting.md quote lines of messages; each is part of a string somewhere in the code."""
-    files = [path for package in ("tdjax", "convert", "pallas_kernels") for path in (ROOT / package).rglob("*.py")]
-    strings = {text for path in files for node in ast.walk(ast.parse(path.read_text())) if (text := template(node))}
+    files = [
+        path
+        for package in ("tdjax", "convert", "pallas_kernels")
+        for path in (ROOT / package).rglob("*.py")
+    ]
+    strings = {
+        text
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (text := template(node))
+    }
     quotes = [
         q
         for line in (ROOT / "docs/troubleshooting.md").read_text().splitlines()
@@ -219,15 +246,26 @@ def test_quoted_messages_are_in_the_source():
     ]
     assert len(quotes) > 100 and len(set(quotes)) == len(quotes)
     for quote in quotes:
-        assert len(quote.replace("…", "").strip()) >= 6 and any(quote in text for text in strings), quote
+        assert len(quote.replace("…", "").strip()) >= 6 and any(
+            quote in text for text in strings
+        ), quote
 
 
-PARSERS = (arguments, convert.__main__, convert.quantize, convert.validate, tdjax.train.__main__, tdjax.train.tiny.__main__)
+PARSERS = (
+    arguments,
+    convert.__main__,
+    convert.quantize,
+    convert.validate,
+    tdjax.train.__main__,
+    tdjax.train.tiny.__main__,
+)
 
 
 @pytest.mark.parametrize("name", ["troubleshooting", "training", "index"])
 def test_options_that_pages_name_exist(name):
-    known = {"--strict", "--selftest"}.union(*(options_of(module.build_parser()) for module in PARSERS))
+    known = {"--strict", "--selftest"}.union(
+        *(options_of(module.build_parser()) for module in PARSERS)
+    )
     named = set(re.findall(r"(?<![\w-])--[a-z_]+", (ROOT / f"docs/{name}.md").read_text()))
     assert named <= known, named - known
 
@@ -242,7 +280,9 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 @pytest.mark.parametrize("path", PAGES, ids=ids)
 def test_paths_that_pages_name_exist(path):
     text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
-    for name in re.findall(r"`((?:docs|tests|tdjax|convert|pallas_kernels|notebooks)/[\w./]+)`", text):
+    for name in re.findall(
+        r"`((?:docs|tests|tdjax|convert|pallas_kernels|notebooks)/[\w./]+)`", text
+    ):
         assert (ROOT / name).exists(), name
     for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[\w-]+)?\)", text):
         assert (path.parent / target).exists(), target
@@ -289,16 +329,36 @@ def test_public_names_are_on_the_api_pages():
 def test_built_site(tmp_path):
     """Where mkdocs is installed: the site builds, shows all that the API pages name, and its links lead to files and headings."""
     pytest.importorskip("mkdocs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+    )
     assert done.returncode == 0, done.stderr
     pages = {path: path.read_text() for path in tmp_path.rglob("*.html")}
     names = {path: set(re.findall(r'id="([^"]+)"', text)) for path, text in pages.items()}
     for page, name, _ in documented():
-        assert name in names[tmp_path / "api" / Path(page).stem / "index.html"], f"{page}: {name} is not shown"
+        assert name in names[tmp_path / "api" / Path(page).stem / "index.html"], (
+            f"{page}: {name} is not shown"
+        )
     for path, text in pages.items():
         for target in re.findall(r'(?:href|src)="(?!https?:|data:|/)([^"]+)"', text):
             place, _, heading = html.unescape(target).partition("#")
             goal = path if not place else (path.parent / place).resolve()
             goal = goal / "index.html" if goal.is_dir() else goal
-            assert goal.exists() and (not heading or goal.suffix != ".html" or heading in names[goal]), f"{path}: {target}"
+            assert goal.exists() and (
+                not heading or goal.suffix != ".html" or heading in names[goal]
+            ), f"{path}: {target}"

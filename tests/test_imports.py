@@ -54,7 +54,11 @@ def test_there_are_files():
 @pytest.mark.parametrize("path", FILES, ids=lambda p: module_name(p))
 def test_arrows(path):
     package, names = module_name(path).split(".")[0], imports(path)
-    allowed = {"pallas_kernels": {"pallas_kernels"}, "convert": set(PACKAGES), "tdjax": {"tdjax", "pallas_kernels"}}[package]
+    allowed = {
+        "pallas_kernels": {"pallas_kernels"},
+        "convert": set(PACKAGES),
+        "tdjax": {"tdjax", "pallas_kernels"},
+    }[package]
     if module_name(path) in READERS:
         allowed = allowed | {"convert"}
         assert ours({n for n in names if n.startswith("convert")}) == READERS[module_name(path)]
@@ -78,14 +82,25 @@ def test_the_lower_rooms_do_not_know_the_upper_ones():
         "tdjax.locate",
     }
     for name, known in knows.items():
-        if name.startswith(("tdjax.models", "tdjax.layers", "tdjax.attention", "tdjax.flow", "tdjax.sampler", "tdjax.teacher")):
+        if name.startswith(
+            (
+                "tdjax.models",
+                "tdjax.layers",
+                "tdjax.attention",
+                "tdjax.flow",
+                "tdjax.sampler",
+                "tdjax.teacher",
+            )
+        ):
             assert not known & pipeline, name
         if name in ("tdjax.sampler", "tdjax.flow", "tdjax.teacher"):
             assert not {m for m in known if m.startswith("tdjax.models")}, name
 
 
 def test_modules_form_no_cycle():
-    graph = {name: ours(imports(path, inside_functions=False)) - {name} for name, path in MODULES.items()}
+    graph = {
+        name: ours(imports(path, inside_functions=False)) - {name} for name, path in MODULES.items()
+    }
     for names in graph.values():
         names.discard("tdjax")  # the package's own door: it imports nothing
     done: set[str] = set()
@@ -105,7 +120,9 @@ def test_no_try_around_imports():
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Try):
-                assert not any(isinstance(child, ast.Import | ast.ImportFrom) for child in node.body), path
+                assert not any(
+                    isinstance(child, ast.Import | ast.ImportFrom) for child in node.body
+                ), path
 
 
 def test_importing_starts_no_device():
@@ -113,7 +130,9 @@ def test_importing_starts_no_device():
         "import sys, tdjax; assert 'jax' not in sys.modules; import tdjax.pipeline, convert.load, pallas_kernels;"
         "from jax._src import xla_bridge; assert not xla_bridge._backends, xla_bridge._backends"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
 
 

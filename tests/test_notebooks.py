@@ -97,10 +97,21 @@ def test_named_files_exist(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path):
     pytest.importorskip("matplotlib", reason="the notebook extra is not installed")
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # four fake devices are this process's own
-    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), env.get("PYTHONPATH", "")])}
+    env = {
+        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
+    }  # four fake devices are this process's own
+    env |= {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), env.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(
-        [sys.executable, "-c", RUNNER], input=json.dumps(code(path)), capture_output=True, text=True, timeout=LIMIT, cwd=FOLDER, env=env
+        [sys.executable, "-c", RUNNER],
+        input=json.dumps(code(path)),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        cwd=FOLDER,
+        env=env,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     print(done.stdout)

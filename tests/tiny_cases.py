@@ -22,15 +22,31 @@ from tdjax.train.tiny.tokenizer import build
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
-TEXT = TextConfig(vocab=256, dim=16, attention_dim=16, ffn_dim=16, heads=1, layers=1, text_len=32, policy=FLOAT32)
-DIT = dataclasses.replace(configs.DIT, dim=32, ffn_dim=32, layers=1, heads=1, text_dim=16, freq_dim=32)
+TEXT = TextConfig(
+    vocab=256, dim=16, attention_dim=16, ffn_dim=16, heads=1, layers=1, text_len=32, policy=FLOAT32
+)
+DIT = dataclasses.replace(
+    configs.DIT, dim=32, ffn_dim=32, layers=1, heads=1, text_dim=16, freq_dim=32
+)
 SLA = dataclasses.replace(DIT, attention="sla", sla=configs.DIT_SLA.sla)
-SMALL_VAE = VAEConfig(dim=4, latent_channels=2, multipliers=(1, 1, 1, 1), res_blocks=1, mean=(0.0,) * 2, std=(1.0,) * 2, policy=FLOAT32)
+SMALL_VAE = VAEConfig(
+    dim=4,
+    latent_channels=2,
+    multipliers=(1, 1, 1, 1),
+    res_blocks=1,
+    mean=(0.0,) * 2,
+    std=(1.0,) * 2,
+    policy=FLOAT32,
+)
 
 
 def repeated(step, steps: int):
     """work.repeated, compiled quickly."""
-    return jit(lambda state, *data: jax.lax.scan(lambda state, _: step(state, *data), state, None, length=steps))
+    return jit(
+        lambda state, *data: jax.lax.scan(
+            lambda state, _: step(state, *data), state, None, length=steps
+        )
+    )
 
 
 @functools.cache
@@ -51,7 +67,9 @@ def dit(cfg=DIT, seed: int = 0) -> DiT:
     """A network whose output is not zero."""
     model = jit(lambda key: DiT(cfg, rngs=nnx.Rngs(key)))(jax.random.key(seed))
     leaves = checkpoint.names(model)
-    leaves["head.proj.kernel"] = 0.1 * jax.random.normal(jax.random.key(seed + 1), leaves["head.proj.kernel"].shape)
+    leaves["head.proj.kernel"] = 0.1 * jax.random.normal(
+        jax.random.key(seed + 1), leaves["head.proj.kernel"].shape
+    )
     return checkpoint.assemble(checkpoint.abstract("dit", cfg), leaves)
 
 
@@ -64,7 +82,9 @@ def vae(cfg=SMALL_VAE) -> VAE:
 
 
 PACKED_TEXT = dataclasses.replace(TEXT, dim=32, attention_dim=32)
-PACKED_DIT = dataclasses.replace(configs.DIT, dim=128, ffn_dim=128, layers=1, heads=2, text_dim=32)  # int8 layers come in tiles of 128
+PACKED_DIT = dataclasses.replace(
+    configs.DIT, dim=128, ffn_dim=128, layers=1, heads=2, text_dim=32
+)  # int8 layers come in tiles of 128
 PACKED = work.Sizes(
     vae=dataclasses.replace(SMALL_VAE, latent_channels=8, mean=(0.0,) * 8, std=(1.0,) * 8),
     text=PACKED_TEXT,
@@ -82,5 +102,7 @@ def finished_run(folder, **stages) -> work.Run:
     for name in ("teacher", "student"):
         work.export(run, name, "dit", dense, PACKED.dit, steps=5, step=7)
     for name in ("sla", "merged"):
-        work.export(run, name, "dit", distil.sparse(dense, PACKED.sla, "float32"), PACKED.sla, steps=4)
+        work.export(
+            run, name, "dit", distil.sparse(dense, PACKED.sla, "float32"), PACKED.sla, steps=4
+        )
     return run

@@ -18,28 +18,45 @@ from pallas_kernels.tuning import tile
 __all__ = ["causal_taps", "norm_silu", "unit_norm"]
 
 
-def causal_taps(x, past=None, gain=None, *, impl: str = "auto"):  # [b t h w c], [b 2 h w c], [c] -> [b t h w 3c], [b 2 h w c]
+def causal_taps(
+    x, past=None, gain=None, *, impl: str = "auto"
+):  # [b t h w c], [b 2 h w c], [c] -> [b t h w 3c], [b 2 h w c]
     """(wide, the next past): y = norm_silu(x, gain), or x without a gain; wide[:, f] = y of frames f-2, f-1 and f, in the channels.
 
     past: y of the two frames before x; None: zeros. float32 inside and one rounding of y to x.dtype. impl: "auto" (the kernel on CUDA for
     the shapes that it takes, `triton.refusal`; the reference elsewhere, and wherever it is differentiated), "reference", "triton",
     "interpret". ValueError for shapes that do not fit each other.
     """
-    if x.ndim != 5 or past is not None and (past.shape != (x.shape[0], 2, *x.shape[2:]) or past.dtype != x.dtype):
+    if (
+        x.ndim != 5
+        or past is not None
+        and (past.shape != (x.shape[0], 2, *x.shape[2:]) or past.dtype != x.dtype)
+    ):
         given = "" if past is None else f", past {past.dtype} {past.shape}"
-        raise ValueError(f"causal_taps: x {x.dtype} {x.shape}{given}; expected [b t h w c] and [b 2 h w c] of one dtype")
+        raise ValueError(
+            f"causal_taps: x {x.dtype} {x.shape}{given}; expected [b t h w c] and [b 2 h w c] of one dtype"
+        )
     if gain is not None and gain.shape != x.shape[-1:]:
         raise ValueError(f"causal_taps: gain {gain.shape}; expected {x.shape[-1:]}")
     _, t, h, w, c = x.shape
     refusal = triton.refusal(t, h * w, c)
-    run = choose("causal_taps", impl, TAPS, automatic(TAPS["triton"], reference.causal_taps, refusal, derivative=reference.causal_taps))
+    run = choose(
+        "causal_taps",
+        impl,
+        TAPS,
+        automatic(TAPS["triton"], reference.causal_taps, refusal, derivative=reference.causal_taps),
+    )
     flat = lambda a: None if a is None else rearrange(a, "b t h w c -> b t (h w) c")
-    return tuple(rearrange(a, "b t (h w) c -> b t h w c", h=h) for a in run(flat(x), flat(past), gain))
+    return tuple(
+        rearrange(a, "b t (h w) c -> b t h w c", h=h) for a in run(flat(x), flat(past), gain)
+    )
 
 
 def kernel(interpret: bool) -> Callable:
     """The kernel with the tile of the device at hand, looked up when it is called."""
-    return lambda *args: triton.causal_taps(*args, tile=tile("causal_taps", "taps"), interpret=interpret)
+    return lambda *args: triton.causal_taps(
+        *args, tile=tile("causal_taps", "taps"), interpret=interpret
+    )
 
 
 TAPS = {"reference": reference.causal_taps, "triton": kernel(False), "interpret": kernel(True)}

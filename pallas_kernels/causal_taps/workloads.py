@@ -14,9 +14,14 @@ def taps(t: int, h: int, w: int, c: int) -> Workload:
     def make(key):
         keys = jax.random.split(key, 3)
         shapes = (1, t, h, w, c), (1, 2, h, w, c), (c,)
-        return tuple(jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+        return tuple(
+            jax.random.normal(key, shape, jnp.bfloat16)
+            for key, shape in zip(keys, shapes, strict=True)
+        )
 
-    return Workload(make=make, flops=10.0 * t * h * w * c, bytes=2.0 * (t + 2 + 3 * t + 2) * h * w * c)
+    return Workload(
+        make=make, flops=10.0 * t * h * w * c, bytes=2.0 * (t + 2 + 3 * t + 2) * h * w * c
+    )
 
 
 WORKLOADS = {"wan_vae_480p": taps(4, 480, 832, 96), "wan_vae_720p": taps(4, 720, 1280, 96)}

@@ -19,7 +19,9 @@ IMPLS = {
 }
 
 
-def attention(q, k, v, *, scale: float | None = None, impl: str = "auto"):  # q [b l h k], k v [b s h k] -> [b l h k]
+def attention(
+    q, k, v, *, scale: float | None = None, impl: str = "auto"
+):  # q [b l h k], k v [b s h k] -> [b l h k]
     """softmax(scale q k^T) v for each head, softmax in float32; scale defaults to 1 / sqrt(k).
 
     q [b l h k], k and v [b s h k], one floating dtype -> [b l h k] of that dtype. ValueError for other shapes, dtypes and names.
@@ -32,12 +34,23 @@ def attention(q, k, v, *, scale: float | None = None, impl: str = "auto"):  # q 
     ready = {name: partial(function, scale=scale) for name, function in IMPLS.items()}
     refusal = cudnn.refusal(q) if jax.default_backend() == "gpu" else "no cuDNN"
     derivative = ready["cudnn" if triton.refusal(q, scale) else "cudnn+triton"]
-    return choose("attention", impl, ready, automatic(ready["cudnn"], ready["reference"], refusal, derivative))(q, k, v)
+    return choose(
+        "attention", impl, ready, automatic(ready["cudnn"], ready["reference"], refusal, derivative)
+    )(q, k, v)
 
 
 def check(q, k, v):
     """Raise ValueError unless the shapes are q [b l h k] and k, v [b s h k] of one floating dtype."""
-    if q.ndim != 4 or k.shape != v.shape or k.ndim != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise ValueError(f"attention: q {q.shape}, k {k.shape}, v {v.shape}; expected q [b l h k] and k, v [b s h k]")
+    if (
+        q.ndim != 4
+        or k.shape != v.shape
+        or k.ndim != 4
+        or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:])
+    ):
+        raise ValueError(
+            f"attention: q {q.shape}, k {k.shape}, v {v.shape}; expected q [b l h k] and k, v [b s h k]"
+        )
     if not (q.dtype == k.dtype == v.dtype and jnp.issubdtype(q.dtype, jnp.floating)):
-        raise ValueError(f"attention: dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected one floating dtype for all three")
+        raise ValueError(
+            f"attention: dtypes {q.dtype}, {k.dtype}, {v.dtype}; expected one floating dtype for all three"
+        )

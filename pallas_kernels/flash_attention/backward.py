@@ -22,7 +22,9 @@ def rowsum(g, o):  # [b l h k] twice -> float32 [b h l]
     return rearrange((g.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1), "b l h -> b h l")
 
 
-def query_gradient(q, k, v, g, lse, delta, *, scale, tile, interpret):  # q g [b l h k], k v [b s h k], lse delta [b h l]
+def query_gradient(
+    q, k, v, g, lse, delta, *, scale, tile, interpret
+):  # q g [b l h k], k v [b s h k], lse delta [b h l]
     """dq [b l h k]."""
     b, l, h, _ = q.shape
     return launch(
@@ -37,7 +39,9 @@ def query_gradient(q, k, v, g, lse, delta, *, scale, tile, interpret):  # q g [b
     )(q, g, lse, delta, k, v)
 
 
-def query_kernel(q_ref, g_ref, lse_ref, delta_ref, k_ref, v_ref, dq_ref, *, l, s, scale, tile, interpret):
+def query_kernel(
+    q_ref, g_ref, lse_ref, delta_ref, k_ref, v_ref, dq_ref, *, l, s, scale, tile, interpret
+):
     """q g dq [Q k], lse delta [Q], k v [s k]."""
     mask = inside(pl.program_id(0), tile.q, l)
     q, g, lse, delta = (own(ref, mask) for ref in (q_ref, g_ref, lse_ref, delta_ref))
@@ -54,7 +58,9 @@ def query_kernel(q_ref, g_ref, lse_ref, delta_ref, k_ref, v_ref, dq_ref, *, l, s
     store(dq_ref, dq.astype(dq_ref.dtype), None if mask is None else mask[:, None])
 
 
-def key_gradient(q, k, v, g, lse, delta, *, scale, tile, interpret):  # q g [b l h k], k v [b s h k], lse delta [b h l]
+def key_gradient(
+    q, k, v, g, lse, delta, *, scale, tile, interpret
+):  # q g [b l h k], k v [b s h k], lse delta [b h l]
     """dk, dv [b s h k]."""
     b, s, h, _ = k.shape
     return launch(
@@ -69,14 +75,18 @@ def key_gradient(q, k, v, g, lse, delta, *, scale, tile, interpret):  # q g [b l
     )(q, g, lse, delta, k, v)
 
 
-def key_kernel(q_ref, g_ref, lse_ref, delta_ref, k_ref, v_ref, dk_ref, dv_ref, *, l, s, scale, tile, interpret):
+def key_kernel(
+    q_ref, g_ref, lse_ref, delta_ref, k_ref, v_ref, dk_ref, dv_ref, *, l, s, scale, tile, interpret
+):
     """q g [l k], lse delta [l], k v dk dv [K k]. Queries that do not exist read as q = g = delta = 0, and add nothing."""
     mask = inside(pl.program_id(0), tile.k, s)
     k, v = own(k_ref, mask), own(v_ref, mask)
 
     def step(start, there, carry):  # dk, dv [K k] float32
         dk, dv = carry
-        q, g, lse, delta = (rows(ref, start, tile.q, there) for ref in (q_ref, g_ref, lse_ref, delta_ref))
+        q, g, lse, delta = (
+            rows(ref, start, tile.q, there) for ref in (q_ref, g_ref, lse_ref, delta_ref)
+        )
         p = fma_exp2(dot(k, q, (1, 1)), scale * LOG2E, -lse[None, :], interpret)  # [K Q]
         dv = dv + dot(p.astype(g.dtype), g, (1, 0))
         dx = p * (dot(v, g, (1, 1)) - delta[None, :])

@@ -33,7 +33,9 @@ def attention(q, k, v, *, scale=None):  # q [b l h k], k v [b s h k]
     run = partial(fused, scale=scale)
     return with_derivatives(
         lambda *args: (run(*args), None),
-        tangent=lambda args, _, tangents: jax.jvp(partial(reference.attention, scale=scale), args, tangents)[1],
+        tangent=lambda args, _, tangents: jax.jvp(
+            partial(reference.attention, scale=scale), args, tangents
+        )[1],
         grad=lambda args, _, cotangent: jax.vjp(run, *args)[1](cotangent),
     )(q, k, v)
 

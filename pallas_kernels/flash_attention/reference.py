@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
-EXACT = lax.Precision.HIGHEST  # float32 operands are multiplied as float32; narrower ones are not affected
+EXACT = (
+    lax.Precision.HIGHEST
+)  # float32 operands are multiplied as float32; narrower ones are not affected
 SCORE_BYTES = 2**30  # float32 scores held at a time
 
 
@@ -30,7 +32,13 @@ def attention(q, k, v, *, scale=None):  # q [b l h k], k v [b s h k]
 
 
 def attend(q, k, v, scale):  # float32 island
-    s = scale * jnp.einsum("blhk,bshk->bhls", q, k, preferred_element_type=jnp.float32, precision=EXACT)
-    p = jnp.exp(s - lax.stop_gradient(s.max(-1, keepdims=True)))  # the result does not depend on what is subtracted
-    o = jnp.einsum("bhls,bshk->blhk", p.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=EXACT)
+    s = scale * jnp.einsum(
+        "blhk,bshk->bhls", q, k, preferred_element_type=jnp.float32, precision=EXACT
+    )
+    p = jnp.exp(
+        s - lax.stop_gradient(s.max(-1, keepdims=True))
+    )  # the result does not depend on what is subtracted
+    o = jnp.einsum(
+        "bhls,bshk->blhk", p.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=EXACT
+    )
     return (o / rearrange(p.sum(-1), "b h l -> b l h 1")).astype(q.dtype)

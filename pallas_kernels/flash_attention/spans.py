@@ -21,8 +21,12 @@ def block_of(x, size: int) -> pl.BlockSpec:  # x [b n h k] or [b h n]
 def whole(x, size: int) -> pl.BlockSpec:  # x [b n h k] or [b h n]
     """All rows of the program's head, in blocks of `size`: the last one may reach past the end."""
     if x.ndim == 3:
-        return pl.BlockSpec((None, None, blocks(x.shape[2], size) * size), lambda i, h, b: (b, h, 0))
-    return pl.BlockSpec((None, blocks(x.shape[1], size) * size, None, x.shape[3]), lambda i, h, b: (b, 0, h, 0))
+        return pl.BlockSpec(
+            (None, None, blocks(x.shape[2], size) * size), lambda i, h, b: (b, h, 0)
+        )
+    return pl.BlockSpec(
+        (None, blocks(x.shape[1], size) * size, None, x.shape[3]), lambda i, h, b: (b, 0, h, 0)
+    )
 
 
 def inside(i, size: int, length: int):  # -> bool [size] or None

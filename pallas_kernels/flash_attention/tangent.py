@@ -16,7 +16,9 @@ from pallas_kernels.flash_attention.spans import block_of, inside, own, rows, sw
 from pallas_kernels.tiles import LOG2E, blocks, dot, fma, fma_exp2, launch, store
 
 
-def tangent(q, k, v, o, lse, tq, tk, tv, *, scale, tile, interpret):  # q o tq [b l h k], k v tk tv [b s h k] -> [b l h k]
+def tangent(
+    q, k, v, o, lse, tq, tk, tv, *, scale, tile, interpret
+):  # q o tq [b l h k], k v tk tv [b s h k] -> [b l h k]
     """The tangent of o: sum_s p tv + p (tx - mu) v, with p = softmax(x), x = scale q k^T, mu = sum_s p tx; lse is base 2.
 
     Any number may be taken from a row of tx, since mu moves with it. Here it is the row's mean, for accuracy: p tx is rounded
@@ -29,7 +31,12 @@ def tangent(q, k, v, o, lse, tq, tk, tv, *, scale, tile, interpret):  # q o tq [
         partial(tangent_kernel, l=l, s=s, scale=scale, tile=tile, interpret=interpret),
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         (blocks(l, tile.q), h, q.shape[0]),
-        [*(block_of(x, tile.q) for x in (q, tq, o, lse)), *(whole(x, tile.k) for x in (k, tk, v, tv)), head, head],
+        [
+            *(block_of(x, tile.q) for x in (q, tq, o, lse)),
+            *(whole(x, tile.k) for x in (k, tk, v, tv)),
+            head,
+            head,
+        ],
         block_of(q, tile.q),
         warps=tile.warps,
         stages=tile.stages,
@@ -38,7 +45,23 @@ def tangent(q, k, v, o, lse, tq, tk, tv, *, scale, tile, interpret):  # q o tq [
 
 
 def tangent_kernel(
-    q_ref, tq_ref, o_ref, lse_ref, k_ref, tk_ref, v_ref, tv_ref, mean_ref, tmean_ref, to_ref, *, l, s, scale, tile, interpret
+    q_ref,
+    tq_ref,
+    o_ref,
+    lse_ref,
+    k_ref,
+    tk_ref,
+    v_ref,
+    tv_ref,
+    mean_ref,
+    tmean_ref,
+    to_ref,
+    *,
+    l,
+    s,
+    scale,
+    tile,
+    interpret,
 ):  # q tq o to [Q k], lse [Q], k tk v tv [s k], means [k]
     mask = inside(pl.program_id(0), tile.q, l)
     q, tq, lse = own(q_ref, mask), own(tq_ref, mask), own(lse_ref, mask)

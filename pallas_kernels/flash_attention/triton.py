@@ -29,7 +29,11 @@ FLOAT32 = Tile(q=32, k=32, warps=4, stages=2)  # interpreter only
 
 def tile(kernel: str, dtype, arch: str | None = None) -> Tile:
     """The tile of one of the four kernels: forward, tangent, query_gradient, key_gradient; arch as in tuning.tile."""
-    return FLOAT32 if dtype == jnp.float32 else Tile(**tuning.tiles("flash_attention")[kernel][arch or tuning.family()])
+    return (
+        FLOAT32
+        if dtype == jnp.float32
+        else Tile(**tuning.tiles("flash_attention")[kernel][arch or tuning.family()])
+    )
 
 
 def refusal(q, scale, interpret: bool = False) -> str | None:
@@ -37,7 +41,9 @@ def refusal(q, scale, interpret: bool = False) -> str | None:
     if q.dtype != jnp.bfloat16 and not (interpret and q.dtype == jnp.float32):
         return f"the Triton kernels take bfloat16, not {q.dtype}"
     if q.shape[-1] not in WIDTHS:
-        return f"the Triton kernels take head widths {', '.join(map(str, WIDTHS))}, not {q.shape[-1]}"
+        return (
+            f"the Triton kernels take head widths {', '.join(map(str, WIDTHS))}, not {q.shape[-1]}"
+        )
     if scale is not None and scale <= 0:
         return f"the Triton kernels take a positive scale, not {scale}"
     return None
@@ -69,4 +75,6 @@ def attention(q, k, v, *, scale=None, interpret=False):  # q [b l h k], k v [b s
 def bind(q, scale, interpret):
     """kernel, its name -> the kernel for heads like those of q, with its scale and its tile."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return lambda kernel, name: partial(kernel, scale=scale, tile=tile(name, q.dtype), interpret=interpret)
+    return lambda kernel, name: partial(
+        kernel, scale=scale, tile=tile(name, q.dtype), interpret=interpret
+    )

@@ -38,7 +38,18 @@ class Normed(NamedTuple):
     q: QTensor | None
 
 
-def norm(x, factor, shift, *, y=None, gate=None, eps: float, floats: bool = True, scheme: str | None = None, impl: str = "auto") -> Normed:
+def norm(
+    x,
+    factor,
+    shift,
+    *,
+    y=None,
+    gate=None,
+    eps: float,
+    floats: bool = True,
+    scheme: str | None = None,
+    impl: str = "auto",
+) -> Normed:
     """h = layer_norm(x + y gate) factor + shift over the last axis: x y [b l d]; factor, shift, gate [d] or [b 1 d], float32 inside.
 
     The sum is rounded to x.dtype and the norm is that of the rounded sum: what separate ops would give, but for the rounding of
@@ -46,36 +57,65 @@ def norm(x, factor, shift, *, y=None, gate=None, eps: float, floats: bool = True
     factor is 1 + scale of a modulation, or the weight of a norm with parameters; the variance is the true one.
     """
     b, _, d = check("norm", x, floats, scheme)
-    if y is not None and (y.shape != x.shape or y.dtype != x.dtype) or gate is not None and y is None:
+    if (
+        y is not None
+        and (y.shape != x.shape or y.dtype != x.dtype)
+        or gate is not None
+        and y is None
+    ):
         given = "no y" if y is None else f"y {y.dtype} {y.shape}"
-        raise ValueError(f"norm: x {x.dtype} {x.shape}, {given}; expected y of the shape and dtype of x, and a gate only with y")
-    vectors = [sample_rows(name, a, b, d) for name, a in (("gate", gate), ("factor", factor), ("shift", shift))]
+        raise ValueError(
+            f"norm: x {x.dtype} {x.shape}, {given}; expected y of the shape and dtype of x, and a gate only with y"
+        )
+    vectors = [
+        sample_rows(name, a, b, d)
+        for name, a in (("gate", gate), ("factor", factor), ("shift", shift))
+    ]
     run = named("norm", impl, NORM, d, eps=eps, floats=floats, dtype=ROW_SCHEMES.get(scheme))
     if impl not in ("auto", "reference") or scheme:
         run = forward_only(run, NO_DERIVATIVE.format("norm"))
     return Normed(*run(x, y, *vectors))
 
 
-def gelu(x, *, scheme: str, impl: str = "auto") -> QTensor:  # [b l d] -> values [(b l) d], scale [(b l)]
+def gelu(
+    x, *, scheme: str, impl: str = "auto"
+) -> QTensor:  # [b l d] -> values [(b l) d], scale [(b l)]
     """GELU (tanh form) of x, quantised by row from float32."""
     _, _, d = check("gelu", x, False, scheme)
-    return forward_only(named("gelu", impl, GELU, d, dtype=ROW_SCHEMES[scheme]), NO_DERIVATIVE.format("gelu"))(x)
+    return forward_only(
+        named("gelu", impl, GELU, d, dtype=ROW_SCHEMES[scheme]), NO_DERIVATIVE.format("gelu")
+    )(x)
 
 
 def named(name: str, impl: str, impls: dict[str, Callable], width: int, **options) -> Callable:
     """The implementation called `impl`; differentiated, "auto" is the reference."""
     ready = {key: partial(function, **options) for key, function in impls.items()}
     refusal = f"width {width} is not a multiple of 128" if width % 128 else None
-    return choose(name, impl, ready, automatic(ready["triton"], ready["reference"], refusal, derivative=ready["reference"]))
+    return choose(
+        name,
+        impl,
+        ready,
+        automatic(ready["triton"], ready["reference"], refusal, derivative=ready["reference"]),
+    )
 
 
 def kernel(function: Callable, name: str, interpret: bool) -> Callable:
     """A kernel with the tile of the device at hand, looked up when it is called."""
-    return lambda *args, **options: function(*args, **options, tile=tile("fused_rows", name), interpret=interpret)
+    return lambda *args, **options: function(
+        *args, **options, tile=tile("fused_rows", name), interpret=interpret
+    )
 
 
-NORM = {"reference": reference.norm, "triton": kernel(triton.norm, "norm", False), "interpret": kernel(triton.norm, "norm", True)}
-GELU = {"reference": reference.gelu, "triton": kernel(triton.gelu, "gelu", False), "interpret": kernel(triton.gelu, "gelu", True)}
+NORM = {
+    "reference": reference.norm,
+    "triton": kernel(triton.norm, "norm", False),
+    "interpret": kernel(triton.norm, "norm", True),
+}
+GELU = {
+    "reference": reference.gelu,
+    "triton": kernel(triton.gelu, "gelu", False),
+    "interpret": kernel(triton.gelu, "gelu", True),
+}
 
 
 def check(op, x, floats, scheme):
@@ -83,7 +123,9 @@ def check(op, x, floats, scheme):
     if x.ndim != 3:
         raise ValueError(f"{op}: x {x.shape}; expected [b l d]")
     if scheme not in ROW_SCHEMES and (scheme or not floats):
-        raise ValueError(f"{op}: scheme is {scheme!r}; a row has one scale in {', '.join(ROW_SCHEMES)}; block128 quantises tiles")
+        raise ValueError(
+            f"{op}: scheme is {scheme!r}; a row has one scale in {', '.join(ROW_SCHEMES)}; block128 quantises tiles"
+        )
     return x.shape
 
 

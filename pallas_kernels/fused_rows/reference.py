@@ -28,7 +28,9 @@ def norm(x, y, gate, factor, shift, *, eps, floats, dtype):
 def stream(x, y, gate):
     total = y.astype(jnp.float32) if gate is None else y.astype(jnp.float32) * gate[:, None]
     total, info = x.astype(jnp.float32) + total, jnp.finfo(x.dtype)
-    return lax.reduce_precision(total, info.nexp, info.nmant).astype(x.dtype)  # a cast alone may be fused away before the norm
+    return lax.reduce_precision(total, info.nexp, info.nmant).astype(
+        x.dtype
+    )  # a cast alone may be fused away before the norm
 
 
 def gelu(x, *, dtype) -> QTensor:  # [b l d] -> values [(b l) d], scale [(b l)]

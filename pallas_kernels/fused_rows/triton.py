@@ -13,7 +13,13 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.int8_matmul.quantize import QTensor
 from pallas_kernels.int8_matmul.rounding import rounded, total
-from pallas_kernels.int8_matmul.rows import load_parts, quantize_rows, split, store_parts, store_quantized
+from pallas_kernels.int8_matmul.rows import (
+    load_parts,
+    quantize_rows,
+    split,
+    store_parts,
+    store_quantized,
+)
 from pallas_kernels.tiles import LOG2E, exp2, fma, launch, reciprocal
 from pallas_kernels.tuning import Tile
 
@@ -23,14 +29,31 @@ GELU = -2 * LOG2E * math.sqrt(2 / math.pi)  # gelu(x) = x / (1 + 2^(GELU (x + 0.
 def norm(x, y, gate, factor, shift, *, eps, floats, dtype, tile: Tile, interpret: bool):
     """`reference.norm`; the grid is (rows of a sample, samples)."""
     b, l, d = x.shape
-    row = lambda a: pl.BlockSpec((None, None, *a.shape[2:]), lambda i, b: (b, i) + (0,) * (a.ndim - 2))
+    row = lambda a: pl.BlockSpec(
+        (None, None, *a.shape[2:]), lambda i, b: (b, i) + (0,) * (a.ndim - 2)
+    )
     sample = lambda a: pl.BlockSpec((None, d), lambda i, b: (b if a.shape[0] > 1 else 0, 0))
     ins = {"x": x, "y": y, "gate": gate, "factor": factor, "shift": shift}
     ins = {name: a for name, a in ins.items() if a is not None}
-    outs = {"stream": y is not None and x.dtype, "h": floats and x.dtype, "values": dtype, "scale": dtype and jnp.float32}
-    outs = {name: jax.ShapeDtypeStruct((b, l) if name == "scale" else x.shape, kind) for name, kind in outs.items() if kind}
+    outs = {
+        "stream": y is not None and x.dtype,
+        "h": floats and x.dtype,
+        "values": dtype,
+        "scale": dtype and jnp.float32,
+    }
+    outs = {
+        name: jax.ShapeDtypeStruct((b, l) if name == "scale" else x.shape, kind)
+        for name, kind in outs.items()
+        if kind
+    }
     result = launch(
-        partial(norm_kernel, names=(*ins, *outs), parts=split(d, tile.warps), eps=eps, interpret=interpret),
+        partial(
+            norm_kernel,
+            names=(*ins, *outs),
+            parts=split(d, tile.warps),
+            eps=eps,
+            interpret=interpret,
+        ),
         list(outs.values()),
         (l, b),
         [row(a) if a.ndim == 3 else sample(a) for a in ins.values()],
@@ -40,11 +63,19 @@ def norm(x, y, gate, factor, shift, *, eps, floats, dtype, tile: Tile, interpret
         interpret=interpret,
     )(*ins.values())
     out = dict(zip(outs, result, strict=True))
-    q = QTensor(rearrange(out["values"], "b l d -> (b l) d"), rearrange(out["scale"], "b l -> (b l)")) if dtype else None
+    q = (
+        QTensor(
+            rearrange(out["values"], "b l d -> (b l) d"), rearrange(out["scale"], "b l -> (b l)")
+        )
+        if dtype
+        else None
+    )
     return out.get("stream", x), out.get("h"), q
 
 
-def norm_kernel(*refs, names, parts, eps, interpret):  # x y stream h values [d], gate factor shift [d], scale []
+def norm_kernel(
+    *refs, names, parts, eps, interpret
+):  # x y stream h values [d], gate factor shift [d], scale []
     refs = dict(zip(names, refs, strict=True))
     d = refs["x"].shape[0]
     xs = load_parts(refs["x"], parts)
@@ -57,7 +88,9 @@ def norm_kernel(*refs, names, parts, eps, interpret):  # x y stream h values [d]
     mean = total(xs) * (1 / d)
     xs = [x - mean for x in xs]
     deviation = lax.rsqrt(total([x * x for x in xs]) * (1 / d) + eps)
-    affine = zip(xs, load_parts(refs["factor"], parts), load_parts(refs["shift"], parts), strict=True)
+    affine = zip(
+        xs, load_parts(refs["factor"], parts), load_parts(refs["shift"], parts), strict=True
+    )
     xs = [fma(x * deviation, factor, shift, interpret) for x, factor, shift in affine]
     if "h" in refs:
         store_parts(refs["h"], xs, parts)
@@ -67,7 +100,9 @@ def norm_kernel(*refs, names, parts, eps, interpret):  # x y stream h values [d]
 
 def gelu(x, *, dtype, tile: Tile, interpret: bool) -> QTensor:  # [b l d]
     """`reference.gelu`."""
-    return quantize_rows(rearrange(x, "b l d -> (b l) d"), dtype, before=gelu_tanh, tile=tile, interpret=interpret)
+    return quantize_rows(
+        rearrange(x, "b l d -> (b l) d"), dtype, before=gelu_tanh, tile=tile, interpret=interpret
+    )
 
 
 def gelu_tanh(x, interpret):  # float32

@@ -32,7 +32,10 @@ def quantize(l: int, d: int) -> Workload:
     return Workload(make=make, flops=2.0 * l * d, bytes=3.0 * l * d + 4 * l)
 
 
-SIZES = {"wan1.3b_480p": (32760, 1536, 8960), "wan14b_720p": (75600, 5120, 13824)}  # tokens, width, width of the MLP
+SIZES = {
+    "wan1.3b_480p": (32760, 1536, 8960),
+    "wan14b_720p": (75600, 5120, 13824),
+}  # tokens, width, width of the MLP
 NORM = {name: norm(l, d) for name, (l, d, _) in SIZES.items()}
 GELU = {name: gelu(l, f) for name, (l, _, f) in SIZES.items()}
 QUANTIZE = {name: quantize(l, d) for name, (l, d, _) in SIZES.items()}

@@ -18,7 +18,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.derivatives import forward_only
 from pallas_kernels.dispatch import choose
-from pallas_kernels.int8_matmul.channel import dequantize_rows, quantize_channels, quantize_rows, rescale
+from pallas_kernels.int8_matmul.channel import (
+    dequantize_rows,
+    quantize_channels,
+    quantize_rows,
+    rescale,
+)
 from pallas_kernels.int8_matmul.quantize import BLOCK, QTensor, dequantize, quantize, tiles
 from pallas_kernels.int8_matmul.schemes import SCHEMES, Scheme
 
@@ -47,7 +52,9 @@ NO_DERIVATIVE = (
 )
 
 
-def int8_linear(x, weight: QTensor, bias=None, *, impl: str = "auto"):  # x [m k] float, weight [n k] -> [m n] of x.dtype
+def int8_linear(
+    x, weight: QTensor, bias=None, *, impl: str = "auto"
+):  # x [m k] float, weight [n k] -> [m n] of x.dtype
     """x W^T + bias in the block128 scheme: x quantised like the weight, float32 sums in the order of k.
 
     x [m k] float, weight int8 [n k] with float32 scales [ceil(n/128) k/128], bias [n] or None -> [m n] of x.dtype. Forward only.
@@ -55,7 +62,15 @@ def int8_linear(x, weight: QTensor, bias=None, *, impl: str = "auto"):  # x [m k
     The sum is rounded to x.dtype before the bias is added, as in the published kernels: two roundings.
     """
     check("int8_linear", SCHEMES["block128"], x, weight, bias)
-    return linear("int8_linear", quantize_in("int8_linear", x, "block128", impl), weight, bias, "block128", x.dtype, impl)
+    return linear(
+        "int8_linear",
+        quantize_in("int8_linear", x, "block128", impl),
+        weight,
+        bias,
+        "block128",
+        x.dtype,
+        impl,
+    )
 
 
 def quantize_activations(x, scheme: str, *, impl: str = "auto") -> QTensor:  # [m k] float
@@ -71,7 +86,9 @@ def quantize_weight(weight, scheme: str) -> QTensor:  # [n k] float
     return named(scheme).quantize_weight(weight)
 
 
-def quantized_linear(x: QTensor, weight: QTensor, bias=None, *, scheme: str, out_dtype, impl: str = "auto"):  # [m k], [n k] -> [m n]
+def quantized_linear(
+    x: QTensor, weight: QTensor, bias=None, *, scheme: str, out_dtype, impl: str = "auto"
+):  # [m k], [n k] -> [m n]
     """x W^T + bias of quantised activations. Weights concatenated along n, scales and biases alike, give concatenated outputs.
 
     channel and fp8 round once, after the bias; block128 before and after it, as in the published kernels. In block128 a weight
@@ -99,7 +116,9 @@ def chosen(op, impl, table):
 def named(scheme: str) -> Scheme:
     if scheme not in SCHEMES:
         near = difflib.get_close_matches(scheme, SCHEMES, 1)
-        raise ValueError(f"scheme is {scheme!r}; allowed: {', '.join(SCHEMES)}{f'; did you mean {near[0]!r}?' if near else ''}")
+        raise ValueError(
+            f"scheme is {scheme!r}; allowed: {', '.join(SCHEMES)}{f'; did you mean {near[0]!r}?' if near else ''}"
+        )
     return SCHEMES[scheme]
 
 
@@ -108,17 +127,23 @@ def check_k(op, scheme, k):
     if k % step:
         low = k // step * step
         nearest = f"{low} and {low + step}" if low else low + step
-        raise ValueError(f"{op}: k is {k}; it must be a multiple of {step}, the width of a scale block; nearest: {nearest}")
+        raise ValueError(
+            f"{op}: k is {k}; it must be a multiple of {step}, the width of a scale block; nearest: {nearest}"
+        )
 
 
 def check(op, scheme, x, weight, bias, x_scale=None):
     """Raise ValueError unless x [m k] and weight [n k] fit each other and the scheme, and bias is [n]."""
     if x.ndim != 2 or weight.values.ndim != 2 or x.shape[1] != weight.values.shape[1]:
-        raise ValueError(f"{op}: x {x.shape}, weight {weight.values.shape}; expected [m k] and [n k]")
+        raise ValueError(
+            f"{op}: x {x.shape}, weight {weight.values.shape}; expected [m k] and [n k]"
+        )
     check_k(op, scheme, x.shape[1])
     for name, values, scale in (("weight", *weight), ("x", x, x_scale)):
         expected = scheme.scale_shape(values.shape)
         if scale is not None and (values.dtype != scheme.dtype or scale.shape != expected):
-            raise ValueError(f"{op}: {name} {values.dtype}, scale {scale.shape}; expected {jnp.dtype(scheme.dtype)} and {expected}")
+            raise ValueError(
+                f"{op}: {name} {values.dtype}, scale {scale.shape}; expected {jnp.dtype(scheme.dtype)} and {expected}"
+            )
     if bias is not None and bias.shape != weight.values.shape[:1]:
         raise ValueError(f"{op}: bias {bias.shape}; expected {weight.values.shape[:1]}")

@@ -12,7 +12,10 @@ from jax import lax
 from pallas_kernels.int8_matmul.quantize import FLOOR, QTensor, dequantize
 
 FP8 = jnp.float8_e4m3fn
-TOP = {jnp.dtype(jnp.int8): 127, jnp.dtype(FP8): 448}  # the value that the largest element of a row becomes
+TOP = {
+    jnp.dtype(jnp.int8): 127,
+    jnp.dtype(FP8): 448,
+}  # the value that the largest element of a row becomes
 
 
 def quantize_rows(x, dtype=jnp.int8) -> QTensor:  # [m k] float -> values [m k], scale [m]
@@ -24,7 +27,9 @@ def quantize_rows(x, dtype=jnp.int8) -> QTensor:  # [m k] float -> values [m k],
     x, top = x.astype(jnp.float32), TOP[jnp.dtype(dtype)]
     amax = jnp.maximum(jnp.abs(x).max(1), FLOOR)
     x = jnp.clip(x * (top / amax)[:, None], -top, top)
-    return QTensor((jnp.round(x) if dtype == jnp.int8 else x).astype(dtype), amax * np.float32(1 / top))
+    return QTensor(
+        (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype), amax * np.float32(1 / top)
+    )
 
 
 def quantize_channels(weight, dtype=jnp.int8) -> QTensor:  # [n k] float -> values [n k], scale [n]
@@ -37,7 +42,9 @@ def dequantize_rows(q: QTensor):  # -> [m k] float32
     return q.values.astype(jnp.float32) * q.scale[:, None]
 
 
-def rescale(weight: QTensor, dtype=jnp.int8) -> QTensor:  # block128 [n k] -> values [n k], scale [n]
+def rescale(
+    weight: QTensor, dtype=jnp.int8
+) -> QTensor:  # block128 [n k] -> values [n k], scale [n]
     """A block128 weight in the channel (or fp8) scheme: one more rounding, of at most half a step of the row."""
     return quantize_channels(dequantize(weight), dtype)
 
@@ -71,7 +78,9 @@ def cast(q: QTensor) -> QTensor:
 def dot(x: QTensor, weight: QTensor, dtype):
     precision = lax.Precision.HIGHEST if x.values.dtype == jnp.float32 else None
     dims = (((1,), (1,)), ((), ()))
-    return lax.dot_general(x.values, weight.values, dims, precision=precision, preferred_element_type=dtype)
+    return lax.dot_general(
+        x.values, weight.values, dims, precision=precision, preferred_element_type=dtype
+    )
 
 
 def epilogue(total, x, weight, bias, out_dtype):  # float32 [m n]

@@ -34,7 +34,9 @@ def quantize(x) -> QTensor:  # [m k] float
     padded = jnp.pad(x.astype(jnp.float32), ((0, rows * BLOCK - m), (0, columns * BLOCK - k)))
     tile = rearrange(padded, "(r m) (c k) -> r m c k", m=BLOCK, k=BLOCK)
     amax = jnp.maximum(jnp.abs(tile).max((1, 3)), FLOOR)
-    values = jnp.clip(jnp.round(tile * rearrange(128 / amax, "r c -> r 1 c 1")), -128, 127).astype(jnp.int8)
+    values = jnp.clip(jnp.round(tile * rearrange(128 / amax, "r c -> r 1 c 1")), -128, 127).astype(
+        jnp.int8
+    )
     return QTensor(rearrange(values, "r m c k -> (r m) (c k)")[:m, :k], amax / 128)
 
 

@@ -20,7 +20,10 @@ def product(x: QTensor, weight: QTensor):  # values [m k], [n k] -> [m n] float3
     pieces = -(-m // rows)
     values = jnp.pad(x.values, ((0, pieces * rows - m), (0, 0)))
     scale = jnp.pad(x.scale, ((0, pieces * rows // BLOCK - x.scale.shape[0]), (0, 0)))
-    split = QTensor(rearrange(values, "(p m) k -> p m k", p=pieces), rearrange(scale, "(p r) c -> p r c", p=pieces))
+    split = QTensor(
+        rearrange(values, "(p m) k -> p m k", p=pieces),
+        rearrange(scale, "(p r) c -> p r c", p=pieces),
+    )
     y = lax.map(lambda piece: rows_product(piece, weight), split)
     return rearrange(y, "p m n -> (p m) n")[:m]
 

@@ -40,12 +40,17 @@ def largest(xs):  # float32 arrays [...] -> []
 
 def by_shape(combine, xs) -> list:
     """One array for each shape: its arrays combined."""
-    return [reduce(combine, [x for x in xs if x.shape == shape]) for shape in dict.fromkeys(x.shape for x in xs)]
+    return [
+        reduce(combine, [x for x in xs if x.shape == shape])
+        for shape in dict.fromkeys(x.shape for x in xs)
+    ]
 
 
 def divide(x, y, interpret):  # float32 arrays of one shape
     """x / y rounded as in float32 arithmetic; the backend's own quotient is approximate."""
-    return inline("div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], jnp.float32, interpret, lambda x, y: x / y)
+    return inline(
+        "div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], jnp.float32, interpret, lambda x, y: x / y
+    )
 
 
 def row_scale(amax, dtype, interpret):  # float32 [] -> factor [1], scale []
@@ -62,7 +67,9 @@ def narrow(x, dtype, interpret):  # float32 -> dtype
     if interpret:
         return jnp.clip(jnp.round(x), -128, 127).astype(jnp.int8)
     out = [jax.ShapeDtypeStruct(x.shape, jnp.int8)]
-    return plgpu.elementwise_inline_asm(PACK, args=[x], constraints="=r,f,f,f,f", pack=4, result_shape_dtypes=out)[0]
+    return plgpu.elementwise_inline_asm(
+        PACK, args=[x], constraints="=r,f,f,f,f", pack=4, result_shape_dtypes=out
+    )[0]
 
 
 def rounded(x, dtype, interpret):  # float32

@@ -18,16 +18,33 @@ from pallas_kernels.tiles import launch, load, store
 from pallas_kernels.tuning import Tile
 
 
-def quantize_rows(x, dtype=jnp.int8, *, tile: Tile, interpret: bool, before=None) -> QTensor:  # [m k] float
+def quantize_rows(
+    x, dtype=jnp.int8, *, tile: Tile, interpret: bool, before=None
+) -> QTensor:  # [m k] float
     """`channel.quantize_rows` of x, or of before(x, interpret) in float32."""
     m, k = x.shape
     row, scalar = pl.BlockSpec((None, k), lambda i: (i, 0)), pl.BlockSpec((None,), lambda i: (i,))
     out = jax.ShapeDtypeStruct((m, k), dtype), jax.ShapeDtypeStruct((m,), jnp.float32)
-    kernel = partial(quantize_kernel, parts=split(k, tile.warps), before=before, interpret=interpret)
-    return QTensor(*launch(kernel, out, (m,), [row], (row, scalar), warps=tile.warps, stages=tile.stages, interpret=interpret)(x))
+    kernel = partial(
+        quantize_kernel, parts=split(k, tile.warps), before=before, interpret=interpret
+    )
+    return QTensor(
+        *launch(
+            kernel,
+            out,
+            (m,),
+            [row],
+            (row, scalar),
+            warps=tile.warps,
+            stages=tile.stages,
+            interpret=interpret,
+        )(x)
+    )
 
 
-def quantize_kernel(x_ref, values_ref, scale_ref, *, parts, before, interpret):  # x and values [k], scale []
+def quantize_kernel(
+    x_ref, values_ref, scale_ref, *, parts, before, interpret
+):  # x and values [k], scale []
     xs = load_parts(x_ref, parts)
     if before is not None:
         xs = [before(x, interpret) for x in xs]
@@ -52,7 +69,9 @@ def store_parts(ref, xs, parts):
         store(ref.at[part], x.astype(ref.dtype))
 
 
-def store_quantized(values_ref, scale_ref, xs, parts, interpret):  # values [k], scale [], float32 parts of a row
+def store_quantized(
+    values_ref, scale_ref, xs, parts, interpret
+):  # values [k], scale [], float32 parts of a row
     factor, scale = row_scale(largest(xs), values_ref.dtype, interpret)
     store_parts(values_ref, [narrow(x * factor, values_ref.dtype, interpret) for x in xs], parts)
     store(scale_ref, scale)

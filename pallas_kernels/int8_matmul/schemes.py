@@ -37,7 +37,9 @@ class Scheme:
 def block_product(x: QTensor, weight: QTensor, bias, out_dtype):
     """The reference's float32 sum, rounded to out_dtype, then the bias added in that dtype."""
     y, info = reference.product(x, weight), jnp.finfo(out_dtype)
-    y = lax.reduce_precision(y, info.nexp, info.nmant).astype(out_dtype)  # a cast alone may be fused away before the bias
+    y = lax.reduce_precision(y, info.nexp, info.nmant).astype(
+        out_dtype
+    )  # a cast alone may be fused away before the bias
     return y if bias is None else y + bias.astype(out_dtype)
 
 
@@ -48,13 +50,17 @@ def kernel(function: Callable, name: str, interpret: bool, *more) -> Callable:
 
 def quantizers(reference: Callable, function: Callable, name: str, *more) -> dict[str, Callable]:
     """The reference (XLA's too) and the kernel, which "auto" takes on CUDA where whole warps read a row."""
-    made = {impl: kernel(function, name, impl == "interpret", *more) for impl in ("triton", "interpret")}
+    made = {
+        impl: kernel(function, name, impl == "interpret", *more) for impl in ("triton", "interpret")
+    }
     auto = lambda x: reference(x) if x.shape[1] % BLOCK else on_cuda(made["triton"], reference)(x)
     return {"reference": reference, "xla": reference, **made, "auto": auto}
 
 
 def row_quantizers(dtype) -> dict[str, Callable]:
-    return quantizers(partial(channel.quantize_rows, dtype=dtype), rows.quantize_rows, "quantize_rows", dtype)
+    return quantizers(
+        partial(channel.quantize_rows, dtype=dtype), rows.quantize_rows, "quantize_rows", dtype
+    )
 
 
 def products(reference: Callable, fast: Callable, **others: Callable) -> dict[str, Callable]:
@@ -73,8 +79,14 @@ def rows_of(shape):
     return shape[:1]
 
 
-BLOCK_KERNELS = {impl: kernel(triton.block_product, "block_product", impl == "interpret") for impl in ("triton", "interpret")}
-ROW_KERNELS = {impl: kernel(triton.row_product, "row_product", impl == "interpret") for impl in ("triton", "interpret")}
+BLOCK_KERNELS = {
+    impl: kernel(triton.block_product, "block_product", impl == "interpret")
+    for impl in ("triton", "interpret")
+}
+ROW_KERNELS = {
+    impl: kernel(triton.row_product, "row_product", impl == "interpret")
+    for impl in ("triton", "interpret")
+}
 SCHEMES: dict[str, Scheme] = {
     "block128": Scheme(
         dtype=jnp.int8,
@@ -88,13 +100,17 @@ SCHEMES: dict[str, Scheme] = {
         scale_shape=rows_of,
         k_multiple=1,
         quantizers=row_quantizers(jnp.int8),
-        products=products(channel.product, ROW_KERNELS["triton"], xla=channel.product, **ROW_KERNELS),
+        products=products(
+            channel.product, ROW_KERNELS["triton"], xla=channel.product, **ROW_KERNELS
+        ),
     ),
     "fp8": Scheme(
         dtype=channel.FP8,
         scale_shape=rows_of,
         k_multiple=1,
         quantizers=row_quantizers(channel.FP8),
-        products=products(channel.fp8_product, channel.fp8_product_xla, xla=channel.fp8_product_xla),
+        products=products(
+            channel.fp8_product, channel.fp8_product_xla, xla=channel.fp8_product_xla
+        ),
     ),
 }

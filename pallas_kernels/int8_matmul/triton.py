@@ -28,10 +28,23 @@ def quantize(x, *, tile: Tile, interpret: bool) -> QTensor:  # [m k] float
     out = jax.ShapeDtypeStruct((m, k), jnp.int8), jax.ShapeDtypeStruct(shape, jnp.float32)
     kernel = partial(quantize_kernel, shape=(m, k), interpret=interpret)
     specs = (spec, pl.BlockSpec((None, None), lambda c, r: (r, c)))
-    return QTensor(*launch(kernel, out, shape[::-1], [spec], specs, warps=tile.warps, stages=tile.stages, interpret=interpret)(x))
+    return QTensor(
+        *launch(
+            kernel,
+            out,
+            shape[::-1],
+            [spec],
+            specs,
+            warps=tile.warps,
+            stages=tile.stages,
+            interpret=interpret,
+        )(x)
+    )
 
 
-def quantize_kernel(x_ref, values_ref, scale_ref, *, shape, interpret):  # x and values [128 128], scale []
+def quantize_kernel(
+    x_ref, values_ref, scale_ref, *, shape, interpret
+):  # x and values [128 128], scale []
     mask = inside(pl.program_id(1), pl.program_id(0), shape, x_ref.shape)
     x = load(x_ref, mask).astype(jnp.float32)
     amax = largest([x])
@@ -40,15 +53,22 @@ def quantize_kernel(x_ref, values_ref, scale_ref, *, shape, interpret):  # x and
     store(scale_ref, amax * (1 / 128))
 
 
-def block_product(x: QTensor, weight: QTensor, bias, out_dtype, *, tile: Tile, interpret: bool):  # [m k], [n k] -> [m n]
+def block_product(
+    x: QTensor, weight: QTensor, bias, out_dtype, *, tile: Tile, interpret: bool
+):  # [m k], [n k] -> [m n]
     """Sum over the blocks of k, in order, of float32(int32 dot) * (scale_x * scale_weight); rounded, and again with the bias."""
     bias = None if bias is None else bias.astype(out_dtype)
     columns = x.scale.shape[1]
-    scales = pl.BlockSpec((None, columns), lambda i, j: (i * HALF // BLOCK, 0)), pl.BlockSpec((None, columns), lambda i, j: (j, 0))
+    scales = (
+        pl.BlockSpec((None, columns), lambda i, j: (i * HALF // BLOCK, 0)),
+        pl.BlockSpec((None, columns), lambda i, j: (j, 0)),
+    )
     return product(block_kernel, x, weight, bias, out_dtype, HALF, scales, tile, interpret)
 
 
-def row_product(x: QTensor, weight: QTensor, bias, out_dtype, *, tile: Tile, interpret: bool):  # [m k], [n k] -> [m n]
+def row_product(
+    x: QTensor, weight: QTensor, bias, out_dtype, *, tile: Tile, interpret: bool
+):  # [m k], [n k] -> [m n]
     """float32(int32 dot) * scale_x * scale_weight + bias, rounded once. Raises ValueError unless k is a multiple of 128."""
     k = x.values.shape[1]
     if k % BLOCK:
@@ -66,7 +86,11 @@ def product(kernel: Callable, x, weight, bias, out_dtype, rows, scales, tile, in
     place = partial(swizzled, grid=grid)
     at = lambda spec: pl.BlockSpec(spec.block_shape, lambda p: spec.index_map(*place(p)))
     args = [x.values, weight.values, x.scale, weight.scale]
-    specs = [pl.BlockSpec((rows, k), lambda i, j: (i, 0)), pl.BlockSpec((BLOCK, k), lambda i, j: (j, 0)), *scales]
+    specs = [
+        pl.BlockSpec((rows, k), lambda i, j: (i, 0)),
+        pl.BlockSpec((BLOCK, k), lambda i, j: (j, 0)),
+        *scales,
+    ]
     if bias is not None:
         args.append(bias)
         specs.append(pl.BlockSpec((BLOCK,), lambda i, j: (j,)))
@@ -91,7 +115,9 @@ def swizzled(p, grid):
     return first + p % height, p // height
 
 
-def block_kernel(x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret):  # x [64 k], w [128 k], scales [k/128], bias [128]
+def block_kernel(
+    x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret
+):  # x [64 k], w [128 k], scales [k/128], bias [128]
     (i, j), (*bias, y_ref) = place(pl.program_id(0)), rest
 
     def step(c, total):
@@ -104,11 +130,17 @@ def block_kernel(x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret): 
     store(y_ref, total.astype(y_ref.dtype), inside(i, j, shape, y_ref.shape))
 
 
-def row_kernel(x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret):  # x w [128 k], scales and bias [128]
+def row_kernel(
+    x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret
+):  # x w [128 k], scales and bias [128]
     (i, j), (*bias, y_ref) = place(pl.program_id(0)), rest
     step = lambda c, total: total + tile_dot(x_ref, w_ref, c, (i, j), shape)
     total = lax.fori_loop(0, x_ref.shape[1] // BLOCK, step, jnp.zeros(y_ref.shape, jnp.int32))
-    y = total.astype(jnp.float32) * vector(xs_ref, i, shape[0])[:, None] * vector(ws_ref, j, shape[1])[None, :]
+    y = (
+        total.astype(jnp.float32)
+        * vector(xs_ref, i, shape[0])[:, None]
+        * vector(ws_ref, j, shape[1])[None, :]
+    )
     if bias:
         y = y + vector(bias[0], j, shape[1])[None, :]
     store(y_ref, y.astype(y_ref.dtype), inside(i, j, shape, y_ref.shape))
@@ -118,7 +150,10 @@ def tile_dot(x_ref, w_ref, c, place, shape):  # -> int32 [rows 128]
     """The products over block c of k; rows past the end are zeros."""
     columns = pl.ds(c * BLOCK, BLOCK)
     x, w = (
-        load(ref.at[:, columns], None if (rows := along(i, size, ref.shape[0])) is None else rows[:, None])
+        load(
+            ref.at[:, columns],
+            None if (rows := along(i, size, ref.shape[0])) is None else rows[:, None],
+        )
         for ref, i, size in zip((x_ref, w_ref), place, shape, strict=True)
     )
     return dot(x, w, (1, 1), jnp.int32)
@@ -137,5 +172,7 @@ def inside(i, j, shape, block):  # -> bool, broadcast against a tile of the shap
     """Which elements of tile (i, j) exist; None if every tile is full."""
     rows, columns = along(i, shape[0], block[0]), along(j, shape[1], block[1])
     if rows is None or columns is None:
-        return rows[:, None] if rows is not None else columns[None, :] if columns is not None else None
+        return (
+            rows[:, None] if rows is not None else columns[None, :] if columns is not None else None
+        )
     return rows[:, None] & columns[None, :]

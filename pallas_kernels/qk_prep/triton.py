@@ -25,21 +25,29 @@ from pallas_kernels.tuning import tile
 PIECE = 32  # tokens of one program
 
 
-def rms_norm_rope(x, weight, cos, sin, *, eps, interpret):  # x [b l d], weight [d], cos sin f32 [l k/2] -> [b l h k]
+def rms_norm_rope(
+    x, weight, cos, sin, *, eps, interpret
+):  # x [b l d], weight [d], cos sin f32 [l k/2] -> [b l h k]
     """See `reference.rms_norm_rope`."""
     return normed(x, weight, cos, sin, eps, PIECE, sums=False, interpret=interpret)[0]
 
 
-def rms_norm_rope_pool(x, weight, cos, sin, *, eps, block, interpret):  # -> [b l h k], f32 [b h n k]
+def rms_norm_rope_pool(
+    x, weight, cos, sin, *, eps, block, interpret
+):  # -> [b l h k], f32 [b h n k]
     """See `reference.rms_norm_rope_pool`; each program sums a piece of a block, XLA the pieces."""
     piece = math.gcd(PIECE, block)
     y, sums = normed(x, weight, cos, sin, eps, piece, sums=True, interpret=interpret)
     n = count(x.shape[1], block)
     sums = jnp.pad(sums, ((0, 0), (0, n * (block // piece) - sums.shape[1]), (0, 0), (0, 0)))
-    return y, rearrange(sums, "b (n p) h k -> b h n p k", n=n).sum(3) / counts(x.shape[1], block)[:, None]
+    return y, rearrange(sums, "b (n p) h k -> b h n p k", n=n).sum(3) / counts(x.shape[1], block)[
+        :, None
+    ]
 
 
-def normed(x, weight, cos, sin, eps, piece, *, sums, interpret):  # -> [[b l h k]], with f32 [b pieces h k] where `sums`
+def normed(
+    x, weight, cos, sin, eps, piece, *, sums, interpret
+):  # -> [[b l h k]], with f32 [b pieces h k] where `sums`
     """Normed and rotated tokens and, where asked for, their sums over pieces."""
     b, l, d = x.shape
     k = 2 * cos.shape[1]
@@ -48,7 +56,10 @@ def normed(x, weight, cos, sin, eps, piece, *, sums, interpret):  # -> [[b l h k
     heads = power_of_two(h)
     tokens = pl.BlockSpec((None, piece, heads, k), lambda i, g: (g, i, 0, 0))
     table = pl.BlockSpec((piece, k // 2), lambda i, g: (i, 0))
-    out = [jax.ShapeDtypeStruct((b, l, h, k), x.dtype), jax.ShapeDtypeStruct((b, count(l, piece), h, k), jnp.float32)]
+    out = [
+        jax.ShapeDtypeStruct((b, l, h, k), x.dtype),
+        jax.ShapeDtypeStruct((b, count(l, piece), h, k), jnp.float32),
+    ]
     specs = [tokens, pl.BlockSpec((None, None, heads, k), lambda i, g: (g, i, 0, 0))]
     return launch(
         partial(rows_kernel, heads=h, length=l, eps=eps),
@@ -79,7 +90,11 @@ def rows_kernel(x_ref, weight_ref, cos_ref, sin_ref, y_ref, *sum_ref, heads, len
         x = x * lax.rsqrt((x * x).sum() / (heads * k) + eps) * weight
         a, b = lax.unstack(x.reshape(padded, k // 2, 2), axis=2)
         cos, sin = load(cos_ref.at[t])[None], load(sin_ref.at[t])[None]
-        y = lax.stack([a * cos - b * sin, b * cos + a * sin], axis=2).reshape(padded, k).astype(y_ref.dtype)
+        y = (
+            lax.stack([a * cos - b * sin, b * cos + a * sin], axis=2)
+            .reshape(padded, k)
+            .astype(y_ref.dtype)
+        )
         store(y_ref.at[t], y, inside)
         return following, total + y.astype(jnp.float32) if sum_ref else total
 
@@ -89,12 +104,16 @@ def rows_kernel(x_ref, weight_ref, cos_ref, sin_ref, y_ref, *sum_ref, heads, len
         store(sum_ref[0], total, inside)
 
 
-def quantize_keys(k, mean, *, block, interpret):  # k [b l h k], mean f32 [b h k] -> int8 [b l h k], f32 [b h n]
+def quantize_keys(
+    k, mean, *, block, interpret
+):  # k [b l h k], mean f32 [b h k] -> int8 [b l h k], f32 [b h n]
     """See `reference.quantize_keys`; the quotient is a product with 127/amax."""
     return quantize_and_measure(k, mean, block=block, interpret=interpret)[:2]
 
 
-def quantize_and_measure(k, mean, *, block, interpret):  # -> int8 [b l h k], f32 [b h n], f32 [b h n]
+def quantize_and_measure(
+    k, mean, *, block, interpret
+):  # -> int8 [b l h k], f32 [b h n], f32 [b h n]
     """`quantize_keys`, and a bound on the length (Euclidean norm) of each block's longest token as rounded: values times scale."""
     b, l, h, d = k.shape
     refuse("quantize_keys", "head width", d)
@@ -104,7 +123,10 @@ def quantize_and_measure(k, mean, *, block, interpret):  # -> int8 [b l h k], f3
     number = pl.BlockSpec((None, None, None), lambda i, g: (g // h, g % h, i))
     return launch(
         partial(quantize_kernel, length=l, interpret=interpret),
-        [jax.ShapeDtypeStruct(k.shape, jnp.int8), *[jax.ShapeDtypeStruct((b, h, n), jnp.float32)] * 2],
+        [
+            jax.ShapeDtypeStruct(k.shape, jnp.int8),
+            *[jax.ShapeDtypeStruct((b, h, n), jnp.float32)] * 2,
+        ],
         (n, b * h),
         [tokens, pl.BlockSpec((None, None, d), lambda i, g: (g // h, g % h, 0))],
         [tokens, number, number],
@@ -123,14 +145,18 @@ def quantize_kernel(k_ref, mean_ref, values_ref, scale_ref, longest_ref, *, leng
     scale = amax / 127
     store(values_ref, narrow(x * (127 / amax), jnp.int8, interpret), inside)
     store(scale_ref, scale)
-    store(longest_ref, jnp.sqrt((x * x).sum(1).max()) + scale * (0.5 * math.sqrt(width)))  # rounding moves each element half a step
+    store(
+        longest_ref, jnp.sqrt((x * x).sum(1).max()) + scale * (0.5 * math.sqrt(width))
+    )  # rounding moves each element half a step
 
 
 def refuse(op, name, size):
     """Raise ValueError with the reason if the kernels do not take the size."""
     reason = refusal(size)
     if reason:
-        raise ValueError(f"{op}: {name} is {size}; the kernel takes {reason}; impl='reference' takes any")
+        raise ValueError(
+            f"{op}: {name} is {size}; the kernel takes {reason}; impl='reference' takes any"
+        )
 
 
 def refusal(size) -> str | None:

@@ -18,11 +18,18 @@ def rows(l: int, h: int) -> Workload:
         key_x, key_weight, key_angle = jax.random.split(key, 3)
         angle = jax.random.uniform(key_angle, (l, WIDTH // 2), maxval=6.28)
         x = jax.random.normal(key_x, (1, l, h * WIDTH), jnp.bfloat16)
-        return x, 1 + 0.1 * jax.random.normal(key_weight, (h * WIDTH,)), jnp.cos(angle), jnp.sin(angle)
+        return (
+            x,
+            1 + 0.1 * jax.random.normal(key_weight, (h * WIDTH,)),
+            jnp.cos(angle),
+            jnp.sin(angle),
+        )
 
     elements = l * h * WIDTH
     means = h * -(-l // BLOCK) * WIDTH
-    return Workload(make, flops=8 * elements, bytes=4 * elements + 4 * (l * WIDTH + h * WIDTH + means))
+    return Workload(
+        make, flops=8 * elements, bytes=4 * elements + 4 * (l * WIDTH + h * WIDTH + means)
+    )
 
 
 def keys(l: int, h: int) -> Workload:

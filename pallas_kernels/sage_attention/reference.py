@@ -16,7 +16,9 @@ from pallas_kernels.sparse_attention.reference import (
 )
 
 
-def sage_sparse_attention(q, k, v, blocks, block_q, block_k):  # q k v [b l h k], blocks [b h q_blocks chosen]
+def sage_sparse_attention(
+    q, k, v, blocks, block_q, block_k
+):  # q k v [b l h k], blocks [b h q_blocks chosen]
     """Scores are int32 products of int8 q and int8 k - mean(k), times their two block scales and 1/sqrt(k).
 
     The mean is taken off in float32. It shifts all scores of a query alike, so the softmax does not see it.
@@ -30,10 +32,14 @@ def sage_sparse_attention(q, k, v, blocks, block_q, block_k):  # q k v [b l h k]
 
     def step(_, chunk):
         queries, q_scale, index = chunk
-        dots = jnp.einsum("bhcmk,bhctjk->bhcmtj", queries, take(keys, index), preferred_element_type=jnp.int32)
+        dots = jnp.einsum(
+            "bhcmk,bhctjk->bhcmtj", queries, take(keys, index), preferred_element_type=jnp.int32
+        )
         scales = scale * q_scale[..., None] * take(k_scale, index)  # [b h c t]
         s = dots.astype(jnp.float32) * scales[:, :, :, None, :, None]
-        return None, softmax_sum(flatten_keys(s, index, block_k, k.shape[1]), take(values, index))[0].astype(q.dtype)
+        return None, softmax_sum(flatten_keys(s, index, block_k, k.shape[1]), take(values, index))[
+            0
+        ].astype(q.dtype)
 
     size = bytes_per_block(blocks.shape[-1], block_q, block_k, q.shape[-1], q.dtype.itemsize)
     _, o = over_chunks(step, None, (queries, q_scale, blocks), size)

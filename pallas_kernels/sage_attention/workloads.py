@@ -9,4 +9,7 @@ from pallas_kernels.workload import Workload
 
 __all__ = ["DENSE", "SPARSE", "WORKLOADS"]
 
-DENSE = {name: Workload(partial(tokens, l, h), flops=4.0 * h * WIDTH * l**2, bytes=once(l, h)) for name, (l, h) in SHAPES.items()}
+DENSE = {
+    name: Workload(partial(tokens, l, h), flops=4.0 * h * WIDTH * l**2, bytes=once(l, h))
+    for name, (l, h) in SHAPES.items()
+}

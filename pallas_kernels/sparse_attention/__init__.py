@@ -18,12 +18,24 @@ from pallas_kernels.sparse_attention import reference, triton
 from pallas_kernels.sparse_attention.forward import refusal
 from pallas_kernels.sparse_attention.reference import dense_map, linear_attention, pooled_scores
 
-__all__ = ["block_map", "chosen_blocks", "dense_map", "linear_attention", "pooled_scores", "sparse_attention", "sparse_linear_attention"]
+__all__ = [
+    "block_map",
+    "chosen_blocks",
+    "dense_map",
+    "linear_attention",
+    "pooled_scores",
+    "sparse_attention",
+    "sparse_linear_attention",
+]
 
 
 def table(reference, kernel):
     """The implementations of an op that has a reference and a kernel."""
-    return {"reference": reference, "triton": partial(kernel, interpret=False), "interpret": partial(kernel, interpret=True)}
+    return {
+        "reference": reference,
+        "triton": partial(kernel, interpret=False),
+        "interpret": partial(kernel, interpret=True),
+    }
 
 
 def plain_map(q, k, chosen, block_q, block_k, means):
@@ -31,14 +43,18 @@ def plain_map(q, k, chosen, block_q, block_k, means):
     if means is None:
         return reference.block_map(q, k, chosen, block_q, block_k)
     queries, keys = lax.stop_gradient(means)
-    scores = block_map_kernels.pooled_scores(queries, keys, block_map_kernels.mean_of(keys, k.shape[1], block_k))
+    scores = block_map_kernels.pooled_scores(
+        queries, keys, block_map_kernels.mean_of(keys, k.shape[1], block_k)
+    )
     return jnp.sort(lax.top_k(scores, chosen)[1], -1)
 
 
 def sum_of_branches(q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k):
     """The whole op from the references of its parts."""
     blocks = plain_map(q, k, chosen, block_q, block_k, means)
-    return reference.sparse_attention(q, k, v, blocks, block_q, block_k) + linear_attention(q, k, v, proj_kernel, proj_bias)
+    return reference.sparse_attention(q, k, v, blocks, block_q, block_k) + linear_attention(
+        q, k, v, proj_kernel, proj_bias
+    )
 
 
 IMPLS = table(reference.sparse_attention, triton.sparse_attention)
@@ -49,11 +65,15 @@ WHOLE = table(sum_of_branches, triton.sparse_linear_attention)
 def run(name, impl, impls, q, *args, block_q, block_k, **sizes):
     """The implementation called `impl`, on its arguments; "auto" by the dtype and sizes of q and the blocks."""
     ready = {key: partial(f, block_q=block_q, block_k=block_k, **sizes) for key, f in impls.items()}
-    auto = automatic(ready["triton"], ready["reference"], refusal(q.shape[-1], block_q, block_k, q.dtype))
+    auto = automatic(
+        ready["triton"], ready["reference"], refusal(q.shape[-1], block_q, block_k, q.dtype)
+    )
     return choose(name, impl, ready, auto)(q, *args)
 
 
-def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, means=None, impl="auto"):
+def sparse_linear_attention(
+    q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, means=None, impl="auto"
+):
     """SLA (arXiv 2509.24006; thu-ml/TurboDiffusion turbodiffusion/SLA/core.py): q k v [b l h k], one floating dtype -> [b l h k].
 
     proj_kernel [k k] (i o) and proj_bias [k], float32, project the linear branch of every head. topk is the share of key
@@ -63,8 +83,14 @@ def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, *, topk, block_q=12
     """
     check_attention(q, k, v)
     check_means(q, k, means, block_q, block_k)
-    sizes = {"chosen": chosen_blocks(k.shape[1], topk, block_k), "block_q": block_q, "block_k": block_k}
-    return run("sparse_linear_attention", impl, WHOLE, q, k, v, proj_kernel, proj_bias, means, **sizes)
+    sizes = {
+        "chosen": chosen_blocks(k.shape[1], topk, block_k),
+        "block_q": block_q,
+        "block_k": block_k,
+    }
+    return run(
+        "sparse_linear_attention", impl, WHOLE, q, k, v, proj_kernel, proj_bias, means, **sizes
+    )
 
 
 def chosen_blocks(length: int, topk: float, block_k: int) -> int:
@@ -73,16 +99,24 @@ def chosen_blocks(length: int, topk: float, block_k: int) -> int:
     return max(1, min(blocks, int(topk * blocks)))
 
 
-def block_map(q, k, *, topk, block_q=128, block_k=64, impl="auto"):  # q k [b l h k] -> int32 [b h q_blocks chosen], ascending
+def block_map(
+    q, k, *, topk, block_q=128, block_k=64, impl="auto"
+):  # q k [b l h k] -> int32 [b h q_blocks chosen], ascending
     """The key blocks of highest pooled score for each block of queries; ties go to the lowest index.
 
     q k [b l h k] -> int32 [b h q_blocks chosen], ascending; `chosen` is `chosen_blocks` of the share topk. No gradient.
     """
-    sizes = {"chosen": chosen_blocks(k.shape[1], topk, block_k), "block_q": block_q, "block_k": block_k}
+    sizes = {
+        "chosen": chosen_blocks(k.shape[1], topk, block_k),
+        "block_q": block_q,
+        "block_k": block_k,
+    }
     return run("block_map", impl, MAPS, q, k, **sizes)
 
 
-def sparse_attention(q, k, v, blocks, *, block_q=128, block_k=64, impl="auto"):  # q k v [b l h k] -> [b l h k]
+def sparse_attention(
+    q, k, v, blocks, *, block_q=128, block_k=64, impl="auto"
+):  # q k v [b l h k] -> [b l h k]
     """Softmax attention of each query block over its list of key blocks [b h q_blocks chosen], ascending, no repeats.
 
     q k v [b l h k] -> [b l h k]. The last block may be shorter; keys past the end do not count. Raises ValueError for a list that is not
@@ -97,12 +131,21 @@ def check(q, k, v, blocks, block_q):
     check_attention(q, k, v)
     expected = (q.shape[0], q.shape[2], -(-q.shape[1] // block_q))
     if blocks.ndim != 4 or blocks.shape[:3] != expected or blocks.dtype != jnp.int32:
-        raise ValueError(f"sparse_attention: block list {blocks.dtype} {blocks.shape}; expected int32 {(*expected, 'chosen')}")
+        raise ValueError(
+            f"sparse_attention: block list {blocks.dtype} {blocks.shape}; expected int32 {(*expected, 'chosen')}"
+        )
 
 
 def check_means(q, k, means, block_q, block_k):
     """Raise ValueError unless means, if any, are float32 [b h blocks k] of q and of k."""
-    expected = [(x.shape[0], x.shape[2], -(-x.shape[1] // block), x.shape[3]) for x, block in ((q, block_q), (k, block_k))]
-    if means is not None and ([m.shape for m in means] != expected or any(m.dtype != jnp.float32 for m in means)):
+    expected = [
+        (x.shape[0], x.shape[2], -(-x.shape[1] // block), x.shape[3])
+        for x, block in ((q, block_q), (k, block_k))
+    ]
+    if means is not None and (
+        [m.shape for m in means] != expected or any(m.dtype != jnp.float32 for m in means)
+    ):
         given = ", ".join(f"{m.dtype} {m.shape}" for m in means)
-        raise ValueError(f"sparse_linear_attention: means {given}; expected float32 {expected[0]} and {expected[1]}")
+        raise ValueError(
+            f"sparse_linear_attention: means {given}; expected float32 {expected[0]} and {expected[1]}"
+        )

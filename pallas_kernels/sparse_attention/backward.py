@@ -30,20 +30,48 @@ def backward(q, k, v, blocks, o, lse, do, block_q, block_k, *, interpret):
     blocks: int32 [b h q_blocks chosen], ascending; lse: natural logarithm of the normalisers, float32 [b h q_blocks block_q].
     """
     lse = rearrange(lse, "b h i m -> b h (i m)")
-    dq, delta = query_side(q, k, v, blocks, o, lse, do, block_q, block_k, tile("sparse_attention", f"dq_q{block_q}"), interpret)
+    dq, delta = query_side(
+        q,
+        k,
+        v,
+        blocks,
+        o,
+        lse,
+        do,
+        block_q,
+        block_k,
+        tile("sparse_attention", f"dq_q{block_q}"),
+        interpret,
+    )
     columns = transpose(blocks, count(k.shape[1], block_k))
-    dk, dv = key_side(q, k, v, columns, lse, delta, do, block_q, block_k, tile("sparse_attention", "dkdv"), interpret)
+    dk, dv = key_side(
+        q,
+        k,
+        v,
+        columns,
+        lse,
+        delta,
+        do,
+        block_q,
+        block_k,
+        tile("sparse_attention", "dkdv"),
+        interpret,
+    )
     return dq, dk, dv
 
 
-def query_side(q, k, v, blocks, o, lse, do, block_q, block_k, at, interpret):  # lse f32 [b h (q_blocks block_q)]
+def query_side(
+    q, k, v, blocks, o, lse, do, block_q, block_k, at, interpret
+):  # lse f32 [b h (q_blocks block_q)]
     """dq [b l h k], and delta f32 [b h (q_blocks block_q)], which is not written past the last query."""
     rows = min(block_q, WARP_ROWS * at.warps)
     (b, l, h, d), chosen = q.shape, blocks.shape[3]
     own = pl.BlockSpec((None, rows, None, d), lambda i, g: (g // h, i, g % h, 0))
     head = pl.BlockSpec((None, k.shape[1], None, d), lambda i, g: (g // h, 0, g % h, 0))
     number = pl.BlockSpec((None, None, rows), lambda i, g: (g // h, g % h, i))
-    lists = pl.BlockSpec((None, None, None, chosen), lambda i, g: (g // h, g % h, i * rows // block_q, 0))
+    lists = pl.BlockSpec(
+        (None, None, None, chosen), lambda i, g: (g // h, g % h, i * rows // block_q, 0)
+    )
     return launch(
         partial(query_kernel, rows=l, length=k.shape[1], block_k=block_k, interpret=interpret),
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse.shape, jnp.float32)),
@@ -56,7 +84,22 @@ def query_side(q, k, v, blocks, o, lse, do, block_q, block_k, at, interpret):  #
     )(blocks, q, o, do, lse, k, v)
 
 
-def query_kernel(blocks_ref, q_ref, o_ref, do_ref, lse_ref, k_ref, v_ref, dq_ref, delta_ref, *, rows, length, block_k, interpret):
+def query_kernel(
+    blocks_ref,
+    q_ref,
+    o_ref,
+    do_ref,
+    lse_ref,
+    k_ref,
+    v_ref,
+    dq_ref,
+    delta_ref,
+    *,
+    rows,
+    length,
+    block_k,
+    interpret,
+):
     """blocks [chosen]; q o do dq [m k]; lse delta [m]; k v [length k], of one head."""
     here = pl.program_id(0) * lse_ref.shape[0] + jnp.arange(lse_ref.shape[0]) < rows
     q, o, do = (load(ref, here[:, None]) for ref in (q_ref, o_ref, do_ref))
@@ -70,7 +113,10 @@ def query_kernel(blocks_ref, q_ref, o_ref, do_ref, lse_ref, k_ref, v_ref, dq_ref
         i, part = split(t, parts)
         start = blocks_ref[i] * block_k + part * size
         inside = start + jnp.arange(size) < length
-        k, v = (load(ref.at[pl.ds(start, size)], inside[:, None] if ragged else None) for ref in (k_ref, v_ref))
+        k, v = (
+            load(ref.at[pl.ds(start, size)], inside[:, None] if ragged else None)
+            for ref in (k_ref, v_ref)
+        )
         p = fma_exp2(dot(q, k, (1, 1)), scale * LOG2E, -lse[:, None], interpret)
         if ragged:
             p = jnp.where(inside, p, 0.0)
@@ -85,7 +131,9 @@ def query_kernel(blocks_ref, q_ref, o_ref, do_ref, lse_ref, k_ref, v_ref, dq_ref
     store(dq_ref, (scale * dq).astype(dq_ref.dtype), here[:, None])
 
 
-def key_side(q, k, v, columns, lse, delta, do, block_q, block_k, at, interpret):  # lse delta f32 [b h (q_blocks block_q)]
+def key_side(
+    q, k, v, columns, lse, delta, do, block_q, block_k, at, interpret
+):  # lse delta f32 [b h (q_blocks block_q)]
     """dk, dv [b l h k], zeros where no query chose a key; columns: the lists of `transpose`."""
     whole = lambda x: pl.BlockSpec(x.shape, lambda i: (0,) * x.ndim)
     args = columns, q, do, lse, delta, k, v
@@ -101,7 +149,21 @@ def key_side(q, k, v, columns, lse, delta, do, block_q, block_k, at, interpret):
     )(*args)
 
 
-def key_kernel(columns, q_ref, do_ref, lse_ref, delta_ref, k_ref, v_ref, dk_ref, dv_ref, *, block_q, block_k, interpret):
+def key_kernel(
+    columns,
+    q_ref,
+    do_ref,
+    lse_ref,
+    delta_ref,
+    k_ref,
+    v_ref,
+    dk_ref,
+    dv_ref,
+    *,
+    block_q,
+    block_k,
+    interpret,
+):
     """ROWS keys of one head against the queries of their list, ROWS at a time; refs are whole arrays.
 
     Queries past the end read as q = do = 0 and add nothing; keys past the end only change their own row, which is not stored.
@@ -129,7 +191,9 @@ def key_kernel(columns, q_ref, do_ref, lse_ref, delta_ref, k_ref, v_ref, dk_ref,
         return dk + dot(ds.astype(q.dtype), q, (1, 0)), dv + dot(p.astype(do.dtype), do, (1, 0))
 
     zero = jnp.zeros(k.shape, jnp.float32)
-    dk, dv = lax.fori_loop(columns.start[column] * times, columns.start[column + 1] * times, add, (zero, zero))
+    dk, dv = lax.fori_loop(
+        columns.start[column] * times, columns.start[column + 1] * times, add, (zero, zero)
+    )
     store(at(dk_ref), (scale * dk).astype(dk_ref.dtype), inside)
     store(at(dv_ref), dv.astype(dv_ref.dtype), inside)
 

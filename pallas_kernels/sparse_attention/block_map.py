@@ -24,15 +24,22 @@ WIDEST = 2**13  # key blocks
 WARP = 2**11  # scores that a warp keeps in its registers
 
 
-def block_map(q, k, chosen, block_q, block_k, *, interpret):  # q k [b l h k] -> int32 [b h q_blocks chosen], ascending
+def block_map(
+    q, k, chosen, block_q, block_k, *, interpret
+):  # q k [b l h k] -> int32 [b h q_blocks chosen], ascending
     """The `chosen` key blocks of highest pooled score for each query block; ties go to the lowest index. No gradient."""
     return block_map_and_mean(q, k, chosen, block_q, block_k, interpret=interpret)[0]
 
 
-def block_map_and_mean(q, k, chosen, block_q, block_k, means=None, *, interpret):  # -> the block map, mean of k f32 [b h k]
+def block_map_and_mean(
+    q, k, chosen, block_q, block_k, means=None, *, interpret
+):  # -> the block map, mean of k f32 [b h k]
     """`block_map`, and the mean key that int8 keys take off, which comes with it for nothing. means: of the blocks of q and k."""
     q, k, means = lax.stop_gradient((q, k, means))
-    queries, keys = means or (pool(q, block_q, interpret=interpret), pool(k, block_k, interpret=interpret))
+    queries, keys = means or (
+        pool(q, block_q, interpret=interpret),
+        pool(k, block_k, interpret=interpret),
+    )
     mean = mean_of(keys, k.shape[1], block_k)
     return choose(pooled_scores(queries, keys, mean), chosen, interpret=interpret), mean
 
@@ -42,7 +49,9 @@ def mean_of(pooled, length, block):  # f32 [b h n k] -> f32 [b h k]
     return jnp.einsum("bhnk,n->bhk", pooled, counts(length, block) / length, precision=EXACT)
 
 
-def pooled_scores(queries, keys, mean):  # means of blocks f32 [b h i k], [b h j k], mean key f32 [b h k] -> f32 [b h i j]
+def pooled_scores(
+    queries, keys, mean
+):  # means of blocks f32 [b h i k], [b h j k], mean key f32 [b h k] -> f32 [b h i j]
     """What `reference.pooled_scores` computes: the mean of k - mean(k) over a block is the block's mean minus the mean."""
     return jnp.einsum("bhik,bhjk->bhij", queries, keys - mean[:, :, None], precision=EXACT)
 
@@ -75,7 +84,9 @@ def choose(scores, chosen, *, interpret):  # f32 [b h i j] -> int32 [b h i chose
     """The indices of the `chosen` highest scores of each row, -0 below 0, ties to the lowest index: the set of lax.top_k."""
     b, h, i, n = scores.shape
     if n > WIDEST:
-        raise ValueError(f"block_map: {n} key blocks; the kernel sorts out at most {WIDEST}; larger blocks or impl='reference' do it")
+        raise ValueError(
+            f"block_map: {n} key blocks; the kernel sorts out at most {WIDEST}; larger blocks or impl='reference' do it"
+        )
     width, at = power_of_two(n), tile("sparse_attention", "choose")
     lists = launch(
         partial(choose_kernel, n=n, chosen=chosen),
@@ -106,7 +117,9 @@ def choose_kernel(scores_ref, list_ref, *, n, chosen):
 
     least = lax.fori_loop(0, 32, step, jnp.int32(LEAST))
     above, equal = image > least, image == least
-    seen = jnp.cumsum(above.astype(jnp.int32) + (equal.astype(jnp.int32) << 16))  # both counts in one sum
+    seen = jnp.cumsum(
+        above.astype(jnp.int32) + (equal.astype(jnp.int32) << 16)
+    )  # both counts in one sum
     above_seen, equal_seen = seen & 0xFFFF, seen >> 16
     wanted = chosen - above.astype(jnp.int32).sum()
     keep = above | (equal & (equal_seen <= wanted))

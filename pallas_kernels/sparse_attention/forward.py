@@ -44,7 +44,19 @@ class Plan:
 def forward(q, k, v, blocks, block_q, block_k, *, linear=None, save=False, interpret=False):
     """o, or (o, o_s, lse) if `save`: what `attend` says, with float scores; q k v [b l h k], blocks int32 [b h q_blocks chosen]."""
     at = tile("sparse_attention", kernel_name(block_q))
-    return attend(float_scores, (q,), (k,), v, blocks, block_q, block_k, linear=linear, save=save, interpret=interpret, at=at)
+    return attend(
+        float_scores,
+        (q,),
+        (k,),
+        v,
+        blocks,
+        block_q,
+        block_k,
+        linear=linear,
+        save=save,
+        interpret=interpret,
+        at=at,
+    )
 
 
 def kernel_name(block_q):
@@ -55,10 +67,15 @@ def kernel_name(block_q):
 def float_scores(plan, rows, queries, keys):
     """Scores q k^T summed in float32; the factor holds 1/sqrt(k) and log2(e)."""
     q = load(queries[0], rows)
-    return lambda j: (dot(q, block(keys[0], j, plan.block_k), (1, 1)), LOG2E * q.shape[-1] ** -0.5), None
+    return lambda j: (
+        dot(q, block(keys[0], j, plan.block_k), (1, 1)),
+        LOG2E * q.shape[-1] ** -0.5,
+    ), None
 
 
-def attend(scorer, queries, keys, v, blocks, block_q, block_k, *, linear=None, save=False, interpret, at):
+def attend(
+    scorer, queries, keys, v, blocks, block_q, block_k, *, linear=None, save=False, interpret, at
+):
     """Softmax attention of each block of queries over its key blocks, plus the linear branch where its parts are given.
 
     queries [b l h k] and keys [b s h k], and other arrays [b h n] beside them: what `scorer` reads; v [b s h k]; blocks int32
@@ -73,30 +90,55 @@ def attend(scorer, queries, keys, v, blocks, block_q, block_k, *, linear=None, s
     if reason:
         raise ValueError(f"attention kernel: {reason}")
     short = max(block_k - v.shape[1], 0)  # less than one block of keys: zeros go before them
-    lengthen = lambda x: jnp.pad(x, ((0, 0), (short, 0), (0, 0), (0, 0))) if x.ndim == 4 and short else x
+    lengthen = lambda x: (
+        jnp.pad(x, ((0, 0), (short, 0), (0, 0), (0, 0))) if x.ndim == 4 and short else x
+    )
     chosen = count(v.shape[1], block_k) if blocks is None else blocks.shape[-1]
-    plan = Plan(block_q=block_q, block_k=block_k, rows=l, length=v.shape[1], chosen=chosen, scorer=scorer, interpret=interpret)
+    plan = Plan(
+        block_q=block_q,
+        block_k=block_k,
+        rows=l,
+        length=v.shape[1],
+        chosen=chosen,
+        scorer=scorer,
+        interpret=interpret,
+    )
     v, keys = lengthen(v), tuple(lengthen(x) for x in keys)
     tile_of = pl.BlockSpec((None, block_q, None, d), lambda i, g: (g // h, i, g % h, 0))
     tokens = lambda x: pl.BlockSpec((None, x.shape[1], None, d), lambda i, g: (g // h, 0, g % h, 0))
     row = lambda size: pl.BlockSpec((None, None, None, size), lambda i, g: (g // h, g % h, i, 0))
-    whole = lambda x: pl.BlockSpec((None, None, *x.shape[2:]), lambda i, g: (g // h, g % h, *(0 for _ in x.shape[2:])))
+    whole = lambda x: pl.BlockSpec(
+        (None, None, *x.shape[2:]), lambda i, g: (g // h, g % h, *(0 for _ in x.shape[2:]))
+    )
     ins = {"queries": queries, "keys": keys, "v": v, "blocks": blocks, "linear": linear}
     in_specs = {
         "queries": tuple(tile_of if x.ndim == 4 else whole(x) for x in queries),
         "keys": tuple(tokens(x) if x.ndim == 4 else whole(x) for x in keys),
         "v": tokens(v),
         "blocks": None if blocks is None else row(chosen),
-        "linear": None if linear is None else (tile_of, whole(linear[1]), whole(linear[2]), pl.BlockSpec((d,), lambda i, g: (0,))),
+        "linear": None
+        if linear is None
+        else (tile_of, whole(linear[1]), whole(linear[2]), pl.BlockSpec((d,), lambda i, g: (0,))),
     }
     o = jax.ShapeDtypeStruct((b, l, h, d), v.dtype)
     outs, out_specs = {"o": o}, {"o": tile_of}
     if save:
-        outs["lse"], out_specs["lse"] = jax.ShapeDtypeStruct((b, h, n, block_q), jnp.float32), row(block_q)
+        outs["lse"], out_specs["lse"] = (
+            jax.ShapeDtypeStruct((b, h, n, block_q), jnp.float32),
+            row(block_q),
+        )
     if save and linear is not None:
         outs["o_s"], out_specs["o_s"] = o, tile_of
     tuned = {"warps": at.warps, "stages": at.stages}
-    out = launch(partial(attend_kernel, plan), outs, (n, b * h), (in_specs,), out_specs, **tuned, interpret=interpret)(ins)
+    out = launch(
+        partial(attend_kernel, plan),
+        outs,
+        (n, b * h),
+        (in_specs,),
+        out_specs,
+        **tuned,
+        interpret=interpret,
+    )(ins)
     return (out["o"], out.get("o_s", out["o"]), out["lse"]) if save else out["o"]
 
 
@@ -104,14 +146,22 @@ def attend_kernel(plan, ins, outs):
     """One block of queries of one head: refs q [block_q k], v [s k], blocks [chosen], linear m [k k], z [k], bias [k]."""
     interpret, dtype = plan.interpret, outs["o"].dtype
     rows = inside(plan)
-    if ins["linear"] is not None:  # first, and out to memory: beside the loop's accumulators it does not fit into registers
+    if (
+        ins["linear"] is not None
+    ):  # first, and out to memory: beside the loop's accumulators it does not fit into registers
         q, m, z, bias = ins["linear"]
-        store(outs["o"], linear_branch(load(q, rows), load(m), load(z), load(bias), interpret).astype(dtype), rows)
+        store(
+            outs["o"],
+            linear_branch(load(q, rows), load(m), load(z), load(bias), interpret).astype(dtype),
+            rows,
+        )
     scores, bound = plan.scorer(plan, rows, ins["queries"], ins["keys"])
     number = lambda t: t if ins["blocks"] is None else ins["blocks"][t]
     values = lambda j: block(ins["v"], j, plan.block_k)
 
-    def quick(t, state):  # a block of which every key exists; nothing that an address depends on may be in the state of a loop:
+    def quick(
+        t, state
+    ):  # a block of which every key exists; nothing that an address depends on may be in the state of a loop:
         total, o = state  # such loads are not overlapped with work
         j = number(t)
         s, factor = scores(j)
@@ -125,7 +175,9 @@ def attend_kernel(plan, ins, outs):
         s = hide(plan, j, s, -jnp.inf if s.dtype == jnp.float32 else jnp.iinfo(s.dtype).min)
         new = jnp.maximum(top, s.max(1).astype(jnp.float32) * factor)
         p = fma_exp2(s.astype(jnp.float32), factor, -new[:, None], interpret)
-        p = p if s.dtype == jnp.float32 else hide(plan, j, p, 0.0)  # the least integer is not minus infinity
+        p = (
+            p if s.dtype == jnp.float32 else hide(plan, j, p, 0.0)
+        )  # the least integer is not minus infinity
         fade = exp2(top - new, interpret)
         o = o * fade[:, None] + dot(p.astype(dtype), values(j), (1, 0))
         return new, total * fade + p.sum(1), o
@@ -134,7 +186,9 @@ def attend_kernel(plan, ins, outs):
     total, o = jnp.zeros(plan.block_q), jnp.zeros(outs["o"].shape)
     if bound is not None:
         small = bound <= BOUND
-        whole = plan.chosen - (1 if plan.length % plan.block_k else 0)  # the list ascends: only its last block can be the ragged one
+        whole = plan.chosen - (
+            1 if plan.length % plan.block_k else 0
+        )  # the list ascends: only its last block can be the ragged one
         first = small.astype(jnp.int32) * jnp.int32(whole)
         total, o = jax.lax.fori_loop(0, first, quick, (total, o))
         top = jnp.where(small, bound, top)
@@ -149,7 +203,9 @@ def attend_kernel(plan, ins, outs):
     store(outs["o"], o.astype(dtype), rows)
 
 
-def linear_branch(q, m, z, bias, interpret):  # q [block_q k], m [k k], z bias f32 [k] -> f32 [block_q k]
+def linear_branch(
+    q, m, z, bias, interpret
+):  # q [block_q k], m [k k], z bias f32 [k] -> f32 [block_q k]
     """phi(q) m / (phi(q) . z + eps) + bias. phi(q) = e / sum(e) is not divided out: e m / (e . (z + eps)) + bias."""
     x = q.astype(jnp.float32)
     e = exp2((x - x.max(1)[:, None]) * LOG2E, interpret).astype(q.dtype)
@@ -180,7 +236,9 @@ def refusal(width, block_q, block_k, dtype, interpret=False) -> str | None:
     for name, size in {"head width": width, "block_q": block_q, "block_k": block_k}.items():
         if size < 16 or size & (size - 1):
             low = max(16, 1 << size.bit_length() - 1)
-            return f"{name} is {size}; allowed: powers of two from 16 on; nearest: {low} and {2 * low}"
+            return (
+                f"{name} is {size}; allowed: powers of two from 16 on; nearest: {low} and {2 * low}"
+            )
     if dtype == jnp.float32 and not interpret:
         return "float32 is for impl='interpret' and 'reference'; allowed: bfloat16, float16"
     return None

@@ -29,7 +29,10 @@ def summaries(k, v, *, interpret):  # k v [b l h k] -> f32 [b h k k], f32 [b h k
     at = tile("sparse_attention", "summaries")
     products, sums = launch(
         partial(summaries_kernel, length=l, steps=steps, interpret=interpret),
-        [jax.ShapeDtypeStruct((b, h, chunks, d, d), jnp.float32), jax.ShapeDtypeStruct((b, h, chunks, d), jnp.float32)],
+        [
+            jax.ShapeDtypeStruct((b, h, chunks, d, d), jnp.float32),
+            jax.ShapeDtypeStruct((b, h, chunks, d), jnp.float32),
+        ],
         (chunks, b * h),
         [tokens, tokens],
         [
@@ -53,10 +56,14 @@ def summaries_kernel(k_ref, v_ref, product_ref, sum_ref, *, length, steps, inter
         rows = pl.ds(t * ROWS, ROWS)
         inside = (start + t * ROWS + jnp.arange(ROWS) < length)[:, None]
         phi = feature(load(k_ref.at[rows], inside), inside, interpret)
-        total = total + dot(phi, jnp.ones((ROWS, 16), phi.dtype), (0, 0))  # 16 equal columns: the tensor cores add up rows
+        total = total + dot(
+            phi, jnp.ones((ROWS, 16), phi.dtype), (0, 0)
+        )  # 16 equal columns: the tensor cores add up rows
         return product + dot(phi, load(v_ref.at[rows], inside), (0, 0)), total
 
-    product, total = lax.fori_loop(0, steps, step, (jnp.zeros((width, width)), jnp.zeros((width, 16))))
+    product, total = lax.fori_loop(
+        0, steps, step, (jnp.zeros((width, width)), jnp.zeros((width, 16)))
+    )
     store(product_ref, product)
     store(sum_ref, total.max(1))
 

@@ -38,7 +38,9 @@ def grad(args, saved, do, block_q, block_k, *, interpret):
     q, k, v, proj_kernel, proj_bias, blocks = args
     o, lse, product, total = saved
     near = backward(q, k, v, blocks, o, lse, do, block_q, block_k, interpret=interpret)
-    *dqkv, dkernel, dbias = linear_backward(q, k, v, product, total, proj_kernel, do, near, interpret=interpret)
+    *dqkv, dkernel, dbias = linear_backward(
+        q, k, v, product, total, proj_kernel, do, near, interpret=interpret
+    )
     return *dqkv, dkernel.astype(proj_kernel.dtype), dbias.astype(proj_bias.dtype), None
 
 
@@ -61,7 +63,9 @@ def query_side(q, m, z, do, near, *, interpret):  # m [b h k k] in q.dtype, z f3
     """near + dq [b l h k], and t float32 [b h l]."""
     b, l, h, d = q.shape
     tokens = pl.BlockSpec((None, ROWS, None, d), lambda i, g: (g // h, i, g % h, 0))
-    head = lambda *shape: pl.BlockSpec((None, None, *shape), lambda i, g: (g // h, g % h, *(0 for _ in shape)))
+    head = lambda *shape: pl.BlockSpec(
+        (None, None, *shape), lambda i, g: (g // h, g % h, *(0 for _ in shape))
+    )
     at = tile("sparse_attention", "linear_query")
     return launch(
         partial(query_kernel, length=l, interpret=interpret),
@@ -95,7 +99,9 @@ def query_sums(q, z, t, do, *, interpret):  # z f32 [b h k], t f32 [b h l]
     chunks = count(l, steps * ROWS)
     tokens = pl.BlockSpec((None, steps * ROWS, None, d), lambda i, g: (g // h, i, g % h, 0))
     number = pl.BlockSpec((None, None, steps * ROWS), lambda i, g: (g // h, g % h, i))
-    part = lambda *shape: pl.BlockSpec((None, None, None, *shape), lambda i, g: (g // h, g % h, i, *(0 for _ in shape)))
+    part = lambda *shape: pl.BlockSpec(
+        (None, None, None, *shape), lambda i, g: (g // h, g % h, i, *(0 for _ in shape))
+    )
     partial_sum = lambda *shape: jax.ShapeDtypeStruct((b, h, chunks, *shape), jnp.float32)
     at = tile("sparse_attention", "linear_query_sums")
     dm, dz, dbias = launch(
@@ -111,7 +117,9 @@ def query_sums(q, z, t, do, *, interpret):  # z f32 [b h k], t f32 [b h l]
     return dm.sum(2), dz.sum(2), dbias.sum((0, 1, 2))
 
 
-def query_sums_kernel(q_ref, do_ref, t_ref, z_ref, dm_ref, dz_ref, dbias_ref, *, length, steps, interpret):
+def query_sums_kernel(
+    q_ref, do_ref, t_ref, z_ref, dm_ref, dz_ref, dbias_ref, *, length, steps, interpret
+):
     """q do [steps*ROWS k]; t [steps*ROWS]; dm [k k]; z dz dbias [k]. Rows past the end have do = t = 0 and add nothing."""
     start, width = pl.program_id(0) * steps * ROWS, q_ref.shape[1]
     z = load(z_ref)[None]
@@ -123,7 +131,9 @@ def query_sums_kernel(q_ref, do_ref, t_ref, z_ref, dm_ref, dz_ref, dbias_ref, *,
         q, do = (load(ref.at[rows], inside[:, None]) for ref in (q_ref, do_ref))
         phi = feature(q, interpret)
         phi = (phi * (1 / (phi * z).sum(1, keepdims=True))).astype(do.dtype)
-        t = jnp.broadcast_to(load(t_ref.at[rows], inside).astype(do.dtype)[:, None], (ROWS, COLUMNS))
+        t = jnp.broadcast_to(
+            load(t_ref.at[rows], inside).astype(do.dtype)[:, None], (ROWS, COLUMNS)
+        )
         ones = jnp.ones((ROWS, COLUMNS), do.dtype)
         return dm + dot(phi, do, (0, 0)), dz - dot(phi, t, (0, 0)), dbias + dot(do, ones, (0, 0))
 
@@ -134,11 +144,15 @@ def query_sums_kernel(q_ref, do_ref, t_ref, z_ref, dm_ref, dz_ref, dbias_ref, *,
     store(dbias_ref, dbias.max(1))
 
 
-def key_side(k, v, dproduct, dz, near_k, near_v, *, interpret):  # dproduct [b h k k] in k.dtype, dz f32 [b h k]
+def key_side(
+    k, v, dproduct, dz, near_k, near_v, *, interpret
+):  # dproduct [b h k k] in k.dtype, dz f32 [b h k]
     """near_k + dk, near_v + dv [b l h k]."""
     b, l, h, d = k.shape
     tokens = pl.BlockSpec((None, ROWS, None, d), lambda i, g: (g // h, i, g % h, 0))
-    head = lambda *shape: pl.BlockSpec((None, None, *shape), lambda i, g: (g // h, g % h, *(0 for _ in shape)))
+    head = lambda *shape: pl.BlockSpec(
+        (None, None, *shape), lambda i, g: (g // h, g % h, *(0 for _ in shape))
+    )
     at = tile("sparse_attention", "linear_key")
     return launch(
         partial(key_kernel, length=l, interpret=interpret),
@@ -152,12 +166,16 @@ def key_side(k, v, dproduct, dz, near_k, near_v, *, interpret):  # dproduct [b h
     )(k, v, dproduct, dz, near_k, near_v)
 
 
-def key_kernel(k_ref, v_ref, dproduct_ref, dz_ref, near_k_ref, near_v_ref, dk_ref, dv_ref, *, length, interpret):
+def key_kernel(
+    k_ref, v_ref, dproduct_ref, dz_ref, near_k_ref, near_v_ref, dk_ref, dv_ref, *, length, interpret
+):
     """k v near_k near_v dk dv [ROWS k]; dproduct [k k]; dz [k]."""
     inside = (pl.program_id(0) * ROWS + jnp.arange(ROWS) < length)[:, None]
     dproduct = load(dproduct_ref)
     phi = feature(load(k_ref, inside), interpret)
-    dv = dot(phi.astype(k_ref.dtype), dproduct, (1, 0)) + load(near_v_ref, inside).astype(jnp.float32)
+    dv = dot(phi.astype(k_ref.dtype), dproduct, (1, 0)) + load(near_v_ref, inside).astype(
+        jnp.float32
+    )
     store(dv_ref, dv.astype(dv_ref.dtype), inside)
     u = dot(load(v_ref, inside), dproduct, (1, 1)) + load(dz_ref)[None]
     dk = phi * (u - (phi * u).sum(1, keepdims=True)) + load(near_k_ref, inside).astype(jnp.float32)

@@ -14,7 +14,9 @@ from jax import lax
 
 from pallas_kernels.derivatives import with_derivatives
 
-EXACT = lax.Precision.HIGHEST  # float32 operands are multiplied as float32; narrower ones are not affected
+EXACT = (
+    lax.Precision.HIGHEST
+)  # float32 operands are multiplied as float32; narrower ones are not affected
 CHUNK_BYTES = 2**30  # float32 scores and gathered blocks held at a time
 EPS = 1e-5  # of the linear branch
 
@@ -37,9 +39,13 @@ def counts(length, size):
 
 def pooled_scores(q, k, block_q, block_k):  # [b l h k] -> f32 [b h q_blocks k_blocks]
     """Mean query of each block times mean of each block of k - mean(k); no scale, no softmax, all in float32."""
-    pool = lambda x, size: blocked(x, size).sum(3, dtype=jnp.float32) / counts(x.shape[1], size)[:, None]
+    pool = lambda x, size: (
+        blocked(x, size).sum(3, dtype=jnp.float32) / counts(x.shape[1], size)[:, None]
+    )
     k_mean = k.mean(1, dtype=jnp.float32)[:, :, None]
-    return jnp.einsum("bhik,bhjk->bhij", pool(q, block_q), pool(k, block_k) - k_mean, precision=EXACT)
+    return jnp.einsum(
+        "bhik,bhjk->bhij", pool(q, block_q), pool(k, block_k) - k_mean, precision=EXACT
+    )
 
 
 def block_map(q, k, chosen, block_q, block_k):  # -> int32 [b h q_blocks chosen], ascending
@@ -70,12 +76,16 @@ def over_chunks(step, carry, arrays, bytes_per_block):
     if pieces == 1:
         return step(carry, arrays)
     carry, out = lax.scan(step, carry, jax.tree.map(split, arrays))
-    return carry, jax.tree.map(lambda x: rearrange(x, "p b h c ... -> b h (p c) ...")[:, :, :n], out)
+    return carry, jax.tree.map(
+        lambda x: rearrange(x, "p b h c ... -> b h (p c) ...")[:, :, :n], out
+    )
 
 
 def logits(q, k, blocks, block_k, length):  # q [b h c m k], k [b h c t j k] -> f32 [b h c m (t j)]
     """Scaled scores; keys past the end of the sequence get -inf."""
-    s = jnp.einsum("bhcmk,bhctjk->bhcmtj", q, k, preferred_element_type=jnp.float32, precision=EXACT)
+    s = jnp.einsum(
+        "bhcmk,bhctjk->bhcmtj", q, k, preferred_element_type=jnp.float32, precision=EXACT
+    )
     return flatten_keys(q.shape[-1] ** -0.5 * s, blocks, block_k, length)
 
 
@@ -85,12 +95,22 @@ def flatten_keys(s, blocks, block_k, length):  # f32 [b h c m t j] -> [b h c m (
     return rearrange(s, "b h c m t j -> b h c m (t j)")
 
 
-def softmax_sum(s, v):  # float32 island: s [b h c m n], v [b h c t j k] -> o f32 [b h c m k], log of the normaliser [b h c m]
-    top = lax.stop_gradient(s.max(-1, keepdims=True))  # neither result depends on what is subtracted
+def softmax_sum(
+    s, v
+):  # float32 island: s [b h c m n], v [b h c t j k] -> o f32 [b h c m k], log of the normaliser [b h c m]
+    top = lax.stop_gradient(
+        s.max(-1, keepdims=True)
+    )  # neither result depends on what is subtracted
     p = jnp.exp(s - top)
     total = p.sum(-1, keepdims=True)
     v = rearrange(v, "b h c t j k -> b h c (t j) k")
-    o = jnp.einsum("bhcmn,bhcnk->bhcmk", p.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=EXACT)
+    o = jnp.einsum(
+        "bhcmn,bhcnk->bhcmk",
+        p.astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+        precision=EXACT,
+    )
     return o / total, (top + jnp.log(total))[..., 0]
 
 
@@ -99,7 +119,9 @@ def bytes_per_block(chosen, block_q, block_k, width, itemsize):
     return chosen * block_k * (12 * block_q + 2 * width * itemsize)
 
 
-def sparse_attention(q, k, v, blocks, block_q, block_k):  # q k v [b l h k], blocks [b h q_blocks chosen]
+def sparse_attention(
+    q, k, v, blocks, block_q, block_k
+):  # q k v [b l h k], blocks [b h q_blocks chosen]
     """Softmax attention of each query block over its chosen key blocks; keys past the end do not count.
 
     Differentiable in both modes with the block list held constant. The gradient is written out below, because automatic
@@ -156,14 +178,20 @@ def backward(q, k, v, blocks, o, lse, do, block_q, block_k):
     arrays = (blocked(q, block_q), blocks, blocked(do, block_q), blocked(delta, block_q), lse)
     zeros = jnp.zeros(keys.shape, jnp.float32), jnp.zeros(values.shape, jnp.float32)
     (dk, dv), dq = over_chunks(step, zeros, arrays, size)
-    return unblocked(dq, q.shape[1]), unblocked(dk, k.shape[1]).astype(k.dtype), unblocked(dv, v.shape[1]).astype(v.dtype)
+    return (
+        unblocked(dq, q.shape[1]),
+        unblocked(dk, k.shape[1]).astype(k.dtype),
+        unblocked(dv, v.shape[1]).astype(v.dtype),
+    )
 
 
 def add_blocks(total, blocks, x):  # [b h n ...], [b h c t], [b h c t ...]
     return jax.vmap(jax.vmap(lambda total, index, x: total.at[index].add(x)))(total, blocks, x)
 
 
-def linear_attention(q, k, v, proj_kernel, proj_bias):  # q k v [b l h k], proj [k k] (i o) and [k] float32 -> [b l h k]
+def linear_attention(
+    q, k, v, proj_kernel, proj_bias
+):  # q k v [b l h k], proj [k k] (i o) and [k] float32 -> [b l h k]
     """phi(q) M / (phi(q) . z + eps) + bias over all keys, phi = softmax over k, M = (phi(k)^T v) proj, z = sum of phi(k).
 
     M, z and the quotient are float32; the products' operands have the input dtype.

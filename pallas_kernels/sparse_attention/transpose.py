@@ -30,7 +30,9 @@ class Columns:
     order: jax.Array
 
 
-def transpose(blocks, k_blocks: int) -> Columns:  # int32 [b h q_blocks chosen], no repeats within a list
+def transpose(
+    blocks, k_blocks: int
+) -> Columns:  # int32 [b h q_blocks chosen], no repeats within a list
     """The lists of all key blocks. Raises ValueError where a pair does not fit into an int32."""
     b, h, q_blocks, _ = blocks.shape
     columns = b * h * k_blocks
@@ -41,17 +43,26 @@ def transpose(blocks, k_blocks: int) -> Columns:  # int32 [b h q_blocks chosen],
         )
     head = jnp.arange(b * h, dtype=jnp.int32).reshape(b, h, 1, 1)
     column = head * k_blocks + blocks
-    pairs = lax.sort((column * q_blocks + jnp.arange(q_blocks, dtype=jnp.int32)[:, None]).reshape(-1), is_stable=False)
-    length = jnp.zeros(columns, jnp.int32).at[column.reshape(-1)].add(1)  # whole numbers: the order of additions does not matter
+    pairs = lax.sort(
+        (column * q_blocks + jnp.arange(q_blocks, dtype=jnp.int32)[:, None]).reshape(-1),
+        is_stable=False,
+    )
+    length = (
+        jnp.zeros(columns, jnp.int32).at[column.reshape(-1)].add(1)
+    )  # whole numbers: the order of additions does not matter
     start = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(length)])
     return Columns(pairs % q_blocks, start, balanced(length.reshape(b * h, k_blocks), q_blocks))
 
 
-def balanced(length, q_blocks: int):  # int32 [heads k_blocks] -> int32 [heads k_blocks], a permutation of their numbers
+def balanced(
+    length, q_blocks: int
+):  # int32 [heads k_blocks] -> int32 [heads k_blocks], a permutation of their numbers
     """Head by head, because the queries of one head stay in the cache, and the longest list of a head first, so that short ones
     fill the gaps at its end. Long lists go before everything: one that starts in the last head would run on alone.
     """
     heads, k_blocks = length.shape
     long = length * k_blocks > LONG * length.sum(1, keepdims=True)
     rank = jnp.where(long, 0, 1 + jnp.arange(heads, dtype=jnp.int32)[:, None])
-    return jnp.argsort((rank * (q_blocks + 1) + q_blocks - length).reshape(-1), stable=True).astype(jnp.int32)
+    return jnp.argsort((rank * (q_blocks + 1) + q_blocks - length).reshape(-1), stable=True).astype(
+        jnp.int32
+    )

@@ -30,7 +30,9 @@ def sparse_attention(q, k, v, blocks, block_q, block_k, *, interpret):
     return with_derivatives(run, tangent=tangent, grad=grad)(q, k, v, blocks)
 
 
-def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k, interpret):
+def sparse_linear_attention(
+    q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k, interpret
+):
     """The whole op: map, sums over all keys, and one pass over the queries for both branches.
 
     What the gradient needs besides o is written only where the op is differentiated; the tangent is that of the reference.
@@ -39,7 +41,9 @@ def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, means=None, *, chos
     def run(args, save):
         q, k, v, proj_kernel, proj_bias, blocks = args
         sums, linear = summed(q, k, v, proj_kernel, proj_bias, interpret=interpret)
-        return forward(q, k, v, blocks, block_q, block_k, linear=linear, save=save, interpret=interpret), sums
+        return forward(
+            q, k, v, blocks, block_q, block_k, linear=linear, save=save, interpret=interpret
+        ), sums
 
     def saving(*args):
         (o, o_s, lse), sums = run(args, True)
@@ -47,13 +51,19 @@ def sparse_linear_attention(q, k, v, proj_kernel, proj_bias, means=None, *, chos
 
     def tangent(args, saved, tangents):
         near = lambda *qkv: reference.forward(*qkv, args[5], block_q, block_k)[0]
-        return jax.jvp(lambda *a: near(*a[:3]) + reference.linear_attention(*a), args[:5], tangents[:5])[1]
+        return jax.jvp(
+            lambda *a: near(*a[:3]) + reference.linear_attention(*a), args[:5], tangents[:5]
+        )[1]
 
     def grad(args, saved, do):
         return linear_backward.grad(args, saved, do, block_q, block_k, interpret=interpret)
 
     op = jax.custom_jvp(lambda *args: run(args, False)[0])
-    op.defjvp(lambda args, tangents: jax.jvp(with_derivatives(saving, tangent=tangent, grad=grad), args, tangents))
+    op.defjvp(
+        lambda args, tangents: jax.jvp(
+            with_derivatives(saving, tangent=tangent, grad=grad), args, tangents
+        )
+    )
     blocks, _ = block_map_and_mean(q, k, chosen, block_q, block_k, means, interpret=interpret)
     return op(q, k, v, proj_kernel, proj_bias, blocks)
 

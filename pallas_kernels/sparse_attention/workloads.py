@@ -15,7 +15,9 @@ SHAPES = {"wan1.3b_480p": (32760, 12), "wan14b_720p": (75600, 40)}  # tokens, he
 
 def tokens(l: int, h: int, key):
     """q k v bfloat16 [1 l h k]."""
-    return tuple(jax.random.normal(key, (1, l, h, WIDTH), jnp.bfloat16) for key in jax.random.split(key, 3))
+    return tuple(
+        jax.random.normal(key, (1, l, h, WIDTH), jnp.bfloat16) for key in jax.random.split(key, 3)
+    )
 
 
 def chosen(l: int) -> int:
@@ -32,7 +34,11 @@ def with_lists(l: int, h: int, key):
 def with_projection(l: int, h: int, key):
     """Arguments of `sparse_linear_attention` and `sage_sparse_linear_attention` with topk 0.1."""
     key_tokens, key_proj = jax.random.split(key)
-    return *tokens(l, h, key_tokens), jax.random.normal(key_proj, (WIDTH, WIDTH)) / WIDTH**0.5, jnp.zeros(WIDTH)
+    return (
+        *tokens(l, h, key_tokens),
+        jax.random.normal(key_proj, (WIDTH, WIDTH)) / WIDTH**0.5,
+        jnp.zeros(WIDTH),
+    )
 
 
 def sparse(l: int, h: int) -> float:
@@ -45,7 +51,10 @@ def once(l: int, h: int) -> float:
     return 8.0 * l * h * WIDTH
 
 
-SPARSE = {name: Workload(partial(with_lists, *at), flops=sparse(*at), bytes=once(*at)) for name, at in SHAPES.items()}
+SPARSE = {
+    name: Workload(partial(with_lists, *at), flops=sparse(*at), bytes=once(*at))
+    for name, at in SHAPES.items()
+}
 
 
 def part(l: int, h: int, flops: float) -> Workload:
@@ -53,9 +62,16 @@ def part(l: int, h: int, flops: float) -> Workload:
     return Workload(partial(with_projection, l, h), flops=flops, bytes=4.0 * l * h * WIDTH)
 
 
-MAPS = {name: part(l, h, 2.0 * h * WIDTH * -(-l // BLOCK_Q) * -(-l // BLOCK_K)) for name, (l, h) in SHAPES.items()}
+MAPS = {
+    name: part(l, h, 2.0 * h * WIDTH * -(-l // BLOCK_Q) * -(-l // BLOCK_K))
+    for name, (l, h) in SHAPES.items()
+}
 SUMMARIES = {name: part(l, h, 2.0 * l * h * WIDTH**2) for name, (l, h) in SHAPES.items()}
 WORKLOADS = {  # the linear branch adds phi(k)^T v and phi(q) m; the map's scores are too few to count
-    name: Workload(partial(with_projection, l, h), flops=sparse(l, h) + 4.0 * l * h * WIDTH**2, bytes=once(l, h))
+    name: Workload(
+        partial(with_projection, l, h),
+        flops=sparse(l, h) + 4.0 * l * h * WIDTH**2,
+        bytes=once(l, h),
+    )
     for name, (l, h) in SHAPES.items()
 }

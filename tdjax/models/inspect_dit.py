@@ -8,7 +8,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.sparse_attention import block_map, chosen_blocks, dense_map, linear_attention, pooled_scores, sparse_attention
+from pallas_kernels.sparse_attention import (
+    block_map,
+    chosen_blocks,
+    dense_map,
+    linear_attention,
+    pooled_scores,
+    sparse_attention,
+)
 from tdjax.attention import SLACore
 from tdjax.layers import sinusoid
 from tdjax.linear import Activations
@@ -64,7 +71,9 @@ def inside(block, x, e, kv, table):
     if isinstance(attn.core, SLACore):
         out |= sparse_linear(attn.core, out["q_rope"], out["k_rope"], attn.values(h))
     y = out["self_attn_out"] = attn(h, table)
-    x, h = block.cross_attn.q.normed(x, block.norm3.scale[...], block.norm3.bias[...], y=y, gate=gate1, eps=block.norm3.eps)
+    x, h = block.cross_attn.q.normed(
+        x, block.norm3.scale[...], block.norm3.bias[...], y=y, gate=gate1, eps=block.norm3.eps
+    )
     out["after_self_attn"], out["cross_attn_in"] = x, floats(block.cross_attn.q, h)
     y = out["cross_attn_out"] = block.cross_attn(h, kv)
     x, h = block.up.normed(x, 1 + scale2, shift2, y=y, eps=eps)

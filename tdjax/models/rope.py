@@ -37,4 +37,6 @@ def angles(grid: tuple[int, int, int], head_dim: int) -> list[np.ndarray]:
 def rope(grid: tuple[int, int, int], head_dim: int):  # -> cos, sin f32 [l head_dim/2]
     """Cosines and sines of every token's angles; only the small per-axis tables are constants of the program."""
     tables = angles(grid, head_dim)
-    return tuple(over_grid([jnp.asarray(f(x), jnp.float32) for x in tables], grid) for f in (np.cos, np.sin))
+    return tuple(
+        over_grid([jnp.asarray(f(x), jnp.float32) for x in tables], grid) for f in (np.cos, np.sin)
+    )

@@ -31,7 +31,11 @@ def relative_bucket(rel: np.ndarray, buckets: int, max_distance: int) -> np.ndar
     exact = half // 2
     distance = np.abs(rel)
     scale = np.float32(math.log(max_distance / exact))
-    log = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact)) / scale * np.float32(half - exact)
+    log = (
+        np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+        / scale
+        * np.float32(half - exact)
+    )
     far = np.minimum(exact + np.trunc(log).astype(np.int32), half - 1)
     return (np.where(rel > 0, half, 0) + np.where(distance < exact, distance, far)).astype(np.int32)
 
@@ -43,13 +47,17 @@ def relative_positions(length: int) -> np.ndarray:
 
 def position_bias(table, cfg: TextConfig, length: int):  # table [buckets h] -> [h s s] (query, key)
     """Relative-position bias of one layer."""
-    by_distance = table[relative_bucket(relative_positions(length), cfg.buckets, cfg.max_distance)]  # [2s-1 h]
+    by_distance = table[
+        relative_bucket(relative_positions(length), cfg.buckets, cfg.max_distance)
+    ]  # [2s-1 h]
     position = jnp.arange(length)
     rel = position[None, :] - position[:, None]
     return rearrange(by_distance[rel + length - 1], "q k h -> h q k")
 
 
-def masked_softmax(logits, bias, mask, island):  # logits [b h q k], bias [h q k], mask [b k] -> [b h q k] in island
+def masked_softmax(
+    logits, bias, mask, island
+):  # logits [b h q k], bias [h q k], mask [b k] -> [b h q k] in island
     """Float32 island. The mask overwrites the bias with the lowest finite number, so a row without any key stays finite."""
     lowest = jnp.finfo(island).min
     bias = jnp.where(mask[:, None, None, :] > 0, bias.astype(island)[None], lowest)
@@ -58,14 +66,18 @@ def masked_softmax(logits, bias, mask, island):  # logits [b h q k], bias [h q k
 
 def linear(i: int, o: int, cfg: TextConfig, rngs: nnx.Rngs, std: float | None = None) -> Linear:
     """A Linear without bias, started as T5 is (the deviation of q stands in for the missing attention scale)."""
-    return Linear(i, o, cfg.policy, bias=False, rngs=rngs, init=jax.nn.initializers.normal(std or i**-0.5))
+    return Linear(
+        i, o, cfg.policy, bias=False, rngs=rngs, init=jax.nn.initializers.normal(std or i**-0.5)
+    )
 
 
 class Embedding(nnx.Module):
     """Rows of a table by id; T5 does not scale them."""
 
     def __init__(self, cfg: TextConfig, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(jax.random.normal(rngs.params(), (cfg.vocab, cfg.dim), cfg.policy.param_dtype))
+        self.embedding = nnx.Param(
+            jax.random.normal(rngs.params(), (cfg.vocab, cfg.dim), cfg.policy.param_dtype)
+        )
 
     def __call__(self, ids):  # i32[b s] -> [b s d]
         return self.embedding[...][ids]
@@ -83,8 +95,13 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x, bias, mask):  # x [b s d], bias [h s s], mask [b s] -> [b s d]
         island = self.cfg.policy.island_dtype
-        q, k, v = (rearrange(p(x), "b s (h k) -> b s h k", h=self.cfg.heads) for p in (self.q, self.k, self.v))
-        logits = jnp.einsum("b q h k, b s h k -> b h q s", q, k, precision=EXACT, preferred_element_type=island)
+        q, k, v = (
+            rearrange(p(x), "b s (h k) -> b s h k", h=self.cfg.heads)
+            for p in (self.q, self.k, self.v)
+        )
+        logits = jnp.einsum(
+            "b q h k, b s h k -> b h q s", q, k, precision=EXACT, preferred_element_type=island
+        )
         weights = masked_softmax(logits, bias, mask, island).astype(x.dtype)
         out = jnp.einsum("b h q s, b s h k -> b q h k", weights, v, precision=EXACT)
         return self.o(rearrange(out, "b s h k -> b s (h k)"))
@@ -98,7 +115,9 @@ class Block(nnx.Module):
         self.norm1 = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
         self.attn = SelfAttention(cfg, rngs=rngs)
         std = (cfg.buckets * cfg.heads) ** -0.5
-        self.relative_bias = nnx.Param(std * jax.random.normal(rngs.params(), (cfg.buckets, cfg.heads), cfg.policy.param_dtype))
+        self.relative_bias = nnx.Param(
+            std * jax.random.normal(rngs.params(), (cfg.buckets, cfg.heads), cfg.policy.param_dtype)
+        )
         self.norm2 = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
         self.gate = linear(cfg.dim, cfg.ffn_dim, cfg, rngs)
         self.up = linear(cfg.dim, cfg.ffn_dim, cfg, rngs)
@@ -131,7 +150,9 @@ class UMT5(nnx.Module):
         """ids, mask i32 [b s] -> text features [b s d], exact zeros where mask is 0: the DiT has no text mask and attends to those rows."""
         return without_padding(self.encode(ids, mask), mask)
 
-    def encode(self, ids, mask):  # -> [b s d] at all positions, those after the prompt's end included
+    def encode(
+        self, ids, mask
+    ):  # -> [b s d] at all positions, those after the prompt's end included
         step = lambda x, block: (block(x, mask), None)
         x = self.embed(ids).astype(self.cfg.policy.compute_dtype)
         return self.norm(lax.scan(jax.checkpoint(step), x, self.blocks)[0])
@@ -146,7 +167,11 @@ def intermediates(model: UMT5, ids, mask) -> dict[str, np.ndarray | jax.Array]:
     """Values inside the encoder by the names of the golden files, block after block; slow, for validation."""
     rel = relative_positions(ids.shape[1])
     x = model.embed(ids).astype(model.cfg.policy.compute_dtype)
-    out = {"rel_pos": rel, "rel_bucket": relative_bucket(rel, model.cfg.buckets, model.cfg.max_distance), "embed": x}
+    out = {
+        "rel_pos": rel,
+        "rel_bucket": relative_bucket(rel, model.cfg.buckets, model.cfg.max_distance),
+        "embed": x,
+    }
     for i in range(model.cfg.layers):
         block = jax.tree.map(lambda leaf, i=i: leaf[i], model.blocks)
         out[f"block{i}/attn_out"] = block.attention(x, mask)

@@ -68,7 +68,9 @@ class Block(nnx.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.six(e)
         x, h = self.self_attn.q.normed(x, 1 + scale1, shift1, eps=self.cfg.eps)
         y = self.self_attn(h, rope)
-        x, h = self.cross_attn.q.normed(x, self.norm3.scale[...], self.norm3.bias[...], y=y, gate=gate1, eps=self.norm3.eps)
+        x, h = self.cross_attn.q.normed(
+            x, self.norm3.scale[...], self.norm3.bias[...], y=y, gate=gate1, eps=self.norm3.eps
+        )
         y = self.cross_attn(h, kv)
         x, h = self.up.normed(x, 1 + scale2, shift2, y=y, eps=self.cfg.eps)
         return gated(x, self.mlp(h), gate2)
@@ -95,14 +97,23 @@ class Head(nnx.Module):
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         kt, kh, kw = cfg.patch
         self.cfg = cfg
-        self.proj = Linear(cfg.dim, kt * kh * kw * cfg.out_channels, cfg.policy, rngs=rngs, init=jax.nn.initializers.zeros)
+        self.proj = Linear(
+            cfg.dim,
+            kt * kh * kw * cfg.out_channels,
+            cfg.policy,
+            rngs=rngs,
+            init=jax.nn.initializers.zeros,
+        )
         self.modulation = nnx.Param(modulation(rngs, 2, cfg))
 
     def __call__(self, x, e):  # x [b l d], e f32 [b d] -> f32 [b l (kt kh kw c)]
         return self.proj(self.norm(x, e))
 
     def norm(self, x, e):  # -> f32 [b l d]
-        shift, scale = rearrange(self.modulation[...].astype(jnp.float32) + rearrange(e, "b d -> b 1 d"), "b m d -> m b 1 d")
+        shift, scale = rearrange(
+            self.modulation[...].astype(jnp.float32) + rearrange(e, "b d -> b 1 d"),
+            "b m d -> m b 1 d",
+        )
         return modulate(x.astype(jnp.float32), scale, shift, self.cfg.eps)
 
 
@@ -120,7 +131,9 @@ class DiT(nnx.Module):
         if cfg.image_dim:
             self.image_embed = ImageEmbed(cfg, rngs=rngs)
         keys = jax.random.split(rngs.params(), cfg.layers)
-        self.blocks = jax.vmap(lambda key: Block(cfg, rngs=nnx.Rngs(key)))(keys)  # every leaf gains a layer axis
+        self.blocks = jax.vmap(lambda key: Block(cfg, rngs=nnx.Rngs(key)))(
+            keys
+        )  # every leaf gains a layer axis
         self.head = Head(cfg, rngs=rngs)
 
     def __call__(self, x, timestep, text, image=None, features=None):
@@ -134,7 +147,9 @@ class DiT(nnx.Module):
         """What every step of a prompt reads alike, for `velocity`: keys and values of all blocks, [n b s h k]."""
         self.check(text=text, features=features)
         context = self.context(text, features)
-        return lax.scan(lambda _, attn: (None, attn.text_kv(*context)), None, self.blocks.cross_attn)[1]
+        return lax.scan(
+            lambda _, attn: (None, attn.text_kv(*context)), None, self.blocks.cross_attn
+        )[1]
 
     def velocity(self, x, timestep, kv: TextKV, image=None):
         """`__call__` on text whose keys and values are at hand: x f32 [b t h w c], timestep f32 [b] -> f32 [b t h w c]."""
@@ -153,7 +168,9 @@ class DiT(nnx.Module):
 
         # Kept activations of a loop are copied into a stack and out of it again; blocks written out one by one hand them over.
         step, unroll = (jax.checkpoint(step), 1) if self.cfg.remat else (step, self.cfg.layers)
-        x = lax.scan(step, self.between(self.patchify(x, image)), (self.blocks, kvs), unroll=unroll)[0]
+        x = lax.scan(
+            step, self.between(self.patchify(x, image)), (self.blocks, kvs), unroll=unroll
+        )[0]
         return self.unpatchify(self.head(x, e), grid)
 
     def context(self, text, features):
@@ -172,14 +189,28 @@ class DiT(nnx.Module):
     def patchify(self, x, image):  # -> [b l d]
         x = x if image is None else jnp.concatenate([x, image.astype(x.dtype)], -1)
         if self.cfg.coordinates:
-            x = jnp.concatenate([x, jnp.broadcast_to(coordinates(x.shape[1:4]), (*x.shape[:4], 3)).astype(x.dtype)], -1)
+            x = jnp.concatenate(
+                [x, jnp.broadcast_to(coordinates(x.shape[1:4]), (*x.shape[:4], 3)).astype(x.dtype)],
+                -1,
+            )
         kt, kh, kw = self.cfg.patch
         x = rearrange(x, "b (t kt) (h kh) (w kw) c -> b (t h w) (c kt kh kw)", kt=kt, kh=kh, kw=kw)
         return self.patch_embed(x.astype(self.cfg.policy.compute_dtype))
 
-    def unpatchify(self, x, grid):  # f32 [b l (kt kh kw c)] -> [b t h w c]; the channel is fastest here, slowest in patchify
+    def unpatchify(
+        self, x, grid
+    ):  # f32 [b l (kt kh kw c)] -> [b t h w c]; the channel is fastest here, slowest in patchify
         (t, h, w), (kt, kh, kw) = grid, self.cfg.patch
-        return rearrange(x, "b (t h w) (kt kh kw c) -> b (t kt) (h kh) (w kw) c", t=t, h=h, w=w, kt=kt, kh=kh, kw=kw)
+        return rearrange(
+            x,
+            "b (t h w) (kt kh kw c) -> b (t kt) (h kh) (w kw) c",
+            t=t,
+            h=h,
+            w=w,
+            kt=kt,
+            kh=kh,
+            kw=kw,
+        )
 
     def time(self, timestep):  # float32 island: f32 [b] -> e [b d], e0 [b 6 d]
         e = self.time_embed(sinusoid(self.rounded(timestep), self.cfg.freq_dim), jax.nn.silu)
@@ -207,29 +238,44 @@ class DiT(nnx.Module):
             "x": ("b", "t", "h", "w", cfg.out_channels),
             "timestep": ("b",),
             "text": ("b", "s", cfg.text_dim),
-            "image": ("b", "t", "h", "w", cfg.condition_channels) if cfg.condition_channels else None,
+            "image": ("b", "t", "h", "w", cfg.condition_channels)
+            if cfg.condition_channels
+            else None,
             "features": ("b", "s", cfg.image_dim) if cfg.image_dim else None,
         }
         for name, value in inputs.items():
             shape = shapes[name]
             if (value is None) != (shape is None):
-                raise ValueError(f"DiT: {name} is {'missing' if value is None else 'given'}, but this model takes {shape or 'none'}")
-            if shape and (value.ndim != len(shape) or any(isinstance(n, int) and n != m for n, m in zip(shape, value.shape, strict=True))):
+                raise ValueError(
+                    f"DiT: {name} is {'missing' if value is None else 'given'}, but this model takes {shape or 'none'}"
+                )
+            if shape and (
+                value.ndim != len(shape)
+                or any(
+                    isinstance(n, int) and n != m for n, m in zip(shape, value.shape, strict=True)
+                )
+            ):
                 raise ValueError(f"DiT: {name} has shape {value.shape}; expected {shape}")
         x = inputs.get("x")
         if x is not None and any(n % p for n, p in zip(x.shape[1:4], cfg.patch, strict=True)):
-            raise ValueError(f"DiT: latents of {x.shape[1:4]} frames, rows and columns are not multiples of the patch {cfg.patch}")
+            raise ValueError(
+                f"DiT: latents of {x.shape[1:4]} frames, rows and columns are not multiples of the patch {cfg.patch}"
+            )
 
 
 def coordinates(shape: tuple[int, int, int]):  # -> f32 [t h w 3]
     """Each place's t, h and w, from -1 to 1 over the clip; 0 along an axis of one."""
-    axes = [np.linspace(-1, 1, n, dtype=np.float32) if n > 1 else np.zeros(1, np.float32) for n in shape]
+    axes = [
+        np.linspace(-1, 1, n, dtype=np.float32) if n > 1 else np.zeros(1, np.float32) for n in shape
+    ]
     return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1)
 
 
 def with_compute(model: DiT, compute: str) -> DiT:
     """The same weights in a model that computes in another dtype (a name: "float32", "bfloat16", "float16")."""
-    cfg = dataclasses.replace(model.cfg, policy=dataclasses.replace(model.cfg.policy, compute=compute))
+    cfg = dataclasses.replace(
+        model.cfg, policy=dataclasses.replace(model.cfg.policy, compute=compute)
+    )
     structure = jax.tree.structure(as_shapes(DiT, cfg))
     return jax.tree.unflatten(structure, jax.tree.leaves(model))
 

@@ -45,7 +45,9 @@ class ResidualBlock(nnx.Module):
         self.conv1 = CausalConv((3, 3, 3), inputs, outputs, cfg, rngs=rngs)
         self.norm2 = Norm(outputs, cfg)
         self.conv2 = CausalConv((3, 3, 3), outputs, outputs, cfg, rngs=rngs)
-        self.shortcut = Conv((1, 1, 1), inputs, outputs, cfg, rngs=rngs) if inputs != outputs else None
+        self.shortcut = (
+            Conv((1, 1, 1), inputs, outputs, cfg, rngs=rngs) if inputs != outputs else None
+        )
 
     def __call__(self, x, cache):  # [b t h w i] -> [b t h w o]
         past1, past2 = parts(cache, 2)
@@ -74,10 +76,14 @@ def attend(q, k, v):  # [b l c] x3 -> [b l c]
     """softmax(q k' / sqrt(c)) v for a block of queries at a time; scores and softmax in float32."""
 
     def one(query):  # [b c]
-        scores = jnp.einsum("bc,bsc->bs", query, k, preferred_element_type=jnp.float32) / math.sqrt(k.shape[-1])
+        scores = jnp.einsum("bc,bsc->bs", query, k, preferred_element_type=jnp.float32) / math.sqrt(
+            k.shape[-1]
+        )
         return jnp.einsum("bs,bsc->bc", jax.nn.softmax(scores).astype(v.dtype), v)
 
-    return rearrange(lax.map(one, rearrange(q, "b l c -> l b c"), batch_size=QUERIES), "l b c -> b l c")
+    return rearrange(
+        lax.map(one, rearrange(q, "b l c -> l b c"), batch_size=QUERIES), "l b c -> b l c"
+    )
 
 
 class Downsample(nnx.Module):
@@ -85,7 +91,9 @@ class Downsample(nnx.Module):
 
     def __init__(self, channels: int, temporal: bool, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.conv = Conv((3, 3), channels, channels, cfg, rngs=rngs)
-        self.time_conv = CausalConv((3, 1, 1), channels, channels, cfg, rngs=rngs) if temporal else None
+        self.time_conv = (
+            CausalConv((3, 1, 1), channels, channels, cfg, rngs=rngs) if temporal else None
+        )
 
     def __call__(self, x, cache):  # [b t h w c] -> [b t/2 h/2 w/2 c]
         x = self.conv(x, stride=2)
@@ -104,7 +112,9 @@ class Upsample(nnx.Module):
 
     def __init__(self, channels: int, temporal: bool, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.conv = Conv((3, 3), channels, channels // 2, cfg, rngs=rngs)
-        self.time_conv = CausalConv((3, 1, 1), channels, 2 * channels, cfg, rngs=rngs) if temporal else None
+        self.time_conv = (
+            CausalConv((3, 1, 1), channels, 2 * channels, cfg, rngs=rngs) if temporal else None
+        )
 
     def __call__(self, x, cache):  # [b t h w c] -> [b 2t 2h 2w c/2]
         if self.time_conv is None:
@@ -218,11 +228,17 @@ class VAE(nnx.Module):
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.encoder = Encoder(cfg, rngs=rngs)
-        self.quant_conv = Conv((1, 1, 1), 2 * cfg.latent_channels, 2 * cfg.latent_channels, cfg, rngs=rngs)
-        self.post_quant_conv = Conv((1, 1, 1), cfg.latent_channels, cfg.latent_channels, cfg, rngs=rngs)
+        self.quant_conv = Conv(
+            (1, 1, 1), 2 * cfg.latent_channels, 2 * cfg.latent_channels, cfg, rngs=rngs
+        )
+        self.post_quant_conv = Conv(
+            (1, 1, 1), cfg.latent_channels, cfg.latent_channels, cfg, rngs=rngs
+        )
         self.decoder = Decoder(cfg, rngs=rngs)
 
-    def encode(self, video, whole: bool = False):  # f32 [b T H W 3] in -1..1, T = 4k+1 -> f32 [b t h w z]
+    def encode(
+        self, video, whole: bool = False
+    ):  # f32 [b T H W 3] in -1..1, T = 4k+1 -> f32 [b t h w z]
         """Video f32 [b T H W 3] in -1..1 -> normalised latents f32 [b t h w z], without noise: the mean of the posterior.
 
         T is 4k+1 and gives t = k+1; H and W are multiples of 8 (UsageError else). whole: all frames but the first in one step,
@@ -230,18 +246,26 @@ class VAE(nnx.Module):
         """
         return self.normalise(self.encoded(video, whole)[..., : self.cfg.latent_channels])
 
-    def encoded(self, video, whole: bool = False):  # f32 [b T H W 3] -> [b t h w 2z], mean and log-variance
+    def encoded(
+        self, video, whole: bool = False
+    ):  # f32 [b T H W 3] -> [b t h w 2z], mean and log-variance
         check_video(video.shape, self.cfg)
         size = video.shape[1] - 1 if whole else self.cfg.temporal
-        return self.quant_conv(over_chunks(self.encoder, video.astype(self.cfg.policy.compute_dtype), size))
+        return self.quant_conv(
+            over_chunks(self.encoder, video.astype(self.cfg.policy.compute_dtype), size)
+        )
 
-    def decode(self, latents, whole: bool = False):  # f32 [b t h w z] -> f32 [b T H W 3], not clipped
+    def decode(
+        self, latents, whole: bool = False
+    ):  # f32 [b t h w z] -> f32 [b T H W 3], not clipped
         """Normalised latents f32 [b t h w z] -> video f32 [b 4t-3 8h 8w 3], about -1..1 and not clipped.
 
         The scan stacks frames in the compute dtype; they become float32 after it. whole: as in `encode`.
         """
         check_latents(latents.shape, self.cfg)
-        return over_chunks(self.decoder, self.decoder_input(latents), latents.shape[1] - 1 if whole else 1).astype(jnp.float32)
+        return over_chunks(
+            self.decoder, self.decoder_input(latents), latents.shape[1] - 1 if whole else 1
+        ).astype(jnp.float32)
 
     def encode_chunk(self, video, cache=None):  # f32 [b 1|4 H W 3] -> f32 [b 1 h w z], cache
         """`encode` one chunk at a time; cache is None for the first frame."""
@@ -285,7 +309,9 @@ def check_video(shape: tuple[int, ...], cfg: VAEConfig):
 
 def check_latents(shape: tuple[int, ...], cfg: VAEConfig):
     if len(shape) != 5 or 0 in shape or shape[-1] != cfg.latent_channels:
-        raise ValueError(f"latents have shape {shape}; they must be [b t h w {cfg.latent_channels}], channels last, none of them 0")
+        raise ValueError(
+            f"latents have shape {shape}; they must be [b t h w {cfg.latent_channels}], channels last, none of them 0"
+        )
 
 
 def intermediates(vae: VAE, video=None, latents=None) -> dict:
@@ -306,17 +332,28 @@ def intermediates(vae: VAE, video=None, latents=None) -> dict:
         check_latents(latents.shape, vae.cfg)
         out["conv2_out"] = vae.decoder_input(latents)
         out["decoder_middle"] = over_chunks(vae.decoder.trunk, out["conv2_out"], 1)
-    return {name: rearrange(x.astype(jnp.float32), "b t h w c -> b c t h w") for name, x in out.items()}
+    return {
+        name: rearrange(x.astype(jnp.float32), "b t h w c -> b c t h w") for name, x in out.items()
+    }
 
 
 @functools.cache
 def cache_shapes(cfg: VAEConfig, height: int, width: int, *, encode: bool = False):
     """What one clip's decoder (or encoder) carries from one latent frame to the next, as shapes; nothing is run."""
     vae = as_shapes(VAE, cfg)
-    h, w, c = (height, width, COLOURS) if encode else (height // cfg.spatial, width // cfg.spatial, cfg.latent_channels)
+    h, w, c = (
+        (height, width, COLOURS)
+        if encode
+        else (height // cfg.spatial, width // cfg.spatial, cfg.latent_channels)
+    )
     step = lambda vae, x: (vae.encoder if encode else vae.decoder)(x, None)
-    return jax.eval_shape(step, vae, jax.ShapeDtypeStruct((1, 1, h, w, c), cfg.policy.compute_dtype))[1]
+    return jax.eval_shape(
+        step, vae, jax.ShapeDtypeStruct((1, 1, h, w, c), cfg.policy.compute_dtype)
+    )[1]
 
 
 def cache_bytes(cfg: VAEConfig, height: int, width: int, *, encode: bool = False) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache_shapes(cfg, height, width, encode=encode)))
+    return sum(
+        x.size * x.dtype.itemsize
+        for x in jax.tree.leaves(cache_shapes(cfg, height, width, encode=encode))
+    )

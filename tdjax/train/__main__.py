@@ -27,11 +27,22 @@ def build_parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     p.add_argument("preset", nargs="?", help="where the settings begin")
-    p.add_argument("settings", nargs="*", metavar="key=value", help="changes, for example data.path=shards optimizer.learning_rate=2e-5")
-    p.add_argument("--resume", action="store_true", help="go on from the last checkpoint of run.folder, or begin if there is none")
+    p.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="changes, for example data.path=shards optimizer.learning_rate=2e-5",
+    )
+    p.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint of run.folder, or begin if there is none",
+    )
     p.add_argument("--dry_run", action="store_true", help="print the resolved settings and stop")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress")
-    p.add_argument("-v", "--verbose", action="store_true", help="progress also where stderr is not a terminal")
+    p.add_argument(
+        "-v", "--verbose", action="store_true", help="progress also where stderr is not a terminal"
+    )
     p.add_argument("-h", "--help", action="store_true", help="this text; after a preset, its keys")
     return p
 
@@ -54,10 +65,16 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}\nthe file system refused it\ngive another path", file=sys.stderr)
+        print(
+            f"error: {where}{error.strerror or error}\nthe file system refused it\ngive another path",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: checkpoints are whole; the same command with --resume goes on from the last one", file=sys.stderr)
+        print(
+            "\ninterrupted: checkpoints are whole; the same command with --resume goes on from the last one",
+            file=sys.stderr,
+        )
         return 130
 
 
@@ -65,7 +82,11 @@ def resolve(name: str, settings: list[str]) -> dict[str, Tree]:
     """The settings of a preset with those of the command line over them, by part. Raises UsageError for a wrong key or type."""
     if name.lower() not in PRESETS:
         near = difflib.get_close_matches(name.lower(), PRESETS, 1)
-        fix = f"did you mean {near[0]}?" if near else "for example: python -m tdjax.train sla-1.3b data.path=shards"
+        fix = (
+            f"did you mean {near[0]}?"
+            if near
+            else "for example: python -m tdjax.train sla-1.3b data.path=shards"
+        )
         raise UsageError(f"unknown preset {name!r}", f"known presets: {', '.join(PRESETS)}", fix)
     preset = PRESETS[name.lower()]
     parts = {first: Tree(cls) for first, cls in METHODS[preset.method].items()}
@@ -74,14 +95,22 @@ def resolve(name: str, settings: list[str]) -> dict[str, Tree]:
     for word in settings:
         key, equals, value = word.partition("=")
         if not equals:
-            raise UsageError(f"cannot read {word!r}", "settings are key=value, without blanks", "for example run.steps=1000")
+            raise UsageError(
+                f"cannot read {word!r}",
+                "settings are key=value, without blanks",
+                "for example run.steps=1000",
+            )
         put(parts, key, value)
     model = parts["model"].values
     if model.get("weights"):
         model.pop("dit", None)
         given = next((word for word in settings if word.startswith("model.dit.")), None)
         if given:
-            raise UsageError(f"{given} with model.weights", "the sizes are those of the file", "leave it away, or give model.weights=")
+            raise UsageError(
+                f"{given} with model.weights",
+                "the sizes are those of the file",
+                "leave it away, or give model.weights=",
+            )
     if not parts["run"].values.get("folder"):
         parts["run"].values["folder"] = f"output/{name.lower()}"
     return parts
@@ -89,8 +118,14 @@ def resolve(name: str, settings: list[str]) -> dict[str, Tree]:
 
 def help_of(name: str, parts: dict[str, Tree]) -> str:
     """Every key of a preset with the value it has there and what is said of it."""
-    skipped = "model.dit." if parts["model"].values.get("weights") else "model.student"  # says nothing here
-    rows = [(f"  {key}={value}", note) for key, (value, note) in table(parts).items() if not key.startswith(skipped)]
+    skipped = (
+        "model.dit." if parts["model"].values.get("weights") else "model.student"
+    )  # says nothing here
+    rows = [
+        (f"  {key}={value}", note)
+        for key, (value, note) in table(parts).items()
+        if not key.startswith(skipped)
+    ]
     wide = max(len(left) for left, note in rows if note)
     text = [f"{left:{wide}}  # {note}" if note else left for left, note in rows]
     return "\n".join([f"{name.lower()}: {PRESETS[name.lower()].about}", "", *text])
@@ -100,15 +135,31 @@ def check_early(args, config: dict[str, Any]) -> None:
     """Whatever can be wrong with paths, found before jax is imported."""
     run, data = config["run"], config["data"]
     if not data.path:
-        raise UsageError("data.path is not given", "it is the folder of shard_000000.tar, shard_000001.tar, ...", "give data.path=FOLDER")
+        raise UsageError(
+            "data.path is not given",
+            "it is the folder of shard_000000.tar, shard_000001.tar, ...",
+            "give data.path=FOLDER",
+        )
     if not Path(data.path).is_dir() or not any(Path(data.path).glob("shard*.tar")):
         what = "has no shard*.tar" if Path(data.path).is_dir() else "is not a folder"
-        raise UsageError(f"data.path: {data.path} {what}", "shards are named shard_000000.tar, ...", near_files(Path(data.path)))
+        raise UsageError(
+            f"data.path: {data.path} {what}",
+            "shards are named shard_000000.tar, ...",
+            near_files(Path(data.path)),
+        )
     if data.negative and not Path(data.negative).is_file():
-        raise UsageError(f"data.negative: {data.negative} does not exist", "it is one prompt's embedding", near_files(Path(data.negative)))
+        raise UsageError(
+            f"data.negative: {data.negative} does not exist",
+            "it is one prompt's embedding",
+            near_files(Path(data.negative)),
+        )
     found = sorted(path.parent for path in Path(run.folder).glob("step_*/manifest.json"))
     if found and not args.resume:
-        raise UsageError(f"{found[-1]} exists", "a run does not begin over another one", "go on with --resume, or give another run.folder")
+        raise UsageError(
+            f"{found[-1]} exists",
+            "a run does not begin over another one",
+            "go on with --resume, or give another run.folder",
+        )
 
 
 def run(args, parts: dict[str, Tree]) -> int:
@@ -117,7 +168,9 @@ def run(args, parts: dict[str, Tree]) -> int:
         check_early(args, config)
     config |= {first: build(tree) for first, tree in parts.items() if first not in LIGHT}
     text = [line for first in parts for line in lines(first, config[first])]
-    text = [line for line in text if not (config["model"].weights and line.startswith("model.dit."))]  # those are the file's
+    text = [
+        line for line in text if not (config["model"].weights and line.startswith("model.dit."))
+    ]  # those are the file's
     if args.dry_run:
         print("\n".join(text))
         return 0
@@ -135,7 +188,9 @@ def run(args, parts: dict[str, Tree]) -> int:
     prepared = Prepared(args.preset.lower(), preset.method, config, settings, stages)
     outcome = prepared.train(args.resume)
     if outcome.interrupted:
-        stages.note(f"stopped at step {outcome.step} of {config['run'].steps}; --resume goes on from {outcome.checkpoint}")
+        stages.note(
+            f"stopped at step {outcome.step} of {config['run'].steps}; --resume goes on from {outcome.checkpoint}"
+        )
         return 130
     print(prepared.export(outcome))
     return 0

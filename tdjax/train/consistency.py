@@ -76,7 +76,12 @@ def semidiscrete(student: Velocity, x, v_teacher, c: flow.Coefficients, h: float
     v, j = jax.jvp(lambda x: at(student, x, c.u), (x,), (tau(p) * x + p.b**2 * v_teacher,))
     back = at(student, x * (q.b / p.b), past.u)
     rest = 1.0 + tau(p) ** 2 - (tau(p) * math.cos(h) * (math.tan(h / 2) + tau(p)) + 1.0) * q.b / p.b
-    term = rest * x / p.b + p.b * (tau(p) * v_teacher - tau(q) * v) + p.b * j + q.b * (v - back) / math.sin(h)
+    term = (
+        rest * x / p.b
+        + p.b * (tau(p) * v_teacher - tau(q) * v)
+        + p.b * j
+        + q.b * (v - back) / math.sin(h)
+    )
     return v, term
 
 

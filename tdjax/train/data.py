@@ -50,13 +50,27 @@ class ShardSource:
         self.folder = Path(folder)
         self.files = sorted(self.folder.glob("shard*.tar"))
         if not self.files:
-            there = sorted(p.name for p in self.folder.glob("*"))[:8] if self.folder.is_dir() else []
-            why = f"it holds {', '.join(there) or 'nothing'}" if self.folder.is_dir() else "it is not a folder"
-            raise DataError(f"{self.folder} has no shards", why, "a data set is a folder of shard_000000.tar, shard_000001.tar, ...")
+            there = (
+                sorted(p.name for p in self.folder.glob("*"))[:8] if self.folder.is_dir() else []
+            )
+            why = (
+                f"it holds {', '.join(there) or 'nothing'}"
+                if self.folder.is_dir()
+                else "it is not a folder"
+            )
+            raise DataError(
+                f"{self.folder} has no shards",
+                why,
+                "a data set is a folder of shard_000000.tar, shard_000001.tar, ...",
+            )
         self.frames = frames
         first = self.entries(0)[0]
         latent, embed = first.latent.array(), first.embed.array()
-        self.latent_shape = (channels, None, *latent.shape[2:])  # of what is stored; any number of frames from `frames` on
+        self.latent_shape = (
+            channels,
+            None,
+            *latent.shape[2:],
+        )  # of what is stored; any number of frames from `frames` on
         self.text_shape = (embed.shape[0] if embed.ndim else 0, text_dim)
 
     @property
@@ -66,7 +80,9 @@ class ShardSource:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Of the names and sizes of all shards."""
-        return hashlib.sha256("".join(f"{p.name} {p.stat().st_size}\n" for p in self.files).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            "".join(f"{p.name} {p.stat().st_size}\n" for p in self.files).encode()
+        ).hexdigest()[:16]
 
     def entries(self, unit: int) -> Sequence[Entry]:
         return index(self.files[unit])
@@ -80,12 +96,20 @@ class ShardSource:
                 "set data.frames to the smallest number",
             )
         text = fitting(entry.embed.array(), self.text_shape, entry.embed)
-        return np.ascontiguousarray(rearrange(latent[:, : self.frames], "c t h w -> t h w c"), np.float32), text.astype(BF16), None
+        return (
+            np.ascontiguousarray(
+                rearrange(latent[:, : self.frames], "c t h w -> t h w c"), np.float32
+            ),
+            text.astype(BF16),
+            None,
+        )
 
 
 def fitting(array: np.ndarray, shape: tuple[int | None, ...], member) -> np.ndarray:
     """The array if it has this shape, where None is any size."""
-    if array.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
+    if array.ndim != len(shape) or any(
+        n not in (None, m) for n, m in zip(shape, array.shape, strict=True)
+    ):
         raise DataError(
             f"{member} has shape {list(array.shape)}",
             f"expected {['any' if n is None else n for n in shape]}: the model's width, and the size of the first sample",
@@ -102,19 +126,28 @@ class ArraySource:
     def __init__(self, latents: np.ndarray, text: np.ndarray, image: np.ndarray | None = None):
         arrays = [a for a in (latents, text, image) if a is not None]
         if len({len(a) for a in arrays}) != 1 or not len(latents):
-            raise UsageError(f"arrays of {[len(a) for a in arrays]} samples", "latents, text and image hold the same samples, at least one")
+            raise UsageError(
+                f"arrays of {[len(a) for a in arrays]} samples",
+                "latents, text and image hold the same samples, at least one",
+            )
         self.latents, self.text, self.image = latents, text, image
 
     @functools.cached_property
     def fingerprint(self) -> str:
         arrays = [a for a in (self.latents, self.text, self.image) if a is not None]
-        return hashlib.sha256(repr([(a.shape, str(a.dtype), a.reshape(-1)[:64].tobytes()) for a in arrays]).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            repr([(a.shape, str(a.dtype), a.reshape(-1)[:64].tobytes()) for a in arrays]).encode()
+        ).hexdigest()[:16]
 
     def entries(self, unit: int) -> Sequence[int]:
         return range(len(self.latents))
 
     def read(self, entry: int):
-        return np.asarray(self.latents[entry], np.float32), self.text[entry], None if self.image is None else self.image[entry]
+        return (
+            np.asarray(self.latents[entry], np.float32),
+            self.text[entry],
+            None if self.image is None else self.image[entry],
+        )
 
 
 def read_embedding(path: str | Path) -> np.ndarray:
@@ -126,10 +159,18 @@ def read_embedding(path: str | Path) -> np.ndarray:
         try:
             array = decode(path.name, path.read_bytes())
         except (OSError, *DAMAGE) as e:
-            raise DataError(f"{path} holds no prompt embedding", str(e), "give umT5_wan_negative_emb.pt, .npy or .safetensors") from e
+            raise DataError(
+                f"{path} holds no prompt embedding",
+                str(e),
+                "give umT5_wan_negative_emb.pt, .npy or .safetensors",
+            ) from e
     array = array[0] if array.ndim == 3 and len(array) == 1 else array
     if array.ndim != 2:
-        raise DataError(f"{path} has shape {list(array.shape)}", "one prompt's embedding is [tokens width]", "give one prompt")
+        raise DataError(
+            f"{path} has shape {list(array.shape)}",
+            "one prompt's embedding is [tokens width]",
+            "give one prompt",
+        )
     return array
 
 
@@ -139,7 +180,9 @@ def read_embedding(path: str | Path) -> np.ndarray:
 def permutation(count: int, *seed: int) -> np.ndarray:
     """An order of range(count) that depends on the seed alone. Raw bits are sorted, since numpy keeps those (and not its
     shuffles) the same in every version."""
-    return np.argsort(np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count), kind="stable")
+    return np.argsort(
+        np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count), kind="stable"
+    )
 
 
 class Stream:
@@ -148,9 +191,15 @@ class Stream:
     batch: samples of all hosts together. host: (index, count); a host reads its rows of every batch.
     """
 
-    def __init__(self, source, *, batch: int, seed: int = 0, mix: int = 4, host: tuple[int, int] = (0, 1)):
+    def __init__(
+        self, source, *, batch: int, seed: int = 0, mix: int = 4, host: tuple[int, int] = (0, 1)
+    ):
         if batch % host[1]:
-            raise UsageError(f"data.batch is {batch}", f"{host[1]} hosts take equal parts of a batch", f"use a multiple of {host[1]}")
+            raise UsageError(
+                f"data.batch is {batch}",
+                f"{host[1]} hosts take equal parts of a batch",
+                f"use a multiple of {host[1]}",
+            )
         self.source, self.size, self.seed, self.mix = source, batch, seed, mix
         part = batch // host[1]
         self.rows = range(host[0] * part, (host[0] + 1) * part)
@@ -158,7 +207,9 @@ class Stream:
 
     def ordered(self, epoch: int, group: int) -> list:
         """The entries of one group in the order of their turn."""
-        units = permutation(self.source.units, self.seed, epoch)[group * self.mix : (group + 1) * self.mix]
+        units = permutation(self.source.units, self.seed, epoch)[
+            group * self.mix : (group + 1) * self.mix
+        ]
         entries = [entry for unit in units for entry in self.source.entries(int(unit))]
         return [entries[i] for i in permutation(len(entries), self.seed, epoch, group)]
 
@@ -173,7 +224,11 @@ class Stream:
             if len(out) == count:
                 return out, position
             last = position.group + 1 == math.ceil(self.source.units / self.mix)
-            position = Position(epoch=position.epoch + 1) if last else Position(epoch=position.epoch, group=position.group + 1)
+            position = (
+                Position(epoch=position.epoch + 1)
+                if last
+                else Position(epoch=position.epoch, group=position.group + 1)
+            )
 
     def batch(self, position: Position) -> tuple[Batch, Position]:
         """This host's rows of the batch at a place, as numpy arrays, and the place behind the whole batch."""
@@ -184,14 +239,23 @@ class Stream:
 
     def saved(self, position: Position) -> dict[str, Any]:
         """A place as JSON values."""
-        return {**dataclasses.asdict(position), "seed": self.seed, "mix": self.mix, "data": self.source.fingerprint}
+        return {
+            **dataclasses.asdict(position),
+            "seed": self.seed,
+            "mix": self.mix,
+            "data": self.source.fingerprint,
+        }
 
     def restored(self, saved: dict[str, Any]) -> Position:
         """The place that `saved` gave; the beginning if the seed is another one. UsageError if it would mean other samples now."""
         now = self.saved(Position())
         if saved.get("seed") != now["seed"]:
             return Position()
-        changed = [f"{name} was {saved.get(name)}, is {now[name]}" for name in ("mix", "data") if saved.get(name) != now[name]]
+        changed = [
+            f"{name} was {saved.get(name)}, is {now[name]}"
+            for name in ("mix", "data")
+            if saved.get(name) != now[name]
+        ]
         if changed:
             raise UsageError(
                 "the data is not what the checkpoint was trained on",
@@ -209,7 +273,9 @@ def on_device(batch: Batch, mesh: Mesh | None = None) -> Batch:
     if mesh is None:
         return jax.device_put(batch)
     count = jax.process_count()
-    rows = lambda x: NamedSharding(mesh, spec((len(x) * count, *x.shape[1:]), ("batch",), dict(mesh.shape)))
+    rows = lambda x: NamedSharding(
+        mesh, spec((len(x) * count, *x.shape[1:]), ("batch",), dict(mesh.shape))
+    )
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows(x), x), batch)
 
 
@@ -222,7 +288,13 @@ class ReadAhead:
         batch, position = batches.next()
     """
 
-    def __init__(self, stream: Stream, position: Position, place: Callable[[Batch], Batch] = on_device, depth: int = 2):
+    def __init__(
+        self,
+        stream: Stream,
+        position: Position,
+        place: Callable[[Batch], Batch] = on_device,
+        depth: int = 2,
+    ):
         self.stream, self.position, self.place = stream, position, place
         self.ready: queue.Queue = queue.Queue(maxsize=depth)
         self.stopped = threading.Event()

@@ -40,7 +40,9 @@ class FlowMatchingConfig:
     def __post_init__(self):
         check_accumulate(self)
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"FlowMatchingConfig.dropout is {self.dropout}; it is a probability, at least 0 and less than 1")
+            raise ValueError(
+                f"FlowMatchingConfig.dropout is {self.dropout}; it is a probability, at least 0 and less than 1"
+            )
 
 
 def distance(network: Velocity, target: Callable, latents, eps, s):
@@ -76,10 +78,15 @@ def make_step(config: FlowMatchingConfig, optimizer) -> Callable:
             dropped = jax.random.bernoulli(keys["drop"], config.dropout, latents.shape[:1])
             negative = negative_text(teacher, batch.text, "caption dropout")
             batch = dataclasses.replace(batch, text=drop_captions(batch.text, negative, dropped))
-        draws = normal(keys["noise"], latents.shape), config.time.draw(keys["time"], latents.shape[:1])
+        draws = (
+            normal(keys["noise"], latents.shape),
+            config.time.draw(keys["time"], latents.shape[:1]),
+        )
 
         def loss(model, batch, draws):
-            values, ok = flow_matching_loss(velocity(model, batch.text, batch.image), batch.latents, *draws)
+            values, ok = flow_matching_loss(
+                velocity(model, batch.text, batch.image), batch.latents, *draws
+            )
             return values.mean(), {"loss": values, "ok": ok}
 
         batch = dataclasses.replace(batch, latents=latents)
@@ -94,4 +101,6 @@ def finish(config, optimizer, state, loss: Callable, arrays):
     grads, samples = accumulated(gradient, arrays, config.accumulate)
     model, opt, metrics = apply(optimizer, grads, state.opt, state.model)
     ema = ema_update(state.ema, model, state.step, config.ema)
-    return dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt), summary(samples) | metrics
+    return dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt), summary(
+        samples
+    ) | metrics

@@ -44,7 +44,9 @@ class Schedule:
     warmup: int = 0
 
     def phase(self, iteration: int) -> str:
-        return self.cycle[0 if iteration < self.warmup else (iteration - self.warmup) % len(self.cycle)]
+        return self.cycle[
+            0 if iteration < self.warmup else (iteration - self.warmup) % len(self.cycle)
+        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,19 +80,26 @@ def train(
     saving. Ctrl-C and SIGTERM end the run after the iteration, with a checkpoint; a second Ctrl-C at once.
     """
     stages, folder, done = stages or Stages(), Path(run.folder), int(state.step)
-    programs, saved = Programs(steps, mesh, stages), done if saves.folder(folder, done).exists() else None
+    programs, saved = (
+        Programs(steps, mesh, stages),
+        done if saves.folder(folder, done).exists() else None,
+    )
 
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt(stages))
         stack.enter_context(contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh))
-        report = Report(run, done, stack.enter_context(Metrics(folder, done)), stages, batch=stream.size)
+        report = Report(
+            run, done, stack.enter_context(Metrics(folder, done)), stages, batch=stream.size
+        )
         batches = stack.enter_context(ReadAhead(stream, position, partial(on_device, mesh=mesh)))
 
         def save():
             report.flush(done)
             with report.pause(), stages("save"):
                 check_finite(state, done, folder)
-                path = saves.save(folder, done, state, {"data": stream.saved(position), **(facts or {})}, run.keep)
+                path = saves.save(
+                    folder, done, state, {"data": stream.saved(position), **(facts or {})}, run.keep
+                )
             stages.note(f"saved {path}")
             return done
 
@@ -112,7 +121,9 @@ def train(
                 saved = save()
         if saved != done:
             saved = save()
-    return Outcome(state=state, step=done, checkpoint=saves.folder(folder, done), interrupted=interrupt.asked)
+    return Outcome(
+        state=state, step=done, checkpoint=saves.folder(folder, done), interrupted=interrupt.asked
+    )
 
 
 # Programs and placement --------------------------------------------------------------------------------------------------
@@ -170,7 +181,11 @@ def abstract(state, mesh: Mesh | None):
     """Shapes, with shardings under a mesh, for `saves.restore`."""
     if mesh is None:
         return state
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings(state, mesh))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        shardings(state, mesh),
+    )
 
 
 @jax.jit
@@ -183,7 +198,9 @@ def finite(state) -> jax.Array:
 def check_finite(state, step: int, run: Path) -> None:
     """A checkpoint with a NaN in it would be worse than none."""
     if not finite(state):
-        raise not_finite(f"the state holds NaN or infinity after step {step}, and was not saved", run)
+        raise not_finite(
+            f"the state holds NaN or infinity after step {step}, and was not saved", run
+        )
 
 
 def not_finite(what: str, run: Path) -> NotFinite:
@@ -199,7 +216,10 @@ def not_finite(what: str, run: Path) -> NotFinite:
 
 def out_of_memory(state, teacher) -> OutOfMemory:
     """The error of a step that ran out of device memory. state, teacher: shapes are enough."""
-    limit, size = memory_limit(), lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / GIB
+    limit, size = (
+        memory_limit(),
+        lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / GIB,
+    )
     return OutOfMemory(
         "out of device memory in a training step",
         f"state {size(state):.1f} GiB and teacher {size(teacher):.1f} GiB, over all devices, beside gradients "
@@ -256,11 +276,18 @@ class Report:
         """One line that stays in place on a terminal; nothing where progress is not shown."""
         if not self.stages.show:
             return
-        losses = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name.endswith("loss"))
+        losses = "  ".join(
+            f"{name} {value:.4g}" for name, value in values.items() if name.endswith("loss")
+        )
         left = (self.run.steps - step) / rate
         text = f"  step {step}/{self.run.steps}  {losses}  {rate:.3g} steps/s  {clock(left)} left"
         if sys.stderr.isatty():
-            print(f"\r{text:{shutil.get_terminal_size().columns - 1}}", end="", flush=True, file=sys.stderr)
+            print(
+                f"\r{text:{shutil.get_terminal_size().columns - 1}}",
+                end="",
+                flush=True,
+                file=sys.stderr,
+            )
             self.stages.line_open = True
         else:
             print(text, file=sys.stderr)
@@ -309,7 +336,11 @@ class Interrupt:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+            heard = [
+                n
+                for n in (signal.SIGINT, signal.SIGTERM)
+                if signal.getsignal(n) is not signal.SIG_IGN
+            ]
             self.before = {number: signal.signal(number, self.ask) for number in heard}
         return self
 

@@ -22,7 +22,13 @@ class Metrics:
         forget(self.path, step)
         self.file = self.path.open("a")
         here = importlib.util.find_spec(WRITER) is not None
-        self.board = importlib.import_module(WRITER).SummaryWriter(str(run / "tensorboard"), purge_step=step + 1) if here else None
+        self.board = (
+            importlib.import_module(WRITER).SummaryWriter(
+                str(run / "tensorboard"), purge_step=step + 1
+            )
+            if here
+            else None
+        )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One report. NaN and infinity, which JSON does not know, are written as null."""

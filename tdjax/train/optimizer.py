@@ -27,27 +27,45 @@ class OptimizerConfig:
     start: float = 1e-6  # its factor at the first update
     decay: str = "constant"  # or linear, cosine
     steps: int | None = None  # updates until the decay ends
-    decay_from: float = 2 / 3  # share of the steps after which the linear decay begins; the cosine follows the warm-up at once
+    decay_from: float = (
+        2 / 3
+    )  # share of the steps after which the linear decay begins; the cosine follows the warm-up at once
     final: float = 0.0  # factor of the learning rate at the end of the decay
     clip: float | None = None  # greatest norm of the gradient
-    train: str = ".*"  # pattern of whole weight names; the others keep their values and have no moments
+    train: str = (
+        ".*"  # pattern of whole weight names; the others keep their values and have no moments
+    )
 
     def __post_init__(self):
         if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"OptimizerConfig.learning_rate is {self.learning_rate}; it must be positive and finite")
+            raise ValueError(
+                f"OptimizerConfig.learning_rate is {self.learning_rate}; it must be positive and finite"
+            )
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
-            raise ValueError(f"OptimizerConfig: b1 {self.b1} and b2 {self.b2} must be at least 0 and less than 1")
+            raise ValueError(
+                f"OptimizerConfig: b1 {self.b1} and b2 {self.b2} must be at least 0 and less than 1"
+            )
         for name in ("eps", "weight_decay", "warmup", "start", "final"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"OptimizerConfig.{name} is {getattr(self, name)}; it must not be negative")
+                raise ValueError(
+                    f"OptimizerConfig.{name} is {getattr(self, name)}; it must not be negative"
+                )
         if self.decay not in DECAY:
-            raise ValueError(f"OptimizerConfig.decay is {self.decay!r}; allowed: {', '.join(DECAY)}")
+            raise ValueError(
+                f"OptimizerConfig.decay is {self.decay!r}; allowed: {', '.join(DECAY)}"
+            )
         if (self.decay == "constant") != (self.steps is None):
-            raise ValueError(f"OptimizerConfig: decay {self.decay!r} with steps {self.steps}; only a decay has steps")
+            raise ValueError(
+                f"OptimizerConfig: decay {self.decay!r} with steps {self.steps}; only a decay has steps"
+            )
         if self.steps is not None and self.warmup >= self.steps:
-            raise ValueError(f"OptimizerConfig: warmup {self.warmup} must be less than steps {self.steps}")
+            raise ValueError(
+                f"OptimizerConfig: warmup {self.warmup} must be less than steps {self.steps}"
+            )
         if not 0 <= self.decay_from < 1:
-            raise ValueError(f"OptimizerConfig.decay_from is {self.decay_from}; it is a share of the steps, at least 0 and less than 1")
+            raise ValueError(
+                f"OptimizerConfig.decay_from is {self.decay_from}; it is a share of the steps, at least 0 and less than 1"
+            )
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"OptimizerConfig.clip is {self.clip}; it must be positive, or None")
 
@@ -65,15 +83,25 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     after = optax.constant_schedule(rate)  # counts from the end of the warm-up
     if config.decay == "linear":
         begin = max(int(config.decay_from * config.steps), warmup)
-        after = optax.linear_schedule(rate, config.final * rate, config.steps - begin, begin - warmup)
+        after = optax.linear_schedule(
+            rate, config.final * rate, config.steps - begin, begin - warmup
+        )
     if config.decay == "cosine":
         after = optax.cosine_decay_schedule(rate, config.steps - warmup, config.final)
-    return optax.join_schedules([optax.linear_schedule(config.start * rate, rate, warmup), after], [warmup]) if warmup else after
+    return (
+        optax.join_schedules(
+            [optax.linear_schedule(config.start * rate, rate, warmup), after], [warmup]
+        )
+        if warmup
+        else after
+    )
 
 
 def zero_bad() -> optax.GradientTransformation:
     """NaN and infinite entries become zero, the others stay."""
-    return optax.stateless(lambda grads, _: jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads))
+    return optax.stateless(
+        lambda grads, _: jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
+    )
 
 
 def adam(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -94,5 +122,7 @@ def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
     )
     if config.train == ".*":
         return chain
-    labels = lambda model: jax.tree.map(lambda chosen: "train" if chosen else "keep", trainable(model, config.train))
+    labels = lambda model: jax.tree.map(
+        lambda chosen: "train" if chosen else "keep", trainable(model, config.train)
+    )
     return optax.partition({"train": chain, "keep": optax.set_to_zero()}, labels)

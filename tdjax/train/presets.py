@@ -27,7 +27,9 @@ class RunConfig:
     def __post_init__(self):
         positive(self, "steps", "log_every", "save_every", "patience")
         if self.keep < 0 or self.seed < 0:
-            raise ValueError(f"RunConfig: keep is {self.keep}, seed {self.seed}; they must be at least 0")
+            raise ValueError(
+                f"RunConfig: keep is {self.keep}, seed {self.seed}; they must be at least 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,9 @@ class DataConfig:
     """Shards of latents and prompt embeddings, and how they become batches."""
 
     path: str = ""  # folder of shard_000000.tar, ...
-    negative: str = ""  # embedding of the negative prompt: umT5_wan_negative_emb.pt, .npy or .safetensors
+    negative: str = (
+        ""  # embedding of the negative prompt: umT5_wan_negative_emb.pt, .npy or .safetensors
+    )
     frames: int = 21  # latent frames; longer samples are cut
     batch: int = 8  # samples of all devices together
     seed: int = 0  # of the order
@@ -51,7 +55,9 @@ class DataConfig:
 class ModelConfig:
     """Which weights the networks begin with. `dit` gives the sizes where there are no weights; else the file does."""
 
-    weights: str = ""  # preset name, hub id, file or folder: the teacher, and where the student begins
+    weights: str = (
+        ""  # preset name, hub id, file or folder: the teacher, and where the student begins
+    )
     student: str = ""  # where the student begins, if not at the teacher
     offline: bool = False  # never ask the hub
     attention: str = "dense"  # of the student: dense or sla
@@ -62,12 +68,19 @@ class ModelConfig:
     def __post_init__(self):
         for name, allowed in (("attention", STUDENT), ("compute", COMPUTE)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"ModelConfig.{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+                raise ValueError(
+                    f"ModelConfig.{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
+                )
         if self.student and not self.weights:
             raise ValueError("ModelConfig.student is given without weights, which are the teacher")
 
 
-COMMON = {"run": "RunConfig", "data": "DataConfig", "model": "ModelConfig", "optimizer": "OptimizerConfig"}
+COMMON = {
+    "run": "RunConfig",
+    "data": "DataConfig",
+    "model": "ModelConfig",
+    "optimizer": "OptimizerConfig",
+}
 
 # Method -> the parts of its configuration: {first word of a key: class}.
 METHODS: dict[str, dict[str, str]] = {
@@ -89,7 +102,12 @@ class Preset:
 # Published settings: thu-ml/TurboDiffusion turbodiffusion/rcm/configs/experiments/sla, NVlabs/rcm rcm/configs/experiments,
 # arXiv 2510.08431 tables 4 and 5 (batch sizes, number of steps). No length was published for SLA: 2,000 steps is that of
 # arXiv 2509.24006.
-SLA = {"model.attention": "sla", "data.batch": 32, "optimizer.learning_rate": 1e-5, "optimizer.b1": 0.9}
+SLA = {
+    "model.attention": "sla",
+    "data.batch": 32,
+    "optimizer.learning_rate": 1e-5,
+    "optimizer.b1": 0.9,
+}
 RCM_1_3B = {"data.frames": 20, "data.batch": 256, "run.steps": 10000, "critic.learning_rate": 4e-7}
 RCM_14B = {
     "data.batch": 64, "run.steps": 4000, "optimizer.learning_rate": 1e-6, "critic.learning_rate": 1e-7,
@@ -107,10 +125,20 @@ FM_TINY = {
 
 PRESETS: dict[str, Preset] = {
     "sla-1.3b": Preset(
-        "sla", "sparse-linear attention for Wan2.1 T2V 1.3B, towards its dense self", SLA | {"model.weights": "wan2.1-t2v-1.3b"}
+        "sla",
+        "sparse-linear attention for Wan2.1 T2V 1.3B, towards its dense self",
+        SLA | {"model.weights": "wan2.1-t2v-1.3b"},
     ),
-    "sla-14b": Preset("sla", "the same for Wan2.1 T2V 14B", SLA | {"model.weights": "wan2.1-t2v-14b"}),
-    "rcm-1.3b": Preset("rcm", "few-step distillation of Wan2.1 T2V 1.3B", RCM_1_3B | {"model.weights": "wan2.1-t2v-1.3b"}),
-    "rcm-14b": Preset("rcm", "the same for Wan2.1 T2V 14B", RCM_14B | {"model.weights": "wan2.1-t2v-14b"}),
+    "sla-14b": Preset(
+        "sla", "the same for Wan2.1 T2V 14B", SLA | {"model.weights": "wan2.1-t2v-14b"}
+    ),
+    "rcm-1.3b": Preset(
+        "rcm",
+        "few-step distillation of Wan2.1 T2V 1.3B",
+        RCM_1_3B | {"model.weights": "wan2.1-t2v-1.3b"},
+    ),
+    "rcm-14b": Preset(
+        "rcm", "the same for Wan2.1 T2V 14B", RCM_14B | {"model.weights": "wan2.1-t2v-14b"}
+    ),
     "fm-tiny": Preset("flow", "flow matching of a small transformer from random weights", FM_TINY),
 }

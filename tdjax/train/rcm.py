@@ -49,21 +49,33 @@ class SCM:
     floor: float = 7e-5  # directions of a smaller root mean square are not brought to full length
     time: TimeDistribution = LogNormal()  # of the noise on data
     tangent: str = "exact"  # or differences in time: semidiscrete (fd_type 1), discrete (fd_type 2); not with rounded timesteps
-    interval: float = 1e-2  # of the differences; the official 1e-4 is below the rounding of a float32 network
+    interval: float = (
+        1e-2  # of the differences; the official 1e-4 is below the rounding of a float32 network
+    )
     compute: str = "own"  # dtype in which the network of the tangent runs; own: the student's
-    warmup_form: str = "paper"  # of the direction; code2026: as the official code has it since January 2026
+    warmup_form: str = (
+        "paper"  # of the direction; code2026: as the official code has it since January 2026
+    )
 
     def __post_init__(self):
         if not 0 < self.kappa < math.inf or not 0 <= self.floor < math.inf:
-            raise ValueError(f"SCM: kappa {self.kappa} must be positive, floor {self.floor} not negative")
+            raise ValueError(
+                f"SCM: kappa {self.kappa} must be positive, floor {self.floor} not negative"
+            )
         if self.tangent not in consistency.TANGENT:
-            raise ValueError(f"SCM.tangent is {self.tangent!r}; allowed: {', '.join(consistency.TANGENT)}")
+            raise ValueError(
+                f"SCM.tangent is {self.tangent!r}; allowed: {', '.join(consistency.TANGENT)}"
+            )
         if self.warmup_form not in consistency.WARMUPS:
-            raise ValueError(f"SCM.warmup_form is {self.warmup_form!r}; allowed: {', '.join(consistency.WARMUPS)}")
+            raise ValueError(
+                f"SCM.warmup_form is {self.warmup_form!r}; allowed: {', '.join(consistency.WARMUPS)}"
+            )
         if self.compute not in ("own", *FLOATS):
             raise ValueError(f"SCM.compute is {self.compute!r}; allowed: own, {', '.join(FLOATS)}")
         if not 0 < self.interval < 0.5:
-            raise ValueError(f"SCM.interval is {self.interval}; allowed: greater than 0, less than 0.5 of the pi/2 of TrigFlow time")
+            raise ValueError(
+                f"SCM.interval is {self.interval}; allowed: greater than 0, less than 0.5 of the pi/2 of TrigFlow time"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +91,9 @@ class DCM:
         if not 0 < self.weight < math.inf or not 0 < self.shift < math.inf:
             raise ValueError(f"DCM: weight {self.weight} and shift {self.shift} must be positive")
         if not 1 <= self.skip < self.steps:
-            raise ValueError(f"DCM: skip {self.skip} must be at least 1 and less than steps {self.steps}")
+            raise ValueError(
+                f"DCM: skip {self.skip} must be at least 1 and less than steps {self.steps}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,11 +102,19 @@ class RCMConfig:
 
     guidance: float = 5.0  # of the teacher; 1 for none
     consistency: SCM | DCM | None = SCM()  # None: distribution matching alone
-    dmd_weight: float = 1.0  # of distribution matching; 0: consistency alone, without a critic and its turns
-    dmd_limit: float | None = None  # greatest root mean square of the distribution-matching direction in a sample
-    sample_time: TimeDistribution = UniformShift()  # of the student's simulated steps, and of the noise on its samples
+    dmd_weight: float = (
+        1.0  # of distribution matching; 0: consistency alone, without a critic and its turns
+    )
+    dmd_limit: float | None = (
+        None  # greatest root mean square of the distribution-matching direction in a sample
+    )
+    sample_time: TimeDistribution = (
+        UniformShift()
+    )  # of the student's simulated steps, and of the noise on its samples
     max_steps: int = 4  # samples are made in 1, 2, ... this many steps in turn
-    frequency: int = 5  # after the warm-up, the student has one turn in this many and the critic the others
+    frequency: int = (
+        5  # after the warm-up, the student has one turn in this many and the critic the others
+    )
     warmup: int = 1000  # student turns at the start, without distribution matching, over which the tangent grows to full length
     ema: EMAConfig = EMAConfig()
     accumulate: int = 1  # microbatches in a batch
@@ -100,17 +122,27 @@ class RCMConfig:
     def __post_init__(self):
         check_accumulate(self)
         if not 1 <= self.guidance < math.inf:
-            raise ValueError(f"RCMConfig.guidance is {self.guidance}; allowed: 1 (none) and more (published: 5)")
-        if not 0 <= self.dmd_weight < math.inf or (self.dmd_limit is not None and not self.dmd_limit > 0):
-            raise ValueError(f"RCMConfig: dmd_weight {self.dmd_weight} must not be negative, dmd_limit {self.dmd_limit} positive or None")
+            raise ValueError(
+                f"RCMConfig.guidance is {self.guidance}; allowed: 1 (none) and more (published: 5)"
+            )
+        if not 0 <= self.dmd_weight < math.inf or (
+            self.dmd_limit is not None and not self.dmd_limit > 0
+        ):
+            raise ValueError(
+                f"RCMConfig: dmd_weight {self.dmd_weight} must not be negative, dmd_limit {self.dmd_limit} positive or None"
+            )
         if self.max_steps < 1 or self.frequency < 1 or self.warmup < 0:
             raise ValueError(
                 f"RCMConfig: max_steps {self.max_steps} and frequency {self.frequency} must be at least 1, warmup {self.warmup} at least 0"
             )
         if self.frequency == 1 and self.dmd_weight:
-            raise ValueError("RCMConfig: frequency 1 gives the critic no turn; distribution matching needs at least 2")
+            raise ValueError(
+                "RCMConfig: frequency 1 gives the critic no turn; distribution matching needs at least 2"
+            )
         if self.consistency is None and (self.warmup or not self.dmd_weight):
-            raise ValueError("RCMConfig: without a consistency term, warmup must be 0 and dmd_weight positive")
+            raise ValueError(
+                "RCMConfig: without a consistency term, warmup must be 0 and dmd_weight positive"
+            )
 
 
 RCM_1_3B = RCMConfig()
@@ -122,14 +154,20 @@ RCM_14B = RCMConfig(consistency=SCM(time=LogNormal(mean=1.5)), frequency=10, war
 
 def is_student_turn(config: RCMConfig, step: int) -> bool:
     """Whether step 0, 1, ... updates the student; else it updates the critic."""
-    return config.dmd_weight == 0 or step < config.warmup or (step - config.warmup) % config.frequency == 0
+    return (
+        config.dmd_weight == 0
+        or step < config.warmup
+        or (step - config.warmup) % config.frequency == 0
+    )
 
 
 def student_updates(config: RCMConfig, step):
     """Number of the student's update at its turn; works on traced steps."""
     if config.dmd_weight == 0:
         return step
-    return jnp.where(step < config.warmup, step, config.warmup + (step - config.warmup) // config.frequency)
+    return jnp.where(
+        step < config.warmup, step, config.warmup + (step - config.warmup) // config.frequency
+    )
 
 
 def critic_updates(config: RCMConfig, step):
@@ -147,18 +185,27 @@ def scm_gradient(config: RCMConfig, model, teacher, batch: Batch, draws: dict, r
     x = flow.noisy(batch.latents, draws["data_noise"], flow.per_sample(c))
     v_teacher = guided_teacher(teacher, batch, config.guidance)(x, flow.TIME_SCALE * c.u)
     student = model if own.compute == "own" else with_compute(model, own.compute)
-    v, term = consistency.TANGENT[own.tangent](velocity(student, batch.text, batch.image), x, v_teacher, c, own.interval)
+    v, term = consistency.TANGENT[own.tangent](
+        velocity(student, batch.text, batch.image), x, v_teacher, c, own.interval
+    )
     g = consistency.raw_direction(x, v_teacher - v, term, c, r, own.warmup_form)
     ok = whole(x, v, g)
     x, direction = lax.stop_gradient((keep(ok, x), keep(ok, consistency.normalised(g, own.floor))))
 
     def loss(model):
-        values, again = consistency.consistency_loss(velocity(model, batch.text, batch.image), x, c, direction, own.kappa)
+        values, again = consistency.consistency_loss(
+            velocity(model, batch.text, batch.image), x, c, direction, own.kappa
+        )
         values = keep(ok & whole(again), values)
         return values.mean(), values
 
     grads, values = jax.grad(loss, has_aux=True)(model)
-    return grads, {"consistency": values, "rms_direction": rms(g), "rms_tangent": rms(term), "ok": ok}
+    return grads, {
+        "consistency": values,
+        "rms_direction": rms(g),
+        "rms_tangent": rms(term),
+        "ok": ok,
+    }
 
 
 def dcm_gradient(config: RCMConfig, model, teacher, batch: Batch, draws: dict, r):
@@ -173,7 +220,11 @@ def dcm_gradient(config: RCMConfig, model, teacher, batch: Batch, draws: dict, r
     x, target = lax.stop_gradient((keep(ok, x), keep(ok, target)))
 
     def loss(model):
-        values = keep(ok, own.weight * consistency.dcm_loss(velocity(model, batch.text, batch.image), x, c, target))
+        values = keep(
+            ok,
+            own.weight
+            * consistency.dcm_loss(velocity(model, batch.text, batch.image), x, c, target),
+        )
         return values.mean(), values
 
     grads, values = jax.grad(loss, has_aux=True)(model)
@@ -188,10 +239,19 @@ def dmd_gradient(config: RCMConfig, state: DistillState, teacher, batch: Batch, 
     ok = whole(x)
 
     def loss(model):
-        made = data_of(velocity(model, batch.text, batch.image), keep(ok, x), flow.from_log_sigma(s))
+        made = data_of(
+            velocity(model, batch.text, batch.image), keep(ok, x), flow.from_log_sigma(s)
+        )
         guided = guided_teacher(teacher, batch, config.guidance)
         d, gap = lax.stop_gradient(
-            dmd_direction(lax.stop_gradient(made), guided, critic, draws["renoise"], draws["renoise_time"], config.dmd_limit)
+            dmd_direction(
+                lax.stop_gradient(made),
+                guided,
+                critic,
+                draws["renoise"],
+                draws["renoise_time"],
+                config.dmd_limit,
+            )
         )
         good = ok & whole(made, d)
         values = config.dmd_weight * keep(good, dmd_loss(made, keep(good, d)))
@@ -224,7 +284,10 @@ def student_gradient(config: RCMConfig, state: DistillState, teacher, batch: Bat
     grads = jax.tree.map(lambda *g: sum(g), *(grads for grads, _ in parts))
     samples = {name: value for _, values in parts for name, value in values.items()}
     loss = sum(samples[name] for name in ("consistency", "dmd") if name in samples)
-    return grads, samples | {"loss": loss, "ok": jnp.stack([values["ok"] for _, values in parts]).all(0)}
+    return grads, samples | {
+        "loss": loss,
+        "ok": jnp.stack([values["ok"] for _, values in parts]).all(0),
+    }
 
 
 def data_draws(config: RCMConfig, keys: dict, shape) -> dict:
@@ -288,7 +351,9 @@ def critic_gradient(config: RCMConfig, state: DistillState, batch: Batch, draws:
     made = keep(ok, made)
 
     def loss(critic):
-        values, v = critic_loss(velocity(critic, batch.text, batch.image), made, draws["renoise"], draws["renoise_time"])
+        values, v = critic_loss(
+            velocity(critic, batch.text, batch.image), made, draws["renoise"], draws["renoise_time"]
+        )
         good = ok & whole(v)
         return keep(good, values).mean(), {"loss": keep(good, values), "ok": good}
 

@@ -31,7 +31,10 @@ from tdjax.train.optimizer import adamw
 from tdjax.train.presets import ModelConfig
 from tdjax.train.state import Batch, DistillState, Teacher, TrainState
 
-FREE_ON_RESUME = ("run.", "model.offline")  # keys that may change when a run goes on without changing what it computes
+FREE_ON_RESUME = (
+    "run.",
+    "model.offline",
+)  # keys that may change when a run goes on without changing what it computes
 
 
 # Networks ----------------------------------------------------------------------------------------------------------------
@@ -45,12 +48,20 @@ class Networks:
         stored = model.dit
         if model.weights:
             self.teacher = opened(model.weights, model.offline)
-            self.student = opened(model.student, model.offline) if model.student else opened(model.weights, model.offline)
+            self.student = (
+                opened(model.student, model.offline)
+                if model.student
+                else opened(model.weights, model.offline)
+            )
             stored = self.student.stored
             check_teacher(self.teacher.stored, stored, method)
             self.teacher.config = frozen(self.teacher.stored, model)
         elif method != "flow":
-            raise UsageError("model.weights is not given", f"{method} starts from a trained network", "for example wan2.1-t2v-1.3b")
+            raise UsageError(
+                "model.weights is not given",
+                f"{method} starts from a trained network",
+                "for example wan2.1-t2v-1.3b",
+            )
         self.config: DiTConfig = trained(stored, model)
         if method == "flow":
             self.teacher = None
@@ -71,17 +82,32 @@ class Networks:
     def load_student(self, mesh: Mesh | None, seed: int):
         """float32 weights of the student: the file's, with a sparse projection that begins at zero; or random ones."""
         if self.student is None:
-            return loop.made(lambda key: DiT(self.config, rngs=nnx.Rngs(key)), jax.random.key(seed), mesh=mesh)
+            return loop.made(
+                lambda key: DiT(self.config, rngs=nnx.Rngs(key)), jax.random.key(seed), mesh=mesh
+            )
         has_projection = self.student.stored.attention != "dense"
-        self.student.config = dataclasses.replace(self.config, attention=self.config.attention if has_projection else "dense")
+        self.student.config = dataclasses.replace(
+            self.config, attention=self.config.attention if has_projection else "dense"
+        )
         self.student.mesh = mesh
-        module, self.student.module = self.student.load(), None  # the state has its own copy: this one may go
+        module, self.student.module = (
+            self.student.load(),
+            None,
+        )  # the state has its own copy: this one may go
         if self.student.config == self.config:
             return module
         wanted, leaves = self.abstract(), checkpoint.names(module)
-        missing = {name: x for name, x in checkpoint.names(wanted).items() if name not in leaves and DENSE_DROPS in name}
+        missing = {
+            name: x
+            for name, x in checkpoint.names(wanted).items()
+            if name not in leaves and DENSE_DROPS in name
+        }
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        return checkpoint.assemble(wanted, leaves | {name: jnp.zeros(x.shape, x.dtype, device=whole) for name, x in missing.items()})
+        return checkpoint.assemble(
+            wanted,
+            leaves
+            | {name: jnp.zeros(x.shape, x.dtype, device=whole) for name, x in missing.items()},
+        )
 
 
 def trained(stored: DiTConfig, model: ModelConfig) -> DiTConfig:
@@ -100,7 +126,9 @@ def opened(name: str, offline: bool) -> Part:
     located = locate(name, offline=offline, parts=("dit",))
     if len(located.dit) != 1:
         raise UsageError(
-            f"{name} has two transformers", "each expert is a network of its own, and is trained by itself", f"give one: {located.dit[0]}"
+            f"{name} has two transformers",
+            "each expert is a network of its own, and is trained by itself",
+            f"give one: {located.dit[0]}",
         )
     part = Part(located.dit[0], "dit")
     if part.stored.linear != "float":
@@ -116,12 +144,16 @@ def check_teacher(teacher: DiTConfig, student: DiTConfig, method: str) -> None:
     """The two must be the same network up to its attention."""
     if teacher.attention != "dense" and method != "flow":
         raise CheckpointError(
-            "the teacher has sparse attention", f"{method} imitates a dense network", "give dense weights as model.weights"
+            "the teacher has sparse attention",
+            f"{method} imitates a dense network",
+            "give dense weights as model.weights",
         )
     same = {"attention": "dense", "sla": teacher.sla, "policy": teacher.policy}
     if dataclasses.replace(teacher, **same) != dataclasses.replace(student, **same):
         raise CheckpointError(
-            "student and teacher are networks of different sizes", f"teacher: {teacher}; student: {student}", "give two files of one model"
+            "student and teacher are networks of different sizes",
+            f"teacher: {teacher}; student: {student}",
+            "give two files of one model",
         )
 
 
@@ -145,8 +177,14 @@ def method(name: str, config: dict[str, Any]) -> Method:
 def one_network(name: str, config: dict[str, Any]) -> Method:
     optimizer = adamw(config["optimizer"])
     make = {"flow": flow_matching, "sla": sla}[name].make_step
-    create = functools.partial(TrainState.create, optimizer=optimizer, key=jax.random.key(config["run"].seed))
-    return Method(steps={name: make(config["loss"], optimizer)}, schedule=Schedule(cycle=(name,)), create=create)
+    create = functools.partial(
+        TrainState.create, optimizer=optimizer, key=jax.random.key(config["run"].seed)
+    )
+    return Method(
+        steps={name: make(config["loss"], optimizer)},
+        schedule=Schedule(cycle=(name,)),
+        create=create,
+    )
 
 
 def distillation(name: str, config: dict[str, Any]) -> Method:
@@ -158,7 +196,9 @@ def distillation(name: str, config: dict[str, Any]) -> Method:
         return Method(steps=steps, schedule=Schedule(cycle=("student",)), create=create)
     steps["critic"] = rcm.make_critic_step(loss, second)
     schedule = Schedule(cycle=("student", *["critic"] * (loss.frequency - 1)), warmup=loss.warmup)
-    create = lambda model: DistillState.create(model, optimizer, key, critic=model, critic_optimizer=second)
+    create = lambda model: DistillState.create(
+        model, optimizer, key, critic=model, critic_optimizer=second
+    )
     return Method(steps=steps, schedule=schedule, create=create)
 
 
@@ -168,12 +208,27 @@ def distillation(name: str, config: dict[str, Any]) -> Method:
 class Prepared:
     """All that `loop.train` needs, checked; weights are read by `start`."""
 
-    def __init__(self, preset: str, name: str, config: dict[str, Any], settings: dict[str, str], stages: Stages):
-        self.preset, self.name, self.config, self.settings, self.stages = preset, name, config, settings, stages
+    def __init__(
+        self,
+        preset: str,
+        name: str,
+        config: dict[str, Any],
+        settings: dict[str, str],
+        stages: Stages,
+    ):
+        self.preset, self.name, self.config, self.settings, self.stages = (
+            preset,
+            name,
+            config,
+            settings,
+            stages,
+        )
         self.folder = Path(config["run"].folder)
         if jax.process_count() > 1:
             raise UsageError(
-                f"training was started in {jax.process_count()} processes", "checkpoints are written by one", "use the devices of one host"
+                f"training was started in {jax.process_count()} processes",
+                "checkpoints are written by one",
+                "use the devices of one host",
             )
         if config["run"].mesh != "auto":
             parse_mesh(config["run"].mesh)  # a wrong word is told before anything is downloaded
@@ -188,8 +243,14 @@ class Prepared:
         data, cfg = self.config["data"], self.networks.config
         rows = 1 if self.mesh is None else self.mesh.shape.get("fsdp", 1)
         if data.batch % rows:
-            raise UsageError(f"data.batch is {data.batch}", f"run.mesh divides it over fsdp={rows}", f"use a multiple of {rows}")
-        source = ShardSource(data.path, frames=data.frames, channels=cfg.out_channels, text_dim=cfg.text_dim)
+            raise UsageError(
+                f"data.batch is {data.batch}",
+                f"run.mesh divides it over fsdp={rows}",
+                f"use a multiple of {rows}",
+            )
+        source = ShardSource(
+            data.path, frames=data.frames, channels=cfg.out_channels, text_dim=cfg.text_dim
+        )
         return Stream(source, batch=data.batch, seed=data.seed, mix=data.mix)
 
     def open_negative(self) -> np.ndarray | None:
@@ -205,7 +266,10 @@ class Prepared:
 
     def check_steps(self):
         """Shapes of the state. Every step is traced: whatever does not fit together is found here, in seconds."""
-        (latents, text, image), b = self.stream.source.read(self.stream.source.entries(0)[0]), self.stream.size
+        (latents, text, image), b = (
+            self.stream.source.read(self.stream.source.entries(0)[0]),
+            self.stream.size,
+        )
         shape = lambda x: None if x is None else jax.ShapeDtypeStruct((b, *x.shape), x.dtype)
         batch = Batch(latents=shape(latents), text=shape(text), image=shape(image))
         teacher = Teacher(model=self.networks.abstract_teacher(), negative=self.negative)
@@ -217,7 +281,10 @@ class Prepared:
         except ValueError as error:
             if isinstance(error, UsageError):
                 raise
-            raise UsageError(f"model, data and loss do not fit together: {error}", f"samples of {self.stream.source.folder}") from error
+            raise UsageError(
+                f"model, data and loss do not fit together: {error}",
+                f"samples of {self.stream.source.folder}",
+            ) from error
         return state
 
     def on_mesh(self):
@@ -264,12 +331,26 @@ class Prepared:
         """The averaged weights as a checkpoint that every other command takes: <run>/dit, in the compute dtype."""
         dtype = self.config["model"].compute
         cfg = dataclasses.replace(self.networks.config, policy=Policy(param=dtype, compute=dtype))
-        shapes, leaves = checkpoint.names(checkpoint.abstract("dit", cfg)), checkpoint.names(outcome.state.ema)
-        lazy = lambda x, shape: Lazy(tuple(x.shape), np.dtype(shape.dtype), lambda: np.asarray(x.astype(shape.dtype)))
-        source = {"name": f"tdjax train {self.preset}", "step": outcome.step, "settings": self.settings}
+        shapes, leaves = (
+            checkpoint.names(checkpoint.abstract("dit", cfg)),
+            checkpoint.names(outcome.state.ema),
+        )
+        lazy = lambda x, shape: Lazy(
+            tuple(x.shape), np.dtype(shape.dtype), lambda: np.asarray(x.astype(shape.dtype))
+        )
+        source = {
+            "name": f"tdjax train {self.preset}",
+            "step": outcome.step,
+            "settings": self.settings,
+        }
         with self.stages("export"):
             return checkpoint.save(
-                self.folder / "dit", {n: lazy(leaves[n], shapes[n]) for n in shapes}, "dit", cfg, source=source, overwrite=True
+                self.folder / "dit",
+                {n: lazy(leaves[n], shapes[n]) for n in shapes},
+                "dit",
+                cfg,
+                source=source,
+                overwrite=True,
             )
 
 

@@ -26,7 +26,9 @@ def folder(run: Path, step: int) -> Path:
 
 def steps(run: Path) -> list[int]:
     """Steps of the run's checkpoints, rising."""
-    found = (re.fullmatch(r"step_(\d{6,})", p.parent.name) for p in run.glob("step_*/manifest.json"))
+    found = (
+        re.fullmatch(r"step_(\d{6,})", p.parent.name) for p in run.glob("step_*/manifest.json")
+    )
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -49,13 +51,25 @@ def is_key(x) -> bool:
 def save(run: Path, step: int, state, facts: dict[str, Any], keep: int = 0) -> Path:
     """Write one checkpoint, then delete all but the last `keep` (0: none is deleted). facts: JSON values for the manifest."""
     leaves = arrays(state)
-    manifest = {"format": FORMAT, "kind": "train", "step": step, "trainer": f"tdjax {tdjax.__version__}", **facts}
-    manifest["leaves"] = {name: [list(shape), dtype] for name, (shape, dtype) in table(leaves).items()}
-    manifest["keys"] = {name: str(jax.random.key_impl(x)) for name, x in names(state).items() if is_key(x)}
+    manifest = {
+        "format": FORMAT,
+        "kind": "train",
+        "step": step,
+        "trainer": f"tdjax {tdjax.__version__}",
+        **facts,
+    }
+    manifest["leaves"] = {
+        name: [list(shape), dtype] for name, (shape, dtype) in table(leaves).items()
+    }
+    manifest["keys"] = {
+        name: str(jax.random.key_impl(x)) for name, x in names(state).items() if is_key(x)
+    }
     target = folder(run, step)
     with written(target, overwrite=True) as part, quiet():
         part.mkdir()
-        with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))) as writer:
+        with contextlib.closing(
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        ) as writer:
             writer.save(os.path.abspath(part / "state"), args=ocp.args.PyTreeSave(leaves))
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     for old in steps(run)[:-keep] if keep else []:
@@ -74,9 +88,17 @@ def inspect(path: Path) -> dict[str, Any]:
             and isinstance(manifest["keys"], dict)
         )
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"{path} is no checkpoint of a run", f"{type(e).__name__}: {e}", "go on from an earlier step") from e
+        raise CheckpointError(
+            f"{path} is no checkpoint of a run",
+            f"{type(e).__name__}: {e}",
+            "go on from an earlier step",
+        ) from e
     if not known:
-        raise CheckpointError(f"{path} is not ours", f"expected a train state of format {FORMAT}", "go on with the version that wrote it")
+        raise CheckpointError(
+            f"{path} is not ours",
+            f"expected a train state of format {FORMAT}",
+            "go on with the version that wrote it",
+        )
     return manifest
 
 
@@ -85,17 +107,37 @@ def restore(path: Path, state):
     manifest = inspect(path)
     listed = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
     wanted = names(state)
-    stored = {name: jax.eval_shape(jax.random.key_data, x) if is_key(x) else x for name, x in wanted.items()}
-    check_table(table(stored), listed, f"{path} holds another train state: the model, the method or the optimizer is not the same")
+    stored = {
+        name: jax.eval_shape(jax.random.key_data, x) if is_key(x) else x
+        for name, x in wanted.items()
+    }
+    check_table(
+        table(stored),
+        listed,
+        f"{path} holds another train state: the model, the method or the optimizer is not the same",
+    )
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     where = {name: x.sharding or here for name, x in wanted.items()}
-    how = lambda name, x: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=where[name], global_shape=x.shape, dtype=x.dtype)
-    args = ocp.args.PyTreeRestore(item=dict(stored), restore_args={name: how(name, x) for name, x in stored.items()})
+    how = lambda name, x: ocp.ArrayRestoreArgs(
+        restore_type=jax.Array, sharding=where[name], global_shape=x.shape, dtype=x.dtype
+    )
+    args = ocp.args.PyTreeRestore(
+        item=dict(stored), restore_args={name: how(name, x) for name, x in stored.items()}
+    )
     try:
         with quiet(), contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
             read = reader.restore(os.path.abspath(path / "state"), args=args)
     except Exception as e:  # whatever Orbax and TensorStore raise
         first = (str(e).strip().splitlines() or [""])[0][:300]
-        raise CheckpointError(f"{path / 'state'} cannot be read", f"{type(e).__name__}: {first}", "go on from an earlier step") from e
-    keys = {name: jax.random.wrap_key_data(read[name], impl=impl) for name, impl in manifest["keys"].items()}
-    return jax.tree.unflatten(jax.tree.structure(state), [keys.get(name, read[name]) for name in wanted])
+        raise CheckpointError(
+            f"{path / 'state'} cannot be read",
+            f"{type(e).__name__}: {first}",
+            "go on from an earlier step",
+        ) from e
+    keys = {
+        name: jax.random.wrap_key_data(read[name], impl=impl)
+        for name, impl in manifest["keys"].items()
+    }
+    return jax.tree.unflatten(
+        jax.tree.structure(state), [keys.get(name, read[name]) for name in wanted]
+    )

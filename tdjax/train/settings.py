@@ -42,7 +42,9 @@ SOURCES = {
     "EvaluateStage": "tdjax.train.tiny.settings",
 }
 ALIASES = {"TimeDistribution": "UniformShift | LogNormal"}
-ELSEWHERE = {"DiTConfig": ("attention", "linear", "impl", "sla", "policy", "image_dim", "remat")}  # chosen by other keys, or not trained
+ELSEWHERE = {
+    "DiTConfig": ("attention", "linear", "impl", "sla", "policy", "image_dim", "remat")
+}  # chosen by other keys, or not trained
 
 
 @dataclasses.dataclass
@@ -85,7 +87,11 @@ def default_of(node: ast.expr) -> Any:
     """`1e-5` -> 1e-05, `LogNormal(mean=1.5)` -> Tree("LogNormal", {"mean": 1.5}), `2 / 3` -> "2 / 3" """
     if isinstance(node, ast.Call):
         return Tree(node.func.id, {word.arg: default_of(word.value) for word in node.keywords})
-    return ast.literal_eval(node) if isinstance(node, ast.Constant | ast.Tuple | ast.UnaryOp) else ast.unparse(node)
+    return (
+        ast.literal_eval(node)
+        if isinstance(node, ast.Constant | ast.Tuple | ast.UnaryOp)
+        else ast.unparse(node)
+    )
 
 
 def put(parts: dict[str, Tree], key: str, value: Any) -> None:
@@ -109,15 +115,29 @@ def put(parts: dict[str, Tree], key: str, value: Any) -> None:
 
 def no_object(key: str, field: Field, parent: str) -> UsageError:
     if not field.classes:
-        return UsageError(f"unknown key {key}", f"{parent} is a {' or '.join(field.types)}", f"set {parent} itself")
-    return UsageError(f"{key} without an object", f"{parent} is none", f"first choose one: {parent}={' or '.join(field.classes)}")
+        return UsageError(
+            f"unknown key {key}",
+            f"{parent} is a {' or '.join(field.types)}",
+            f"set {parent} itself",
+        )
+    return UsageError(
+        f"{key} without an object",
+        f"{parent} is none",
+        f"first choose one: {parent}={' or '.join(field.classes)}",
+    )
 
 
 def unknown(parts: dict[str, Tree], key: str) -> UsageError:
     known = list(table(parts))
     same_end = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = (difflib.get_close_matches(key, same_end, 1, 0) or difflib.get_close_matches(key, known, 1))[:1]
-    return UsageError(f"unknown key {key}", "PRESET --help lists the keys", f"did you mean {near[0]}?" if near else "")
+    near = (
+        difflib.get_close_matches(key, same_end, 1, 0) or difflib.get_close_matches(key, known, 1)
+    )[:1]
+    return UsageError(
+        f"unknown key {key}",
+        "PRESET --help lists the keys",
+        f"did you mean {near[0]}?" if near else "",
+    )
 
 
 def parse(key: str, field: Field, text: str) -> Any:
@@ -131,7 +151,11 @@ def parse(key: str, field: Field, text: str) -> Any:
                 return found
     words = [WORDS.get(kind, kind) for kind in field.types]
     inner = [f"{key}.{name}" for kind in field.classes for name in fields(kind)]
-    fix = f"or set one of its keys: {', '.join(inner)}" if inner else f"the default is {shown(field.default)}"
+    fix = (
+        f"or set one of its keys: {', '.join(inner)}"
+        if inner
+        else f"the default is {shown(field.default)}"
+    )
     raise UsageError(f"{key} is {text!r}", f"allowed: {', or '.join(words)}", fix)
 
 
@@ -175,7 +199,11 @@ def table(parts: dict[str, Tree]) -> dict[str, tuple[str, str]]:
             if not isinstance(value, Tree) or len(field.types) > 1:
                 out[key] = (shown(value), field.note)
             if isinstance(value, Tree):
-                walk(key, value, usual.values if isinstance(usual, Tree) and usual.cls == value.cls else {})
+                walk(
+                    key,
+                    value,
+                    usual.values if isinstance(usual, Tree) and usual.cls == value.cls else {},
+                )
 
     for first, tree in parts.items():
         walk(first, tree, {})
@@ -192,7 +220,11 @@ def build(tree: Tree, base=None):
     values = {}
     for name, value in tree.values.items():
         if isinstance(value, Tree):
-            default = getattr(base, name) if base else next(f.default for f in dataclasses.fields(cls) if f.name == name)
+            default = (
+                getattr(base, name)
+                if base
+                else next(f.default for f in dataclasses.fields(cls) if f.name == name)
+            )
             value = build(value, default)
         values[name] = value
     try:
@@ -200,7 +232,11 @@ def build(tree: Tree, base=None):
     except ValueError as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(str(error), "the settings do not fit together", "PRESET --help lists the keys with their defaults") from error
+        raise UsageError(
+            str(error),
+            "the settings do not fit together",
+            "PRESET --help lists the keys with their defaults",
+        ) from error
 
 
 def lines(name: str, config) -> list[str]:

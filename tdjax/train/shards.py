@@ -60,7 +60,11 @@ class Member:
             f.seek(self.start)
             data = f.read(self.size)
         if len(data) < self.size:
-            raise DataError(f"{self} ends early", f"{len(data)} of {self.size} bytes", "download the shard again")
+            raise DataError(
+                f"{self} ends early",
+                f"{len(data)} of {self.size} bytes",
+                "download the shard again",
+            )
         return data
 
     def array(self) -> np.ndarray:
@@ -68,7 +72,11 @@ class Member:
         try:
             return decode(self.name, self.bytes())
         except DAMAGE as e:
-            raise DataError(f"{self} cannot be read", f"{type(e).__name__}: {e}", "leave the sample out, or write the shard again") from e
+            raise DataError(
+                f"{self} cannot be read",
+                f"{type(e).__name__}: {e}",
+                "leave the sample out, or write the shard again",
+            ) from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,19 +98,39 @@ def index(shard: Path) -> tuple[Entry, ...]:
                     continue
                 member = Member(shard, info.name, info.offset_data, info.size)
                 if not info.isreg() or info.issparse():
-                    raise DataError(f"{member} is no plain file", "a link or a device in a shard", "do not trust this shard")
+                    raise DataError(
+                        f"{member} is no plain file",
+                        "a link or a device in a shard",
+                        "do not trust this shard",
+                    )
                 if field in found.setdefault(key, {}):
-                    raise DataError(f"{member} is a second {field}", f"the first is {found[key][field].name}", "write the shard again")
+                    raise DataError(
+                        f"{member} is a second {field}",
+                        f"the first is {found[key][field].name}",
+                        "write the shard again",
+                    )
                 found[key][field] = member
     except (tarfile.TarError, OSError) as e:
-        raise DataError(f"{shard} cannot be read", f"{e}; a shard is an uncompressed tar file", "download it again") from e
+        raise DataError(
+            f"{shard} cannot be read",
+            f"{e}; a shard is an uncompressed tar file",
+            "download it again",
+        ) from e
     for key, members in found.items():
         missing = [field for field in FIELDS if field not in members]
         if missing:
             name = next(iter(members.values())).name
-            raise DataError(f"{shard}: {name} has no {key}.{missing[0]}.pt beside it", "a sample needs both", "write the shard again")
+            raise DataError(
+                f"{shard}: {name} has no {key}.{missing[0]}.pt beside it",
+                "a sample needs both",
+                "write the shard again",
+            )
     if not found:
-        raise DataError(f"{shard} holds no sample", "members are named KEY.latent.pt and KEY.embed.pt", "check the file")
+        raise DataError(
+            f"{shard} holds no sample",
+            "members are named KEY.latent.pt and KEY.embed.pt",
+            "check the file",
+        )
     return tuple(Entry(**members) for members in found.values())
 
 
@@ -137,7 +165,9 @@ def npy_array(data: bytes) -> np.ndarray:
 def torch_array(data: bytes) -> np.ndarray:
     """The tensor of a `torch.save` archive in memory, by the same restricted pickle machine that reads checkpoints."""
     with zipfile.ZipFile(io.BytesIO(data)) as z:
-        pickles = [name for name in z.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
+        pickles = [
+            name for name in z.namelist() if name == "data.pkl" or name.endswith("/data.pkl")
+        ]
         if len(pickles) != 1:
             raise ValueError("it is a zip archive without data.pkl, not a torch file")
         root = pickles[0].removesuffix("data.pkl")
@@ -149,8 +179,12 @@ def torch_array(data: bytes) -> np.ndarray:
         values = stored(z, f"{root}data/{view.storage.key}")
     if len(values) < view.storage.size * view.storage.dtype.itemsize:
         raise ValueError(f"its storage has {len(values)} bytes for {view.storage.size} elements")
-    flat = np.frombuffer(values, view.dtype, count=len(values) // view.dtype.itemsize)[view.offset :]
-    return np.lib.stride_tricks.as_strided(flat, view.shape, [s * view.dtype.itemsize for s in view.strides], writeable=False)
+    flat = np.frombuffer(values, view.dtype, count=len(values) // view.dtype.itemsize)[
+        view.offset :
+    ]
+    return np.lib.stride_tricks.as_strided(
+        flat, view.shape, [s * view.dtype.itemsize for s in view.strides], writeable=False
+    )
 
 
 def stored(z: zipfile.ZipFile, name: str) -> bytes:
@@ -163,15 +197,25 @@ def stored(z: zipfile.ZipFile, name: str) -> bytes:
 # Writing -----------------------------------------------------------------------------------------------------------------
 
 
-def write_shard(path: str | Path, samples: Iterable[tuple[np.ndarray, np.ndarray, str]], first: int = 0, overwrite: bool = False) -> Path:
+def write_shard(
+    path: str | Path,
+    samples: Iterable[tuple[np.ndarray, np.ndarray, str]],
+    first: int = 0,
+    overwrite: bool = False,
+) -> Path:
     """Write samples (latents [t h w c], text [s d], prompt) in the official layout, the file complete or not at all.
 
     first: number of the first sample; keys have nine digits. Tensors are bfloat16, as torch.load reads them.
     """
-    with written(Path(path), overwrite) as part, tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with (
+        written(Path(path), overwrite) as part,
+        tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
         for key, (latents, text, prompt) in enumerate(samples, first):
             members = {
-                "latent.pt": torch_bytes(rearrange(np.asarray(latents), "t h w c -> c t h w").astype(BF16)),
+                "latent.pt": torch_bytes(
+                    rearrange(np.asarray(latents), "t h w c -> c t h w").astype(BF16)
+                ),
                 "embed.pt": torch_bytes(np.asarray(text).astype(BF16)),
                 "prompt.txt": prompt.encode(),
             }
@@ -189,13 +233,38 @@ def torch_bytes(array: np.ndarray) -> bytes:
     name = lambda module, attribute: b"c" + module + b"\n" + attribute + b"\n"
     text = lambda value: b"X" + struct.pack("<I", len(value)) + value
     count = b"J" + struct.pack("<i", array.size)
-    storage = b"(" + text(b"storage") + name(b"torch", b"BFloat16Storage") + text(b"0") + text(b"cpu") + count + b"tQ"
+    storage = (
+        b"("
+        + text(b"storage")
+        + name(b"torch", b"BFloat16Storage")
+        + text(b"0")
+        + text(b"cpu")
+        + count
+        + b"tQ"
+    )
     hooks = name(b"collections", b"OrderedDict") + b")R"
-    arguments = b"(" + storage + b"J" + struct.pack("<i", 0) + integers(array.shape) + integers(strides) + b"\x89" + hooks + b"t"
+    arguments = (
+        b"("
+        + storage
+        + b"J"
+        + struct.pack("<i", 0)
+        + integers(array.shape)
+        + integers(strides)
+        + b"\x89"
+        + hooks
+        + b"t"
+    )
     pickle = b"\x80\x02" + name(b"torch._utils", b"_rebuild_tensor_v2") + arguments + b"R."
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as z:
-        entries = {"data.pkl": pickle, "byteorder": b"little", "data/0": np.ascontiguousarray(array).tobytes(), "version": b"3\n"}
+        entries = {
+            "data.pkl": pickle,
+            "byteorder": b"little",
+            "data/0": np.ascontiguousarray(array).tobytes(),
+            "version": b"3\n",
+        }
         for entry, data in entries.items():
-            z.writestr(zipfile.ZipInfo(f"archive/{entry}"), data)  # no date: the same samples give the same bytes
+            z.writestr(
+                zipfile.ZipInfo(f"archive/{entry}"), data
+            )  # no date: the same samples give the same bytes
     return out.getvalue()

@@ -32,7 +32,9 @@ class SLATrainingConfig:
     def __post_init__(self):
         check_accumulate(self)
         if self.target not in TARGETS:
-            raise ValueError(f"SLATrainingConfig.target is {self.target!r}; allowed: {', '.join(TARGETS)}")
+            raise ValueError(
+                f"SLATrainingConfig.target is {self.target!r}; allowed: {', '.join(TARGETS)}"
+            )
 
 
 def white_box_loss(student: Velocity, teacher: Velocity, latents, eps, s):
@@ -49,16 +51,23 @@ def make_step(config: SLATrainingConfig, optimizer) -> Callable:
     def step(state, teacher, batch):
         keys = named_keys(state, "noise", "time")
         latents = batch.latents.astype(jnp.float32)
-        draws = normal(keys["noise"], latents.shape), config.time.draw(keys["time"], latents.shape[:1])
+        draws = (
+            normal(keys["noise"], latents.shape),
+            config.time.draw(keys["time"], latents.shape[:1]),
+        )
 
         def loss(model, batch, draws):
             student = velocity(model, batch.text, batch.image)
             if config.target == "data":
                 values, ok = flow_matching_loss(student, batch.latents, *draws)
             else:
-                values, ok = white_box_loss(student, velocity(teacher.model, batch.text, batch.image), batch.latents, *draws)
+                values, ok = white_box_loss(
+                    student, velocity(teacher.model, batch.text, batch.image), batch.latents, *draws
+                )
             return values.mean(), {"loss": values, "ok": ok}
 
-        return finish(config, optimizer, state, loss, (dataclasses.replace(batch, latents=latents), draws))
+        return finish(
+            config, optimizer, state, loss, (dataclasses.replace(batch, latents=latents), draws)
+        )
 
     return step

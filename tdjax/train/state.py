@@ -57,7 +57,13 @@ class TrainState:
         Raises UsageError for a weight that is not float32.
         """
         check(model)
-        return cls(step=jnp.int32(0), model=copy(model), ema=copy(model), opt=optimizer.init(model), key=jnp.array(key))
+        return cls(
+            step=jnp.int32(0),
+            model=copy(model),
+            ema=copy(model),
+            opt=optimizer.init(model),
+            key=jnp.array(key),
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +86,9 @@ class DistillState:
         Raises UsageError for a weight that is not float32, ValueError for a critic without its optimizer or the reverse.
         """
         if (critic is None) != (critic_optimizer is None):
-            raise ValueError("DistillState.create: give critic and critic_optimizer together, or neither")
+            raise ValueError(
+                "DistillState.create: give critic and critic_optimizer together, or neither"
+            )
         start = TrainState.create(model, optimizer, key)
         kept = {field.name: getattr(start, field.name) for field in dataclasses.fields(start)}
         if critic is None:
@@ -109,10 +117,16 @@ def trainable(model, pattern: str = ".*"):
 
     Raises UsageError if none does.
     """
-    mask = jax.tree_util.tree_map_with_path(lambda path, _: re.fullmatch(pattern, leaf_name(path)) is not None, model)
+    mask = jax.tree_util.tree_map_with_path(
+        lambda path, _: re.fullmatch(pattern, leaf_name(path)) is not None, model
+    )
     if not any(jax.tree.leaves(mask)):
         names = ", ".join(leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(model))
-        raise UsageError(f"no weight matches {pattern!r}", f"the weights are {names}", r'use e.g. ".*" or ".*self_attn\.core\.proj\..*"')
+        raise UsageError(
+            f"no weight matches {pattern!r}",
+            f"the weights are {names}",
+            r'use e.g. ".*" or ".*self_attn\.core\.proj\..*"',
+        )
     return mask
 
 
@@ -128,9 +142,13 @@ class EMAConfig:
 
     def __post_init__(self):
         if not 0 < self.width < 0.28:  # from 1/sqrt(12) on, no positive exponent has this width
-            raise ValueError(f"EMAConfig.width is {self.width}; allowed: greater than 0, less than 0.28 (published: 0.1)")
+            raise ValueError(
+                f"EMAConfig.width is {self.width}; allowed: greater than 0, less than 0.28 (published: 0.1)"
+            )
         if self.decay is not None and not 0 <= self.decay < 1:
-            raise ValueError(f"EMAConfig.decay is {self.decay}; allowed: 0 up to, but not including, 1")
+            raise ValueError(
+                f"EMAConfig.decay is {self.decay}; allowed: 0 up to, but not including, 1"
+            )
 
     @property
     def exponent(self) -> float:
@@ -149,7 +167,11 @@ class EMAConfig:
 def ema_update(ema, model, step, config: EMAConfig):
     """The float32 average after update `step` (int32[], counted from 0) has given `model`; leaf by leaf, in the shapes of `ema`."""
     beta = config.beta(step)
-    return jax.tree.map(lambda old, new: new.astype(jnp.float32) + beta * (old - new.astype(jnp.float32)), ema, model)
+    return jax.tree.map(
+        lambda old, new: new.astype(jnp.float32) + beta * (old - new.astype(jnp.float32)),
+        ema,
+        model,
+    )
 
 
 # -- networks as velocities ------------------------------------------------------------------------------------------------
@@ -195,12 +217,20 @@ def guided_teacher(teacher: Teacher, batch: Batch, guidance: float) -> Velocity:
 
 def check_accumulate(config):
     if config.accumulate < 1:
-        raise ValueError(f"{type(config).__name__}.accumulate is {config.accumulate}; it must be at least 1")
+        raise ValueError(
+            f"{type(config).__name__}.accumulate is {config.accumulate}; it must be at least 1"
+        )
 
 
 def named_keys(state, *names: str) -> dict[str, jax.Array]:
     """The random keys of this step."""
-    return dict(zip(names, jax.random.split(jax.random.fold_in(state.key, state.step), len(names)), strict=True))
+    return dict(
+        zip(
+            names,
+            jax.random.split(jax.random.fold_in(state.key, state.step), len(names)),
+            strict=True,
+        )
+    )
 
 
 def normal(key, shape: tuple[int, ...]) -> jax.Array:
@@ -232,7 +262,9 @@ def accumulated(gradient: Callable, arrays, accumulate: int):
         return jax.tree.map(jnp.add, total, grads), samples
 
     total, samples = lax.scan(add, zeros, parts)
-    return jax.tree.map(lambda g: g / accumulate, total), jax.tree.map(lambda x: rearrange(x, "a b ... -> (b a) ..."), samples)
+    return jax.tree.map(lambda g: g / accumulate, total), jax.tree.map(
+        lambda x: rearrange(x, "a b ... -> (b a) ..."), samples
+    )
 
 
 def apply(optimizer: optax.GradientTransformation, grads, opt, model):
@@ -258,5 +290,9 @@ def keep(ok, x):
 def summary(samples: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Metrics of a batch from values of its samples: means over those that are ok (NaN if none is), and how many are not."""
     ok = samples["ok"]
-    means = {name: keep(ok, x).sum() / ok.sum(dtype=jnp.float32) for name, x in samples.items() if name != "ok"}
+    means = {
+        name: keep(ok, x).sum() / ok.sum(dtype=jnp.float32)
+        for name, x in samples.items()
+        if name != "ok"
+    }
     return means | {"bad_samples": (~ok).sum(dtype=jnp.float32)}

@@ -19,7 +19,9 @@ class UniformShift:
 
     def __post_init__(self):
         if not 0 < self.shift < math.inf:
-            raise ValueError(f"UniformShift.shift is {self.shift}; it must be positive and finite (1 leaves u uniform)")
+            raise ValueError(
+                f"UniformShift.shift is {self.shift}; it must be positive and finite (1 leaves u uniform)"
+            )
 
     def draw(self, key, shape: tuple[int, ...]) -> jax.Array:
         """log sigma f32[shape], always finite."""
@@ -38,7 +40,9 @@ class LogNormal:
 
     def __post_init__(self):
         if not math.isfinite(self.mean) or not 0 < self.deviation < math.inf:
-            raise ValueError(f"LogNormal(mean={self.mean}, deviation={self.deviation}): finite numbers are needed, the deviation positive")
+            raise ValueError(
+                f"LogNormal(mean={self.mean}, deviation={self.deviation}): finite numbers are needed, the deviation positive"
+            )
 
     def draw(self, key, shape: tuple[int, ...]) -> jax.Array:
         """log sigma f32[shape]."""

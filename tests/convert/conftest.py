@@ -47,7 +47,9 @@ def renamed(weights, table):
         number = parts[1] if parts[0] == "blocks" else None
         new = table[key if number is None else ".".join([parts[0], "0", *parts[2:]])]
         if number is not None:
-            new = new.replace("blocks.0.", f"blocks.{number}.").replace("encoder.block.0.", f"encoder.block.{number}.")
+            new = new.replace("blocks.0.", f"blocks.{number}.").replace(
+                "encoder.block.0.", f"encoder.block.{number}."
+            )
         if new == "patch_embedding.weight":
             value = value.reshape(value.shape[0], -1, 1, 2, 2)
         out[new] = value

@@ -21,8 +21,21 @@ def shaped(state):
 
 def test_tiny_transformers(states):
     base = detect(shaped(states("dit")), "x", heads=4).config
-    assert (base.dim, base.heads, base.layers, base.ffn_dim, base.text_dim, base.freq_dim) == (80, 4, 2, 128, 32, 64)
-    assert (base.task, base.attention, base.linear, base.image_dim, base.round_time) == ("t2v", "dense", "float", None, True)
+    assert (base.dim, base.heads, base.layers, base.ffn_dim, base.text_dim, base.freq_dim) == (
+        80,
+        4,
+        2,
+        128,
+        32,
+        64,
+    )
+    assert (base.task, base.attention, base.linear, base.image_dim, base.round_time) == (
+        "t2v",
+        "dense",
+        "float",
+        None,
+        True,
+    )
     assert base.policy.param == "bfloat16"
     i2v = detect(shaped(states("i2v")), "x", heads=4).config
     assert (i2v.task, i2v.in_channels, i2v.image_dim) == ("i2v", 36, None)
@@ -37,10 +50,24 @@ def test_tiny_transformers(states):
 def test_tiny_vae_and_text(states, golden):
     for kind in ("vae", "diffusers_vae"):
         c = detect(shaped(states(kind)), "x").config
-        assert (c.dim, c.latent_channels, c.multipliers, c.res_blocks, c.temporal_down) == (8, 16, (1, 2, 4, 4), 2, (False, True, True))
+        assert (c.dim, c.latent_channels, c.multipliers, c.res_blocks, c.temporal_down) == (
+            8,
+            16,
+            (1, 2, 4, 4),
+            2,
+            (False, True, True),
+        )
     for kind in ("text", "transformers"):
         c = detect(shaped(states(kind)), "x").config
-        assert (c.vocab, c.dim, c.attention_dim, c.ffn_dim, c.heads, c.layers, c.buckets) == (120, 32, 48, 64, 4, 3, 32)
+        assert (c.vocab, c.dim, c.attention_dim, c.ffn_dim, c.heads, c.layers, c.buckets) == (
+            120,
+            32,
+            48,
+            64,
+            4,
+            3,
+            32,
+        )
     alone = shaped(states("transformers"))
     alone["encoder.embed_tokens.weight"] = alone.pop("shared.weight")
     assert detect(alone, "x").config == c
@@ -51,12 +78,25 @@ def test_what_keys_cannot_tell(states):
         detect(shaped(states("dit")), "x.pth")
     with pytest.raises(TypeError, match="no config has a field wrong"):
         detect(shaped(states("dit")), "x.pth", wrong=3)
-    known = DiTConfig(dim=80, heads=8, patch=(1, 2, 2), text_len=16, round_time=False, sla=SLAConfig(topk=0.3, block_k=128, block_q=64))
+    known = DiTConfig(
+        dim=80,
+        heads=8,
+        patch=(1, 2, 2),
+        text_len=16,
+        round_time=False,
+        sla=SLAConfig(topk=0.3, block_k=128, block_q=64),
+    )
     metadata = {METADATA: json.dumps({"kind": "dit", "config": to_dict(known)})}
     c = detect(shaped(states("dit")), "x.pth", metadata).config
     assert (c.heads, c.text_len, c.round_time, c.sla, c.layers) == (8, 16, False, known.sla, 2)
     assert detect(shaped(states("dit")), "x.pth", metadata, heads=4).config.heads == 4
-    for broken in ("{", "[]", '{"kind": "dit"}', '{"kind": "dit", "config": {"dim": 3, "odd": 1}}', '{"kind": "vae", "config": {}}'):
+    for broken in (
+        "{",
+        "[]",
+        '{"kind": "dit"}',
+        '{"kind": "dit", "config": {"dim": 3, "odd": 1}}',
+        '{"kind": "vae", "config": {}}',
+    ):
         with pytest.raises(CheckpointError, match="--heads N"):
             detect(shaped(states("dit")), "x.pth", {METADATA: broken})
 
@@ -64,7 +104,10 @@ def test_what_keys_cannot_tell(states):
 def test_quantised(published):
     tensors = published("TurboWan2.1-T2V-1.3B-480P-quant")
     found = detect(tensors, "x")
-    assert describe(found.kind, found.config) == "Wan video transformer, text to video, 30 layers of 1536, sla attention, int8 linears"
+    assert (
+        describe(found.kind, found.config)
+        == "Wan video transformer, text to video, 30 layers of 1536, sla attention, int8 linears"
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +115,10 @@ def test_quantised(published):
     [
         ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "a LoRA, not a model.*--lora"),
         ("lora_unet_blocks_0_ffn_0.lora_down.weight", "a LoRA"),
-        ("encoder.downsamples.0.downsamples.0.residual.0.gamma", "48 latent channels, here 16.*Wan2.1_VAE.pth"),
+        (
+            "encoder.downsamples.0.downsamples.0.residual.0.gamma",
+            "48 latent channels, here 16.*Wan2.1_VAE.pth",
+        ),
         ("encoder.down_blocks.0.resnets.0.conv1.weight", "48 latent channels"),
         ("vace_blocks.0.norm3.weight", "Wan VACE"),
         ("img_emb.emb_pos", "FLF2V"),

@@ -30,7 +30,16 @@ def same(got, want):
 
 
 @pytest.mark.parametrize(
-    "kind, heads", [("dit", 4), ("clip", 4), ("sla", None), ("diffusers", 4), ("vae", None), ("text", None), ("transformers", None)]
+    "kind, heads",
+    [
+        ("dit", 4),
+        ("clip", 4),
+        ("sla", None),
+        ("diffusers", 4),
+        ("vae", None),
+        ("text", None),
+        ("transformers", None),
+    ],
 )
 def test_bf16_files_come_back_bit_for_bit(tmp_path, states, write_safetensors, kind, heads):
     state = {k: v.astype(np.float32 if "proj_l" in k else BF16) for k, v in states(kind).items()}
@@ -53,7 +62,9 @@ def test_int8_and_stacked_layers(tmp_path, states, write_safetensors):
         if key.startswith("blocks.") and value.ndim == 2 and "proj_l" not in key:
             stem = key.removesuffix("weight")
             state[f"{stem}int8_weight"] = rng.integers(-128, 128, value.shape).astype(np.int8)
-            state[f"{stem}scale"] = rng.random([-(-n // 128) for n in value.shape]).astype(np.float32)
+            state[f"{stem}scale"] = rng.random([-(-n // 128) for n in value.shape]).astype(
+                np.float32
+            )
         else:
             state[key] = value.astype(np.float32 if "proj_l" in key else BF16)
     source = write_safetensors(tmp_path / "source.safetensors", state)
@@ -62,18 +73,27 @@ def test_int8_and_stacked_layers(tmp_path, states, write_safetensors):
 
 @pytest.mark.parametrize(
     "kind, naming, other",
-    [("dit", "diffusers", "diffusers"), ("vae", "diffusers", "diffusers_vae"), ("text", "transformers", "transformers")],
+    [
+        ("dit", "diffusers", "diffusers"),
+        ("vae", "diffusers", "diffusers_vae"),
+        ("text", "transformers", "transformers"),
+    ],
 )
 def test_other_names(tmp_path, states, write_safetensors, kind, naming, other):
     known = {"heads": 4} if kind == "dit" else {}
     source = write_safetensors(tmp_path / "source.safetensors", states(kind))
-    got = contents(export(open_leaves(source, "float32", **known), tmp_path / "other.safetensors", naming))
+    got = contents(
+        export(open_leaves(source, "float32", **known), tmp_path / "other.safetensors", naming)
+    )
     same(got, states(other))
 
 
 def test_names_that_lack_a_tensor(tmp_path, states, write_safetensors):
     leaves = open_leaves(write_safetensors(tmp_path / "source.safetensors", states("sla")))
-    with pytest.raises(CheckpointError, match="cannot be written under the diffusers names.*\n.*core.proj.*\n.*turbo or wan"):
+    with pytest.raises(
+        CheckpointError,
+        match="cannot be written under the diffusers names.*\n.*core.proj.*\n.*turbo or wan",
+    ):
         export(leaves, tmp_path / "x.safetensors", "diffusers")
     assert not list(tmp_path.glob("*x.safetensors*"))
 
@@ -82,8 +102,16 @@ def test_patches_of_another_size(tmp_path, write_safetensors, states):
     """The config in the file tells a patch that the flat embedding cannot show."""
     state = dict(states("dit"))
     state["patch_embedding.weight"] = state["patch_embedding.weight"][:, :24]
-    state["head.head.weight"], state["head.head.bias"] = state["head.head.weight"][:24], state["head.head.bias"][:24]
-    leaves = open_leaves(write_safetensors(tmp_path / "source.safetensors", state), "float32", heads=4, patch=(1, 1, 3))
+    state["head.head.weight"], state["head.head.bias"] = (
+        state["head.head.weight"][:24],
+        state["head.head.bias"][:24],
+    )
+    leaves = open_leaves(
+        write_safetensors(tmp_path / "source.safetensors", state),
+        "float32",
+        heads=4,
+        patch=(1, 1, 3),
+    )
     assert (leaves.config.in_channels, leaves.config.out_channels) == (8, 8)
     wan = export(leaves, tmp_path / "wan.safetensors", "wan")
     assert contents(wan)["patch_embedding.weight"].shape == (80, 8, 1, 1, 3)
@@ -105,7 +133,9 @@ def test_an_export_appears_complete_or_not_at_all(tmp_path, states, write_safete
         raise KeyboardInterrupt
 
     last = list(leaves.lazy)[-1]
-    broken = dataclasses.replace(leaves, lazy=leaves.lazy | {last: dataclasses.replace(leaves.lazy[last], read=fails)})
+    broken = dataclasses.replace(
+        leaves, lazy=leaves.lazy | {last: dataclasses.replace(leaves.lazy[last], read=fails)}
+    )
     with pytest.raises(KeyboardInterrupt):
         export(broken, target, overwrite=True)
     assert calls and target.read_bytes() == before

@@ -36,7 +36,9 @@ def equal(a, b):
         np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
 
 
-@pytest.mark.parametrize("kind, other", [("dit", "diffusers"), ("vae", "diffusers_vae"), ("text", "transformers")])
+@pytest.mark.parametrize(
+    "kind, other", [("dit", "diffusers"), ("vae", "diffusers_vae"), ("text", "transformers")]
+)
 def test_two_namings_give_the_same_module(opened, kind, other):
     ours, theirs = opened(kind), opened(other)
     assert ours.config == theirs.config and ours.kind == theirs.kind
@@ -62,10 +64,16 @@ def test_convolutions(opened, states):
     module = file.load(dataclasses.replace(file.config, policy=FLOAT32))
     up = module.decoder.up[3]
     np.testing.assert_array_equal(
-        up.time_conv.kernel[...], rearrange(state["decoder.upsamples.3.time_conv.weight"], "o i t h w -> t h w i o")
+        up.time_conv.kernel[...],
+        rearrange(state["decoder.upsamples.3.time_conv.weight"], "o i t h w -> t h w i o"),
     )
-    np.testing.assert_array_equal(up.conv.kernel[...], rearrange(state["decoder.upsamples.3.resample.1.weight"], "o i h w -> h w i o"))
-    np.testing.assert_array_equal(module.encoder.norm_out.scale[...], state["encoder.head.0.gamma"][:, 0, 0, 0])
+    np.testing.assert_array_equal(
+        up.conv.kernel[...],
+        rearrange(state["decoder.upsamples.3.resample.1.weight"], "o i h w -> h w i o"),
+    )
+    np.testing.assert_array_equal(
+        module.encoder.norm_out.scale[...], state["encoder.head.0.gamma"][:, 0, 0, 0]
+    )
 
 
 def test_torch_files_and_prefixes(states, tmp_path):
@@ -73,13 +81,25 @@ def test_torch_files_and_prefixes(states, tmp_path):
     state = {f"net.{k}": torch.from_numpy(v).to(torch.bfloat16) for k, v in states("sla").items()}
     torch.save({"state_dict": state, "iteration": 3}, tmp_path / "rcm.pth")
     file = open_checkpoint(tmp_path / "rcm.pth")
-    assert (file.kind, file.task, file.name, file.config.attention) == ("dit", "t2v", "rcm.pth", "sla")
+    assert (file.kind, file.task, file.name, file.config.attention) == (
+        "dit",
+        "t2v",
+        "rcm.pth",
+        "sla",
+    )
     facts = file.facts()
-    assert facts["stripped"] == {"net.": len(state)} and facts["ignored"] == 0 and facts["dtypes"] == {"bfloat16": len(state)}
+    assert (
+        facts["stripped"] == {"net.": len(state)}
+        and facts["ignored"] == 0
+        and facts["dtypes"] == {"bfloat16": len(state)}
+    )
     module = file.load()
-    assert module.blocks.self_attn.core.proj.kernel.dtype == np.float32  # never stored narrower, whatever the policy
+    assert (
+        module.blocks.self_attn.core.proj.kernel.dtype == np.float32
+    )  # never stored narrower, whatever the policy
     np.testing.assert_array_equal(
-        module.blocks.self_attn.core.proj.kernel[...][0], states("sla")["blocks.0.self_attn.attn_op.local_attn.proj_l.weight"].T
+        module.blocks.self_attn.core.proj.kernel[...][0],
+        states("sla")["blocks.0.self_attn.attn_op.local_attn.proj_l.weight"].T,
     )
 
 
@@ -95,7 +115,9 @@ def test_dense_attention_drops_the_projection(opened):
 
 def test_sla_from_dense_weights_is_refused(opened):
     file = opened("dit")
-    with pytest.raises(CheckpointError, match="missing blocks.0.self_attn.attn_op.local_attn.proj_l"):
+    with pytest.raises(
+        CheckpointError, match="missing blocks.0.self_attn.attn_op.local_attn.proj_l"
+    ):
         file.load(dataclasses.replace(file.config, attention="sla"))
 
 
@@ -113,7 +135,9 @@ def test_int8(tmp_path, states, write_safetensors):
     file = open_checkpoint(write_safetensors(tmp_path / "q.safetensors", state))
     assert file.config.linear == "int8"
     module = file.load()
-    np.testing.assert_array_equal(module.blocks.up.int8_weight[...][0], state["blocks.0.ffn.0.int8_weight"])
+    np.testing.assert_array_equal(
+        module.blocks.up.int8_weight[...][0], state["blocks.0.ffn.0.int8_weight"]
+    )
     assert module.blocks.up.scale.dtype == np.float32
     state["blocks.0.ffn.0.int8_weight"] = state["blocks.0.ffn.0.int8_weight"].astype(np.float32)
     with pytest.raises(CheckpointError, match="int8_weight is float32, expected int8"):
@@ -126,7 +150,9 @@ def test_other_storage(tmp_path, states, dtype, torch_save):
     path = torch_save(tmp_path / "t.pth", state, dtype)
     file = open_checkpoint(path)
     module = file.load(dataclasses.replace(file.config, policy=FLOAT32))
-    want = state["norm.weight"].astype(np.dtype(getattr(ml_dtypes, dtype, dtype))).astype(np.float32)
+    want = (
+        state["norm.weight"].astype(np.dtype(getattr(ml_dtypes, dtype, dtype))).astype(np.float32)
+    )
     np.testing.assert_array_equal(module.norm.scale[...], want)
 
 
@@ -135,7 +161,9 @@ def torch_save():
     torch = pytest.importorskip("torch")
 
     def save(path, state, dtype):
-        torch.save({k: torch.from_numpy(v).to(getattr(torch, dtype)) for k, v in state.items()}, path)
+        torch.save(
+            {k: torch.from_numpy(v).to(getattr(torch, dtype)) for k, v in state.items()}, path
+        )
         return path
 
     return save
@@ -143,10 +171,16 @@ def torch_save():
 
 def test_layers_of_different_storage(tmp_path, states, write_safetensors):
     state = dict(states("dit"))
-    state["blocks.1.self_attn.norm_q.weight"] = state["blocks.1.self_attn.norm_q.weight"].astype(ml_dtypes.bfloat16)
+    state["blocks.1.self_attn.norm_q.weight"] = state["blocks.1.self_attn.norm_q.weight"].astype(
+        ml_dtypes.bfloat16
+    )
     file = open_checkpoint(write_safetensors(tmp_path / "t.safetensors", state), heads=4)
-    got = file.load(dataclasses.replace(file.config, policy=FLOAT32)).blocks.self_attn.norm_q.scale[...]
-    np.testing.assert_array_equal(got[1], state["blocks.1.self_attn.norm_q.weight"].astype(np.float32))
+    got = file.load(dataclasses.replace(file.config, policy=FLOAT32)).blocks.self_attn.norm_q.scale[
+        ...
+    ]
+    np.testing.assert_array_equal(
+        got[1], state["blocks.1.self_attn.norm_q.weight"].astype(np.float32)
+    )
 
 
 def test_final_leaves_are_those_of_the_module(opened):
@@ -155,7 +189,11 @@ def test_final_leaves_are_those_of_the_module(opened):
         module = checkpoint.names(file.load())
         for name, lazy in file.lazy().items():
             got = lazy.read()
-            assert (got.shape, got.dtype) == (lazy.shape, lazy.dtype) == (module[name].shape, module[name].dtype)
+            assert (
+                (got.shape, got.dtype)
+                == (lazy.shape, lazy.dtype)
+                == (module[name].shape, module[name].dtype)
+            )
             np.testing.assert_array_equal(got, np.asarray(module[name]), err_msg=name)
 
 
@@ -172,11 +210,15 @@ def test_transposition_on_a_device(opened, monkeypatch):
 def test_devices_and_shardings(opened):
     file = opened("dit")
     second = jax.devices()[1]
-    assert {x.sharding.device_set.pop() for x in jax.tree.leaves(file.load(device=second))} == {second}
+    assert {x.sharding.device_set.pop() for x in jax.tree.leaves(file.load(device=second))} == {
+        second
+    }
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("fsdp",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "fsdp"))
-    where = dict.fromkeys(checkpoint.names(checkpoint.abstract("dit", file.config)), whole) | {"blocks.up.kernel": split}
+    where = dict.fromkeys(checkpoint.names(checkpoint.abstract("dit", file.config)), whole) | {
+        "blocks.up.kernel": split
+    }
     module = file.load(device=where)
     assert module.blocks.up.kernel[...].sharding == split
     equal(module, file.load())
@@ -185,10 +227,23 @@ def test_devices_and_shardings(opened):
 def test_host_memory_peaks_at_about_one_leaf(tmp_path, write_safetensors, states):
     """Eight layers of a large embedding-free text encoder: reading all leaves holds one stacked leaf and one layer at a time."""
     d, f, n = 256, 1024, 8
-    one = {"norm1.weight": (d,), "norm2.weight": (d,), "ffn.gate.0.weight": (f, d), "ffn.fc1.weight": (f, d), "ffn.fc2.weight": (d, f)}
-    one |= {f"attn.{p}.weight": (d, d) for p in "qkvo"} | {"pos_embedding.embedding.weight": (32, 4)}
-    state = {f"blocks.{i}.{k}": np.ones(shape, np.float32) for i in range(n) for k, shape in one.items()}
-    state |= {"token_embedding.weight": np.ones((10, d), np.float32), "norm.weight": np.ones(d, np.float32)}
+    one = {
+        "norm1.weight": (d,),
+        "norm2.weight": (d,),
+        "ffn.gate.0.weight": (f, d),
+        "ffn.fc1.weight": (f, d),
+        "ffn.fc2.weight": (d, f),
+    }
+    one |= {f"attn.{p}.weight": (d, d) for p in "qkvo"} | {
+        "pos_embedding.embedding.weight": (32, 4)
+    }
+    state = {
+        f"blocks.{i}.{k}": np.ones(shape, np.float32) for i in range(n) for k, shape in one.items()
+    }
+    state |= {
+        "token_embedding.weight": np.ones((10, d), np.float32),
+        "norm.weight": np.ones(d, np.float32),
+    }
     file = open_checkpoint(write_safetensors(tmp_path / "t.safetensors", state))
     leaf = n * f * d * 4
     tracemalloc.start()

@@ -47,35 +47,98 @@ def test_one_file(tmp_path, tiny, capsys):
     ):
         assert part in err
     manifest = checkpoint.inspect(tmp_path / "out")
-    assert manifest["kind"] == "dit" and manifest["source"]["sha256"] == digest and manifest["source"]["name"] == "sla.safetensors"
+    assert (
+        manifest["kind"] == "dit"
+        and manifest["source"]["sha256"] == digest
+        and manifest["source"]["name"] == "sla.safetensors"
+    )
     cfg, module = checkpoint.restore(tmp_path / "out")
     direct = open_checkpoint(source).load()
     assert cfg == direct.cfg and cfg.policy.param == "bfloat16"
     for name, value in checkpoint.names(direct).items():
-        np.testing.assert_array_equal(np.asarray(checkpoint.names(module)[name]), np.asarray(value), err_msg=name)
+        np.testing.assert_array_equal(
+            np.asarray(checkpoint.names(module)[name]), np.asarray(value), err_msg=name
+        )
     assert not left_over(tmp_path)
 
 
 def test_json_dtype_and_export(tmp_path, tiny, as_json, states):
     source = tiny("dit")
-    assert main([str(source), str(tmp_path / "out"), "--heads", "4", "--dtype", "float32", "--json", "--no-hash"]) == 0
+    assert (
+        main(
+            [
+                str(source),
+                str(tmp_path / "out"),
+                "--heads",
+                "4",
+                "--dtype",
+                "float32",
+                "--json",
+                "--no-hash",
+            ]
+        )
+        == 0
+    )
     (report,) = as_json()["parts"]
-    assert (report["kind"], report["names"], report["param"], report["matched"]) == ("dit", "turbo", "float32", len(states("dit")))
+    assert (report["kind"], report["names"], report["param"], report["matched"]) == (
+        "dit",
+        "turbo",
+        "float32",
+        len(states("dit")),
+    )
     assert report["config"]["heads"] == 4 and "sha256" not in report
-    assert main([str(tmp_path / "out"), str(tmp_path / "back.safetensors"), "--to", "safetensors", "--json"]) == 0
+    assert (
+        main(
+            [
+                str(tmp_path / "out"),
+                str(tmp_path / "back.safetensors"),
+                "--to",
+                "safetensors",
+                "--json",
+            ]
+        )
+        == 0
+    )
     assert as_json()["parts"][0]["tensors"] == report["leaves"]
     back = open_checkpoint(tmp_path / "back.safetensors")
     for key, value in states("dit").items():
         np.testing.assert_array_equal(back.tensors[key].read(), value)
-    assert main([str(source), str(tmp_path / "d.safetensors"), "--heads", "4", "--names", "diffusers", "--json", "--no-hash"]) == 0
+    assert (
+        main(
+            [
+                str(source),
+                str(tmp_path / "d.safetensors"),
+                "--heads",
+                "4",
+                "--names",
+                "diffusers",
+                "--json",
+                "--no-hash",
+            ]
+        )
+        == 0
+    )
     assert open_checkpoint(tmp_path / "d.safetensors").found.naming == "diffusers"
 
 
 def test_merge_and_lora(tmp_path, tiny, states, write_safetensors, as_json):
     base, plain = tiny("dit", "base.safetensors"), tiny("dit", "plain.safetensors")
-    tuned = write_safetensors(tmp_path / "tuned.safetensors", {k: v + 1 for k, v in states("dit").items()})
-    lora = write_safetensors(tmp_path / "l.safetensors", {"diffusion_model.blocks.0.norm3.diff": np.ones(80, np.float32)})
-    argv = ["--merge", f"{base},{plain},{tuned},0.5", str(tmp_path / "out.safetensors"), "--heads", "4", "--dtype", "float32", "--json"]
+    tuned = write_safetensors(
+        tmp_path / "tuned.safetensors", {k: v + 1 for k, v in states("dit").items()}
+    )
+    lora = write_safetensors(
+        tmp_path / "l.safetensors", {"diffusion_model.blocks.0.norm3.diff": np.ones(80, np.float32)}
+    )
+    argv = [
+        "--merge",
+        f"{base},{plain},{tuned},0.5",
+        str(tmp_path / "out.safetensors"),
+        "--heads",
+        "4",
+        "--dtype",
+        "float32",
+        "--json",
+    ]
     assert main([*argv, "--lora", f"{lora}:0.25", "--lora", str(lora)]) == 0
     (report,) = as_json()["parts"]
     merge, *loras = report["changes"]
@@ -88,17 +151,31 @@ def test_merge_and_lora(tmp_path, tiny, states, write_safetensors, as_json):
 
 
 def test_model_folder_from_files_and_from_a_folder(tmp_path, tiny, as_json):
-    high, low = tiny("i2v", "m/high_noise_model/x.safetensors"), tiny("i2v", "m/low_noise_model/x.safetensors")
-    vae, text = tiny("vae", "m/Wan2.1_VAE.safetensors"), tiny("text", "m/models_t5_umt5-xxl-enc-bf16.safetensors")
+    high, low = (
+        tiny("i2v", "m/high_noise_model/x.safetensors"),
+        tiny("i2v", "m/low_noise_model/x.safetensors"),
+    )
+    vae, text = (
+        tiny("vae", "m/Wan2.1_VAE.safetensors"),
+        tiny("text", "m/models_t5_umt5-xxl-enc-bf16.safetensors"),
+    )
     tokenizer = tmp_path / "m" / "google" / "umt5-xxl" / "tokenizer.json"
     tokenizer.parent.mkdir(parents=True)
     tokenizer.write_text("{}")
     options = ["--heads", "4", "--no-hash", "--json"]
     assert main([*map(str, (low, vae, tokenizer, high, text)), str(tmp_path / "a"), *options]) == 0
-    assert {p["out"] for p in as_json()["parts"]} == {str(tmp_path / "a" / part) for part in ("dit_high", "dit_low", "vae", "text")}
+    assert {p["out"] for p in as_json()["parts"]} == {
+        str(tmp_path / "a" / part) for part in ("dit_high", "dit_low", "vae", "text")
+    }
     assert main([str(tmp_path / "m"), str(tmp_path / "b"), *options]) == 0
     for folder in ("a", "b"):
-        assert sorted(p.name for p in (tmp_path / folder).iterdir()) == ["dit_high", "dit_low", "text", "tokenizer.json", "vae"]
+        assert sorted(p.name for p in (tmp_path / folder).iterdir()) == [
+            "dit_high",
+            "dit_low",
+            "text",
+            "tokenizer.json",
+            "vae",
+        ]
         assert checkpoint.inspect(tmp_path / folder / "vae")["kind"] == "vae"
         for part in ("dit_high", "dit_low", "text"):
             checkpoint.restore(tmp_path / folder / part)
@@ -106,12 +183,19 @@ def test_model_folder_from_files_and_from_a_folder(tmp_path, tiny, as_json):
 
 
 def test_one_transformer_beside_another_part_and_again(tmp_path, tiny, as_json):
-    assert main([str(tiny("sla")), str(tiny("text")), str(tmp_path / "m"), "--no-hash", "--json"]) == 0
+    assert (
+        main([str(tiny("sla")), str(tiny("text")), str(tmp_path / "m"), "--no-hash", "--json"]) == 0
+    )
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["dit", "text"]
     as_json()
-    assert main([str(tmp_path / "m"), str(tmp_path / "wide"), "--dtype", "float32", "--json"]) == 0  # our own folder is a source too
+    assert (
+        main([str(tmp_path / "m"), str(tmp_path / "wide"), "--dtype", "float32", "--json"]) == 0
+    )  # our own folder is a source too
     assert {p["param"] for p in as_json()["parts"]} == {"float32"}
-    narrow, wide = (checkpoint.restore(tmp_path / folder / "dit")[1].blocks.up.kernel[...] for folder in ("m", "wide"))
+    narrow, wide = (
+        checkpoint.restore(tmp_path / folder / "dit")[1].blocks.up.kernel[...]
+        for folder in ("m", "wide")
+    )
     assert wide.dtype == np.float32
     np.testing.assert_array_equal(wide, np.asarray(narrow, np.float32))
 
@@ -136,14 +220,21 @@ def test_one_transformer_beside_another_part_and_again(tmp_path, tiny, as_json):
         (["sla.safetensors", "out", "--lora", "vae.safetensors"], 3, "is not a LoRA"),
     ],
 )
-def test_exit_codes(tmp_path, tiny, states, write_safetensors, monkeypatch, capsys, argv, code, message):
+def test_exit_codes(
+    tmp_path, tiny, states, write_safetensors, monkeypatch, capsys, argv, code, message
+):
     monkeypatch.chdir(tmp_path)
     for kind in ("sla", "vae"):
         tiny(kind)
     tiny("sla", "dit2.safetensors")
     (tmp_path / "taken").mkdir()
-    (tmp_path / "broken.safetensors").write_bytes((tmp_path / "sla.safetensors").read_bytes()[:-100])
-    write_safetensors(tmp_path / "less.safetensors", {k: v for k, v in states("sla").items() if k != "blocks.0.ffn.2.bias"})
+    (tmp_path / "broken.safetensors").write_bytes(
+        (tmp_path / "sla.safetensors").read_bytes()[:-100]
+    )
+    write_safetensors(
+        tmp_path / "less.safetensors",
+        {k: v for k, v in states("sla").items() if k != "blocks.0.ffn.2.bias"},
+    )
     before = sorted(tmp_path.rglob("*"))
     assert main(argv) == code
     out, err = capsys.readouterr()
@@ -209,7 +300,10 @@ sys.exit(main(sys.argv[1:]))
 def test_killed_and_repeated(tmp_path, tiny):
     source, out = tiny("sla"), tmp_path / "out"
     run = subprocess.run(
-        [sys.executable, "-c", KILLED, str(source), str(out), "--no-hash"], cwd=REPOSITORY, capture_output=True, timeout=120
+        [sys.executable, "-c", KILLED, str(source), str(out), "--no-hash"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        timeout=120,
     )
     assert run.returncode == -signal.SIGKILL, run.stderr.decode()
     assert not out.exists() and len(left_over(tmp_path)) >= 1
@@ -220,14 +314,25 @@ def test_killed_and_repeated(tmp_path, tiny):
 
 def test_help_is_fast_and_stdout_is_clean(tmp_path, tiny):
     start = time.perf_counter()
-    run = subprocess.run([sys.executable, "-m", "convert", "--help"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-m", "convert", "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     seconds = time.perf_counter() - start
     assert run.returncode == 0 and "SRC... DST" in run.stdout
-    assert seconds < 2, f"--help took {seconds:.1f} s"  # 0.1 s on a quiet machine; jax alone takes longer than this
+    assert seconds < 2, (
+        f"--help took {seconds:.1f} s"
+    )  # 0.1 s on a quiet machine; jax alone takes longer than this
     source = tiny("text")
     run = subprocess.run(
         [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-m", "convert", str(source), str(tmp_path / "out"), "--json"],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
-    assert (run.returncode, run.stderr) == (0, "")  # no progress, and no word of Orbax, where nobody looks
+    assert (run.returncode, run.stderr) == (
+        0,
+        "",
+    )  # no progress, and no word of Orbax, where nobody looks
     assert json.loads(run.stdout)["parts"][0]["kind"] == "text"

@@ -25,7 +25,9 @@ def file(tmp_path, write_safetensors):
 
 def noisy(state, seed):
     rng = np.random.default_rng(seed)
-    return {k: (v + 0.1 * rng.standard_normal(v.shape)).astype(np.float32) for k, v in state.items()}
+    return {
+        k: (v + 0.1 * rng.standard_normal(v.shape)).astype(np.float32) for k, v in state.items()
+    }
 
 
 @pytest.fixture
@@ -38,7 +40,9 @@ def three(states):
 
 def test_numbers_and_counts(file, three):
     student, plain, tuned = three
-    tensors, counts = merge.merge(file("student", student), file("plain", plain), file("tuned", tuned), 0.5)
+    tensors, counts = merge.merge(
+        file("student", student), file("plain", plain), file("tuned", tuned), 0.5
+    )
     assert (counts["matched"], counts["kept"], counts["copied"]) == (len(student), 0, 2)
     assert tensors.keys() == tuned.keys()
     for key in student:
@@ -51,7 +55,9 @@ def test_result_has_the_dtype_of_the_base_and_one_rounding(file, three):
     student, plain, tuned = three
     half = {k: v.astype(BF16) for k, v in student.items()}
     tensors, _ = merge.merge(file("student", half), file("plain", plain), file("tuned", tuned), 1.0)
-    want = (half[f"{Q}.weight"].astype(np.float32) + (tuned[f"{Q}.weight"] - plain[f"{Q}.weight"])).astype(BF16)
+    want = (
+        half[f"{Q}.weight"].astype(np.float32) + (tuned[f"{Q}.weight"] - plain[f"{Q}.weight"])
+    ).astype(BF16)
     got = tensors[f"{Q}.weight"].read()
     assert got.dtype == BF16
     np.testing.assert_array_equal(got, want)
@@ -61,7 +67,9 @@ def test_prefixes_and_names_do_not_matter(file, states):
     """The official script returns the base unchanged here, without a word."""
     wan, diffusers = states("dit"), states("diffusers")
     base, target = noisy(wan, 1), {f"net.{k}": v for k, v in noisy(wan, 2).items()}
-    tensors, counts = merge.merge(file("a", base, heads=4), file("b", diffusers, heads=4), file("c", target, heads=4), 1.0)
+    tensors, counts = merge.merge(
+        file("a", base, heads=4), file("b", diffusers, heads=4), file("c", target, heads=4), 1.0
+    )
     assert (counts["matched"], counts["kept"], counts["copied"]) == (len(wan), 0, 0)
     for key in base:
         want = base[key] + (target[f"net.{key}"] - wan[key])
@@ -70,22 +78,47 @@ def test_prefixes_and_names_do_not_matter(file, states):
 
 def test_wider_patch_embedding_is_kept(file, states):
     base, narrow = states("i2v"), states("dit")
-    tensors, counts = merge.merge(file("a", base, heads=4), file("b", narrow, heads=4), file("c", noisy(narrow, 3), heads=4), 4.0)
+    tensors, counts = merge.merge(
+        file("a", base, heads=4),
+        file("b", narrow, heads=4),
+        file("c", noisy(narrow, 3), heads=4),
+        4.0,
+    )
     assert counts["kept_keys"] == ["patch_embedding.weight"] and counts["matched"] == len(base) - 1
-    np.testing.assert_array_equal(tensors["patch_embedding.weight"].read(), base["patch_embedding.weight"])
+    np.testing.assert_array_equal(
+        tensors["patch_embedding.weight"].read(), base["patch_embedding.weight"]
+    )
 
 
 def test_what_cannot_be_merged(file, states, three):
     student, plain, tuned = three
-    with pytest.raises(CheckpointError, match="only 1 of 42 tensors of sla.safetensors are in both"):
-        merge.merge(file("sla", plain), file("b", states("dit"), heads=4), file("c", states("dit"), heads=4), 1.0)
+    with pytest.raises(
+        CheckpointError, match="only 1 of 42 tensors of sla.safetensors are in both"
+    ):
+        merge.merge(
+            file("sla", plain),
+            file("b", states("dit"), heads=4),
+            file("c", states("dit"), heads=4),
+            1.0,
+        )
     with pytest.raises(CheckpointError, match="only like can be merged"):
         merge.merge(file("sla", plain), file("text", states("text")), file("c", plain), 1.0)
-    with pytest.raises(CheckpointError, match="diffusers.safetensors has no name for blocks.self_attn.core.proj"):
+    with pytest.raises(
+        CheckpointError, match="diffusers.safetensors has no name for blocks.self_attn.core.proj"
+    ):
         theirs = states("diffusers")
-        proj = {f"blocks.{i}.self_attn.attn_op.local_attn.proj_l": np.ones((20, 20), np.float32) for i in range(2)}
-        ours = states("dit") | {f"{k}.weight": v for k, v in proj.items()} | {f"{k}.bias": v[0] for k, v in proj.items()}
-        merge.merge(file("diffusers", theirs, heads=4), file("b", theirs, heads=4), file("c", ours), 1.0)
+        proj = {
+            f"blocks.{i}.self_attn.attn_op.local_attn.proj_l": np.ones((20, 20), np.float32)
+            for i in range(2)
+        }
+        ours = (
+            states("dit")
+            | {f"{k}.weight": v for k, v in proj.items()}
+            | {f"{k}.bias": v[0] for k, v in proj.items()}
+        )
+        merge.merge(
+            file("diffusers", theirs, heads=4), file("b", theirs, heads=4), file("c", ours), 1.0
+        )
     quantised = {k: v for k, v in plain.items() if not k.startswith(f"{Q}.")}
     quantised |= {
         f"{Q}.int8_weight": np.ones((128, 128), np.int8),
@@ -108,7 +141,9 @@ RANK = 3
 def factors(shape, seed=0, rank=RANK):
     rng = np.random.default_rng(seed)
     inputs = int(np.prod(shape[1:]))
-    return rng.standard_normal((shape[0], rank)).astype(np.float32), rng.standard_normal((rank, inputs)).astype(np.float32)
+    return rng.standard_normal((shape[0], rank)).astype(np.float32), rng.standard_normal(
+        (rank, inputs)
+    ).astype(np.float32)
 
 
 def layout(kind, module, up, down, alpha=None):
@@ -126,9 +161,21 @@ def layout(kind, module, up, down, alpha=None):
             f"base_model.model.{module}.lora_A.default.weight",
             f"{module}.alpha",
         ),
-        "diffusers": (f"transformer.{module}.lora_B.weight", f"transformer.{module}.lora_A.weight", f"transformer.{module}.alpha"),
-        "old_diffusers": (f"transformer.{module}.lora.up.weight", f"transformer.{module}.lora.down.weight", f"transformer.{module}.alpha"),
-        "kohya": (f"lora_unet_{flat}.lora_up.weight", f"lora_unet_{flat}.lora_down.weight", f"lora_unet_{flat}.alpha"),
+        "diffusers": (
+            f"transformer.{module}.lora_B.weight",
+            f"transformer.{module}.lora_A.weight",
+            f"transformer.{module}.alpha",
+        ),
+        "old_diffusers": (
+            f"transformer.{module}.lora.up.weight",
+            f"transformer.{module}.lora.down.weight",
+            f"transformer.{module}.alpha",
+        ),
+        "kohya": (
+            f"lora_unet_{flat}.lora_up.weight",
+            f"lora_unet_{flat}.lora_down.weight",
+            f"lora_unet_{flat}.alpha",
+        ),
         "comfy": (
             f"diffusion_model.{module}.lora_up.weight",
             f"diffusion_model.{module}.lora_down.weight",
@@ -139,7 +186,9 @@ def layout(kind, module, up, down, alpha=None):
     return out if alpha is None else out | {names[2]: np.float32(alpha)}
 
 
-@pytest.mark.parametrize("kind", ["peft", "peft_prefix", "peft_saved", "diffusers", "old_diffusers", "kohya", "comfy"])
+@pytest.mark.parametrize(
+    "kind", ["peft", "peft_prefix", "peft_saved", "diffusers", "old_diffusers", "kohya", "comfy"]
+)
 @pytest.mark.parametrize("names", ["wan", "diffusers"])
 @pytest.mark.parametrize("alpha", [None, 1.5])
 def test_lora_layouts(tmp_path, write_safetensors, states, kind, names, alpha):
@@ -158,12 +207,25 @@ def test_lora_layouts(tmp_path, write_safetensors, states, kind, names, alpha):
         scale = np.float32(0.8 * (1.0 if alpha is None else alpha / RANK))
         wants[f"{wan}.weight"] = state[f"{wan}.weight"] + scale * (up @ down)
     path = write_safetensors(tmp_path / "lora.safetensors", lora)
-    file = open_checkpoint(write_safetensors(tmp_path / "base.safetensors", state), heads=4, lora=((path, 0.8),))
-    assert file.changes[0] == {"lora": "lora.safetensors", "weight": 0.8, "low_rank": 3, "full": 0, "tensors": len(lora)}
+    file = open_checkpoint(
+        write_safetensors(tmp_path / "base.safetensors", state), heads=4, lora=((path, 0.8),)
+    )
+    assert file.changes[0] == {
+        "lora": "lora.safetensors",
+        "weight": 0.8,
+        "low_rank": 3,
+        "full": 0,
+        "tensors": len(lora),
+    }
     for key, value in state.items():
-        np.testing.assert_allclose(file.tensors[key].read(), wants.get(key, value), rtol=1e-6, atol=1e-6, err_msg=key)
+        np.testing.assert_allclose(
+            file.tensors[key].read(), wants.get(key, value), rtol=1e-6, atol=1e-6, err_msg=key
+        )
     module = file.load()
-    np.testing.assert_array_equal(module.blocks.down.kernel[...][0], file.tensors["blocks.0.ffn.2.weight"].read().T.astype(BF16))
+    np.testing.assert_array_equal(
+        module.blocks.down.kernel[...][0],
+        file.tensors["blocks.0.ffn.2.weight"].read().T.astype(BF16),
+    )
 
 
 def test_whole_differences_and_patch_convolutions(tmp_path, write_safetensors, states):
@@ -181,24 +243,50 @@ def test_whole_differences_and_patch_convolutions(tmp_path, write_safetensors, s
         "diffusion_model.head.head.diff_b": noise(64),
     }
     targets = dict(
-        zip(lora, ("blocks.0.norm2.weight", "blocks.0.norm2.bias", "blocks.1.scale_shift_table", "blocks.1.attn1.to_q.bias"), strict=False)
+        zip(
+            lora,
+            (
+                "blocks.0.norm2.weight",
+                "blocks.0.norm2.bias",
+                "blocks.1.scale_shift_table",
+                "blocks.1.attn1.to_q.bias",
+            ),
+            strict=False,
+        )
     )
     targets["diffusion_model.head.head.diff_b"] = "proj_out.bias"
     path = write_safetensors(tmp_path / "lora.safetensors", lora)
-    file = open_checkpoint(write_safetensors(tmp_path / "base.safetensors", state), heads=4, lora=((path, 2.0),))
+    file = open_checkpoint(
+        write_safetensors(tmp_path / "base.safetensors", state), heads=4, lora=((path, 2.0),)
+    )
     assert (file.changes[0]["low_rank"], file.changes[0]["full"]) == (1, 5)
     for key, target in targets.items():
-        np.testing.assert_allclose(file.tensors[target].read(), state[target] + 2 * lora[key], rtol=1e-6, err_msg=key)
+        np.testing.assert_allclose(
+            file.tensors[target].read(), state[target] + 2 * lora[key], rtol=1e-6, err_msg=key
+        )
     want = state["patch_embedding.weight"] + 2 * (up @ down).reshape(80, 16, 1, 2, 2)
-    np.testing.assert_allclose(file.tensors["patch_embedding.weight"].read(), want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        file.tensors["patch_embedding.weight"].read(), want, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_two_loras_are_rounded_once(tmp_path, write_safetensors, states):
     state = {k: v.astype(BF16) for k, v in states("dit").items()}
     up, down = factors((80, 80))
-    paths = [write_safetensors(tmp_path / f"{i}.safetensors", layout("peft", Q, up, down)) for i in range(2)]
-    file = open_checkpoint(write_safetensors(tmp_path / "b.safetensors", state), heads=4, lora=((paths[0], 0.01), (paths[1], 0.02)))
-    want = state[f"{Q}.weight"].astype(np.float32) + np.float32(0.01) * (up @ down) + np.float32(0.02) * (up @ down)
+    paths = [
+        write_safetensors(tmp_path / f"{i}.safetensors", layout("peft", Q, up, down))
+        for i in range(2)
+    ]
+    file = open_checkpoint(
+        write_safetensors(tmp_path / "b.safetensors", state),
+        heads=4,
+        lora=((paths[0], 0.01), (paths[1], 0.02)),
+    )
+    want = (
+        state[f"{Q}.weight"].astype(np.float32)
+        + np.float32(0.01) * (up @ down)
+        + np.float32(0.02) * (up @ down)
+    )
     np.testing.assert_array_equal(file.tensors[f"{Q}.weight"].read(), want.astype(BF16))
 
 
@@ -239,4 +327,6 @@ def test_odd_lora_files(tmp_path, write_safetensors, states):
         with pytest.raises(CheckpointError, match=message):
             open_checkpoint(base, heads=4, lora=((path, 1.0),))
     with pytest.raises(CheckpointError, match="is a LoRA, not a model"):
-        open_checkpoint(write_safetensors(tmp_path / "lora.safetensors", layout("kohya", Q, up, down)))
+        open_checkpoint(
+            write_safetensors(tmp_path / "lora.safetensors", layout("kohya", Q, up, down))
+        )

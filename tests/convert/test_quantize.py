@@ -33,12 +33,19 @@ def test_to_a_file_in_the_published_form(tmp_path, source, as_json, published):
             np.testing.assert_array_equal(file.tensors[f"{stem}.int8_weight"].read(), want.values)
             np.testing.assert_array_equal(file.tensors[f"{stem}.scale"].read(), want.scale)
         else:
-            np.testing.assert_array_equal(file.tensors[key].read().astype(np.float32), value.astype(np.float32))
+            np.testing.assert_array_equal(
+                file.tensors[key].read().astype(np.float32), value.astype(np.float32)
+            )
     errors = report["errors"]["blocks.up"]
     weight = state["blocks.0.ffn.0.weight"].astype(np.float32)
     q = op_quantize(jnp.asarray(weight))
-    got = np.asarray(q.values, np.float32) * np.repeat(np.repeat(q.scale, 128, 0), 128, 1)[: weight.shape[0], : weight.shape[1]]
-    np.testing.assert_allclose(errors["relative"], [np.linalg.norm(got - weight) / np.linalg.norm(weight)], rtol=1e-4)
+    got = (
+        np.asarray(q.values, np.float32)
+        * np.repeat(np.repeat(q.scale, 128, 0), 128, 1)[: weight.shape[0], : weight.shape[1]]
+    )
+    np.testing.assert_allclose(
+        errors["relative"], [np.linalg.norm(got - weight) / np.linalg.norm(weight)], rtol=1e-4
+    )
     np.testing.assert_allclose(errors["largest"], [np.abs(got - weight).max()], rtol=1e-4)
     assert len(report["errors"]) == 10 and report["bytes"]["after"] < report["bytes"]["before"]
 

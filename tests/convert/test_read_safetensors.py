@@ -25,19 +25,40 @@ def entry(dtype="F32", shape=(2,), span=(0, 8)):
 
 
 def test_every_dtype_as_the_library_writes_it(tmp_path, write_safetensors):
-    dtypes = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool"]
+    dtypes = [
+        "float64",
+        "float32",
+        "float16",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint64",
+        "uint32",
+        "uint16",
+        "uint8",
+        "bool",
+    ]
     values = np.arange(12).reshape(3, 4)
-    tensors = {name: values.astype(name) for name in dtypes} | {"bfloat16": values.astype(ml_dtypes.bfloat16), "scalar": np.float32(3)}
+    tensors = {name: values.astype(name) for name in dtypes} | {
+        "bfloat16": values.astype(ml_dtypes.bfloat16),
+        "scalar": np.float32(3),
+    }
     source = open_source(write_safetensors(tmp_path / "t.safetensors", tensors, {"format": "pt"}))
     assert source.metadata == {"format": "pt"}
     for name, want in tensors.items():
         got = source.tensors[name].read()
-        assert (got.dtype, got.shape) == (want.dtype, want.shape) and got.tobytes() == want.tobytes(), name
+        assert (got.dtype, got.shape) == (
+            want.dtype,
+            want.shape,
+        ) and got.tobytes() == want.tobytes(), name
 
 
 def test_eight_bit_floats(tmp_path):
     values = np.arange(8).astype(ml_dtypes.float8_e4m3fn)
-    source = open_source(raw(tmp_path / "t.safetensors", {"a": entry("F8_E4M3", (8,))}, values.tobytes()))
+    source = open_source(
+        raw(tmp_path / "t.safetensors", {"a": entry("F8_E4M3", (8,))}, values.tobytes())
+    )
     np.testing.assert_array_equal(source.tensors["a"].read().astype(np.float32), np.arange(8))
 
 
@@ -110,14 +131,19 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path, write_safetensors):
 def shards(folder, write, index=True, stem="model"):
     """Two shards and their index."""
     folder.mkdir(exist_ok=True)
-    parts = [{"a": np.full((2, 3), 1.0, np.float32), "b": np.arange(4)}, {"c": np.full(5, 3, np.int8)}]
+    parts = [
+        {"a": np.full((2, 3), 1.0, np.float32), "b": np.arange(4)},
+        {"c": np.full(5, 3, np.int8)},
+    ]
     table = {}
     for i, part in enumerate(parts):
         name = f"{stem}-{i + 1:05d}-of-00002.safetensors"
         write(folder / name, part)
         table |= dict.fromkeys(part, name)
     if index:
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": table}))
+        (folder / f"{stem}.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": 1}, "weight_map": table})
+        )
     return {k: v for part in parts for k, v in part.items()}
 
 
@@ -137,7 +163,9 @@ def test_hash_of_one_file_and_of_shards(tmp_path, write_safetensors):
 
     shards(tmp_path / "m", write_safetensors)
     source, seen = open_source(tmp_path / "m"), []
-    lines = "".join(f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in source.files)
+    lines = "".join(
+        f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in source.files
+    )
     assert source.sha256(seen.append) == hashlib.sha256(lines.encode()).hexdigest()
     assert sum(seen) == sum(f.stat().st_size for f in source.files)
     one = open_source(source.files[0])
@@ -151,11 +179,23 @@ def test_wrong_indices(tmp_path, write_safetensors):
     good = json.loads(index.read_text())
     first = "model-00001-of-00002.safetensors"
     for change, message in (
-        ({"weight_map": good["weight_map"] | {"a": "../../secret.safetensors"}}, "shards lie beside their index"),
-        ({"weight_map": good["weight_map"] | {"a": "/etc/passwd"}}, "shards lie beside their index"),
+        (
+            {"weight_map": good["weight_map"] | {"a": "../../secret.safetensors"}},
+            "shards lie beside their index",
+        ),
+        (
+            {"weight_map": good["weight_map"] | {"a": "/etc/passwd"}},
+            "shards lie beside their index",
+        ),
         ({"weight_map": good["weight_map"] | {"z": first}}, "differ in 1 keys"),
-        ({"weight_map": {k: v for k, v in good["weight_map"].items() if k != "a"}}, "differ in 1 keys"),
-        ({"weight_map": good["weight_map"] | {"z": "model-00003.safetensors"}}, "lacks 1 of 3 shards"),
+        (
+            {"weight_map": {k: v for k, v in good["weight_map"].items() if k != "a"}},
+            "differ in 1 keys",
+        ),
+        (
+            {"weight_map": good["weight_map"] | {"z": "model-00003.safetensors"}},
+            "lacks 1 of 3 shards",
+        ),
         ({"weight_map": [1]}, "not a shard index"),
         ({}, "not a shard index"),
     ):
@@ -188,6 +228,8 @@ def test_wrong_folders(tmp_path, write_safetensors):
 
 
 def test_sizes_are_told_without_reading(tmp_path, write_safetensors):
-    source = open_source(write_safetensors(tmp_path / "t.safetensors", {"a": np.ones((3, 4), np.float16)}))
+    source = open_source(
+        write_safetensors(tmp_path / "t.safetensors", {"a": np.ones((3, 4), np.float16)})
+    )
     tensor = source.tensors["a"]
     assert (tensor.shape, tensor.size, tensor.nbytes) == ((3, 4), 12, math.prod((3, 4)) * 2)

@@ -24,8 +24,14 @@ def torch():
 def as_numpy(torch, t):
     t = t.detach()
     if t.dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2):
-        bits = t.contiguous().view(torch.int16 if t.dtype == torch.bfloat16 else torch.uint8).numpy()
-        return bits.view({torch.bfloat16: BF16, torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn}.get(t.dtype, ml_dtypes.float8_e5m2))
+        bits = (
+            t.contiguous().view(torch.int16 if t.dtype == torch.bfloat16 else torch.uint8).numpy()
+        )
+        return bits.view(
+            {torch.bfloat16: BF16, torch.float8_e4m3fn: ml_dtypes.float8_e4m3fn}.get(
+                t.dtype, ml_dtypes.float8_e5m2
+            )
+        )
     return t.numpy()
 
 
@@ -75,9 +81,19 @@ def test_parameters_modules_and_levels(torch, tmp_path, protocol):
     for saved, tensors, ignored in (
         (module.state_dict(), module.state_dict(), ()),
         ({"state_dict": module.state_dict(), "step": 3}, module.state_dict(), ()),
-        ({"model": {"state_dict": dict(module.named_parameters())}}, dict(module.named_parameters()), ()),
         (
-            {"a": marked, "step": 5, "lr": 1e-4, "size": torch.Size([1, 2]), "kind": torch.bfloat16},
+            {"model": {"state_dict": dict(module.named_parameters())}},
+            dict(module.named_parameters()),
+            (),
+        ),
+        (
+            {
+                "a": marked,
+                "step": 5,
+                "lr": 1e-4,
+                "size": torch.Size([1, 2]),
+                "kind": torch.bfloat16,
+            },
             {"a": marked},
             ("step", "lr", "size", "kind"),
         ),
@@ -97,7 +113,12 @@ def test_prefixes_are_stripped_and_counted(torch, tmp_path):
     torch.save(dict.fromkeys(keys, ones), tmp_path / "t.pth")
     source = open_source(tmp_path / "t.pth")
     assert set(source.tensors) == {"blocks.0.a", "blocks.1.a", "b", "c"}
-    assert source.stripped == {"net.": 3, "_checkpoint_wrapped_module.": 2, "module.": 1, "model.diffusion_model.": 1}
+    assert source.stripped == {
+        "net.": 3,
+        "_checkpoint_wrapped_module.": 2,
+        "module.": 1,
+        "model.diffusion_model.": 1,
+    }
     torch.save({"net.a": ones, "a": ones}, tmp_path / "t.pth")
     with pytest.raises(CheckpointError, match="'a' under two prefixes"):
         open_source(tmp_path / "t.pth")
@@ -139,14 +160,25 @@ class Attack:
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
 @pytest.mark.parametrize(
-    "function, name", [(os.system, r"(posix|nt)\.system"), (eval, "(builtins|__builtin__).eval"), (os.mkdir, r"(posix|nt)\.mkdir")]
+    "function, name",
+    [
+        (os.system, r"(posix|nt)\.system"),
+        (eval, "(builtins|__builtin__).eval"),
+        (os.mkdir, r"(posix|nt)\.mkdir"),
+    ],
 )
 def test_code_is_refused_by_name_and_not_run(tmp_path, write_pickle, protocol, function, name):
     marker = tmp_path / "executed"
-    args = {os.system: f"touch {marker}", eval: f"open({str(marker)!r}, 'w')", os.mkdir: str(marker)}[function]
+    args = {
+        os.system: f"touch {marker}",
+        eval: f"open({str(marker)!r}, 'w')",
+        os.mkdir: str(marker),
+    }[function]
     data = pickle.dumps({"a": Attack(function, args)}, protocol=protocol)
     path = write_pickle(tmp_path / "evil.pth", data)
-    with pytest.raises(CheckpointError, match=name if protocol > 1 else "pickle opcode|" + name) as e:
+    with pytest.raises(
+        CheckpointError, match=name if protocol > 1 else "pickle opcode|" + name
+    ) as e:
         open_source(path)
     assert str(path) in str(e.value) and "nothing in it was executed" in str(e.value)
     assert not marker.exists()
@@ -165,7 +197,9 @@ def test_every_other_class_is_refused_by_its_full_name(tmp_path, write_pickle, t
         ("functools", "partial"),
         ("torch.storage", "_load_from_bytes"),
     ):
-        path = write_pickle(tmp_path / "odd.pth", torch_pickle_bytes({"a": named(module, name, ())}))
+        path = write_pickle(
+            tmp_path / "odd.pth", torch_pickle_bytes({"a": named(module, name, ())})
+        )
         with pytest.raises(CheckpointError, match=f"{module}.{name}".replace(".", r"\.")):
             open_source(path)
 
@@ -195,15 +229,25 @@ def tensor_call(named, *, shape=(2,), stride=(1,), offset=0, count=2, key="0", k
     ],
 )
 def test_views_outside_their_storage(tmp_path, write_pickle, torch_pickle_bytes, change, message):
-    good = write_pickle(tmp_path / "good.pth", torch_pickle_bytes({"a": tensor_call(torch_pickle_bytes.Named)}), {"0": b"\0" * 8})
+    good = write_pickle(
+        tmp_path / "good.pth",
+        torch_pickle_bytes({"a": tensor_call(torch_pickle_bytes.Named)}),
+        {"0": b"\0" * 8},
+    )
     assert open_source(good).tensors["a"].read().shape == (2,)
-    bad = write_pickle(tmp_path / "bad.pth", torch_pickle_bytes({"a": tensor_call(torch_pickle_bytes.Named, **change)}), {"0": b"\0" * 8})
+    bad = write_pickle(
+        tmp_path / "bad.pth",
+        torch_pickle_bytes({"a": tensor_call(torch_pickle_bytes.Named, **change)}),
+        {"0": b"\0" * 8},
+    )
     with pytest.raises(CheckpointError, match=message):
         open_source(bad)
 
 
 def test_pickles_that_would_take_for_ever(tmp_path, write_pickle):
-    doubled = b"\x80\x02)" + b"q\x00h\x00\x86" * 100  # tuples of tuples: 2^100 items if anybody walks them
+    doubled = (
+        b"\x80\x02)" + b"q\x00h\x00\x86" * 100
+    )  # tuples of tuples: 2^100 items if anybody walks them
     for data in (
         doubled + b".",
         b"\x80\x02}(" + doubled[2:] + b"K\x01u.",  # as the key of a dict
@@ -275,7 +319,9 @@ def read_all(path):
 
 
 def test_truncation_anywhere_is_a_checkpoint_error(torch, tmp_path):
-    torch.save({f"blocks.{i}.weight": torch.full((7, 5), float(i)) for i in range(6)}, tmp_path / "t.pth")
+    torch.save(
+        {f"blocks.{i}.weight": torch.full((7, 5), float(i)) for i in range(6)}, tmp_path / "t.pth"
+    )
     whole = (tmp_path / "t.pth").read_bytes()
     cut = tmp_path / "cut.pth"
     for length in [*range(80), *range(80, len(whole), 23), len(whole) - 1]:
@@ -287,7 +333,10 @@ def test_truncation_anywhere_is_a_checkpoint_error(torch, tmp_path):
 
 
 def test_changed_bytes_never_raise_anything_else(torch, tmp_path):
-    torch.save({f"blocks.{i}.weight": torch.full((3, 2), float(i)).t() for i in range(3)}, tmp_path / "t.pth")
+    torch.save(
+        {f"blocks.{i}.weight": torch.full((3, 2), float(i)).t() for i in range(3)},
+        tmp_path / "t.pth",
+    )
     whole = (tmp_path / "t.pth").read_bytes()
     changed, rng, refused = tmp_path / "changed.pth", random.Random(0), 0
     for _ in range(600):

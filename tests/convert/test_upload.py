@@ -15,18 +15,30 @@ def test_pieces_give_the_leaf(tmp_path, monkeypatch, piece_bytes):
     rng = np.random.default_rng(0)
     state = {"token_embedding.weight": (37, 24), "norm.weight": (24,)}
     for i in range(2):
-        block = {"norm1.weight": (24,), "norm2.weight": (24,), "pos_embedding.embedding.weight": (32, 3)}
+        block = {
+            "norm1.weight": (24,),
+            "norm2.weight": (24,),
+            "pos_embedding.embedding.weight": (32, 3),
+        }
         block |= {f"attn.{p}.weight": (24, 24) for p in "qkvo"}
-        block |= {"ffn.gate.0.weight": (40, 24), "ffn.fc1.weight": (40, 24), "ffn.fc2.weight": (24, 40)}
+        block |= {
+            "ffn.gate.0.weight": (40, 24),
+            "ffn.fc1.weight": (40, 24),
+            "ffn.fc2.weight": (24, 40),
+        }
         state |= {f"blocks.{i}.{key}": shape for key, shape in block.items()}
     path = tmp_path / "models_t5.safetensors"
-    save_file({key: rng.normal(size=shape).astype(np.float32) for key, shape in state.items()}, path)
+    save_file(
+        {key: rng.normal(size=shape).astype(np.float32) for key, shape in state.items()}, path
+    )
     file = open_checkpoint(path)
     monkeypatch.setattr(room, "PIECE_BYTES", piece_bytes)
     for name, target in targets("text", file.config).items():
         claim = file.binding(file.config).claims[name]
         expected = file.final(claim, tuple(target.shape), np.dtype(target.dtype))
-        got = room.upload([file.tensors[key] for key in claim.keys], claim.row, target, jax.devices()[0])
+        got = room.upload(
+            [file.tensors[key] for key in claim.keys], claim.row, target, jax.devices()[0]
+        )
         assert got.dtype == expected.dtype and np.array_equal(np.asarray(got), expected), name
 
 
@@ -55,11 +67,24 @@ def test_a_published_file_into_the_memory_of_the_host(tmp_path, monkeypatch):
     from convert import load as reader
 
     rng = np.random.default_rng(0)
-    block = {"norm1.weight": (24,), "norm2.weight": (24,), "pos_embedding.embedding.weight": (32, 3)}
-    block |= {f"attn.{p}.weight": (24, 24) for p in "qkvo"} | {f"ffn.{p}.weight": (40, 24) for p in ("gate.0", "fc1")}
+    block = {
+        "norm1.weight": (24,),
+        "norm2.weight": (24,),
+        "pos_embedding.embedding.weight": (32, 3),
+    }
+    block |= {f"attn.{p}.weight": (24, 24) for p in "qkvo"} | {
+        f"ffn.{p}.weight": (40, 24) for p in ("gate.0", "fc1")
+    }
     block |= {"ffn.fc2.weight": (24, 40)}
-    shapes = {"token_embedding.weight": (37, 24), "norm.weight": (24,), **{f"blocks.0.{key}": shape for key, shape in block.items()}}
-    save_file({key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()}, tmp_path / "models_t5.safetensors")
+    shapes = {
+        "token_embedding.weight": (37, 24),
+        "norm.weight": (24,),
+        **{f"blocks.0.{key}": shape for key, shape in block.items()},
+    }
+    save_file(
+        {key: rng.normal(size=shape).astype(np.float32) for key, shape in shapes.items()},
+        tmp_path / "models_t5.safetensors",
+    )
     file = open_checkpoint(tmp_path / "models_t5.safetensors")
     expected = jax.tree.leaves(file.load())
     monkeypatch.setattr(reader, "HOST", ())

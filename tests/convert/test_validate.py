@@ -11,7 +11,15 @@ from convert.validate import main
 from tdjax import checkpoint
 from tdjax.config import VAEConfig
 
-FILES = ("dit_t2v_tiny", "dit_i2v22_tiny", "dit_i2v21_tiny", "dit_sla_tiny", "sla_op", "vae_tiny", "umt5_tiny")
+FILES = (
+    "dit_t2v_tiny",
+    "dit_i2v22_tiny",
+    "dit_i2v21_tiny",
+    "dit_sla_tiny",
+    "sla_op",
+    "vae_tiny",
+    "umt5_tiny",
+)
 WEIGHTS = {
     "dit_t2v_tiny": "w/blocks.1.ffn.0.weight",
     "dit_i2v21_tiny": "w/blocks.0.cross_attn.v_img.bias",
@@ -30,7 +38,9 @@ def test_golden_files_pass(golden, name, as_json):
     assert values.keys() == targets
     skipped = {k for k, v in values.items() if v["error"] is None}
     expected = {"dit_t2v_tiny": {"out/v_fastnorm"}, "dit_i2v22_tiny": {"out/v_fastnorm"}}
-    expected["sla_op"] = {k for k in targets if k.endswith("_bf16")} | {"out/q64k128_t0.1/sparse_map"}
+    expected["sla_op"] = {k for k in targets if k.endswith("_bf16")} | {
+        "out/q64k128_t0.1/sparse_map"
+    }
     expected["vae_tiny"] = {k for k in targets if k.endswith("decoder_chunk_frames")}
     assert skipped == expected.get(name, set())
     assert all(values[k]["note"] for k in skipped)
@@ -41,7 +51,10 @@ def test_golden_files_pass(golden, name, as_json):
 def test_a_perturbed_weight_is_found(tmp_path, golden, name, capsys):
     g = golden(name)
     weight = g[WEIGHTS[name]]
-    arrays = g.arrays | {WEIGHTS[name]: weight + np.float32(0.05), "config": np.frombuffer(json.dumps(g.config).encode(), np.uint8)}
+    arrays = g.arrays | {
+        WEIGHTS[name]: weight + np.float32(0.05),
+        "config": np.frombuffer(json.dumps(g.config).encode(), np.uint8),
+    }
     np.savez(tmp_path / "changed.npz", **arrays)
     assert main(["--golden", str(tmp_path / "changed.npz")]) == 3
     assert "OVER" in capsys.readouterr().err
@@ -51,7 +64,9 @@ def test_files_that_are_not_golden(tmp_path, golden, capsys):
     (tmp_path / "noise.npz").write_bytes(b"noise")
     np.savez(tmp_path / "plain.npz", a=np.ones(2))
     np.savez(
-        tmp_path / "less.npz", **{k: v for k, v in golden("umt5_tiny").arrays.items() if k != "in/ids"}, config=config(golden("umt5_tiny"))
+        tmp_path / "less.npz",
+        **{k: v for k, v in golden("umt5_tiny").arrays.items() if k != "in/ids"},
+        config=config(golden("umt5_tiny")),
     )
     for path, message in (
         (tmp_path / "absent.npz", "does not exist"),
@@ -84,7 +99,10 @@ def layouts(tmp_path, states, write_safetensors):
 
     def make(kind, other, *options):
         files = [
-            write_safetensors(tmp_path / f"{k}.safetensors", {n: v.astype(ml_dtypes.bfloat16) for n, v in states(k).items()})
+            write_safetensors(
+                tmp_path / f"{k}.safetensors",
+                {n: v.astype(ml_dtypes.bfloat16) for n, v in states(k).items()},
+            )
             for k in (kind, other)
         ]
         assert convert([str(files[0]), str(tmp_path / f"{kind}_ours"), "--no-hash", *options]) == 0
@@ -93,7 +111,9 @@ def layouts(tmp_path, states, write_safetensors):
     return make
 
 
-@pytest.mark.parametrize("kind, other, options", [("dit", "diffusers", ["--heads", "4"]), ("text", "transformers", [])])
+@pytest.mark.parametrize(
+    "kind, other, options", [("dit", "diffusers", ["--heads", "4"]), ("text", "transformers", [])]
+)
 def test_against_other_layouts(layouts, kind, other, options, capsys, as_json):
     wan, theirs, ours = layouts(kind, other, *options)
     capsys.readouterr()
@@ -106,18 +126,48 @@ def test_against_other_layouts(layouts, kind, other, options, capsys, as_json):
 
 def test_the_vae_against_other_layouts(tmp_path, as_json):
     """A smaller one than the golden file's, whose mean and deviation travel in the exported file."""
-    cfg = VAEConfig(dim=4, latent_channels=3, multipliers=(1, 2), temporal_down=(True,), res_blocks=1, mean=(0.5,) * 3, std=(2.0,) * 3)
+    cfg = VAEConfig(
+        dim=4,
+        latent_channels=3,
+        multipliers=(1, 2),
+        temporal_down=(True,),
+        res_blocks=1,
+        mean=(0.5,) * 3,
+        std=(2.0,) * 3,
+    )
     rng = np.random.default_rng(0)
     shapes = checkpoint.names(checkpoint.abstract("vae", cfg))
     leaves = {n: (0.2 * rng.standard_normal(x.shape)).astype(x.dtype) for n, x in shapes.items()}
     checkpoint.save(tmp_path / "ours", leaves, "vae", cfg)
     for naming in ("wan", "diffusers"):
-        assert convert([str(tmp_path / "ours"), str(tmp_path / f"{naming}.safetensors"), "--names", naming, "--json"]) == 0
+        assert (
+            convert(
+                [
+                    str(tmp_path / "ours"),
+                    str(tmp_path / f"{naming}.safetensors"),
+                    "--names",
+                    naming,
+                    "--json",
+                ]
+            )
+            == 0
+        )
         as_json()
-        argv = [str(tmp_path / "ours"), "--against", str(tmp_path / f"{naming}.safetensors"), "--level", "forward", "--json"]
+        argv = [
+            str(tmp_path / "ours"),
+            "--against",
+            str(tmp_path / f"{naming}.safetensors"),
+            "--level",
+            "forward",
+            "--json",
+        ]
         assert main(argv) == 0
         report = as_json()
-        assert report["values"]["worst"] == 0 and report["forward"]["largest_error"] == 0 and report["forward"]["rms"] > 0.01
+        assert (
+            report["values"]["worst"] == 0
+            and report["forward"]["largest_error"] == 0
+            and report["forward"]["rms"] > 0.01
+        )
 
 
 def test_differences_are_found(tmp_path, states, write_safetensors, capsys, as_json):
@@ -135,7 +185,9 @@ def test_differences_are_found(tmp_path, states, write_safetensors, capsys, as_j
     bad = write_safetensors(tmp_path / "nan.safetensors", state)
     assert main([str(bad), "--level", "keys"]) == 0
     assert main([str(bad), "--json"]) == 3
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["values"]["not_finite"] == ["blocks.up.kernel"]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["values"]["not_finite"] == [
+        "blocks.up.kernel"
+    ]
     text = write_safetensors(tmp_path / "text.safetensors", states("text"))
     assert main([str(a), "--against", str(text)]) == 3
     assert "is not the same network" in capsys.readouterr().err

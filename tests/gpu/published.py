@@ -19,7 +19,17 @@ MANIFESTS = Path(__file__).resolve().parent.parent / "manifests"
 
 def scale(key: str, shape: list[int]) -> tuple[float, float]:
     """(mean, deviation): variance-preserving products, unit norms, small modulation and biases."""
-    if key.endswith(("norm.weight", "norm1.weight", "norm2.weight", "norm3.weight", "norm_q.weight", "norm_k.weight", "gamma")):
+    if key.endswith(
+        (
+            "norm.weight",
+            "norm1.weight",
+            "norm2.weight",
+            "norm3.weight",
+            "norm_q.weight",
+            "norm_k.weight",
+            "gamma",
+        )
+    ):
         return 1.0, 0.05
     if "modulation" in key or key.endswith("bias"):
         return 0.0, 0.02
@@ -47,10 +57,16 @@ def write(folder: Path, name: str, device: str) -> None:
         return
     manifest = json.loads((MANIFESTS / f"{name}.json").read_text())
     start = time.perf_counter()
-    state = {key: tensor(key, spec["shape"], spec["dtype"], device) for key, spec in manifest["tensors"].items()}
+    state = {
+        key: tensor(key, spec["shape"], spec["dtype"], device)
+        for key, spec in manifest["tensors"].items()
+    }
     torch.save(state, part := path.with_suffix(".part"))
     part.rename(path)
-    print(f"{path.name}: {path.stat().st_size / 2**30:.2f} GiB in {time.perf_counter() - start:.0f} s", flush=True)
+    print(
+        f"{path.name}: {path.stat().st_size / 2**30:.2f} GiB in {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
 
 
 def main() -> None:

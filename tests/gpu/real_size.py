@@ -30,7 +30,10 @@ RUNS = {
     "new prompt": ["--prompt_cache", "off"],
     "new prompt, whole text encoder": ["--prompt_cache", "off", "--text_encoder_device", "device"],
     "new prompt, low memory": ["--prompt_cache", "off", "--low_memory"],
-    "known prompt, tiles": ["--vae", "tiled"],  # has hung: programs for tiles were compiled beside a first step from the cache
+    "known prompt, tiles": [
+        "--vae",
+        "tiled",
+    ],  # has hung: programs for tiles were compiled beside a first step from the cache
     "cold, tiles": ["--vae", "tiled"],
 }
 FEW = ("cold", "new prompt", "new prompt, low memory")
@@ -69,20 +72,47 @@ def photograph(width: int = 1600, height: int = 900) -> Image.Image:
 def generate(label: str, out: Path, *argv: str, cache: Path) -> dict:
     """One command, timed from outside; its own stages and memory from --timings."""
     limited = ["timeout", "-s", "ABRT", str(LIMIT), sys.executable, "-X", "faulthandler"]
-    command = [*limited, "-m", "tdjax.generate", *argv, "--prompt", PROMPT, "--json", "--timings", "--save_path", str(out)]
+    command = [
+        *limited,
+        "-m",
+        "tdjax.generate",
+        *argv,
+        "--prompt",
+        PROMPT,
+        "--json",
+        "--timings",
+        "--save_path",
+        str(out),
+    ]
     command += ["--compile_cache_dir", str(cache), "--overwrite", "-v"]
     start = time.perf_counter()
-    own = os.environ | {"TDJAX_CACHE": str(cache / "tdjax")}  # prompt embeddings too begin with nothing and end with the configuration
+    own = os.environ | {
+        "TDJAX_CACHE": str(cache / "tdjax")
+    }  # prompt embeddings too begin with nothing and end with the configuration
     done = subprocess.run(command, capture_output=True, text=True, env=own)
     seconds = time.perf_counter() - start
-    print(f"\n== {label}: {seconds:.1f} s from start to file, exit code {done.returncode}\n{done.stderr[-5000:]}", flush=True)
-    peaks = [float(line.split("│")[3].split()[0]) for line in done.stderr.splitlines() if line.count("GiB") == 2 and "│" in line]
+    print(
+        f"\n== {label}: {seconds:.1f} s from start to file, exit code {done.returncode}\n{done.stderr[-5000:]}",
+        flush=True,
+    )
+    peaks = [
+        float(line.split("│")[3].split()[0])
+        for line in done.stderr.splitlines()
+        if line.count("GiB") == 2 and "│" in line
+    ]
     result = json.loads(done.stdout) if done.returncode == 0 else {}
-    row = {"label": label, "seconds": round(seconds, 1), "rc": done.returncode, "device_peak_gib": max(peaks, default=None)}
+    row = {
+        "label": label,
+        "seconds": round(seconds, 1),
+        "rc": done.returncode,
+        "device_peak_gib": max(peaks, default=None),
+    }
     return row | {"result": result}
 
 
-def runs(name: str, names: Iterable[str], out: Path, argv: list[str], cache: Path) -> Iterator[dict]:
+def runs(
+    name: str, names: Iterable[str], out: Path, argv: list[str], cache: Path
+) -> Iterator[dict]:
     """The runs of one configuration, the first with empty caches."""
     shutil.rmtree(cache, ignore_errors=True)
     for run in names:
@@ -99,9 +129,23 @@ def small(folder: Path, out: Path, cache: Path) -> Iterator[dict]:
     tokenizer(folder)
     plain, quant = paths(folder, *names)
     fastest = ["--model", plain, *FASTEST]
-    yield from runs("1.3B sagesla int8_channel", list(RUNS)[:-1], out / "fastest.mp4", fastest, cache)
-    yield from runs("1.3B sagesla, int8 file", FEW[:2], out / "int8.mp4", ["--model", quant, "--attention_type", "sagesla"], cache)
-    yield from runs("1.3B dense", FEW[:2], out / "dense.mp4", ["--model", plain, "--attention_type", "original"], cache)
+    yield from runs(
+        "1.3B sagesla int8_channel", list(RUNS)[:-1], out / "fastest.mp4", fastest, cache
+    )
+    yield from runs(
+        "1.3B sagesla, int8 file",
+        FEW[:2],
+        out / "int8.mp4",
+        ["--model", quant, "--attention_type", "sagesla"],
+        cache,
+    )
+    yield from runs(
+        "1.3B dense",
+        FEW[:2],
+        out / "dense.mp4",
+        ["--model", plain, "--attention_type", "original"],
+        cache,
+    )
     yield from runs("1.3B sagesla int8_channel", list(RUNS)[-1:], out / "tiles.mp4", fastest, cache)
 
 
@@ -109,7 +153,9 @@ def large(folder: Path, out: Path, cache: Path) -> Iterator[dict]:
     name = "TurboWan2.1-T2V-14B-720P-quant"
     write(folder, name, *BASE)
     tokenizer(folder)
-    yield from runs("14B 720p", FEW, out / "large.mp4", ["--model", *paths(folder, name), *FASTEST], cache)
+    yield from runs(
+        "14B 720p", FEW, out / "large.mp4", ["--model", *paths(folder, name), *FASTEST], cache
+    )
 
 
 def experts(folder: Path, out: Path, cache: Path) -> Iterator[dict]:
@@ -118,8 +164,20 @@ def experts(folder: Path, out: Path, cache: Path) -> Iterator[dict]:
     tokenizer(folder)
     photograph().save(folder / "photo.png")
     high, low = paths(folder, *names)
-    argv = ["--high_noise_model_path", high, "--low_noise_model_path", low, "--image_path", str(folder / "photo.png"), *FASTEST]
-    argv += [word for part, path in zip(("vae", "text_encoder"), paths(folder, *BASE), strict=True) for word in (f"--{part}_path", path)]
+    argv = [
+        "--high_noise_model_path",
+        high,
+        "--low_noise_model_path",
+        low,
+        "--image_path",
+        str(folder / "photo.png"),
+        *FASTEST,
+    ]
+    argv += [
+        word
+        for part, path in zip(("vae", "text_encoder"), paths(folder, *BASE), strict=True)
+        for word in (f"--{part}_path", path)
+    ]
     argv += ["--tokenizer_path", str(folder / "tokenizer.json"), "--resolution", "720p"]
     yield from runs("A14B 720p", FEW, out / "experts.mp4", argv, cache)
 
@@ -128,8 +186,14 @@ def table(rows: list[dict]) -> str:
     """Seconds by the clock, the peak of the device, and the stages that took a tenth of a second or more."""
     lines = []
     for row in rows:
-        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in row["result"].get("timings", {}).items() if seconds >= 0.1)
-        lines.append(f"{row['label']:48} {row['seconds']:6.1f} s  {row['device_peak_gib'] or 0:6.2f} GiB  {stages}")
+        stages = ", ".join(
+            f"{name} {seconds:.2f}"
+            for name, seconds in row["result"].get("timings", {}).items()
+            if seconds >= 0.1
+        )
+        lines.append(
+            f"{row['label']:48} {row['seconds']:6.1f} s  {row['device_peak_gib'] or 0:6.2f} GiB  {stages}"
+        )
     return "\n".join(lines)
 
 
@@ -138,7 +202,9 @@ def main() -> int:
     out = folder / "out"
     out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for row in {"1.3B": small, "14B": large, "A14B": experts}[which](folder, out, folder / f"compiled-{which}"):
+    for row in {"1.3B": small, "14B": large, "A14B": experts}[which](
+        folder, out, folder / f"compiled-{which}"
+    ):
         rows.append(row)
         (folder / f"rows-{which}.json").write_text(json.dumps(rows, indent=1))
     print(table(rows))

@@ -40,13 +40,18 @@ from tdjax.train.settings import build
 from tdjax.train.state import Batch, Teacher
 
 PRESET = {"sla": "sla-1.3b", "rcm": "rcm-1.3b"}
-FIRST = ["model.weights=", "data.batch=1"]  # settings before those of the command line: the preset's network, without its file
+FIRST = [
+    "model.weights=",
+    "data.batch=1",
+]  # settings before those of the command line: the preset's network, without its file
 LATENTS = (21, 60, 104)
 
 
 def configured(name: str, settings: list[str]) -> dict:
     """The objects of a preset's settings, by the first word of their keys."""
-    return {first: build(tree) for first, tree in resolve(PRESET[name], [*FIRST, *settings]).items()}
+    return {
+        first: build(tree) for first, tree in resolve(PRESET[name], [*FIRST, *settings]).items()
+    }
 
 
 # Random numbers, made where they stay -------------------------------------------------------------------------------------
@@ -66,10 +71,14 @@ def network(cfg: DiTConfig, key) -> DiT:
 def dense(cfg: DiTConfig, student: DiT) -> DiT:
     """The teacher: where the student begins, in the teacher's dtype and without a sparse projection."""
     wanted, leaves = checkpoint.abstract("dit", cfg), checkpoint.names(student)
-    return checkpoint.assemble(wanted, {name: leaves[name].astype(x.dtype) for name, x in checkpoint.names(wanted).items()})
+    return checkpoint.assemble(
+        wanted, {name: leaves[name].astype(x.dtype) for name, x in checkpoint.names(wanted).items()}
+    )
 
 
-def conditioned(cfg: DiTConfig, size: int, latents: tuple[int, int, int], key) -> tuple[Batch, jax.Array]:
+def conditioned(
+    cfg: DiTConfig, size: int, latents: tuple[int, int, int], key
+) -> tuple[Batch, jax.Array]:
     """(batch, embedding of the negative prompt): normal numbers."""
     keys, text = jax.random.split(key, 3), (cfg.text_len, cfg.text_dim)
     batch = Batch(
@@ -82,9 +91,16 @@ def conditioned(cfg: DiTConfig, size: int, latents: tuple[int, int, int], key) -
 def beginning(config: dict, method: runs.Method, latents: tuple[int, int, int]):
     """(state, teacher, batch) as the first step of a run takes them."""
     model = config["model"]
-    student = loop.made(functools.partial(network, runs.trained(model.dit, model)), jax.random.key(1))
-    batch, negative = jax.jit(functools.partial(conditioned, model.dit, config["data"].batch, latents))(jax.random.key(2))
-    teacher = Teacher(model=loop.made(functools.partial(dense, runs.frozen(model.dit, model)), student), negative=negative)
+    student = loop.made(
+        functools.partial(network, runs.trained(model.dit, model)), jax.random.key(1)
+    )
+    batch, negative = jax.jit(
+        functools.partial(conditioned, model.dit, config["data"].batch, latents)
+    )(jax.random.key(2))
+    teacher = Teacher(
+        model=loop.made(functools.partial(dense, runs.frozen(model.dit, model)), student),
+        negative=negative,
+    )
     return loop.made(method.create, student), teacher, batch
 
 
@@ -115,7 +131,9 @@ def measured(name: str, config: dict, latents: tuple[int, int, int], count: int)
         row |= {"first_s": seconds[0], "seconds": seconds[1:], "metrics": metrics[1:]}
         if held:
             row["gib"] |= {"peak": gib(device_bytes()[1]), "limit": gib(memory_limit())}
-        row["finite"] = bool(loop.finite(state)) and all(math.isfinite(x) for m in metrics for x in m.values())
+        row["finite"] = bool(loop.finite(state)) and all(
+            math.isfinite(x) for m in metrics for x in m.values()
+        )
         yield row
 
 
@@ -128,7 +146,10 @@ def turns(method: runs.Method, phase: str, count: int) -> list[int]:
 def counted(program) -> dict[str, float]:
     """XLA's count of a program's memory; whole: all that is held while it runs, the state given to it once."""
     sizes = program.memory_analysis()
-    parts = {part: getattr(sizes, f"{part}_size_in_bytes") for part in ("argument", "output", "temp", "alias")}
+    parts = {
+        part: getattr(sizes, f"{part}_size_in_bytes")
+        for part in ("argument", "output", "temp", "alias")
+    }
     whole = parts["argument"] + parts["output"] + parts["temp"] - parts["alias"]
     return {part: gib(size) for part, size in (parts | {"whole": whole}).items()}
 
@@ -146,7 +167,11 @@ def since(start: float) -> float:
 
 def show(row: dict) -> str:
     g, bad = row["gib"], sum(m["bad_samples"] + m["bad_gradients"] for m in row["metrics"])
-    memory = f"peak {g['peak']:.1f} GiB of {g['limit']:.1f}, held between steps {g['held']:.1f}, " if "peak" in g else ""
+    memory = (
+        f"peak {g['peak']:.1f} GiB of {g['limit']:.1f}, held between steps {g['held']:.1f}, "
+        if "peak" in g
+        else ""
+    )
     steps = ", ".join(f"{seconds:.2f}" for seconds in row["seconds"])
     losses = ", ".join(f"{m['loss']:.4g}" for m in row["metrics"])
     return "\n".join([
@@ -161,10 +186,23 @@ def apart(name: str, args) -> list[dict]:
     """The rows of one method, from a process of its own; it prints them. Those of an unfinished one are the phases that ran."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
-        command = [sys.executable, __file__, name, *args.settings, "--steps", str(args.steps), "--json", str(file)]
+        command = [
+            sys.executable,
+            __file__,
+            name,
+            *args.settings,
+            "--steps",
+            str(args.steps),
+            "--json",
+            str(file),
+        ]
         done = subprocess.run([*command, "--latents", *map(str, args.latents)])
         rows = json.loads(file.read_text()) if file.exists() else []
-        return rows if done.returncode == 0 else [*rows, {"method": name, "rc": done.returncode, "finite": False}]
+        return (
+            rows
+            if done.returncode == 0
+            else [*rows, {"method": name, "rc": done.returncode, "finite": False}]
+        )
 
 
 def alone(name: str, args) -> list[dict]:
@@ -184,7 +222,9 @@ def write(file: Path | None, rows: list[dict]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("words", nargs="+", metavar="sla | rcm | key=value")
     parser.add_argument("--latents", nargs=3, type=int, default=LATENTS)
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each phase")
@@ -194,7 +234,11 @@ def main() -> int:
     args.settings = [word for word in args.words if word not in PRESET]
     if not methods:
         parser.error(f"name a method: {', '.join(PRESET)}")
-    rows = alone(methods[0], args) if len(methods) == 1 else [row for name in methods for row in apart(name, args)]
+    rows = (
+        alone(methods[0], args)
+        if len(methods) == 1
+        else [row for name in methods for row in apart(name, args)]
+    )
     write(args.json, rows)
     return 0 if all(row["finite"] for row in rows) else 1
 

@@ -31,25 +31,40 @@ def test_a_row_gives_what_its_error_is_taken_from(name, impl, workload):
     assert 0 <= case.eight_bit(impl) <= 1
 
 
-SQUARE = Workload(make=lambda key: (jax.random.normal(key, (64, 64), jnp.bfloat16),), flops=2.0 * 64**3, bytes=4.0 * 64**2)
+SQUARE = Workload(
+    make=lambda key: (jax.random.normal(key, (64, 64), jnp.bfloat16),),
+    flops=2.0 * 64**3,
+    bytes=4.0 * 64**2,
+)
 
 
 def test_it_needs_a_gpu(capsys):
     assert bench.main(["sla"]) == 2
-    assert "the kernels run on NVIDIA GPUs, and the first device here is cpu" in capsys.readouterr().err
+    assert (
+        "the kernels run on NVIDIA GPUs, and the first device here is cpu"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_measured_row(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench, "refusal", lambda: None)
     product = lambda impl, x: (x @ x) * (2 if impl == "wrong" else 1)
     exact = lambda x: jnp.matmul(x.astype(jnp.float32), x.astype(jnp.float32), precision="highest")
-    case = Case(name="square", impls=("right", "wrong"), workloads={"small": SQUARE}, run=product, exact=exact)
+    case = Case(
+        name="square",
+        impls=("right", "wrong"),
+        workloads={"small": SQUARE},
+        run=product,
+        exact=exact,
+    )
     monkeypatch.setattr(bench, "CASES", {"square": case})
     monkeypatch.setattr(bench, "SAMPLE_MS", 0.1)
     assert bench.main(["--repeats", "3", "--json", str(tmp_path / "rows.jsonl")]) == 0
     right, wrong = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
     assert right["error"] < 1e-2 < 0.9 < wrong["error"] < 1.1
-    assert right["p10"] <= right["ms"] <= right["p90"] and right["rate"] == pytest.approx(SQUARE.flops / right["ms"] / 1e9)
+    assert right["p10"] <= right["ms"] <= right["p90"] and right["rate"] == pytest.approx(
+        SQUARE.flops / right["ms"] / 1e9
+    )
     assert right["jax"] == jax.__version__ and right["bound"] is None  # no peaks of a CPU
     assert "square" in capsys.readouterr().out
 
@@ -62,14 +77,22 @@ def test_a_row_that_cannot_run_is_told_and_the_others_go_on(monkeypatch, capsys)
             raise ValueError("heads of width 7")
         return x
 
-    case = Case(name="identity", impls=("refusing", "willing"), workloads={"small": SQUARE}, run=run, exact=lambda x: x)
+    case = Case(
+        name="identity",
+        impls=("refusing", "willing"),
+        workloads={"small": SQUARE},
+        run=run,
+        exact=lambda x: x,
+    )
     monkeypatch.setattr(bench, "CASES", {"identity": case})
     assert bench.main(["--repeats", "1"]) == 1
     out, err = capsys.readouterr()
     assert "willing" in out and "identity refusing small: heads of width 7" in err
 
 
-@pytest.mark.parametrize("argv, message", [(["sga"], "did you mean 'sla'"), (["--repeats", "0"], "must be at least 1")])
+@pytest.mark.parametrize(
+    "argv, message", [(["sga"], "did you mean 'sla'"), (["--repeats", "0"], "must be at least 1")]
+)
 def test_bad_arguments(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         bench.parse(argv)

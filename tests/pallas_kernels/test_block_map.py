@@ -6,7 +6,14 @@ from tolerances import assert_close
 
 from pallas_kernels import sage_sparse_linear_attention, sparse_linear_attention
 from pallas_kernels.sparse_attention import reference
-from pallas_kernels.sparse_attention.block_map import WIDEST, block_map, block_map_and_mean, choose, mean_of, pool
+from pallas_kernels.sparse_attention.block_map import (
+    WIDEST,
+    block_map,
+    block_map_and_mean,
+    choose,
+    mean_of,
+    pool,
+)
 
 WIDE, NARROW = jnp.float32, jnp.bfloat16
 
@@ -28,27 +35,37 @@ def negative(shape):
 
 
 def extremes(shape):
-    return np.random.default_rng(0).choice(np.array([np.inf, -np.inf, 3e38, -3e38, 0, -1], np.float32), shape)
+    return np.random.default_rng(0).choice(
+        np.array([np.inf, -np.inf, 3e38, -3e38, 0, -1], np.float32), shape
+    )
 
 
-@pytest.mark.parametrize("scores", [lambda shape: normal(0, *shape), many_ties, zeros_of_both_signs, negative, extremes])
+@pytest.mark.parametrize(
+    "scores", [lambda shape: normal(0, *shape), many_ties, zeros_of_both_signs, negative, extremes]
+)
 @pytest.mark.parametrize("blocks, chosen", [(1, 1), (7, 3), (64, 1), (64, 64), (1182, 118)])
 def test_choice_is_that_of_top_k(scores, blocks, chosen):
     """To the index, ties and signs of zero included; 1182 is a real size and no power of two."""
     s = jnp.asarray(scores((2, 2, 2, blocks)))
     expected = jnp.sort(jax.lax.top_k(s, chosen)[1], -1)
-    lists = jax.jit(choose, static_argnames=("chosen", "interpret"))(s, chosen=chosen, interpret=True)
+    lists = jax.jit(choose, static_argnames=("chosen", "interpret"))(
+        s, chosen=chosen, interpret=True
+    )
     assert lists.dtype == jnp.int32
     np.testing.assert_array_equal(np.asarray(lists), np.asarray(expected))
 
 
 def test_ties_go_to_the_lowest_index():
     s = jnp.asarray([[[[1, 3, 2, 3, 2, 2, 3, 2]]]], jnp.float32)
-    np.testing.assert_array_equal(np.asarray(choose(s, 5, interpret=True))[0, 0, 0], [1, 2, 3, 4, 6])
+    np.testing.assert_array_equal(
+        np.asarray(choose(s, 5, interpret=True))[0, 0, 0], [1, 2, 3, 4, 6]
+    )
     np.testing.assert_array_equal(np.asarray(choose(s, 2, interpret=True))[0, 0, 0], [1, 3])
 
 
-@pytest.mark.parametrize("tail, dtype", [(0, WIDE), (1, WIDE), (16, NARROW), (56, NARROW), (80, WIDE), (120, NARROW)])
+@pytest.mark.parametrize(
+    "tail, dtype", [(0, WIDE), (1, WIDE), (16, NARROW), (56, NARROW), (80, WIDE), (120, NARROW)]
+)
 def test_means(tail, dtype):
     """The tail block is averaged over its own length, and the mean of the blocks' means is that of the tokens."""
     x = jnp.asarray(normal(tail, 2, 128 + tail, 2, 16) + 1, dtype)
@@ -64,20 +81,29 @@ def test_means(tail, dtype):
 def test_map_is_that_of_the_reference(l, block_q, block_k):
     q, k = (jnp.asarray(normal(seed, 2, l, 2, 16) + seed, jnp.bfloat16) for seed in range(2))
     chosen = max(1, -(-l // block_k) // 2)
-    blocks, mean = jax.jit(lambda q, k: block_map_and_mean(q, k, chosen, block_q, block_k, interpret=True))(q, k)
-    np.testing.assert_array_equal(np.asarray(blocks), np.asarray(reference.block_map(q, k, chosen, block_q, block_k)))
+    blocks, mean = jax.jit(
+        lambda q, k: block_map_and_mean(q, k, chosen, block_q, block_k, interpret=True)
+    )(q, k)
+    np.testing.assert_array_equal(
+        np.asarray(blocks), np.asarray(reference.block_map(q, k, chosen, block_q, block_k))
+    )
     assert_close(mean, np.asarray(k, np.float64).mean(1), "float32")
 
 
 def test_no_gradient_flows_through_the_choice():
     x = jnp.asarray(normal(0, 1, 130, 1, 16))
-    total = lambda q: (q.sum() * block_map(q, x, 2, 64, 64, interpret=True).sum().astype(jnp.float32)).sum()
+    total = lambda q: (
+        q.sum() * block_map(q, x, 2, 64, 64, interpret=True).sum().astype(jnp.float32)
+    ).sum()
     grad = jax.jit(jax.grad(total))(x)
     assert (grad == grad[0, 0, 0, 0]).all() and grad[0, 0, 0, 0] > 0
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=f"block_map: {WIDEST + 1} key blocks; the kernel sorts out at most {WIDEST}"):
+    with pytest.raises(
+        ValueError,
+        match=f"block_map: {WIDEST + 1} key blocks; the kernel sorts out at most {WIDEST}",
+    ):
         choose(jnp.zeros((1, 1, 1, WIDEST + 1)), 1, interpret=True)
 
 
@@ -89,16 +115,23 @@ def test_means_at_hand_give_the_same_output(op, impl):
     proj = jnp.asarray(normal(3, 16, 16)) / 4, jnp.asarray(normal(4, 16))
     mean = lambda x, size: reference.blocked(x, size).sum(3) / reference.counts(300, size)[:, None]
     means = mean(q, 128), mean(k, 64)
-    run = jax.jit(lambda *a, means=None: op(*a, topk=0.5, block_q=128, block_k=64, means=means, impl=impl))
+    run = jax.jit(
+        lambda *a, means=None: op(*a, topk=0.5, block_q=128, block_k=64, means=means, impl=impl)
+    )
     expected = run(q, k, v, *proj)
     assert_close(run(q, k, v, *proj, means=means), expected, "float32")
     assert np.abs(run(q, k, v, *proj, means=(-means[0], means[1])) - expected).max() > 0.1
-    with pytest.raises(ValueError, match=r"means float32 \(1, 2, 5, 16\), float32 \(1, 2, 3, 16\); expected float32 \(1, 2, 3, 16\) and"):
+    with pytest.raises(
+        ValueError,
+        match=r"means float32 \(1, 2, 5, 16\), float32 \(1, 2, 3, 16\); expected float32 \(1, 2, 3, 16\) and",
+    ):
         run(q, k, v, *proj, means=means[::-1])
 
 
 def test_means_have_no_gradient():
     q, k, v = (jnp.asarray(normal(seed, 1, 130, 1, 16)) for seed in range(3))
     means = jnp.asarray(normal(3, 1, 1, 2, 16)), jnp.asarray(normal(4, 1, 1, 3, 16))
-    loss = lambda means: sparse_linear_attention(q, k, v, jnp.eye(16), jnp.zeros(16), topk=0.5, means=means).sum()
+    loss = lambda means: sparse_linear_attention(
+        q, k, v, jnp.eye(16), jnp.zeros(16), topk=0.5, means=means
+    ).sum()
     assert not any(g.any() for g in jax.grad(loss)(means))

@@ -19,14 +19,21 @@ def arrays(b, t, h, w, c, dtype=jnp.float32):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(b, t, h, w, c)) * 10.0 ** rng.uniform(-3, 3, (b, t, h, w, 1))
     x[0, 0, 0, 0] = 0
-    return tuple(jnp.asarray(a, dtype) for a in (x, rng.normal(size=(b, 2, h, w, c)), rng.normal(size=c)))
+    return tuple(
+        jnp.asarray(a, dtype) for a in (x, rng.normal(size=(b, 2, h, w, c)), rng.normal(size=c))
+    )
 
 
 def expected(x, past, gain):
     """From float64: y, one rounding to x.dtype, and every frame beside the two before it."""
     y = np.asarray(x, np.float64)
     if gain is not None:
-        y = y / np.maximum(np.linalg.norm(y, axis=-1, keepdims=True), 1e-12) * np.sqrt(y.shape[-1]) * np.asarray(gain, np.float64)
+        y = (
+            y
+            / np.maximum(np.linalg.norm(y, axis=-1, keepdims=True), 1e-12)
+            * np.sqrt(y.shape[-1])
+            * np.asarray(gain, np.float64)
+        )
         y = y / (1 + np.exp(-y))
     before = np.zeros_like(y[:, :1]).repeat(2, 1) if past is None else np.asarray(past, np.float64)
     y = np.concatenate([before, y], axis=1)
@@ -43,7 +50,11 @@ def test_taps(impl, dtype, shape, given):
     past, gain = past if "past" in given else None, gain if "gain" in given else None
     wide, following = taps(x, past, gain, impl=impl)
     b, t, h, w, c = shape
-    assert wide.shape == (b, t, h, w, 3 * c) and following.shape == (b, 2, h, w, c) and wide.dtype == following.dtype == dtype
+    assert (
+        wide.shape == (b, t, h, w, 3 * c)
+        and following.shape == (b, 2, h, w, c)
+        and wide.dtype == following.dtype == dtype
+    )
     rtol, atol = (0, 0) if gain is None else (2.0**-8 if dtype == jnp.bfloat16 else 2e-6, 1e-6)
     for made, wanted in zip((wide, following), expected(x, past, gain), strict=True):
         np.testing.assert_allclose(np.asarray(made, np.float64), wanted, rtol=rtol, atol=atol)
@@ -53,7 +64,11 @@ def test_programs_cover_the_pixels():
     """More pixels than one program owns, and a number of them that only 16 divides."""
     shape = (1, 2, 4, 12, 96)
     assert triton.refusal(2, 48, 96) is None and 48 > triton.ELEMENTS // 96 >= 16
-    for made, wanted in zip(taps(*arrays(*shape), impl="interpret"), taps(*arrays(*shape), impl="reference"), strict=True):
+    for made, wanted in zip(
+        taps(*arrays(*shape), impl="interpret"),
+        taps(*arrays(*shape), impl="reference"),
+        strict=True,
+    ):
         np.testing.assert_allclose(made, wanted, rtol=2e-6, atol=1e-6)
 
 
@@ -71,7 +86,10 @@ def lowered(x, past, gain):
 
 
 def test_auto_is_the_kernel_on_cuda_where_it_takes_the_shapes():
-    spec = lambda t, c: (jax.ShapeDtypeStruct((1, t, 60, 104, c), jnp.bfloat16), jax.ShapeDtypeStruct((1, 2, 60, 104, c), jnp.bfloat16))
+    spec = lambda t, c: (
+        jax.ShapeDtypeStruct((1, t, 60, 104, c), jnp.bfloat16),
+        jax.ShapeDtypeStruct((1, 2, 60, 104, c), jnp.bfloat16),
+    )
     gain = lambda c: jax.ShapeDtypeStruct((c,), jnp.bfloat16)
     assert "triton" in lowered(*spec(4, 384), gain(384))
     for t, c in ((4, 3), (4, 16), (9, 384)):
@@ -83,15 +101,21 @@ def test_the_past_is_renewed_in_place():
     """Of an argument that is donated, as from chunk to chunk of a clip: no copy of it in the program."""
     frames = lambda t: jax.ShapeDtypeStruct((1, t, 60, 104, 96), jnp.bfloat16)
     run = jax.jit(functools.partial(causal_taps, impl="triton"), donate_argnums=1)
-    text = described.lower(described.trace(run, frames(4), frames(2), jax.ShapeDtypeStruct((96,), jnp.bfloat16))).as_text()
+    text = described.lower(
+        described.trace(run, frames(4), frames(2), jax.ShapeDtypeStruct((96,), jnp.bfloat16))
+    ).as_text()
     assert "operand_index = 1" in text and "output_operand_alias" in text
 
 
 def test_the_past_is_read_before_it_is_renewed():
     """By all threads of a program: a barrier stands between the loads of the past and the stores to the same memory."""
     spec = lambda frames: jax.ShapeDtypeStruct((1, frames, 16, 32), jnp.bfloat16)
-    kernel = functools.partial(triton.causal_taps, tile=tile("causal_taps", "taps"), interpret=False)
-    call = jax.make_jaxpr(kernel)(spec(1), spec(2), jax.ShapeDtypeStruct((32,), jnp.bfloat16)).eqns[0]
+    kernel = functools.partial(
+        triton.causal_taps, tile=tile("causal_taps", "taps"), interpret=False
+    )
+    call = jax.make_jaxpr(kernel)(spec(1), spec(2), jax.ShapeDtypeStruct((32,), jnp.bfloat16)).eqns[
+        0
+    ]
     inside = call.params["jaxpr"]
     _, past, _, _, following = inside.invars
     at = lambda ref: [i for i, eqn in enumerate(inside.eqns) if ref in eqn.invars[:1]]
@@ -115,13 +139,20 @@ def test_derivative_is_that_of_the_reference(monkeypatch):
 
 def test_errors():
     x, past, gain = arrays(1, 4, 4, 4, 32)
-    with pytest.raises(ValueError, match=r"\(1, 4, 4, 4, 32\), past float32 \(1, 1, 4, 4, 32\); expected .* \[b 2 h w c\] of one dtype"):
+    with pytest.raises(
+        ValueError,
+        match=r"\(1, 4, 4, 4, 32\), past float32 \(1, 1, 4, 4, 32\); expected .* \[b 2 h w c\] of one dtype",
+    ):
         causal_taps(x, past[:, :1], gain)
     with pytest.raises(ValueError, match=r"past bfloat16"):
         causal_taps(x, past.astype(jnp.bfloat16), gain)
     with pytest.raises(ValueError, match=r"gain \(31,\); expected \(32,\)"):
         causal_taps(x, past, gain[:31])
-    with pytest.raises(ValueError, match=r"impl is 'cuda'; allowed: auto, reference, triton, interpret"):
+    with pytest.raises(
+        ValueError, match=r"impl is 'cuda'; allowed: auto, reference, triton, interpret"
+    ):
         causal_taps(x, past, gain, impl="cuda")
-    with pytest.raises(ValueError, match=r"16 channels are not a multiple of 32 up to 2048; use impl='reference'"):
+    with pytest.raises(
+        ValueError, match=r"16 channels are not a multiple of 32 up to 2048; use impl='reference'"
+    ):
         causal_taps(x[..., :16], None, None, impl="interpret")

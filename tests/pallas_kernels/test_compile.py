@@ -12,21 +12,40 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels
-from pallas_kernels import attention, causal_taps, fused_rows, qk_prep, sage_attention, sparse_attention, tuning
+from pallas_kernels import (
+    attention,
+    causal_taps,
+    fused_rows,
+    qk_prep,
+    sage_attention,
+    sparse_attention,
+    tuning,
+)
 from pallas_kernels.int8_matmul import QTensor, quantize_activations, quantized_linear
 from pallas_kernels.int8_matmul.schemes import SCHEMES
 
 SHARED = {arch: 1024 * block for arch, (*_, block, _) in cuda_aot.TARGETS.items()}
-S8 = {"sm80": "mma.sync.aligned.m16n8k32", "sm89": "mma.sync.aligned.m16n8k32", "sm90": "k32.s32.s8.s8"}
+S8 = {
+    "sm80": "mma.sync.aligned.m16n8k32",
+    "sm89": "mma.sync.aligned.m16n8k32",
+    "sm90": "k32.s32.s8.s8",
+}
 S8 |= {"sm100": "tcgen05.mma.cta_group::1.kind::i8", "sm120": "mma.sync.aligned.m16n8k32"}
-SIZES = {"480p": (32760, 1536, 8960, 12), "720p": (75600, 5120, 13824, 40)}  # tokens, width, MLP width, heads
+SIZES = {
+    "480p": (32760, 1536, 8960, 12),
+    "720p": (75600, 5120, 13824, 40),
+}  # tokens, width, MLP width, heads
 spec = jax.ShapeDtypeStruct
 
 
 def taps(size, dtype):
     """Of the VAE's widest activations."""
     frames = lambda t: spec((1, t, *{"480p": (480, 832), "720p": (720, 1280)}[size], 96), dtype)
-    return lambda *args: causal_taps.causal_taps(*args, impl="triton"), (frames(4), frames(2), spec((96,), dtype))
+    return lambda *args: causal_taps.causal_taps(*args, impl="triton"), (
+        frames(4),
+        frames(2),
+        spec((96,), dtype),
+    )
 
 
 def qkv(size):
@@ -50,11 +69,15 @@ def gradient(op, *sizes):
 def weights(scheme, m, k, n):
     made = SCHEMES[scheme]
     values = lambda rows: spec((rows, k), made.dtype)
-    return QTensor(values(m), spec(made.scale_shape((m, k)), jnp.float32)), QTensor(values(n), spec(made.scale_shape((n, k)), jnp.float32))
+    return QTensor(values(m), spec(made.scale_shape((m, k)), jnp.float32)), QTensor(
+        values(n), spec(made.scale_shape((n, k)), jnp.float32)
+    )
 
 
 def linear(scheme):
-    return lambda x, w, bias: quantized_linear(x, w, bias, scheme=scheme, out_dtype=jnp.bfloat16, impl="triton")
+    return lambda x, w, bias: quantized_linear(
+        x, w, bias, scheme=scheme, out_dtype=jnp.bfloat16, impl="triton"
+    )
 
 
 def case(name, size):
@@ -62,7 +85,10 @@ def case(name, size):
     l, d, f, h = SIZES[size]
     rows, vector = spec((1, l, d), jnp.bfloat16), spec((1, 1, d), jnp.float32)
     angles = spec((l, d // h // 2), jnp.float32)
-    sparse, sage = sparse_attention.sparse_linear_attention, sage_attention.sage_sparse_linear_attention
+    sparse, sage = (
+        sparse_attention.sparse_linear_attention,
+        sage_attention.sage_sparse_linear_attention,
+    )
     dense = lambda q, k, v: attention(q, k, v, impl="triton")
     return {
         "sla": (sla(sparse), (*qkv(size), *projection())),
@@ -73,26 +99,48 @@ def case(name, size):
         "sagesla": (sla(sage), (*qkv(size), *projection())),
         "sagesla 64x64": (sla(sage, 64, 64), (*qkv(size), *projection())),
         "sagesla 64x128": (sla(sage, 64, 128), (*qkv(size), *projection())),
-        "sage dense": (lambda q, k, v: sage_attention.sage_attention(q, k, v, impl="triton"), qkv(size)),
+        "sage dense": (
+            lambda q, k, v: sage_attention.sage_attention(q, k, v, impl="triton"),
+            qkv(size),
+        ),
         "dense": (dense, qkv(size)),
-        "dense tangent": (lambda *args: jax.jvp(dense, args[:3], args[3:])[1], (*qkv(size), *qkv(size))),
+        "dense tangent": (
+            lambda *args: jax.jvp(dense, args[:3], args[3:])[1],
+            (*qkv(size), *qkv(size)),
+        ),
         "dense gradient": (gradient(dense, 3), qkv(size)),
         "block128": (linear("block128"), (*weights("block128", l, d, f), spec((f,), jnp.bfloat16))),
         "channel": (linear("channel"), (*weights("channel", l, d, f), spec((f,), jnp.bfloat16))),
-        "quantize block128": (lambda x: quantize_activations(x, "block128", impl="triton"), (spec((l, d), jnp.bfloat16),)),
-        "quantize rows": (lambda x: quantize_activations(x, "channel", impl="triton"), (spec((l, f), jnp.bfloat16),)),
+        "quantize block128": (
+            lambda x: quantize_activations(x, "block128", impl="triton"),
+            (spec((l, d), jnp.bfloat16),),
+        ),
+        "quantize rows": (
+            lambda x: quantize_activations(x, "channel", impl="triton"),
+            (spec((l, f), jnp.bfloat16),),
+        ),
         "norm": (
-            lambda x, factor, shift, y, gate: fused_rows.norm(x, factor, shift, y=y, gate=gate, eps=1e-6, scheme="channel", impl="triton"),
+            lambda x, factor, shift, y, gate: fused_rows.norm(
+                x, factor, shift, y=y, gate=gate, eps=1e-6, scheme="channel", impl="triton"
+            ),
             (rows, vector, vector, rows, vector),
         ),
-        "gelu": (lambda x: fused_rows.gelu(x, scheme="channel", impl="triton"), (spec((1, l, f), jnp.bfloat16),)),
+        "gelu": (
+            lambda x: fused_rows.gelu(x, scheme="channel", impl="triton"),
+            (spec((1, l, f), jnp.bfloat16),),
+        ),
         "norm and rope": (
-            lambda x, w, cos, sin: qk_prep.rms_norm_rope_pool(x, w, cos, sin, eps=1e-6, block=64, impl="triton"),
+            lambda x, w, cos, sin: qk_prep.rms_norm_rope_pool(
+                x, w, cos, sin, eps=1e-6, block=64, impl="triton"
+            ),
             (rows, spec((d,), jnp.bfloat16), angles, angles),
         ),
         "taps": taps(size, jnp.bfloat16),
         "taps in float32": taps(size, jnp.float32),
-        "keys": (lambda k, mean: qk_prep.quantize_keys(k, mean, block=64, impl="triton"), (qkv(size)[0], spec((1, h, 128), jnp.float32))),
+        "keys": (
+            lambda k, mean: qk_prep.quantize_keys(k, mean, block=64, impl="triton"),
+            (qkv(size)[0], spec((1, h, 128), jnp.float32)),
+        ),
     }[name]
 
 
@@ -126,8 +174,12 @@ def test_compiles(monkeypatch, name, arch):
         function, args = case(name, size)
         found += cuda_aot.compile_for(arch, function, *args)
     for kernel in found:
-        print(f"{arch} {name}: {kernel.name} {kernel.registers} registers, {kernel.spills} spilled, {kernel.shared} shared")
-        assert kernel.spills <= (0 if name in WITHOUT_SPILLS else SPILLS.get((kernel.name, arch), 0)), kernel.name
+        print(
+            f"{arch} {name}: {kernel.name} {kernel.registers} registers, {kernel.spills} spilled, {kernel.shared} shared"
+        )
+        assert kernel.spills <= (
+            0 if name in WITHOUT_SPILLS else SPILLS.get((kernel.name, arch), 0)
+        ), kernel.name
         assert kernel.shared <= SHARED[arch], kernel.name
         assert not kernel.serialized, kernel.name
     assert len(found) >= CASES[name]

@@ -17,7 +17,11 @@ def plain(a, b):
 
 
 def opaque(f, result, *args):
-    return jax.pure_callback(lambda *a: f(*(np.asarray(x) for x in a)), jax.ShapeDtypeStruct(result.shape, result.dtype), *args)
+    return jax.pure_callback(
+        lambda *a: f(*(np.asarray(x) for x in a)),
+        jax.ShapeDtypeStruct(result.shape, result.dtype),
+        *args,
+    )
 
 
 def forward(a, b):
@@ -25,7 +29,9 @@ def forward(a, b):
 
 
 def tangent(args, saved, tangents):
-    return opaque(lambda y, b, ta, tb: (1 - y * y) * ta * b + y * tb, saved, saved, args[1], *tangents)
+    return opaque(
+        lambda y, b, ta, tb: (1 - y * y) * ta * b + y * tb, saved, saved, args[1], *tangents
+    )
 
 
 def grad(args, saved, cotangent):
@@ -38,7 +44,10 @@ op = with_derivatives(forward, tangent=tangent, grad=grad)
 
 @pytest.fixture
 def ab():
-    return tuple(jnp.asarray(np.random.default_rng(seed).normal(size=(4, 3)), jnp.float32) for seed in range(2))
+    return tuple(
+        jnp.asarray(np.random.default_rng(seed).normal(size=(4, 3)), jnp.float32)
+        for seed in range(2)
+    )
 
 
 def loss(f, a, b):
@@ -47,12 +56,16 @@ def loss(f, a, b):
 
 def stacked(f, a, b, checkpoint):
     step = lambda x, y: (f(x, y), None)
-    return jax.lax.scan(jax.checkpoint(step) if checkpoint else step, a, jnp.stack([b, 2 * b, -b]))[0]
+    return jax.lax.scan(jax.checkpoint(step) if checkpoint else step, a, jnp.stack([b, 2 * b, -b]))[
+        0
+    ]
 
 
 def same(f, *args):
     """f with the opaque op equals f with the plain function."""
-    for actual, expected in zip(jax.tree.leaves(f(op, *args)), jax.tree.leaves(f(plain, *args)), strict=True):
+    for actual, expected in zip(
+        jax.tree.leaves(f(op, *args)), jax.tree.leaves(f(plain, *args)), strict=True
+    ):
         assert_close(actual, expected, "float32")
 
 
@@ -90,7 +103,9 @@ def test_gradient_beside_a_tangent_target(ab):
 
 def test_under_shard_map(ab):
     mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = lambda f: jax.shard_map(f, mesh=mesh, in_specs=(P("x"), P("x")), out_specs=P("x"), check_vma=False)
+    split = lambda f: jax.shard_map(
+        f, mesh=mesh, in_specs=(P("x"), P("x")), out_specs=P("x"), check_vma=False
+    )
     same(lambda f, *ab: jax.jit(jax.grad(lambda a, b: loss(split(f), a, b), (0, 1)))(*ab), *ab)
     same(lambda f, a, b: jax.jit(lambda a, b: jax.jvp(split(f), (a, b), (b, a)))(a, b), *ab)
 
@@ -108,8 +123,15 @@ def test_a_second_derivative_says_what_to_do(ab):
     tangent_of = lambda b: jax.jvp(lambda a: op(a, b), (a,), (a,))[1]
     inside = lambda b: jnp.square(op(a, b) - jax.lax.stop_gradient(tangent_of(b))).sum()
     for f in (jax.grad(inside), lambda b: jax.jvp(jax.grad(partial(loss, op, a)), (b,), (b,))):
-        with pytest.raises(NotImplementedError, match="outside the function that is differentiated"):
+        with pytest.raises(
+            NotImplementedError, match="outside the function that is differentiated"
+        ):
             f(b)
     same(
-        lambda f, b: jax.grad(lambda b: jnp.square(f(a, b) - jax.jvp(lambda a: f(a, jax.lax.stop_gradient(b)), (a,), (a,))[1]).sum())(b), b
+        lambda f, b: jax.grad(
+            lambda b: jnp.square(
+                f(a, b) - jax.jvp(lambda a: f(a, jax.lax.stop_gradient(b)), (a,), (a,))[1]
+            ).sum()
+        )(b),
+        b,
     )

@@ -9,7 +9,10 @@ from pallas_kernels.dispatch import automatic, choose, on_cuda
 
 
 def test_unknown_name_lists_what_is_allowed():
-    with pytest.raises(ValueError, match=r"matmul: impl is 'refrence'; allowed: auto, reference, cudnn; did you mean 'reference'\?"):
+    with pytest.raises(
+        ValueError,
+        match=r"matmul: impl is 'refrence'; allowed: auto, reference, cudnn; did you mean 'reference'\?",
+    ):
         choose("matmul", "refrence", {"reference": abs, "cudnn": abs}, abs)
     with pytest.raises(ValueError, match=r"impl is 'zz'; allowed: auto, reference$"):
         choose("matmul", "zz", {"reference": abs}, abs)
@@ -33,16 +36,25 @@ def test_auto_is_decided_at_lowering_and_its_derivative_by_the_default_device(mo
     assert automatic(jnp.sin, jnp.cos, "it is too wide") is jnp.cos
     op = automatic(jnp.sin, jnp.cos, None)
     assert op(0.0) == 1.0 and jax.grad(op)(0.0) == 0.0
-    assert "stablehlo.sine" in jax.jit(op).trace(jnp.float32(0)).lower(lowering_platforms=("cuda",)).as_text()
+    assert (
+        "stablehlo.sine"
+        in jax.jit(op).trace(jnp.float32(0)).lower(lowering_platforms=("cuda",)).as_text()
+    )
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert jax.grad(automatic(jnp.sin, jnp.cos, None))(0.0) == 1.0
-    assert jax.grad(automatic(jnp.sin, jnp.cos, None, derivative=jnp.exp2))(0.0) == np.float32(np.log(2))
+    assert jax.grad(automatic(jnp.sin, jnp.cos, None, derivative=jnp.exp2))(0.0) == np.float32(
+        np.log(2)
+    )
 
 
 def test_a_gpu_that_jax_does_not_name_is_known_by_its_capability(monkeypatch):
     """jax 0.11.2 and newer; 0.10 asks for the capability of every device, and the versions between are excluded."""
-    gpu_info = pytest.importorskip("jax._src.pallas.triton.gpu_info", reason="jax 0.10 has no table of names")
-    card = SimpleNamespace(platform="gpu", device_kind="NVIDIA GeForce RTX 5090", compute_capability="12.0")
+    gpu_info = pytest.importorskip(
+        "jax._src.pallas.triton.gpu_info", reason="jax 0.10 has no table of names"
+    )
+    card = SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA GeForce RTX 5090", compute_capability="12.0"
+    )
     monkeypatch.setattr(gpu_info.pxla, "get_default_device", lambda: card)
     gpu_info.get_gpu_info.cache_clear()
     assert gpu_info.get_gpu_info().compute_capability == 120

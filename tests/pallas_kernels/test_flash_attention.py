@@ -74,7 +74,9 @@ def test_invariances():
 @pytest.mark.parametrize("l, h", [(32760, 12), (75600, 40)])
 def test_memory_is_bounded_at_real_size(l, h):
     x = jax.ShapeDtypeStruct((1, l, h, 128), jnp.bfloat16)
-    assert largest(jax.make_jaxpr(reference.attention)(x, x, x).jaxpr) <= max(reference.SCORE_BYTES, x.size * 4)
+    assert largest(jax.make_jaxpr(reference.attention)(x, x, x).jaxpr) <= max(
+        reference.SCORE_BYTES, x.size * 4
+    )
 
 
 def test_lowers_for_cuda():
@@ -90,7 +92,9 @@ def test_errors():
         attention(q, k, v[:, :5])
     with pytest.raises(ValueError, match="expected one floating dtype"):
         attention(q, k, v.astype(jnp.bfloat16))
-    with pytest.raises(ValueError, match=r'bfloat16 and float16, not float32; use impl="reference"'):
+    with pytest.raises(
+        ValueError, match=r'bfloat16 and float16, not float32; use impl="reference"'
+    ):
         attention(q, k, v, impl="cudnn")
     with pytest.raises(ValueError, match="multiples of 8 up to 128, not 20"):
         attention(*qkv(dtype=jnp.bfloat16), impl="cudnn")
@@ -114,11 +118,18 @@ def test_a_kernel_without_a_tangent_gets_one(monkeypatch, f):
     args, tangents = (tuple(x.astype(jnp.bfloat16) for x in qkv(seed, k=24)) for seed in (0, 1))
 
     def everything(f):
-        stack = lambda q, k, v: jax.lax.scan(jax.checkpoint(lambda q, _: (f(q, k, v, scale=0.3), None)), q, None, 2)[0]
-        grads = jax.grad(lambda *a: jnp.square(stack(*a).astype(jnp.float32)).sum(), (0, 1, 2))(*args)
+        stack = lambda q, k, v: jax.lax.scan(
+            jax.checkpoint(lambda q, _: (f(q, k, v, scale=0.3), None)), q, None, 2
+        )[0]
+        grads = jax.grad(lambda *a: jnp.square(stack(*a).astype(jnp.float32)).sum(), (0, 1, 2))(
+            *args
+        )
         return *jax.jvp(stack, args, tangents), *grads
 
-    actual, expected = jax.jit(lambda: everything(f))(), jax.jit(lambda: everything(reference.attention))()
+    actual, expected = (
+        jax.jit(lambda: everything(f))(),
+        jax.jit(lambda: everything(reference.attention))(),
+    )
     for ours, theirs in zip(actual, expected, strict=True):
         ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
         assert np.linalg.norm(ours - theirs) < 1e-2 * np.linalg.norm(theirs)
@@ -126,11 +137,18 @@ def test_a_kernel_without_a_tangent_gets_one(monkeypatch, f):
 
 @pytest.mark.gpu
 def test_cudnn_agrees_with_the_reference():
-    args, tangents = qkv(l=300, s=200, k=64, dtype=jnp.bfloat16), qkv(1, l=300, s=200, k=64, dtype=jnp.bfloat16)
+    args, tangents = (
+        qkv(l=300, s=200, k=64, dtype=jnp.bfloat16),
+        qkv(1, l=300, s=200, k=64, dtype=jnp.bfloat16),
+    )
 
     def everything(impl):
-        grads = jax.grad(lambda *a: jnp.square(attention(*a, impl=impl).astype(jnp.float32)).sum(), (0, 1, 2))
-        return *jax.jit(lambda *a: jax.jvp(lambda *b: attention(*b, impl=impl), a, tangents))(*args), *jax.jit(grads)(*args)
+        grads = jax.grad(
+            lambda *a: jnp.square(attention(*a, impl=impl).astype(jnp.float32)).sum(), (0, 1, 2)
+        )
+        return *jax.jit(lambda *a: jax.jvp(lambda *b: attention(*b, impl=impl), a, tangents))(
+            *args
+        ), *jax.jit(grads)(*args)
 
     for impl in ("auto", "cudnn"):
         for actual, expected in zip(everything(impl), everything("reference"), strict=True):

@@ -23,13 +23,18 @@ f64 = lambda x: jnp.asarray(np.asarray(x, np.float64))
 def draw(seed, b, l, s, h, k, dtype, shift=0.0):
     """q, k, v."""
     rng = np.random.default_rng(seed)
-    q, k, v = (jnp.asarray(rng.normal(size=(b, n, h, k)) + m, dtype) for n, m in ((l, 0.0), (s, shift), (s, 0.0)))
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(b, n, h, k)) + m, dtype)
+        for n, m in ((l, 0.0), (s, shift), (s, 0.0))
+    )
     return q, k, v
 
 
 def plain(q, k, v, scale=None):
     """The formula, in the dtype of its arguments."""
-    p = jax.nn.softmax((q.shape[-1] ** -0.5 if scale is None else scale) * jnp.einsum("blhk,bshk->bhls", q, k))
+    p = jax.nn.softmax(
+        (q.shape[-1] ** -0.5 if scale is None else scale) * jnp.einsum("blhk,bshk->bhls", q, k)
+    )
     return jnp.einsum("bhls,bshk->blhk", p, v)
 
 
@@ -41,10 +46,15 @@ def derivatives(f, args, tangents, g):
 
 def exact(args, tangents, g, scale=None):
     """The same in float64, by hand."""
-    (q, k, v), (tq, tk, tv), g = jax.tree.map(lambda x: np.asarray(x, np.float64), (args, tangents, g))
+    (q, k, v), (tq, tk, tv), g = jax.tree.map(
+        lambda x: np.asarray(x, np.float64), (args, tangents, g)
+    )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     product = partial(np.einsum, "blhk,bshk->bhls")
-    over_keys, over_queries = partial(np.einsum, "bhls,bshk->blhk"), partial(np.einsum, "bhls,blhk->bshk")
+    over_keys, over_queries = (
+        partial(np.einsum, "bhls,bshk->blhk"),
+        partial(np.einsum, "bhls,blhk->bshk"),
+    )
     x, tx, dp = scale * product(q, k), scale * (product(tq, k) + product(q, tk)), product(g, v)
     p = np.exp(x - x.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
@@ -61,7 +71,9 @@ def close(actual, expected, bound, names=NAMES, floor=1e-6):
     """Relative L2; `floor` for results that are exactly zero in float64."""
     for name, a, e in zip(names, actual, expected, strict=True):
         error = np.linalg.norm(np.asarray(a, np.float64) - e)
-        assert error <= bound * np.linalg.norm(e) + floor * e.size**0.5, f"{name}: {error} of {np.linalg.norm(e)}"
+        assert error <= bound * np.linalg.norm(e) + floor * e.size**0.5, (
+            f"{name}: {error} of {np.linalg.norm(e)}"
+        )
 
 
 def check(b, l, s, h, k, dtype, scale=None, seed=0):
@@ -90,7 +102,9 @@ def test_head_width_128_heads_and_batch():
 def test_the_formulas_are_the_derivatives():
     """The float64 tangent and gradients above equal automatic differentiation and a finite difference."""
     with jax.enable_x64(True):
-        args, tangents = (tuple(map(f64, draw(seed, 1, 20, 30, 2, 32, jnp.float32))) for seed in (0, 1))
+        args, tangents = (
+            tuple(map(f64, draw(seed, 1, 20, 30, 2, 32, jnp.float32))) for seed in (0, 1)
+        )
         auto = jax.jit(partial(derivatives, plain))(args, tangents, args[0])
         along = jax.jit(lambda e: plain(*(a + e * t for a, t in zip(args, tangents, strict=True))))
         slope = (along(1e-5) - along(-1e-5)) / 2e-5
@@ -101,7 +115,10 @@ def test_the_formulas_are_the_derivatives():
 
 def test_large_tangents_and_what_keys_share():
     """A common part of the keys moves no output; in bfloat16 it must not drown the rest of the tangent."""
-    args, tangents = draw(0, 1, 70, 150, 1, 64, jnp.bfloat16, shift=8.0), draw(1, 1, 70, 150, 1, 64, jnp.bfloat16, shift=8.0)
+    args, tangents = (
+        draw(0, 1, 70, 150, 1, 64, jnp.bfloat16, shift=8.0),
+        draw(1, 1, 70, 150, 1, 64, jnp.bfloat16, shift=8.0),
+    )
     tangents = tuple(100 * t for t in tangents)
     _, t = jax.jit(partial(jax.jvp, ours))(args, tangents)
     close([t], exact(args, tangents, args[0])[1:2], 1e-2, ["tangent"])
@@ -128,7 +145,9 @@ def qkv():
 
 def same(f, *args):
     for actual, expected in zip(
-        jax.tree.leaves(jax.jit(partial(f, ours))(*args)), jax.tree.leaves(jax.jit(partial(f, plain))(*args)), strict=True
+        jax.tree.leaves(jax.jit(partial(f, ours))(*args)),
+        jax.tree.leaves(jax.jit(partial(f, plain))(*args)),
+        strict=True,
     ):
         assert_close(actual, expected, "float32")
 
@@ -148,16 +167,25 @@ def test_one_operand(qkv, i):
 def test_inside_a_scan(qkv, checkpoint):
     def stacked(f, q, k, v):
         step = lambda q, i: (f(q, i * k, v), None)
-        return jax.lax.scan(jax.checkpoint(step) if checkpoint else step, q, jnp.arange(1.0, 3.0))[0]
+        return jax.lax.scan(jax.checkpoint(step) if checkpoint else step, q, jnp.arange(1.0, 3.0))[
+            0
+        ]
 
     same(lambda f, *args: jax.jvp(partial(stacked, f), args, args[:1] + args[:0:-1]), *qkv)
-    same(lambda f, *args: jax.grad(partial(loss, partial(stacked, f)), 1 if checkpoint else (0, 1, 2))(*args), *qkv)
+    same(
+        lambda f, *args: jax.grad(
+            partial(loss, partial(stacked, f)), 1 if checkpoint else (0, 1, 2)
+        )(*args),
+        *qkv,
+    )
 
 
 def test_tangent_target_outside_gradient_inside(qkv):
     def step(f, q, k, v):
         target = jax.lax.stop_gradient(jax.jvp(f, (q, k, v), (q, v, k))[1])
-        return jax.grad(lambda w: jnp.square(f(w * q, w * k, w * v) - target).mean())(jnp.float32(0.9))
+        return jax.grad(lambda w: jnp.square(f(w * q, w * k, w * v) - target).mean())(
+            jnp.float32(0.9)
+        )
 
     same(step, *qkv)
 
@@ -165,7 +193,9 @@ def test_tangent_target_outside_gradient_inside(qkv):
 def test_under_shard_map(qkv):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     heads = P(None, None, "x", None)
-    split = lambda f: jax.shard_map(f, mesh=mesh, in_specs=(heads,) * 3, out_specs=heads, check_vma=False)
+    split = lambda f: jax.shard_map(
+        f, mesh=mesh, in_specs=(heads,) * 3, out_specs=heads, check_vma=False
+    )
     same(lambda f, *args: jax.jvp(split(f), args, args[:1] + args[:0:-1]), *qkv)
     same(lambda f, *args: jax.grad(partial(loss, split(f)), (0, 1, 2))(*args), *qkv)
 
@@ -174,7 +204,9 @@ def test_cudnn_with_our_tangent(monkeypatch, qkv):
     """cuDNN's statistics are natural logarithms, [b l h], and rounded to bfloat16."""
 
     def stand_in(q, k, v, scale, return_residual):
-        lse = jax.nn.logsumexp(scale * jnp.einsum("blhk,bshk->blhs", q, k, preferred_element_type=jnp.float32), -1)
+        lse = jax.nn.logsumexp(
+            scale * jnp.einsum("blhk,bshk->blhs", q, k, preferred_element_type=jnp.float32), -1
+        )
         return reference.attention(q, k, v, scale=scale), lse.astype(q.dtype)
 
     monkeypatch.setattr(cudnn, "fused", stand_in)
@@ -199,7 +231,9 @@ def test_errors():
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_real_shapes_lower_for_cuda(name):
     q, k, v = jax.eval_shape(WORKLOADS[name].make, jax.random.key(0))
-    assert WORKLOADS[name].flops == 4 * q.size * k.shape[1] and WORKLOADS[name].bytes == 2 * (2 * q.size + 2 * k.size)
+    assert WORKLOADS[name].flops == 4 * q.size * k.shape[1] and WORKLOADS[name].bytes == 2 * (
+        2 * q.size + 2 * k.size
+    )
     run = lambda q, k, v: derivatives(partial(attention, impl="triton"), (q, k, v), (q, k, v), q)
     text = described.lower(described.trace(jax.jit(run), q, k, v)).as_text()
     for kernel in ("forward_kernel", "tangent_kernel", "query_kernel", "key_kernel"):

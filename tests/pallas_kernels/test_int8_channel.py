@@ -42,18 +42,28 @@ def same(actual, expected):
 
 def ulps(actual, expected):
     """Distance in bfloat16 steps of finite arrays."""
-    a, e = (np.asarray(x).astype(ml_dtypes.bfloat16).view(np.int16).astype(np.int32) for x in (actual, expected))
+    a, e = (
+        np.asarray(x).astype(ml_dtypes.bfloat16).view(np.int16).astype(np.int32)
+        for x in (actual, expected)
+    )
     a, e = (np.where(x < 0, -(x & 0x7FFF), x) for x in (a, e))
     return np.abs(a - e)
 
 
 def pair(m, k, n, scheme):
-    return quantizer(jnp.asarray(normal(0, m, k), BF16), scheme), jax.jit(lambda w: quantize_weight(w, scheme))(normal(1, n, k) / 40)
+    return quantizer(jnp.asarray(normal(0, m, k), BF16), scheme), jax.jit(
+        lambda w: quantize_weight(w, scheme)
+    )(normal(1, n, k) / 40)
 
 
 def exact(x, w, bias=0):
     """The product of quantised matrices in float64."""
-    total = float64(x.values) @ float64(w.values).T * float64(x.scale)[:, None] * float64(w.scale)[None, :]
+    total = (
+        float64(x.values)
+        @ float64(w.values).T
+        * float64(x.scale)[:, None]
+        * float64(w.scale)[None, :]
+    )
     return total + bias
 
 
@@ -68,16 +78,29 @@ def test_rows_are_quantised_by_the_formula(scheme):
     scaled = np.clip(x * (top / amax)[:, None], -top, top)
     expected = np.rint(scaled) if scheme == "channel" else scaled.astype(ml_dtypes.float8_e4m3fn)
     np.testing.assert_array_equal(float64(q.values), float64(expected))
-    assert not float64(q.values)[3].any() and np.abs(float64(q.values)).max(1)[[0, 4]].tolist() == [top, top]
-    step = np.float64(q.scale)[:, None] / 2 if scheme == "channel" else np.maximum(np.abs(x) / 16, np.float64(q.scale)[:, None] / 1024)
+    assert not float64(q.values)[3].any() and np.abs(float64(q.values)).max(1)[[0, 4]].tolist() == [
+        top,
+        top,
+    ]
+    step = (
+        np.float64(q.scale)[:, None] / 2
+        if scheme == "channel"
+        else np.maximum(np.abs(x) / 16, np.float64(q.scale)[:, None] / 1024)
+    )
     assert (np.abs(float64(jax.jit(dequantize_rows)(q)) - x) <= 1.0001 * step).all(), "half a step"
 
 
 def test_ties_go_to_even_and_the_range_is_symmetric():
-    same(quantize_rows(jnp.array([[127.0, 0.5, 1.5, 2.5, -0.5, -127.0]])), (np.int8([[127, 0, 2, 2, 0, -127]]), np.ones(1, np.float32)))
+    same(
+        quantize_rows(jnp.array([[127.0, 0.5, 1.5, 2.5, -0.5, -127.0]])),
+        (np.int8([[127, 0, 2, 2, 0, -127]]), np.ones(1, np.float32)),
+    )
 
 
-@pytest.mark.parametrize(("scheme", "m", "k"), [("channel", 1, 1), ("channel", 2, 8960), ("fp8", 5, 80), ("fp8", 3, 1536)])
+@pytest.mark.parametrize(
+    ("scheme", "m", "k"),
+    [("channel", 1, 1), ("channel", 2, 8960), ("fp8", 5, 80), ("fp8", 3, 1536)],
+)
 def test_kernel_quantises_the_same_bits(scheme, m, k):
     x = jnp.asarray(normal(0, m, k) * np.exp(normal(1, m, k)), BF16)
     same(quantizer(x, scheme, impl="interpret"), quantizer(x, scheme))
@@ -91,44 +114,67 @@ def test_a_nan_or_infinity_spoils_its_row_only(scheme, impl):
     q = quantizer(x, scheme, impl=impl)
     assert np.isfinite(q.scale).tolist() == [True, False, False, True]
     y = linear(q, quantize_weight(normal(1, 6, 128), scheme), scheme=scheme, out_dtype=BF16)
-    assert np.isfinite(float64(y)).all(1).tolist() == [True, False, False, True] and not np.isfinite(float64(y)[1:3]).any()
+    assert (
+        np.isfinite(float64(y)).all(1).tolist() == [True, False, False, True]
+        and not np.isfinite(float64(y)[1:3]).any()
+    )
 
 
-@pytest.mark.parametrize(("m", "n"), [(128, 128), (1, 130), (184, 7), (120, 256)])  # m mod 128 in 0, 1, 56, 120
+@pytest.mark.parametrize(
+    ("m", "n"), [(128, 128), (1, 130), (184, 7), (120, 256)]
+)  # m mod 128 in 0, 1, 56, 120
 def test_kernel_product(m, n):
     x, w = pair(m, 256, n, "channel")
     bias = normal(2, n)
     y = linear(x, w, bias, scheme="channel", out_dtype=BF16, impl="interpret")
     expected = exact(x, w, bias).astype(np.float32)
-    assert y.dtype == BF16 and ulps(y, expected).max() <= 1 and (ulps(y, expected) > 0).mean() < 1e-2
+    assert (
+        y.dtype == BF16 and ulps(y, expected).max() <= 1 and (ulps(y, expected) > 0).mean() < 1e-2
+    )
 
 
 def test_sums_are_exact_and_rounded_once():
     """Whole numbers below 2^24 come out whole, and the bias joins before the only rounding."""
     rng = np.random.default_rng(0)
-    x, w = (QTensor(jnp.asarray(rng.integers(-127, 128, (n, 256)), jnp.int8), jnp.ones(n)) for n in (40, 130))
+    x, w = (
+        QTensor(jnp.asarray(rng.integers(-127, 128, (n, 256)), jnp.int8), jnp.ones(n))
+        for n in (40, 130)
+    )
     total, bias = exact(x, w), rng.integers(-1000, 1000, 130).astype(np.float32) + np.float32(0.5)
-    np.testing.assert_array_equal(linear(x, w, scheme="channel", out_dtype=jnp.float32, impl="interpret"), total)
+    np.testing.assert_array_equal(
+        linear(x, w, scheme="channel", out_dtype=jnp.float32, impl="interpret"), total
+    )
     for impl in ("xla", "interpret"):
         y = linear(x, w, bias, scheme="channel", out_dtype=BF16, impl=impl)
-        np.testing.assert_array_equal(float64(y), float64((total + bias).astype(np.float32).astype(ml_dtypes.bfloat16)))
-        twice = total.astype(np.float32).astype(ml_dtypes.bfloat16) + bias.astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(
+            float64(y), float64((total + bias).astype(np.float32).astype(ml_dtypes.bfloat16))
+        )
+        twice = total.astype(np.float32).astype(ml_dtypes.bfloat16) + bias.astype(
+            ml_dtypes.bfloat16
+        )
         assert (float64(y) != float64(twice)).mean() > 0.02, "two roundings would show"
 
 
-@pytest.mark.parametrize(("scheme", "bound"), [("block128", 0.015), ("channel", 0.015), ("fp8", 0.04)])
+@pytest.mark.parametrize(
+    ("scheme", "bound"), [("block128", 0.015), ("channel", 0.015), ("fp8", 0.04)]
+)
 def test_error_against_the_float_product(scheme, bound):
     """int8: 1.5 % on Gaussian data. e4m3 keeps 4 bits: relative rounding errors of 2.6 % rms in both operands, 3.7 % together."""
     x, w = normal(0, 96, 1536), normal(1, 64, 1536)
     y = linear(quantizer(x, scheme), quantize_weight(w, scheme), scheme=scheme, out_dtype=BF16)
-    error = np.linalg.norm(float64(y) - float64(x) @ float64(w).T) / np.linalg.norm(float64(x) @ float64(w).T)
+    error = np.linalg.norm(float64(y) - float64(x) @ float64(w).T) / np.linalg.norm(
+        float64(x) @ float64(w).T
+    )
     assert bound / 3 < error <= bound
 
 
 def test_fp8_dot_agrees_with_its_float32_form():
     """The two round a sum to bfloat16 before the scales, XLA's dot perhaps from another order of additions."""
     x, w = pair(33, 300, 20, "fp8")
-    a, b = (linear(x, w, normal(2, 20), scheme="fp8", out_dtype=BF16, impl=impl) for impl in ("reference", "xla"))
+    a, b = (
+        linear(x, w, normal(2, 20), scheme="fp8", out_dtype=BF16, impl=impl)
+        for impl in ("reference", "xla")
+    )
     expected = exact(x, w, normal(2, 20))
     for y in (a, b):
         assert np.linalg.norm(float64(y) - expected) < 2**-8 * np.linalg.norm(expected)
@@ -156,13 +202,20 @@ def test_block_weights_are_rescaled():
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_one_interface(scheme):
     """Quantised once, multiplied with joined weights: the products of each weight."""
-    x, weights, biases = normal(0, 5, 128), [normal(n, n, 128) for n in (128, 7)], [normal(n, n) for n in (128, 7)]
+    x, weights, biases = (
+        normal(0, 5, 128),
+        [normal(n, n, 128) for n in (128, 7)],
+        [normal(n, n) for n in (128, 7)],
+    )
     q = quantizer(x, scheme)
     weights = [jax.jit(quantize_weight, static_argnums=1)(w, scheme) for w in weights]
     assert all(w.scale.shape == SCHEMES[scheme].scale_shape(w.values.shape) for w in weights)
     joined = QTensor(*(jnp.concatenate(parts) for parts in zip(*weights, strict=True)))
     y = linear(q, joined, np.concatenate(biases), scheme=scheme, out_dtype=jnp.float32)
-    apart = [linear(q, w, b, scheme=scheme, out_dtype=jnp.float32) for w, b in zip(weights, biases, strict=True)]
+    apart = [
+        linear(q, w, b, scheme=scheme, out_dtype=jnp.float32)
+        for w, b in zip(weights, biases, strict=True)
+    ]
     np.testing.assert_allclose(y, np.concatenate(apart, 1), rtol=1e-6, atol=1e-5)
 
 
@@ -176,31 +229,58 @@ def test_auto_is_the_kernel_on_cuda_for_widths_that_it_takes(k):
 
 def test_errors():
     x, w = pair(4, 128, 6, "channel")
-    run = lambda *args, scheme="channel", **more: quantized_linear(*args, scheme=scheme, out_dtype=BF16, **more)
-    with pytest.raises(ValueError, match=r"scheme is 'chanel'; allowed: block128, channel, fp8; did you mean 'channel'\?"):
+    run = lambda *args, scheme="channel", **more: quantized_linear(
+        *args, scheme=scheme, out_dtype=BF16, **more
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"scheme is 'chanel'; allowed: block128, channel, fp8; did you mean 'channel'\?",
+    ):
         run(x, w, scheme="chanel")
-    with pytest.raises(ValueError, match=r"impl is 'tritn'; allowed: auto, reference, xla, triton, interpret; did you mean 'triton'\?"):
+    with pytest.raises(
+        ValueError,
+        match=r"impl is 'tritn'; allowed: auto, reference, xla, triton, interpret; did you mean 'triton'\?",
+    ):
         run(x, w, impl="tritn")
     with pytest.raises(ValueError, match=r"weight int8, scale \(6,\); expected int8 and \(1, 1\)"):
         run(x, w, scheme="block128")
-    with pytest.raises(ValueError, match=r"weight int8, scale \(6,\); expected float8_e4m3fn and \(6,\)"):
+    with pytest.raises(
+        ValueError, match=r"weight int8, scale \(6,\); expected float8_e4m3fn and \(6,\)"
+    ):
         run(x, w, scheme="fp8")
     with pytest.raises(ValueError, match=r"x int8, scale \(3,\); expected int8 and \(4,\)"):
         run(QTensor(x.values, x.scale[:3]), w)
-    with pytest.raises(ValueError, match=r"quantize_activations: k is 100; it must be a multiple of 128.*nearest: 128"):
+    with pytest.raises(
+        ValueError,
+        match=r"quantize_activations: k is 100; it must be a multiple of 128.*nearest: 128",
+    ):
         quantize_activations(jnp.zeros((4, 100)), "block128")
-    with pytest.raises(ValueError, match=r"quantize_activations: x \(4, 1, 128\); expected \[m k\]"):
+    with pytest.raises(
+        ValueError, match=r"quantize_activations: x \(4, 1, 128\); expected \[m k\]"
+    ):
         quantize_activations(jnp.zeros((4, 1, 128)), "channel")
     narrow = [QTensor(q.values[:, :100], q.scale) for q in (x, w)]
-    with pytest.raises(ValueError, match=r'k is 100; the kernel takes multiples of 128, nearest: 128; impl="xla" takes any'):
+    with pytest.raises(
+        ValueError,
+        match=r'k is 100; the kernel takes multiples of 128, nearest: 128; impl="xla" takes any',
+    ):
         run(*narrow, impl="interpret")
 
 
 def test_it_is_forward_only():
     w = quantize_weight(normal(0, 6, 128), "channel")
-    f = lambda x: quantized_linear(quantize_activations(x, "channel"), w, scheme="channel", out_dtype=jnp.float32).sum()
-    with pytest.raises(NotImplementedError, match="quantize_activations is forward only.*Differentiate the float weights"):
+    f = lambda x: quantized_linear(
+        quantize_activations(x, "channel"), w, scheme="channel", out_dtype=jnp.float32
+    ).sum()
+    with pytest.raises(
+        NotImplementedError,
+        match="quantize_activations is forward only.*Differentiate the float weights",
+    ):
         jax.grad(f)(jnp.ones((3, 128)))
     x = quantize_activations(jnp.ones((3, 128)), "channel")
     with pytest.raises(NotImplementedError, match="quantized_linear is forward only"):
-        jax.jvp(lambda b: quantized_linear(x, w, b, scheme="channel", out_dtype=jnp.float32), (jnp.ones(6),), (jnp.ones(6),))
+        jax.jvp(
+            lambda b: quantized_linear(x, w, b, scheme="channel", out_dtype=jnp.float32),
+            (jnp.ones(6),),
+            (jnp.ones(6),),
+        )

@@ -29,15 +29,23 @@ def test_quantiser_is_bit_exact(golden, name):
 
 def test_product_and_both_roundings(golden):
     g = golden("int8_linear")
-    x, weight = jnp.asarray(g["in/x"], jnp.bfloat16), QTensor(jnp.asarray(g["out/w_q"]), jnp.asarray(g["out/w_scale"]))
+    x, weight = (
+        jnp.asarray(g["in/x"], jnp.bfloat16),
+        QTensor(jnp.asarray(g["out/w_q"]), jnp.asarray(g["out/w_scale"])),
+    )
     y = jax.jit(lambda x, w: reference.product(quantize(x), w))(x, weight)
     assert_close(y, g["out/y_f32"], "int8_y")
     run = jax.jit(int8_linear)
-    for bias, key in ((None, "out/y_bf16"), (jnp.asarray(g["w/bias"], jnp.bfloat16), "out/y_bf16_plus_bias")):
+    for bias, key in (
+        (None, "out/y_bf16"),
+        (jnp.asarray(g["w/bias"], jnp.bfloat16), "out/y_bf16_plus_bias"),
+    ):
         y = run(x, weight, bias)
         assert y.dtype == jnp.bfloat16
         differ = np.asarray(y, np.float32) != g[key]
-        assert differ.mean() < 1e-3, f"{key}: float32 sums in another order may move a value across a rounding edge, seldom"
+        assert differ.mean() < 1e-3, (
+            f"{key}: float32 sums in another order may move a value across a rounding edge, seldom"
+        )
         np.testing.assert_allclose(np.asarray(y, np.float32), g[key], rtol=2**-7, atol=2**-7)
 
 
@@ -48,7 +56,9 @@ def test_cuda_kernels_of_the_publishers(golden):
     exact(q.scale, g["xs"], "scales of x")
     exact(w.scale, g["ws"], "scales of the weight")
     exact(w.values, g["wq"], "weight")
-    assert (np.asarray(q.values) != g["xq"]).sum() <= 1, "their quotient is computed by fast division"
+    assert (np.asarray(q.values) != g["xq"]).sum() <= 1, (
+        "their quotient is computed by fast division"
+    )
     y = jax.jit(int8_linear)(x, QTensor(jnp.asarray(g["wq"], jnp.int8), jnp.asarray(g["ws"])))
     np.testing.assert_allclose(np.asarray(y, np.float32), g["y"], rtol=2**-7, atol=1e-2)
 
@@ -61,13 +71,20 @@ def test_rows_in_pieces_change_nothing(monkeypatch):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.sampled_from([1, 128, 131]), st.sampled_from([7, 150]), st.floats(1e-3, 1e3), st.integers(0, 99))
+@given(
+    st.sampled_from([1, 128, 131]),
+    st.sampled_from([7, 150]),
+    st.floats(1e-3, 1e3),
+    st.integers(0, 99),
+)
 def test_one_step_bounds_the_error(m, k, size, seed):
     x = np.random.default_rng(seed).normal(size=(m, k)).astype(np.float32) * np.float32(size)
     q = jax.jit(quantize)(x)
     amax = np.abs(x[:128, :128]).max()
     error = np.abs(np.asarray(jax.jit(dequantize)(q)) - x)[:128, :128]
-    assert error.max() <= 1.001 * amax / 128  # half a step, and a whole one for the positive maximum
+    assert (
+        error.max() <= 1.001 * amax / 128
+    )  # half a step, and a whole one for the positive maximum
     assert np.asarray(q.scale)[0, 0] == amax / 128
 
 
@@ -86,17 +103,23 @@ def test_is_close_to_the_float_product():
 
 def test_memory_is_bounded_and_it_lowers_for_cuda():
     x = jax.ShapeDtypeStruct((32760, 1536), jnp.bfloat16)
-    w = QTensor(jax.ShapeDtypeStruct((8960, 1536), jnp.int8), jax.ShapeDtypeStruct((70, 12), jnp.float32))
+    w = QTensor(
+        jax.ShapeDtypeStruct((8960, 1536), jnp.int8), jax.ShapeDtypeStruct((70, 12), jnp.float32)
+    )
     lowered = described.lower(described.trace(jax.jit(int8_linear), x, w))
     assert lowered.out_info.shape == (32760, 8960)
 
 
 def test_errors():
     x, w = jnp.zeros((5, 200)), quantize(jnp.zeros((7, 200)))
-    with pytest.raises(ValueError, match=r"k is 200; it must be a multiple of 128, .*; nearest: 128 and 256"):
+    with pytest.raises(
+        ValueError, match=r"k is 200; it must be a multiple of 128, .*; nearest: 128 and 256"
+    ):
         int8_linear(x, w)
     x, w = jnp.zeros((5, 128)), quantize(jnp.zeros((7, 128)))
-    with pytest.raises(ValueError, match=r"impl is 'tritn'; allowed: auto, reference, .*did you mean 'triton'"):
+    with pytest.raises(
+        ValueError, match=r"impl is 'tritn'; allowed: auto, reference, .*did you mean 'triton'"
+    ):
         int8_linear(x, w, impl="tritn")
     with pytest.raises(ValueError, match=r"bias \(3,\); expected \(7,\)"):
         int8_linear(x, w, jnp.zeros(3))
@@ -104,6 +127,12 @@ def test_errors():
         int8_linear(x[:, :100], w)
     with pytest.raises(ValueError, match=r"scale \(2, 2\); expected int8 and \(1, 1\)"):
         int8_linear(x, QTensor(w.values, jnp.zeros((2, 2))))
-    for differentiate in (lambda: jax.grad(lambda x: int8_linear(x, w).sum())(x), lambda: jax.jvp(lambda x: int8_linear(x, w), (x,), (x,))):
-        with pytest.raises(NotImplementedError, match="int8_linear is forward only.*Differentiate the float weights"):
+    for differentiate in (
+        lambda: jax.grad(lambda x: int8_linear(x, w).sum())(x),
+        lambda: jax.jvp(lambda x: int8_linear(x, w), (x,), (x,)),
+    ):
+        with pytest.raises(
+            NotImplementedError,
+            match="int8_linear is forward only.*Differentiate the float weights",
+        ):
             differentiate()

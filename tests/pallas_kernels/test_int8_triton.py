@@ -6,14 +6,24 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from pallas_kernels.int8_matmul import QTensor, int8_linear, quantize, quantize_activations, quantized_linear
+from pallas_kernels.int8_matmul import (
+    QTensor,
+    int8_linear,
+    quantize,
+    quantize_activations,
+    quantized_linear,
+)
 from pallas_kernels.int8_matmul.triton import swizzled
 
 kernel_quantize = jax.jit(lambda x: quantize_activations(x, "block128", impl="interpret"))
 reference_quantize = jax.jit(quantize)
 kernel_linear = jax.jit(lambda *args: int8_linear(*args, impl="interpret"))
 reference_linear = jax.jit(lambda *args: int8_linear(*args, impl="reference"))
-kernel_product = jax.jit(lambda *args: quantized_linear(*args, scheme="block128", out_dtype=jnp.float32, impl="interpret"))
+kernel_product = jax.jit(
+    lambda *args: quantized_linear(
+        *args, scheme="block128", out_dtype=jnp.float32, impl="interpret"
+    )
+)
 
 
 def normal(seed, *shape):
@@ -23,13 +33,17 @@ def normal(seed, *shape):
 def same(actual, expected, what):
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert a.dtype == e.dtype
-        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(e, np.float32), err_msg=what)
+        np.testing.assert_array_equal(
+            np.asarray(a, np.float32), np.asarray(e, np.float32), err_msg=what
+        )
 
 
 @pytest.mark.parametrize("name", ["x", "w", "z"])
 def test_quantiser_is_that_of_the_golden_file(golden, name):
     g = golden("int8_linear")
-    source = {"x": "in/x", "w": "w/weight", "z": "in/z"}[name]  # ties, saturation, a block of zeros, an outlier; z is ragged in k
+    source = {"x": "in/x", "w": "w/weight", "z": "in/z"}[
+        name
+    ]  # ties, saturation, a block of zeros, an outlier; z is ragged in k
     x = jnp.asarray(g[source], jnp.bfloat16)
     if name == "z":
         x = jnp.pad(x, ((0, 0), (0, 56)))  # the op takes whole blocks of k; zeros are in no maximum
@@ -46,29 +60,47 @@ def test_quantiser_equals_the_reference(m):
 
 def test_product_of_the_golden_file(golden):
     g = golden("int8_linear")
-    x, weight = jnp.asarray(g["in/x"], jnp.bfloat16), QTensor(jnp.asarray(g["out/w_q"]), jnp.asarray(g["out/w_scale"]))
+    x, weight = (
+        jnp.asarray(g["in/x"], jnp.bfloat16),
+        QTensor(jnp.asarray(g["out/w_q"]), jnp.asarray(g["out/w_scale"])),
+    )
     bias = jnp.asarray(g["w/bias"], jnp.bfloat16)
     y = kernel_linear(x, weight, bias)
     assert y.dtype == jnp.bfloat16
     differ = np.asarray(y, np.float32) != g["out/y_bf16_plus_bias"]
-    assert differ.mean() < 1e-3, "the golden sums are fused multiply-adds, which seldom move a value across a rounding edge"
-    np.testing.assert_allclose(np.asarray(y, np.float32), g["out/y_bf16_plus_bias"], rtol=2**-7, atol=2**-7)
+    assert differ.mean() < 1e-3, (
+        "the golden sums are fused multiply-adds, which seldom move a value across a rounding edge"
+    )
+    np.testing.assert_allclose(
+        np.asarray(y, np.float32), g["out/y_bf16_plus_bias"], rtol=2**-7, atol=2**-7
+    )
     assert_close(kernel_product(reference_quantize(x), weight), g["out/y_f32"], "int8_y")
 
 
 def test_cuda_kernels_of_the_publishers(golden):
     g = golden("int8_linear_cuda")
-    x, weight = jnp.asarray(g["x"], jnp.bfloat16), QTensor(jnp.asarray(g["wq"], jnp.int8), jnp.asarray(g["ws"]))
+    x, weight = (
+        jnp.asarray(g["x"], jnp.bfloat16),
+        QTensor(jnp.asarray(g["wq"], jnp.int8), jnp.asarray(g["ws"])),
+    )
     q = kernel_quantize(x)
     same(q.scale, jnp.asarray(g["xs"]), "scales of x")
-    assert (np.asarray(q.values) != g["xq"]).sum() <= 1, "their quotient is computed by fast division"
-    np.testing.assert_allclose(np.asarray(kernel_linear(x, weight), np.float32), g["y"], rtol=2**-7, atol=1e-2)
+    assert (np.asarray(q.values) != g["xq"]).sum() <= 1, (
+        "their quotient is computed by fast division"
+    )
+    np.testing.assert_allclose(
+        np.asarray(kernel_linear(x, weight), np.float32), g["y"], rtol=2**-7, atol=1e-2
+    )
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (128, 256), (184, 130), (248, 129)])
 def test_product_equals_the_reference(m, n):
     """The same operations in the same order; a bias is rounded to the dtype of x, and added with a second rounding."""
-    x, w, bias = jnp.asarray(normal(0, m, 256), jnp.bfloat16), reference_quantize(normal(1, n, 256)), normal(2, n)
+    x, w, bias = (
+        jnp.asarray(normal(0, m, 256), jnp.bfloat16),
+        reference_quantize(normal(1, n, 256)),
+        normal(2, n),
+    )
     same(kernel_linear(x, w, bias), reference_linear(x, w, bias), f"{m} x {n}")
 
 
@@ -88,18 +120,29 @@ def test_a_tile_with_a_nan_is_not_finite_and_others_are():
     w = reference_quantize(normal(1, 4, 256))
     assert not np.isfinite(kernel_linear(x, w)).any()
     x[129, 200] = 1
-    assert np.isfinite(kernel_linear(x, w)[128:]).all() and not np.isfinite(kernel_linear(x, w)[:128]).any()
+    assert (
+        np.isfinite(kernel_linear(x, w)[128:]).all()
+        and not np.isfinite(kernel_linear(x, w)[:128]).any()
+    )
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (8, 3), (19, 5), (3, 7)])
 def test_every_tile_has_one_program(grid):
     rows, columns = swizzled(np.arange(grid[0] * grid[1]), grid)
-    assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == [(i, j) for i in range(grid[0]) for j in range(grid[1])]
-    assert (np.asarray(columns[: min(8, grid[0])]) == 0).all(), "neighbouring programs share the weight"
+    assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == [
+        (i, j) for i in range(grid[0]) for j in range(grid[1])
+    ]
+    assert (np.asarray(columns[: min(8, grid[0])]) == 0).all(), (
+        "neighbouring programs share the weight"
+    )
 
 
 def test_concatenated_weights_give_concatenated_outputs():
     x = quantize_activations(normal(0, 10, 128), "block128")
     weights = [reference_quantize(normal(n, n, 128)) for n in (128, 7)]
     joined = QTensor(*(jnp.concatenate(parts) for parts in zip(*weights, strict=True)))
-    same(kernel_product(x, joined), jnp.concatenate([kernel_product(x, w) for w in weights], 1), "n in whole tiles but the last")
+    same(
+        kernel_product(x, joined),
+        jnp.concatenate([kernel_product(x, w) for w in weights], 1),
+        "n in whole tiles but the last",
+    )

@@ -33,7 +33,11 @@ def test_any_number_of_chunks(monkeypatch, programs, l):
     """Programs of several products each, the last of them short, and more programs than keys."""
     monkeypatch.setattr(linear, "PROGRAMS", programs)
     k, v = (jnp.asarray(normal(seed, 1, l, 2, 32) * 3, jnp.float32) for seed in range(2))
-    for ours, theirs in zip(jax.jit(lambda *kv: linear.summaries(*kv, interpret=True))(k, v), expected(k, v), strict=True):
+    for ours, theirs in zip(
+        jax.jit(lambda *kv: linear.summaries(*kv, interpret=True))(k, v),
+        expected(k, v),
+        strict=True,
+    ):
         assert_close(ours, theirs, "float32")
 
 
@@ -45,7 +49,10 @@ def test_bfloat16():
 
 
 def test_large_keys_do_not_overflow():
-    k, v = jnp.asarray(1e4 * normal(0, 1, 70, 1, 16), jnp.float32), jnp.asarray(normal(1, 1, 70, 1, 16), jnp.float32)
+    k, v = (
+        jnp.asarray(1e4 * normal(0, 1, 70, 1, 16), jnp.float32),
+        jnp.asarray(normal(1, 1, 70, 1, 16), jnp.float32),
+    )
     product, total = summaries(k, v)
     assert_close(total.sum(), 70.0, "float32", "features of a token add up to one")
     assert np.isfinite(np.asarray(product)).all()

@@ -22,7 +22,12 @@ def normal(seed, *shape):
 
 def arguments(b=2, l=70, h=3, k=16, dtype=jnp.float32):
     angle = normal(2, l, k // 2)
-    return jnp.asarray(2 * normal(0, b, l, h * k), dtype), 1 + 0.3 * jnp.asarray(normal(1, h * k)), jnp.cos(angle), jnp.sin(angle)
+    return (
+        jnp.asarray(2 * normal(0, b, l, h * k), dtype),
+        1 + 0.3 * jnp.asarray(normal(1, h * k)),
+        jnp.cos(angle),
+        jnp.sin(angle),
+    )
 
 
 def exact(x, weight, cos, sin, eps):
@@ -59,19 +64,29 @@ def test_means_of_blocks(impl, l, block):
     y, means = rms_norm_rope_pool(x, *rest, eps=1e-6, block=block, impl=impl)
     assert_close(y, exact(x, *rest, 1e-6), "float32")
     y = np.asarray(y, np.float64)
-    assert_close(means, np.stack([y[:, i : i + block].mean(1) for i in range(0, l, block)], 2), "float32")
+    assert_close(
+        means, np.stack([y[:, i : i + block].mean(1) for i in range(0, l, block)], 2), "float32"
+    )
 
 
-@pytest.mark.parametrize("tail, block", [(0, 64), (1, 64), (16, 64), (56, 64), (80, 128), (120, 128)])
+@pytest.mark.parametrize(
+    "tail, block", [(0, 64), (1, 64), (16, 64), (56, 64), (80, 128), (120, 128)]
+)
 def test_int8_keys(tail, block):
     k = jnp.asarray(normal(0, 2, block + tail, 2, 32) + 5, jnp.bfloat16)
     mean = k.mean(1, dtype=jnp.float32)
     values, scale = quantize_keys(k, mean, block=block, impl="interpret")
     expected, expected_scale = quantize_keys(k, mean, block=block, impl="reference")
-    assert values.dtype == jnp.int8 and values.shape == k.shape and scale.shape == (2, 2, 2 if tail else 1)
+    assert (
+        values.dtype == jnp.int8
+        and values.shape == k.shape
+        and scale.shape == (2, 2, 2 if tail else 1)
+    )
     assert_close(scale, expected_scale, "float32")
     smooth = np.asarray(k, np.float64) - np.asarray(mean, np.float64)[:, None]
-    quotient = smooth / np.repeat(np.asarray(scale, np.float64), block, 2)[:, :, : k.shape[1], None].swapaxes(1, 2)
+    quotient = smooth / np.repeat(np.asarray(scale, np.float64), block, 2)[
+        :, :, : k.shape[1], None
+    ].swapaxes(1, 2)
     for rounded in (values, expected):  # the nearest whole number, or either one at a tie
         assert (np.abs(np.asarray(rounded) - quotient) <= 0.5 + 1e-4).all()
     assert np.abs(np.asarray(values)).max() == 127
@@ -94,15 +109,24 @@ def test_derivatives_of_the_kernel_are_those_of_the_reference():
     ways = tuple(jnp.asarray(normal(3 + i, *a.shape)) for i, a in enumerate(args))
     run = lambda impl: lambda *args: op.rms_norm_rope_pool(*args, eps=1e-6, block=32, impl=impl)
     loss = lambda impl: lambda *args: sum(jnp.sin(y).sum() for y in run(impl)(*args))
-    both = lambda impl: lambda: (jax.jvp(run(impl), args, ways)[1], jax.grad(loss(impl), (0, 1))(*args))
-    jax.tree.map(lambda a, e: assert_close(a, e, "float32"), jax.jit(both("interpret"))(), jax.jit(both("reference"))())
+    both = lambda impl: (
+        lambda: (jax.jvp(run(impl), args, ways)[1], jax.grad(loss(impl), (0, 1))(*args))
+    )
+    jax.tree.map(
+        lambda a, e: assert_close(a, e, "float32"),
+        jax.jit(both("interpret"))(),
+        jax.jit(both("reference"))(),
+    )
 
 
 @pytest.mark.parametrize("name", workloads.SHAPES)
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_workloads_at_real_size(name, impl):
     """They trace, the reference lowers for CUDA, and no array is larger than the float32 form of the argument."""
-    ops = {"rows": partial(op.rms_norm_rope_pool, eps=1e-6, block=64, impl=impl), "keys": partial(op.quantize_keys, block=64, impl=impl)}
+    ops = {
+        "rows": partial(op.rms_norm_rope_pool, eps=1e-6, block=64, impl=impl),
+        "keys": partial(op.quantize_keys, block=64, impl=impl),
+    }
     loads = {"rows": workloads.WORKLOADS[name], "keys": workloads.KEYS[name]}
     for what, run in ops.items():
         args = jax.eval_shape(loads[what].make, jax.random.key(0))
@@ -115,19 +139,36 @@ def test_workloads_at_real_size(name, impl):
 
 def test_errors():
     x, weight, cos, sin = arguments()
-    for bad in [(x[0], weight, cos, sin), (x, weight[1:], cos, sin), (x, weight, cos[1:], sin[1:]), (x, weight, cos[:, 1:], sin[:, 1:])]:
-        with pytest.raises(ValueError, match=r"rms_norm_rope: x .*expected \[b l d\], \[d\] and float32 \[l k/2\]"):
+    for bad in [
+        (x[0], weight, cos, sin),
+        (x, weight[1:], cos, sin),
+        (x, weight, cos[1:], sin[1:]),
+        (x, weight, cos[:, 1:], sin[:, 1:]),
+    ]:
+        with pytest.raises(
+            ValueError, match=r"rms_norm_rope: x .*expected \[b l d\], \[d\] and float32 \[l k/2\]"
+        ):
             op.rms_norm_rope(*bad, eps=1e-6)
     k = jnp.zeros((1, 8, 2, 16))
-    with pytest.raises(ValueError, match=r"quantize_keys: .*mean float32 \(1, 16\); expected \[b l h k\] and float32 \[b h k\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"quantize_keys: .*mean float32 \(1, 16\); expected \[b l h k\] and float32 \[b h k\]",
+    ):
         op.quantize_keys(k, jnp.zeros((1, 16)), block=64)
     with pytest.raises(
-        ValueError, match="quantize_keys: block is 24; the kernel takes powers of two; nearest: 16 and 32; impl='reference'"
+        ValueError,
+        match="quantize_keys: block is 24; the kernel takes powers of two; nearest: 16 and 32; impl='reference'",
     ):
         op.quantize_keys(k, jnp.zeros((1, 2, 16)), block=24, impl="interpret")
-    with pytest.raises(ValueError, match="rms_norm_rope: head width is 6; the kernel takes powers of two; nearest: 4 and 8"):
+    with pytest.raises(
+        ValueError,
+        match="rms_norm_rope: head width is 6; the kernel takes powers of two; nearest: 4 and 8",
+    ):
         op.rms_norm_rope(*arguments(k=6), eps=1e-6, impl="interpret")
-    with pytest.raises(ValueError, match="rms_norm_rope: impl is 'pallas'; allowed: auto, reference, triton, interpret"):
+    with pytest.raises(
+        ValueError,
+        match="rms_norm_rope: impl is 'pallas'; allowed: auto, reference, triton, interpret",
+    ):
         op.rms_norm_rope(x, weight, cos, sin, eps=1e-6, impl="pallas")
     with pytest.raises(NotImplementedError, match="quantize_keys is forward only"):
         jax.grad(lambda k: op.quantize_keys(k, jnp.zeros((1, 2, 16)), block=8)[1].sum())(k)

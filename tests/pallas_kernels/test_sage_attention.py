@@ -17,7 +17,9 @@ sparse_attention = jax.jit(float_op.sparse_attention, static_argnames=SIZED)
 sparse_linear_attention = jax.jit(float_op.sparse_linear_attention, static_argnames="topk")
 sage_attention = jax.jit(op.sage_attention, static_argnames="impl")
 sage_sparse_attention = jax.jit(op.sage_sparse_attention, static_argnames=SIZED)
-sage_sparse_linear_attention = jax.jit(op.sage_sparse_linear_attention, static_argnames=("topk", *SIZED))
+sage_sparse_linear_attention = jax.jit(
+    op.sage_sparse_linear_attention, static_argnames=("topk", *SIZED)
+)
 
 
 def normal(seed, *shape):
@@ -65,7 +67,9 @@ def test_sparse(block_q, block_k):
     q, k, v = qkv()
     sizes = {"block_q": block_q, "block_k": block_k}
     blocks = block_map(q, k, topk=0.4, **sizes)
-    agrees(sage_sparse_attention(q, k, v, blocks, **sizes), sparse_attention(q, k, v, blocks, **sizes))
+    agrees(
+        sage_sparse_attention(q, k, v, blocks, **sizes), sparse_attention(q, k, v, blocks, **sizes)
+    )
 
 
 def test_constant_keys_are_taken_off_before_rounding():
@@ -86,8 +90,12 @@ def test_cuda_kernel_of_the_publishers(golden):
     g = golden("sla_cuda")
     q, k, v = (jnp.asarray(g[name], jnp.bfloat16) for name in "qkv")
     proj = jnp.asarray(g["proj_w"].T), jnp.asarray(g["proj_b"])
-    o = np.asarray(sage_sparse_linear_attention(q, k, v, *proj, topk=0.2, block_q=64, block_k=128), np.float32)
-    size = lambda x: np.array([np.abs(x[0, i : i + 64]).sum((0, 2)) for i in range(0, 2000, 64)])  # [q_blocks h]
+    o = np.asarray(
+        sage_sparse_linear_attention(q, k, v, *proj, topk=0.2, block_q=64, block_k=128), np.float32
+    )
+    size = lambda x: np.array(
+        [np.abs(x[0, i : i + 64]).sum((0, 2)) for i in range(0, 2000, 64)]
+    )  # [q_blocks h]
     relative = size(o - g["out_sagesla_sm90"]) / size(g["out_sagesla_sm90"])
     assert (relative < 0.05).mean() >= 0.8, relative
     assert np.median(relative) < 0.035
@@ -96,7 +104,11 @@ def test_cuda_kernel_of_the_publishers(golden):
 def test_lowers_for_cuda_at_real_size():
     x = jax.ShapeDtypeStruct((1, 32760, 12, 128), jnp.bfloat16)
     proj = jax.ShapeDtypeStruct((128, 128), jnp.float32), jax.ShapeDtypeStruct((128,), jnp.float32)
-    described.lower(described.trace(jax.jit(lambda *a: sage_sparse_linear_attention(*a, topk=0.1)), x, x, x, *proj))
+    described.lower(
+        described.trace(
+            jax.jit(lambda *a: sage_sparse_linear_attention(*a, topk=0.1)), x, x, x, *proj
+        )
+    )
 
 
 def test_errors():
@@ -106,5 +118,8 @@ def test_errors():
     gradient = lambda: jax.grad(lambda q: sage_attention(q, k, v).sum())(q)
     tangent = lambda: jax.jvp(sage_attention, (q, k, v), (q, k, v))
     for differentiate in (gradient, tangent):
-        with pytest.raises(NotImplementedError, match='int8 scores is forward only.*Train with attention "sla" or "dense"'):
+        with pytest.raises(
+            NotImplementedError,
+            match='int8 scores is forward only.*Train with attention "sla" or "dense"',
+        ):
             differentiate()

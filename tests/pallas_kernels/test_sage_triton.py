@@ -80,12 +80,22 @@ def test_bounds_hold():
     q, k = jnp.asarray(normal(0, 1, 100, 2, 32)), jnp.asarray(normal(1, 1, 130, 2, 32))
     q = q.at[:, 64:].set(q[:, 64:65])
     k = jnp.concatenate([k, -2 * q[:, 64:65].repeat(40, 1)], 1)
-    (values, scale, bound), (keys, key_scale) = triton.operands(q, k, jnp.zeros((1, 2, 32)), 64, 64, interpret=True)
-    rows = lambda scale, l: np.repeat(np.asarray(scale, np.float64), 64, 2)[:, :, :l].swapaxes(1, 2)[..., None]
+    (values, scale, bound), (keys, key_scale) = triton.operands(
+        q, k, jnp.zeros((1, 2, 32)), 64, 64, interpret=True
+    )
+    rows = lambda scale, l: np.repeat(np.asarray(scale, np.float64), 64, 2)[:, :, :l].swapaxes(
+        1, 2
+    )[..., None]
     wide = lambda x, scale: np.asarray(x, np.float64) * rows(scale, x.shape[1])
-    scores = np.abs(np.einsum("blhk,bshk->bhls", wide(values, scale), wide(keys, key_scale))) * np.log2(np.e) / 32**0.5
+    scores = (
+        np.abs(np.einsum("blhk,bshk->bhls", wide(values, scale), wide(keys, key_scale)))
+        * np.log2(np.e)
+        / 32**0.5
+    )
     largest = np.stack([scores[:, :, i : i + 64].max((2, 3)) for i in (0, 64)], 2)
-    assert (largest <= np.asarray(bound)).all() and (largest[..., 1] >= 0.9 * np.asarray(bound)[..., 1]).all()
+    assert (largest <= np.asarray(bound)).all() and (
+        largest[..., 1] >= 0.9 * np.asarray(bound)[..., 1]
+    ).all()
 
 
 def test_published_accuracy_in_bfloat16():
@@ -105,15 +115,22 @@ def test_cuda_kernel_of_the_publishers(golden):
     g = golden("sla_cuda")
     q, k, v = (jnp.asarray(g[name], jnp.bfloat16) for name in "qkv")
     weights = jnp.asarray(g["proj_w"].T), jnp.asarray(g["proj_b"])
-    run = lambda *a: op.sage_sparse_linear_attention(*a, topk=0.2, block_q=64, block_k=128, impl="interpret")
+    run = lambda *a: op.sage_sparse_linear_attention(
+        *a, topk=0.2, block_q=64, block_k=128, impl="interpret"
+    )
     o = np.asarray(jax.jit(run)(q, k, v, *weights), np.float32)
-    size = lambda x: np.array([np.abs(x[0, i : i + 64]).sum((0, 2)) for i in range(0, 2000, 64)])  # [q_blocks h]
+    size = lambda x: np.array(
+        [np.abs(x[0, i : i + 64]).sum((0, 2)) for i in range(0, 2000, 64)]
+    )  # [q_blocks h]
     relative = size(o - g["out_sagesla_sm90"]) / size(g["out_sagesla_sm90"])
     assert (relative < 0.05).mean() >= 0.8, relative
     assert np.median(relative) < 0.035
 
 
-@pytest.mark.parametrize("function, loads", [(op.sage_attention, workloads.DENSE), (op.sage_sparse_linear_attention, workloads.WORKLOADS)])
+@pytest.mark.parametrize(
+    "function, loads",
+    [(op.sage_attention, workloads.DENSE), (op.sage_sparse_linear_attention, workloads.WORKLOADS)],
+)
 def test_real_shapes_lower_for_cuda(function, loads):
     args = jax.eval_shape(loads["wan1.3b_480p"].make, jax.random.key(0))
     run = partial(function, impl="triton", **({"topk": 0.1} if len(args) > 3 else {}))
@@ -122,5 +139,12 @@ def test_real_shapes_lower_for_cuda(function, loads):
 
 def test_it_is_forward_only():
     q, k, v = qkv(l=100)
-    with pytest.raises(NotImplementedError, match='int8 scores is forward only.*Train with attention "sla" or "dense"'):
-        jax.grad(lambda q: op.sage_sparse_linear_attention(q, k, v, *proj(16), topk=0.5, impl="interpret").sum())(q)
+    with pytest.raises(
+        NotImplementedError,
+        match='int8 scores is forward only.*Train with attention "sla" or "dense"',
+    ):
+        jax.grad(
+            lambda q: op.sage_sparse_linear_attention(
+                q, k, v, *proj(16), topk=0.5, impl="interpret"
+            ).sum()
+        )(q)

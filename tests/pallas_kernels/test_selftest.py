@@ -6,16 +6,24 @@ from tdjax import env
 
 
 def test_every_case_has_a_bound():
-    assert [name for name, _ in selftest.cases()] == list(selftest.BOUNDS) and min(selftest.BOUNDS.values()) >= 0
+    assert [name for name, _ in selftest.cases()] == list(selftest.BOUNDS) and min(
+        selftest.BOUNDS.values()
+    ) >= 0
     assert len(selftest.BOUNDS) >= 14
 
 
 def test_two_real_cases(monkeypatch):
     wanted = {"sparse-linear attention", "channel quantisation"}
     made, outputs = [], selftest.outputs
-    monkeypatch.setattr(selftest, "outputs", lambda impl, names: made.append(names) or outputs(impl, names))
+    monkeypatch.setattr(
+        selftest, "outputs", lambda impl, names: made.append(names) or outputs(impl, names)
+    )
     together = selftest.together("interpret", wanted)
-    assert made == [wanted] and {check.name for check in together} == wanted and all(check.passed for check in together)
+    assert (
+        made == [wanted]
+        and {check.name for check in together} == wanted
+        and all(check.passed for check in together)
+    )
     assert list(selftest.run("interpret", wanted)) == together and together[0].error > 0
 
 
@@ -24,7 +32,9 @@ def counted(monkeypatch, rows: dict, bounds: dict) -> list:
     made, outputs = [], selftest.outputs
     monkeypatch.setattr(selftest, "cases", lambda: iter(rows.items()))
     monkeypatch.setattr(selftest, "BOUNDS", bounds)
-    monkeypatch.setattr(selftest, "outputs", lambda impl, names: made.append(set(names)) or outputs(impl, names))
+    monkeypatch.setattr(
+        selftest, "outputs", lambda impl, names: made.append(set(names)) or outputs(impl, names)
+    )
     return made
 
 
@@ -48,9 +58,14 @@ def test_a_wrong_kernel_and_one_that_raises_fail(monkeypatch, capsys):
     assert env.main(["--selftest"]) == 1
     out = capsys.readouterr().out
     assert out.count("FAIL") == 3 and "ValueError: no such instruction" in out and "more" not in out
-    for bad, programs in (({"right", "wrong"}, [2]), ({"right", "broken"}, [2, 1, 1])):  # one by one, so that what fails has a name
+    for bad, programs in (
+        ({"right", "wrong"}, [2]),
+        ({"right", "broken"}, [2, 1, 1]),
+    ):  # one by one, so that what fails has a name
         made.clear()
-        assert [c.name for c in selftest.together("interpret", bad) if not c.passed] == sorted(bad - {"right"})
+        assert [c.name for c in selftest.together("interpret", bad) if not c.passed] == sorted(
+            bad - {"right"}
+        )
         assert list(map(len, made)) == programs
     made.clear()
     assert all(c.passed for c in selftest.together("interpret", {"right"})) and made == [{"right"}]

@@ -51,7 +51,9 @@ def test_golden_maps_and_sparse_branch(golden, tag):
     g = golden("sla_op")
     (block_q, block_k), topk = SIZES[tag.split("_t")[0]], float(tag.split("_t")[1])
     q, k, v = golden_qkv(g)
-    assert_close(pooled_scores(q, k, block_q, block_k), g[f"mid/{tag}/pooled_score"], "sla", "pooled scores")
+    assert_close(
+        pooled_scores(q, k, block_q, block_k), g[f"mid/{tag}/pooled_score"], "sla", "pooled scores"
+    )
     blocks = block_map(q, k, topk=topk, block_q=block_q, block_k=block_k)
     expected = g[f"out/{tag}/sparse_map"]
     np.testing.assert_array_equal(np.asarray(dense_map(blocks, expected.shape[-1])), expected)
@@ -64,9 +66,19 @@ def test_golden_linear_branch_and_sum(golden):
     g = golden("sla_op")
     q, k, v = golden_qkv(g)
     kernel, bias = projection(g)
-    assert_close(linear_attention(q, k, v, jnp.eye(64), jnp.zeros(64)), g["mid/o_l_raw"], "sla", "before the projection")
+    assert_close(
+        linear_attention(q, k, v, jnp.eye(64), jnp.zeros(64)),
+        g["mid/o_l_raw"],
+        "sla",
+        "before the projection",
+    )
     assert_close(linear_attention(q, k, v, kernel, bias), g["mid/o_l"], "sla", "projected")
-    assert_close(sparse_linear_attention(q, k, v, kernel, bias, topk=0.2), g["out/q128k64_t0.2/o"], "sla", "sum")
+    assert_close(
+        sparse_linear_attention(q, k, v, kernel, bias, topk=0.2),
+        g["out/q128k64_t0.2/o"],
+        "sla",
+        "sum",
+    )
 
 
 def test_golden_bfloat16(golden):
@@ -81,7 +93,9 @@ def test_cuda_kernel_of_the_publishers(golden):
     """Theirs rounds the pooled scores to bfloat16, so near ties choose other blocks: query blocks are compared one by one."""
     g = golden("sla_cuda")
     q, k, v = (jnp.asarray(g[name], jnp.bfloat16) for name in "qkv")
-    o = sparse_linear_attention(q, k, v, jnp.asarray(g["proj_w"].T), jnp.asarray(g["proj_b"]), topk=0.2)
+    o = sparse_linear_attention(
+        q, k, v, jnp.asarray(g["proj_w"].T), jnp.asarray(g["proj_b"]), topk=0.2
+    )
     error = np.abs(np.asarray(o, np.float32) - g["out_sla"])[0]  # [l h k]
     worst = np.array([error[i : i + 128].max((0, 2)) for i in range(0, 2000, 128)])  # [q_blocks h]
     assert (worst < 2e-2).mean() >= 0.8, worst
@@ -120,13 +134,20 @@ def test_map_is_sorted_unique_and_breaks_ties_low():
     kept = np.asarray(dense_map(jnp.asarray(blocks), 16)).astype(bool)
     assert (np.where(kept, scores, np.inf).min(-1) >= np.where(kept, -np.inf, scores).max(-1)).all()
     same = jnp.ones((1, 640, 1, 8))
-    np.testing.assert_array_equal(np.asarray(block_map(same, same, topk=0.3, block_q=128, block_k=64)), np.tile(np.arange(3), (1, 1, 5, 1)))
+    np.testing.assert_array_equal(
+        np.asarray(block_map(same, same, topk=0.3, block_q=128, block_k=64)),
+        np.tile(np.arange(3), (1, 1, 5, 1)),
+    )
 
 
-@pytest.mark.parametrize("tail, block_q, block_k", [(0, 128, 64), (1, 64, 64), (16, 64, 128), (56, 128, 64)])
+@pytest.mark.parametrize(
+    "tail, block_q, block_k", [(0, 128, 64), (1, 64, 64), (16, 64, 128), (56, 128, 64)]
+)
 def test_all_blocks_is_dense_attention(tail, block_q, block_k):
     q, k, v = qkv(l=256 + tail, h=1)
-    o = sparse_linear_attention(q, k, v, jnp.zeros((16, 16)), jnp.zeros(16), topk=1.0, block_q=block_q, block_k=block_k)
+    o = sparse_linear_attention(
+        q, k, v, jnp.zeros((16, 16)), jnp.zeros(16), topk=1.0, block_q=block_q, block_k=block_k
+    )
     assert_close(o, attention(q, k, v), "float32")
 
 
@@ -135,22 +156,40 @@ def test_tails_of_every_kind(l):
     q, k, v = qkv(l=l)
     scores = np.asarray(pooled_scores(q, k, 128, 64), np.float64)
     tail = (l - 1) // 64 * 64
-    mean = np.asarray(k, np.float64)[0, tail:, 1].mean(0) - np.asarray(k, np.float64)[0, :, 1].mean(0)
+    mean = np.asarray(k, np.float64)[0, tail:, 1].mean(0) - np.asarray(k, np.float64)[0, :, 1].mean(
+        0
+    )
     first = np.asarray(q, np.float64)[0, :128, 1].mean(0)
-    assert_close(scores[0, 1, 0, -1], first @ mean, "float32", "the tail block is averaged over its own length")
+    assert_close(
+        scores[0, 1, 0, -1],
+        first @ mean,
+        "float32",
+        "the tail block is averaged over its own length",
+    )
     blocks = block_map(q, k, topk=0.4)
-    assert_close(sparse_attention(q, k, v, blocks), jax.jit(masked, static_argnums=(4, 5))(q, k, v, blocks, 128, 64), "float32")
+    assert_close(
+        sparse_attention(q, k, v, blocks),
+        jax.jit(masked, static_argnums=(4, 5))(q, k, v, blocks, 128, 64),
+        "float32",
+    )
 
 
 def test_invariances():
     q, k, v = qkv(l=256)
     blocks = block_map(q, k, topk=0.5)
     o = sparse_attention(q, k, v, blocks)
-    assert_close(sparse_attention(q, k + 0.7, v, blocks), o, "float32", "a constant added to every key")
+    assert_close(
+        sparse_attention(q, k + 0.7, v, blocks), o, "float32", "a constant added to every key"
+    )
     np.testing.assert_array_equal(np.asarray(block_map(q, k + 0.7, topk=0.5)), np.asarray(blocks))
     assert_close(sparse_attention(q, k, -2 * v, blocks), -2 * o, "float32", "values scaled")
     move = lambda x: jnp.roll(x, 64, 1)
-    assert_close(sparse_attention(q, move(k), move(v), jnp.sort((blocks + 1) % 4)), o, "float32", "key blocks in another order")
+    assert_close(
+        sparse_attention(q, move(k), move(v), jnp.sort((blocks + 1) % 4)),
+        o,
+        "float32",
+        "key blocks in another order",
+    )
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
@@ -179,11 +218,20 @@ def test_gradients_of_the_whole_op():
     ways = tuple(normal(4 + i, *a.shape) for i, a in enumerate(args))
     blocks = block_map(q, k, topk=0.4)
     f = jax.jit(lambda *a: jnp.sin(sparse_attention(*a[:3], blocks) + linear_attention(*a)).sum())
-    g = jax.jit(jax.grad(lambda *a: jnp.sin(sparse_linear_attention(*a, topk=0.4)).sum(), range(5)))(*args)
+    g = jax.jit(
+        jax.grad(lambda *a: jnp.sin(sparse_linear_attention(*a, topk=0.4)).sum(), range(5))
+    )(*args)
     for i in range(5):
-        move = lambda s, i=i: f(*(a + s * 1e-2 * w if j == i else a for j, (a, w) in enumerate(zip(args, ways, strict=True))))
+        move = lambda s, i=i: f(
+            *(
+                a + s * 1e-2 * w if j == i else a
+                for j, (a, w) in enumerate(zip(args, ways, strict=True))
+            )
+        )
         slope = (move(1) - move(-1)) / 2e-2
-        np.testing.assert_allclose(float((g[i] * ways[i]).sum()), float(slope), rtol=5e-3, atol=5e-2)
+        np.testing.assert_allclose(
+            float((g[i] * ways[i]).sum()), float(slope), rtol=5e-3, atol=5e-2
+        )
 
 
 @pytest.mark.parametrize("l, h", [(32760, 12), (75600, 40)])
@@ -194,7 +242,9 @@ def test_memory_is_bounded_at_real_size_and_it_lowers_for_cuda(l, h):
     traced = described.trace(jax.jit(run), x, x, x, *proj)
     described.lower(traced)
     assert largest(traced.jaxpr.jaxpr) <= max(reference.CHUNK_BYTES, x.size * 4 * 1.01)
-    backward = described.trace(jax.jit(jax.grad(lambda *a: run(*a).astype(jnp.float32).sum(), range(5))), x, x, x, *proj)
+    backward = described.trace(
+        jax.jit(jax.grad(lambda *a: run(*a).astype(jnp.float32).sum(), range(5))), x, x, x, *proj
+    )
     described.lower(backward)
     assert largest(backward.jaxpr.jaxpr) <= max(reference.CHUNK_BYTES, x.size * 4 * 1.01)
 
@@ -202,7 +252,9 @@ def test_memory_is_bounded_at_real_size_and_it_lowers_for_cuda(l, h):
 def test_errors():
     q, k, v = qkv()
     blocks = block_map(q, k, topk=0.5)
-    with pytest.raises(ValueError, match=r"block list int32 \(1, 2, 3, 2\); expected int32 \(1, 2, 5, 'chosen'\)"):
+    with pytest.raises(
+        ValueError, match=r"block list int32 \(1, 2, 3, 2\); expected int32 \(1, 2, 5, 'chosen'\)"
+    ):
         sparse_attention(q, k, v, blocks, block_q=64)
     with pytest.raises(ValueError, match=r"impl is 'cudnn'; allowed: auto, reference"):
         sparse_attention(q, k, v, blocks, impl="cudnn")

@@ -13,16 +13,23 @@ from pallas_kernels.sparse_attention.forward import forward
 
 
 def qkv(b=1, l=300, h=2, k=16, dtype=jnp.float32):
-    return tuple(jnp.asarray(np.random.default_rng(seed).normal(size=(b, l, h, k)), dtype) for seed in range(3))
+    return tuple(
+        jnp.asarray(np.random.default_rng(seed).normal(size=(b, l, h, k)), dtype)
+        for seed in range(3)
+    )
 
 
 def projection(k=16):
     rng = np.random.default_rng(7)
-    return jnp.asarray(rng.normal(size=(k, k)) / 4, jnp.float32), jnp.asarray(rng.normal(size=k), jnp.float32)
+    return jnp.asarray(rng.normal(size=(k, k)) / 4, jnp.float32), jnp.asarray(
+        rng.normal(size=k), jnp.float32
+    )
 
 
 def kernel(q, k, v, blocks, sizes, **more):
-    return jax.jit(lambda *args: forward(*args, *sizes, save=True, interpret=True, **more))(q, k, v, blocks)
+    return jax.jit(lambda *args: forward(*args, *sizes, save=True, interpret=True, **more))(
+        q, k, v, blocks
+    )
 
 
 def exact(q, k, v, blocks, block_q, block_k):
@@ -31,7 +38,9 @@ def exact(q, k, v, blocks, block_q, block_k):
     (b, l, h, d), o = q.shape, np.zeros(q.shape)
     for where in np.ndindex(b, h, blocks.shape[2]):
         at = (where[0], slice(where[2] * block_q, (where[2] + 1) * block_q), where[1])
-        keys = np.concatenate([np.arange(j * block_k, min(l, (j + 1) * block_k)) for j in np.asarray(blocks)[where]])
+        keys = np.concatenate(
+            [np.arange(j * block_k, min(l, (j + 1) * block_k)) for j in np.asarray(blocks)[where]]
+        )
         s = q[at] @ k[where[0], keys, where[1]].T / np.sqrt(d)
         p = np.exp(s - s.max(1, keepdims=True))
         o[at] = p @ v[where[0], keys, where[1]] / p.sum(1, keepdims=True)
@@ -46,7 +55,8 @@ def relative(actual, expected):
 
 # lengths modulo the blocks: 0, 1, 16, 56, 80 and 120
 @pytest.mark.parametrize(
-    "l, block_q, block_k", [(256, 128, 64), (257, 64, 128), (272, 128, 64), (312, 64, 64), (208, 64, 128), (376, 128, 64)]
+    "l, block_q, block_k",
+    [(256, 128, 64), (257, 64, 128), (272, 128, 64), (312, 64, 64), (208, 64, 128), (376, 128, 64)],
 )
 def test_every_tail(l, block_q, block_k):
     q, k, v = qkv(b=2, l=l)
@@ -54,7 +64,9 @@ def test_every_tail(l, block_q, block_k):
     blocks = blocks.at[:, :, 0, -1].set(-(-l // block_k) - 1)  # the tail block is among them
     blocks = blocks.at[:, :, 0, 0].set(0)
     o, o_s, lse = kernel(q, k, v, blocks, (block_q, block_k))
-    expected, expected_lse = jax.jit(reference.forward, static_argnums=(4, 5))(q, k, v, blocks, block_q, block_k)
+    expected, expected_lse = jax.jit(reference.forward, static_argnums=(4, 5))(
+        q, k, v, blocks, block_q, block_k
+    )
     assert_close(o, expected, "float32")
     assert_close(o_s, expected, "float32")
     assert_close(lse, expected_lse, "float32", "logarithm of the normaliser")
@@ -62,9 +74,9 @@ def test_every_tail(l, block_q, block_k):
 
 def test_less_than_one_block_of_keys_with_both_branches():
     q, k, v = qkv(l=100)
-    run = lambda impl: jax.jit(lambda *a: op.sparse_linear_attention(*a, topk=0.1, block_q=64, block_k=128, impl=impl))(
-        q, k, v, *projection()
-    )
+    run = lambda impl: jax.jit(
+        lambda *a: op.sparse_linear_attention(*a, topk=0.1, block_q=64, block_k=128, impl=impl)
+    )(q, k, v, *projection())
     assert_close(run("interpret"), run("reference"), "float32")
 
 
@@ -78,8 +90,12 @@ def test_order_of_the_list_does_not_matter():
 def test_large_scores_neither_overflow_nor_leak_past_the_end():
     q, k, v = qkv(l=312)
     blocks = jnp.broadcast_to(jnp.array([1, 4], jnp.int32), (1, 2, 3, 2))
-    k = k.at[:, 248:256].mul(1000)  # keys of block 3, which no list holds, but which the tile of the tail block begins with
-    assert_close(kernel(10 * q, k, v, blocks, (128, 64))[0], exact(10 * q, k, v, blocks, 128, 64), "float32")
+    k = k.at[:, 248:256].mul(
+        1000
+    )  # keys of block 3, which no list holds, but which the tile of the tail block begins with
+    assert_close(
+        kernel(10 * q, k, v, blocks, (128, 64))[0], exact(10 * q, k, v, blocks, 128, 64), "float32"
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -101,7 +117,9 @@ def test_linear_branch_beside_the_sparse_one(save):
     phi = reference.feature(k)
     m = jnp.einsum("blhi,blhj,jo->bhio", phi, v, proj_kernel, precision="highest")
     linear = q, m, phi.sum(1), proj_bias
-    out = jax.jit(lambda: forward(q, k, v, blocks, 128, 64, linear=linear, save=save, interpret=True))()
+    out = jax.jit(
+        lambda: forward(q, k, v, blocks, 128, 64, linear=linear, save=save, interpret=True)
+    )()
     near, lse = jax.jit(reference.forward, static_argnums=(4, 5))(q, k, v, blocks, 128, 64)
     both = near + reference.linear_attention(q, k, v, proj_kernel, proj_bias)
     assert_close(out[0] if save else out, both, "float32")
@@ -141,8 +159,12 @@ def test_derivatives_are_those_of_the_reference():
         tangent = jax.jvp(run, args, args)[1]
         return run(*args), tangent, *jax.grad(lambda *a: jnp.sin(run(*a)).sum(), range(5))(*args)
 
-    ours, theirs = (jax.jit(derivatives, static_argnums=0)(impl) for impl in ("interpret", "reference"))
-    for name, a, b in zip(("primal", "tangent", "dq", "dk", "dv", "dkernel", "dbias"), ours, theirs, strict=True):
+    ours, theirs = (
+        jax.jit(derivatives, static_argnums=0)(impl) for impl in ("interpret", "reference")
+    )
+    for name, a, b in zip(
+        ("primal", "tangent", "dq", "dk", "dv", "dkernel", "dbias"), ours, theirs, strict=True
+    ):
         assert_close(a, b, "float32", name)
     run = lambda *a: op.sparse_linear_attention(*a, topk=0.7, block_q=64, impl="interpret")
     lse = "f32[1,1,3,64]"
@@ -155,7 +177,10 @@ def test_real_shapes_lower_for_cuda(name):
     (l, h), load = workloads.SHAPES[name], workloads.WORKLOADS[name]
     args = jax.eval_shape(load.make, jax.random.key(0))
     lists = jax.eval_shape(workloads.SPARSE[name].make, jax.random.key(0))[3]
-    assert lists.shape == (1, h, -(-l // 128), chosen_blocks(l, 0.1, 64)) and load.bytes == 8 * args[0].size
+    assert (
+        lists.shape == (1, h, -(-l // 128), chosen_blocks(l, 0.1, 64))
+        and load.bytes == 8 * args[0].size
+    )
     assert load.flops > workloads.SPARSE[name].flops == 4 * 128 * 64 * 128 * lists.size
     run = jax.jit(lambda *a: op.sparse_linear_attention(*a, topk=0.1, impl="triton"))
     assert "attend_kernel" in described.lower(described.trace(run, *args)).as_text()
@@ -164,8 +189,13 @@ def test_real_shapes_lower_for_cuda(name):
 def test_errors():
     q, k, v = qkv(l=100, k=24)
     blocks = jnp.zeros((1, 2, 1, 1), jnp.int32)
-    with pytest.raises(ValueError, match="head width is 24; allowed: powers of two from 16 on; nearest: 16 and 32"):
+    with pytest.raises(
+        ValueError, match="head width is 24; allowed: powers of two from 16 on; nearest: 16 and 32"
+    ):
         op.sparse_attention(q, k, v, blocks, impl="interpret")
     q, k, v = qkv(l=100)
-    with pytest.raises(ValueError, match="float32 is for impl='interpret' and 'reference'; allowed: bfloat16, float16"):
+    with pytest.raises(
+        ValueError,
+        match="float32 is for impl='interpret' and 'reference'; allowed: bfloat16, float16",
+    ):
         op.sparse_attention(q, k, v, blocks, impl="triton")

@@ -22,7 +22,12 @@ def fails(capsys, *argv):
 
 
 def test_hyphens_and_underscores_are_one():
-    assert hyphens(["--num-steps=2", "--sigma-max", "-1", "a-b"]) == ["--num_steps=2", "--sigma_max", "-1", "a-b"]
+    assert hyphens(["--num-steps=2", "--sigma-max", "-1", "a-b"]) == [
+        "--num_steps=2",
+        "--sigma_max",
+        "-1",
+        "a-b",
+    ]
     assert parse(["--num-steps", "2"]).num_steps == parse(["--num_steps", "2"]).num_steps == 2
 
 
@@ -31,7 +36,12 @@ def test_the_official_command_parses():
     t2v = """--model Wan2.1-1.3B --dit_path a.pth --resolution 480p --prompt p --num_samples 1 --num_steps 4
         --quant_linear --attention_type sagesla --sla_topk 0.1"""
     args = parse(t2v.split())
-    assert (args.official_model, args.dit_path, args.quant, args.attention_type) == ("Wan2.1-1.3B", "a.pth", "int8", "sagesla")
+    assert (args.official_model, args.dit_path, args.quant, args.attention_type) == (
+        "Wan2.1-1.3B",
+        "a.pth",
+        "int8",
+        "sagesla",
+    )
     i2v = """--model Wan2.2-A14B --low_noise_model_path l --high_noise_model_path h
         --adaptive_resolution --ode --image_path i"""
     args = parse(i2v.split())
@@ -124,7 +134,10 @@ def test_prompt_files(tmp_path):
     rows = tmp_path / "p.csv"
     rows.write_text("prompt,seed,out\na fox,7,fox.mp4\na hen,,\n")
     jobs = read_jobs(parse(["--prompt_file", str(rows), "--seed", "3"]))
-    assert [(j.prompt, j.seed, j.out) for j in jobs] == [("a fox", 7, "fox.mp4"), ("a hen", 3, None)]
+    assert [(j.prompt, j.seed, j.out) for j in jobs] == [
+        ("a fox", 7, "fox.mp4"),
+        ("a hen", 3, None),
+    ]
     lines = tmp_path / "p.jsonl"
     lines.write_text(json.dumps({"prompt": "a fox", "num_frames": 5}) + "\n")
     assert read_jobs(parse(["--prompt_file", str(lines)]))[0].num_frames == 5
@@ -145,4 +158,6 @@ def test_answers_come_before_jax_is_imported(argv):
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - start < 5  # under 0.5 s on an idle machine; the bound here only catches a jax import
+    assert (
+        time.perf_counter() - start < 5
+    )  # under 0.5 s on an idle machine; the bound here only catches a jax import

@@ -58,11 +58,18 @@ def test_int8_scores_cannot_be_trained(qkv):
 
 
 def test_impl_is_never_replaced_silently(qkv):
-    with pytest.raises(ValueError, match="sparse_linear_attention: impl is 'cudnn'; allowed: auto, reference, triton"):
+    with pytest.raises(
+        ValueError,
+        match="sparse_linear_attention: impl is 'cudnn'; allowed: auto, reference, triton",
+    ):
         core("sla", impl="cudnn")(*qkv)
-    with pytest.raises(ValueError, match="attention: cuDNN attention takes bfloat16 and float16, not float32"):
+    with pytest.raises(
+        ValueError, match="attention: cuDNN attention takes bfloat16 and float16, not float32"
+    ):
         core("dense", impl="cudnn")(*qkv)
-    with pytest.raises(ValueError, match="attention: impl is 'fast'; allowed: auto, reference, cudnn"):
+    with pytest.raises(
+        ValueError, match="attention: impl is 'fast'; allowed: auto, reference, cudnn"
+    ):
         core("dense", impl="fast")(*qkv)
 
 
@@ -84,12 +91,18 @@ def test_cross_attention_sees_every_row_of_text():
 
 
 def test_image_features_add_a_second_attention():
-    module = jax.jit(lambda: CrossAttention(dataclasses.replace(CFG, image_dim=10), rngs=nnx.Rngs(0)))()
+    module = jax.jit(
+        lambda: CrossAttention(dataclasses.replace(CFG, image_dim=10), rngs=nnx.Rngs(0))
+    )()
     x, text, features = normal(3, 1, 9, 48)
     y = cross(module, x, text, features)
     flat = jnp.zeros_like(features)  # features of zero give values of zero
     assert_close(cross(module, x, text, flat), cross(module, x, text), "float32")
-    swapped = module.core(module.queries(x), module.heads(module.norm_k_img(module.k_img(features))), module.heads(module.v_img(features)))
+    swapped = module.core(
+        module.queries(x),
+        module.heads(module.norm_k_img(module.k_img(features))),
+        module.heads(module.v_img(features)),
+    )
     assert_close(y - cross(module, x, text), module.merge(swapped), "float32")
 
 
@@ -103,8 +116,14 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     assert cos.shape == sin.shape == (154, 8)
     x = normal(1, 1, 32)
     x = x / jnp.sqrt(jnp.square(x).mean())
-    y = np.asarray(rms_norm_rope(jnp.broadcast_to(x, (1, 154, 32)), jnp.ones(32), cos, sin, eps=0.0))
-    assert_close((y * y).sum(-1), np.broadcast_to(np.square(x.reshape(2, 16)).sum(-1), (1, 154, 2)), "float32")
+    y = np.asarray(
+        rms_norm_rope(jnp.broadcast_to(x, (1, 154, 32)), jnp.ones(32), cos, sin, eps=0.0)
+    )
+    assert_close(
+        (y * y).sum(-1),
+        np.broadcast_to(np.square(x.reshape(2, 16)).sum(-1), (1, 154, 2)),
+        "float32",
+    )
     grid = y.reshape(2, 7, 11, 2, 16)
     dot = lambda a, b: float((grid[a][0] * grid[b][1]).sum())
     assert abs(dot((0, 1, 2), (1, 4, 9)) - dot((0, 3, 3), (1, 6, 10))) < 1e-4

@@ -18,17 +18,41 @@ from tdjax.train.tiny import configs as demo
 @pytest.mark.slow
 def test_rows_of_the_demo_model(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
-    argv = ["--model", "demo", "--stage", "dit", "--attention", "sla", "--linear", "float,fp8", "--repeats", "2", "--num_steps", "2"]
+    argv = [
+        "--model",
+        "demo",
+        "--stage",
+        "dit",
+        "--attention",
+        "sla",
+        "--linear",
+        "float,fp8",
+        "--repeats",
+        "2",
+        "--num_steps",
+        "2",
+    ]
     assert bench.main([*argv, "--error", "--teacher", "--json", str(out)]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["what"] for row in rows] == ["original step: dense, float, guided", "sla, float", "sla, fp8"]
+    assert [row["what"] for row in rows] == [
+        "original step: dense, float, guided",
+        "sla, float",
+        "sla, fp8",
+    ]
     for row in rows:
-        assert 0 < row["p10"] <= row["ms"] <= row["p90"] and row["compile_s"] > 0 and row["device"] and row["jax"]
+        assert (
+            0 < row["p10"] <= row["ms"] <= row["p90"]
+            and row["compile_s"] > 0
+            and row["device"]
+            and row["jax"]
+        )
     original, plain, fp8 = rows
     assert plain["error"] < 1e-6 and 1e-4 < fp8["error"] < 5e-2 and original["error"] is None
     assert plain["psnr"] > 80 and 20 < fp8["psnr"] < 70 and original["psnr"] is None
     assert fp8["weights"] < plain["weights"]
-    assert original["ratio"] is None and plain["ratio"] == pytest.approx(50 * original["ms"] / (2 * plain["ms"]))
+    assert original["ratio"] is None and plain["ratio"] == pytest.approx(
+        50 * original["ms"] / (2 * plain["ms"])
+    )
     text = capsys.readouterr().out
     assert all(row["what"] in text for row in rows)
     line = f"original 50 steps {50 * original['ms'] / 1e3:.1f} s; sla, float: 2 steps {2 * plain['ms'] / 1e3:.2f} s, {plain['ratio']:.0f}x"
@@ -38,12 +62,32 @@ def test_rows_of_the_demo_model(tmp_path, capsys):
 @pytest.mark.slow
 def test_end_to_end(tmp_path, capsys):
     out, before = tmp_path / "rows.jsonl", jax.config.jax_compilation_cache_dir
-    argv = ["--model", "demo", "--stage", "e2e", "--repeats", "2", "--attention", "sla", "--linear", "float", "--num_steps", "2"]
+    argv = [
+        "--model",
+        "demo",
+        "--stage",
+        "e2e",
+        "--repeats",
+        "2",
+        "--attention",
+        "sla",
+        "--linear",
+        "float",
+        "--num_steps",
+        "2",
+    ]
     assert bench.main([*argv, "--save", str(tmp_path / "videos"), "--json", str(out)]) == 0
-    rows = {(row["stage"], row["what"].removesuffix(", sla, float")): row for row in map(json.loads, out.read_text().splitlines())}
+    rows = {
+        (row["stage"], row["what"].removesuffix(", sla, float")): row
+        for row in map(json.loads, out.read_text().splitlines())
+    }
     ms = {key: row["ms"] for key, row in rows.items()}
-    compiling = [("compile", f"all stages, {what}") for what in ("cold", "from the persistent cache")]
-    stages = [(name, "in the pipeline") for name in ("text", "denoise", "vae decode")]  # and none that compiles or loads
+    compiling = [
+        ("compile", f"all stages, {what}") for what in ("cold", "from the persistent cache")
+    ]
+    stages = [
+        (name, "in the pipeline") for name in ("text", "denoise", "vae decode")
+    ]  # and none that compiles or loads
     whole = [("end to end", what) for what in ("prompt to frames on the host", "prompt to mp4")]
     assert list(rows) == [*compiling, *stages, *whole] and min(ms.values()) > 0
     assert ms[compiling[1]] < ms[compiling[0]]
@@ -52,7 +96,10 @@ def test_end_to_end(tmp_path, capsys):
     assert min(row["working"] for row in rows.values()) > 0
     peaks = [row["host_peak"] for row in rows.values()]
     assert peaks == sorted(peaks) and peaks[-1] > rows[whole[0]]["weights"]
-    assert f"peak of the process: device not reported, host {peaks[-1] / 2**30:.2f} GiB" in capsys.readouterr().out
+    assert (
+        f"peak of the process: device not reported, host {peaks[-1] / 2**30:.2f} GiB"
+        in capsys.readouterr().out
+    )
     frames = video.read_video(tmp_path / "videos" / "demo-sla-float.mp4")
     assert frames.shape == (33, 64, 64, 3) and frames.std() > 10
     assert jax.config.jax_compilation_cache_dir == before
@@ -82,9 +129,15 @@ def test_text_stage(capsys):
 def test_vae_stage_takes_whole_clips():
     size = VideoSize(frames=5, height=64, width=384)  # two tiles
     encode, decode, tiles = bench_rows.vae_rows(demo.VAE, size, 2)
-    assert [(row.stage, row.what) for row in (encode, decode)] == [("vae encode", "5 frames"), ("vae decode", "5 frames")]
+    assert [(row.stage, row.what) for row in (encode, decode)] == [
+        ("vae encode", "5 frames"),
+        ("vae decode", "5 frames"),
+    ]
     assert (tiles.stage, tiles.what) == ("vae decode", "5 frames, tiles of 320x64")
-    assert all(0 < row.p10 <= row.ms <= row.p90 and row.compile_s > 0 and row.weights == decode.weights for row in (encode, decode, tiles))
+    assert all(
+        0 < row.p10 <= row.ms <= row.p90 and row.compile_s > 0 and row.weights == decode.weights
+        for row in (encode, decode, tiles)
+    )
     assert 0 < tiles.working < decode.working
 
 
@@ -105,7 +158,11 @@ def test_bad_arguments(argv, words):
 
 def test_help_is_quick():
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "tdjax.bench", "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "tdjax.bench", "--help"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "--attention" in done.stdout
     assert " jax\n" not in done.stderr  # parsing needs no jax, and so no device
     assert time.perf_counter() - start < 10

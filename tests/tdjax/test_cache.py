@@ -13,7 +13,13 @@ from tdjax.prompt_cache import PromptCache
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     monkeypatch.setenv("TDJAX_CACHE", str(tmp_path))
-    for name in ("model/model.json", "other/dit/manifest.json", "compiled/a-cache", "compiled/b-cache", "mine/notes.txt"):
+    for name in (
+        "model/model.json",
+        "other/dit/manifest.json",
+        "compiled/a-cache",
+        "compiled/b-cache",
+        "mine/notes.txt",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("12345678")
     store = PromptCache(tmp_path / "prompts")
@@ -26,12 +32,23 @@ def root(tmp_path, monkeypatch):
 def test_listing(root, capsys):
     assert cache.main(["ls", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {kind: row["entries"] for kind, row in found["kinds"].items()} == {"weights": 2, "compiled": 2, "prompts": 12}
-    assert found["kinds"]["compiled"]["bytes"] == 16 and found["kinds"]["weights"]["names"] == ["model", "other"]
+    assert {kind: row["entries"] for kind, row in found["kinds"].items()} == {
+        "weights": 2,
+        "compiled": 2,
+        "prompts": 12,
+    }
+    assert found["kinds"]["compiled"]["bytes"] == 16 and found["kinds"]["weights"]["names"] == [
+        "model",
+        "other",
+    ]
     assert found["prompts"][0]["prompt"] == "prompt number 11"
     assert cache.main(["ls"]) == 0
     text = capsys.readouterr().out
-    assert "prompt number 11" in text and "prompt number 1\n" not in text and "and 2 more prompts" in text
+    assert (
+        "prompt number 11" in text
+        and "prompt number 1\n" not in text
+        and "and 2 more prompts" in text
+    )
     assert cache.main(["ls", "--all"]) == 0 and "prompt number 1\n" in capsys.readouterr().out
 
 

@@ -15,14 +15,34 @@ from tdjax.config import DiTConfig, TextConfig, VAEConfig
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.precision import FLOAT32, Policy
 
-DIT = DiTConfig(dim=24, ffn_dim=40, layers=3, heads=2, in_channels=36, freq_dim=8, text_dim=7, image_dim=5, attention="sla")
+DIT = DiTConfig(
+    dim=24,
+    ffn_dim=40,
+    layers=3,
+    heads=2,
+    in_channels=36,
+    freq_dim=8,
+    text_dim=7,
+    image_dim=5,
+    attention="sla",
+)
 CONFIGS = {
     "dit": DIT,
     "int8": dataclasses.replace(DIT, linear="int8", attention="dense"),
     "int8_channel": dataclasses.replace(DIT, linear="int8_channel"),
     "fp8": dataclasses.replace(DIT, linear="fp8"),
-    "vae": VAEConfig(dim=2, latent_channels=3, multipliers=(1, 2), temporal_down=(True,), res_blocks=1, mean=(0.0,) * 3, std=(1.0,) * 3),
-    "text": TextConfig(vocab=11, dim=6, attention_dim=8, ffn_dim=10, heads=2, layers=2, policy=FLOAT32),
+    "vae": VAEConfig(
+        dim=2,
+        latent_channels=3,
+        multipliers=(1, 2),
+        temporal_down=(True,),
+        res_blocks=1,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
+    ),
+    "text": TextConfig(
+        vocab=11, dim=6, attention_dim=8, ffn_dim=10, heads=2, layers=2, policy=FLOAT32
+    ),
 }
 
 
@@ -37,7 +57,10 @@ def modules():
     out = {}
     for name, cfg in CONFIGS.items():
         module = checkpoint.abstract(kind_of(name), cfg)
-        values = {n: jnp.asarray(rng.integers(-99, 99, x.shape), x.dtype) for n, x in checkpoint.names(module).items()}
+        values = {
+            n: jnp.asarray(rng.integers(-99, 99, x.shape), x.dtype)
+            for n, x in checkpoint.names(module).items()
+        }
         out[name] = checkpoint.assemble(module, values)
     return out
 
@@ -45,7 +68,13 @@ def modules():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, modules):
     """A saved SLA transformer, for tests that only read."""
-    return checkpoint.save(tmp_path_factory.mktemp("ck") / "dit", modules["dit"], "dit", DIT, source={"name": "x.pth", "sha256": "0"})
+    return checkpoint.save(
+        tmp_path_factory.mktemp("ck") / "dit",
+        modules["dit"],
+        "dit",
+        DIT,
+        source={"name": "x.pth", "sha256": "0"},
+    )
 
 
 @pytest.fixture
@@ -71,14 +100,24 @@ def test_round_trip(tmp_path, modules, name):
     same(got, modules[name])
     assert jax.tree.structure(got) == jax.tree.structure(modules[name])
     manifest = checkpoint.inspect(tmp_path / "x")
-    assert (manifest["format"], manifest["kind"], manifest["source"]) == (1, kind, {"name": "made here"})
+    assert (manifest["format"], manifest["kind"], manifest["source"]) == (
+        1,
+        kind,
+        {"name": "made here"},
+    )
     assert checkpoint.config_of(manifest) == cfg
-    assert manifest["leaves"] == {n: [list(x.shape), x.dtype.name] for n, x in checkpoint.names(got).items()}
+    assert manifest["leaves"] == {
+        n: [list(x.shape), x.dtype.name] for n, x in checkpoint.names(got).items()
+    }
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]
     one = next(iter(manifest["leaves"]))
-    np.testing.assert_array_equal(checkpoint.read(tmp_path / "x", one), np.asarray(checkpoint.names(got)[one]))
+    np.testing.assert_array_equal(
+        checkpoint.read(tmp_path / "x", one), np.asarray(checkpoint.names(got)[one])
+    )
     files = [path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()]
-    assert not any(str(tmp_path).encode() in data for data in files)  # nothing of the machine travels with the weights
+    assert not any(
+        str(tmp_path).encode() in data for data in files
+    )  # nothing of the machine travels with the weights
 
 
 def test_a_restored_module_does_not_trace_again(folder, modules):
@@ -100,15 +139,25 @@ def test_shardings_and_device_counts(tmp_path, folder, modules):
         module = checkpoint.restore(folder, where)[1]
         assert {d for x in jax.tree.leaves(module) for d in x.devices()} == {second}
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
-    whole, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "a", "b"))
+    whole, split = (
+        NamedSharding(mesh, PartitionSpec()),
+        NamedSharding(mesh, PartitionSpec(None, "a", "b")),
+    )
     leaves = checkpoint.names(modules["dit"])
-    where = {name: split if x.ndim == 3 and x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0 else whole for name, x in leaves.items()}
+    where = {
+        name: split if x.ndim == 3 and x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0 else whole
+        for name, x in leaves.items()
+    }
     module = checkpoint.restore(folder, where)[1]
     assert module.blocks.up.kernel[...].sharding == split
     same(module, modules["dit"])
-    tree = jax.tree.unflatten(jax.tree.structure(modules["dit"]), list(where.values()))  # as tdjax.sharding.shardings gives it
+    tree = jax.tree.unflatten(
+        jax.tree.structure(modules["dit"]), list(where.values())
+    )  # as tdjax.sharding.shardings gives it
     assert checkpoint.restore(folder, tree)[1].blocks.up.kernel[...].sharding == split
-    checkpoint.save(tmp_path / "again", module, "dit", DIT)  # written from four devices, read on one
+    checkpoint.save(
+        tmp_path / "again", module, "dit", DIT
+    )  # written from four devices, read on one
     same(checkpoint.restore(tmp_path / "again", jax.devices()[3])[1], modules["dit"])
 
 
@@ -116,7 +165,9 @@ def test_another_config_of_the_same_weights(folder, modules):
     wide = dataclasses.replace(DIT, policy=FLOAT32)
     cfg, module = checkpoint.restore(folder, config=wide)
     assert cfg == wide and module.blocks.up.kernel.dtype == jnp.float32
-    np.testing.assert_array_equal(module.blocks.up.kernel[...], np.asarray(modules["dit"].blocks.up.kernel[...], np.float32))
+    np.testing.assert_array_equal(
+        module.blocks.up.kernel[...], np.asarray(modules["dit"].blocks.up.kernel[...], np.float32)
+    )
     dense = dataclasses.replace(DIT, attention="dense")
     module = checkpoint.restore(folder, config=dense)[1]
     assert not [name for name in checkpoint.names(module) if ".core." in name]
@@ -130,8 +181,14 @@ def test_another_config_of_the_same_weights(folder, modules):
 def test_assemble_lists_every_difference():
     module = checkpoint.abstract("text", CONFIGS["text"])
     leaves = {n: np.zeros(x.shape, x.dtype) for n, x in checkpoint.names(module).items()}
-    same(checkpoint.assemble(module, leaves), checkpoint.assemble(module, dict(reversed(leaves.items()))))
-    wrong = {k: v for k, v in leaves.items() if k != "norm.scale"} | {"odd": np.zeros(2), "embed.embedding": np.zeros((11, 7), np.float32)}
+    same(
+        checkpoint.assemble(module, leaves),
+        checkpoint.assemble(module, dict(reversed(leaves.items()))),
+    )
+    wrong = {k: v for k, v in leaves.items() if k != "norm.scale"} | {
+        "odd": np.zeros(2),
+        "embed.embedding": np.zeros((11, 7), np.float32),
+    }
     wrong["blocks.up.kernel"] = wrong["blocks.up.kernel"].astype(np.float16)
     with pytest.raises(CheckpointError) as e:
         checkpoint.assemble(module, wrong)
@@ -147,7 +204,12 @@ def test_assemble_lists_every_difference():
 def test_save_checks_before_it_writes(tmp_path, modules):
     leaves = checkpoint.names(modules["text"])
     with pytest.raises(CheckpointError, match="not a text of this config.*"):
-        checkpoint.save(tmp_path / "x", {k: v for k, v in leaves.items() if k != "norm.scale"}, "text", CONFIGS["text"])
+        checkpoint.save(
+            tmp_path / "x",
+            {k: v for k, v in leaves.items() if k != "norm.scale"},
+            "text",
+            CONFIGS["text"],
+        )
     with pytest.raises(CheckpointError, match="not a dit of this config"):
         checkpoint.save(tmp_path / "x", modules["text"], "dit", DIT)
     assert not list(tmp_path.iterdir())
@@ -163,7 +225,10 @@ def test_leaves_are_read_one_after_another(tmp_path, modules, monkeypatch):
 
     monkeypatch.setattr(checkpoint.InTurn, "write", write)
     leaves = {n: np.asarray(x) for n, x in checkpoint.names(modules["text"]).items()}
-    lazy = {n: checkpoint.Lazy(x.shape, x.dtype, lambda x=x: events.append("read") or x) for n, x in leaves.items()}
+    lazy = {
+        n: checkpoint.Lazy(x.shape, x.dtype, lambda x=x: events.append("read") or x)
+        for n, x in leaves.items()
+    }
     checkpoint.save(tmp_path / "together", lazy, "text", CONFIGS["text"])
     assert events == ["read"] * len(leaves) + ["written"]
     events.clear()
@@ -204,12 +269,27 @@ def test_folders_that_are_not_ours(tmp_path, folder):
         ("{}", "damaged or not ours"),
         ('{"format": 1, "kind": "dit", "config": {}, "leaves": {"a": 3}}', "damaged or not ours"),
         ('{"format": "1", "kind": "dit", "config": {}, "leaves": {}}', "is not ours"),
-        ('{"format": 2, "kind": "dit", "config": {}, "leaves": {}}', "format 2\n.*reads format 1\nupdate tdjax"),
-        ('{"format": 0, "kind": "dit", "config": {}, "leaves": {}}', "format 0\n.*\nconvert the source file again"),
-        ('{"format": 1, "kind": "audio", "config": {}, "leaves": {}}', "'audio'\nknown kinds: dit, vae, text"),
+        (
+            '{"format": 2, "kind": "dit", "config": {}, "leaves": {}}',
+            "format 2\n.*reads format 1\nupdate tdjax",
+        ),
+        (
+            '{"format": 0, "kind": "dit", "config": {}, "leaves": {}}',
+            "format 0\n.*\nconvert the source file again",
+        ),
+        (
+            '{"format": 1, "kind": "audio", "config": {}, "leaves": {}}',
+            "'audio'\nknown kinds: dit, vae, text",
+        ),
         ('{"format": 1, "kind": "dit", "config": {"odd": 1}, "leaves": {}}', "no field odd"),
-        ('{"format": 1, "kind": "dit", "config": {"dim": 25}, "leaves": {}}', "dim 25 over 12 heads"),
-        ('{"format": 1, "kind": "dit", "config": {"dim": "x"}, "leaves": {}}', "not one this version"),
+        (
+            '{"format": 1, "kind": "dit", "config": {"dim": 25}, "leaves": {}}',
+            "dim 25 over 12 heads",
+        ),
+        (
+            '{"format": 1, "kind": "dit", "config": {"dim": "x"}, "leaves": {}}',
+            "not one this version",
+        ),
     ],
 )
 def test_manifests(copy, text, message):
@@ -223,7 +303,10 @@ def test_manifest_params_and_config_must_agree(copy):
     for change, message in (
         ({"config": good["config"] | {"layers": 2}}, "does not describe its own config"),
         ({"leaves": good["leaves"] | {"odd": [[3], "float32"]}}, "unexpected  odd"),
-        ({"leaves": good["leaves"] | {"head.modulation": [[2, 24], "float32"]}}, "different   head.modulation"),
+        (
+            {"leaves": good["leaves"] | {"head.modulation": [[2, 24], "float32"]}},
+            "different   head.modulation",
+        ),
     ):
         (copy / "manifest.json").write_text(json.dumps(good | change))
         with pytest.raises(CheckpointError, match=message):
@@ -232,7 +315,9 @@ def test_manifest_params_and_config_must_agree(copy):
 
 def test_params_of_another_checkpoint(copy, tmp_path, modules):
     cfg = dataclasses.replace(DIT, policy=Policy(param="float16"))
-    other = jax.tree.map(lambda x: x.astype(jnp.float16) if x.dtype == jnp.bfloat16 else x, modules["dit"])
+    other = jax.tree.map(
+        lambda x: x.astype(jnp.float16) if x.dtype == jnp.bfloat16 else x, modules["dit"]
+    )
     checkpoint.save(tmp_path / "other", checkpoint.names(other), "dit", cfg)
     shutil.rmtree(copy / "params")
     with pytest.raises(CheckpointError, match="missing or damaged"):
@@ -274,7 +359,10 @@ def test_nothing_is_overwritten_by_itself(tmp_path, modules):
 
 def test_a_failed_save_leaves_what_was_there(tmp_path, modules):
     checkpoint.save(tmp_path / "x", modules["text"], "text", CONFIGS["text"])
-    leaves = {n: checkpoint.Lazy(x.shape, np.dtype(x.dtype), lambda: 1 / 0) for n, x in checkpoint.names(modules["text"]).items()}
+    leaves = {
+        n: checkpoint.Lazy(x.shape, np.dtype(x.dtype), lambda: 1 / 0)
+        for n, x in checkpoint.names(modules["text"]).items()
+    }
     for target, options in (("x", {"overwrite": True}), ("y", {})):
         with pytest.raises(ZeroDivisionError):
             checkpoint.save(tmp_path / target, leaves, "text", CONFIGS["text"], **options)

@@ -55,12 +55,19 @@ def test_from_an_image_to_the_condition():
 
     def encode(video):
         b, frames, height, width, _ = video.shape
-        small = video[:, ::4].reshape(b, 1 + (frames - 1) // 4, height // 8, 8, width // 8, 8, 3).mean((3, 5, 6))
+        small = (
+            video[:, ::4]
+            .reshape(b, 1 + (frames - 1) // 4, height // 8, 8, width // 8, 8, 3)
+            .mean((3, 5, 6))
+        )
         return jnp.repeat(small[..., None], 16, -1)
 
     image = np.full((100, 77, 3), 255, np.uint8)
     size = choose_size(width=48, height=32, num_frames=9, image_size=(77, 100))
-    video = np.pad(first_frame(fit_image(image, size), size), ((0, 0), (0, size.frames - 1), (0, 0), (0, 0), (0, 0)))
+    video = np.pad(
+        first_frame(fit_image(image, size), size),
+        ((0, 0), (0, size.frames - 1), (0, 0), (0, 0), (0, 0)),
+    )
     condition = np.asarray(image_condition(encode(video)))
     assert condition.shape == (1, *SIZE.latent_grid, 20)
     assert (condition[:, 0] == 1).all() and (condition[:, 1:] == 0).all()

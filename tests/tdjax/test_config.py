@@ -30,8 +30,16 @@ from tdjax.precision import BF16, FLOAT32, Policy
 def test_usage_errors_say_what_why_and_what_to_do():
     with pytest.raises(UsageError) as error:
         VideoSize(frames=80)
-    assert error.value.what == "num_frames is 80" and "4k+1" in error.value.why and error.value.fix == "nearest allowed: 77 and 81"
-    assert str(error.value).count("\n") == 2 and error.value.exit_code == 2 and isinstance(error.value, ValueError)
+    assert (
+        error.value.what == "num_frames is 80"
+        and "4k+1" in error.value.why
+        and error.value.fix == "nearest allowed: 77 and 81"
+    )
+    assert (
+        str(error.value).count("\n") == 2
+        and error.value.exit_code == 2
+        and isinstance(error.value, ValueError)
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,19 +57,31 @@ def test_usage_errors_say_what_why_and_what_to_do():
         (lambda: SamplerConfig(steps=5), "(?s)num_steps is 5.*1 to 4 steps.*give 4 mid times"),
         (lambda: SamplerConfig(sigma_max=0.0), "sigma_max is 0"),
         (lambda: SamplerConfig(sigma_max=float("nan")), "sigma_max is nan"),
-        (lambda: SamplerConfig(mid=(1.4, 1.5, 1.0)), "(?s)mid times are 1.4, 1.5, 1.0.*must fall.*1.5 1.4 1.0"),
+        (
+            lambda: SamplerConfig(mid=(1.4, 1.5, 1.0)),
+            "(?s)mid times are 1.4, 1.5, 1.0.*must fall.*1.5 1.4 1.0",
+        ),
         (lambda: SamplerConfig(sigma_max=5.0), "(?s)must fall from 1.3734"),
         (lambda: SamplerConfig(guidance=5.0), "(?s)guidance_scale is 5.*built in.*unipc"),
         (lambda: DiTConfig(dim=100, heads=3), "dim 100 over 3 heads"),
         (lambda: DiTConfig(dim=6, heads=2), "even whole head width"),
-        (lambda: DiTConfig(attention="flash"), "attention is 'flash'; allowed: dense, sla, sagesla"),
-        (lambda: DiTConfig(linear="int4"), "linear is 'int4'; allowed: float, int8, int8_channel, fp8"),
+        (
+            lambda: DiTConfig(attention="flash"),
+            "attention is 'flash'; allowed: dense, sla, sagesla",
+        ),
+        (
+            lambda: DiTConfig(linear="int4"),
+            "linear is 'int4'; allowed: float, int8, int8_channel, fp8",
+        ),
         (lambda: DiTConfig(in_channels=8), "in_channels 8 is less than out_channels 16"),
         (lambda: DiTConfig(layers=0), "DiTConfig.layers is 0; it must be at least 1"),
         (lambda: VAEConfig(temporal_down=(True,)), "4 multipliers need 3 temporal_down flags"),
         (lambda: VAEConfig(latent_channels=8), "mean and std need 8 values"),
         (lambda: TextConfig(heads=5), "attention_dim 4096 is not a multiple of 5 heads"),
-        (lambda: Policy(compute="float8"), "Policy.compute is 'float8'; allowed: bfloat16, float16, float32"),
+        (
+            lambda: Policy(compute="float8"),
+            "Policy.compute is 'float8'; allowed: bfloat16, float16, float32",
+        ),
     ],
 )
 def test_what_is_refused(make, expected):
@@ -70,15 +90,25 @@ def test_what_is_refused(make, expected):
 
 
 def test_what_is_allowed():
-    assert SamplerConfig(steps=1).steps == 1 and SamplerConfig(steps=8, mid=(1.3, 1.2, 1.1, 1.0, 0.6, 0.4, 0.3)).few_step
-    teacher = SamplerConfig(steps=50, mode="unipc", sigma_max=0.5, guidance=5.0)  # mid times are not the teacher's
+    assert (
+        SamplerConfig(steps=1).steps == 1
+        and SamplerConfig(steps=8, mid=(1.3, 1.2, 1.1, 1.0, 0.6, 0.4, 0.3)).few_step
+    )
+    teacher = SamplerConfig(
+        steps=50, mode="unipc", sigma_max=0.5, guidance=5.0
+    )  # mid times are not the teacher's
     assert not teacher.few_step
     for sizes in VIDEO_SIZES.values():
         for width, height in sizes.values():
-            assert VideoSize(width=width, height=height).latent_grid[1:] == (height // 8, width // 8)
+            assert VideoSize(width=width, height=height).latent_grid[1:] == (
+                height // 8,
+                width // 8,
+            )
 
 
-@pytest.mark.parametrize("value, step, offset", [(80, 4, 1), (2, 4, 1), (481, 16, 0), (1, 16, 0), (100, 16, 0)])
+@pytest.mark.parametrize(
+    "value, step, offset", [(80, 4, 1), (2, 4, 1), (481, 16, 0), (1, 16, 0), (100, 16, 0)]
+)
 def test_neighbours_are_legal_and_around(value, step, offset):
     low, high = neighbours(value, step, offset)
     assert low % step == high % step == offset and low >= 1 and high - low == step and value < high
@@ -86,7 +116,12 @@ def test_neighbours_are_legal_and_around(value, step, offset):
 
 def test_sizes_of_the_default_clip():
     size = VideoSize()
-    assert (size.latent_frames, size.latent_grid, size.token_grid(), size.tokens()) == (21, (21, 60, 104), (21, 30, 52), 32760)
+    assert (size.latent_frames, size.latent_grid, size.token_grid(), size.tokens()) == (
+        21,
+        (21, 60, 104),
+        (21, 30, 52),
+        32760,
+    )
     assert str(size) == "832x480, 81 frames" and VideoSize(frames=1).latent_frames == 1
 
 
@@ -125,15 +160,27 @@ def test_json_of_another_version():
 
 
 def test_policy_dtypes():
-    assert (BF16.param_dtype.name, FLOAT32.compute_dtype.name, BF16.island_dtype.name) == ("bfloat16", "float32", "float32")
+    assert (BF16.param_dtype.name, FLOAT32.compute_dtype.name, BF16.island_dtype.name) == (
+        "bfloat16",
+        "float32",
+        "float32",
+    )
 
 
 # Presets against the released files ---------------------------------------------------------------------------------------
 
 FILES = {
-    **{f"{name}{q}": f"{name.lower()}{q}" for name in ("TurboWan2.1-T2V-1.3B-480P", "TurboWan2.1-T2V-14B-480P") for q in ("", "-quant")},
+    **{
+        f"{name}{q}": f"{name.lower()}{q}"
+        for name in ("TurboWan2.1-T2V-1.3B-480P", "TurboWan2.1-T2V-14B-480P")
+        for q in ("", "-quant")
+    },
     **{f"TurboWan2.1-T2V-14B-720P{q}": f"turbowan2.1-t2v-14b-720p{q}" for q in ("", "-quant")},
-    **{f"TurboWan2.2-I2V-A14B-{e}-720P{q}": f"turbowan2.2-i2v-a14b-720p{q}" for e in ("high", "low") for q in ("", "-quant")},
+    **{
+        f"TurboWan2.2-I2V-A14B-{e}-720P{q}": f"turbowan2.2-i2v-a14b-720p{q}"
+        for e in ("high", "low")
+        for q in ("", "-quant")
+    },
     "Wan-AI_Wan2.1-T2V-1.3B": "wan2.1-t2v-1.3b",
     "Wan-AI_Wan2.1-T2V-14B": "wan2.1-t2v-14b",
     "Wan-AI_Wan2.2-I2V-A14B": "wan2.2-i2v-a14b",
@@ -143,9 +190,15 @@ FILES = {
 @pytest.mark.parametrize("file, alias", FILES.items())
 def test_presets_have_the_shapes_of_their_files(manifest, file, alias):
     tensors = {key: row["shape"] for key, row in manifest(file)["tensors"].items()}
-    preset, blocks = PRESETS[alias], {int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")}
+    preset, blocks = (
+        PRESETS[alias],
+        {int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")},
+    )
     cfg = preset.config
-    int8, sla = any("int8_weight" in key for key in tensors), any("proj_l" in key for key in tensors)
+    int8, sla = (
+        any("int8_weight" in key for key in tensors),
+        any("proj_l" in key for key in tensors),
+    )
     assert (cfg.linear, cfg.attention) == ("int8" if int8 else "float", "sla" if sla else "dense")
     assert blocks == set(range(cfg.layers))
     weight = "int8_weight" if int8 else "weight"
@@ -157,28 +210,53 @@ def test_presets_have_the_shapes_of_their_files(manifest, file, alias):
     assert tensors["time_embedding.0.weight"] == [cfg.dim, cfg.freq_dim]
     assert ("img_emb.proj.0.weight" in tensors) == (cfg.image_dim is not None)
     if sla:
-        assert tensors["blocks.0.self_attn.attn_op.local_attn.proj_l.weight"] == [cfg.head_dim, cfg.head_dim]
-    assert preset.distilled == file.startswith("Turbo") and len(preset.dit) == (2 if "A14B" in file else 1)
+        assert tensors["blocks.0.self_attn.attn_op.local_attn.proj_l.weight"] == [
+            cfg.head_dim,
+            cfg.head_dim,
+        ]
+    assert preset.distilled == file.startswith("Turbo") and len(preset.dit) == (
+        2 if "A14B" in file else 1
+    )
     assert cfg.task == ("i2v" if "I2V" in file else "t2v") and preset.resolution in VIDEO_SIZES
 
 
 def test_every_preset_has_a_file_here():
     assert set(FILES.values()) == set(PRESETS)
-    published = {file.removesuffix(".pth") for preset in PRESETS.values() if preset.distilled for file in preset.dit}
+    published = {
+        file.removesuffix(".pth")
+        for preset in PRESETS.values()
+        if preset.distilled
+        for file in preset.dit
+    }
     assert published == {file for file in FILES if file.startswith("Turbo")}
 
 
 def test_vae_and_text_encoder_have_the_shapes_of_their_files(manifest):
     vae = {key: row["shape"] for key, row in manifest("Wan2.1_VAE")["tensors"].items()}
     widths = [WAN_VAE.dim * m for m in WAN_VAE.multipliers]
-    assert vae["encoder.conv1.weight"][0] == WAN_VAE.dim and vae["decoder.conv1.weight"][:2] == [widths[-1], WAN_VAE.latent_channels]
-    assert vae["conv1.weight"][:2] == [2 * WAN_VAE.latent_channels] * 2 and vae["conv2.weight"][0] == WAN_VAE.latent_channels
-    assert len([key for key in vae if key.startswith("encoder") and key.endswith("time_conv.weight")]) == sum(WAN_VAE.temporal_down)
+    assert vae["encoder.conv1.weight"][0] == WAN_VAE.dim and vae["decoder.conv1.weight"][:2] == [
+        widths[-1],
+        WAN_VAE.latent_channels,
+    ]
+    assert (
+        vae["conv1.weight"][:2] == [2 * WAN_VAE.latent_channels] * 2
+        and vae["conv2.weight"][0] == WAN_VAE.latent_channels
+    )
+    assert len(
+        [key for key in vae if key.startswith("encoder") and key.endswith("time_conv.weight")]
+    ) == sum(WAN_VAE.temporal_down)
     assert (WAN_VAE.spatial, WAN_VAE.temporal) == (8, 4)
-    text = {key: row["shape"] for key, row in manifest("models_t5_umt5-xxl-enc-bf16")["tensors"].items()}
+    text = {
+        key: row["shape"] for key, row in manifest("models_t5_umt5-xxl-enc-bf16")["tensors"].items()
+    }
     assert text["token_embedding.weight"] == [UMT5_XXL.vocab, UMT5_XXL.dim]
     assert text["blocks.0.attn.q.weight"] == [UMT5_XXL.attention_dim, UMT5_XXL.dim]
     assert text["blocks.0.ffn.fc1.weight"] == [UMT5_XXL.ffn_dim, UMT5_XXL.dim]
     assert text["blocks.0.pos_embedding.embedding.weight"] == [UMT5_XXL.buckets, UMT5_XXL.heads]
-    assert {int(key.split(".")[1]) for key in text if key.startswith("blocks.")} == set(range(UMT5_XXL.layers))
-    assert all(preset.config.text_dim == UMT5_XXL.dim and preset.config.text_len == UMT5_XXL.text_len for preset in PRESETS.values())
+    assert {int(key.split(".")[1]) for key in text if key.startswith("blocks.")} == set(
+        range(UMT5_XXL.layers)
+    )
+    assert all(
+        preset.config.text_dim == UMT5_XXL.dim and preset.config.text_len == UMT5_XXL.text_len
+        for preset in PRESETS.values()
+    )

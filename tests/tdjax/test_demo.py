@@ -38,14 +38,24 @@ def obeyed(pipe, prompts=PROMPTS, seed: int = 0) -> dict[str, bool]:
 
 def test_the_prompts_ask_for_everything():
     said = captions.parse(PROMPTS)
-    unsaid = [(factor, i) for factor in captions.knows() for i in range(len(PROMPTS)) if getattr(said, factor)[i] == UNSAID]
+    unsaid = [
+        (factor, i)
+        for factor in captions.knows()
+        for i in range(len(PROMPTS))
+        if getattr(said, factor)[i] == UNSAID
+    ]
     assert unsaid == [("speed", 3)]  # of what stays still
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{}, {"quant": "none"}, {"attention": "dense"}, {"attention": "sagesla", "quant": "int8_channel"}],
+    [
+        {},
+        {"quant": "none"},
+        {"attention": "dense"},
+        {"attention": "sagesla", "quant": "int8_channel"},
+    ],
     ids=lambda options: " ".join(options.values()) or "as packaged",
 )
 def test_it_obeys(options):
@@ -69,10 +79,17 @@ def test_the_smallest_command_and_its_repetition(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert generate.main(["--format", "npy", *FLAGS]) == 0
     out = capsys.readouterr()
-    assert out.out == "output/demo_0_0.npy\n" and "the embedded demo model, 64x64, 33 frames" in out.err
-    prompt, seed = re.search(r'no prompt was given, this one is drawn: --prompt "(.+)" --seed (\d+)', out.err).groups()
+    assert (
+        out.out == "output/demo_0_0.npy\n"
+        and "the embedded demo model, 64x64, 33 frames" in out.err
+    )
+    prompt, seed = re.search(
+        r'no prompt was given, this one is drawn: --prompt "(.+)" --seed (\d+)', out.err
+    ).groups()
     assert prompt in json.loads((demo.PACKAGED / "model.json").read_text())["prompts"]
-    assert generate.main(["--prompt", prompt, "--seed", seed, "--save_path", "again.npy", *FLAGS]) == 0
+    assert (
+        generate.main(["--prompt", prompt, "--seed", seed, "--save_path", "again.npy", *FLAGS]) == 0
+    )
     assert np.array_equal(np.load("again.npy"), np.load("output/demo_0_0.npy"))
 
 
@@ -129,7 +146,10 @@ def test_an_installation_without_it_says_so(tmp_path, monkeypatch, capsys):
     (tmp_path / "model.json").touch()
     assert generate.main(["--prompt", "a", *FLAGS]) == 3
     message = capsys.readouterr().err
-    assert f"{tmp_path} has no dit, vae, text, tokenizer.json" in message and "python -m tdjax.train.tiny" in message
+    assert (
+        f"{tmp_path} has no dit, vae, text, tokenizer.json" in message
+        and "python -m tdjax.train.tiny" in message
+    )
 
 
 # -- the files -------------------------------------------------------------------------------------------------------------
@@ -138,12 +158,19 @@ def test_an_installation_without_it_says_so(tmp_path, monkeypatch, capsys):
 def test_it_is_small_and_whole():
     files = [file for file in demo.PACKAGED.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < package.LIMIT == 10_000_000
-    assert {file.relative_to(demo.PACKAGED).parts[0] for file in files} == {*demo.PARTS, "MODEL_CARD.md"}
+    assert {file.relative_to(demo.PACKAGED).parts[0] for file in files} == {
+        *demo.PARTS,
+        "MODEL_CARD.md",
+    }
 
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [("dit", dataclasses.replace(configs.DIT_SLA, linear="int8")), ("vae", configs.VAE), ("text", configs.TEXT)],
+    [
+        ("dit", dataclasses.replace(configs.DIT_SLA, linear="int8")),
+        ("vae", configs.VAE),
+        ("text", configs.TEXT),
+    ],
 )
 def test_it_is_what_the_recipe_makes(name, config):
     kind, cfg = checkpoint.checked(demo.PACKAGED / name)
@@ -155,10 +182,22 @@ def test_it_is_what_the_recipe_makes(name, config):
 
 def test_its_facts():
     facts = json.loads((demo.PACKAGED / "model.json").read_text())
-    assert facts["language"] == {"words": captions.vocabulary(), "knows": {k: list(v) for k, v in captions.knows().items()}}
-    assert (facts["frames"], facts["height"], facts["width"]) == (configs.SIZE.frames, configs.SIZE.height, configs.SIZE.width)
-    assert facts["sampler"] == {"mid": list(sampling.student().mid), "sigma_max": sampling.student().sigma_max}
-    assert facts["prompts"][0] == package.PROMPT and len(set(facts["prompts"])) > 0.8 * package.PROMPTS
+    assert facts["language"] == {
+        "words": captions.vocabulary(),
+        "knows": {k: list(v) for k, v in captions.knows().items()},
+    }
+    assert (facts["frames"], facts["height"], facts["width"]) == (
+        configs.SIZE.frames,
+        configs.SIZE.height,
+        configs.SIZE.width,
+    )
+    assert facts["sampler"] == {
+        "mid": list(sampling.student().mid),
+        "sigma_max": sampling.student().sigma_max,
+    }
+    assert (
+        facts["prompts"][0] == package.PROMPT and len(set(facts["prompts"])) > 0.8 * package.PROMPTS
+    )
     assert not any(captions.unknown_words(prompt) for prompt in facts["prompts"])
 
 
@@ -170,13 +209,21 @@ def test_every_word_is_one_token():
 
 def test_no_prompt_of_its_own_is_warned_of():
     pipe = tdjax.load("demo")
-    assert [pipe.warnings(pipe.request(prompt)) for prompt in pipe.prompts] == [[]] * len(pipe.prompts)
+    assert [pipe.warnings(pipe.request(prompt)) for prompt in pipe.prompts] == [[]] * len(
+        pipe.prompts
+    )
 
 
 def test_its_card():
     text = (demo.PACKAGED / "MODEL_CARD.md").read_text()
-    assert all(f"- {factor}: {', '.join(values)}" in text for factor, values in captions.knows().items())
-    assert "## Data" in text and "## Recipe" in text and "INT8 (packaged)" in text.split("## Results")[1]
+    assert all(
+        f"- {factor}: {', '.join(values)}" in text for factor, values in captions.knows().items()
+    )
+    assert (
+        "## Data" in text
+        and "## Recipe" in text
+        and "INT8 (packaged)" in text.split("## Results")[1]
+    )
 
 
 def test_nothing_of_the_machine_that_trained_it_is_left():

@@ -16,13 +16,25 @@ def test_json_and_text_say_the_same(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TDJAX_CACHE", str(tmp_path / "own"))
     assert env.main(["--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["versions"]["jax"] == jax.__version__ and found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["versions"]["jax"] == jax.__version__ and found["versions"]["python"] == ".".join(
+        map(str, sys.version_info[:3])
+    )
     assert [d["kind"] for d in found["devices"]] == [d.device_kind for d in jax.devices()]
-    assert found["folders"]["tdjax"] == {"path": str(tmp_path / "own"), "exists": False, "writable": True}
+    assert found["folders"]["tdjax"] == {
+        "path": str(tmp_path / "own"),
+        "exists": False,
+        "writable": True,
+    }
     assert found["folders"]["compiled"]["path"].startswith(str(tmp_path / "own"))
     assert env.main([]) == 0
     text = capsys.readouterr().out
-    for word in (jax.__version__, jax.devices()[0].device_kind, str(tmp_path / "own"), "(not there yet)", "attention reference: yes"):
+    for word in (
+        jax.__version__,
+        jax.devices()[0].device_kind,
+        str(tmp_path / "own"),
+        "(not there yet)",
+        "attention reference: yes",
+    ):
         assert word in text
 
 
@@ -48,7 +60,9 @@ def test_reasons(platform, capability, expected):
     device = {"platform": platform, "kind": "card", "compute_capability": capability}
     reason = env.why_not("cudnn", device)
     assert reason is None if expected is None else re.search(expected, reason)
-    assert env.why_not("reference", device) is None and env.why_not("reference", None) == "no device"
+    assert (
+        env.why_not("reference", device) is None and env.why_not("reference", None) == "no device"
+    )
 
 
 def test_a_backend_that_does_not_start_is_reported(monkeypatch, capsys):
@@ -58,7 +72,10 @@ def test_a_backend_that_does_not_start_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(jax, "devices", fail)
     assert env.main([]) == 1
     text = capsys.readouterr().out
-    assert "devices    none: Unable to initialize backend 'cuda'" in text and "attention reference: no: no device" in text
+    assert (
+        "devices    none: Unable to initialize backend 'cuda'" in text
+        and "attention reference: no: no device" in text
+    )
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -34,14 +34,20 @@ def test_coefficients_from_log_sigma_keep_small_data_weights():
     s = np.array([-20.0, -3.0, 0.0, 4.0, 15.0, 20.0])
     c = flow.from_log_sigma(jnp.asarray(s, jnp.float32))
     exact = 1 / (1 + np.exp(s))
-    assert np.abs(np.asarray(c.a, np.float64) / exact - 1).max() < 1e-5  # relative, down to 2e-9; from u it would be 0
+    assert (
+        np.abs(np.asarray(c.a, np.float64) / exact - 1).max() < 1e-5
+    )  # relative, down to 2e-9; from u it would be 0
     assert_close(flow.log_sigma(flow.from_log_sigma(jnp.float32(2.0)).u), 2.0, "float32")
 
 
 def test_both_ends_are_finite():
     c = flow.from_log_sigma(jnp.asarray([-jnp.inf, jnp.inf], jnp.float32))
-    np.testing.assert_array_equal(np.asarray(c), np.array([[0, 1], [1, 0], [1, 1], [0, 1], [1, 0]], np.float32))
-    np.testing.assert_array_equal(np.asarray(flow.from_u(jnp.asarray([0.0, 1.0], jnp.float32))), np.asarray(c))
+    np.testing.assert_array_equal(
+        np.asarray(c), np.array([[0, 1], [1, 0], [1, 1], [0, 1], [1, 0]], np.float32)
+    )
+    np.testing.assert_array_equal(
+        np.asarray(flow.from_u(jnp.asarray([0.0, 1.0], jnp.float32))), np.asarray(c)
+    )
 
 
 def test_predictions_agree_with_their_definitions():
@@ -92,7 +98,9 @@ def test_denoiser_scaling_matches_the_official_wrapper(golden):
     assert_close(flow.TIME_SCALE * c.u, g["out/scaling/c_noise"], "float32")
     np.testing.assert_allclose(flow.u_from_trig(t), g["out/time/trig_to_rf"], rtol=1e-12)
     np.testing.assert_allclose(flow.shift(g["in/time/rf"], 5.0), g["out/time/shift5"], rtol=1e-12)
-    np.testing.assert_allclose(flow.u_from_trig(g["out/time/rf_to_trig"]), g["in/time/rf"], rtol=1e-12)
+    np.testing.assert_allclose(
+        flow.u_from_trig(g["out/time/rf_to_trig"]), g["in/time/rf"], rtol=1e-12
+    )
 
 
 def test_few_step_grids_match_the_official_scripts(golden):
@@ -119,7 +127,12 @@ def test_expert_split_matches_the_official_script(golden):
 
 @pytest.mark.parametrize(
     "times, boundary, expected",
-    [((0.95, 0.9, 0.85, 0.0), 0.9, 2), ((0.8, 0.5, 0.0), 0.9, 0), ((0.95, 0.93, 0.0), 0.9, 2), ((0.9, 0.0), 0.9, 1)],
+    [
+        ((0.95, 0.9, 0.85, 0.0), 0.9, 2),
+        ((0.8, 0.5, 0.0), 0.9, 0),
+        ((0.95, 0.93, 0.0), 0.9, 2),
+        ((0.9, 0.0), 0.9, 1),
+    ],
 )
 def test_expert_split_at_its_edges(times, boundary, expected):
     """A time equal to the boundary still belongs to the high-noise expert; the final 0 is no step."""
@@ -139,5 +152,7 @@ def test_teacher_grid():
 
 def test_the_defaults_give_the_known_network_times():
     assert T2V_SAMPLER.steps == 4
-    np.testing.assert_allclose(flow.times(T2V_SAMPLER), [0.98765, 0.93378, 0.85290, 0.60898, 0], atol=5e-6)
+    np.testing.assert_allclose(
+        flow.times(T2V_SAMPLER), [0.98765, 0.93378, 0.85290, 0.60898, 0], atol=5e-6
+    )
     np.testing.assert_allclose(flow.times(I2V_SAMPLER)[0], 0.99502, atol=5e-6)

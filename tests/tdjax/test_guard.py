@@ -38,7 +38,9 @@ def test_a_failed_check_stops_with_its_name_and_what_to_do(ran):
 
 
 def test_only_what_runs_is_checked(ran, monkeypatch):
-    guard.check_kernels(dataclasses.replace(SAGE, attention="sla", linear="int8"), Stages(show=False))
+    guard.check_kernels(
+        dataclasses.replace(SAGE, attention="sla", linear="int8"), Stages(show=False)
+    )
     assert set(ran) == set(guard.CHECKS["int8"])
     ran.clear()
     for cfg in (DiTConfig(), dataclasses.replace(SAGE, impl="reference")):

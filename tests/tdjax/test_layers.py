@@ -25,7 +25,9 @@ def norm(cls, d, g, policy=FLOAT32):
 @pytest.mark.parametrize("d", WIDTHS)
 def test_rms_norm(golden, d):
     g = golden("fastnorm")
-    assert_close(norm(RMSNorm, d, g)(jnp.asarray(g[f"in/n{d}/x"])), g[f"out/n{d}/fast_rmsnorm"], "fastnorm")
+    assert_close(
+        norm(RMSNorm, d, g)(jnp.asarray(g[f"in/n{d}/x"])), g[f"out/n{d}/fast_rmsnorm"], "fastnorm"
+    )
 
 
 @pytest.mark.parametrize("d", WIDTHS)
@@ -35,7 +37,10 @@ def test_layer_norm_is_a_true_one(golden, d):
     x = jnp.asarray(g[f"in/n{d}/x"])
     assert_close(layer_norm(x, 1e-6), g[f"ref/n{d}/true_layernorm_noaffine"], "fastnorm")
     padding = 2 ** int(np.ceil(np.log2(d))) / d - 1
-    mean, var = np.asarray(x, np.float64).mean(-1, keepdims=True), np.asarray(x, np.float64).var(-1, keepdims=True)
+    mean, var = (
+        np.asarray(x, np.float64).mean(-1, keepdims=True),
+        np.asarray(x, np.float64).var(-1, keepdims=True),
+    )
     ratio = np.sqrt((var + 1e-6) / (var + padding * mean**2 + 1e-6))
     assert_close(layer_norm(x, 1e-6) * ratio, g[f"out/n{d}/fast_layernorm_noaffine"], "fastnorm")
     module = norm(LayerNorm, d, g)
@@ -51,14 +56,18 @@ def test_norms_round_once():
     y = modulate(x, scale, shift, 1e-6)
     full = layer_norm(x.astype(jnp.float32), 1e-6) * (1 + scale) + shift
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(np.asarray(y, np.float32), np.asarray(full.astype(jnp.bfloat16), np.float32))
+    np.testing.assert_array_equal(
+        np.asarray(y, np.float32), np.asarray(full.astype(jnp.bfloat16), np.float32)
+    )
     for cls in (RMSNorm, LayerNorm):
         assert cls(48, 1e-6, BF16)(x).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("width", [64, 256])
 def test_sinusoid_in_float32_is_that_of_float64(width):
-    t = np.concatenate([np.linspace(0, 1000, 4001), np.random.default_rng(0).uniform(0, 1000, 4000), [999.99994]]).astype(np.float32)
+    t = np.concatenate(
+        [np.linspace(0, 1000, 4001), np.random.default_rng(0).uniform(0, 1000, 4000), [999.99994]]
+    ).astype(np.float32)
     angle = t[:, None].astype(np.float64) * 10000.0 ** (-np.arange(width // 2) / (width // 2))
     actual = np.asarray(jax.jit(sinusoid, static_argnums=1)(t, width), np.float64)
     assert np.abs(actual - np.concatenate([np.cos(angle), np.sin(angle)], -1)).max() < 1e-6
@@ -69,4 +78,8 @@ def test_sinusoid_has_the_right_derivative():
     frequency = 10000.0 ** (-np.arange(32) / 32)
     _, actual = jax.jvp(lambda t: sinusoid(t, 64), (t,), (jnp.full(4, 2.0),))
     angle = np.asarray(t, np.float64)[:, None] * frequency
-    assert_close(actual, 2 * np.concatenate([-frequency * np.sin(angle), frequency * np.cos(angle)], -1), "float32")
+    assert_close(
+        actual,
+        2 * np.concatenate([-frequency * np.sin(angle), frequency * np.cos(angle)], -1),
+        "float32",
+    )

@@ -19,7 +19,11 @@ from tdjax.parts import planned_parts
 from tdjax.stages import Stages
 from tdjax.video import read_video
 
-SMALL = {"num_frames": 5, "width": 32, "height": 32}  # shapes shared by most tests, so that programs are compiled once
+SMALL = {
+    "num_frames": 5,
+    "width": 32,
+    "height": 32,
+}  # shapes shared by most tests, so that programs are compiled once
 FLAGS = ["--num_frames", "5", "--width", "32", "--height", "32", "--compile_cache_dir", "none"]
 
 
@@ -74,20 +78,34 @@ def test_the_smallest_command(model, tmp_path, monkeypatch, capsys):
     assert generate.main(["--model", str(model), "--compile_cache_dir", "none"]) == 0
     out = capsys.readouterr()
     assert out.out == "output/random_0_0.mp4\n"
-    assert f'no prompt was given, this one is drawn: --prompt "{random_model.PROMPT}" --seed 0' in out.err
+    assert (
+        f'no prompt was given, this one is drawn: --prompt "{random_model.PROMPT}" --seed 0'
+        in out.err
+    )
     assert read_video(tmp_path / "output/random_0_0.mp4").shape == (33, 64, 64, 3)
     facts = json.loads((tmp_path / "output/random_0_0.mp4.json").read_text())
-    assert facts["seed"] == 0 and facts["prompts"] == [random_model.PROMPT] and facts["sampler"]["steps"] == 4
-    assert sorted(p.name for p in (tmp_path / "output").iterdir()) == ["random_0_0.mp4", "random_0_0.mp4.json"]
+    assert (
+        facts["seed"] == 0
+        and facts["prompts"] == [random_model.PROMPT]
+        and facts["sampler"]["steps"] == 4
+    )
+    assert sorted(p.name for p in (tmp_path / "output").iterdir()) == [
+        "random_0_0.mp4",
+        "random_0_0.mp4.json",
+    ]
 
 
 def test_same_seed_same_bits_and_samples_do_not_depend_on_the_batch(pipe):
     one = pipe("a red circle", seed=3, **SMALL)
     two = pipe("a red circle", seed=3, num_samples=2, **SMALL)
     assert one.frames.dtype == np.uint8 and one.frames.shape == (1, 5, 32, 32, 3)
-    assert np.array_equal(one.latents[0], two.latents[0]) and np.array_equal(one.frames[0], two.frames[0])
+    assert np.array_equal(one.latents[0], two.latents[0]) and np.array_equal(
+        one.frames[0], two.frames[0]
+    )
     assert not np.array_equal(two.latents[0], two.latents[1])
-    assert all(array.flags.writeable for result in (one, two) for array in (result.latents, result.frames))
+    assert all(
+        array.flags.writeable for result in (one, two) for array in (result.latents, result.frames)
+    )
     assert not np.array_equal(one.latents, pipe("a red circle", seed=4, **SMALL).latents)
     assert np.array_equal(one.latents, pipe("a red circle", key=jax.random.key(3), **SMALL).latents)
 
@@ -101,13 +119,22 @@ def test_nothing_is_compiled_again_for_another_prompt_seed_or_weights(pipe):
     assert len(pipe.programs.compiled) == before
 
 
-@pytest.mark.parametrize("sampler", [{}, {"sampler": "ode", "num_steps": 2}, {"sampler": "unipc", "num_steps": 4, "guidance_scale": 3.0}])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        {},
+        {"sampler": "ode", "num_steps": 2},
+        {"sampler": "unipc", "num_steps": 4, "guidance_scale": 3.0},
+    ],
+)
 def test_the_loop_in_steps_is_the_loop_in_one(model, pipe, sampler):
     """Progress runs one step a call; the video must be the same to the bit."""
     steps = tdjax.load(model, stages=Stages(show=True))
     a, b = pipe("a red circle", **sampler, **SMALL), steps("a red circle", **sampler, **SMALL)
     assert np.array_equal(a.latents, b.latents)
-    assert any("step 2 of" in name for name in b.timings) and not any("step" in name for name in a.timings)
+    assert any("step 2 of" in name for name in b.timings) and not any(
+        "step" in name for name in a.timings
+    )
 
 
 def test_guidance_uses_the_negative_prompt(model, tmp_path):
@@ -116,29 +143,62 @@ def test_guidance_uses_the_negative_prompt(model, tmp_path):
     shutil.rmtree(folder / "dit")
     dit_folder(folder / "dit", dataclasses.replace(random_model.DIT, layers=1, attention="dense"))
     pipe = tdjax.load(folder)
-    call = lambda **kw: pipe("a red circle", sampler="euler", num_steps=2, output_type="latent", **kw, **SMALL).latents
+    call = lambda **kw: (
+        pipe(
+            "a red circle", sampler="euler", num_steps=2, output_type="latent", **kw, **SMALL
+        ).latents
+    )
     plain = call(guidance_scale=1.0)
     assert np.abs(plain - call(guidance_scale=4.0)).max() > 1e-4
-    same = call(guidance_scale=4.0, negative_prompt="a red circle")  # both halves alike: guidance changes nothing
+    same = call(
+        guidance_scale=4.0, negative_prompt="a red circle"
+    )  # both halves alike: guidance changes nothing
     assert np.abs(plain - same).max() < 1e-4
     assert np.abs(same - call(guidance_scale=4.0, negative_prompt="green")).max() > 1e-5
 
 
 def test_embeddings_saved_and_given(pipe, model, tmp_path, capsys):
     path = tmp_path / "e.safetensors"
-    assert generate.main(["--model", str(model), "--prompt", "a red circle", "--save_prompt_embeds", str(path), *FLAGS]) == 0
+    assert (
+        generate.main(
+            [
+                "--model",
+                str(model),
+                "--prompt",
+                "a red circle",
+                "--save_prompt_embeds",
+                str(path),
+                *FLAGS,
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out == f"{path}\n"
     out = tmp_path / "v.npy"
-    argv = ["--model", str(model), "--prompt_embeds", str(path), "--save_path", str(out), "--seed", "3", *FLAGS]
+    argv = [
+        "--model",
+        str(model),
+        "--prompt_embeds",
+        str(path),
+        "--save_path",
+        str(out),
+        "--seed",
+        "3",
+        *FLAGS,
+    ]
     assert generate.main(argv) == 0
     assert np.array_equal(np.load(out), pipe("a red circle", seed=3, **SMALL).frames[0])
 
 
 def test_start_noise_can_be_given(pipe):
     size = VideoSize(frames=5, height=32, width=32)
-    noise = np.asarray(programs.start_noise(jax.random.fold_in(jax.random.key(0), 0), 1, (1, *size.latent_grid, 8)))[0]
+    noise = np.asarray(
+        programs.start_noise(jax.random.fold_in(jax.random.key(0), 0), 1, (1, *size.latent_grid, 8))
+    )[0]
     kwargs = {"sampler": "ode", "num_steps": 2, "output_type": "latent", **SMALL}
-    assert np.array_equal(pipe("a", seed=0, **kwargs).latents, pipe("a", seed=5, latents=noise, **kwargs).latents)
+    assert np.array_equal(
+        pipe("a", seed=0, **kwargs).latents, pipe("a", seed=5, latents=noise, **kwargs).latents
+    )
 
 
 def test_formats(pipe, tmp_path):
@@ -175,10 +235,22 @@ def test_two_steps_never_reach_the_low_noise_expert(i2v_model, tmp_path, capsys)
     from PIL import Image
 
     Image.fromarray(photograph()).save(tmp_path / "photo.png")
-    argv = ["--model", str(i2v_model), "--image_path", str(tmp_path / "photo.png"), "--num_steps", "2", "--prompt", "a", *FLAGS]
+    argv = [
+        "--model",
+        str(i2v_model),
+        "--image_path",
+        str(tmp_path / "photo.png"),
+        "--num_steps",
+        "2",
+        "--prompt",
+        "a",
+        *FLAGS,
+    ]
     assert generate.main([*argv, "--save_path", str(tmp_path / "v.mp4"), "--timings"]) == 0
     err = capsys.readouterr().err
-    assert "low-noise expert is not used" in err and "load dit_low" not in err and "vae encode" in err
+    assert (
+        "low-noise expert is not used" in err and "load dit_low" not in err and "vae encode" in err
+    )
 
 
 def test_adaptive_size_follows_the_image(i2v_model):
@@ -195,7 +267,9 @@ def test_a_mesh_gives_the_same_video(model, pipe, mesh):
     call = {"attention": "dense"}
     one, many = tdjax.load(model, **call), tdjax.load(model, mesh=mesh, **call)
     kwargs = {"output_type": "latent", "num_steps": 2, **SMALL}
-    assert np.allclose(one("a red circle", **kwargs).latents, many("a red circle", **kwargs).latents, atol=1e-5)
+    assert np.allclose(
+        one("a red circle", **kwargs).latents, many("a red circle", **kwargs).latents, atol=1e-5
+    )
 
 
 def test_mesh_messages(model):
@@ -224,7 +298,9 @@ def test_warmup_compiles_what_the_call_runs(model):
     pipe.warmup(**SMALL)
     before = len(pipe.programs.compiled)
     pipe("a red circle", **SMALL)
-    assert len(pipe.programs.compiled) == before == 7  # text; start noise and the loop, whole and in single steps; decoder: first and later
+    assert (
+        len(pipe.programs.compiled) == before == 7
+    )  # text; start noise and the loop, whole and in single steps; decoder: first and later
 
 
 def test_warmup_of_two_experts_and_an_image(i2v_model):
@@ -238,7 +314,13 @@ def test_warmup_of_two_experts_and_an_image(i2v_model):
 def test_another_schedule_or_seed_compiles_nothing(model):
     pipe = tdjax.load(model)
     before = None
-    for change in ({}, {"sigma_max": 100.0}, {"boundary": 0.5}, {"mid_t": (1.45, 1.3, 0.9)}, {"seed": 7}):
+    for change in (
+        {},
+        {"sigma_max": 100.0},
+        {"boundary": 0.5},
+        {"mid_t": (1.45, 1.3, 0.9)},
+        {"seed": 7},
+    ):
         pipe("a red circle", output_type="latent", **change, **SMALL)
         before = before or set(pipe.programs.compiled)
         assert set(pipe.programs.compiled) == before
@@ -264,20 +346,27 @@ def test_a_plan_needs_no_download(tmp_path, capsys, monkeypatch):
 def test_every_preset_defaults_to_its_own_size(name):
     pipe = pipeline.Pipeline(
         Located(name=name, layout="published", preset=name),
-        planned_parts(PRESETS[name], attention="auto", quant="auto", topk=None, dtype="auto", note=print),
+        planned_parts(
+            PRESETS[name], attention="auto", quant="auto", topk=None, dtype="auto", note=print
+        ),
         mesh=None,
         low_memory=False,
         stages=Stages(show=False),
     )
     image = {"image": np.zeros((90, 160, 3), np.uint8)} if pipe.task == "i2v" else {}
     size = pipe.request("a", **image).size
-    assert (size.width, size.height, size.frames) == {"480p": (832, 480, 81), "720p": (1280, 720, 81)}[PRESETS[name].resolution]
+    assert (size.width, size.height, size.frames) == {
+        "480p": (832, 480, 81),
+        "720p": (1280, 720, 81),
+    }[PRESETS[name].resolution]
 
 
 def test_quantised_at_load_and_back(model, pipe, tmp_path, capsys):
     call = {"output_type": "latent", "num_steps": 2, **SMALL}
     exact, int8 = pipe("a red circle", **call).latents, tdjax.load(model, quant="int8")
-    far = lambda pipe: np.linalg.norm(pipe("a red circle", **call).latents - exact) / np.linalg.norm(exact)
+    far = lambda pipe: (
+        np.linalg.norm(pipe("a red circle", **call).latents - exact) / np.linalg.norm(exact)
+    )
     assert 1e-5 < far(int8) < 0.05
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
@@ -312,7 +401,15 @@ def test_prompt_file_resumes(model, tmp_path, monkeypatch, capsys):
 
 
 def test_samples_are_files_and_grid_is_one(model, tmp_path, capsys):
-    argv = ["--model", str(model), "--num_samples", "2", "--save_path", str(tmp_path / "v.npy"), *FLAGS]
+    argv = [
+        "--model",
+        str(model),
+        "--num_samples",
+        "2",
+        "--save_path",
+        str(tmp_path / "v.npy"),
+        *FLAGS,
+    ]
     assert generate.main(argv) == 0
     assert capsys.readouterr().out.split() == [str(tmp_path / "v_0.npy"), str(tmp_path / "v_1.npy")]
     assert generate.main([*argv[: -len(FLAGS) - 1], str(tmp_path / "g.npy"), "--grid", *FLAGS]) == 0
@@ -332,7 +429,10 @@ def test_serving_keeps_weights_and_survives_a_bad_line(model, tmp_path, monkeypa
 def test_rows_of_one_prompt_are_different_files(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("红色的圆\n蓝色的圆\n红色的圆\n")
-    assert generate.main(["--model", str(model), "--prompt_file", "p.txt", "--format", "npy", *FLAGS]) == 0
+    assert (
+        generate.main(["--model", str(model), "--prompt_file", "p.txt", "--format", "npy", *FLAGS])
+        == 0
+    )
     assert len(set(capsys.readouterr().out.split())) == 3
     (tmp_path / "same.csv").write_text("prompt,out\na,v.npy\nb,v.npy\n")
     assert generate.main(["--model", str(model), "--prompt_file", "same.csv", *FLAGS]) == 2
@@ -355,14 +455,31 @@ def test_what_stands_in_the_way_is_found_before_work(model, tmp_path, monkeypatc
     monkeypatch.setattr(pipeline.Part, "load", lambda self: pytest.fail("weights were loaded"))
     assert generate.main(["--model", str(model), "--prompt", "a", *argv, *FLAGS]) == 2
     assert "error:" in capsys.readouterr().err
-    assert all((tmp_path / name).read_text() == "mine" for name in ("t_0.npy", "s_1.npy", "o.npy.json", "here"))
+    assert all(
+        (tmp_path / name).read_text() == "mine"
+        for name in ("t_0.npy", "s_1.npy", "o.npy.json", "here")
+    )
 
 
 # -- what goes wrong -------------------------------------------------------------------------------------------------------
 
 
 def failing(model, tmp_path, capsys, code, *argv):
-    assert generate.main(["--model", str(model), "--save_path", str(tmp_path / "v.mp4"), "--prompt", "a", *FLAGS, *argv]) == code
+    assert (
+        generate.main(
+            [
+                "--model",
+                str(model),
+                "--save_path",
+                str(tmp_path / "v.mp4"),
+                "--prompt",
+                "a",
+                *FLAGS,
+                *argv,
+            ]
+        )
+        == code
+    )
     assert not list(tmp_path.glob("v*")) and not list(tmp_path.glob(".v*"))
     out = capsys.readouterr()
     assert out.out == ""
@@ -379,32 +496,57 @@ def test_task_and_image_must_agree(model, i2v_model, tmp_path, capsys):
     assert "need an image" in failing(i2v_model, tmp_path, capsys, 2)
     assert "these are t2v weights" in failing(model, tmp_path, capsys, 2, "--task", "i2v")
     (tmp_path / "bad.png").write_bytes(b"not an image")
-    assert "bad.png" in failing(i2v_model, tmp_path, capsys, 2, "--image_path", str(tmp_path / "bad.png"))
+    assert "bad.png" in failing(
+        i2v_model, tmp_path, capsys, 2, "--image_path", str(tmp_path / "bad.png")
+    )
 
 
 def test_sla_needs_its_projection(model, tmp_path, capsys):
     folder = tmp_path / "dense"
     dit_folder(folder, dataclasses.replace(random_model.DIT, attention="dense", layers=1))
-    argv = ["--dit_path", str(folder), "--vae_path", str(model / "vae"), "--text_encoder_path", str(model / "text")]
+    argv = [
+        "--dit_path",
+        str(folder),
+        "--vae_path",
+        str(model / "vae"),
+        "--text_encoder_path",
+        str(model / "text"),
+    ]
     argv += ["--tokenizer_path", str(model / "tokenizer.json"), "--attention_type", "sla"]
     message = failing(model, tmp_path, capsys, 3, *argv)
     assert "proj_l" in message and "--attention_type original" in message and "--merge" in message
 
 
 def test_parts_of_another_kind(model, tmp_path, capsys):
-    assert "is a umT5 text encoder, not a video VAE" in failing(model, tmp_path, capsys, 3, "--vae_path", str(model / "text"))
+    assert "is a umT5 text encoder, not a video VAE" in failing(
+        model, tmp_path, capsys, 3, "--vae_path", str(model / "text")
+    )
     cfg = dataclasses.replace(random_model.DIT, in_channels=16, out_channels=16, layers=1)
     dit_folder(tmp_path / "wide", cfg)
     message = failing(model, tmp_path, capsys, 3, "--dit_path", str(tmp_path / "wide"))
     assert "8 latent channels, the transformer 16" in message and "48" in message
     cfg = dataclasses.replace(random_model.DIT, text_dim=48, layers=1)
     dit_folder(tmp_path / "text48", cfg)
-    assert "vectors of 64, the transformer takes 48" in failing(model, tmp_path, capsys, 3, "--dit_path", str(tmp_path / "text48"))
+    assert "vectors of 64, the transformer takes 48" in failing(
+        model, tmp_path, capsys, 3, "--dit_path", str(tmp_path / "text48")
+    )
 
 
 def test_official_model_name_is_checked(model, tmp_path, capsys):
-    argv = ["--model", "Wan2.1-1.3B", "--dit_path", str(model / "dit"), "--vae_path", str(model / "vae")]
-    argv += ["--text_encoder_path", str(model / "text"), "--tokenizer_path", str(model / "tokenizer.json")]
+    argv = [
+        "--model",
+        "Wan2.1-1.3B",
+        "--dit_path",
+        str(model / "dit"),
+        "--vae_path",
+        str(model / "vae"),
+    ]
+    argv += [
+        "--text_encoder_path",
+        str(model / "text"),
+        "--tokenizer_path",
+        str(model / "tokenizer.json"),
+    ]
     assert generate.main([*argv, *FLAGS]) == 2
     assert "of width 128" in capsys.readouterr().err
 
@@ -414,10 +556,27 @@ def test_not_finite_names_the_step(model, tmp_path, capsys):
     shutil.copytree(model, folder)
     shutil.rmtree(folder / "dit")
 
-    dit_folder(folder / "dit", dataclasses.replace(random_model.DIT, layers=1), head__proj__bias=np.nan)
+    dit_folder(
+        folder / "dit", dataclasses.replace(random_model.DIT, layers=1), head__proj__bias=np.nan
+    )
     message = failing(folder, tmp_path, capsys, 5)
     assert "step 1 of 4" in message and "--attention_type original" in message
-    assert generate.main(["--model", str(folder), "--prompt", "a", "--save_path", str(tmp_path / "n.npy"), "--check", "none", *FLAGS]) == 0
+    assert (
+        generate.main(
+            [
+                "--model",
+                str(folder),
+                "--prompt",
+                "a",
+                "--save_path",
+                str(tmp_path / "n.npy"),
+                "--check",
+                "none",
+                *FLAGS,
+            ]
+        )
+        == 0
+    )
     with pytest.raises(NotFinite):
         tdjax.load(folder)("a", **SMALL)
 
@@ -451,13 +610,24 @@ def test_a_second_call_traces_nothing(pipe):
 def test_the_callers_noise_survives(pipe):
     size = VideoSize(frames=5, height=32, width=32)
     noise = jax.random.normal(jax.random.key(1), (1, *size.latent_grid, 8))
-    pipe("a", latents=noise, sampler="euler", num_steps=2, guidance_scale=1.0, num_samples=2, output_type="latent", **SMALL)
+    pipe(
+        "a",
+        latents=noise,
+        sampler="euler",
+        num_steps=2,
+        guidance_scale=1.0,
+        num_samples=2,
+        output_type="latent",
+        **SMALL,
+    )
     assert np.isfinite(np.asarray(noise)).all()
 
 
 def test_out_of_memory_names_the_stage(model, tmp_path, capsys, monkeypatch):
     def exhausted(self, *args):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9999 bytes.")
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9999 bytes."
+        )
 
     monkeypatch.setattr(pipeline.Part, "load", exhausted)
     message = failing(model, tmp_path, capsys, 4)
@@ -504,7 +674,10 @@ def test_python_arguments(pipe):
         pipe("a", latents=np.full((1, 2, 4, 4, 8), np.nan), **SMALL)
     with pytest.raises(UsageError, match="output_type is 'pil'"):
         pipe("a", output_type="pil")
-    assert pipe.request("a", num_inference_steps=2, num_videos_per_prompt=3, **SMALL).sampler.steps == 2
+    assert (
+        pipe.request("a", num_inference_steps=2, num_videos_per_prompt=3, **SMALL).sampler.steps
+        == 2
+    )
 
 
 def test_load_arguments(model, tmp_path):
@@ -520,11 +693,16 @@ def test_load_arguments(model, tmp_path):
         tdjax.load(tmp_path / "nowhere.pth")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the reader's own, of reads that it gave up
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # the reader's own, of reads that it gave up
 def test_damaged_checkpoint(model, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
-    files = sorted((p for p in (folder / "dit" / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    files = sorted(
+        (p for p in (folder / "dit" / "params").rglob("*") if p.is_file()),
+        key=lambda p: p.stat().st_size,
+    )
     files[-1].write_bytes(files[-1].read_bytes()[:100])
     assert str(folder / "dit") in failing(folder, tmp_path, capsys, 3)
 

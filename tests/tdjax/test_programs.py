@@ -44,7 +44,9 @@ def test_a_program_asked_for_is_made_by_a_thread():
     run = programs.get(stages, "double", traced, shape)
     assert len(where) == 1 and where[0] is not threading.main_thread()
     assert np.array_equal(run(jnp.arange(3.0)), [0, 2, 4])
-    assert programs.get(stages, "double", traced, shape) is run and [row.name for row in stages.rows] == ["compile double"]
+    assert programs.get(stages, "double", traced, shape) is run and [
+        row.name for row in stages.rows
+    ] == ["compile double"]
 
 
 def test_a_mistake_is_raised_where_the_program_is_needed():
@@ -96,19 +98,27 @@ def test_weights_loaded_ahead_are_the_weights(model):
 
 def damaged(model, folder):
     shutil.copytree(model, folder)
-    files = sorted((p for p in (folder / "dit" / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    files = sorted(
+        (p for p in (folder / "dit" / "params").rglob("*") if p.is_file()),
+        key=lambda p: p.stat().st_size,
+    )
     files[-1].write_bytes(files[-1].read_bytes()[:100])
     return folder
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the reader's own, of reads that it gave up
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # the reader's own, of reads that it gave up
 def test_damaged_weights_are_told_when_they_are_needed(model, tmp_path, capsys):
     stages = Stages(show=True)
     pipe = tdjax.load(damaged(model, tmp_path / "model"), stages=stages)
     with pytest.raises(CheckpointError, match="dit"):
         pipe("a red circle", **SMALL)
     names = [row.name for row in stages.rows]
-    assert names[-2:] == ["text", "compile start noise"] and "load dit ..." in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        names[-2:] == ["text", "compile start noise"]
+        and "load dit ..." in capsys.readouterr().err.splitlines()[-1]
+    )
     assert pipe.parts["dit"].module is None
 
 
@@ -128,7 +138,11 @@ def test_stages_are_told_in_order(model):
 def test_everything_has_begun_before_the_first_stage_ends(model, monkeypatch):
     pipe = tdjax.load(model, prompt_cache=False)
     seen = []
-    monkeypatch.setattr(pipe.text, "whole", lambda *args, run=pipe.text.whole: seen.append(asked(pipe)) or run(*args))
+    monkeypatch.setattr(
+        pipe.text,
+        "whole",
+        lambda *args, run=pipe.text.whole: seen.append(asked(pipe)) or run(*args),
+    )
     pipe("a red circle", **SMALL)
     assert seen == [{"start", "denoise", "decode_first", "decode_later", "dit", "vae"}]
     assert not pipe.programs.coming
@@ -180,7 +194,9 @@ def experts(model, tmp_path_factory):
     shutil.rmtree(folder / "dit")
     cfg = dataclasses.replace(random_model.DIT, attention="dense", layers=1)
     for seed, name in enumerate(("dit_high", "dit_low")):
-        checkpoint.save(folder / name, random_model.random_leaves("dit", cfg, seed), kind="dit", cfg=cfg)
+        checkpoint.save(
+            folder / name, random_model.random_leaves("dit", cfg, seed), kind="dit", cfg=cfg
+        )
     return folder
 
 
@@ -190,8 +206,12 @@ def test_weights_held_by_the_host_are_the_weights(experts):
     module = held.coming.result()
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(module)} == {"pinned_host"}
     a, b = checkpoint.names(here.load()), checkpoint.names(held.load())
-    assert {leaf.sharding.memory_kind for leaf in b.values()} == {jax.devices()[0].default_memory().kind}
-    assert all(np.array_equal(a[name], b[name]) for name in a) and all(leaf.is_deleted() for leaf in jax.tree.leaves(module))
+    assert {leaf.sharding.memory_kind for leaf in b.values()} == {
+        jax.devices()[0].default_memory().kind
+    }
+    assert all(np.array_equal(a[name], b[name]) for name in a) and all(
+        leaf.is_deleted() for leaf in jax.tree.leaves(module)
+    )
 
 
 def test_the_second_expert_waits_in_the_host(experts, monkeypatch):
@@ -202,13 +222,19 @@ def test_the_second_expert_waits_in_the_host(experts, monkeypatch):
     limit = plain.plan(request)[1].total + 2**20
     assert not plan.keep_resident(plain.plan(request), 3 * limit, True)
     staged = []
-    monkeypatch.setattr(Part, "read_to_host", lambda self, run=Part.read_to_host: staged.append(self.path.name) or run(self))
+    monkeypatch.setattr(
+        Part,
+        "read_to_host",
+        lambda self, run=Part.read_to_host: staged.append(self.path.name) or run(self),
+    )
     for room, names in ((True, ["dit_low"]), (False, [])):
         staged.clear()
         lean = tdjax.load(experts, low_memory=True)
         monkeypatch.setattr(plan, "memory_limit", lambda room=room: 2**34 if room else limit // 2)
         assert np.array_equal(lean("a red circle", **call).latents, expected.latents)
-        assert staged == names and all(part.module is None and part.coming is None for part in lean.parts.values())
+        assert staged == names and all(
+            part.module is None and part.coming is None for part in lean.parts.values()
+        )
 
 
 def test_the_second_expert_is_read_after_the_first_step(experts, monkeypatch):
@@ -223,10 +249,14 @@ def test_the_second_expert_is_read_after_the_first_step(experts, monkeypatch):
     monkeypatch.setattr(pipe, "stage_second", lambda request: events.append("read"))
     call = {"num_frames": 5, "width": 32, "height": 32, "output_type": "latent"}
     pipe("a red circle", num_steps=4, **call)
-    high = flow.split_times(flow.times(pipe.request("a", num_steps=4, **call).sampler), pipe.sampler.boundary)
+    high = flow.split_times(
+        flow.times(pipe.request("a", num_steps=4, **call).sampler), pipe.sampler.boundary
+    )
     assert high > 1 and events == ["step", "read", "step", "step", "step"]
     events.clear()
-    pipe("a red circle", num_steps=4, boundary=0.95, **call)  # one step above it: nothing to hide the reading behind
+    pipe(
+        "a red circle", num_steps=4, boundary=0.95, **call
+    )  # one step above it: nothing to hide the reading behind
     assert events == ["step"] * 4
 
 
@@ -240,4 +270,7 @@ def test_room_for_staging(experts, monkeypatch):
 
 
 def test_what_is_quantised_at_load_cannot_wait(model):
-    assert tdjax.load(model).parts["dit"].stageable and not tdjax.load(model, quant="fp8").parts["dit"].stageable
+    assert (
+        tdjax.load(model).parts["dit"].stageable
+        and not tdjax.load(model, quant="fp8").parts["dit"].stageable
+    )

@@ -86,7 +86,9 @@ def test_a_repeated_prompt_neither_loads_nor_compiles_the_encoder(model):
     again.parts["text"].load = lambda: pytest.fail("the text encoder was loaded")
     b = again("a red circle", **SMALL)
     assert np.array_equal(a.latents, b.latents)
-    assert not {"text", "load text", "compile text"} & set(b.timings) and "prompt cache" in b.timings
+    assert (
+        not {"text", "load text", "compile text"} & set(b.timings) and "prompt cache" in b.timings
+    )
     assert not any(function.__name__ == "encode_text" for function, *_ in again.programs.compiled)
 
 
@@ -94,7 +96,9 @@ def test_one_new_prompt_among_known_ones(model):
     pipe = tdjax.load(model)
     one, two = pipe.embed("a red circle"), pipe.embed("a blue square")
     asked = []
-    pipe.encode_text = lambda request, tokens, run=pipe.encode_text: asked.append(len(tokens.ids)) or run(request, tokens)
+    pipe.encode_text = lambda request, tokens, run=pipe.encode_text: (
+        asked.append(len(tokens.ids)) or run(request, tokens)
+    )
     three = pipe.embed(["a red circle", "a green cross", "a blue square"])
     assert asked == [1] and np.array_equal(three[[0, 2]], np.concatenate([one, two]))
     fresh = tdjax.load(model, prompt_cache=False)
@@ -107,18 +111,43 @@ def test_other_weights_are_other_entries(model, tmp_path):
     a = tdjax.load(model).embed("a red circle")
     b = tdjax.load(model, text_encoder_path=other).embed("a red circle")
     assert not np.array_equal(a, b)
-    assert np.array_equal(b, tdjax.load(model, text_encoder_path=other, prompt_cache=False).embed("a red circle"))
+    assert np.array_equal(
+        b, tdjax.load(model, text_encoder_path=other, prompt_cache=False).embed("a red circle")
+    )
 
 
 def test_it_can_be_turned_off(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TDJAX_CACHE", str(tmp_path / "cache"))
-    argv = ["--model", str(model), "--prompt", "a red circle", "--num_frames", "5", "--width", "32", "--height", "32"]
-    argv += ["--num_steps", "1", "--compile_cache_dir", "none", "--overwrite", "--save_path", str(tmp_path / "v.npy")]
+    argv = [
+        "--model",
+        str(model),
+        "--prompt",
+        "a red circle",
+        "--num_frames",
+        "5",
+        "--width",
+        "32",
+        "--height",
+        "32",
+    ]
+    argv += [
+        "--num_steps",
+        "1",
+        "--compile_cache_dir",
+        "none",
+        "--overwrite",
+        "--save_path",
+        str(tmp_path / "v.npy"),
+    ]
     assert generate.main([*argv, "--prompt_cache", "off"]) == 0
     assert not (tmp_path / "cache" / "prompts").exists()
     assert generate.main(argv) == 0
     assert len(list((tmp_path / "cache" / "prompts").iterdir())) == 1
     calls = []
-    monkeypatch.setattr(pipeline.Part, "load", lambda self, run=pipeline.Part.load: calls.append(self.kind) or run(self))
+    monkeypatch.setattr(
+        pipeline.Part,
+        "load",
+        lambda self, run=pipeline.Part.load: calls.append(self.kind) or run(self),
+    )
     assert generate.main(argv) == 0 and "text" not in calls
     assert generate.main([*argv, "--prompt_cache", "off"]) == 0 and "text" in calls

@@ -32,24 +32,45 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A umT5 file by its published names: 5 layers, heads of 64."""
-    rng, state = np.random.default_rng(0), {"token_embedding.weight": (256, 128), "norm.weight": (128,)}
+    rng, state = (
+        np.random.default_rng(0),
+        {"token_embedding.weight": (256, 128), "norm.weight": (128,)},
+    )
     for i in range(5):
-        block = {"norm1.weight": (128,), "norm2.weight": (128,), "pos_embedding.embedding.weight": (32, 2)}
+        block = {
+            "norm1.weight": (128,),
+            "norm2.weight": (128,),
+            "pos_embedding.embedding.weight": (32, 2),
+        }
         block |= {f"attn.{p}.weight": (128, 128) for p in "qkvo"}
-        block |= {"ffn.gate.0.weight": (192, 128), "ffn.fc1.weight": (192, 128), "ffn.fc2.weight": (128, 192)}
+        block |= {
+            "ffn.gate.0.weight": (192, 128),
+            "ffn.fc1.weight": (192, 128),
+            "ffn.fc2.weight": (128, 192),
+        }
         state |= {f"blocks.{i}.{key}": shape for key, shape in block.items()}
     path = tmp_path_factory.mktemp("published") / "models_t5.safetensors"
-    save_file({key: rng.normal(size=shape).astype(np.float32) * np.float32(0.09) for key, shape in state.items()}, path)
+    save_file(
+        {
+            key: rng.normal(size=shape).astype(np.float32) * np.float32(0.09)
+            for key, shape in state.items()
+        },
+        path,
+    )
     return path
 
 
 def encoder(path, tokenizer, dtype="float32") -> TextEncoder:
     part = Part(path, "text")
-    part.config = dataclasses.replace(part.stored, policy=tdjax.Policy(param=dtype, compute=dtype), text_len=32)
+    part.config = dataclasses.replace(
+        part.stored, policy=tdjax.Policy(param=dtype, compute=dtype), text_len=32
+    )
     return TextEncoder(Programs(), part, Tokenizer(tokenizer, 32), None, Stages(show=False))
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("ours", "float32"), ("published", "float32"), ("published", "bfloat16")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("ours", "float32"), ("published", "float32"), ("published", "bfloat16")]
+)
 def test_streamed_is_whole(model, published, kind, dtype):
     text = encoder(model / "text" if kind == "ours" else published, model / "tokenizer.json", dtype)
     tokens = text.tokenizer.encode(PROMPTS)
@@ -95,13 +116,17 @@ def test_only_the_rows_of_the_prompt_are_read(published):
 
     part.file.tensors["token_embedding.weight"] = Counted(**vars(tensor))
     got = part.rows("embed.embedding", np.array([3, 9, 255]))
-    assert reads == [1, 1, 1] and np.array_equal(got.astype(np.float32), whole[[3, 9, 255]].astype(got.dtype).astype(np.float32))
+    assert reads == [1, 1, 1] and np.array_equal(
+        got.astype(np.float32), whole[[3, 9, 255]].astype(got.dtype).astype(np.float32)
+    )
 
 
 def test_the_pipeline_gives_the_same_video(model):
     call = lambda **kw: tdjax.load(model, prompt_cache=False, **kw)("a red circle", **SMALL)
     whole, streamed, lean = call(), call(text_encoder_device="stream"), call(low_memory=True)
-    assert np.array_equal(whole.latents, streamed.latents) and np.array_equal(whole.latents, lean.latents)
+    assert np.array_equal(whole.latents, streamed.latents) and np.array_equal(
+        whole.latents, lean.latents
+    )
     assert "load text" in whole.timings
     for result in (streamed, lean):
         assert "text, layer by layer" in result.timings and "load text" not in result.timings
@@ -113,7 +138,9 @@ def test_the_memory_plan_chooses(model, monkeypatch):
     weights = lambda: {p.name: p.weights for p in pipe.plan(request)}["text"]
     need = sum(p.weights for p in pipe.plan(request)) + max(p.working for p in pipe.plan(request))
     monkeypatch.setattr(plan, "memory_limit", lambda: 2 * need)
-    assert not pipe.streams_text(request) and weights() == plan.module_bytes(pipe.parts["text"].abstract())
+    assert not pipe.streams_text(request) and weights() == plan.module_bytes(
+        pipe.parts["text"].abstract()
+    )
     monkeypatch.setattr(plan, "memory_limit", lambda: need // 2)
     assert pipe.streams_text(request)
     pipe.text_encoder_device = "device"
@@ -124,7 +151,9 @@ def test_who_streams(monkeypatch):
     choose = lambda *argv: text_encoder_device(parse(list(argv)))
     assert choose() == "auto"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert choose() == "stream" and choose("--serve") == "auto" and choose("--mesh", "sp=2") == "auto"
+    assert (
+        choose() == "stream" and choose("--serve") == "auto" and choose("--mesh", "sp=2") == "auto"
+    )
     assert choose("--text_encoder_device", "device") == "device"
 
 

@@ -15,7 +15,10 @@ GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "resolution.json"
 
 
 def test_published_tables():
-    as_lists = {name: {ratio: list(size) for ratio, size in table.items()} for name, table in VIDEO_SIZES.items()}
+    as_lists = {
+        name: {ratio: list(size) for ratio, size in table.items()}
+        for name, table in VIDEO_SIZES.items()
+    }
     assert as_lists == GOLDEN["video_sizes_all"]
 
 
@@ -25,9 +28,16 @@ def test_latent_frames():
             assert VideoSize(frames=case["frames"]).latent_frames == case["latent_frames"]
 
 
-@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda c: "{image_w}x{image_h}-{resolution}-{aspect_ratio}".format(**c))
+@pytest.mark.parametrize(
+    "case",
+    GOLDEN["cases"],
+    ids=lambda c: "{image_w}x{image_h}-{resolution}-{aspect_ratio}".format(**c),
+)
 def test_adaptive_cases(case):
-    image, arguments = (case["image_w"], case["image_h"]), {"resolution": case["resolution"], "aspect_ratio": case["aspect_ratio"]}
+    image, arguments = (
+        (case["image_w"], case["image_h"]),
+        {"resolution": case["resolution"], "aspect_ratio": case["aspect_ratio"]},
+    )
     area = math.prod(VIDEO_SIZES[case["resolution"]][case["aspect_ratio"]])
     assert adaptive_size(image, area) == (case["w"], case["h"])
     if min(case["w"], case["h"]) < 16:
@@ -48,7 +58,9 @@ def test_table_sizes(resolution, aspect):
 
 def test_defaults():
     assert choose_size() == VideoSize(frames=81, height=480, width=832)
-    assert choose_size(width=64, height=96, num_frames=33) == VideoSize(frames=33, height=96, width=64)
+    assert choose_size(width=64, height=96, num_frames=33) == VideoSize(
+        frames=33, height=96, width=64
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,7 +86,10 @@ def test_adaptive_without_an_aspect_ratio_takes_the_area_of_16_9():
     [
         ({"width": 832}, ("width is 832", "height is not given", "together")),
         ({"height": 480}, ("height is 480", "width is not given")),
-        ({"width": 832, "height": 480, "aspect_ratio": "16:9"}, ("aspect_ratio 16:9", "already fix")),
+        (
+            {"width": 832, "height": 480, "aspect_ratio": "16:9"},
+            ("aspect_ratio 16:9", "already fix"),
+        ),
         ({"resolution": "1080p"}, ("'1080p'", "480p, 720p, 480, 512, 720", "nearest: 720p")),
         ({"resolution": "480P"}, ("'480P'", "nearest: 480p")),
         ({"resolution": "hd"}, ("'hd'", "nearest: ")),
@@ -108,7 +123,9 @@ def test_size_notes():
 
 def gradient(height, width):
     y, x = np.mgrid[0:height, 0:width]
-    return np.stack([x * 255 // (width - 1), y * 255 // (height - 1), np.full_like(x, 77)], -1).astype(np.uint8)
+    return np.stack(
+        [x * 255 // (width - 1), y * 255 // (height - 1), np.full_like(x, 77)], -1
+    ).astype(np.uint8)
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch", "adaptive"])
@@ -126,7 +143,9 @@ def test_fit_gives_the_size(fit, shape):
 def test_fit_of_the_right_size_changes_nothing():
     image = gradient(48, 64)
     for fit in ("crop", "pad", "stretch", "adaptive"):
-        assert np.array_equal(fit_image(image, VideoSize(frames=1, height=48, width=64), fit), image)
+        assert np.array_equal(
+            fit_image(image, VideoSize(frames=1, height=48, width=64), fit), image
+        )
 
 
 def test_crop_keeps_the_middle():
@@ -138,7 +157,9 @@ def test_crop_keeps_the_middle():
 
 
 def test_pad_shows_everything_in_the_middle():
-    out = fit_image(np.full((64, 128, 3), 9, np.uint8), VideoSize(frames=1, height=64, width=64), "pad")
+    out = fit_image(
+        np.full((64, 128, 3), 9, np.uint8), VideoSize(frames=1, height=64, width=64), "pad"
+    )
     assert (out[16:48] == 9).all() and (out[:16] == 0).all() and (out[48:] == 0).all()
 
 
@@ -147,7 +168,9 @@ def test_stretch_agrees_with_the_published_resize():
     image = np.random.default_rng(0).integers(0, 256, (90, 131, 3)).astype(np.uint8)
     out = fit_image(image, VideoSize(frames=1, height=48, width=64), "stretch")
     chw = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].float()
-    expected = torch.nn.functional.interpolate(chw, (48, 64), mode="bilinear", antialias=True, align_corners=False)
+    expected = torch.nn.functional.interpolate(
+        chw, (48, 64), mode="bilinear", antialias=True, align_corners=False
+    )
     error = np.abs(out.astype(np.float32) - expected[0].numpy().transpose(1, 2, 0))
     assert error.max() <= 1.0  # one rounding after each of the two passes
 

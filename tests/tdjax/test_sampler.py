@@ -20,7 +20,10 @@ def fake(model, dtype=jnp.float32):
     scale, wave = ((0.3, jnp.sin), (0.2, jnp.cos))[model]
 
     def velocity(x, timestep):
-        x, timestep = x.astype(dtype).astype(jnp.float32), timestep.astype(dtype).astype(jnp.float32)
+        x, timestep = (
+            x.astype(dtype).astype(jnp.float32),
+            timestep.astype(dtype).astype(jnp.float32),
+        )
         v = scale * x + wave(timestep / 500.0)[:, None, None, None, None]
         return v.astype(dtype)
 
@@ -34,7 +37,12 @@ def noise(steps, shape=SHAPE, seed=0):
 def golden_cases():
     return [
         (f"{kind}_s{s}_n{n}/", kind.split("_")[1])
-        for kind, counts in (("t2v_sde", (1, 2, 3, 4)), ("i2v_sde", (1, 2, 3, 4)), ("i2v_ode", (1, 2, 3, 4)), ("t2v_sde_bf16io", (2, 4)))
+        for kind, counts in (
+            ("t2v_sde", (1, 2, 3, 4)),
+            ("i2v_sde", (1, 2, 3, 4)),
+            ("i2v_ode", (1, 2, 3, 4)),
+            ("t2v_sde_bf16io", (2, 4)),
+        )
         for s in (80, 200, 1600)
         for n in counts
     ]
@@ -43,9 +51,13 @@ def golden_cases():
 def golden_noise(g, prefix, steps):
     """Start noise and injected noise as one array [steps b t h w c]; the official loop's last draw has weight 0."""
     draws = (
-        g[f"in/{prefix}noises"][:-1] if f"in/{prefix}noises" in g else np.zeros((steps - 1, *g[f"in/{prefix}init_noise"].shape), np.float32)
+        g[f"in/{prefix}noises"][:-1]
+        if f"in/{prefix}noises" in g
+        else np.zeros((steps - 1, *g[f"in/{prefix}init_noise"].shape), np.float32)
     )
-    return rearrange(np.concatenate([g[f"in/{prefix}init_noise"][None], draws]), "n b c t h w -> n b t h w c")
+    return rearrange(
+        np.concatenate([g[f"in/{prefix}init_noise"][None], draws]), "n b c t h w -> n b t h w c"
+    )
 
 
 @functools.cache
@@ -55,14 +67,19 @@ def run(mode, model, bf16):
 
 
 def test_every_golden_case_is_named(golden):
-    assert sorted(p for p, _ in golden_cases()) == sorted(bytes(golden("sampler")["index"]).decode().split())
+    assert sorted(p for p, _ in golden_cases()) == sorted(
+        bytes(golden("sampler")["index"]).decode().split()
+    )
 
 
 @pytest.mark.parametrize("prefix, mode", golden_cases())
 def test_official_loops(golden, prefix, mode):
     """Each state of the official loop, experts swapped where it swapped them."""
     g = golden("sampler")
-    index, expected = g[f"out/{prefix}model_index"], rearrange(g[f"out/{prefix}x"], "n b c t h w -> n b t h w c")
+    index, expected = (
+        g[f"out/{prefix}model_index"],
+        rearrange(g[f"out/{prefix}x"], "n b c t h w -> n b t h w c"),
+    )
     times, bf16 = g[f"out/{prefix}t_steps"].astype(np.float32), "bf16" in prefix
     z = golden_noise(g, prefix, len(index))
     x, eps = sampler.start(z[0], times), np.asarray(sampler.injected(z))
@@ -71,7 +88,11 @@ def test_official_loops(golden, prefix, mode):
         assert_close(x, expected[i], "sampler", f"{prefix} step {i}")
         assert finite.tolist() == [True]
     if not index.any():
-        whole, finite = jax.jit(functools.partial(sampler.sample, fake(0, jnp.bfloat16 if bf16 else jnp.float32), mode=mode))(z, times)
+        whole, finite = jax.jit(
+            functools.partial(
+                sampler.sample, fake(0, jnp.bfloat16 if bf16 else jnp.float32), mode=mode
+            )
+        )(z, times)
         np.testing.assert_array_equal(whole, x)
         assert finite.tolist() == [True] * len(index)
 
@@ -99,7 +120,9 @@ def test_the_network_receives_the_official_timesteps(golden):
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_two_calls_give_the_bits_of_one(mode, cut):
     times, z = flow.times(SamplerConfig()), noise(4)
-    velocity = lambda x, timestep: jnp.sin(3.0 * x) + 0.1 * jnp.cos(timestep / 100.0)[:, None, None, None, None] * x
+    velocity = lambda x, timestep: (
+        jnp.sin(3.0 * x) + 0.1 * jnp.cos(timestep / 100.0)[:, None, None, None, None] * x
+    )
     whole, finite = jax.jit(functools.partial(sampler.sample, velocity, mode=mode))(z, times)
     part = jax.jit(functools.partial(sampler.sample_from, velocity, mode=mode))
     eps = sampler.injected(z)
@@ -121,19 +144,30 @@ def test_the_start_noise_and_the_last_entry_are_not_injected():
             assert (np.asarray(run(other, times)[0]) != base).any() == used[i]
     x = sampler.start(noise(1)[0], times)
     first, second = (
-        sampler.sample_from(fake(0), x, eps, np.array([0.5, 0.0], np.float32), "sde")[0] for eps in (noise(1), noise(1, seed=1))
+        sampler.sample_from(fake(0), x, eps, np.array([0.5, 0.0], np.float32), "sde")[0]
+        for eps in (noise(1), noise(1, seed=1))
     )
     np.testing.assert_array_equal(first, second)
 
 
 def test_finite_names_the_first_bad_step():
     def velocity(x, timestep):
-        return jnp.where(timestep[:, None, None, None, None] < 900, jnp.nan, 0.0).astype(jnp.float32) * x
+        return (
+            jnp.where(timestep[:, None, None, None, None] < 900, jnp.nan, 0.0).astype(jnp.float32)
+            * x
+        )
 
-    _, finite = jax.jit(functools.partial(sampler.sample, velocity, mode="sde"))(noise(4), flow.times(SamplerConfig()))
+    _, finite = jax.jit(functools.partial(sampler.sample, velocity, mode="sde"))(
+        noise(4), flow.times(SamplerConfig())
+    )
     assert finite.dtype == bool and finite.tolist() == [True, True, False, False]
-    _, finite = sampler.sample_teacher(velocity, noise(1)[0], SamplerConfig(steps=5, mode="unipc", sigma_max=5000.0))
-    assert finite.tolist() == [bool(u >= 0.9) for u in flow.grid(SamplerConfig(steps=5, mode="unipc", sigma_max=5000.0))[:-1]]
+    _, finite = sampler.sample_teacher(
+        velocity, noise(1)[0], SamplerConfig(steps=5, mode="unipc", sigma_max=5000.0)
+    )
+    assert finite.tolist() == [
+        bool(u >= 0.9)
+        for u in flow.grid(SamplerConfig(steps=5, mode="unipc", sigma_max=5000.0))[:-1]
+    ]
 
 
 def test_one_compile_for_each_number_of_steps():
@@ -209,12 +243,16 @@ def jax_curved(x, timestep):
 
 
 @pytest.mark.parametrize("mode, reference", [("euler", numpy_euler), ("unipc", numpy_unipc)])
-@pytest.mark.parametrize("steps, shift, sigma_max", [(1, 5.0, 80.0), (2, 3.0, 200.0), (7, 1.0, 80.0), (50, 5.0, 5000.0)])
+@pytest.mark.parametrize(
+    "steps, shift, sigma_max", [(1, 5.0, 80.0), (2, 3.0, 200.0), (7, 1.0, 80.0), (50, 5.0, 5000.0)]
+)
 def test_teachers_against_float64(mode, reference, steps, shift, sigma_max):
     cfg = SamplerConfig(steps=steps, mode=mode, sigma_max=sigma_max, shift=shift)
     z = noise(1)[0]
     got, finite = jax.jit(lambda z: sampler.sample_teacher(jax_curved, z, cfg))(z)
-    assert_close(got, reference(curved, z.astype(np.float64), flow.grid(cfg)), "float32", f"{mode} {steps}")
+    assert_close(
+        got, reference(curved, z.astype(np.float64), flow.grid(cfg)), "float32", f"{mode} {steps}"
+    )
     assert finite.tolist() == [True] * steps
 
 
@@ -267,14 +305,19 @@ def test_teacher_tables_do_not_recompile():
 
     for shift in (1.0, 3.0, 5.0):
         for mode in ("euler", "unipc"):
-            go(noise(1)[0], teacher.rows(SamplerConfig(steps=5, mode=mode, sigma_max=80.0, shift=shift)))
+            go(
+                noise(1)[0],
+                teacher.rows(SamplerConfig(steps=5, mode=mode, sigma_max=80.0, shift=shift)),
+            )
     assert len(traces) == 1
 
 
 def test_guidance():
     cond, uncond = (lambda x, t: x + 1.0), (lambda x, t: 0.5 * x)
     x, t = jnp.full((1, 1, 1, 1, 2), 2.0), jnp.full((1,), 500.0)
-    np.testing.assert_array_equal(sampler.guided(cond, uncond, 5.0)(x, t), 1.0 + 5.0 * (3.0 - 1.0) * np.ones_like(x))
+    np.testing.assert_array_equal(
+        sampler.guided(cond, uncond, 5.0)(x, t), 1.0 + 5.0 * (3.0 - 1.0) * np.ones_like(x)
+    )
     np.testing.assert_array_equal(sampler.guided(cond, uncond, 1.0)(x, t), cond(x, t))
 
 
@@ -295,9 +338,19 @@ def test_diffusers_schedulers_agree():
     diffusers = pytest.importorskip("diffusers")
     z = noise(1)[0]
     unipc = diffusers.UniPCMultistepScheduler(
-        solver_order=2, solver_type="bh2", prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0, final_sigmas_type="zero"
+        solver_order=2,
+        solver_type="bh2",
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=5.0,
+        final_sigmas_type="zero",
     )
-    for scheduler, mode in ((unipc, "unipc"), (diffusers.FlowMatchEulerDiscreteScheduler(), "euler")):
+    for scheduler, mode in (
+        (unipc, "unipc"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "euler"),
+    ):
         cfg = SamplerConfig(steps=8, mode=mode, sigma_max=5000.0)
         expected = diffusers_steps(scheduler, z.astype(np.float64), flow.grid(cfg))
-        assert_close(sampler.sample_teacher(jax_curved, jnp.asarray(z), cfg)[0], expected, "float32", mode)
+        assert_close(
+            sampler.sample_teacher(jax_curved, jnp.asarray(z), cfg)[0], expected, "float32", mode
+        )

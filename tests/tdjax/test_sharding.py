@@ -18,22 +18,44 @@ from tdjax.models.wan_vae import VAE
 from tdjax.precision import FLOAT32
 from tdjax.sharding import PARAM_AXES, RULES, axes_of, constrain, leaf_name, shardings, spec
 
-TINY = DiTConfig(dim=256, heads=4, ffn_dim=384, layers=2, freq_dim=32, text_dim=24, text_len=8, policy=FLOAT32, sla=SLAConfig(topk=0.5))
+TINY = DiTConfig(
+    dim=256,
+    heads=4,
+    ffn_dim=384,
+    layers=2,
+    freq_dim=32,
+    text_dim=24,
+    text_len=8,
+    policy=FLOAT32,
+    sla=SLAConfig(topk=0.5),
+)
 MODELS = {
     "dense": lambda: DiT(TINY, rngs=nnx.Rngs(0)),
     "sla": lambda: DiT(dataclasses.replace(TINY, attention="sla"), rngs=nnx.Rngs(0)),
-    "int8": lambda: DiT(dataclasses.replace(TINY, attention="sla", linear="int8"), rngs=nnx.Rngs(0)),
-    "channel": lambda: DiT(dataclasses.replace(TINY, in_channels=36, image_dim=40, linear="int8_channel"), rngs=nnx.Rngs(0)),
+    "int8": lambda: DiT(
+        dataclasses.replace(TINY, attention="sla", linear="int8"), rngs=nnx.Rngs(0)
+    ),
+    "channel": lambda: DiT(
+        dataclasses.replace(TINY, in_channels=36, image_dim=40, linear="int8_channel"),
+        rngs=nnx.Rngs(0),
+    ),
     "fp8": lambda: DiT(dataclasses.replace(TINY, attention="sla", linear="fp8"), rngs=nnx.Rngs(0)),
     "image": lambda: DiT(dataclasses.replace(TINY, in_channels=36, image_dim=40), rngs=nnx.Rngs(0)),
-    "image int8": lambda: DiT(dataclasses.replace(TINY, in_channels=36, image_dim=40, linear="int8"), rngs=nnx.Rngs(0)),
-    "text": lambda: UMT5(TextConfig(vocab=64, dim=32, attention_dim=32, ffn_dim=48, heads=4, layers=2), rngs=nnx.Rngs(0)),
+    "image int8": lambda: DiT(
+        dataclasses.replace(TINY, in_channels=36, image_dim=40, linear="int8"), rngs=nnx.Rngs(0)
+    ),
+    "text": lambda: UMT5(
+        TextConfig(vocab=64, dim=32, attention_dim=32, ffn_dim=48, heads=4, layers=2),
+        rngs=nnx.Rngs(0),
+    ),
     "vae": lambda: VAE(VAEConfig(dim=8), rngs=nnx.Rngs(0)),
 }
 
 
 def mesh(**axes):
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
+    return jax.make_mesh(
+        tuple(axes.values()), tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * len(axes)
+    )
 
 
 def leaves(name):
@@ -56,16 +78,27 @@ def test_every_row_is_needed():
 
 
 def test_unknown_leaf_is_an_error():
-    with pytest.raises(ValueError, match="leaf blocks.norm9x must match exactly one row of tdjax.sharding.PARAM_AXES; matches: none"):
+    with pytest.raises(
+        ValueError,
+        match="leaf blocks.norm9x must match exactly one row of tdjax.sharding.PARAM_AXES; matches: none",
+    ):
         axes_of("blocks.norm9x")
 
 
 def test_axes_that_are_missing_or_do_not_divide_are_left_whole():
-    assert spec((2, 64, 96), ("n", "embed", "heads"), {"fsdp": 2, "tensor": 4}) == P(None, "fsdp", "tensor")
+    assert spec((2, 64, 96), ("n", "embed", "heads"), {"fsdp": 2, "tensor": 4}) == P(
+        None, "fsdp", "tensor"
+    )
     assert spec((2, 64, 96), ("n", "embed", "heads"), {"tensor": 4}) == P(None, None, "tensor")
-    assert spec((2, 64, 97), ("n", "embed", "heads"), {"fsdp": 2, "tensor": 4}) == P(None, "fsdp", None)
-    assert spec((4, 9, 6, 8), ("batch", None, "head", None), {"data": 2, "tensor": 3, "seq": 2}) == P("data", None, ("tensor", "seq"), None)
-    assert spec((4, 9, 3, 8), ("batch", None, "head", None), {"data": 2, "tensor": 3, "seq": 2}) == P("data", None, "tensor", None)
+    assert spec((2, 64, 97), ("n", "embed", "heads"), {"fsdp": 2, "tensor": 4}) == P(
+        None, "fsdp", None
+    )
+    assert spec(
+        (4, 9, 6, 8), ("batch", None, "head", None), {"data": 2, "tensor": 3, "seq": 2}
+    ) == P("data", None, ("tensor", "seq"), None)
+    assert spec(
+        (4, 9, 3, 8), ("batch", None, "head", None), {"data": 2, "tensor": 3, "seq": 2}
+    ) == P("data", None, "tensor", None)
 
 
 def test_without_a_mesh_constrain_is_the_identity():
@@ -95,7 +128,9 @@ def sharded_and_whole(run, model, *args, **axes):
 
 @pytest.fixture
 def inputs():
-    normal = lambda seed, *shape: jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    normal = lambda seed, *shape: jnp.asarray(
+        np.random.default_rng(seed).normal(size=shape), jnp.float32
+    )
     return normal(1, 2, 2, 16, 18, 16), jnp.array([999.0, 417.5]), normal(2, 2, 8, 24)
 
 
@@ -103,8 +138,12 @@ def test_sharded_forward_equals_the_unsharded_one(inputs):
     """Tokens and heads divided: heads take over the devices of the tokens inside attention."""
     model, devices = random_model(jax.eval_shape(MODELS["sla"])), mesh(tensor=2, seq=2)
     split = jax.device_put(model, shardings(model, devices))
-    assert {shard.data.shape for shard in split.blocks.up.kernel[...].addressable_shards} == {(2, 256, 192)}
-    actual, whole = sharded_and_whole(jax.jit(lambda model, *args: model(*args)), model, *inputs, tensor=2, seq=2)
+    assert {shard.data.shape for shard in split.blocks.up.kernel[...].addressable_shards} == {
+        (2, 256, 192)
+    }
+    actual, whole = sharded_and_whole(
+        jax.jit(lambda model, *args: model(*args)), model, *inputs, tensor=2, seq=2
+    )
     assert len(actual.sharding.device_set) == 4
     assert np.abs(np.asarray(whole)).max() > 0.1
     assert_close(actual, whole, "dit")
@@ -116,9 +155,16 @@ def test_sharded_layers_of_8_bits(inputs, linear, impl):
     """Kernels see their part; rows keep their scales. A last bit may move a value over an edge, and that moves the next layer's."""
     model = with_linear(random_model(jax.eval_shape(MODELS["dense"])), linear)
     cfg = dataclasses.replace(model.cfg, impl=impl)
-    model = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))), jax.tree.leaves(model))
-    actual, whole = sharded_and_whole(jax.jit(lambda model, *args: model(*args)), model, *inputs, data=2, seq=2)
-    assert np.linalg.norm(np.asarray(actual) - np.asarray(whole)) < 1e-2 * np.linalg.norm(np.asarray(whole))
+    model = jax.tree.unflatten(
+        jax.tree.structure(jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))),
+        jax.tree.leaves(model),
+    )
+    actual, whole = sharded_and_whole(
+        jax.jit(lambda model, *args: model(*args)), model, *inputs, data=2, seq=2
+    )
+    assert np.linalg.norm(np.asarray(actual) - np.asarray(whole)) < 1e-2 * np.linalg.norm(
+        np.asarray(whole)
+    )
 
 
 def test_sharded_gradient_equals_the_unsharded_one(inputs):
@@ -126,7 +172,9 @@ def test_sharded_gradient_equals_the_unsharded_one(inputs):
     model = random_model(jax.eval_shape(MODELS["dense"]))
     grad = jax.jit(jax.grad(lambda model, *args: jnp.square(model(*args)).mean()))
     actual, whole = sharded_and_whole(grad, model, *inputs, data=2, seq=2)
-    for (path, a), w in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(whole), strict=True):
+    for (path, a), w in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(whole), strict=True
+    ):
         a, w = np.asarray(a), np.asarray(w)
         assert np.linalg.norm(a - w) <= 1e-4 * np.linalg.norm(w), leaf_name(path)
 
@@ -139,22 +187,34 @@ def test_divided_weights_give_the_same_layer(linear):
     class Pair(nnx.Module):
         def __init__(self):
             up, down = nnx.Rngs(0), nnx.Rngs(1)
-            self.blocks = nnx.Dict(up=LINEAR[linear](256, 384, cfg.policy, rngs=up), down=LINEAR[linear](384, 256, cfg.policy, rngs=down))
+            self.blocks = nnx.Dict(
+                up=LINEAR[linear](256, 384, cfg.policy, rngs=up),
+                down=LINEAR[linear](384, 256, cfg.policy, rngs=down),
+            )
 
         def __call__(self, x):
             return self.blocks["down"](self.blocks["up"](x))
 
-    pair, x = jax.jit(Pair)(), jnp.asarray(np.random.default_rng(0).normal(size=(2, 150, 256)), jnp.float32)
+    pair, x = (
+        jax.jit(Pair)(),
+        jnp.asarray(np.random.default_rng(0).normal(size=(2, 150, 256)), jnp.float32),
+    )
     run = jax.jit(lambda pair, x: pair(constrain(x, "batch", "tokens", None)))
     whole = np.asarray(run(pair, x))
     devices = mesh(fsdp=2, tensor=2)
 
     def place(path, leaf):
         axes = axes_of(leaf_name(path))[1:]  # not stacked here
-        return jax.device_put(leaf, NamedSharding(devices, spec(leaf.shape, axes, dict(devices.shape))))
+        return jax.device_put(
+            leaf, NamedSharding(devices, spec(leaf.shape, axes, dict(devices.shape)))
+        )
 
     with jax.set_mesh(devices):
         split = jax.tree_util.tree_map_with_path(place, pair)
-        assert {shard.data.size for shard in jax.tree.leaves(split.blocks["up"])[-1].addressable_shards} <= {256 * 96, 4, 6, 256, 384}
+        assert {
+            shard.data.size for shard in jax.tree.leaves(split.blocks["up"])[-1].addressable_shards
+        } <= {256 * 96, 4, 6, 256, 384}
         actual = np.asarray(run(split, x))
-    assert np.linalg.norm(actual - whole) < 1e-5 * np.linalg.norm(whole)  # an int8 value on a rounding edge may move
+    assert np.linalg.norm(actual - whole) < 1e-5 * np.linalg.norm(
+        whole
+    )  # an int8 value on a rounding edge may move

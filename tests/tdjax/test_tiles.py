@@ -16,7 +16,10 @@ from tdjax.stages import Stages
 from tdjax.tiles import Tiling, starts
 
 
-@pytest.mark.parametrize(("length", "tile", "overlap"), [(60, 40, 8), (104, 40, 8), (90, 40, 8), (160, 40, 8), (41, 40, 8), (9, 5, 4)])
+@pytest.mark.parametrize(
+    ("length", "tile", "overlap"),
+    [(60, 40, 8), (104, 40, 8), (90, 40, 8), (160, 40, 8), (41, 40, 8), (9, 5, 4)],
+)
 def test_tiles_cover_and_overlap(length, tile, overlap):
     places = starts(length, tile, overlap)
     assert places[0] == 0 and places[-1] + tile == length
@@ -50,7 +53,9 @@ def model(tmp_path_factory):
 def smooth(h: int, w: int, t: int = 2) -> np.ndarray:
     """Latents as of a clip that changes slowly from place to place: f32 [1 t h w 8]"""
     y, x, c = np.meshgrid(np.linspace(0, 1, h), np.linspace(0, 1, w), np.arange(8), indexing="ij")
-    return np.stack([np.sin(2 * y + 3 * x + c + 0.3 * i) for i in range(t)])[None].astype(np.float32)
+    return np.stack([np.sin(2 * y + 3 * x + c + 0.3 * i) for i in range(t)])[None].astype(
+        np.float32
+    )
 
 
 def psnr(a, b) -> float:
@@ -60,7 +65,9 @@ def psnr(a, b) -> float:
 def local(vae):
     """Without the attention over whole frames, which a tile cuts short and random weights make as strong as all else."""
     leaves = checkpoint.names(vae)
-    leaves |= {name: jnp.zeros_like(leaf) for name, leaf in leaves.items() if "middle.1.proj" in name}
+    leaves |= {
+        name: jnp.zeros_like(leaf) for name, leaf in leaves.items() if "middle.1.proj" in name
+    }
     return checkpoint.assemble(checkpoint.abstract("vae", random_model.VAE), leaves)
 
 
@@ -76,11 +83,17 @@ def test_seams(model, monkeypatch):
             monkeypatch.setattr(tiles, "OVERLAP", overlap)
             chunks = list(coder.decode(vae, z, "uint8", tiled=True))
             tiled = np.concatenate([chunk for chunk, _ in chunks])
-            assert [len(chunk) for chunk, _ in chunks] == [1, 4] and tiled.dtype == np.uint8 and tiled.shape == whole.shape
+            assert (
+                [len(chunk) for chunk, _ in chunks] == [1, 4]
+                and tiled.dtype == np.uint8
+                and tiled.shape == whole.shape
+            )
             found[name, overlap] = psnr(tiled, whole)
             edges = [left * 8 for left in starts(24, 12, overlap)[1:]]
             error = tiled - whole
-            step[name, overlap] = max(np.abs(error[..., x, :] - error[..., x - 1, :]).mean() for x in edges)
+            step[name, overlap] = max(
+                np.abs(error[..., x, :] - error[..., x - 1, :]).mean() for x in edges
+            )
     assert found["local", 6] > 30 and found["local", 6] > found["local", 1] + 3, found
     assert found["as it is", 6] > 16, found
     assert step["local", 6] < 0.7 * step["local", 1], step
@@ -90,7 +103,9 @@ def test_one_tile_is_the_whole(model):
     coder = Coder(programs.Programs(), Part(model / "vae", "vae"), Stages(show=False))
     vae, z = coder.part.load(), smooth(4, 4)
     for output in ("uint8", "float"):
-        pairs = zip(coder.decode(vae, z, output), coder.decode(vae, z, output, tiled=True), strict=True)
+        pairs = zip(
+            coder.decode(vae, z, output), coder.decode(vae, z, output, tiled=True), strict=True
+        )
         assert all(np.array_equal(a, b) for (a, _), (b, _) in pairs)
 
 
@@ -100,11 +115,16 @@ def test_a_tile_that_is_not_finite_is_told(model, monkeypatch):
     coder = Coder(programs.Programs(), Part(model / "vae", "vae"), Stages(show=False))
     z = smooth(4, 8)
     z[:, 1, :, -1] = np.nan
-    assert [finite for _, finite in coder.decode(coder.part.load(), z, "uint8", tiled=True)] == [True, False]
+    assert [finite for _, finite in coder.decode(coder.part.load(), z, "uint8", tiled=True)] == [
+        True,
+        False,
+    ]
 
 
 def test_the_plan_of_tiles():
-    cfg = dataclasses.replace(tdjax.VAEConfig(), policy=tdjax.Policy(param="bfloat16", compute="bfloat16"))
+    cfg = dataclasses.replace(
+        tdjax.VAEConfig(), policy=tdjax.Policy(param="bfloat16", compute="bfloat16")
+    )
     size = VideoSize(frames=81, height=720, width=1280)
     of = lambda **kw: plan.stage_plans({"vae": cfg}, size, image=False, guided=False, **kw)[-1]
     assert of(tiled=True).working < 0.15 * of().working and of(tiled=True).name == "vae decode"

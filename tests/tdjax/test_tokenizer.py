@@ -28,7 +28,9 @@ STRINGS = (
 def clean_cases():
     from pathlib import Path
 
-    return json.loads((Path(__file__).parent.parent / "golden" / "text_clean.json").read_text())["cases"]
+    return json.loads((Path(__file__).parent.parent / "golden" / "text_clean.json").read_text())[
+        "cases"
+    ]
 
 
 @pytest.mark.parametrize("case", clean_cases(), ids=lambda c: ascii(c["input"])[:24])
@@ -40,7 +42,13 @@ def train(**options):
     """Bytes of a small unigram model with T5's ids for padding (0), end (1) and unknown (2)."""
     spm = pytest.importorskip("sentencepiece")
     out = io.BytesIO()
-    options = {"model_type": "unigram", "vocab_size": 400, "byte_fallback": True, "character_coverage": 0.99, **options}
+    options = {
+        "model_type": "unigram",
+        "vocab_size": 400,
+        "byte_fallback": True,
+        "character_coverage": 0.99,
+        **options,
+    }
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 20), model_writer=out, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
         minloglevel=3, **options,
@@ -98,7 +106,9 @@ def test_encode_pads_masks_and_ends(spiece):
     tokens = Tokenizer(path.parent, text_len=20).encode(["a red fox", "", "  a &amp;  red\nfox "])
     assert tokens.ids.shape == tokens.mask.shape == (3, 20)
     assert tokens.ids.dtype == tokens.mask.dtype == np.int32
-    assert tokens.ids[0].tolist() == [*oracle.encode("a red fox"), 1] + [0] * (19 - len(oracle.encode("a red fox")))
+    assert tokens.ids[0].tolist() == [*oracle.encode("a red fox"), 1] + [0] * (
+        19 - len(oracle.encode("a red fox"))
+    )
     assert tokens.ids[1].tolist() == [1] + [0] * 19 and tokens.mask[1].sum() == 1
     assert tokens.ids[2, : tokens.mask[2].sum()].tolist() == [*oracle.encode("a & red fox"), 1]
 
@@ -112,7 +122,9 @@ def test_truncation_keeps_the_end_token_and_is_counted(spiece):
     assert row.tolist() == [*full[:15], 1]
     assert tokenizer.count(prompt) == len(full)
     (line,) = prompt_warnings(tokenizer, prompt)
-    assert f"{len(full)} tokens" in line and "takes 16" in line and f"last {len(full) - 16} " in line
+    assert (
+        f"{len(full)} tokens" in line and "takes 16" in line and f"last {len(full) - 16} " in line
+    )
 
 
 def test_prompt_warnings(spiece):
@@ -121,7 +133,9 @@ def test_prompt_warnings(spiece):
     (line,) = prompt_warnings(tokenizer, "a fox")
     assert "2 words" in line and "long captions" in line
     assert prompt_warnings(tokenizer, TEXTS[-1]) == []
-    assert prompt_warnings(tokenizer, 2 * TEXTS[3]) == []  # one "word" of many tokens: writing without spaces
+    assert (
+        prompt_warnings(tokenizer, 2 * TEXTS[3]) == []
+    )  # one "word" of many tokens: writing without spaces
     assert prompt_warnings(None, "a fox") == []
 
 
@@ -130,7 +144,9 @@ def test_json_and_spiece_of_one_model_agree(spiece, tmp_path):
     tokenizer = Tokenizer(path, text_len=32)
     library = Library.from_str(tokenizer.library.to_str())
     library.enable_truncation(4)
-    library.enable_padding(length=64)  # settings of a file must not reach our own padding and counting
+    library.enable_padding(
+        length=64
+    )  # settings of a file must not reach our own padding and counting
     library.save(str(tmp_path / "tokenizer.json"))
     other = Tokenizer(tmp_path, text_len=32)
     for a, b in zip(tokenizer.encode(list(TEXTS)).ids, other.encode(list(TEXTS)).ids, strict=True):
@@ -175,7 +191,15 @@ def test_json_without_an_end_token(tmp_path):
 
 def test_damaged_spiece(spiece, tmp_path):
     data, path = spiece[0].read_bytes(), tmp_path / "spiece.model"
-    broken = [b"", b"\x00" * 64, b"\xff" * 64, b"PK\x03\x04 a zip", data[: len(data) // 2], data[:1001], b"\x0a\x02\x10\x01" + data]
+    broken = [
+        b"",
+        b"\x00" * 64,
+        b"\xff" * 64,
+        b"PK\x03\x04 a zip",
+        data[: len(data) // 2],
+        data[:1001],
+        b"\x0a\x02\x10\x01" + data,
+    ]
     for content in broken:
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="not a SentencePiece model"):
@@ -203,9 +227,26 @@ def test_bpe_models_are_refused(tmp_path):
 
 
 def test_wire_format_by_hand():
-    piece = lambda text, score, kind: b"\x0a" + bytes([len(text)]) + text + b"\x15" + struct.pack("<f", score) + b"\x18" + bytes([kind])
+    piece = lambda text, score, kind: (
+        b"\x0a"
+        + bytes([len(text)])
+        + text
+        + b"\x15"
+        + struct.pack("<f", score)
+        + b"\x18"
+        + bytes([kind])
+    )
     field = lambda number, data: bytes([number << 3 | 2, len(data)]) + data
-    data = field(1, piece(b"<pad>", 0.0, 3)) + field(1, piece("▁é".encode(), -2.5, 1)) + field(2, b"\x18\x01\x98\x02\x01")
+    data = (
+        field(1, piece(b"<pad>", 0.0, 3))
+        + field(1, piece("▁é".encode(), -2.5, 1))
+        + field(2, b"\x18\x01\x98\x02\x01")
+    )
     model = parse(data + field(3, b"\x20\x00"))
     assert model.pieces == [("<pad>", 0.0, 3), ("▁é", -2.5, 1)]
-    assert model.model_type == 1 and model.byte_fallback and model.dummy_prefix and not model.remove_extra_spaces
+    assert (
+        model.model_type == 1
+        and model.byte_fallback
+        and model.dummy_prefix
+        and not model.remove_extra_spaces
+    )

@@ -21,9 +21,13 @@ LOSSY = ("clip.mp4", "clip.webm")
 
 def waves(frames=9, height=48, width=80):
     """A smooth moving clip over the whole range of colours."""
-    t, y, x = np.meshgrid(np.arange(frames) / 16, np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
+    t, y, x = np.meshgrid(
+        np.arange(frames) / 16, np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij"
+    )
     phases = (x + 0.5 * y + 0.3 * t, 0.3 * x + y - 0.4 * t, 0.7 * x - 0.6 * y + 0.5 * t)
-    return np.round(np.stack([127.5 + 120 * np.sin(2 * np.pi * p) for p in phases], -1)).astype(np.uint8)
+    return np.round(np.stack([127.5 + 120 * np.sin(2 * np.pi * p) for p in phases], -1)).astype(
+        np.uint8
+    )
 
 
 def psnr(a, b):
@@ -57,7 +61,10 @@ def test_lossy_round_trip(tmp_path, name):
 @pytest.mark.parametrize("name", LOSSY)
 def test_colours_are_tagged_and_right(tmp_path, name):
     """Plain patches come back within the rounding of limited-range YUV, and the file names its matrix."""
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40]], np.uint8)
+    colours = np.array(
+        [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40]],
+        np.uint8,
+    )
     clip = np.repeat(np.repeat(colours[:, None, None], 32, 1), 32, 2)
     path = video.write(tmp_path / name, clip, crf=1)
     middle = video.read_video(path)[:, 8:24, 8:24].astype(float).mean((1, 2))
@@ -78,7 +85,9 @@ def test_odd_sizes_gain_a_repeated_edge(tmp_path, name):
 
 def test_crf_trades_size_for_quality(tmp_path):
     clip = np.random.default_rng(0).integers(0, 256, (5, 48, 64, 3)).astype(np.uint8)
-    good, bad = (video.write(tmp_path / f"{crf}.mp4", clip, crf=crf).stat().st_size for crf in (5, 40))
+    good, bad = (
+        video.write(tmp_path / f"{crf}.mp4", clip, crf=crf).stat().st_size for crf in (5, 40)
+    )
     assert good > 2 * bad
 
 
@@ -115,7 +124,9 @@ def test_gif_loops_keeps_its_frames_and_its_length(tmp_path):
     assert total == 1060  # 17/16 s in hundredths: steps of 60 and 70 ms
     out = video.read_video(path).astype(float)
     cells = lambda a: a.reshape(17, 6, 8, 10, 8, 3).mean((2, 4))  # what an eye sees of dithering
-    assert psnr(cells(out), cells(clip.astype(float))) > 25  # all colours in one clip: the worst case for 256
+    assert (
+        psnr(cells(out), cells(clip.astype(float))) > 25
+    )  # all colours in one clip: the worst case for 256
 
 
 def test_gif_of_few_colours_is_nearly_exact(tmp_path):
@@ -141,7 +152,10 @@ def test_chunks_are_encoded_as_they_come(tmp_path, name):
     made = (clip[i:j] for i, j in ((0, 1), (1, 5), (5, 9)))
     # crf 0 is lossless. At others x264 now and then chose other quantisers for the same frames in another run: seen with its
     # AVX-512 code and mbtree at 80x48 and 416x240; not with AVX2 or without mbtree at 80x48, nor at 128x48, 128x128 and 256x64
-    whole, parts = video.write(tmp_path / f"a-{name}", clip, crf=0), video.write(tmp_path / f"b-{name}", made, crf=0)
+    whole, parts = (
+        video.write(tmp_path / f"a-{name}", clip, crf=0),
+        video.write(tmp_path / f"b-{name}", made, crf=0),
+    )
     assert np.array_equal(video.read_video(whole), video.read_video(parts))
 
 
@@ -149,7 +163,9 @@ def files(folder):
     return sorted(os.listdir(folder))
 
 
-@pytest.mark.parametrize("name", ["clip.mp4", "clip.webm", "clip.mkv", "clip.gif", "clip.npy", "clip"])
+@pytest.mark.parametrize(
+    "name", ["clip.mp4", "clip.webm", "clip.mkv", "clip.gif", "clip.npy", "clip"]
+)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_write_leaves_nothing(tmp_path, name, error):
     def chunks():
@@ -250,7 +266,11 @@ def test_transparency_lies_on_white(tmp_path):
     pixels[2] = 0, 0, 0, 128
     Image.fromarray(pixels).save(tmp_path / "a.png")
     out = video.read_image(tmp_path / "a.png")
-    assert (out[:2] == [200, 100, 50]).all() and (abs(out[2].astype(int) - 127) <= 1).all() and (out[3] == 255).all()
+    assert (
+        (out[:2] == [200, 100, 50]).all()
+        and (abs(out[2].astype(int) - 127) <= 1).all()
+        and (out[3] == 255).all()
+    )
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "CMYK", "1", "I;16"])
@@ -304,7 +324,11 @@ def test_huge_images_are_refused(tmp_path, monkeypatch):
 
 
 def test_video_errors(tmp_path):
-    for name, content in (("none.mp4", None), ("text.mp4", b"not a video" * 99), ("empty.mp4", b"")):
+    for name, content in (
+        ("none.mp4", None),
+        ("text.mp4", b"not a video" * 99),
+        ("empty.mp4", b""),
+    ):
         if content is not None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(UsageError, match=name):
@@ -325,14 +349,23 @@ def test_contact_sheet():
         top, left = 8 * (i // 3), 10 * (i % 3)
         assert np.array_equal(sheet[top : top + 6, left : left + 8], clip[i])
     assert (sheet[6:8] == 0).all() and (sheet[8:, 20:] == 0).all()
-    assert np.array_equal(video.contact_sheet(clip[:2], columns=9, gap=0), np.concatenate(list(clip[:2]), 1))
+    assert np.array_equal(
+        video.contact_sheet(clip[:2], columns=9, gap=0), np.concatenate(list(clip[:2]), 1)
+    )
     with pytest.raises(ValueError, match="column"):
         video.contact_sheet(clip, columns=0)
 
 
 def test_importing_video_does_not_import_jax():
     code = "import sys, tdjax.video, tdjax.resolution; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=os.getcwd(), env={**os.environ, "PYTHONPATH": os.getcwd()}).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=os.getcwd(),
+            env={**os.environ, "PYTHONPATH": os.getcwd()},
+        ).returncode
+        == 0
+    )
 
 
 # -- writing in a thread ---------------------------------------------------------------------------------------------------

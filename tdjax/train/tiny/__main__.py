@@ -24,20 +24,43 @@ STAGES = {  # name -> file and function
     "timing": ("evaluate", "timing_stage"),
     "package": ("package", "run_stage"),
 }
-RESULT = {"vae": "vae", "teacher": "teacher", "sla": "sla", "merge": "merged"}  # folders that say that a stage is finished
+RESULT = {
+    "vae": "vae",
+    "teacher": "teacher",
+    "sla": "sla",
+    "merge": "merged",
+}  # folders that say that a stage is finished
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m tdjax.train.tiny", description="Train the tiny model from nothing, stage by stage.")
-    p.add_argument("settings", nargs="*", metavar="stage.key=value", help="changes, for example teacher.steps=8000")
-    p.add_argument(
-        "--stage", help=f"stages with commas between, of {', '.join(STAGES)}; default: all. Those that have their result are skipped"
+    p = argparse.ArgumentParser(
+        prog="python -m tdjax.train.tiny",
+        description="Train the tiny model from nothing, stage by stage.",
     )
-    p.add_argument("--folder", default="runs/tiny", help="where results, states and metrics are kept")
-    p.add_argument("--scale", type=float, default=1.0, help="of every number of steps and clips; 0.01 for a trial")
+    p.add_argument(
+        "settings",
+        nargs="*",
+        metavar="stage.key=value",
+        help="changes, for example teacher.steps=8000",
+    )
+    p.add_argument(
+        "--stage",
+        help=f"stages with commas between, of {', '.join(STAGES)}; default: all. Those that have their result are skipped",
+    )
+    p.add_argument(
+        "--folder", default="runs/tiny", help="where results, states and metrics are kept"
+    )
+    p.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="of every number of steps and clips; 0.01 for a trial",
+    )
     p.add_argument("--seconds", type=float, help="stop, with the state saved, after this time")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--again", action="store_true", help="run the named stages also where they are finished")
+    p.add_argument(
+        "--again", action="store_true", help="run the named stages also where they are finished"
+    )
     p.add_argument("--compile_cache_dir", help="folder of compiled programs, or none")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress")
     return p
@@ -62,19 +85,31 @@ def main(argv: list[str] | None = None) -> int:
 def chosen_stages(given: str | None) -> tuple[str, ...]:
     names = tuple(given.split(",") if given else STAGES)
     if wrong := [name for name in names if name not in STAGES]:
-        raise UsageError(f"unknown stage {', '.join(wrong)}", f"stages: {', '.join(STAGES)}", "for example --stage vae,teacher")
+        raise UsageError(
+            f"unknown stage {', '.join(wrong)}",
+            f"stages: {', '.join(STAGES)}",
+            "for example --stage vae,teacher",
+        )
     return tuple(name for name in STAGES if name in names)
 
 
 def resolve(words: list[str], scale: float) -> dict:
     """The settings of every stage, scaled, with those of the command line over them."""
     if not 0 < scale <= 10:
-        raise UsageError(f"--scale is {scale:g}", "it multiplies steps and clips; greater than 0, at most 10", "use 1")
+        raise UsageError(
+            f"--scale is {scale:g}",
+            "it multiplies steps and clips; greater than 0, at most 10",
+            "use 1",
+        )
     trees = {name: Tree(cls.__name__) for name, cls in settings.STAGES.items()}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
-            raise UsageError(f"cannot read {word!r}", "settings are stage.key=value, without blanks", "for example teacher.steps=8000")
+            raise UsageError(
+                f"cannot read {word!r}",
+                "settings are stage.key=value, without blanks",
+                "for example teacher.steps=8000",
+            )
         put(trees, key, value)
     base = {name: settings.scaled(cls(), scale) for name, cls in settings.STAGES.items()}
     return {name: settings.scaled(build(tree, base[name]), 1) for name, tree in trees.items()}
@@ -91,7 +126,9 @@ def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
     if note:
         stages.note(note)
     until = begun + args.seconds if args.seconds else math.inf
-    tiny = work.Run(folder=Path(args.folder), settings=parts, seed=args.seed, until=until, stages=stages)
+    tiny = work.Run(
+        folder=Path(args.folder), settings=parts, seed=args.seed, until=until, stages=stages
+    )
     for name in chosen:
         result = parts["rcm"].name if name == "rcm" else RESULT.get(name)
         if result and work.finished(tiny, result) and not args.again:

@@ -20,9 +20,18 @@ WAYS = {
     "speed": (("slowly", "gently"), ("quickly", "fast", "rapidly")),
 }
 VERBS = (("moves", "moving"), ("drifts", "drifting"), ("slides", "sliding"))
-TOWARDS = (("left", "to the left"), ("right", "to the right"), ("up", "upwards"), ("down", "downwards"))
+TOWARDS = (
+    ("left", "to the left"),
+    ("right", "to the right"),
+    ("up", "upwards"),
+    ("down", "downwards"),
+)
 BOUNCE = ("bounces", "bouncing")
-STAYS = (("stays still", "staying still"), ("stands still", "standing still"), ("does not move", "not moving"))
+STAYS = (
+    ("stays still", "staying still"),
+    ("stands still", "standing still"),
+    ("does not move", "not moving"),
+)
 BOUNCES = (("horizontally", "from side to side", "left and right"), ("vertically", "up and down"))
 ON, PLAIN = ("on", "over"), ("", "plain")
 TEMPLATES = (
@@ -36,18 +45,27 @@ EVALUATION = "a {colour} {shape}, {size}, {verb} {speed} over the {background} b
 OMITTED = ("size", "speed")  # what a caption may leave out
 
 # Single words that name a value, for reading; the words of a motion are read together (see `parse`).
-SAYS = {way: (factor, i) for factor, values in WAYS.items() for i, ways in enumerate(values) for way in ways}
+SAYS = {
+    way: (factor, i)
+    for factor, values in WAYS.items()
+    for i, ways in enumerate(values)
+    for way in ways
+}
 HEADINGS = {"left": 0, "right": 1, "up": 2, "upwards": 2, "down": 3, "downwards": 3}
 AXES = {"horizontally": 0, "side": 0, "left": 0, "right": 0, "vertically": 1, "up": 1, "down": 1}
 
 
-def caption(said: dict[str, int], rng: random.Random, template: str | None = None, omit: Sequence[str] = ()) -> str:
+def caption(
+    said: dict[str, int], rng: random.Random, template: str | None = None, omit: Sequence[str] = ()
+) -> str:
     """One caption of one clip. said: factor -> place in NAMES; a factor that is UNSAID, or in `omit` (of OMITTED), is left out.
 
     template: one of TEMPLATES or EVALUATION; None draws one of TEMPLATES.
     """
     if stray := [name for name in omit if name not in OMITTED]:
-        raise ValueError(f"a caption cannot leave out {', '.join(stray)}; it can leave out {', '.join(OMITTED)}")
+        raise ValueError(
+            f"a caption cannot leave out {', '.join(stray)}; it can leave out {', '.join(OMITTED)}"
+        )
     verb, gerund = motion(said["motion"], rng)
     words = {"verb": verb, "gerund": gerund, "on": either(ON, rng), "plain": either(PLAIN, rng)}
     for factor, values in WAYS.items():
@@ -73,10 +91,15 @@ def either(ways: Sequence, rng: random.Random):
     return ways[0] if len(ways) == 1 or rng.random() < 0.5 else rng.choice(ways[1:])
 
 
-def captions(said: Attributes, seed: int, template: str | None = None, omit: Sequence[str] = ()) -> list[str]:
+def captions(
+    said: Attributes, seed: int, template: str | None = None, omit: Sequence[str] = ()
+) -> list[str]:
     """A caption for every clip of a batch; the same for the same seed."""
     rng = random.Random(seed)
-    columns = {field.name: np.asarray(getattr(said, field.name)).tolist() for field in dataclasses.fields(Attributes)}
+    columns = {
+        field.name: np.asarray(getattr(said, field.name)).tolist()
+        for field in dataclasses.fields(Attributes)
+    }
     rows = zip(*columns.values(), strict=True)
     return [caption(dict(zip(columns, row, strict=True)), rng, template, omit) for row in rows]
 
@@ -84,7 +107,9 @@ def captions(said: Attributes, seed: int, template: str | None = None, omit: Seq
 def random_prompt(seed: int, split: str = "train", template: str | None = None) -> str:
     """A caption of a clip that does not exist yet, for trying the model."""
     rng = random.Random(seed)
-    said = dict(zip(("shape", "colour", "background"), rng.choice(scenes(split).tolist()), strict=True))
+    said = dict(
+        zip(("shape", "colour", "background"), rng.choice(scenes(split).tolist()), strict=True)
+    )
     said |= {factor: rng.randrange(len(NAMES[factor])) for factor in ("size", "motion", "speed")}
     if said["motion"] == STILL:
         said["speed"] = UNSAID
@@ -102,7 +127,9 @@ def words_of(prompt: str) -> list[str]:
 def parse(prompts: Sequence[str]) -> Attributes:
     """What prompts ask for: the attributes that their words name, UNSAID where none does. The last word on a factor counts."""
     rows = [parse_one(prompt) for prompt in prompts]
-    return Attributes(**{factor: np.int32([row.get(factor, UNSAID) for row in rows]) for factor in NAMES})
+    return Attributes(
+        **{factor: np.int32([row.get(factor, UNSAID) for row in rows]) for factor in NAMES}
+    )
 
 
 def parse_one(prompt: str) -> dict[str, int]:
@@ -134,5 +161,9 @@ def unknown_words(prompt: str) -> list[str]:
 def knows() -> dict[str, tuple[str, ...]]:
     """What a model of these captions can be asked for: factor -> values in their plainest words."""
     plain = {factor: tuple(ways[0] for ways in values) for factor, values in WAYS.items()}
-    motions = [f"moves {ways[0]}" for ways in TOWARDS] + [STAYS[0][0]] + [f"bounces {ways[0]}" for ways in BOUNCES]
+    motions = (
+        [f"moves {ways[0]}" for ways in TOWARDS]
+        + [STAYS[0][0]]
+        + [f"bounces {ways[0]}" for ways in BOUNCES]
+    )
     return {factor: tuple(motions) if factor == "motion" else plain[factor] for factor in NAMES}

@@ -31,7 +31,10 @@ from tdjax.train.tiny.factors import (
 )
 
 MARGIN = 2.0  # pixels between the object's square and the frame's edge, so that the border shows the background alone
-TURN = (8.0, 24.0)  # a bounce meets its wall between these frames: once in a clip, and not at its ends
+TURN = (
+    8.0,
+    24.0,
+)  # a bounce meets its wall between these frames: once in a clip, and not at its ends
 EDGE = 4.0  # slope of the sigmoid, so that coverage changes by one in a pixel
 ARM = 1 / 3  # half the width of a cross's arms, as a share of its half side
 
@@ -44,13 +47,24 @@ def sample(key, n: int, split: str = "train", motions: int = len(MOTIONS)) -> Fa
 
     motions: how many of MOTIONS to draw from; FIRST_BOUNCE leaves the bounces out.
     """
-    keys = dict(zip(("scene", "size", "motion", "speed", "place"), jax.random.split(key, 5), strict=True))
+    keys = dict(
+        zip(("scene", "size", "motion", "speed", "place"), jax.random.split(key, 5), strict=True)
+    )
     table = scenes(split)
-    shape, colour, background = rearrange(jnp.asarray(table)[jax.random.randint(keys["scene"], (n,), 0, len(table))], "b f -> f b")
+    shape, colour, background = rearrange(
+        jnp.asarray(table)[jax.random.randint(keys["scene"], (n,), 0, len(table))], "b f -> f b"
+    )
     motion = jax.random.randint(keys["motion"], (n,), 0, motions)
-    speed = jnp.where(motion == STILL, UNSAID, jax.random.randint(keys["speed"], (n,), 0, len(SPEED)))
+    speed = jnp.where(
+        motion == STILL, UNSAID, jax.random.randint(keys["speed"], (n,), 0, len(SPEED))
+    )
     size = jax.random.randint(keys["size"], (n,), 0, len(RADIUS))
-    return place(keys["place"], Attributes(shape=shape, colour=colour, background=background, size=size, motion=motion, speed=speed))
+    return place(
+        keys["place"],
+        Attributes(
+            shape=shape, colour=colour, background=background, size=size, motion=motion, speed=speed
+        ),
+    )
 
 
 def place(key, said: Attributes) -> Factors:
@@ -65,7 +79,9 @@ def place(key, said: Attributes) -> Factors:
     travel = v * (FRAMES - 1)
     first = jnp.where(bounces, ahead - v * TURN[1], low + jnp.maximum(-travel, 0))
     last = jnp.where(bounces, ahead - v * TURN[0], high - jnp.maximum(travel, 0))
-    return Factors(said=said, start=first + jax.random.uniform(where, (n, 2)) * (last - first), heading=heading)
+    return Factors(
+        said=said, start=first + jax.random.uniform(where, (n, 2)) * (last - first), heading=heading
+    )
 
 
 def velocity(said: Attributes, heading):  # -> f32[b 2], pixels a frame, before any bounce
@@ -101,12 +117,16 @@ def distances(x, y, r) -> tuple:
 
 def box(x, y, half_width, half_height):  # x, y >= 0
     x, y = x - half_width, y - half_height
-    return jnp.sqrt(jnp.square(jnp.maximum(x, 0)) + jnp.square(jnp.maximum(y, 0))) + jnp.minimum(jnp.maximum(x, y), 0)
+    return jnp.sqrt(jnp.square(jnp.maximum(x, 0)) + jnp.square(jnp.maximum(y, 0))) + jnp.minimum(
+        jnp.maximum(x, y), 0
+    )
 
 
 def triangle(x, y, r):  # x >= 0
     """Apex in the middle above, base below; a side falls two pixels in one."""
-    t = jnp.clip((x + 2 * (y + r)) / (5 * r), 0, 1)  # where along the side, from apex to corner, its nearest point lies
+    t = jnp.clip(
+        (x + 2 * (y + r)) / (5 * r), 0, 1
+    )  # where along the side, from apex to corner, its nearest point lies
     side = jnp.square(x - t * r) + jnp.square(y + r - 2 * t * r)
     base = jnp.square(jnp.maximum(x - r, 0)) + jnp.square(y - r)
     distance = jnp.sqrt(jnp.minimum(side, base))
@@ -118,16 +138,22 @@ def coverage(shape, r, centres):  # i32[b], f32[b], f32[b t 2] -> f32[b t h w] i
     pixel = jnp.arange(SIDE, dtype=jnp.float32) + 0.5
     x = pixel - rearrange(centres[..., 0], "b t -> b t 1 1")
     y = rearrange(pixel, "h -> h 1") - rearrange(centres[..., 1], "b t -> b t 1 1")
-    cases = [jnp.broadcast_to(d, (*centres.shape[:2], SIDE, SIDE)) for d in distances(x, y, rearrange(r, "b -> b 1 1 1"))]
+    cases = [
+        jnp.broadcast_to(d, (*centres.shape[:2], SIDE, SIDE))
+        for d in distances(x, y, rearrange(r, "b -> b 1 1 1"))
+    ]
     which = jnp.broadcast_to(rearrange(shape, "b -> b 1 1 1"), cases[0].shape)
     return jax.nn.sigmoid(-EDGE * lax.select_n(which, *cases))
 
 
 def draw(said: Attributes, centres):  # centres f32[b t 2] -> f32[b t h w 3] in [-1, 1]
     """The object of each clip at the given centres."""
-    alpha = rearrange(coverage(said.shape, jnp.asarray(RADIUS)[said.size], centres), "b t h w -> b t h w 1")
+    alpha = rearrange(
+        coverage(said.shape, jnp.asarray(RADIUS)[said.size], centres), "b t h w -> b t h w 1"
+    )
     colour, background = (
-        rearrange(jnp.asarray(table)[i], "b c -> b 1 1 1 c") for table, i in ((COLOUR_RGB, said.colour), (BACKGROUND_RGB, said.background))
+        rearrange(jnp.asarray(table)[i], "b c -> b 1 1 1 c")
+        for table, i in ((COLOUR_RGB, said.colour), (BACKGROUND_RGB, said.background))
     )
     return background + alpha * (colour - background)
 

@@ -15,15 +15,34 @@ from tdjax.train.tiny.factors import FRAMES, SIDE
 SIZE = VideoSize(frames=FRAMES, height=SIDE, width=SIDE)
 
 # Mean and deviation are the identity until they have been measured on the trained encoder.
-VAE = VAEConfig(dim=16, latent_channels=8, multipliers=(1, 2, 2, 2), res_blocks=1, mean=(0.0,) * 8, std=(1.0,) * 8, policy=FLOAT32)
-TEXT = TextConfig(vocab=256, dim=128, attention_dim=128, ffn_dim=256, heads=4, layers=2, text_len=32, policy=FLOAT32)
+VAE = VAEConfig(
+    dim=16,
+    latent_channels=8,
+    multipliers=(1, 2, 2, 2),
+    res_blocks=1,
+    mean=(0.0,) * 8,
+    std=(1.0,) * 8,
+    policy=FLOAT32,
+)
+TEXT = TextConfig(
+    vocab=256,
+    dim=128,
+    attention_dim=128,
+    ffn_dim=256,
+    heads=4,
+    layers=2,
+    text_len=32,
+    policy=FLOAT32,
+)
 # The coordinates (t, h, w) are an input: attention here is relative, and a small network would not learn in minutes where a
 # movement has to begin.
 DIT = DiTConfig(
     dim=256, ffn_dim=768, layers=6, heads=4, in_channels=8, out_channels=8, coordinates=True, patch=(1, 1, 1), text_dim=128, text_len=32,
     round_time=False, policy=FLOAT32,
 )  # fmt: skip
-DIT_SLA = dataclasses.replace(DIT, attention="sla", sla=SLAConfig(topk=0.34, block_q=64, block_k=64))  # 3 of 9 key blocks
+DIT_SLA = dataclasses.replace(
+    DIT, attention="sla", sla=SLAConfig(topk=0.34, block_q=64, block_k=64)
+)  # 3 of 9 key blocks
 
 
 def stored(cfg):

@@ -34,7 +34,9 @@ class Data:
         """A batch with replacement, one of the captions each."""
         which, how = jax.random.split(key)
         i = jax.random.randint(which, (n,), 0, self.latents.shape[0])
-        return self.latents[i], self.tokens[i, jax.random.randint(how, (n,), 0, self.tokens.shape[1])]
+        return self.latents[i], self.tokens[
+            i, jax.random.randint(how, (n,), 0, self.tokens.shape[1])
+        ]
 
 
 def tokenizer(run: Run) -> Tokenizer:
@@ -49,7 +51,9 @@ def tokenizer(run: Run) -> Tokenizer:
 def tokens_of(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:  # -> i32[b s 2]
     """Ids and masks of clean texts, all at once."""
     out = np.zeros((len(texts), tokenizer.text_len, 2), np.int32)
-    for row, encoded in zip(out, tokenizer.library.encode_batch(texts, add_special_tokens=False), strict=True):
+    for row, encoded in zip(
+        out, tokenizer.library.encode_batch(texts, add_special_tokens=False), strict=True
+    ):
         ids = [*encoded.ids[: len(row) - 1], tokenizer.end]
         row[: len(ids), 0], row[: len(ids), 1] = ids, 1
     return out
@@ -83,7 +87,9 @@ def encoded(vae, key, blocks: int, size: int):  # -> bf16[n t h w c], what capti
         factors = clips.sample(jax.random.fold_in(key, i), size)
         return encode(vae, factors), factors.said
 
-    return jax.tree.map(lambda x: rearrange(x, "n b ... -> (n b) ..."), lax.map(one, jnp.arange(blocks)))
+    return jax.tree.map(
+        lambda x: rearrange(x, "n b ... -> (n b) ..."), lax.map(one, jnp.arange(blocks))
+    )
 
 
 def make(run: Run, vae, n: int) -> Data:
@@ -91,5 +97,7 @@ def make(run: Run, vae, n: int) -> Data:
     size = min(ENCODED, n)
     with run.stages("encode clips"):
         latents, said = encoded(vae, run.key("data"), -(-n // size), size)
-        rows = [tokens_of(tokenizer(run), texts) for texts in texts_of(said, run.seed)]  # while the device encodes
+        rows = [
+            tokens_of(tokenizer(run), texts) for texts in texts_of(said, run.seed)
+        ]  # while the device encodes
         return Data(jax.block_until_ready(latents), jnp.asarray(np.stack(rows, 1)))

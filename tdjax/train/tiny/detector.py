@@ -14,18 +14,35 @@ from einops import rearrange, reduce
 from jax import lax
 
 from tdjax.train.tiny import clips
-from tdjax.train.tiny.factors import BACKGROUND_RGB, COLOUR_RGB, FRAMES, MOTIONS, RADIUS, SHAPES, SIDE, SPEED, STILL, UNSAID, Attributes
+from tdjax.train.tiny.factors import (
+    BACKGROUND_RGB,
+    COLOUR_RGB,
+    FRAMES,
+    MOTIONS,
+    RADIUS,
+    SHAPES,
+    SIDE,
+    SPEED,
+    STILL,
+    UNSAID,
+    Attributes,
+)
 
 AT_ONCE = 16  # clips measured together, for memory
 DIFFERENT = 0.5  # distance from the background at which a pixel belongs to the object
-AREA, FRAMES_MISSING = 20.0, 3  # less area is no object in a frame; no object in more frames is no object in the clip
+AREA, FRAMES_MISSING = (
+    20.0,
+    3,
+)  # less area is no object in a frame; no object in more frames is no object in the clip
 RECOGNISED = 0.5  # overlap with the best template below which the object has none of the shapes
 EVERY = 4  # shape and size are judged on every 4th frame: 9 of 33
 # How many pixels (RMS over frames) a model of motion must gain on the next simpler one. A straight track at 0.1 px/frame is 1.0 px
 # from "still"; the V of the slowest bounce is 1.6 px or more from every straight track.
 STRAIGHT_GAIN, BOUNCE_GAIN = 1.0, 0.5
 DIAGONALS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # motions that no caption asks for
-TURNS = np.arange(4.0, 28.0 + 1 / 16, 1 / 16, np.float32)  # frames at which a bounce may meet its wall
+TURNS = np.arange(
+    4.0, 28.0 + 1 / 16, 1 / 16, np.float32
+)  # frames at which a bounce may meet its wall
 RATIO = 2**0.5  # a speed counts as one of SPEED within this factor
 
 
@@ -56,7 +73,9 @@ class Measured:
 def measure(videos) -> Measured:  # f32[b t h w 3] in [-1, 1], or uint8
     """Every clip of a batch by itself."""
     if videos.shape[1:] != (FRAMES, SIDE, SIDE, 3):
-        raise ValueError(f"the detector takes clips of {(FRAMES, SIDE, SIDE, 3)}, got {videos.shape[1:]}")
+        raise ValueError(
+            f"the detector takes clips of {(FRAMES, SIDE, SIDE, 3)}, got {videos.shape[1:]}"
+        )
     floats = clips.from_uint8 if videos.dtype == jnp.uint8 else lambda video: jnp.clip(video, -1, 1)
     return lax.map(lambda video: measure_one(floats(video)), videos, batch_size=AT_ONCE)
 
@@ -99,10 +118,15 @@ def measure_one(video) -> Measured:  # [t h w 3]
 
 def border(video):  # [t h w 3] -> colour [3], flicker []
     """Median colour of the frame's outermost pixels over all frames; RMS over channels of its deviation from frame to frame."""
-    rows, columns = video[:, :: SIDE - 1], rearrange(video[:, 1:-1, :: SIDE - 1], "t h w c -> t w h c")
+    rows, columns = (
+        video[:, :: SIDE - 1],
+        rearrange(video[:, 1:-1, :: SIDE - 1], "t h w c -> t w h c"),
+    )
     edge = jnp.concatenate([rearrange(x, "t a b c -> t (a b) c") for x in (rows, columns)], axis=1)
     frames = jnp.median(edge, axis=1)
-    return jnp.median(rearrange(edge, "t n c -> (t n) c"), axis=0), jnp.sqrt(jnp.var(frames, axis=0).mean())
+    return jnp.median(rearrange(edge, "t n c -> (t n) c"), axis=0), jnp.sqrt(
+        jnp.var(frames, axis=0).mean()
+    )
 
 
 def mask(video, ground):  # [t h w 3], [3] -> weight [t h w] in 0..1, the object's colour [3]
@@ -113,7 +137,9 @@ def mask(video, ground):  # [t h w 3], [3] -> weight [t h w] in 0..1, the object
     distance = jnp.sqrt(jnp.square(video - ground).sum(-1))
     inside = distance > DIFFERENT
     middle = jnp.where(~grown(~inside), distance, 0)
-    colour = jnp.einsum("thw,thwc->c", middle, video, precision=lax.Precision.HIGHEST) / jnp.maximum(middle.sum(), 1e-6)
+    colour = jnp.einsum(
+        "thw,thwc->c", middle, video, precision=lax.Precision.HIGHEST
+    ) / jnp.maximum(middle.sum(), 1e-6)
     full = jnp.maximum(jnp.sqrt(jnp.square(colour - ground).sum()), DIFFERENT)
     return jnp.where(grown(inside), jnp.minimum(distance / full, 1), 0), colour
 
@@ -125,7 +151,9 @@ def grown(inside):  # bool[t h w] -> bool[t h w]
     return inside
 
 
-def centroid(weight, area):  # [t h w], [t] -> (x, y) [t 2]; the middle of the frame where there is nothing
+def centroid(
+    weight, area
+):  # [t h w], [t] -> (x, y) [t 2]; the middle of the frame where there is nothing
     pixel = jnp.arange(SIDE, dtype=jnp.float32) + 0.5 - SIDE / 2
     x = jnp.sum(reduce(weight, "t h w -> t w", "sum") * pixel, -1)
     y = jnp.sum(reduce(weight, "t h w -> t h", "sum") * pixel, -1)
@@ -135,12 +163,17 @@ def centroid(weight, area):  # [t h w], [t] -> (x, y) [t 2]; the middle of the f
 def best_template(weight, centre):  # [t h w], [t 2] -> (shape, size) i32, overlap []
     """The shape and size with the largest overlap (sum of minima over sum of maxima) when drawn at the measured centroid."""
     weight, centre = weight[::EVERY], centre[::EVERY]
-    shapes, sizes = (rearrange(i, "shape size -> (shape size)") for i in np.indices((len(SHAPES), len(RADIUS)), np.int32))
+    shapes, sizes = (
+        rearrange(i, "shape size -> (shape size)")
+        for i in np.indices((len(SHAPES), len(RADIUS)), np.int32)
+    )
 
     def overlap(shape, size):
         at = centre - jnp.asarray(clips.centroid_offset())[shape, size]
         template = clips.coverage(shape[None], jnp.asarray(RADIUS)[size][None], at[None])[0]
-        return jnp.mean(jnp.minimum(weight, template).sum((1, 2)) / jnp.maximum(weight, template).sum((1, 2)))
+        return jnp.mean(
+            jnp.minimum(weight, template).sum((1, 2)) / jnp.maximum(weight, template).sum((1, 2))
+        )
 
     overlaps = jax.vmap(overlap)(jnp.asarray(shapes), jnp.asarray(sizes))
     best = jnp.argmax(overlaps)
@@ -154,7 +187,9 @@ def nearest(colour, table):  # [3], [n 3] -> i32[], distance []
 
 def nearest_speed(speed):
     ratio = jnp.abs(jnp.log(jnp.maximum(speed, 1e-6) / SPEED))
-    return jnp.where(ratio.min() < np.float32(np.log(RATIO)), jnp.argmin(ratio), UNSAID).astype(jnp.int32)
+    return jnp.where(ratio.min() < np.float32(np.log(RATIO)), jnp.argmin(ratio), UNSAID).astype(
+        jnp.int32
+    )
 
 
 # -- one clip: motion ------------------------------------------------------------------------------------------------------
@@ -167,7 +202,11 @@ def average(x, valid):  # [t], [t] -> []
 def line(y, z, valid, least=-jnp.inf):  # [t] x3 -> slope, value at frame 0, sum of squares
     """Least squares of y = a + b z over the valid frames, b not below `least`."""
     z_mean, y_mean = average(z, valid), average(y, valid)
-    b = jnp.maximum(average((z - z_mean) * (y - y_mean), valid) / jnp.maximum(average(jnp.square(z - z_mean), valid), 1e-6), least)
+    b = jnp.maximum(
+        average((z - z_mean) * (y - y_mean), valid)
+        / jnp.maximum(average(jnp.square(z - z_mean), valid), 1e-6),
+        least,
+    )
     a = y_mean - b * z_mean
     return b, a + b * z[0], average(jnp.square(y - a - b * z), valid)
 
@@ -179,26 +218,39 @@ def best_motion(centre, valid):  # [t 2], [t] -> motion, speed, start [2], RMS r
     """
     time = jnp.arange(FRAMES, dtype=jnp.float32)
     mean = jnp.stack([average(x, valid) for x in centre.T])
-    spread = jnp.stack([average(jnp.square(x - m), valid) for x, m in zip(centre.T, mean, strict=True)])
+    spread = jnp.stack(
+        [average(jnp.square(x - m), valid) for x, m in zip(centre.T, mean, strict=True)]
+    )
 
     def straight(direction):  # unit [2]
         along, across = centre @ direction, centre @ jnp.stack([-direction[1], direction[0]])
         b, first, rest = line(along, time, valid, 0.0)
         _, other, side = line(across, jnp.zeros_like(time), valid)
-        return b, first * direction + other * jnp.stack([-direction[1], direction[0]]), jnp.sqrt(rest + side)
+        return (
+            b,
+            first * direction + other * jnp.stack([-direction[1], direction[0]]),
+            jnp.sqrt(rest + side),
+        )
 
     def bounce(axis):
-        b, first, rest = jax.vmap(lambda turn: line(centre[:, axis], jnp.abs(time - turn), valid))(jnp.asarray(TURNS))
+        b, first, rest = jax.vmap(lambda turn: line(centre[:, axis], jnp.abs(time - turn), valid))(
+            jnp.asarray(TURNS)
+        )
         i = jnp.argmin(rest)
         return jnp.abs(b[i]), mean.at[axis].set(first[i]), jnp.sqrt(rest[i] + spread[1 - axis])
 
     directions = np.float32([*list(MOTIONS.values())[:STILL], *DIAGONALS])
     directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
-    candidates = [jax.vmap(straight)(jnp.asarray(directions)), (jnp.zeros(1), mean[None], jnp.sqrt(spread.sum())[None])]
+    candidates = [
+        jax.vmap(straight)(jnp.asarray(directions)),
+        (jnp.zeros(1), mean[None], jnp.sqrt(spread.sum())[None]),
+    ]
     candidates += [jax.tree.map(lambda x: x[None], bounce(axis)) for axis in (0, 1)]
     speed, start, residual = (jnp.concatenate(x) for x in zip(*candidates, strict=True))
     # The candidates' order is directions, diagonals, still, bounces; their places in MOTIONS:
-    motion = jnp.asarray([0, 1, 2, 3, *range(len(MOTIONS), len(MOTIONS) + 4), STILL, STILL + 1, STILL + 2])
+    motion = jnp.asarray(
+        [0, 1, 2, 3, *range(len(MOTIONS), len(MOTIONS) + 4), STILL, STILL + 1, STILL + 2]
+    )
     handicap = jnp.float32([STRAIGHT_GAIN] * 8 + [0.0] + [STRAIGHT_GAIN + BOUNCE_GAIN] * 2)
     best = jnp.argmin(residual + handicap)
     return motion[best], speed[best], start[best], residual[best]
@@ -225,7 +277,10 @@ def scores(measured: Measured, wanted: Attributes) -> dict[str, float]:
     out["present"] = float(np.mean(measured.present))
     moves = np.asarray(wanted.speed) != UNSAID
     error = np.abs(np.asarray(measured.speed) - SPEED[np.asarray(wanted.speed)])[moves]
-    means = {name: np.asarray(getattr(measured, name)) for name in ("flicker", "colour_error", "overlap", "constancy", "area_cv")}
+    means = {
+        name: np.asarray(getattr(measured, name))
+        for name in ("flicker", "colour_error", "overlap", "constancy", "area_cv")
+    }
     return out | {name: finite_mean(x) for name, x in (means | {"speed_error": error}).items()}
 
 

@@ -16,7 +16,15 @@ from tdjax.train import rcm, sla
 from tdjax.train.optimizer import OptimizerConfig, adamw
 from tdjax.train.rcm import SCM, RCMConfig
 from tdjax.train.sla import SLATrainingConfig
-from tdjax.train.state import Batch, DistillState, EMAConfig, Teacher, TrainState, guided_teacher, velocity
+from tdjax.train.state import (
+    Batch,
+    DistillState,
+    EMAConfig,
+    Teacher,
+    TrainState,
+    guided_teacher,
+    velocity,
+)
 from tdjax.train.times import LogNormal, UniformShift
 from tdjax.train.tiny import data, detector, metrics, sampling, work
 from tdjax.train.tiny.settings import MergeStage, RCMStage, SLAStage
@@ -54,10 +62,16 @@ def make_sla_step(config: SLATrainingConfig, optimizer, batch: int):
 
 def sla_stage(run: Run) -> None:
     cfg: SLAStage = run.settings["sla"]
-    vae, text, teacher = work.load(run, "vae"), work.load(run, "text"), work.load(run, "teacher", cfg.compute)
+    vae, text, teacher = (
+        work.load(run, "vae"),
+        work.load(run, "text"),
+        work.load(run, "teacher", cfg.compute),
+    )
     optimizer = adamw(OptimizerConfig(learning_rate=cfg.learning_rate, b1=0.9, warmup=cfg.warmup))
     config = SLATrainingConfig(time=LogNormal(mean=cfg.mean))
-    state = TrainState.create(sparse(teacher, run.sizes.sla, cfg.compute), optimizer, run.key("sla steps"))
+    state = TrainState.create(
+        sparse(teacher, run.sizes.sla, cfg.compute), optimizer, run.key("sla steps")
+    )
     program = work.repeated(make_sla_step(config, optimizer, cfg.batch), cfg.chunk)
     negative = data.negative(data.tokenizer(run))
     prompts = sampling.prompts(data.tokenizer(run), run.key("check"), cfg.check_clips)
@@ -69,7 +83,17 @@ def sla_stage(run: Run) -> None:
         return {name: scores[name] for name in ("all", "shape", "colour", "motion", "speed")}
 
     clips = data.make(run, vae, cfg.clips)
-    state = work.train(run, "sla", state, program, cfg.steps, cfg.chunk, (clips, teacher, text), check, cfg.check_every)
+    state = work.train(
+        run,
+        "sla",
+        state,
+        program,
+        cfg.steps,
+        cfg.chunk,
+        (clips, teacher, text),
+        check,
+        cfg.check_every,
+    )
     work.export(run, "sla", "dit", state.ema, run.sizes.sla, steps=cfg.steps)
     work.forget_states(run, "sla")
 
@@ -87,7 +111,13 @@ def rcm_config(cfg: RCMStage) -> RCMConfig:
 
 
 def rates(cfg: RCMStage, rate: float, updates: int) -> OptimizerConfig:
-    return OptimizerConfig(learning_rate=rate, warmup=cfg.warmup, decay="linear", steps=updates + 1, decay_from=cfg.decay_from)
+    return OptimizerConfig(
+        learning_rate=rate,
+        warmup=cfg.warmup,
+        decay="linear",
+        steps=updates + 1,
+        decay_from=cfg.decay_from,
+    )
 
 
 def make_rcm_cycle(cfg: RCMStage, optimizer, critic_optimizer):
@@ -103,8 +133,13 @@ def make_rcm_cycle(cfg: RCMStage, optimizer, critic_optimizer):
 
         state, numbers = turn(student_step, state)
         if critic_step:
-            state, more = lax.scan(lambda state, _: turn(critic_step, state), state, None, length=cfg.frequency - 1)
-            numbers |= {"critic_loss": more["loss"].mean(), "critic_grad_norm": more["grad_norm"].mean()}
+            state, more = lax.scan(
+                lambda state, _: turn(critic_step, state), state, None, length=cfg.frequency - 1
+            )
+            numbers |= {
+                "critic_loss": more["loss"].mean(),
+                "critic_grad_norm": more["grad_norm"].mean(),
+            }
         return state, numbers
 
     return cycle
@@ -116,13 +151,21 @@ def tangent_error(cfg: RCMStage, model: DiT, teacher: DiT, text, clips, negative
     batch = Batch(latents.astype(jnp.float32), embed(text, tokens))
     noise, time = jax.random.split(key)
     u = jax.random.uniform(time, (16,), minval=0.1, maxval=0.9)
-    x = flow.noisy(batch.latents, jax.random.normal(noise, batch.latents.shape), flow.per_sample(flow.from_u(u)))
+    x = flow.noisy(
+        batch.latents,
+        jax.random.normal(noise, batch.latents.shape),
+        flow.per_sample(flow.from_u(u)),
+    )
     v = guided_teacher(Teacher(teacher, negative), batch, cfg.guidance)(x, flow.TIME_SCALE * u)
-    student = lambda x, u: velocity(with_compute(model, cfg.tangent), batch.text)(x, flow.TIME_SCALE * u)
+    student = lambda x, u: velocity(with_compute(model, cfg.tangent), batch.text)(
+        x, flow.TIME_SCALE * u
+    )
     exact = jax.jvp(student, (x, u), (v, jnp.ones_like(u)))[1]
     h = 0.01
     ahead, back = student(x + h * v, u + h), student(x - h * v, u - h)
-    return jnp.sqrt(jnp.mean(jnp.square(exact - (ahead - back) / (2 * h))) / jnp.mean(jnp.square(exact)))
+    return jnp.sqrt(
+        jnp.mean(jnp.square(exact - (ahead - back) / (2 * h))) / jnp.mean(jnp.square(exact))
+    )
 
 
 class Best:
@@ -131,15 +174,31 @@ class Best:
     def __init__(self, run: Run, cfg: RCMStage, name: str, vae, text):
         self.run, self.name, self.vae, self.text = run, f"work/{name}/best", vae, text
         self.seeds = cfg.check_seeds
-        self.prompts = sampling.prompts(data.tokenizer(run), run.key("student check"), cfg.check_prompts, repeats=cfg.check_seeds)
+        self.prompts = sampling.prompts(
+            data.tokenizer(run),
+            run.key("student check"),
+            cfg.check_prompts,
+            repeats=cfg.check_seeds,
+        )
         self.negative = data.negative(data.tokenizer(run))
         file = run.folder / self.name
-        self.score = checkpoint.inspect(file)["source"]["score"] if (file / "manifest.json").is_file() else -math.inf
+        self.score = (
+            checkpoint.inspect(file)["source"]["score"]
+            if (file / "manifest.json").is_file()
+            else -math.inf
+        )
 
     def __call__(self, state: DistillState, step: int) -> dict[str, float]:
         key, found = self.run.key("student noise"), {}
         for steps in (4, 1):
-            x = sampling.latents(state.ema, self.text, self.prompts.tokens, self.negative, key, sampling.student(steps))
+            x = sampling.latents(
+                state.ema,
+                self.text,
+                self.prompts.tokens,
+                self.negative,
+                key,
+                sampling.student(steps),
+            )
             seen = sampling.measured(self.vae, x)
             found[f"all_{steps}"] = detector.scores(seen, self.prompts.said)["all"]
             if steps == 4:
@@ -149,7 +208,16 @@ class Best:
         score = found["all_4"] + found["all_1"] / 3 - max(0.0, LEAST_DIVERSITY - found["diversity"])
         if score >= self.score:
             self.score = score
-            work.export(self.run, self.name, "dit", state.ema, self.run.sizes.dit, step=step, score=score, **found)
+            work.export(
+                self.run,
+                self.name,
+                "dit",
+                state.ema,
+                self.run.sizes.dit,
+                step=step,
+                score=score,
+                **found,
+            )
         return found | {"score": score, "best": self.score}
 
 
@@ -166,13 +234,31 @@ def rcm_stage(run: Run) -> None:
     state = DistillState.create(teacher, optimizer, run.key("rcm steps"), **critic)
     if cfg.kappa:
         key = run.key("tangent check")
-        error = jax.jit(lambda *models: tangent_error(cfg, *models, clips, negative, key))(state.model, teacher, text)
-        run.say(f"rcm: derivative along the teacher against a central difference: {float(error):.3f} relative (above 0.5 is too noisy)")
+        error = jax.jit(lambda *models: tangent_error(cfg, *models, clips, negative, key))(
+            state.model, teacher, text
+        )
+        run.say(
+            f"rcm: derivative along the teacher against a central difference: {float(error):.3f} relative (above 0.5 is too noisy)"
+        )
     program = work.repeated(make_rcm_cycle(cfg, optimizer, critic_optimizer), cfg.chunk)
     best = Best(run, cfg, cfg.name, vae, text)
-    work.train(run, cfg.name, state, program, cfg.steps, cfg.chunk, (clips, teacher, text, negative), best, cfg.check_every)
+    work.train(
+        run,
+        cfg.name,
+        state,
+        program,
+        cfg.steps,
+        cfg.chunk,
+        (clips, teacher, text, negative),
+        best,
+        cfg.check_every,
+    )
     kept = run.folder / best.name
-    facts = {name: value for name, value in checkpoint.inspect(kept)["source"].items() if name not in ("name", "seed")}
+    facts = {
+        name: value
+        for name, value in checkpoint.inspect(kept)["source"].items()
+        if name not in ("name", "seed")
+    }
     work.export(run, cfg.name, "dit", work.load(run, best.name), run.sizes.dit, **facts)
     work.forget_states(run, cfg.name)
 
@@ -202,16 +288,32 @@ def merged(student: DiT, before: DiT, after: DiT, cfg: DiTConfig, compute: str) 
 def merge_stage(run: Run) -> None:
     cfg: MergeStage = run.settings["merge"]
     names = ("student", "teacher", "sla")
-    vae, text, (student, before, after) = work.load(run, "vae"), work.load(run, "text"), (work.load(run, n, cfg.compute) for n in names)
+    vae, text, (student, before, after) = (
+        work.load(run, "vae"),
+        work.load(run, "text"),
+        (work.load(run, n, cfg.compute) for n in names),
+    )
     model = merged(student, before, after, run.sizes.sla, cfg.compute)
     work.export(run, "merged_raw", "dit", model, run.sizes.sla)
     if cfg.heal:
         optimizer = adamw(
-            OptimizerConfig(learning_rate=cfg.learning_rate, b1=0.9, warmup=cfg.warmup, decay="cosine", steps=cfg.heal + 1, final=0.05)
+            OptimizerConfig(
+                learning_rate=cfg.learning_rate,
+                b1=0.9,
+                warmup=cfg.warmup,
+                decay="cosine",
+                steps=cfg.heal + 1,
+                final=0.05,
+            )
         )
         config = SLATrainingConfig(time=StudentTimes())
         state = TrainState.create(model, optimizer, run.key("heal steps"))
-        program, clips = work.repeated(make_sla_step(config, optimizer, cfg.batch), cfg.chunk), data.make(run, vae, cfg.clips)
-        model = work.train(run, "merge", state, program, cfg.heal, cfg.chunk, (clips, student, text)).ema
+        program, clips = (
+            work.repeated(make_sla_step(config, optimizer, cfg.batch), cfg.chunk),
+            data.make(run, vae, cfg.clips),
+        )
+        model = work.train(
+            run, "merge", state, program, cfg.heal, cfg.chunk, (clips, student, text)
+        ).ema
         work.forget_states(run, "merge")
     work.export(run, "merged", "dit", model, run.sizes.sla, heal=cfg.heal)

@@ -19,7 +19,17 @@ from tdjax.train.tiny.rows import Variant, variants
 from tdjax.train.tiny.settings import EvaluateStage
 from tdjax.train.tiny.work import OutOfTime, Run
 
-SHOWN = ("truth", "teacher_unipc_50", "teacher_euler_4", "student_4", "student_2", "student_1", "sla_50", "merged_4", "merged_int8_4")
+SHOWN = (
+    "truth",
+    "teacher_unipc_50",
+    "teacher_euler_4",
+    "student_4",
+    "student_2",
+    "student_1",
+    "sla_50",
+    "merged_4",
+    "merged_int8_4",
+)
 AT_ONCE = 64  # clips compared or rendered together
 KEPT = 6  # sets of clips: a row's and its parent's, of each seed
 REPEATS = 5  # of a timing
@@ -41,7 +51,9 @@ class Bench:
         """The transformer of a row; one is kept at a time."""
         name = (row.weights, row.linear)
         if name not in self.models:
-            self.models = {name: with_linear(work.load(self.run, row.weights, self.cfg.compute), row.linear)}
+            self.models = {
+                name: with_linear(work.load(self.run, row.weights, self.cfg.compute), row.linear)
+            }
         return self.models[name]
 
     def prompts(self, row: Variant, seed: int, n: int, repeats: int = 1) -> sampling.Prompts:
@@ -52,7 +64,14 @@ class Bench:
         size, parts = min(self.cfg.batch, len(prompts.texts)), []
         for i in range(0, len(prompts.texts), size):
             tokens = prompts.tokens[i : i + size]
-            x = sampling.latents(self.model(row), self.text, tokens, self.negative, jax.random.fold_in(key, i), row.sampler)
+            x = sampling.latents(
+                self.model(row),
+                self.text,
+                tokens,
+                self.negative,
+                jax.random.fold_in(key, i),
+                row.sampler,
+            )
             parts.append(np.asarray(x))
         return np.concatenate(parts)
 
@@ -66,18 +85,30 @@ class Bench:
                 self.kept.pop(next(iter(self.kept)))
         return self.kept[name]
 
-    def made(self, row: Variant, seed: int, prompts: sampling.Prompts):  # -> uint8[n T H W 3] on the host
+    def made(
+        self, row: Variant, seed: int, prompts: sampling.Prompts
+    ):  # -> uint8[n T H W 3] on the host
         """Clips of the first prompts of a seed, as many as are given: all of them or whole batches."""
         if row.sampler is not None:
-            return sampling.videos(self.vae, self.latents(row, prompts, self.run.key(f"noise {seed}")))
-        factors = clips.sample(self.run.key(f"evaluate {seed} {row.split} {self.cfg.clips}"), self.cfg.clips, row.split)
-        return self.rendered(jax.tree.map(lambda x: x[: len(prompts.texts)], factors), row.key == "vae")
+            return sampling.videos(
+                self.vae, self.latents(row, prompts, self.run.key(f"noise {seed}"))
+            )
+        factors = clips.sample(
+            self.run.key(f"evaluate {seed} {row.split} {self.cfg.clips}"), self.cfg.clips, row.split
+        )
+        return self.rendered(
+            jax.tree.map(lambda x: x[: len(prompts.texts)], factors), row.key == "vae"
+        )
 
     def rendered(self, factors, through_vae: bool):
         parts = []
         for i in range(0, factors.start.shape[0], AT_ONCE):
             part = jax.tree.map(lambda x, i=i: x[i : i + AT_ONCE], factors)
-            made = sampling.decode(self.vae, self.vae_encode(part)) if through_vae else clips.to_uint8(clips.render(part))
+            made = (
+                sampling.decode(self.vae, self.vae_encode(part))
+                if through_vae
+                else clips.to_uint8(clips.render(part))
+            )
             parts.append(np.asarray(made))
         return np.concatenate(parts)
 
@@ -85,7 +116,10 @@ class Bench:
         return data.encode(self.vae, factors).astype(jnp.float32)
 
     def measured(self, video) -> detector.Measured:
-        parts = [jax.device_get(detector.measure(video[i : i + AT_ONCE])) for i in range(0, len(video), AT_ONCE)]
+        parts = [
+            jax.device_get(detector.measure(video[i : i + AT_ONCE]))
+            for i in range(0, len(video), AT_ONCE)
+        ]
         return jax.tree.map(lambda *part: np.concatenate(part), *parts)
 
     def features(self, video) -> tuple[np.ndarray, np.ndarray]:
@@ -100,10 +134,16 @@ class Bench:
                 pooled, random = [], []
                 for i in range(-(-self.cfg.real // 1024)):
                     n = min(1024, self.cfg.real)
-                    part = self.features(self.rendered(clips.sample(self.run.key(f"real {i}"), n), False))
+                    part = self.features(
+                        self.rendered(clips.sample(self.run.key(f"real {i}"), n), False)
+                    )
                     pooled, random = [*pooled, part[0]], [*random, part[1]]
                 basis = metrics.principal(np.concatenate(pooled), min(metrics.COMPONENTS, n - 1))
-                self.real = basis, metrics.gaussian(basis(np.concatenate(pooled))), metrics.gaussian(np.concatenate(random))
+                self.real = (
+                    basis,
+                    metrics.gaussian(basis(np.concatenate(pooled))),
+                    metrics.gaussian(np.concatenate(random)),
+                )
         return self.real
 
 
@@ -115,7 +155,10 @@ def both(video):  # uint8[b T H W 3]
 
 def psnr(video, parents) -> float:  # uint8[n T H W 3] x2
     """`metrics.psnr` of clips of bytes, on the device."""
-    parts = [np.asarray(decibels(video[i : i + AT_ONCE], parents[i : i + AT_ONCE])) for i in range(0, len(video), AT_ONCE)]
+    parts = [
+        np.asarray(decibels(video[i : i + AT_ONCE], parents[i : i + AT_ONCE]))
+        for i in range(0, len(video), AT_ONCE)
+    ]
     return float(np.concatenate(parts).mean())
 
 
@@ -138,15 +181,22 @@ def evaluate(bench: Bench, row: Variant, rows: dict[str, Variant]) -> dict:
     basis, pooled, random = bench.reference()
     mean = {name: float(np.mean([values[name] for values in seeds])) for name in seeds[0]}
     mean["clips"] = bench.cfg.clips * bench.cfg.seeds
-    mean["fd_pca"] = metrics.frechet(metrics.gaussian(basis(np.concatenate([f[0] for f in features]))), pooled)
-    mean["fd_random"] = metrics.frechet(metrics.gaussian(np.concatenate([f[1] for f in features])), random)
+    mean["fd_pca"] = metrics.frechet(
+        metrics.gaussian(basis(np.concatenate([f[0] for f in features]))), pooled
+    )
+    mean["fd_random"] = metrics.frechet(
+        metrics.gaussian(np.concatenate([f[1] for f in features])), random
+    )
     if row.sampler is not None and row.template is None and row.split == "train":
         mean["diversity"] = diversity(bench, row)
     if row.sampler is not None:
         mean["megabytes"] = megabytes(bench, row)
-    return {"title": row.title, "evaluations": row.evaluations, "steps": row.sampler.steps if row.sampler else 0, "seeds": seeds} | {
-        "values": mean
-    }
+    return {
+        "title": row.title,
+        "evaluations": row.evaluations,
+        "steps": row.sampler.steps if row.sampler else 0,
+        "seeds": seeds,
+    } | {"values": mean}
 
 
 def diversity(bench: Bench, row: Variant) -> float:
@@ -154,14 +204,22 @@ def diversity(bench: Bench, row: Variant) -> float:
     prompts = bench.prompts(row, bench.cfg.seeds, n, repeats=n)
     x = bench.latents(row, prompts, bench.run.key("diversity"))
     start = sampling.measured(bench.vae, jnp.asarray(x)).start.reshape(n, n, 2)
-    return metrics.diversity(start, jax.tree.map(lambda i: i[::n], prompts.said), bench.run.key("places"))
+    return metrics.diversity(
+        start, jax.tree.map(lambda i: i[::n], prompts.said), bench.run.key("places")
+    )
 
 
 def megabytes(bench: Bench, row: Variant) -> float:
     """Of all three networks as they are packaged."""
     cfg = configs.stored(bench.model(row).cfg)
-    kinds = (("dit", cfg), ("vae", configs.stored(bench.vae.cfg)), ("text", configs.stored(bench.text.cfg)))
-    leaves = [leaf for kind, cfg in kinds for leaf in jax.tree.leaves(checkpoint.abstract(kind, cfg))]
+    kinds = (
+        ("dit", cfg),
+        ("vae", configs.stored(bench.vae.cfg)),
+        ("text", configs.stored(bench.text.cfg)),
+    )
+    leaves = [
+        leaf for kind, cfg in kinds for leaf in jax.tree.leaves(checkpoint.abstract(kind, cfg))
+    ]
     return sum(x.size * x.dtype.itemsize for x in leaves) / 1e6
 
 
@@ -171,7 +229,14 @@ def seconds(bench: Bench, row: Variant) -> float:
 
     def one() -> float:
         start = time.perf_counter()
-        x = sampling.latents(bench.model(row), bench.text, prompts.tokens, bench.negative, jax.random.key(0), row.sampler)
+        x = sampling.latents(
+            bench.model(row),
+            bench.text,
+            prompts.tokens,
+            bench.negative,
+            jax.random.key(0),
+            row.sampler,
+        )
         jax.block_until_ready(sampling.decode(bench.vae, x))
         return time.perf_counter() - start
 
@@ -204,8 +269,14 @@ def write(run: Run, row: Variant, found: dict) -> None:
 
 def possible(run: Run, cfg: EvaluateStage) -> dict[str, Variant]:
     """The rows asked for whose weights are there."""
-    rows = {row.key: row for row in variants(cfg) if not row.weights or work.finished(run, row.weights)}
-    return rows if cfg.rows == "all" else {key: rows[key] for key in cfg.rows.split(",") if key in rows}
+    rows = {
+        row.key: row for row in variants(cfg) if not row.weights or work.finished(run, row.weights)
+    }
+    return (
+        rows
+        if cfg.rows == "all"
+        else {key: rows[key] for key in cfg.rows.split(",") if key in rows}
+    )
 
 
 def families(rows: dict[str, Variant], parent: str = "") -> list[Variant]:
@@ -220,14 +291,24 @@ def run_stage(run: Run) -> None:
     for row in families(rows):
         if "seeds" not in read(run, row):
             if time.monotonic() > run.until:
-                raise OutOfTime(f"evaluate: stopped before {row.key}; the same command goes on from there")
+                raise OutOfTime(
+                    f"evaluate: stopped before {row.key}; the same command goes on from there"
+                )
             start = time.monotonic()
             write(run, row, evaluate(bench, row, known))
             values = read(run, row)["values"]
-            shown = "  ".join(f"{name} {values[name]:.4g}" for name in ("all", "fd_pca", "diversity", "psnr") if name in values)
+            shown = "  ".join(
+                f"{name} {values[name]:.4g}"
+                for name in ("all", "fd_pca", "diversity", "psnr")
+                if name in values
+            )
             run.say(f"{row.key}: {shown}  ({time.monotonic() - start:.0f} s)")
     tell(run)
-    if all(key in rows for key in SHOWN[1:] if not known[key].weights or work.finished(run, known[key].weights)):
+    if all(
+        key in rows
+        for key in SHOWN[1:]
+        if not known[key].weights or work.finished(run, known[key].weights)
+    ):
         sheet(run, bench, [known[key] for key in SHOWN if key in rows])
 
 
@@ -246,7 +327,12 @@ def tell(run: Run) -> None:
     """All results so far as a table, table.md."""
     found = [(row, read(run, row)) for row in variants(run.settings["evaluate"])]
     rows = [
-        report.Row(name=row.title, evaluations=result["evaluations"], steps=result["steps"], values=result["values"])
+        report.Row(
+            name=row.title,
+            evaluations=result["evaluations"],
+            steps=result["steps"],
+            values=result["values"],
+        )
         for row, result in found
         if "seeds" in result
     ]
@@ -261,7 +347,11 @@ def sheet(run: Run, bench: Bench, rows: list[Variant], prompts: int = 3) -> None
     for row in rows:
         video = bench.made(row, 0, first)
         for i in shown:
-            steps = f", {row.sampler.steps} step{'s'[: row.sampler.steps > 1]}" if row.sampler else f": {texts[i]}"
+            steps = (
+                f", {row.sampler.steps} step{'s'[: row.sampler.steps > 1]}"
+                if row.sampler
+                else f": {texts[i]}"
+            )
             shown[i][f"{row.title}{steps}"] = video[i]
     for i, strips in shown.items():
         report.contact_sheet(run.folder / f"sheet_{i}.png", strips)

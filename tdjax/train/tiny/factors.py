@@ -29,9 +29,15 @@ NAMES = {
     "shape": SHAPES, "colour": tuple(COLOURS), "background": tuple(BACKGROUNDS),
     "size": tuple(SIZES), "motion": tuple(MOTIONS), "speed": tuple(SPEEDS),
 }  # fmt: skip
-UNSAID = -1  # the value of a factor that a caption leaves open, and of the speed of what stays still
+UNSAID = (
+    -1
+)  # the value of a factor that a caption leaves open, and of the speed of what stays still
 
-HELD_OUT = (("circle", "cyan"), ("triangle", "yellow"), ("cross", "magenta"))  # kept from training: 3 of 32 pairs
+HELD_OUT = (
+    ("circle", "cyan"),
+    ("triangle", "yellow"),
+    ("cross", "magenta"),
+)  # kept from training: 3 of 32 pairs
 SPLITS = ("train", "held_out", "all")
 
 
@@ -76,5 +82,9 @@ def scenes(split: str) -> np.ndarray:
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
     pairs = itertools.product(enumerate(SHAPES), enumerate(COLOURS))
-    pairs = [(i, j) for (i, shape), (j, colour) in pairs if split == "all" or ((shape, colour) in HELD_OUT) == (split == "held_out")]
+    pairs = [
+        (i, j)
+        for (i, shape), (j, colour) in pairs
+        if split == "all" or ((shape, colour) in HELD_OUT) == (split == "held_out")
+    ]
     return np.int32([(i, j, k) for i, j in pairs for k in range(len(BACKGROUNDS))])

@@ -15,7 +15,10 @@ from tdjax.train.tiny import clips
 from tdjax.train.tiny.factors import Attributes
 
 POOL, EVERY, COMPONENTS = 8, 4, 64  # pooled pixels are means of 8x8 in every 4th frame
-RANDOM_WIDTHS, RANDOM_SEED = (32, 128), 20240  # channels of the random network; its features are means and deviations: 256
+RANDOM_WIDTHS, RANDOM_SEED = (
+    (32, 128),
+    20240,
+)  # channels of the random network; its features are means and deviations: 256
 AT_ONCE = 16  # clips in the random network together
 PLACES = 1024  # free positions drawn for each prompt, for their true deviation
 
@@ -34,7 +37,9 @@ class Gaussian:
 def gaussian(features) -> Gaussian:  # [n d], n at least 2
     x = np.asarray(features, np.float64)
     if x.ndim != 2 or len(x) < 2:
-        raise ValueError(f"features have shape {x.shape}; a Gaussian needs [n d] with at least 2 rows")
+        raise ValueError(
+            f"features have shape {x.shape}; a Gaussian needs [n d] with at least 2 rows"
+        )
     return Gaussian(x.mean(0), np.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1]))
 
 
@@ -43,7 +48,12 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
     root = square_root(a.covariance)
     cross = np.linalg.eigvalsh(root @ b.covariance @ root)
     shift = np.square(a.mean - b.mean).sum()
-    return float(shift + np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(np.maximum(cross, 0)).sum())
+    return float(
+        shift
+        + np.trace(a.covariance)
+        + np.trace(b.covariance)
+        - 2 * np.sqrt(np.maximum(cross, 0)).sum()
+    )
 
 
 def square_root(matrix: np.ndarray) -> np.ndarray:
@@ -72,21 +82,33 @@ def principal(features, components: int = COMPONENTS) -> Basis:  # [n d]
 @jax.jit
 def pooled_pixels(videos):  # f32[b t h w 3] in [-1, 1] -> f32[b d]; d = 1728 at 33 frames of 64x64
     x = jnp.clip(videos[:, ::EVERY], -1, 1)
-    return rearrange(reduce(x, "b t (h m) (w n) c -> b t h w c", "mean", m=POOL, n=POOL), "b t h w c -> b (t h w c)")
+    return rearrange(
+        reduce(x, "b t (h m) (w n) c -> b t h w c", "mean", m=POOL, n=POOL),
+        "b t h w c -> b (t h w c)",
+    )
 
 
 @jax.jit
 def random_features(videos):  # f32[b t h w 3] in [-1, 1] -> f32[b 256]
     """Mean and deviation over all places of the last layer of a fixed random network: two 3x3x3 convolutions of stride 2, ReLU."""
-    return lax.map(lambda video: random_network(jnp.clip(video, -1, 1)[None])[0], videos, batch_size=AT_ONCE)
+    return lax.map(
+        lambda video: random_network(jnp.clip(video, -1, 1)[None])[0], videos, batch_size=AT_ONCE
+    )
 
 
 def random_network(x):  # [b t h w c] -> [b 256]
     rng, inputs = np.random.default_rng(RANDOM_SEED), x.shape[-1]
     for width in RANDOM_WIDTHS:
-        kernel = jnp.asarray(rng.normal(0, math.sqrt(2 / (27 * inputs)), (3, 3, 3, inputs, width)), x.dtype)
+        kernel = jnp.asarray(
+            rng.normal(0, math.sqrt(2 / (27 * inputs)), (3, 3, 3, inputs, width)), x.dtype
+        )
         x = lax.conv_general_dilated(
-            x, kernel, (2, 2, 2), "SAME", dimension_numbers=("NDHWC", "DHWIO", "NDHWC"), precision=lax.Precision.HIGHEST
+            x,
+            kernel,
+            (2, 2, 2),
+            "SAME",
+            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+            precision=lax.Precision.HIGHEST,
         )
         x, inputs = jax.nn.relu(x), width
     return jnp.concatenate([x.mean((1, 2, 3)), x.std((1, 2, 3))], -1)
@@ -112,7 +134,9 @@ def diversity(start, said: Attributes, key) -> float:
 @jax.jit
 def true_deviation(said: Attributes, key):  # -> f32[prompts 2]
     """Deviation of the start positions (x, y) that each row's captioned attributes leave free."""
-    one = lambda row, key: clips.place(key, jax.tree.map(lambda i: jnp.full(PLACES, i), row)).start.std(0)
+    one = lambda row, key: clips.place(
+        key, jax.tree.map(lambda i: jnp.full(PLACES, i), row)
+    ).start.std(0)
     return jax.vmap(one)(said, jax.random.split(key, said.motion.shape[0]))
 
 
@@ -125,4 +149,8 @@ def psnr(videos, parents) -> float:  # [b t h w 3] x2 in [-1, 1]
 
 def latent_rmse(latents, parents) -> float:  # [b t h w c] x2
     """Root mean square difference of normalised latents, over everything."""
-    return float(np.sqrt(np.mean(np.square(np.asarray(latents, np.float64) - np.asarray(parents, np.float64)))))
+    return float(
+        np.sqrt(
+            np.mean(np.square(np.asarray(latents, np.float64) - np.asarray(parents, np.float64)))
+        )
+    )

@@ -49,7 +49,13 @@ def write(run: Run, folder: Path) -> None:
     cfg = configs.stored(dataclasses.replace(run.sizes.sla, linear="int8"))
     wanted = checkpoint.names(checkpoint.abstract("dit", cfg))
     leaves = {name: x.astype(wanted[name].dtype) for name, x in checkpoint.names(model).items()}
-    checkpoint.save(folder / "dit", jax.device_get(leaves), kind="dit", cfg=cfg, source=source | {"quantised": "int8 block128"})
+    checkpoint.save(
+        folder / "dit",
+        jax.device_get(leaves),
+        kind="dit",
+        cfg=cfg,
+        source=source | {"quantised": "int8 block128"},
+    )
     for name in ("vae", "text"):
         shutil.copytree(run.folder / name, folder / name)
     shutil.copy(data.tokenizer(run).path, folder / "tokenizer.json")
@@ -61,9 +67,14 @@ def card(run: Run) -> str:
     """Data, recipe and results, from what the run measured."""
     file = run.folder / "table.md"
     table = file.read_text() if file.is_file() else "(not evaluated)\n"
-    steps = {name: checkpoint.inspect(run.folder / name)["source"].get("steps") for name in ("vae", "teacher", "sla")}
+    steps = {
+        name: checkpoint.inspect(run.folder / name)["source"].get("steps")
+        for name in ("vae", "teacher", "sla")
+    }
     chosen = checkpoint.inspect(run.folder / "student")["source"].get("step")
-    known = "\n".join(f"- {factor}: {', '.join(values)}" for factor, values in captions.knows().items())
+    known = "\n".join(
+        f"- {factor}: {', '.join(values)}" for factor, values in captions.knows().items()
+    )
     return CARD.format(known=known, table=table, seed=run.seed, chosen=chosen, **steps)
 
 

@@ -59,9 +59,19 @@ COLUMNS = tuple(
 def table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
     """Markdown. A column that no row has is left out; a value that a row lacks, or that is not a number, is a dash."""
     columns = [column for column in columns if any(column.key in row.values for row in rows)]
-    lines = [["", "NFE", "steps", *(column.title for column in columns)], ["---", *["---:"] * (2 + len(columns))]]
+    lines = [
+        ["", "NFE", "steps", *(column.title for column in columns)],
+        ["---", *["---:"] * (2 + len(columns))],
+    ]
     for row in rows:
-        lines.append([row.name, str(row.evaluations), str(row.steps), *(cell(row.values.get(c.key), c.form) for c in columns)])
+        lines.append(
+            [
+                row.name,
+                str(row.evaluations),
+                str(row.steps),
+                *(cell(row.values.get(c.key), c.form) for c in columns),
+            ]
+        )
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -69,7 +79,9 @@ def cell(value: float | None, form: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
-def contact_sheet(path: str | Path, clips: Mapping[str, np.ndarray], columns: int = 9, scale: int = 1) -> Path:
+def contact_sheet(
+    path: str | Path, clips: Mapping[str, np.ndarray], columns: int = 9, scale: int = 1
+) -> Path:
     """Frames side by side, a row for each named clip (uint8 [t h w 3], all of one height and width), first and last included.
 
     path: a .png file. scale: screen pixels for a pixel.
@@ -77,12 +89,17 @@ def contact_sheet(path: str | Path, clips: Mapping[str, np.ndarray], columns: in
     strips = []
     for name, clip in clips.items():
         if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3:
-            raise ValueError(f"clip {name!r} is {clip.dtype} {clip.shape}; a sheet takes uint8 [t h w 3]")
+            raise ValueError(
+                f"clip {name!r} is {clip.dtype} {clip.shape}; a sheet takes uint8 [t h w 3]"
+            )
         frames = clip[np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)]
         frames = repeat(frames, "n h w c -> n (h a) (w b) c", a=scale, b=scale)
         frames = np.pad(frames, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=PAPER[0])
         strips.append((name, rearrange(frames, "n h w c -> h (n w) c")))
-    width, height = max(strip.shape[1] for _, strip in strips), sum(strip.shape[0] + LABEL_HEIGHT for _, strip in strips)
+    width, height = (
+        max(strip.shape[1] for _, strip in strips),
+        sum(strip.shape[0] + LABEL_HEIGHT for _, strip in strips),
+    )
     sheet = Image.new("RGB", (width + GAP, height + GAP), PAPER)
     pen, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(size=10), GAP
     for name, strip in strips:

@@ -25,14 +25,20 @@ class Variant:
     @property
     def evaluations(self) -> int:
         """Of the network, for a clip."""
-        return 0 if self.sampler is None else self.sampler.steps * (1 if self.sampler.guidance == 1 else 2)
+        return (
+            0
+            if self.sampler is None
+            else self.sampler.steps * (1 if self.sampler.guidance == 1 else 2)
+        )
 
 
 def variants(cfg: EvaluateStage) -> tuple[Variant, ...]:
     """All rows in the order of the table."""
     guided = lambda steps, mode: sampling.teacher(steps, mode, cfg.guidance, cfg.shift)
     few = sampling.student
-    v = lambda key, title, weights="", sampler=None, **more: Variant(key=key, title=title, weights=weights, sampler=sampler, **more)
+    v = lambda key, title, weights="", sampler=None, **more: Variant(
+        key=key, title=title, weights=weights, sampler=sampler, **more
+    )
     new, unseen = {"template": captions.EVALUATION}, {"split": "held_out"}
     return (
         v("truth", "ground truth"),
@@ -56,10 +62,30 @@ def variants(cfg: EvaluateStage) -> tuple[Variant, ...]:
         v("merged_2", "student + SLA, merged and healed", "merged", few(2), parent="student_2"),
         v("merged_1", "student + SLA, merged and healed", "merged", few(1), parent="student_1"),
         v("student_int8_4", "student, INT8", "student", few(4), linear="int8", parent="student_4"),
-        v("merged_int8_4", "student + SLA, INT8 (packaged)", "merged", few(4), linear="int8", parent="merged_4"),
-        v("merged_int8_1", "student + SLA, INT8 (packaged)", "merged", few(1), linear="int8", parent="merged_1"),
+        v(
+            "merged_int8_4",
+            "student + SLA, INT8 (packaged)",
+            "merged",
+            few(4),
+            linear="int8",
+            parent="merged_4",
+        ),
+        v(
+            "merged_int8_1",
+            "student + SLA, INT8 (packaged)",
+            "merged",
+            few(1),
+            linear="int8",
+            parent="merged_1",
+        ),
         v("teacher_new", "teacher, UniPC, unseen wording", "teacher", guided(50, "unipc"), **new),
         v("student_new", "student, unseen wording", "student", few(4), **new),
-        v("teacher_unseen", "teacher, UniPC, unseen shape and colour", "teacher", guided(50, "unipc"), **unseen),
+        v(
+            "teacher_unseen",
+            "teacher, UniPC, unseen shape and colour",
+            "teacher",
+            guided(50, "unipc"),
+            **unseen,
+        ),
         v("student_unseen", "student, unseen shape and colour", "student", few(4), **unseen),
     )

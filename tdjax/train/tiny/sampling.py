@@ -29,7 +29,9 @@ def teacher(steps: int, mode: str, guidance: float, shift: float) -> SamplerConf
     return SamplerConfig(steps=steps, mode=mode, sigma_max=5000.0, shift=shift, guidance=guidance)
 
 
-def latents(dit, text, tokens, negative, key, cfg: SamplerConfig):  # tokens i32[b s 2], negative i32[s 2] -> f32[b t h w c]
+def latents(
+    dit, text, tokens, negative, key, cfg: SamplerConfig
+):  # tokens i32[b s 2], negative i32[s 2] -> f32[b t h w c]
     """Normalised latents of a batch of captions. A program serves every schedule of one length."""
     if cfg.few_step:
         return few_steps(dit, text, tokens, key, jnp.asarray(flow.times(cfg)), cfg.mode)
@@ -51,13 +53,17 @@ def few_steps(dit, text, tokens, key, times, mode: str):
 @jax.jit
 def many_steps(dit, text, tokens, negative, key, schedule, guidance):
     rows = text(tokens[..., 0], tokens[..., 1])
-    both = jnp.concatenate([rows, jnp.broadcast_to(text(negative[None, :, 0], negative[None, :, 1]), rows.shape)])
+    both = jnp.concatenate(
+        [rows, jnp.broadcast_to(text(negative[None, :, 0], negative[None, :, 1]), rows.shape)]
+    )
 
     def velocity(x, timestep):
         v = dit(jnp.concatenate([x, x]), jnp.concatenate([timestep, timestep]), both)
         return sampler.guide(*jnp.split(v, 2), guidance)
 
-    return sampler.teacher_from(velocity, sampler.teacher_start(jax.random.normal(key, shape_of(dit, tokens))), schedule)[0].x
+    return sampler.teacher_from(
+        velocity, sampler.teacher_start(jax.random.normal(key, shape_of(dit, tokens))), schedule
+    )[0].x
 
 
 @jax.jit
@@ -66,12 +72,17 @@ def decode(vae, x):  # f32[b t h w c] -> uint8[b T H W 3], as clips are written
 
 
 def videos(vae, x) -> np.ndarray:  # f32[n t h w c] -> uint8[n T H W 3] on the host
-    return np.concatenate([np.asarray(decode(vae, x[i : i + DECODED])) for i in range(0, len(x), DECODED)])
+    return np.concatenate(
+        [np.asarray(decode(vae, x[i : i + DECODED])) for i in range(0, len(x), DECODED)]
+    )
 
 
 def measured(vae, x) -> detector.Measured:  # f32[n t h w c]
     """The detector's view of the clips of latents, on the host."""
-    parts = [jax.device_get(detector.measure(decode(vae, x[i : i + DECODED]))) for i in range(0, len(x), DECODED)]
+    parts = [
+        jax.device_get(detector.measure(decode(vae, x[i : i + DECODED])))
+        for i in range(0, len(x), DECODED)
+    ]
     return jax.tree.map(lambda *part: np.concatenate(part), *parts)
 
 
@@ -87,9 +98,15 @@ class Prompts:
         return Prompts(self.texts[:n], jax.tree.map(lambda x: x[:n], self.said), self.tokens[:n])
 
 
-def prompts(tokenizer, key, n: int, split: str = "train", template: str | None = None, repeats: int = 1) -> Prompts:
+def prompts(
+    tokenizer, key, n: int, split: str = "train", template: str | None = None, repeats: int = 1
+) -> Prompts:
     """n captions, each `repeats` times in a row."""
     said = jax.device_get(clips.sample(key, n, split).said)
     texts = captions.captions(said, int(jax.random.randint(key, (), 0, 2**30)), template)
     many = jax.tree.map(lambda x: np.repeat(x, repeats, 0), said)
-    return Prompts([text for text in texts for _ in range(repeats)], many, jnp.asarray(np.repeat(tokens_of(tokenizer, texts), repeats, 0)))
+    return Prompts(
+        [text for text in texts for _ in range(repeats)],
+        many,
+        jnp.asarray(np.repeat(tokens_of(tokenizer, texts), repeats, 0)),
+    )

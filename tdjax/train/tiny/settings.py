@@ -17,7 +17,9 @@ class VAEStage:
     kl: float = 3e-5  # weight of the mean divergence from a unit normal
     drawn: float = 10.0  # weight of a pixel of the object, beside one of the background
     width: float = 0.1  # of the quadratic part of the distance between pixels
-    differences: float = 0.1  # weight of the errors of differences between neighbouring pixels and frames
+    differences: float = (
+        0.1  # weight of the errors of differences between neighbouring pixels and frames
+    )
     jitter: float = 0.1  # noise on what the decoder sees, as a share of each channel's deviation
     jitter_from: float = 0.5  # share of the steps after which it begins
     compute: str = "bfloat16"  # between layers
@@ -125,7 +127,14 @@ class EvaluateStage:
     rows: str = "all"  # or names with commas between
 
 
-STAGES = {"vae": VAEStage, "teacher": TeacherStage, "sla": SLAStage, "rcm": RCMStage, "merge": MergeStage, "evaluate": EvaluateStage}
+STAGES = {
+    "vae": VAEStage,
+    "teacher": TeacherStage,
+    "sla": SLAStage,
+    "rcm": RCMStage,
+    "merge": MergeStage,
+    "evaluate": EvaluateStage,
+}
 SCALED = ("steps", "heal", "warmup", "clips", "statistics", "check_clips", "check_every", "real")
 LEAST = {"warmup": 0, "heal": 0, "clips": 16, "statistics": 16, "check_clips": 4, "real": 80}
 
@@ -133,10 +142,16 @@ LEAST = {"warmup": 0, "heal": 0, "clips": 16, "statistics": 16, "check_clips": 4
 def scaled(stage, scale: float):
     """A stage with less of everything that takes time, for a trial; steps are whole chunks."""
     if scale != 1:
-        less = {name: max(LEAST.get(name, 1), round(getattr(stage, name) * scale)) for name in SCALED if hasattr(stage, name)}
+        less = {
+            name: max(LEAST.get(name, 1), round(getattr(stage, name) * scale))
+            for name in SCALED
+            if hasattr(stage, name)
+        }
         stage = dataclasses.replace(stage, **less)
     if not hasattr(stage, "chunk"):
         return stage
     count = "heal" if hasattr(stage, "heal") else "steps"
     chunk = max(1, min(stage.chunk, getattr(stage, count)))
-    return dataclasses.replace(stage, chunk=chunk, **{count: -(-getattr(stage, count) // chunk) * chunk})
+    return dataclasses.replace(
+        stage, chunk=chunk, **{count: -(-getattr(stage, count) // chunk) * chunk}
+    )

@@ -35,15 +35,28 @@ class Captioned(nnx.Module):
 def make_optimizer(cfg: TeacherStage) -> optax.GradientTransformation:
     """One rate for the transformer, another for the text encoder."""
     rates = lambda rate: OptimizerConfig(
-        learning_rate=rate, b1=0.9, b2=0.99, warmup=cfg.warmup, decay="cosine", steps=cfg.steps + 1, final=cfg.final, clip=1.0
+        learning_rate=rate,
+        b1=0.9,
+        b2=0.99,
+        warmup=cfg.warmup,
+        decay="cosine",
+        steps=cfg.steps + 1,
+        final=cfg.final,
+        clip=1.0,
     )
-    labels = lambda model: jax.tree_util.tree_map_with_path(lambda path, _: leaf_name(path).partition(".")[0], model)
-    return optax.partition({"dit": adamw(rates(cfg.learning_rate)), "text": adamw(rates(cfg.text_rate))}, labels)
+    labels = lambda model: jax.tree_util.tree_map_with_path(
+        lambda path, _: leaf_name(path).partition(".")[0], model
+    )
+    return optax.partition(
+        {"dit": adamw(rates(cfg.learning_rate)), "text": adamw(rates(cfg.text_rate))}, labels
+    )
 
 
 def make_step(cfg: TeacherStage, optimizer):
     """step(state, data, negative i32[s 2]) -> (state, numbers)."""
-    config = FlowMatchingConfig(time=UniformShift(shift=cfg.shift), dropout=cfg.dropout, ema=EMAConfig(decay=cfg.ema))
+    config = FlowMatchingConfig(
+        time=UniformShift(shift=cfg.shift), dropout=cfg.dropout, ema=EMAConfig(decay=cfg.ema)
+    )
     one = flow_matching.make_step(config, optimizer)
 
     def step(state: TrainState, clips: Data, negative):
@@ -67,7 +80,19 @@ def make_check(run: Run, cfg: TeacherStage, vae, negative):
     def check(state: TrainState, step: int) -> dict[str, float]:
         x = sampling.latents(state.ema.dit, state.ema.text, prompts.tokens, negative, key, how)
         scores = detector.scores(sampling.measured(vae, x), prompts.said)
-        return {name: scores[name] for name in ("all", "shape", "colour", "background", "size", "motion", "speed", "present")}
+        return {
+            name: scores[name]
+            for name in (
+                "all",
+                "shape",
+                "colour",
+                "background",
+                "size",
+                "motion",
+                "speed",
+                "present",
+            )
+        }
 
     return check
 
@@ -79,11 +104,25 @@ def run_stage(run: Run) -> None:
     clips = data.make(run, vae, cfg.clips)
     negative = data.negative(data.tokenizer(run))
     optimizer = make_optimizer(cfg)
-    model = jax.jit(lambda key: Captioned(dit, run.sizes.text, rngs=nnx.Rngs(key)))(run.key("teacher"))
+    model = jax.jit(lambda key: Captioned(dit, run.sizes.text, rngs=nnx.Rngs(key)))(
+        run.key("teacher")
+    )
     state = TrainState.create(model, optimizer, run.key("teacher steps"))
     program = work.repeated(make_step(cfg, optimizer), cfg.chunk)
     check = make_check(run, cfg, vae, negative)
-    state = work.train(run, "teacher", state, program, cfg.steps, cfg.chunk, (clips, negative), check, cfg.check_every)
+    state = work.train(
+        run,
+        "teacher",
+        state,
+        program,
+        cfg.steps,
+        cfg.chunk,
+        (clips, negative),
+        check,
+        cfg.check_every,
+    )
     work.export(run, "text", "text", state.ema.text, run.sizes.text, steps=cfg.steps)
-    work.export(run, "teacher", "dit", state.ema.dit, run.sizes.dit, steps=cfg.steps)  # last: it says that the stage is finished
+    work.export(
+        run, "teacher", "dit", state.ema.dit, run.sizes.dit, steps=cfg.steps
+    )  # last: it says that the stage is finished
     work.forget_states(run, "teacher")

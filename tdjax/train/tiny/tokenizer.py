@@ -20,5 +20,7 @@ def build(words: Sequence[str]) -> Tokenizer:
     out = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
     out.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     out.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    out.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    out.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     return out

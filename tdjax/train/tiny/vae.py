@@ -29,7 +29,9 @@ def posterior(vae: VAE, video):  # f32[b T H W 3] -> mean, log variance f32[b t 
 
 def emphasis(video, drawn: float):  # f32[b T H W 3] -> f32[b T H W 1], of mean 1 in every clip
     """The weight of each pixel: `drawn` times as much where something is drawn, which is but a twentieth of a clip."""
-    object_ = jnp.abs(video - video[:, :, :1, :1]).max(-1, keepdims=True) > 0.05  # a corner is background
+    object_ = (
+        jnp.abs(video - video[:, :, :1, :1]).max(-1, keepdims=True) > 0.05
+    )  # a corner is background
     weight = jnp.where(object_, jnp.float32(drawn), 1.0)
     return weight / weight.mean((1, 2, 3, 4), keepdims=True)
 
@@ -46,7 +48,10 @@ def loss(vae: VAE, video, draws, jitter, cfg: VAEStage):
     z = z + jitter * jax.lax.stop_gradient(mean.std((0, 1, 2, 3))) * draws["jitter"]
     made = vae.decode(z, whole=True)
     pixels = (emphasis(video, cfg.drawn) * distance(made, video, cfg.width)).mean()
-    along = [distance(jnp.diff(made, axis=axis), jnp.diff(video, axis=axis), cfg.width).mean() for axis in (1, 2, 3)]
+    along = [
+        distance(jnp.diff(made, axis=axis), jnp.diff(video, axis=axis), cfg.width).mean()
+        for axis in (1, 2, 3)
+    ]
     kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance).mean()
     total = pixels + cfg.differences * sum(along) + cfg.kl * kl
     return total, {"loss": total, "rmse": jnp.sqrt(jnp.square(made - video).mean()), "kl": kl}
@@ -60,11 +65,15 @@ def make_step(cfg: VAEStage, optimizer):
         video = clips.render(clips.sample(keys["clips"], cfg.batch, "all"))
         shape = jax.eval_shape(lambda vae: posterior(vae, video)[0], state.model).shape
         draws = {name: jax.random.normal(keys[name], shape) for name in ("latent", "jitter")}
-        jitter = jnp.where(state.step >= cfg.jitter_from * cfg.steps, jnp.float32(cfg.jitter), jnp.float32(0))
+        jitter = jnp.where(
+            state.step >= cfg.jitter_from * cfg.steps, jnp.float32(cfg.jitter), jnp.float32(0)
+        )
         grads, numbers = jax.grad(loss, has_aux=True)(state.model, video, draws, jitter, cfg)
         model, opt, more = apply(optimizer, grads, state.opt, state.model)
         ema = ema_update(state.ema, model, state.step, EMA)
-        return dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt), numbers | more
+        return dataclasses.replace(
+            state, step=state.step + 1, model=model, ema=ema, opt=opt
+        ), numbers | more
 
     return step
 
@@ -80,7 +89,10 @@ def make_check(run: Run, cfg: VAEStage):
 
     def check(state: TrainState, step: int) -> dict[str, float]:
         scores = judged(state.ema, factors)
-        return {name: scores[name] for name in ("psnr", "all", "shape", "colour", "size", "motion", "speed", "overlap")}
+        return {
+            name: scores[name]
+            for name in ("psnr", "all", "shape", "colour", "size", "motion", "speed", "overlap")
+        }
 
     return check
 
@@ -105,7 +117,10 @@ def moments(vae: VAE, key, n: int):  # -> sums over n clips: f32[z], of squares 
 
 def statistics(vae: VAE, key, n: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of every latent channel over n clips, the deviation not below LEAST_DEVIATION of the largest."""
-    parts = [jax.device_get(moments(vae, jax.random.fold_in(key, i), min(AT_ONCE, n))) for i in range(-(-n // AT_ONCE))]
+    parts = [
+        jax.device_get(moments(vae, jax.random.fold_in(key, i), min(AT_ONCE, n)))
+        for i in range(-(-n // AT_ONCE))
+    ]
     total, squares, count = (np.sum([np.float64(part[i]) for part in parts], 0) for i in range(3))
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
@@ -117,15 +132,31 @@ def run_stage(run: Run) -> None:
     cfg: VAEStage = run.settings["vae"]
     sizes = work.trained(run.sizes.vae, cfg.compute)
     rates = OptimizerConfig(
-        learning_rate=cfg.learning_rate, b1=0.9, b2=0.99, warmup=cfg.warmup, decay="cosine", steps=cfg.steps + 1, final=0.01, clip=1.0
+        learning_rate=cfg.learning_rate,
+        b1=0.9,
+        b2=0.99,
+        warmup=cfg.warmup,
+        decay="cosine",
+        steps=cfg.steps + 1,
+        final=0.01,
+        clip=1.0,
     )
     optimizer = adamw(rates)
     vae = jax.jit(lambda key: VAE(sizes, rngs=nnx.Rngs(key)))(run.key("vae"))
     state = TrainState.create(vae, optimizer, run.key("vae steps"))
     program = work.repeated(make_step(cfg, optimizer), cfg.chunk)
-    state = work.train(run, "vae", state, program, cfg.steps, cfg.chunk, (), make_check(run, cfg), cfg.check_every)
+    state = work.train(
+        run, "vae", state, program, cfg.steps, cfg.chunk, (), make_check(run, cfg), cfg.check_every
+    )
     with run.stages("latent statistics"):
         mean, std = statistics(state.ema, run.key("statistics"), cfg.statistics)
     run.say(f"latents: mean {mean}, deviation {std}")
-    work.export(run, "vae", "vae", state.ema, dataclasses.replace(run.sizes.vae, mean=mean, std=std), steps=cfg.steps)
+    work.export(
+        run,
+        "vae",
+        "vae",
+        state.ema,
+        dataclasses.replace(run.sizes.vae, mean=mean, std=std),
+        steps=cfg.steps,
+    )
     work.forget_states(run, "vae")

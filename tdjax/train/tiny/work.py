@@ -63,11 +63,24 @@ class OutOfTime(Exception):
 
 def repeated(step: Callable, chunk: int) -> Callable:
     """`chunk` times step(state, *data) -> (state, numbers), as one program that takes over the state's memory."""
-    return jax.jit(lambda state, *data: lax.scan(lambda state, _: step(state, *data), state, None, length=chunk), donate_argnums=0)
+    return jax.jit(
+        lambda state, *data: lax.scan(
+            lambda state, _: step(state, *data), state, None, length=chunk
+        ),
+        donate_argnums=0,
+    )
 
 
 def train(
-    run: Run, name: str, state, program: Callable, steps: int, chunk: int, data=(), check: Callable | None = None, check_every: int = 0
+    run: Run,
+    name: str,
+    state,
+    program: Callable,
+    steps: int,
+    chunk: int,
+    data=(),
+    check: Callable | None = None,
+    check_every: int = 0,
 ):
     """All steps of a stage, from its last saved state if there is one -> the last state.
 
@@ -92,7 +105,11 @@ def train(
             log.write(done, numbers)
             run.say(line(name, done, steps, numbers))
             if not math.isfinite(numbers["loss"]):
-                raise NotFinite(f"{name}: the loss is not finite at step {done}", f"logged in {log.path}", "begin again with a lower rate")
+                raise NotFinite(
+                    f"{name}: the loss is not finite at step {done}",
+                    f"logged in {log.path}",
+                    "begin again with a lower rate",
+                )
             if check and (done >= steps or done // check_every > (done - chunk) // check_every):
                 found = check(state, done)
                 log.write(done, found)
@@ -102,7 +119,9 @@ def train(
                 saves.save(work, done, state, {}, keep=1)
                 begun = saved = time.monotonic()
                 if now > run.until:
-                    raise OutOfTime(f"{name}: stopped at step {done} of {steps}; the same command goes on from there")
+                    raise OutOfTime(
+                        f"{name}: stopped at step {done} of {steps}; the same command goes on from there"
+                    )
     return state
 
 
@@ -112,7 +131,9 @@ def means(numbers: dict) -> dict:
 
 
 def line(name: str, done: int, steps: int, numbers: dict[str, float]) -> str:
-    return f"{name} {done}/{steps}  " + "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+    return f"{name} {done}/{steps}  " + "  ".join(
+        f"{key} {value:.4g}" for key, value in numbers.items()
+    )
 
 
 def finished(run: Run, name: str) -> bool:
@@ -126,7 +147,9 @@ def export(run: Run, name: str, kind: str, module, cfg, **facts) -> None:
     wanted = checkpoint.names(checkpoint.abstract(kind, cfg))
     leaves = {leaf: x.astype(wanted[leaf].dtype) for leaf, x in checkpoint.names(module).items()}
     source = {"name": "tdjax tiny recipe", "seed": run.seed, **facts}
-    checkpoint.save(run.folder / name, jax.device_get(leaves), kind=kind, cfg=cfg, source=source, overwrite=True)
+    checkpoint.save(
+        run.folder / name, jax.device_get(leaves), kind=kind, cfg=cfg, source=source, overwrite=True
+    )
 
 
 def forget_states(run: Run, name: str) -> None:
@@ -143,5 +166,7 @@ def load(run: Run, name: str, compute: str = "float32", remat: bool = False):
 
 def trained(cfg, compute: str, remat: bool = False):
     """A network as it is while it trains: float32 weights, and activations kept, memory being no concern, unless `remat`."""
-    cfg = dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, param="float32", compute=compute))
+    cfg = dataclasses.replace(
+        cfg, policy=dataclasses.replace(cfg.policy, param="float32", compute=compute)
+    )
     return dataclasses.replace(cfg, remat=remat) if isinstance(cfg, DiTConfig) else cfg

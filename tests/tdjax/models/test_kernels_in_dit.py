@@ -25,12 +25,16 @@ def floats(**changes):
     draw = np.random.default_rng(0).normal
     abstract = jax.eval_shape(lambda: DiT(dataclasses.replace(CFG, **changes), rngs=nnx.Rngs(0)))
     width = lambda leaf: leaf.shape[-2] ** 0.5 if leaf.ndim > 1 and leaf.shape[-2] > 6 else 3
-    return jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract
+    )
 
 
 def with_impl(model, impl):
     """The same weights under another `impl`."""
-    abstract = jax.eval_shape(lambda: DiT(dataclasses.replace(model.cfg, impl=impl), rngs=nnx.Rngs(0)))
+    abstract = jax.eval_shape(
+        lambda: DiT(dataclasses.replace(model.cfg, impl=impl), rngs=nnx.Rngs(0))
+    )
     return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(model))
 
 
@@ -40,7 +44,11 @@ def normal(seed, *shape):
 
 def inputs(b=1):
     """160 tokens: three blocks, the last one half full."""
-    return normal(0, b, 2, 16, 20, 4), jnp.asarray(np.linspace(977.0, 104.0, b), jnp.float32), normal(1, b, 8, 6)
+    return (
+        normal(0, b, 2, 16, 20, 4),
+        jnp.asarray(np.linspace(977.0, 104.0, b), jnp.float32),
+        normal(1, b, 8, 6),
+    )
 
 
 def relative(actual, expected):
@@ -48,7 +56,9 @@ def relative(actual, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention, linear", [("sla", "float"), ("sagesla", "int8_channel"), ("dense", "fp8")])
+@pytest.mark.parametrize(
+    "attention, linear", [("sla", "float"), ("sagesla", "int8_channel"), ("dense", "fp8")]
+)
 def test_kernels_give_the_reference(attention, linear):
     """float32 between the ops. Last bits move values of 8 bits over edges, two blocks deep; sagesla rounds scores to int8 besides."""
     model = with_linear(floats(attention=attention), linear)
@@ -63,7 +73,9 @@ SPARSE = {"summaries_kernel": 1, "choose_kernel": 1, "attend_kernel": 1, "forwar
 LAUNCHED = {
     ("dense", "float"): ROWS | {"forward_kernel": 2},
     ("sla", "int8"): ROWS | SPARSE | {"quantize_kernel": 7, "block_kernel": 10},
-    ("sagesla", "int8_channel"): ROWS | SPARSE | {"quantize_kernel": 4 + 2, "row_kernel": 10},  # two: queries and keys
+    ("sagesla", "int8_channel"): ROWS
+    | SPARSE
+    | {"quantize_kernel": 4 + 2, "row_kernel": 10},  # two: queries and keys
     ("sla", "fp8"): ROWS | SPARSE | {"quantize_kernel": 4},
 }
 
@@ -74,6 +86,11 @@ def test_kernels_lower_for_cuda_at_real_size(attention, linear):
     arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     cfg = DiTConfig(attention=attention, linear=linear, impl="triton")
     model = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
-    lowered = described.lower(described.trace(run, model, arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096)))
+    lowered = described.lower(
+        described.trace(run, model, arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096))
+    )
     assert lowered.out_info.shape == (1, 21, 60, 104, 16)
-    assert Counter(re.findall(r'name = "(\w+_kernel)"', lowered.as_text())) == LAUNCHED[attention, linear]
+    assert (
+        Counter(re.findall(r'name = "(\w+_kernel)"', lowered.as_text()))
+        == LAUNCHED[attention, linear]
+    )

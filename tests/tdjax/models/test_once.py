@@ -26,7 +26,9 @@ def floats(**changes):
     draw = np.random.default_rng(0).normal
     abstract = jax.eval_shape(lambda: DiT(dataclasses.replace(CFG, **changes), rngs=nnx.Rngs(0)))
     width = lambda leaf: leaf.shape[-2] ** 0.5 if leaf.ndim > 1 and leaf.shape[-2] > 6 else 3
-    return jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract
+    )
 
 
 def normal(seed, *shape):
@@ -35,7 +37,11 @@ def normal(seed, *shape):
 
 def inputs(b=1):
     """160 tokens: three blocks, the last one half full."""
-    return normal(0, b, 2, 16, 20, 4), jnp.asarray(np.linspace(977.0, 104.0, b), jnp.float32), normal(1, b, 8, 6)
+    return (
+        normal(0, b, 2, 16, 20, 4),
+        jnp.asarray(np.linspace(977.0, 104.0, b), jnp.float32),
+        normal(1, b, 8, 6),
+    )
 
 
 def relative(actual, expected):
@@ -48,13 +54,17 @@ def rounded(jaxpr, dtype):
     return sum(e.params["new_dtype"] == dtype and e.invars[0].aval.size > 1000 for e in casts)
 
 
-@pytest.mark.parametrize("linear, dtype", [("int8", "int8"), ("int8_channel", "int8"), ("fp8", "float8_e4m3fn")])
+@pytest.mark.parametrize(
+    "linear, dtype", [("int8", "int8"), ("int8_channel", "int8"), ("fp8", "float8_e4m3fn")]
+)
 def test_activations_are_quantised_once(linear, dtype):
     """In a block: before q k v, o, the cross-attention's q and o, up, down. The text rows: once for all blocks."""
     model, (x, timestep, _) = with_linear(floats(attention="dense"), linear), inputs()
     text = normal(1, 1, 40, 6)
     block, kv = jax.tree.map(lambda leaf: leaf[0], (model.blocks, model.text_kv(text)))
-    one = jax.make_jaxpr(lambda *a: block(*a))(normal(2, 1, 160, 128), normal(3, 1, 6, 128), kv, rope((2, 8, 10), 64))
+    one = jax.make_jaxpr(lambda *a: block(*a))(
+        normal(2, 1, 160, 128), normal(3, 1, 6, 128), kv, rope((2, 8, 10), 64)
+    )
     assert rounded(one.jaxpr, dtype) == 6
     assert rounded(jax.make_jaxpr(model.text_kv)(text).jaxpr, dtype) == 1
     assert rounded(jax.make_jaxpr(model)(x, timestep, text).jaxpr, dtype) == 7
@@ -63,7 +73,9 @@ def test_activations_are_quantised_once(linear, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("linear", LINEAR)
 def test_text_read_beforehand_gives_the_plain_call(linear):
-    model = with_linear(floats(attention="dense", in_channels=24, out_channels=4, image_dim=12), linear)
+    model = with_linear(
+        floats(attention="dense", in_channels=24, out_channels=4, image_dim=12), linear
+    )
     x, timestep, text = inputs(2)
     image, features = normal(4, 2, 2, 16, 20, 20), normal(5, 2, 9, 12)
     kv = jax.jit(lambda model, *a: model.text_kv(*a))(model, text, features)
@@ -89,12 +101,16 @@ def test_steps_do_not_read_the_text_again():
     few = lambda model, x, text: programs.denoise(model, x, text, None, (noise, times), mode="sde")
     rows = jax.tree.map(jnp.asarray, teacher.rows(dataclasses.replace(TEACHER_SAMPLER, steps=2)))
     state, both = sampler.teacher_start(x), jnp.concatenate([text, -text])
-    many = lambda model, state, text: programs.denoise_guided(model, state, text, None, rows, guidance=5.0)
+    many = lambda model, state, text: programs.denoise_guided(
+        model, state, text, None, rows, guidance=5.0
+    )
     for function, *args in ((few, model, x, text), (many, model, state, both)):
         (body,) = loops(function, *args)
         products = [e for e in equations(body) if e.primitive.name == "dot_general"]
         assert products and not [e for e in products if e.invars[0].aval.shape[-2:] == (8, 128)]
     latents, finite = jax.jit(few)(model, x, text)
-    plain = lambda model, x, text: sampler.sample_from(lambda x, t: model(x, t, text), x, noise, times, "sde")
+    plain = lambda model, x, text: sampler.sample_from(
+        lambda x, t: model(x, t, text), x, noise, times, "sde"
+    )
     assert finite.all()
     assert_close(latents, jax.jit(plain)(model, x, text)[0], "dit")

@@ -15,18 +15,39 @@ from tdjax.precision import BF16, FLOAT32
 KEYS = {
     "embed.embedding": ("token_embedding.weight", "shared.weight"),
     "blocks.norm1.scale": ("blocks.{}.norm1.weight", "encoder.block.{}.layer.0.layer_norm.weight"),
-    "blocks.attn.q.kernel": ("blocks.{}.attn.q.weight", "encoder.block.{}.layer.0.SelfAttention.q.weight"),
-    "blocks.attn.k.kernel": ("blocks.{}.attn.k.weight", "encoder.block.{}.layer.0.SelfAttention.k.weight"),
-    "blocks.attn.v.kernel": ("blocks.{}.attn.v.weight", "encoder.block.{}.layer.0.SelfAttention.v.weight"),
-    "blocks.attn.o.kernel": ("blocks.{}.attn.o.weight", "encoder.block.{}.layer.0.SelfAttention.o.weight"),
+    "blocks.attn.q.kernel": (
+        "blocks.{}.attn.q.weight",
+        "encoder.block.{}.layer.0.SelfAttention.q.weight",
+    ),
+    "blocks.attn.k.kernel": (
+        "blocks.{}.attn.k.weight",
+        "encoder.block.{}.layer.0.SelfAttention.k.weight",
+    ),
+    "blocks.attn.v.kernel": (
+        "blocks.{}.attn.v.weight",
+        "encoder.block.{}.layer.0.SelfAttention.v.weight",
+    ),
+    "blocks.attn.o.kernel": (
+        "blocks.{}.attn.o.weight",
+        "encoder.block.{}.layer.0.SelfAttention.o.weight",
+    ),
     "blocks.relative_bias": (
         "blocks.{}.pos_embedding.embedding.weight",
         "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight",
     ),
     "blocks.norm2.scale": ("blocks.{}.norm2.weight", "encoder.block.{}.layer.1.layer_norm.weight"),
-    "blocks.gate.kernel": ("blocks.{}.ffn.gate.0.weight", "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight"),
-    "blocks.up.kernel": ("blocks.{}.ffn.fc1.weight", "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight"),
-    "blocks.down.kernel": ("blocks.{}.ffn.fc2.weight", "encoder.block.{}.layer.1.DenseReluDense.wo.weight"),
+    "blocks.gate.kernel": (
+        "blocks.{}.ffn.gate.0.weight",
+        "encoder.block.{}.layer.1.DenseReluDense.wi_0.weight",
+    ),
+    "blocks.up.kernel": (
+        "blocks.{}.ffn.fc1.weight",
+        "encoder.block.{}.layer.1.DenseReluDense.wi_1.weight",
+    ),
+    "blocks.down.kernel": (
+        "blocks.{}.ffn.fc2.weight",
+        "encoder.block.{}.layer.1.DenseReluDense.wo.weight",
+    ),
     "norm.scale": ("norm.weight", "encoder.final_layer_norm.weight"),
 }
 
@@ -41,9 +62,16 @@ def build(cfg, weights, dialect):
 
     def leaf(path, shape):
         key = KEYS[name(path)][dialect]
-        array = np.stack([weights[key.format(i)] for i in range(cfg.layers)]) if "{}" in key else weights[key]
         array = (
-            array.swapaxes(-1, -2) if key.endswith(("q.weight", "k.weight", "v.weight", "o.weight")) or "kernel" in name(path) else array
+            np.stack([weights[key.format(i)] for i in range(cfg.layers)])
+            if "{}" in key
+            else weights[key]
+        )
+        array = (
+            array.swapaxes(-1, -2)
+            if key.endswith(("q.weight", "k.weight", "v.weight", "o.weight"))
+            or "kernel" in name(path)
+            else array
         )
         assert array.shape == shape.shape, name(path)
         return jnp.asarray(array, shape.dtype)
@@ -89,14 +117,18 @@ def test_golden_intermediates(tiny):
             assert np.array_equal(value, g[f"mid/{key}"]), key
         else:
             assert_close(value, g[f"mid/{key}"], "umt5", key)
-    assert compared == 9  # rel_pos, rel_bucket, embed, three values of block 0, the outputs of blocks 1 and 2, the end
+    assert (
+        compared == 9
+    )  # rel_pos, rel_bucket, embed, three values of block 0, the outputs of blocks 1 and 2, the end
 
 
 def test_loaded_in_bfloat16(tiny):
     g, _ = tiny
     out = run(build(text_config(g, BF16), g.weights(), 0), g["in/ids"], g["in/mask"])
     assert out.dtype == jnp.bfloat16
-    error = np.linalg.norm(np.asarray(out, np.float32) - g["out/embedding"]) / np.linalg.norm(g["out/embedding"])
+    error = np.linalg.norm(np.asarray(out, np.float32) - g["out/embedding"]) / np.linalg.norm(
+        g["out/embedding"]
+    )
     assert error < 0.02  # three layers of bfloat16 rounding, 2^-8 each
 
 
@@ -106,7 +138,13 @@ def test_buckets_of_every_distance_agree_with_transformers(buckets, max_distance
     from transformers import UMT5Config
     from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
-    cfg = UMT5Config(d_model=8, d_kv=4, num_heads=2, relative_attention_num_buckets=buckets, relative_attention_max_distance=max_distance)
+    cfg = UMT5Config(
+        d_model=8,
+        d_kv=4,
+        num_heads=2,
+        relative_attention_num_buckets=buckets,
+        relative_attention_max_distance=max_distance,
+    )
     rel = relative_positions(512)
     expected = UMT5Attention(cfg)._relative_position_bucket(torch.from_numpy(rel).long())
     assert np.array_equal(relative_bucket(rel, buckets, max_distance), expected.numpy())
@@ -117,7 +155,16 @@ def test_transformers_encoder_of_prime_sizes():
     from transformers import UMT5Config, UMT5EncoderModel
 
     cfg = TextConfig(
-        vocab=101, dim=26, attention_dim=33, ffn_dim=43, heads=3, layers=2, buckets=16, max_distance=50, text_len=71, policy=FLOAT32
+        vocab=101,
+        dim=26,
+        attention_dim=33,
+        ffn_dim=43,
+        heads=3,
+        layers=2,
+        buckets=16,
+        max_distance=50,
+        text_len=71,
+        policy=FLOAT32,
     )
     torch.manual_seed(3)
     oracle = UMT5EncoderModel(
@@ -132,9 +179,16 @@ def test_transformers_encoder_of_prime_sizes():
         lengths = np.array([71, 17, 1])
         ids = np.random.default_rng(0).integers(1, 101, (3, 71)).astype(np.int32)
         mask = (np.arange(71) < lengths[:, None]).astype(np.int32)
-        expected = oracle(torch.from_numpy(ids * mask).long(), attention_mask=torch.from_numpy(mask).long()).last_hidden_state
+        expected = oracle(
+            torch.from_numpy(ids * mask).long(), attention_mask=torch.from_numpy(mask).long()
+        ).last_hidden_state
     model = build(cfg, {k: v.numpy() for k, v in oracle.state_dict().items()}, 1)
-    assert_close(run(model, ids * mask, mask), expected.numpy() * mask[..., None], "oracle_umt5", "transformers")
+    assert_close(
+        run(model, ids * mask, mask),
+        expected.numpy() * mask[..., None],
+        "oracle_umt5",
+        "transformers",
+    )
 
 
 def test_ids_after_the_end_do_not_matter(tiny):
@@ -151,11 +205,22 @@ def test_a_row_without_any_token_is_zero_and_finite(tiny):
 
 def test_gradient_reaches_every_leaf():
     cfg = TextConfig(
-        vocab=11, dim=6, attention_dim=10, ffn_dim=7, heads=2, layers=2, buckets=8, max_distance=16, text_len=5, policy=FLOAT32
+        vocab=11,
+        dim=6,
+        attention_dim=10,
+        ffn_dim=7,
+        heads=2,
+        layers=2,
+        buckets=8,
+        max_distance=16,
+        text_len=5,
+        policy=FLOAT32,
     )
     rng = np.random.default_rng(0)
     abstract = jax.eval_shape(lambda: UMT5(cfg, rngs=nnx.Rngs(0)))
-    model = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), abstract)
+    model = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), abstract
+    )
     ids, mask = jnp.array([[3, 4, 1, 0, 0]]), jnp.array([[1, 1, 1, 0, 0]])
     target = jnp.asarray(rng.normal(size=(1, 5, 6)), jnp.float32)
     grads = jax.jit(jax.grad(lambda m: jnp.sum(m(ids, mask) * target)))(model)
@@ -179,6 +244,17 @@ def test_published_sizes(manifest):
 
 def test_initial_features_have_unit_size():
     """T5's start: q is small, so that unscaled dot products do not saturate the softmax."""
-    cfg = TextConfig(vocab=64, dim=32, attention_dim=32, ffn_dim=48, heads=4, layers=2, text_len=7, policy=FLOAT32)
-    out = jax.jit(lambda ids: UMT5(cfg, rngs=nnx.Rngs(0))(ids, jnp.ones_like(ids)))(jnp.arange(14).reshape(2, 7))
+    cfg = TextConfig(
+        vocab=64,
+        dim=32,
+        attention_dim=32,
+        ffn_dim=48,
+        heads=4,
+        layers=2,
+        text_len=7,
+        policy=FLOAT32,
+    )
+    out = jax.jit(lambda ids: UMT5(cfg, rngs=nnx.Rngs(0))(ids, jnp.ones_like(ids)))(
+        jnp.arange(14).reshape(2, 7)
+    )
     assert 0.5 < np.asarray(out).std() < 2.0

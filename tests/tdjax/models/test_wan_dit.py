@@ -34,7 +34,9 @@ def tiny(**changes):
     cfg = dataclasses.replace(TINY, **changes)
     draw = np.random.default_rng(0).normal
     width = lambda leaf: leaf.shape[-2] ** 0.5 if leaf.ndim > 1 and leaf.shape[-2] > 6 else 3
-    return jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract(cfg))
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract(cfg)
+    )
 
 
 def abstract(cfg):
@@ -46,7 +48,12 @@ def normal(seed, *shape):
 
 
 def batch(b=2):
-    return normal(0, b, 2, 4, 6, 5), jnp.asarray(np.linspace(977.3, 104.8, b), jnp.float32), normal(1, b, 4, 6), normal(2, b, 2, 4, 6, 2)
+    return (
+        normal(0, b, 2, 4, 6, 5),
+        jnp.asarray(np.linspace(977.3, 104.8, b), jnp.float32),
+        normal(1, b, 4, 6),
+        normal(2, b, 2, 4, 6, 2),
+    )
 
 
 def channels_last(x):
@@ -63,7 +70,11 @@ def module(tensors, **known):
 def load(g):
     """The model of a golden file; its timesteps are already what the network gets."""
     c = g.config
-    sla = {"sla": SLAConfig(topk=c["sla_topk"], block_q=c["BLKQ"], block_k=c["BLKK"])} if "sla_topk" in c else {}
+    sla = (
+        {"sla": SLAConfig(topk=c["sla_topk"], block_q=c["BLKQ"], block_k=c["BLKK"])}
+        if "sla_topk" in c
+        else {}
+    )
     return module(g.weights(), heads=c["num_heads"], **sla)
 
 
@@ -71,17 +82,27 @@ def inputs(g):
     """x, timestep, text, image, features in our layouts."""
     video = lambda name: jnp.asarray(channels_last(g[name])) if name in g else None
     features = jnp.asarray(g["in/clip"]) if "in/clip" in g else None
-    return video("in/x"), jnp.asarray(g["in/timesteps"][:, 0]), jnp.asarray(g["in/crossattn_emb"]), video("in/y"), features
+    return (
+        video("in/x"),
+        jnp.asarray(g["in/timesteps"][:, 0]),
+        jnp.asarray(g["in/crossattn_emb"]),
+        video("in/y"),
+        features,
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_golden(golden, name):
     g, kind = golden(name), "sla" if "sla" in name else "dit"
-    v, values = jax.jit(lambda model, *args: (model(*args), intermediates(model, *args)))(load(g), *inputs(g))
+    v, values = jax.jit(lambda model, *args: (model(*args), intermediates(model, *args)))(
+        load(g), *inputs(g)
+    )
     for key in g.keys("mid/"):
         assert_close(values[key.removeprefix("mid/").removesuffix("_f64")], g[key], kind, key)
     if kind == "sla":
-        np.testing.assert_array_equal(np.asarray(values["block0/sparse_map"]), g["mid/block0/sparse_map"])
+        np.testing.assert_array_equal(
+            np.asarray(values["block0/sparse_map"]), g["mid/block0/sparse_map"]
+        )
     assert v.dtype == jnp.float32
     for output in (v, values["v"]):  # blocks scanned, blocks unrolled
         assert_close(output, channels_last(g["out/v"]), kind)
@@ -119,12 +140,21 @@ def test_agrees_with_another_port():
     ).eval()  # fmt: skip
     with torch.no_grad():
         for p in theirs.parameters():
-            p.copy_(torch.randn_like(p) * (0.5 / p.shape[-1] ** 0.5 if p.ndim > 1 else 0.1) + (p.ndim == 1 and p.mean() == 1))
+            p.copy_(
+                torch.randn_like(p) * (0.5 / p.shape[-1] ** 0.5 if p.ndim > 1 else 0.1)
+                + (p.ndim == 1 and p.mean() == 1)
+            )
     model = module({k: v.numpy() for k, v in theirs.state_dict().items()}, heads=3)
     assert model.cfg == dataclasses.replace(cfg, text_len=model.cfg.text_len)
-    x, text, t = np.array(normal(0, 2, 11, 3, 10, 14)), np.array(normal(1, 2, 13, 23)), np.array([999.0, 12.5], np.float32)
+    x, text, t = (
+        np.array(normal(0, 2, 11, 3, 10, 14)),
+        np.array(normal(1, 2, 13, 23)),
+        np.array([999.0, 12.5], np.float32),
+    )
     with torch.no_grad():
-        expected = theirs(torch.tensor(x), torch.tensor(t), torch.tensor(text), return_dict=False)[0].numpy()
+        expected = theirs(torch.tensor(x), torch.tensor(t), torch.tensor(text), return_dict=False)[
+            0
+        ].numpy()
     x = channels_last(x)
     v = run(model, x[..., :7], t, text, x[..., 7:])
     assert_close(v, channels_last(expected), "oracle_dit")
@@ -165,19 +195,28 @@ def test_gradient_of_sparse_linear_attention_is_the_slope():
     way = direction(model, 1)
     loss = jax.jit(jax.value_and_grad(lambda model, args: jnp.square(model(*args)).mean()))
     step = lambda s: float(loss(moved(model, way, s), args)[0])
-    np.testing.assert_allclose(inner(loss(model, args)[1], way), (step(1e-3) - step(-1e-3)) / 2e-3, rtol=5e-3)
+    np.testing.assert_allclose(
+        inner(loss(model, args)[1], way), (step(1e-3) - step(-1e-3)) / 2e-3, rtol=5e-3
+    )
 
 
 def test_tangent_as_a_target_of_a_bfloat16_student():
     """The shape of a distillation step: the tangent in a constant target, beside the gradient of the weights."""
-    model, (x, t, text, image) = tiny(policy=dataclasses.replace(FLOAT32, compute="bfloat16")), batch()
+    model, (x, t, text, image) = (
+        tiny(policy=dataclasses.replace(FLOAT32, compute="bfloat16")),
+        batch(),
+    )
 
     def loss(model):
-        target = jax.lax.stop_gradient(jax.jvp(lambda x, t: model(x, t, text, image), (x, t), (x, jnp.ones(2)))[1])
+        target = jax.lax.stop_gradient(
+            jax.jvp(lambda x, t: model(x, t, text, image), (x, t), (x, jnp.ones(2)))[1]
+        )
         return jnp.square(model(x, t, text, image) - target).mean()
 
     grads = jax.tree.leaves(jax.jit(jax.grad(loss))(model))
-    assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in grads) and all(g.dtype == jnp.float32 for g in grads)
+    assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in grads) and all(
+        g.dtype == jnp.float32 for g in grads
+    )
 
 
 def test_timestep_is_rounded_and_its_derivative_is_not():
@@ -186,7 +225,9 @@ def test_timestep_is_rounded_and_its_derivative_is_not():
     coarse = t.astype(jnp.bfloat16).astype(jnp.float32)
     assert np.abs(coarse - t).max() > 0.1
     time = jax.jit(lambda model, t: jax.jvp(model.time, (t,), (jnp.full(2, 1.001),)))
-    for actual, expected in zip(*map(jax.tree.leaves, (time(tiny(round_time=True), t), time(tiny(), coarse))), strict=True):
+    for actual, expected in zip(
+        *map(jax.tree.leaves, (time(tiny(round_time=True), t), time(tiny(), coarse))), strict=True
+    ):
         assert_close(actual, expected, "float32")
 
 
@@ -197,7 +238,17 @@ def test_bfloat16_flows_between_float32_islands():
     for block in (half.blocks, half.blocks.self_attn, half.blocks.cross_attn):
         block.cfg = half.cfg
     values = jax.jit(intermediates)(half, *args)
-    islands = ("sinusoid", "e", "e0", "rope_freqs", "rope_cos", "rope_sin", "head_in", "head_out", "v")
+    islands = (
+        "sinusoid",
+        "e",
+        "e0",
+        "rope_freqs",
+        "rope_cos",
+        "rope_sin",
+        "head_in",
+        "head_out",
+        "v",
+    )
     for name, value in values.items():
         assert value.dtype == (jnp.float32 if name in islands else jnp.bfloat16), name
     v = np.asarray(run(model, *args))
@@ -218,7 +269,12 @@ def test_coordinates_tell_places_apart():
     x, t, text, _ = batch()
     v = run(model, jnp.ones_like(x), t, text)
     assert np.abs(v[0, 0, 0, 0] - v[0, 1, 3, 5]).max() > 0.1  # a constant clip, and yet
-    rows = rearrange(model.patchify(jnp.zeros_like(x), None)[0] - model.patch_embed.bias[...], "(t h w) d -> t h w d", t=2, h=4)
+    rows = rearrange(
+        model.patchify(jnp.zeros_like(x), None)[0] - model.patch_embed.bias[...],
+        "(t h w) d -> t h w d",
+        t=2,
+        h=4,
+    )
     kernel = np.asarray(model.patch_embed.kernel[...])[5:]
     assert_close(rows[0, 0, 0], -kernel.sum(0), "float32")
     assert_close(rows[1, 3, 5], kernel.sum(0), "float32")
@@ -230,7 +286,9 @@ def names(tree):
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-@pytest.mark.parametrize("linear, step", [("int8", 1 / 128), ("int8_channel", 0.5 / 127), ("fp8", 1 / 28)])
+@pytest.mark.parametrize(
+    "linear, step", [("int8", 1 / 128), ("int8_channel", 0.5 / 127), ("fp8", 1 / 28)]
+)
 def test_blocks_of_8_bits_and_back(linear, step):
     model, args = tiny(dim=128, heads=2, ffn_dim=256, attention="sla"), batch()
     small = with_linear(model, linear)
@@ -243,7 +301,9 @@ def test_blocks_of_8_bits_and_back(linear, step):
     v = np.asarray(run(model, *args))
     assert np.linalg.norm(run(small, *args) - v) < 0.1 * np.linalg.norm(v)
     again = with_linear(small, "float")
-    assert {n: x.shape for n, x in names(again).items()} == {n: x.shape for n, x in names(model).items()}
+    assert {n: x.shape for n, x in names(again).items()} == {
+        n: x.shape for n, x in names(model).items()
+    }
     for name, leaf in names(again).items():
         before = names(model)[name]
         assert np.abs(leaf - before).max() <= np.abs(before).max() * step * 1.001, name
@@ -254,8 +314,14 @@ def test_conversion_frees_what_it_replaces():
     model = tiny(dim=128, ffn_dim=128, attention="sla", linear="int8")
     before = names(model)
     after = names(with_linear(model, "int8_channel", free=True))
-    assert before["blocks.up.int8_weight"].is_deleted() and before["blocks.self_attn.o.scale"].is_deleted()
-    assert not any(leaf.is_deleted() for leaf in after.values()) and not before["blocks.up.bias"].is_deleted()
+    assert (
+        before["blocks.up.int8_weight"].is_deleted()
+        and before["blocks.self_attn.o.scale"].is_deleted()
+    )
+    assert (
+        not any(leaf.is_deleted() for leaf in after.values())
+        and not before["blocks.up.bias"].is_deleted()
+    )
     assert not before["blocks.self_attn.core.proj.kernel"].is_deleted()
 
 
@@ -283,16 +349,25 @@ def test_fourteen_billion_parameters_cost_nothing_until_they_are_loaded():
     assert {x.dtype for x in jax.tree.leaves(model)} == {jnp.dtype("bfloat16")}
 
 
-@pytest.mark.parametrize("attention, linear", [("dense", "float"), ("sla", "int8"), ("sagesla", "float")])
+@pytest.mark.parametrize(
+    "attention, linear", [("dense", "float"), ("sla", "int8"), ("sagesla", "float")]
+)
 def test_lowers_for_cuda_at_real_size(attention, linear):
     model = abstract(DiTConfig(attention=attention, linear=linear))
     arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    lowered = described.lower(described.trace(run, model, arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096)))
+    lowered = described.lower(
+        described.trace(run, model, arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096))
+    )
     assert lowered.out_info.shape == (1, 21, 60, 104, 16)
-    assert len(lowered.as_text()) < 1_000_000  # kernels travel in it; a table of the size of the video would be 16 MB
+    assert (
+        len(lowered.as_text()) < 1_000_000
+    )  # kernels travel in it; a table of the size of the video would be 16 MB
 
 
-@pytest.mark.parametrize(("attention", "linear"), [("dense", "float"), ("sla", "int8"), ("sagesla", "int8_channel"), ("sagesla", "fp8")])
+@pytest.mark.parametrize(
+    ("attention", "linear"),
+    [("dense", "float"), ("sla", "int8"), ("sagesla", "int8_channel"), ("sagesla", "fp8")],
+)
 def test_lowers_for_a_tpu_without_kernels(attention, linear):
     model = abstract(DiTConfig(layers=2, attention=attention, linear=linear))
     arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)

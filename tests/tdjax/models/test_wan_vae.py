@@ -70,7 +70,9 @@ def abstract(cfg):
 def leaves(module):
     """({leaf name: leaf}, treedef) in flattening order."""
     found, treedef = jax.tree_util.tree_flatten_with_path(module)
-    words = lambda path: [str(getattr(k, "name", getattr(k, "idx", getattr(k, "key", "")))) for k in path]
+    words = lambda path: [
+        str(getattr(k, "name", getattr(k, "idx", getattr(k, "key", "")))) for k in path
+    ]
     return {".".join(w for w in words(path) if w != "value"): leaf for path, leaf in found}, treedef
 
 
@@ -83,7 +85,9 @@ def load(cfg, weights, rows):
         given[rename(key, rows)] = rearrange(w, LAYOUT[w.ndim])
     assert len(given) == len(weights)
     assert {k: v.shape for k, v in given.items()} == {k: v.shape for k, v in wanted.items()}
-    return jax.tree.unflatten(treedef, [jnp.asarray(given[name], leaf.dtype) for name, leaf in wanted.items()])
+    return jax.tree.unflatten(
+        treedef, [jnp.asarray(given[name], leaf.dtype) for name, leaf in wanted.items()]
+    )
 
 
 # Half the compile time, which is nearly all the time these tests take.
@@ -120,7 +124,12 @@ def tiny(golden):
 @pytest.mark.parametrize("frames", [9, 1, 5])
 def test_encode_golden(golden, tiny, frames):
     g = golden("vae_tiny")
-    assert_close(first(encode(tiny, last(g[f"in/T{frames}/video"]))), g[f"out/T{frames}/encoded"], "vae", "encoded")
+    assert_close(
+        first(encode(tiny, last(g[f"in/T{frames}/video"]))),
+        g[f"out/T{frames}/encoded"],
+        "vae",
+        "encoded",
+    )
 
 
 @pytest.mark.parametrize("frames", [9, 1, 5])
@@ -134,8 +143,12 @@ def test_decode_golden(golden, tiny, frames):
 @pytest.mark.parametrize("frames", [9, 1])
 def test_intermediates_golden(golden, tiny, frames):
     g, prefix = golden("vae_tiny"), f"mid/T{frames}/"
-    inside = jit(intermediates)(tiny, last(g[f"in/T{frames}/video"]), last(g[f"in/T{frames}/latent"]))
-    assert {prefix + name for name in inside} == set(g.keys(prefix)) - {prefix + "decoder_chunk_frames"}
+    inside = jit(intermediates)(
+        tiny, last(g[f"in/T{frames}/video"]), last(g[f"in/T{frames}/latent"])
+    )
+    assert {prefix + name for name in inside} == set(g.keys(prefix)) - {
+        prefix + "decoder_chunk_frames"
+    }
     for name, value in inside.items():
         assert_close(value, g[prefix + name], "vae", name)
 
@@ -157,7 +170,12 @@ def test_diffusers():
     """Other widths, one residual block, two clips, sizes that are no power of two."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    sizes = {"z_dim": 5, "dim_mult": [1, 3, 2], "num_res_blocks": 1, "temperal_downsample": [True, True]}
+    sizes = {
+        "z_dim": 5,
+        "dim_mult": [1, 3, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [True, True],
+    }
     moments = {"latents_mean": [0.0] * 5, "latents_std": [1.0] * 5}
     torch.manual_seed(0)
     oracle = diffusers.AutoencoderKLWan(base_dim=6, **sizes, **moments).eval()
@@ -175,9 +193,13 @@ def test_diffusers():
         mean=tuple(mean), std=tuple(std),
     )  # fmt: skip
     vae = load(cfg, {k: v.numpy() for k, v in oracle.state_dict().items()}, diffusers_rows(1))
-    assert_close(encode(vae, last(video.numpy())), (last(encoded) - mean) / std, "oracle_vae", "encoded")
+    assert_close(
+        encode(vae, last(video.numpy())), (last(encoded) - mean) / std, "oracle_vae", "encoded"
+    )
     ours = decode(vae, ((last(latents.numpy()) - mean) / std).astype(np.float32))
-    assert np.mean(np.abs(decoded) < 1) > 0.1  # diffusers clips; enough must lie inside for the comparison to mean something
+    assert (
+        np.mean(np.abs(decoded) < 1) > 0.1
+    )  # diffusers clips; enough must lie inside for the comparison to mean something
     assert_close(np.clip(first(ours), -1, 1), decoded, "oracle_vae", "decoded")
 
 
@@ -197,7 +219,10 @@ def test_later_frames_never_change_earlier_ones(golden, tiny):
 
 def test_chunks_equal_the_whole():
     """A causal convolution over chunks of two frames is the one over all frames after two zero frames."""
-    conv = jax.tree.map(lambda leaf: normal(leaf.shape), jax.eval_shape(lambda: CausalConv((3, 3, 3), 5, 7, TINY, rngs=nnx.Rngs(0))))
+    conv = jax.tree.map(
+        lambda leaf: normal(leaf.shape),
+        jax.eval_shape(lambda: CausalConv((3, 3, 3), 5, 7, TINY, rngs=nnx.Rngs(0))),
+    )
     x = normal((2, 7, 3, 4, 5))
     assert_close(over_chunks(conv, x, 2), conv(x, None)[0], "float32", "chunks")
 
@@ -207,7 +232,10 @@ def test_all_frames_at_once_are_the_frames_one_by_one(tiny):
     video, latents = normal((1, 9, 16, 16, 3)), normal((1, 3, 2, 2, tiny.cfg.latent_channels))
     for method, x in ((VAE.encode, video), (VAE.decode, latents)):
         for part in (x, x[:, :1]):
-            piecewise, whole = (jax.jit(method, static_argnames="whole")(tiny, part, whole=whole) for whole in (False, True))
+            piecewise, whole = (
+                jax.jit(method, static_argnames="whole")(tiny, part, whole=whole)
+                for whole in (False, True)
+            )
             assert_close(whole, piecewise, "float32", method.__name__)
 
 
@@ -220,21 +248,32 @@ def conv3d(x, conv, stride=1):
     """lax's convolution over three dimensions, without frames before or after."""
     spatial = [(n // 2, n // 2) for n in conv.kernel.shape[1:3]]
     layout = ("NDHWC", "DHWIO", "NDHWC")
-    return lax.conv_general_dilated(x, conv.kernel[...], (stride, 1, 1), [(0, 0), *spatial], dimension_numbers=layout) + conv.bias[...]
+    return (
+        lax.conv_general_dilated(
+            x, conv.kernel[...], (stride, 1, 1), [(0, 0), *spatial], dimension_numbers=layout
+        )
+        + conv.bias[...]
+    )
 
 
 @pytest.mark.parametrize("size", [(3, 3, 3), (3, 1, 1)])
 @pytest.mark.parametrize("gain", [None, normal((11,))])
 def test_causal_convolution_is_the_one_over_three_dimensions(size, gain):
     """After the two frames of the past, with and without norm and SiLU before it."""
-    conv, x, past = causal_conv(size, 11, 13), normal((2, 5, 5, 6, 11)), normal((1, 2, 2, 5, 6, 11))[0]
+    conv, x, past = (
+        causal_conv(size, 11, 13),
+        normal((2, 5, 5, 6, 11)),
+        normal((1, 2, 2, 5, 6, 11))[0],
+    )
     y = x
     if gain is not None:
         y = x / np.sqrt(np.square(x).sum(-1, keepdims=True)) * np.sqrt(11).astype(np.float32) * gain
         y = y / (1 + np.exp(-y))
     plus = normal((2, 5, 5, 6, 13))
     out, following = conv(x, past, gain, plus)
-    assert_close(out, conv3d(np.concatenate([past, y], axis=1), conv) + plus, "float32", "convolution")
+    assert_close(
+        out, conv3d(np.concatenate([past, y], axis=1), conv) + plus, "float32", "convolution"
+    )
     assert_close(following, y[:, -2:], "float32", "past")
 
 
@@ -255,9 +294,15 @@ def test_few_outputs_tap_by_tap(gain):
 
 
 def test_halving_takes_every_second_output():
-    conv, x, past = causal_conv((3, 1, 1), 11, 11), normal((2, 4, 5, 6, 11)), normal((1, 2, 1, 5, 6, 11))[0]
+    conv, x, past = (
+        causal_conv((3, 1, 1), 11, 11),
+        normal((2, 4, 5, 6, 11)),
+        normal((1, 2, 1, 5, 6, 11))[0],
+    )
     out, following = conv.halving(x, past)
-    assert_close(out, conv3d(np.concatenate([past, x], axis=1), conv, stride=2), "float32", "halving")
+    assert_close(
+        out, conv3d(np.concatenate([past, x], axis=1), conv, stride=2), "float32", "halving"
+    )
     np.testing.assert_array_equal(following, x[:, -1:])
 
 
@@ -265,13 +310,28 @@ def test_halving_takes_every_second_output():
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2.0**-7)])
 def test_convolution_of_repeated_pixels(outputs, dtype, bound):
     """By four kernels of 2 x 2 taps: what the 3 x 3 taps give on the larger frames, at their edges too; and the gradients of it."""
-    x, kernel, bias = (a.astype(dtype) for a in (normal((2, 3, 5, 6, 11)), normal((3, 3, 11, outputs)) / 10, normal((outputs,))))
+    x, kernel, bias = (
+        a.astype(dtype)
+        for a in (normal((2, 3, 5, 6, 11)), normal((3, 3, 11, outputs)) / 10, normal((outputs,)))
+    )
     larger = lambda x: jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-    plain, ours = (lambda x, k: conv2d(larger(x), k, bias)), (lambda x, k: conv2d_upsampled(x, k, bias))
-    pulled = [jax.grad(lambda *args, f=f: (f(*args).astype(jnp.float32) ** 2).sum(), argnums=(0, 1))(x, kernel) for f in (ours, plain)]
-    for made, expected in zip((ours(x, kernel), *pulled[0]), (plain(x, kernel), *pulled[1]), strict=True):
+    plain, ours = (
+        (lambda x, k: conv2d(larger(x), k, bias)),
+        (lambda x, k: conv2d_upsampled(x, k, bias)),
+    )
+    pulled = [
+        jax.grad(lambda *args, f=f: (f(*args).astype(jnp.float32) ** 2).sum(), argnums=(0, 1))(
+            x, kernel
+        )
+        for f in (ours, plain)
+    ]
+    for made, expected in zip(
+        (ours(x, kernel), *pulled[0]), (plain(x, kernel), *pulled[1]), strict=True
+    ):
         made, expected = np.asarray(made, np.float64), np.asarray(expected, np.float64)
-        assert made.shape == expected.shape and np.linalg.norm(made - expected) < bound * np.linalg.norm(expected)
+        assert made.shape == expected.shape and np.linalg.norm(
+            made - expected
+        ) < bound * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("queries", [4, 12, 2048])
@@ -279,7 +339,11 @@ def test_attention_by_blocks_of_queries(monkeypatch, queries):
     """30 queries: blocks with a remainder, and fewer queries than one block."""
     monkeypatch.setattr(wan_vae, "QUERIES", queries)
     q, k, v = normal((3, 2, 30, 12))
-    expected = jnp.einsum("bls,bsc->blc", jax.nn.softmax(jnp.einsum("blc,bsc->bls", q, k) / np.sqrt(12).astype(np.float32)), v)
+    expected = jnp.einsum(
+        "bls,bsc->blc",
+        jax.nn.softmax(jnp.einsum("blc,bsc->bls", q, k) / np.sqrt(12).astype(np.float32)),
+        v,
+    )
     assert_close(attend(q, k, v), expected, "float32", "attention")
 
 
@@ -287,7 +351,9 @@ def test_bfloat16_flows_and_the_doors_are_float32(golden, tiny):
     """Production dtypes on the golden weights (they lie on the bfloat16 grid): no upcast in between, close to float32."""
     g = golden("vae_tiny")
     vae = load(dataclasses.replace(TINY, policy=VAEConfig().policy), g.weights(), OFFICIAL)
-    x, cache = jax.eval_shape(lambda v, x: v.decoder(x, None), vae, jnp.zeros((1, 1, 4, 6, 16), jnp.bfloat16))
+    x, cache = jax.eval_shape(
+        lambda v, x: v.decoder(x, None), vae, jnp.zeros((1, 1, 4, 6, 16), jnp.bfloat16)
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves((x, cache, vae))} == {jnp.dtype(jnp.bfloat16)}
     assert jax.eval_shape(encode, vae, last(g["in/T5/video"])).dtype == jnp.float32
     video = decode(vae, last(g["in/T1/latent"]))
@@ -308,7 +374,9 @@ def test_lowers_for_cuda_at_full_size():
 
 def test_a_gpu_without_our_kernels_takes_the_reference(monkeypatch):
     """Older than Ampere: "auto" says so, impl="reference" traces without a kernel."""
-    refuse = lambda: (_ for _ in ()).throw(ValueError("the Triton kernels need 8.0 (Ampere) or newer"))
+    refuse = lambda: (_ for _ in ()).throw(
+        ValueError("the Triton kernels need 8.0 (Ampere) or newer")
+    )
     monkeypatch.setattr(tuning, "family", refuse)
     latents = jax.ShapeDtypeStruct((1, 2, 4, 4, 16), jnp.float32)
     small = VAEConfig(dim=32)

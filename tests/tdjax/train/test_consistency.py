@@ -86,7 +86,9 @@ def test_direction_is_the_published_one(tangent, r):
     np.testing.assert_allclose(g, official(r, d_f, f_student, f_teacher, x_t, t), **CLOSE)
     if r < 1:  # the official code since January 2026 differs from its paper during the warm-up
         code = official(r, d_f, f_student, f_teacher, x_t, t) - (1 - r) * d_f
-        np.testing.assert_allclose(consistency.raw_direction(x, v_teacher - v, term, c, r, "code2026"), code, **CLOSE)
+        np.testing.assert_allclose(
+            consistency.raw_direction(x, v_teacher - v, term, c, r, "code2026"), code, **CLOSE
+        )
         assert np.abs(code - g).max() > 0.1
 
 
@@ -97,10 +99,16 @@ def test_direction_is_the_slope_of_the_consistency_map():
     v, term = consistency.exact(student, x, v_teacher, c, 0.0)
     g = consistency.raw_direction(x, v_teacher - v, term, c, 1.0)
     moved = lambda h: flow.data(
-        x + h * v_teacher, consistency.at(student, x + h * v_teacher, c.u + h), flow.per_sample(flow.from_u(c.u + h))
+        x + h * v_teacher,
+        consistency.at(student, x + h * v_teacher, c.u + h),
+        flow.per_sample(flow.from_u(c.u + h)),
     )
-    np.testing.assert_allclose(g, p.cos * p.b**2 * (moved(h) - moved(-h)) / (2 * h), rtol=1e-6, atol=1e-8)
-    j = jax.jvp(lambda x, u: consistency.at(student, x, u), (x, c.u), (v_teacher, jnp.ones_like(c.u)))[1]
+    np.testing.assert_allclose(
+        g, p.cos * p.b**2 * (moved(h) - moved(-h)) / (2 * h), rtol=1e-6, atol=1e-8
+    )
+    j = jax.jvp(
+        lambda x, u: consistency.at(student, x, u), (x, c.u), (v_teacher, jnp.ones_like(c.u))
+    )[1]
     np.testing.assert_allclose(g, p.cos * p.b**2 * (v_teacher - v - p.u * j), **CLOSE)
 
 
@@ -108,7 +116,10 @@ def test_direction_is_the_slope_of_the_consistency_map():
 def test_differences_converge_to_the_derivative(tangent):
     x, c, v_teacher, _ = at_times()
     exact = consistency.exact(student, x, v_teacher, c, 0.0)[1]
-    errors = [np.abs(consistency.TANGENT[tangent](student, x, v_teacher, c, h)[1] - exact).max() for h in (4e-3, 2e-3, 1e-3)]
+    errors = [
+        np.abs(consistency.TANGENT[tangent](student, x, v_teacher, c, h)[1] - exact).max()
+        for h in (4e-3, 2e-3, 1e-3)
+    ]
     np.testing.assert_allclose(np.divide(errors[:-1], errors[1:]), 2.0, rtol=0.05)  # first order
 
 
@@ -119,7 +130,9 @@ def test_a_student_with_straight_trajectories_is_left_alone():
     v = consistency.at(straight, x, c.u)
     for tangent in ("exact", "discrete"):
         _, term = consistency.TANGENT[tangent](straight, x, v, c, 0.01)
-        np.testing.assert_allclose(consistency.raw_direction(x, v - v, term, c, 1.0), 0.0, atol=1e-9)
+        np.testing.assert_allclose(
+            consistency.raw_direction(x, v - v, term, c, 1.0), 0.0, atol=1e-9
+        )
 
 
 def test_loss_pulls_along_the_direction():
@@ -131,8 +144,12 @@ def test_loss_pulls_along_the_direction():
     direction = consistency.normalised(g, 0.1 / size**0.5)
     length = np.sqrt((np.asarray(g) ** 2).sum((1, 2, 3, 4), keepdims=True))
     np.testing.assert_allclose(direction, g / (length + 0.1), **CLOSE)
-    shifted = lambda change: lambda x, timestep: student(x, timestep) + change / flow.per_sample(c).b  # a change of F
-    loss = lambda change: consistency.consistency_loss(shifted(change), x, c, direction, 100 / size**0.5)[0].sum()
+    shifted = lambda change: (
+        lambda x, timestep: student(x, timestep) + change / flow.per_sample(c).b
+    )  # a change of F
+    loss = lambda change: consistency.consistency_loss(
+        shifted(change), x, c, direction, 100 / size**0.5
+    )[0].sum()
     np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(SHAPE)), -200 * direction, **CLOSE)
     np.testing.assert_allclose(loss(jnp.zeros(SHAPE)), 100 * jnp.square(direction).sum(), **CLOSE)
     assert np.isfinite(consistency.normalised(jnp.zeros(SHAPE), 7e-5)).all()
@@ -145,7 +162,11 @@ def test_teacher_steps_of_the_discrete_variant():
     u = flow.shift(1 - (place * (1 - 3 / 48) + np.arange(4)[:, None] / 48), 5.0)
     np.testing.assert_allclose(flow.from_log_sigma(s).u, u, **CLOSE)
     assert np.isinf(s[0, 0]) and (np.asarray(u[-1]) >= 0).all()
-    x = flow.noisy(jnp.asarray(draw(0, *SHAPE)), jnp.asarray(draw(1, *SHAPE)), flow.per_sample(flow.from_u(jnp.asarray(u[0]))))
+    x = flow.noisy(
+        jnp.asarray(draw(0, *SHAPE)),
+        jnp.asarray(draw(1, *SHAPE)),
+        flow.per_sample(flow.from_u(jnp.asarray(u[0]))),
+    )
     there = consistency.teacher_steps(teacher, x, s)
     t = np.arctan2(u, 1 - u)
     x_t = np.asarray(x) * column(np.cos(t[0]) + np.sin(t[0]))
@@ -180,25 +201,43 @@ def test_gradient_of_distribution_matching():
     """2 (x0_critic - x0_teacher) / mean|made - x0_teacher|, whatever made it; written out for linear fields."""
     made, eps, s = draw(0, *SHAPE), draw(1, *SHAPE), draw(2, SHAPE[0])
     linear = lambda slope: lambda x, timestep: slope * x
-    d, gap = distribution.dmd_direction(jnp.asarray(made), linear(0.3), linear(-0.6), jnp.asarray(eps), jnp.asarray(s))
+    d, gap = distribution.dmd_direction(
+        jnp.asarray(made), linear(0.3), linear(-0.6), jnp.asarray(eps), jnp.asarray(s)
+    )
     u = column(1 / (1 + np.exp(-s)))
     x = (1 - u) * made + u * eps
     weight = np.abs(made - (1 - 0.3 * u) * x).mean((1, 2, 3, 4))
     np.testing.assert_allclose(gap, weight, **CLOSE)
     np.testing.assert_allclose(d, u * 0.9 * x / column(weight), **CLOSE)
-    np.testing.assert_allclose(jax.grad(lambda made: distribution.dmd_loss(made, d).sum())(jnp.asarray(made)), 2 * d, **CLOSE)
-    np.testing.assert_allclose(distribution.dmd_loss(jnp.asarray(made), d), (np.asarray(d) ** 2).sum((1, 2, 3, 4)), **CLOSE)
-    limited, _ = distribution.dmd_direction(jnp.asarray(made), linear(0.3), linear(-0.6), jnp.asarray(eps), jnp.asarray(s), 0.6)
+    np.testing.assert_allclose(
+        jax.grad(lambda made: distribution.dmd_loss(made, d).sum())(jnp.asarray(made)),
+        2 * d,
+        **CLOSE,
+    )
+    np.testing.assert_allclose(
+        distribution.dmd_loss(jnp.asarray(made), d), (np.asarray(d) ** 2).sum((1, 2, 3, 4)), **CLOSE
+    )
+    limited, _ = distribution.dmd_direction(
+        jnp.asarray(made), linear(0.3), linear(-0.6), jnp.asarray(eps), jnp.asarray(s), 0.6
+    )
     rms = np.sqrt((np.asarray(d) ** 2).mean((1, 2, 3, 4), keepdims=True))
     assert (rms > 0.6).any() and (rms < 0.6).any()
     np.testing.assert_allclose(limited, d * np.minimum(1, 0.6 / rms), **CLOSE)
-    same, _ = distribution.dmd_direction(jnp.asarray(made), linear(0.0), linear(0.0), jnp.zeros(SHAPE), jnp.full(SHAPE[0], -np.inf))
+    same, _ = distribution.dmd_direction(
+        jnp.asarray(made), linear(0.0), linear(0.0), jnp.zeros(SHAPE), jnp.full(SHAPE[0], -np.inf)
+    )
     assert (np.asarray(same) == 0).all()  # mean|made - x0_teacher| is 0 here
 
 
 def test_critic_loss_is_weighted_flow_matching():
-    made, eps, s = jnp.asarray(draw(0, *SHAPE)), jnp.asarray(draw(1, *SHAPE)), jnp.asarray(draw(2, SHAPE[0]))
+    made, eps, s = (
+        jnp.asarray(draw(0, *SHAPE)),
+        jnp.asarray(draw(1, *SHAPE)),
+        jnp.asarray(draw(2, SHAPE[0])),
+    )
     c = flow.from_log_sigma(s)
     x0 = distribution.data_of(student, flow.noisy(made, eps, flow.per_sample(c)), c)
     expected = (jnp.square(made - x0) / flow.per_sample(c).sin ** 2).sum((1, 2, 3, 4))
-    np.testing.assert_allclose(distribution.critic_loss(student, made, eps, s)[0], expected, **CLOSE)
+    np.testing.assert_allclose(
+        distribution.critic_loss(student, made, eps, s)[0], expected, **CLOSE
+    )

@@ -14,7 +14,16 @@ import pytest
 
 from tdjax.errors import UsageError
 from tdjax.train import shards
-from tdjax.train.data import ArraySource, Position, ReadAhead, ShardSource, Stream, on_device, permutation, read_embedding
+from tdjax.train.data import (
+    ArraySource,
+    Position,
+    ReadAhead,
+    ShardSource,
+    Stream,
+    on_device,
+    permutation,
+    read_embedding,
+)
 from tdjax.train.shards import DataError, index, torch_array, torch_bytes, write_shard
 
 BF16 = ml_dtypes.bfloat16
@@ -80,7 +89,11 @@ def bits(torch, tensor):
 def test_torch_reads_what_is_written(torch, tmp_path):
     path = write_shard(tmp_path / "shard_000000.tar", samples(0, 2))
     with tarfile.open(path) as tar:
-        assert tar.getnames() == [f"00000000{i}.{part}" for i in (0, 1) for part in ("latent.pt", "embed.pt", "prompt.txt")]
+        assert tar.getnames() == [
+            f"00000000{i}.{part}"
+            for i in (0, 1)
+            for part in ("latent.pt", "embed.pt", "prompt.txt")
+        ]
         latent, text, prompt = list(samples(0, 2))[1]
         got = torch.load(tar.extractfile("000000001.latent.pt"), weights_only=True)
         assert tar.extractfile("000000001.prompt.txt").read().decode() == prompt
@@ -90,7 +103,15 @@ def test_torch_reads_what_is_written(torch, tmp_path):
 
 def test_what_torch_writes_is_read(torch):
     base = torch.arange(120.0).reshape(4, 5, 6).to(torch.bfloat16)
-    for tensor in (base, base.float(), base.half(), base.permute(2, 0, 1), base[1:, 2:, ::3], base[1, 1], base.expand(2, 4, 5, 6)):
+    for tensor in (
+        base,
+        base.float(),
+        base.half(),
+        base.permute(2, 0, 1),
+        base[1:, 2:, ::3],
+        base[1, 1],
+        base.expand(2, 4, 5, 6),
+    ):
         out = io.BytesIO()
         torch.save(tensor, out)
         got = torch_array(out.getvalue())
@@ -156,17 +177,31 @@ def flipped(data):
 LATENT, EMBED = "000000001.latent.pt", "000000001.embed.pt"
 latents = lambda *shape, value=0.0: torch_bytes(np.full(shape, value, BF16))
 BAD = {
-    "hostile": (LATENT, lambda data: repacked(data, lambda _: b"\x80\x02cos\nsystem\nX\x04\0\0\0true\x85R."), "os.system"),
+    "hostile": (
+        LATENT,
+        lambda data: repacked(data, lambda _: b"\x80\x02cos\nsystem\nX\x04\0\0\0true\x85R."),
+        "os.system",
+    ),
     "damaged": (LATENT, flipped, "CRC"),
     "cut": (LATENT, lambda data: data[: len(data) // 2], "BadZipFile"),
     "not torch": (LATENT, lambda data: b"hello", "BadZipFile"),
     "nan": (LATENT, lambda data: latents(4, 3, 2, 5, value=np.nan), "NaN or infinity"),
-    "channels": (LATENT, lambda data: latents(5, 3, 2, 5), r"shape \[5, 3, 2, 5\].*\n.*\[4, 'any', 2, 5\]"),
+    "channels": (
+        LATENT,
+        lambda data: latents(5, 3, 2, 5),
+        r"shape \[5, 3, 2, 5\].*\n.*\[4, 'any', 2, 5\]",
+    ),
     "size": (LATENT, lambda data: latents(4, 3, 2, 6), r"shape \[4, 3, 2, 6\]"),
     "frames": (LATENT, lambda data: latents(4, 1, 2, 5), "1 latent frames\n2 are asked for"),
     "rank": (EMBED, lambda data: latents(7), r"shape \[7\]"),
     "width": (EMBED, lambda data: latents(7, 5), r"shape \[7, 5\].*\n.*\[7, 6\]"),
-    "integers": (EMBED, lambda data: repacked(data, lambda pickle: pickle.replace(b"BFloat16Storage", b"ShortStorage")), "int16"),
+    "integers": (
+        EMBED,
+        lambda data: repacked(
+            data, lambda pickle: pickle.replace(b"BFloat16Storage", b"ShortStorage")
+        ),
+        "int16",
+    ),
 }
 
 
@@ -187,7 +222,10 @@ def test_bad_shards_are_refused_by_name(tmp_path):
     path = data_set(tmp_path, (3,)) / "shard_000000.tar"
     whole = path.read_bytes()
     for change, words in (
-        (lambda m: {n: d for n, d in m.items() if n != EMBED}, "000000001.latent.pt has no 000000001.embed.pt"),
+        (
+            lambda m: {n: d for n, d in m.items() if n != EMBED},
+            "000000001.latent.pt has no 000000001.embed.pt",
+        ),
         (lambda m: {**m, "000000001.embed.npy": m[EMBED]}, "second embed"),
         (lambda m: {"readme.txt": b""}, "holds no sample"),
     ):
@@ -216,7 +254,9 @@ def test_a_shard_that_shrinks_while_it_is_read(tmp_path):
         data.read(entry)
 
 
-@pytest.mark.parametrize(("files", "words"), [((), "nothing"), (("a.tar",), "a.tar"), (None, "not a folder")])
+@pytest.mark.parametrize(
+    ("files", "words"), [((), "nothing"), (("a.tar",), "a.tar"), (None, "not a folder")]
+)
 def test_a_folder_without_shards(tmp_path, files, words):
     for name in files or ():
         (tmp_path / name).touch()
@@ -232,7 +272,11 @@ def test_one_embedding(tmp_path):
         assert (read_embedding(tmp_path / name).astype(np.float32) == text).all()
     np.save(tmp_path / "two.npy", np.stack([text, text]))
     (tmp_path / "x.pt").write_bytes(b"x")
-    for name, words in (("two.npy", "one prompt"), ("x.pt", "no prompt embedding"), ("none.pt", "No such file")):
+    for name, words in (
+        ("two.npy", "one prompt"),
+        ("x.pt", "no prompt embedding"),
+        ("none.pt", "No such file"),
+    ):
         with pytest.raises(DataError, match=words):
             read_embedding(tmp_path / name)
 
@@ -258,7 +302,9 @@ def test_every_epoch_holds_every_sample_once(tmp_path, mix):
 
 
 def test_a_place_is_exact(tmp_path):
-    stream = Stream(source(data_set(tmp_path)), batch=4, mix=2)  # batches cross the ends of groups and epochs
+    stream = Stream(
+        source(data_set(tmp_path)), batch=4, mix=2
+    )  # batches cross the ends of groups and epochs
     all_of, _ = taken(stream, 11)
     for done in range(11):
         place = taken(stream, done)[1]
@@ -291,11 +337,17 @@ def test_a_place_in_other_data_is_refused(tmp_path):
 
 def test_arrays_are_a_source():
     text = np.broadcast_to(np.arange(5, dtype=np.float32)[:, None, None], (5, 7, 6))
-    latents = np.broadcast_to(np.arange(5, dtype=np.float64)[:, None, None, None, None], (5, *SHAPE))
+    latents = np.broadcast_to(
+        np.arange(5, dtype=np.float64)[:, None, None, None, None], (5, *SHAPE)
+    )
     stream = Stream(ArraySource(latents, text, image=latents), batch=5)
     batch, position = stream.batch(Position())
     assert sorted(numbers(batch)) == list(range(5)) and batch.latents.dtype == np.float32
-    assert [int(x[0, 0, 0, 0]) for x in batch.latents] == numbers(batch) == [int(x[0, 0, 0, 0]) for x in batch.image]
+    assert (
+        [int(x[0, 0, 0, 0]) for x in batch.latents]
+        == numbers(batch)
+        == [int(x[0, 0, 0, 0]) for x in batch.image]
+    )
     assert stream.restored(stream.saved(position)) == position
     with pytest.raises(UsageError, match="same samples"):
         ArraySource(latents, text[:4])
@@ -324,7 +376,9 @@ def test_reading_ahead_gives_the_stream_and_ends(tmp_path):
 
 def test_the_thread_leaves_the_device_alone(tmp_path):
     stream, where = Stream(source(data_set(tmp_path)), batch=4), []
-    with ReadAhead(stream, Position(), lambda batch: where.append(threading.current_thread()) or batch) as batches:
+    with ReadAhead(
+        stream, Position(), lambda batch: where.append(threading.current_thread()) or batch
+    ) as batches:
         batch, _ = batches.next()
     assert where == [threading.main_thread()] and isinstance(batch.latents, np.ndarray)
 

@@ -37,7 +37,9 @@ def official(x):
     return rearrange(np.asarray(x), "b t h w c -> b c t h w")
 
 
-network = jax.jit(lambda model, *args: model(*args))  # compiled once for all; the losses around it run op by op
+network = jax.jit(
+    lambda model, *args: model(*args)
+)  # compiled once for all; the losses around it run op by op
 
 
 class Case:
@@ -45,12 +47,16 @@ class Case:
 
     def __init__(self, g):
         self.g = g
-        self.student, self.teacher, self.fake = (self.load(name) for name in ("student", "teacher", "fake"))
+        self.student, self.teacher, self.fake = (
+            self.load(name) for name in ("student", "teacher", "fake")
+        )
         self.text = jnp.asarray(g["in/cond"])
 
     def load(self, name):
         held = {key: Held(value) for key, value in self.g.weights(f"w/{name}/").items()}
-        found = detect(held, name, policy=FLOAT32, round_time=False, heads=self.g.config["num_heads"])
+        found = detect(
+            held, name, policy=FLOAT32, round_time=False, heads=self.g.config["num_heads"]
+        )
         return Checkpoint(Source(Path(name), (), held, {}), found, held).load()
 
     def velocity(self, model):
@@ -59,7 +65,11 @@ class Case:
     def guided(self):
         # The golden negative is one embedding for each sample; ours is one for all.
         uncond = jnp.asarray(self.g["in/uncond"])
-        return sampler.guided(self.velocity(self.teacher), lambda x, timestep: network(self.teacher, x, timestep, uncond), 5.0)
+        return sampler.guided(
+            self.velocity(self.teacher),
+            lambda x, timestep: network(self.teacher, x, timestep, uncond),
+            5.0,
+        )
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +81,16 @@ def at_time(t):
     """Coefficients of a TrigFlow time, each rounded once: 1000 u must be the official float32, as the networks are steep in it."""
     t = np.asarray(t, np.float64).reshape(-1)
     sin, cos = np.sin(t), np.cos(t)
-    exact = {"u": sin / (sin + cos), "a": cos / (sin + cos), "b": 1 / (sin + cos), "sin": sin, "cos": cos}
-    return flow.Coefficients(**{name: jnp.asarray(value, jnp.float32) for name, value in exact.items()})
+    exact = {
+        "u": sin / (sin + cos),
+        "a": cos / (sin + cos),
+        "b": 1 / (sin + cos),
+        "sin": sin,
+        "cos": cos,
+    }
+    return flow.Coefficients(
+        **{name: jnp.asarray(value, jnp.float32) for name, value in exact.items()}
+    )
 
 
 def log_sigma(t):
@@ -91,7 +109,12 @@ def test_scaling_and_times(golden):
     g = golden("train_targets")
     t = g["in/scaling/t_trig"]
     c = flow.from_log_sigma(log_sigma(t))
-    for name, value in {"c_skip": c.b, "c_in": c.b, "c_out": -c.u, "c_noise": flow.TIME_SCALE * c.u}.items():
+    for name, value in {
+        "c_skip": c.b,
+        "c_in": c.b,
+        "c_out": -c.u,
+        "c_noise": flow.TIME_SCALE * c.u,
+    }.items():
         assert_close(value, g[f"out/scaling/{name}"], "sampler", name)
     rf = g["in/time/rf"].astype(np.float32)
     c = flow.from_u(jnp.asarray(rf))
@@ -107,7 +130,9 @@ def test_denoiser(case):
     x = p.b * video(g["in/denoise/xt"])
     v = consistency.at(case.velocity(case.teacher), x, c.u)
     assert_close(official(flow.data(x, v, p)), g["out/denoise/teacher_x0"], "train_targets")
-    assert_close(official(flow.trig_from_velocity(x, v, p)), g["out/denoise/teacher_F"], "train_targets")
+    assert_close(
+        official(flow.trig_from_velocity(x, v, p)), g["out/denoise/teacher_F"], "train_targets"
+    )
 
 
 def consistency_terms(case, tangent, r, interval=0.01):
@@ -119,8 +144,21 @@ def consistency_terms(case, tangent, r, interval=0.01):
     v, term = consistency.TANGENT[tangent](case.velocity(case.student), x, v_teacher, c, interval)
     g = consistency.raw_direction(x, v_teacher - v, term, c, r, "code2026")
     direction = consistency.normalised(g, FLOOR)
-    loss = lambda student: consistency.consistency_loss(case.velocity(student), x, c, direction, KAPPA)[0]
-    return x, c, {"v": v, "v_teacher": v_teacher, "dF": p.cos * p.sin * (term - x / p.b), "g": g, "direction": direction, "loss": loss}
+    loss = lambda student: consistency.consistency_loss(
+        case.velocity(student), x, c, direction, KAPPA
+    )[0]
+    return (
+        x,
+        c,
+        {
+            "v": v,
+            "v_teacher": v_teacher,
+            "dF": p.cos * p.sin * (term - x / p.b),
+            "g": g,
+            "direction": direction,
+            "loss": loss,
+        },
+    )
 
 
 @pytest.mark.parametrize("name, r", [("scm_warm0.3", 0.3), ("scm_warm1", 1.0)])
@@ -140,10 +178,14 @@ def test_consistency(case, name, r):
     for key, value in {"tangent_F_theta": "dF", "g_raw": "g", "g_normalised": "direction"}.items():
         assert_close(official(got[value]), out(key), "train_targets", key)
     assert_close(got["loss"](case.student), out("loss_per_sample"), "train_targets")
-    assert_gradients(jax.grad(lambda student: got["loss"](student).sum())(case.student), g, f"out/{name}")
+    assert_gradients(
+        jax.grad(lambda student: got["loss"](student).sum())(case.student), g, f"out/{name}"
+    )
 
 
-@pytest.mark.parametrize("name, tangent", [("scm_fd1_h0.01", "semidiscrete"), ("scm_fd2_h0.01", "discrete")])
+@pytest.mark.parametrize(
+    "name, tangent", [("scm_fd1_h0.01", "semidiscrete"), ("scm_fd2_h0.01", "discrete")]
+)
 def test_finite_differences(case, name, tangent):
     g = case.g
     _, _, got = consistency_terms(case, tangent, 1.0)
@@ -183,7 +225,11 @@ def test_distribution_matching_and_critic(case):
 
     def loss(student):
         made = distribution.data_of(case.velocity(student), x, flow.from_log_sigma(now))
-        d, gap = jax.lax.stop_gradient(distribution.dmd_direction(jax.lax.stop_gradient(made), case.guided(), critic, eps, s_late))
+        d, gap = jax.lax.stop_gradient(
+            distribution.dmd_direction(
+                jax.lax.stop_gradient(made), case.guided(), critic, eps, s_late
+            )
+        )
         values = distribution.dmd_loss(made, d)
         return values.sum(), (made, d, gap, values)
 
@@ -197,9 +243,17 @@ def test_distribution_matching_and_critic(case):
     c = flow.from_log_sigma(s_late)
     x = flow.noisy(made, eps, flow.per_sample(c))
     assert_close(official(x / flow.per_sample(c).b), g["out/dmd/D_xt"], "train_targets")
-    assert_close(official(distribution.data_of(case.guided(), x, c)), g["out/dmd/x0_teacher_cfg"], "train_targets")
+    assert_close(
+        official(distribution.data_of(case.guided(), x, c)),
+        g["out/dmd/x0_teacher_cfg"],
+        "train_targets",
+    )
     for prefix in ("dmd", "critic"):
-        assert_close(official(distribution.data_of(critic, x, c)), g[f"out/{prefix}/x0_fake"], "train_targets")
+        assert_close(
+            official(distribution.data_of(critic, x, c)),
+            g[f"out/{prefix}/x0_fake"],
+            "train_targets",
+        )
     loss = lambda fake: distribution.critic_loss(case.velocity(fake), made, eps, s_late)[0]
     assert_close(loss(case.fake), g["out/critic/loss_per_sample"], "train_targets")
     assert_gradients(jax.grad(lambda fake: loss(fake).sum())(case.fake), g, "out/critic")
@@ -210,13 +264,19 @@ def test_schedule(golden):
     own = g.config["schedule"]
     config = rcm.RCMConfig(frequency=own["student_update_freq"], warmup=own["tangent_warmup"])
     steps = g["in/schedule/iteration"]
-    assert [rcm.is_student_turn(config, int(i)) for i in steps] == g["out/schedule/is_student_phase"].tolist()
-    traced = jax.jit(lambda i: (rcm.student_updates(config, i), rcm.critic_updates(config, i)))(jnp.asarray(steps, jnp.int32))
+    assert [rcm.is_student_turn(config, int(i)) for i in steps] == g[
+        "out/schedule/is_student_phase"
+    ].tolist()
+    traced = jax.jit(lambda i: (rcm.student_updates(config, i), rcm.critic_updates(config, i)))(
+        jnp.asarray(steps, jnp.int32)
+    )
     np.testing.assert_array_equal(traced[0], g["out/schedule/effective_iteration"])
     np.testing.assert_array_equal(traced[1], g["out/schedule/effective_iteration_fake"])
     ema = EMAConfig(width=0.1)
     np.testing.assert_allclose(ema.exponent, g.config["ema_exp_coefficient"], rtol=1e-12)
-    assert_close(ema.beta(jnp.asarray(steps, jnp.int32)), g["out/schedule/ema_beta_rate0.1"], "sampler")
+    assert_close(
+        ema.beta(jnp.asarray(steps, jnp.int32)), g["out/schedule/ema_beta_rate0.1"], "sampler"
+    )
 
 
 def test_every_group_of_the_file_is_used(golden):

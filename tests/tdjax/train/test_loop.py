@@ -35,24 +35,37 @@ def numbers(bad=()):
     """A source of samples that are their own numbers, those in `bad` NaN."""
     x = np.arange(SAMPLES, dtype=np.float32)
     x[list(bad)] = np.nan
-    return ArraySource(np.broadcast_to(x[:, None, None, None, None], (SAMPLES, 1, 1, 1, 2)), np.zeros((SAMPLES, 1, 1)))
+    return ArraySource(
+        np.broadcast_to(x[:, None, None, None, None], (SAMPLES, 1, 1, 1, 2)),
+        np.zeros((SAMPLES, 1, 1)),
+    )
 
 
 def state():
     model = {"w": jnp.full((2,), 0.5), "b": jnp.zeros((3, 2))}
-    return TrainState(step=jnp.int32(0), model=model, ema=jax.tree.map(jnp.copy, model), opt=OPTIMIZER.init(model), key=jax.random.key(3))
+    return TrainState(
+        step=jnp.int32(0),
+        model=model,
+        ema=jax.tree.map(jnp.copy, model),
+        opt=OPTIMIZER.init(model),
+        key=jax.random.key(3),
+    )
 
 
 def step(state, teacher, batch):
     """Uses all that a step may depend on: the key, the number of the step, data, momentum."""
     noise = jax.random.normal(jax.random.fold_in(state.key, state.step), batch.latents.shape)
-    loss = lambda model: jnp.mean((batch.latents * model["w"] + model["b"].mean(0) - noise - teacher) ** 2)
+    loss = lambda model: jnp.mean(
+        (batch.latents * model["w"] + model["b"].mean(0) - noise - teacher) ** 2
+    )
     value, grads = jax.value_and_grad(loss)(state.model)
     with jax.numpy_dtype_promotion("standard"):
         updates, opt = OPTIMIZER.update(grads, state.opt, state.model)
     model = optax.apply_updates(state.model, updates)
     ema = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, state.ema, model)
-    return dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt), {"loss": value}
+    return dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt), {
+        "loss": value
+    }
 
 
 def total(state, teacher, batch):
@@ -60,8 +73,20 @@ def total(state, teacher, batch):
     return dataclasses.replace(state, step=state.step + 1), {"loss": batch.latents.sum()}
 
 
-def run(folder, start=None, *, phases=None, cycle=None, stream=None, position=loop.START, show=False, **config):
-    config = RunConfig(folder=str(folder), **{"steps": 8, "log_every": 2, "save_every": 100, **config})
+def run(
+    folder,
+    start=None,
+    *,
+    phases=None,
+    cycle=None,
+    stream=None,
+    position=loop.START,
+    show=False,
+    **config,
+):
+    config = RunConfig(
+        folder=str(folder), **{"steps": 8, "log_every": 2, "save_every": 100, **config}
+    )
     phases = phases or {"train": step}
     return train(
         start or state(), jnp.float32(1.5), phases, cycle or Schedule(cycle=tuple(phases)), stream or Stream(numbers(), batch=3),
@@ -72,7 +97,13 @@ def run(folder, start=None, *, phases=None, cycle=None, stream=None, position=lo
 def resumed(folder, **config):
     last, stream = saves.latest(folder), Stream(numbers(), batch=3)
     position = stream.restored(saves.inspect(last)["data"])
-    return run(folder, saves.restore(last, jax.eval_shape(state)), stream=stream, position=position, **config)
+    return run(
+        folder,
+        saves.restore(last, jax.eval_shape(state)),
+        stream=stream,
+        position=position,
+        **config,
+    )
 
 
 def same_bits(a, b):
@@ -94,14 +125,21 @@ def test_the_schedule_is_that_of_rcm(warmup, frequency):
 
 
 def test_phases_take_turns(tmp_path):
-    done = run(tmp_path, phases={"a": step, "b": total}, cycle=Schedule(cycle=("a", "b", "b"), warmup=2), log_every=8)
+    done = run(
+        tmp_path,
+        phases={"a": step, "b": total},
+        cycle=Schedule(cycle=("a", "b", "b"), warmup=2),
+        log_every=8,
+    )
     (row,) = metrics.read(tmp_path)
     assert row["step"] == done.step == int(done.state.step) == 8
     sums, position = [], Position()
     for _ in range(8):
         batch, position = Stream(numbers(), batch=3).batch(position)
         sums.append(batch.latents.sum())
-    assert row["b/loss"] == pytest.approx(np.mean([sums[i] for i in (3, 4, 6, 7)]))  # 0 1 warm-up, then a b b a b b
+    assert row["b/loss"] == pytest.approx(
+        np.mean([sums[i] for i in (3, 4, 6, 7)])
+    )  # 0 1 warm-up, then a b b a b b
     assert row["a/loss"] > 0 and row["steps_per_second"] > 0
 
 
@@ -115,8 +153,12 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path, cut):
     assert first.checkpoint == tmp_path / "cut" / f"step_{cut:06}"
     second = resumed(tmp_path / "cut")
     same_bits(whole.state, second.state)
-    assert saves.inspect(whole.checkpoint) == saves.inspect(second.checkpoint)  # with the place in the data
-    same_bits(*(saves.restore(outcome.checkpoint, jax.eval_shape(state)) for outcome in (whole, second)))
+    assert saves.inspect(whole.checkpoint) == saves.inspect(
+        second.checkpoint
+    )  # with the place in the data
+    same_bits(
+        *(saves.restore(outcome.checkpoint, jax.eval_shape(state)) for outcome in (whole, second))
+    )
     assert not np.array_equal(whole.state.model["w"], first.state.model["w"])
 
 
@@ -150,8 +192,13 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
 def test_another_state_is_refused_with_its_differences(tmp_path):
     saves.save(tmp_path, 1, state(), {})
     shapes = jax.eval_shape(state)
-    wrong = dataclasses.replace(shapes, model=shapes.model | {"w": jax.ShapeDtypeStruct((4,), jnp.float32)})
-    with pytest.raises(CheckpointError, match=r"another train state.*\ndifferent   model.w \[2\] float32, expected \[4\] float32") as error:
+    wrong = dataclasses.replace(
+        shapes, model=shapes.model | {"w": jax.ShapeDtypeStruct((4,), jnp.float32)}
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"another train state.*\ndifferent   model.w \[2\] float32, expected \[4\] float32",
+    ) as error:
         saves.restore(tmp_path / "step_000001", wrong)
     assert error.value.exit_code == 3
 
@@ -208,7 +255,9 @@ def test_nothing_is_fetched_between_reports(tmp_path, monkeypatch):
 def test_reports_after_the_checkpoint_are_forgotten(tmp_path):
     run(tmp_path, steps=4)
     with (tmp_path / "metrics.jsonl").open("a") as f:
-        f.write('{"step": 6, "train/loss": 1.0}\n{"step": 8, "tra')  # a killed run got further than its checkpoint
+        f.write(
+            '{"step": 6, "train/loss": 1.0}\n{"step": 8, "tra'
+        )  # a killed run got further than its checkpoint
     resumed(tmp_path)
     assert [row["step"] for row in metrics.read(tmp_path)] == [2, 4, 6, 8]
 
@@ -216,7 +265,12 @@ def test_reports_after_the_checkpoint_are_forgotten(tmp_path):
 def test_metrics_that_json_does_not_know(tmp_path):
     with metrics.Metrics(tmp_path) as out:
         out.write(3, {"a": 1.5, "b": float("nan"), "c": float("inf")})
-    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {"step": 3, "a": 1.5, "b": None, "c": None}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
+        "step": 3,
+        "a": 1.5,
+        "b": None,
+        "c": None,
+    }
 
 
 def test_tensorboard_where_its_writer_is_installed(tmp_path, monkeypatch):
@@ -269,9 +323,14 @@ def test_losses_that_are_not_finite_stop_the_run(tmp_path):
     run(tmp_path, steps=2)
     bad = Stream(numbers(bad=range(SAMPLES)), batch=3)
     start = saves.restore(saves.latest(tmp_path), jax.eval_shape(state))
-    with pytest.raises(NotFinite, match="train: the loss was not finite in 3 steps in a row, up to step 5") as error:
+    with pytest.raises(
+        NotFinite, match="train: the loss was not finite in 3 steps in a row, up to step 5"
+    ) as error:
         run(tmp_path, start, phases={"train": total}, stream=bad, steps=20, patience=3)
-    assert f"last good checkpoint: {tmp_path / 'step_000002'}" in str(error.value) and "--resume" in error.value.fix
+    assert (
+        f"last good checkpoint: {tmp_path / 'step_000002'}" in str(error.value)
+        and "--resume" in error.value.fix
+    )
     assert error.value.exit_code == 5
     assert saves.steps(tmp_path) == [2]
     assert metrics.read(tmp_path)[-1]["train/loss_not_finite"] == 2
@@ -282,13 +341,20 @@ def test_a_few_bad_losses_do_not(tmp_path):
     done = run(tmp_path, phases={"train": total}, stream=stream, steps=14, log_every=7, patience=2)
     assert done.step == 14
     assert [row["train/loss_not_finite"] for row in metrics.read(tmp_path)] == [1, 1]
-    assert [row["train/loss"] for row in metrics.read(tmp_path)] == [pytest.approx(2 * (21 - 3) / 6)] * 2
+    assert [row["train/loss"] for row in metrics.read(tmp_path)] == [
+        pytest.approx(2 * (21 - 3) / 6)
+    ] * 2
 
 
 def test_phases_are_counted_apart(tmp_path):
-    zero = lambda state, teacher, batch: (dataclasses.replace(state, step=state.step + 1), {"loss": jnp.float32(0)})
+    zero = lambda state, teacher, batch: (
+        dataclasses.replace(state, step=state.step + 1),
+        {"loss": jnp.float32(0)},
+    )
     bad = Stream(numbers(bad=range(SAMPLES)), batch=3)
-    with pytest.raises(NotFinite, match="b: the loss was not finite in 2 steps in a row, up to step 4"):
+    with pytest.raises(
+        NotFinite, match="b: the loss was not finite in 2 steps in a row, up to step 4"
+    ):
         run(tmp_path, phases={"a": zero, "b": total}, stream=bad, patience=2)
 
 
@@ -305,10 +371,15 @@ def test_a_batch_without_one_good_sample_is_a_bad_loss(tmp_path):
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     spoil = lambda state, teacher, batch: (
-        dataclasses.replace(state, step=state.step + 1, model=jax.tree.map(lambda x: x * jnp.nan, state.model)),
+        dataclasses.replace(
+            state, step=state.step + 1, model=jax.tree.map(lambda x: x * jnp.nan, state.model)
+        ),
         {"loss": jnp.float32(0)},
     )
-    with pytest.raises(NotFinite, match="state holds NaN or infinity after step 2.*\nno checkpoint had been written"):
+    with pytest.raises(
+        NotFinite,
+        match="state holds NaN or infinity after step 2.*\nno checkpoint had been written",
+    ):
         run(tmp_path, phases={"train": spoil}, save_every=2)
     assert saves.steps(tmp_path) == []
 
@@ -343,7 +414,9 @@ def listening():
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_step_and_saves(tmp_path, capsys, kind, listening):
     before = signal.getsignal(kind)
-    done = run(tmp_path, stream=Signals(at=20, kind=kind), steps=10**6, log_every=10**6, save_every=10**6)
+    done = run(
+        tmp_path, stream=Signals(at=20, kind=kind), steps=10**6, log_every=10**6, save_every=10**6
+    )
     assert done.interrupted and 0 < done.step <= 20
     assert signal.getsignal(kind) is before
     assert saves.steps(tmp_path) == [done.step]
@@ -371,15 +444,34 @@ def test_an_ignored_signal_stays_ignored(listening):
 
 
 def mesh(**axes):
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
+    return jax.make_mesh(
+        tuple(axes.values()), tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * len(axes)
+    )
 
 
 def test_averages_moments_and_critics_lie_as_their_weights_do():
-    cfg = DiTConfig(dim=32, heads=2, ffn_dim=48, layers=2, in_channels=4, out_channels=4, freq_dim=16, text_dim=6, policy=FLOAT32)
+    cfg = DiTConfig(
+        dim=32,
+        heads=2,
+        ffn_dim=48,
+        layers=2,
+        in_channels=4,
+        out_channels=4,
+        freq_dim=16,
+        text_dim=6,
+        policy=FLOAT32,
+    )
     model = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
-    key, plain, masked = jax.random.key(0), adamw(OptimizerConfig(b1=0.9)), adamw(OptimizerConfig(b1=0.9, train=r"blocks\..*"))
+    key, plain, masked = (
+        jax.random.key(0),
+        adamw(OptimizerConfig(b1=0.9)),
+        adamw(OptimizerConfig(b1=0.9, train=r"blocks\..*")),
+    )
     for optimizer in (plain, masked):
-        shapes = jax.eval_shape(lambda m, o=optimizer: DistillState.create(m, o, key, critic=m, critic_optimizer=o), model)
+        shapes = jax.eval_shape(
+            lambda m, o=optimizer: DistillState.create(m, o, key, critic=m, critic_optimizer=o),
+            model,
+        )
         found = saves.names(loop.shardings(shapes, mesh(fsdp=2, tensor=2)))
         kernels = [name for name in found if name.endswith("blocks.self_attn.q.kernel")]
         assert len(kernels) == 7  # model, ema, critic, two moments of two optimizers
@@ -390,14 +482,22 @@ def test_averages_moments_and_critics_lie_as_their_weights_do():
 def test_a_state_is_made_and_restored_over_a_mesh(tmp_path):
     """Leaves named like a network's, so that the table lays them out."""
     w = jnp.arange(64.0).reshape(2, 4, 8)
-    create = lambda w: TrainState.create({"blocks": {"up": {"kernel": w}}}, OPTIMIZER, jax.random.key(1))
+    create = lambda w: TrainState.create(
+        {"blocks": {"up": {"kernel": w}}}, OPTIMIZER, jax.random.key(1)
+    )
     over = mesh(fsdp=2, tensor=2)
     laid, plain = loop.made(create, w, mesh=over), loop.made(create, w)
     same_bits(laid, plain)
     kernel = lambda state: state.model["blocks"]["up"]["kernel"]
-    assert kernel(laid).sharding.spec == P(None, "fsdp", "tensor") and kernel(plain).sharding.is_fully_replicated
+    assert (
+        kernel(laid).sharding.spec == P(None, "fsdp", "tensor")
+        and kernel(plain).sharding.is_fully_replicated
+    )
     path = saves.save(tmp_path, 1, laid, {})
     back = saves.restore(path, loop.abstract(jax.eval_shape(create, w), over))
     same_bits(back, plain)
-    assert kernel(back).sharding == kernel(laid).sharding and back.opt[0].mu["blocks"]["up"]["kernel"].sharding == kernel(laid).sharding
+    assert (
+        kernel(back).sharding == kernel(laid).sharding
+        and back.opt[0].mu["blocks"]["up"]["kernel"].sharding == kernel(laid).sharding
+    )
     assert not kernel(laid).is_deleted() and w.shape == (2, 4, 8)

@@ -29,7 +29,18 @@ from tdjax.train.shards import torch_bytes, write_shard
 from tdjax.train.sla import SLATrainingConfig
 from tdjax.train.times import LogNormal
 
-TINY = DiTConfig(dim=32, heads=2, ffn_dim=48, layers=2, in_channels=4, out_channels=4, freq_dim=16, text_dim=6, text_len=7, policy=FLOAT32)
+TINY = DiTConfig(
+    dim=32,
+    heads=2,
+    ffn_dim=48,
+    layers=2,
+    in_channels=4,
+    out_channels=4,
+    freq_dim=16,
+    text_dim=6,
+    text_len=7,
+    policy=FLOAT32,
+)
 
 
 def built(preset, *words):
@@ -48,20 +59,37 @@ def fails(capsys, *argv, code=2):
 
 
 def test_values_have_their_types():
-    config = built("rcm-1.3b", "run.steps=7", "optimizer.learning_rate=1e-3", "optimizer.clip=2", "loss.dmd_limit=5", "model.offline=True")
-    assert config["run"].steps == 7 and config["model"].offline is True and config["loss"].dmd_limit == 5.0
+    config = built(
+        "rcm-1.3b",
+        "run.steps=7",
+        "optimizer.learning_rate=1e-3",
+        "optimizer.clip=2",
+        "loss.dmd_limit=5",
+        "model.offline=True",
+    )
+    assert (
+        config["run"].steps == 7
+        and config["model"].offline is True
+        and config["loss"].dmd_limit == 5.0
+    )
     assert (config["optimizer"].learning_rate, config["optimizer"].clip) == (1e-3, 2.0)
-    assert built("fm-tiny", "model.dit.patch=(1,2,2)", "optimizer.clip=none")["model"].dit.patch == (1, 2, 2)
+    assert built("fm-tiny", "model.dit.patch=(1,2,2)", "optimizer.clip=none")[
+        "model"
+    ].dit.patch == (1, 2, 2)
     assert built("sla-14b", "data.path=a=b.c")["data"].path == "a=b.c"
 
 
 def test_objects_inside_objects():
-    assert built("sla-14b", "loss.time.deviation=2")["loss"].time == LogNormal(mean=1.5, deviation=2.0)  # the mean is this loss's default
+    assert built("sla-14b", "loss.time.deviation=2")["loss"].time == LogNormal(
+        mean=1.5, deviation=2.0
+    )  # the mean is this loss's default
     assert built("sla-14b", "loss.time=uniformshift", "loss.time.shift=3")["loss"].time.shift == 3.0
     loss = built("rcm-14b", "loss.consistency=DCM", "loss.consistency.steps=50")["loss"]
     assert loss.consistency == rcm.DCM(steps=50)
     assert built("rcm-14b", "loss.consistency=none")["loss"].consistency is None
-    assert built("rcm-14b", "loss.consistency.kappa=0.3")["loss"].consistency == rcm.SCM(kappa=0.3, time=LogNormal(mean=1.5))
+    assert built("rcm-14b", "loss.consistency.kappa=0.3")["loss"].consistency == rcm.SCM(
+        kappa=0.3, time=LogNormal(mean=1.5)
+    )
     assert built("sla-14b", "model.sla.topk=0.2")["model"].sla.block_q == 64
 
 
@@ -69,8 +97,14 @@ def test_objects_inside_objects():
     ("argv", "words"),
     [
         ("sla-2b", ["unknown preset 'sla-2b'", "sla-1.3b, sla-14b", "did you mean sla-"]),
-        ("sla-14b optimizer.lerning_rate=1", ["unknown key optimizer.lerning_rate", "did you mean optimizer.learning_rate?"]),
-        ("sla-14b learning_rate=1", ["unknown key learning_rate", "did you mean optimizer.learning_rate?"]),
+        (
+            "sla-14b optimizer.lerning_rate=1",
+            ["unknown key optimizer.lerning_rate", "did you mean optimizer.learning_rate?"],
+        ),
+        (
+            "sla-14b learning_rate=1",
+            ["unknown key learning_rate", "did you mean optimizer.learning_rate?"],
+        ),
         ("sla-14b run=1", ["unknown key run"]),
         ("sla-14b critic.b1=0.5", ["unknown key critic.b1", "did you mean optimizer.b1?"]),
         ("sla-14b run.steps", ["cannot read 'run.steps'", "key=value", "run.steps=1000"]),
@@ -80,14 +114,23 @@ def test_objects_inside_objects():
         ("sla-14b model.offline=1", ["true or false", "false"]),
         ("fm-tiny model.dit.patch=1,2", ["three numbers"]),
         ("sla-14b loss.ema=1", ["loss.ema is '1'", "loss.ema.width, loss.ema.decay"]),
-        ("sla-14b loss.ema.decay.x=1", ["unknown key loss.ema.decay.x", "loss.ema.decay is a float or None"]),
-        ("rcm-14b loss.consistency=none loss.consistency.kappa=1", ["loss.consistency is none", "loss.consistency=SCM or DCM"]),
+        (
+            "sla-14b loss.ema.decay.x=1",
+            ["unknown key loss.ema.decay.x", "loss.ema.decay is a float or None"],
+        ),
+        (
+            "rcm-14b loss.consistency=none loss.consistency.kappa=1",
+            ["loss.consistency is none", "loss.consistency=SCM or DCM"],
+        ),
         ("sla-14b run.steps=0", ["RunConfig.steps is 0"]),
         ("sla-14b run.keep=-1", ["keep is -1"]),
         ("sla-14b data.batch=0", ["DataConfig.batch is 0"]),
         ("sla-14b model.attention=sparse", ["'sparse'", "dense, sla"]),
         ("sla-14b model.sla.topk=3", ["sla_topk is 3"]),
-        ("sla-14b model.dit.dim=64", ["model.dit.dim=64 with model.weights", "the sizes are those of the file"]),
+        (
+            "sla-14b model.dit.dim=64",
+            ["model.dit.dim=64 with model.weights", "the sizes are those of the file"],
+        ),
         ("fm-tiny model.student=x", ["student is given without weights"]),
         ("sla-14b", ["data.path is not given", "shard_000000.tar", "data.path=FOLDER"]),
         ("sla-14b data.path=nowhere", ["nowhere is not a folder"]),
@@ -106,13 +149,18 @@ def test_what_a_class_refuses(capsys, word, tmp_path):
     assert "allowed" in err or "must" in err or "needed" in err
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["rcm-14b", "--help"], ["rcm-14b", "run.stepz=3"], ["rcm-14b", "data.path=none"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["--help"], ["rcm-14b", "--help"], ["rcm-14b", "run.stepz=3"], ["rcm-14b", "data.path=none"]],
+)
 def test_answers_come_before_jax_is_imported(argv):
     code = f"import sys; from tdjax.train import __main__ as c\nc.main({argv!r})\nassert not {{'jax', 'av'}} & set(sys.modules)"
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - start < 5  # under 0.5 s on an idle machine; the bound here only catches a jax import
+    assert (
+        time.perf_counter() - start < 5
+    )  # under 0.5 s on an idle machine; the bound here only catches a jax import
 
 
 def test_help_lists_presets_and_keys(capsys):
@@ -130,7 +178,12 @@ def test_help_lists_presets_and_keys(capsys):
 
 def test_the_source_says_what_the_classes_are():
     for cls in settings.SOURCES:
-        real = {f.name: f for f in dataclasses.fields(getattr(importlib.import_module(settings.SOURCES[cls]), cls))}
+        real = {
+            f.name: f
+            for f in dataclasses.fields(
+                getattr(importlib.import_module(settings.SOURCES[cls]), cls)
+            )
+        }
         read = settings.fields(cls)
         assert set(real) - set(settings.ELSEWHERE.get(cls, ())) == set(read), cls
         for name, field in read.items():
@@ -139,7 +192,10 @@ def test_the_source_says_what_the_classes_are():
                 assert build(field.default) == default, (cls, name)
             elif not isinstance(field.default, str) or isinstance(default, str):
                 assert field.default == default, (cls, name)
-            assert field.classes or any(kind in settings.PARSERS for kind in field.types), (cls, name)
+            assert field.classes or any(kind in settings.PARSERS for kind in field.types), (
+                cls,
+                name,
+            )
 
 
 # Presets -----------------------------------------------------------------------------------------------------------------
@@ -150,15 +206,29 @@ def test_a_dry_run_prints_settings_that_give_themselves(capsys, name):
     assert command.main([name, "--dry-run"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert built(name, *printed) == built(name, f"run.folder=output/{name}")
-    assert all(line in printed for line in (f"run.folder=output/{name}", "data.path=", "loss.accumulate=1"))
+    assert all(
+        line in printed for line in (f"run.folder=output/{name}", "data.path=", "loss.accumulate=1")
+    )
 
 
 def test_presets_have_the_published_numbers():
     """NVlabs/rcm and thu-ml/TurboDiffusion, as the constants beside the losses give them."""
     sla, small, large = built("sla-14b"), built("rcm-1.3b"), built("rcm-14b")
-    assert sla["optimizer"] == optimizer.SLA and sla["loss"] == SLATrainingConfig() and sla["model"].sla.block_q == 64
-    assert (small["optimizer"], small["critic"], small["loss"]) == (optimizer.STUDENT_1_3B, optimizer.CRITIC_1_3B, rcm.RCM_1_3B)
-    assert (large["optimizer"], large["critic"], large["loss"]) == (optimizer.STUDENT_14B, optimizer.CRITIC_14B, rcm.RCM_14B)
+    assert (
+        sla["optimizer"] == optimizer.SLA
+        and sla["loss"] == SLATrainingConfig()
+        and sla["model"].sla.block_q == 64
+    )
+    assert (small["optimizer"], small["critic"], small["loss"]) == (
+        optimizer.STUDENT_1_3B,
+        optimizer.CRITIC_1_3B,
+        rcm.RCM_1_3B,
+    )
+    assert (large["optimizer"], large["critic"], large["loss"]) == (
+        optimizer.STUDENT_14B,
+        optimizer.CRITIC_14B,
+        rcm.RCM_14B,
+    )
     assert set(METHODS) == {preset.method for preset in PRESETS.values()}
 
 
@@ -177,10 +247,18 @@ def quick_compiling():
 def folder(tmp_path_factory):
     """Shards, a negative embedding, and weights of a tiny network in our layout and with a sparse projection."""
     out, rng = tmp_path_factory.mktemp("train"), np.random.default_rng(0)
-    samples = [(rng.normal(size=(3, 4, 4, 4)), rng.normal(size=(7, 6)), f"prompt {i}") for i in range(5)]
+    samples = [
+        (rng.normal(size=(3, 4, 4, 4)), rng.normal(size=(7, 6)), f"prompt {i}") for i in range(5)
+    ]
     for number in range(2):
-        write_shard(out / "shards" / f"shard_{number:06}.tar", samples[3 * number : 3 * number + 3], 3 * number)
-    (out / "negative.pt").write_bytes(torch_bytes(rng.normal(size=(7, 6)).astype(ml_dtypes.bfloat16)))
+        write_shard(
+            out / "shards" / f"shard_{number:06}.tar",
+            samples[3 * number : 3 * number + 3],
+            3 * number,
+        )
+    (out / "negative.pt").write_bytes(
+        torch_bytes(rng.normal(size=(7, 6)).astype(ml_dtypes.bfloat16))
+    )
     bf16 = dataclasses.replace(TINY, policy=Policy())
     checkpoint.save(out / "dense", random_model.random_leaves("dit", bf16, 1), "dit", bf16)
     sparse = dataclasses.replace(bf16, attention="sla")
@@ -190,7 +268,12 @@ def folder(tmp_path_factory):
 
 def words(folder, *more):
     own = ["data.frames=2", "data.batch=4", "run.log_every=2", "model.compute=float32"]
-    return [f"data.path={folder / 'shards'}", f"data.negative={folder / 'negative.pt'}", *own, *more]
+    return [
+        f"data.path={folder / 'shards'}",
+        f"data.negative={folder / 'negative.pt'}",
+        *own,
+        *more,
+    ]
 
 
 def flow(folder, *more):
@@ -215,7 +298,11 @@ def test_a_run_and_its_continuation(folder, tmp_path, capsys):
     assert command.main([*flow(folder, f"run.folder={whole}", "run.steps=4"), "-v"]) == 0
     out = capsys.readouterr()
     assert out.out == f"{whole / 'dit'}\n"
-    assert "compile flow" in out.err and "step 4/4  flow/loss" in out.err and f"saved {whole / 'step_000004'}" in out.err
+    assert (
+        "compile flow" in out.err
+        and "step 4/4  flow/loss" in out.err
+        and f"saved {whole / 'step_000004'}" in out.err
+    )
     assert [row["step"] for row in metrics.read(whole)] == [2, 4]
     assert all(row["flow/loss"] > 0 and row["flow/bad_samples"] == 0 for row in metrics.read(whole))
 
@@ -229,26 +316,47 @@ def test_a_run_and_its_continuation(folder, tmp_path, capsys):
     for a, b in zip(jax.tree.leaves(read(whole)[1]), jax.tree.leaves(read(cut)[1]), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
     manifest = saves.inspect(cut / "step_000004")
-    assert manifest["preset"] == "fm-tiny" and manifest["settings"]["loss.dropout"] == "0.5" and manifest["data"]["offset"] >= 0
+    assert (
+        manifest["preset"] == "fm-tiny"
+        and manifest["settings"]["loss.dropout"] == "0.5"
+        and manifest["data"]["offset"] >= 0
+    )
     assert saves.steps(cut) == [2, 4]
 
 
 def test_random_weights(folder):
     sizes = [
-        f"model.dit.{name}={getattr(TINY, name)}" for name in ("dim", "heads", "ffn_dim", "layers", "freq_dim", "text_dim", "text_len")
+        f"model.dit.{name}={getattr(TINY, name)}"
+        for name in ("dim", "heads", "ffn_dim", "layers", "freq_dim", "text_dim", "text_len")
     ]
     networks = Networks(built("fm-tiny", *sizes)["model"], "flow")
-    assert networks.config == dataclasses.replace(networks.config, dim=32, layers=2, coordinates=True, policy=FLOAT32, out_channels=8)
+    assert networks.config == dataclasses.replace(
+        networks.config, dim=32, layers=2, coordinates=True, policy=FLOAT32, out_channels=8
+    )
     leaves = checkpoint.names(networks.load_student(None, 3))
     assert checkpoint.table(leaves) == checkpoint.table(checkpoint.names(networks.abstract()))
-    assert len({np.asarray(leaf).tobytes() for name, leaf in leaves.items() if name.endswith("attn.q.kernel")}) == 2
+    assert (
+        len(
+            {
+                np.asarray(leaf).tobytes()
+                for name, leaf in leaves.items()
+                if name.endswith("attn.q.kernel")
+            }
+        )
+        == 2
+    )
 
 
 def test_four_devices_give_the_numbers_of_one(folder, tmp_path):
     """The same program as above, then laid over fsdp and tensor axes: weights, moments, average and batch are divided."""
     states, losses = [], []
     for name in ("auto", "fsdp=2,tp=2"):
-        own = [f"run.folder={tmp_path / name[:4]}", "run.steps=2", f"run.mesh={name}", "run.log_every=1"]
+        own = [
+            f"run.folder={tmp_path / name[:4]}",
+            "run.steps=2",
+            f"run.mesh={name}",
+            "run.log_every=1",
+        ]
         run = prepared(*flow(folder, *own))
         states.append(saves.arrays(run.train(resume=False).state))
         losses.append([row["flow/loss"] for row in metrics.read(tmp_path / name[:4])])
@@ -265,7 +373,9 @@ def test_four_devices_give_the_numbers_of_one(folder, tmp_path):
 
 def test_changed_settings_are_told(folder, tmp_path, capsys):
     run = prepared(*flow(folder, f"run.folder={tmp_path}"))
-    state = jax.tree.map(lambda x: jax.random.key(0) if saves.is_key(x) else jnp.zeros(x.shape, x.dtype), run.shapes)
+    state = jax.tree.map(
+        lambda x: jax.random.key(0) if saves.is_key(x) else jnp.zeros(x.shape, x.dtype), run.shapes
+    )
     place = run.stream.saved(run.stream.batch(Position(offset=3))[1])
     saves.save(tmp_path, 5, state, {"settings": {"a.b": "1", "run.steps": "3"}, "data": place})
     run.settings = {"a.b": "2", "run.steps": "9"}
@@ -278,16 +388,27 @@ def test_a_sparse_student_begins_as_its_dense_teacher(folder):
     run = prepared("sla-1.3b", *words(folder, f"model.weights={folder / 'dense'}"))
     cfg = run.networks.config
     assert (cfg.attention, cfg.sla.block_q, cfg.policy) == ("sla", 64, FLOAT32)
-    student, teacher = checkpoint.names(run.networks.load_student(None, 0)), checkpoint.names(run.networks.load_teacher(None))
+    student, teacher = (
+        checkpoint.names(run.networks.load_student(None, 0)),
+        checkpoint.names(run.networks.load_teacher(None)),
+    )
     projection = {name for name in student if ".core.proj." in name}
     assert len(projection) == 2 and student.keys() - projection == teacher.keys()
     assert all(not np.any(student[name]) for name in projection)
-    assert all(student[name].dtype == np.float32 and np.array_equal(student[name], teacher[name]) for name in teacher)
+    assert all(
+        student[name].dtype == np.float32 and np.array_equal(student[name], teacher[name])
+        for name in teacher
+    )
 
 
 def test_a_student_of_its_own(folder):
     """An SLA fine-tuning that goes on from sparse weights, whose projection is kept."""
-    networks = Networks(built("sla-1.3b", f"model.weights={folder / 'dense'}", f"model.student={folder / 'sparse'}")["model"], "sla")
+    networks = Networks(
+        built(
+            "sla-1.3b", f"model.weights={folder / 'dense'}", f"model.student={folder / 'sparse'}"
+        )["model"],
+        "sla",
+    )
     student = checkpoint.names(networks.load_student(None, 0))
     stored = checkpoint.names(checkpoint.restore(folder / "sparse")[1])
     for name in stored:
@@ -296,15 +417,24 @@ def test_a_student_of_its_own(folder):
 
 
 def test_networks_lie_over_the_mesh(folder):
-    run = prepared("sla-1.3b", *words(folder, f"model.weights={folder / 'dense'}", "run.mesh=fsdp=2,tp=2"))
+    run = prepared(
+        "sla-1.3b", *words(folder, f"model.weights={folder / 'dense'}", "run.mesh=fsdp=2,tp=2")
+    )
     for module in (run.networks.load_student(run.mesh, 0), run.networks.load_teacher(run.mesh)):
         for name, leaf in checkpoint.names(module).items():
             assert len(leaf.sharding.device_set) == 4, name
-        assert {s.data.shape for s in module.blocks.up.kernel[...].addressable_shards} == {(2, 16, 24)}
+        assert {s.data.shape for s in module.blocks.up.kernel[...].addressable_shards} == {
+            (2, 16, 24)
+        }
 
 
 @pytest.mark.parametrize(
-    "loss", ["loss.frequency=2 loss.warmup=1", "loss.dmd_weight=0 loss.warmup=0", "loss.consistency=none loss.warmup=0"]
+    "loss",
+    [
+        "loss.frequency=2 loss.warmup=1",
+        "loss.dmd_weight=0 loss.warmup=0",
+        "loss.consistency=none loss.warmup=0",
+    ],
 )
 def test_distillation_is_traced_before_weights_are_read(folder, loss):
     run = prepared("rcm-1.3b", *words(folder, f"model.weights={folder / 'dense'}", *loss.split()))
@@ -312,7 +442,9 @@ def test_distillation_is_traced_before_weights_are_read(folder, loss):
     assert list(run.method.steps) == ["student", "critic"][: 1 + critic]
     frequency, warmup = run.config["loss"].frequency, run.config["loss"].warmup
     for i in range(12):
-        assert (run.method.schedule.phase(i) == "student") == rcm.is_student_turn(run.config["loss"], i), (frequency, warmup)
+        assert (run.method.schedule.phase(i) == "student") == rcm.is_student_turn(
+            run.config["loss"], i
+        ), (frequency, warmup)
     assert (run.shapes.critic is not None) == critic
     assert run.networks.teacher.module is run.networks.student.module is None
 
@@ -320,7 +452,12 @@ def test_distillation_is_traced_before_weights_are_read(folder, loss):
 @pytest.mark.parametrize(
     ("preset", "changes", "code", "expected"),
     [
-        ("rcm-1.3b", ["data.negative="], 2, ["data.negative is not given", "umT5_wan_negative_emb.pt"]),
+        (
+            "rcm-1.3b",
+            ["data.negative="],
+            2,
+            ["data.negative is not given", "umT5_wan_negative_emb.pt"],
+        ),
         ("rcm-1.3b", ["data.negative=nothing.pt"], 2, ["nothing.pt does not exist"]),
         ("sla-1.3b", ["data.frames=4"], 3, ["000000.latent.pt has 3 latent frames", "data.frames"]),
         ("sla-1.3b", ["loss.accumulate=3"], 2, ["batch of 4 cannot be divided into 3"]),
@@ -332,10 +469,17 @@ def test_distillation_is_traced_before_weights_are_read(folder, loss):
         ("sla-1.3b", ["model.weights=SPARSE"], 3, ["the teacher has sparse attention"]),
     ],
 )
-def test_what_does_not_fit_is_refused_before_weights_are_read(folder, tmp_path, capsys, monkeypatch, preset, changes, code, expected):
+def test_what_does_not_fit_is_refused_before_weights_are_read(
+    folder, tmp_path, capsys, monkeypatch, preset, changes, code, expected
+):
     monkeypatch.setattr(Networks, "load_teacher", lambda *_: pytest.fail("weights were read"))
     given = [f"model.weights={folder / 'dense'}", f"run.folder={tmp_path / 'run'}", *changes]
-    err = fails(capsys, preset, *words(folder, *[word.replace("SPARSE", str(folder / "sparse")) for word in given]), code=code)
+    err = fails(
+        capsys,
+        preset,
+        *words(folder, *[word.replace("SPARSE", str(folder / "sparse")) for word in given]),
+        code=code,
+    )
     assert all(word in err for word in expected), err
 
 

@@ -22,7 +22,10 @@ class Two(nnx.Module):
 
 def gradients(n, model):
     draw = np.random.default_rng(1).normal
-    return [jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape), jnp.float32), model) for _ in range(n)]
+    return [
+        jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape), jnp.float32), model)
+        for _ in range(n)
+    ]
 
 
 def run(config, model, grads):
@@ -46,7 +49,9 @@ def test_torch_takes_the_same_steps(b1):
     grads = gradients(6, model)
     theirs = [torch.nn.Parameter(torch.tensor(np.asarray(x))) for x in jax.tree.leaves(model)]
     adam = torch.optim.AdamW(theirs, lr=0.1, betas=(b1, 0.999), eps=1e-8, weight_decay=0.2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda n: min(1.0, 1e-6 + (1 - 1e-6) * n / 3))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda n: min(1.0, 1e-6 + (1 - 1e-6) * n / 3)
+    )
     for g, ours in zip(grads, run(config, model, grads)[0], strict=True):
         for p, leaf in zip(theirs, jax.tree.leaves(g), strict=True):
             p.grad = torch.tensor(np.asarray(leaf))
@@ -67,8 +72,14 @@ def test_bad_entries_count_as_zero():
     good = gradients(1, model)[0]
     good.a = nnx.Param(good.a[...].at[0, 0].set(0).at[1, 1].set(0).at[2, 2].set(0))
     bad = jax.tree.map(lambda x: x, good)
-    bad.a = nnx.Param(good.a[...].at[0, 0].set(jnp.nan).at[1, 1].set(jnp.inf).at[2, 2].set(-jnp.inf))
-    for a, b in zip(jax.tree.leaves(run(config, model, [bad])[0][0]), jax.tree.leaves(run(config, model, [good])[0][0]), strict=True):
+    bad.a = nnx.Param(
+        good.a[...].at[0, 0].set(jnp.nan).at[1, 1].set(jnp.inf).at[2, 2].set(-jnp.inf)
+    )
+    for a, b in zip(
+        jax.tree.leaves(run(config, model, [bad])[0][0]),
+        jax.tree.leaves(run(config, model, [good])[0][0]),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
 
 
@@ -76,29 +87,45 @@ def test_clipping():
     model = Two()
     grads = gradients(1, model)
     clipped = jax.tree.map(lambda g: g * (0.5 / float(optax.tree.norm(grads[0]))), grads[0])
-    config = OptimizerConfig(learning_rate=0.1, warmup=0, eps=1.0)  # a large eps, or Adam would not see the scale
+    config = OptimizerConfig(
+        learning_rate=0.1, warmup=0, eps=1.0
+    )  # a large eps, or Adam would not see the scale
     ours = run(dataclasses.replace(config, clip=0.5), model, grads)[0][0]
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(run(config, model, [clipped])[0][0]), strict=True):
+    for a, b in zip(
+        jax.tree.leaves(ours), jax.tree.leaves(run(config, model, [clipped])[0][0]), strict=True
+    ):
         assert_close(a, b, "float32")
 
 
 def test_learning_rates():
-    rate = lambda **kw: [float(optimizer.learning_rate(OptimizerConfig(learning_rate=1.0, **kw))(n)) for n in (0, 5, 10, 20, 25, 30, 40)]
+    rate = lambda **kw: [
+        float(optimizer.learning_rate(OptimizerConfig(learning_rate=1.0, **kw))(n))
+        for n in (0, 5, 10, 20, 25, 30, 40)
+    ]
     np.testing.assert_allclose(rate(warmup=10), [1e-6, 0.5, 1, 1, 1, 1, 1], rtol=1e-5, atol=1e-7)
     linear = rate(warmup=10, decay="linear", steps=30, decay_from=2 / 3)
     np.testing.assert_allclose(linear, [1e-6, 0.5, 1, 1, 0.5, 0, 0], rtol=1e-5, atol=1e-7)
     cosine = rate(warmup=10, decay="cosine", steps=30, final=0.2)
-    np.testing.assert_allclose(cosine, [1e-6, 0.5, 1, 0.6, 0.2 + 0.4 * (1 + np.cos(0.75 * np.pi)), 0.2, 0.2], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        cosine,
+        [1e-6, 0.5, 1, 0.6, 0.2 + 0.4 * (1 + np.cos(0.75 * np.pi)), 0.2, 0.2],
+        rtol=1e-5,
+        atol=1e-7,
+    )
     assert rate(warmup=0) == [1.0] * 7
 
 
 def test_the_published_rates():
-    rows = {name: getattr(optimizer, name) for name in ("SLA", "STUDENT_1_3B", "CRITIC_1_3B", "STUDENT_14B", "CRITIC_14B")}
+    rows = {
+        name: getattr(optimizer, name)
+        for name in ("SLA", "STUDENT_1_3B", "CRITIC_1_3B", "STUDENT_14B", "CRITIC_14B")
+    }
     assert [row.learning_rate for row in rows.values()] == [1e-5, 2e-6, 4e-7, 1e-6, 1e-7]
     assert [row.b1 for row in rows.values()] == [0.9, 0, 0, 0, 0]
-    assert {(row.b2, row.eps, row.weight_decay, row.clip, row.warmup, row.decay) for row in rows.values()} == {
-        (0.999, 1e-8, 0.01, None, 100, "constant")
-    }
+    assert {
+        (row.b2, row.eps, row.weight_decay, row.clip, row.warmup, row.decay)
+        for row in rows.values()
+    } == {(0.999, 1e-8, 0.01, None, 100, "constant")}
 
 
 def test_weights_that_are_not_trained_stay_and_cost_nothing():

@@ -17,7 +17,8 @@ TOKENS = 21 * 30 * 52
 DENSE = {"forward_kernel", "query_kernel", "key_kernel"}
 KERNELS = {  # (method, phase) -> kernels. Of rCM the student's step, in which is all that the critic's has, with fewer forward passes
     ("rcm", "student"): DENSE | {"tangent_kernel"},
-    ("sla", "sla"): DENSE | {"attend_kernel", "choose_kernel", "summaries_kernel", "query_sums_kernel"},
+    ("sla", "sla"): DENSE
+    | {"attend_kernel", "choose_kernel", "summaries_kernel", "query_sums_kernel"},
 }
 FEWER = {"rcm": ["loss.guidance=1"], "sla": []}
 
@@ -39,13 +40,29 @@ def test_every_attention_is_a_kernel(monkeypatch, name, phase):
     monkeypatch.setattr(cudnn, "fused", fused)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     method, (state, teacher, batch) = abstract(name, FEWER[name])
-    assert state.model.cfg.remat and state.model.cfg.layers == 30 and batch.latents.shape == (1, 21, 60, 104, 16)
-    text = described.lower(described.trace(jax.jit(method.steps[phase], donate_argnums=0), state, teacher, batch)).as_text()
+    assert (
+        state.model.cfg.remat
+        and state.model.cfg.layers == 30
+        and batch.latents.shape == (1, 21, 60, 104, 16)
+    )
+    text = described.lower(
+        described.trace(jax.jit(method.steps[phase], donate_argnums=0), state, teacher, batch)
+    ).as_text()
     assert KERNELS[name, phase] <= set(re.findall(r'name = "(\w+_kernel)"', text))
-    shapes = {tuple(map(int, found.split("x"))) for found in re.findall(r"tensor<(\d+(?:x\d+)*)x[a-z]", text)}
+    shapes = {
+        tuple(map(int, found.split("x")))
+        for found in re.findall(r"tensor<(\d+(?:x\d+)*)x[a-z]", text)
+    }
     assert any(TOKENS in shape for shape in shapes)
-    assert not [shape for shape in shapes if shape[-1] == TOKENS and math.prod(shape) > 100 * TOKENS]  # scores, or a chunk of them
-    largest = (30, 1, TOKENS, 1536)  # what the blocks read, which is all that a network keeps for its gradient
+    assert not [
+        shape for shape in shapes if shape[-1] == TOKENS and math.prod(shape) > 100 * TOKENS
+    ]  # scores, or a chunk of them
+    largest = (
+        30,
+        1,
+        TOKENS,
+        1536,
+    )  # what the blocks read, which is all that a network keeps for its gradient
     assert max(map(math.prod, shapes)) == math.prod(largest)
 
 

@@ -10,7 +10,15 @@ from tdjax import flow
 from tdjax.errors import UsageError
 from tdjax.train import state as parts
 from tdjax.train.optimizer import OptimizerConfig, adamw
-from tdjax.train.state import Batch, DistillState, EMAConfig, Teacher, TrainState, ema_update, trainable
+from tdjax.train.state import (
+    Batch,
+    DistillState,
+    EMAConfig,
+    Teacher,
+    TrainState,
+    ema_update,
+    trainable,
+)
 from tdjax.train.times import LogNormal, UniformShift
 
 
@@ -28,7 +36,11 @@ OPTIMIZER = adamw(OptimizerConfig(learning_rate=0.1))
 
 
 def pointers(tree):
-    return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return [
+        x.unsafe_buffer_pointer()
+        for x in jax.tree.leaves(tree)
+        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    ]
 
 
 def test_a_new_state_shares_no_array():
@@ -38,10 +50,20 @@ def test_a_new_state_shares_no_array():
     found = pointers(state) + pointers(model)
     assert len(set(found)) == len(found)
     after = jax.jit(lambda s: dataclasses.replace(s, step=s.step + 1), donate_argnums=0)(state)
-    assert int(after.step) == 1 and float(model.scale[0]) == 2.0 and jax.random.key_data(key).shape == (2,)
+    assert (
+        int(after.step) == 1
+        and float(model.scale[0]) == 2.0
+        and jax.random.key_data(key).shape == (2,)
+    )
     alone = DistillState.create(model, OPTIMIZER, key)
     assert alone.critic is None and alone.critic_opt is None
-    assert {f.name for f in dataclasses.fields(TrainState)} == {"step", "model", "ema", "opt", "key"}
+    assert {f.name for f in dataclasses.fields(TrainState)} == {
+        "step",
+        "model",
+        "ema",
+        "opt",
+        "key",
+    }
 
 
 def test_states_refuse():
@@ -49,7 +71,9 @@ def test_states_refuse():
         TrainState.create(Scale(dtype=jnp.bfloat16), OPTIMIZER, jax.random.key(0))
     with pytest.raises(UsageError, match="the weight scale is bfloat16"):
         half = Scale(dtype=jnp.bfloat16)
-        DistillState.create(Scale(), OPTIMIZER, jax.random.key(0), critic=half, critic_optimizer=OPTIMIZER)
+        DistillState.create(
+            Scale(), OPTIMIZER, jax.random.key(0), critic=half, critic_optimizer=OPTIMIZER
+        )
     with pytest.raises(ValueError, match="give critic and critic_optimizer together"):
         DistillState.create(Scale(), OPTIMIZER, jax.random.key(0), critic=Scale())
 
@@ -57,7 +81,10 @@ def test_states_refuse():
 def test_trainable():
     model = {"blocks": {"core": jnp.ones(1), "q": jnp.ones(1)}, "head": jnp.ones(1)}
     assert trainable(model) == {"blocks": {"core": True, "q": True}, "head": True}
-    assert trainable(model, r"blocks\.co.*") == {"blocks": {"core": True, "q": False}, "head": False}
+    assert trainable(model, r"blocks\.co.*") == {
+        "blocks": {"core": True, "q": False},
+        "head": False,
+    }
     with pytest.raises(UsageError, match="no weight matches 'core'"):  # whole names
         trainable(model, "core")
 
@@ -104,20 +131,33 @@ def test_constant_average():
 
 
 def batch(b=2):
-    return Batch(jnp.ones((b, 1, 1, 1, 3)), jnp.arange(b, dtype=jnp.float32)[:, None, None] * jnp.ones((b, 4, 5)))
+    return Batch(
+        jnp.ones((b, 1, 1, 1, 3)),
+        jnp.arange(b, dtype=jnp.float32)[:, None, None] * jnp.ones((b, 4, 5)),
+    )
 
 
 def test_guidance_acts_once_on_the_velocity():
     x, timestep = batch().latents, jnp.ones(2)
-    run = lambda guidance, negative: parts.guided_teacher(Teacher(Scale(), negative), batch(), guidance)(x, timestep)[:, 0, 0, 0, 0]
-    np.testing.assert_allclose(run(5.0, jnp.full((4, 5), 3.0)), 2 * (3 + 5 * (np.array([0, 1]) - 3.0)))
+    run = lambda guidance, negative: parts.guided_teacher(
+        Teacher(Scale(), negative), batch(), guidance
+    )(x, timestep)[:, 0, 0, 0, 0]
+    np.testing.assert_allclose(
+        run(5.0, jnp.full((4, 5), 3.0)), 2 * (3 + 5 * (np.array([0, 1]) - 3.0))
+    )
     np.testing.assert_allclose(run(1.0, None), [0, 2])
 
 
 def test_guidance_without_a_negative_prompt_is_refused():
-    with pytest.raises(UsageError, match="guidance 5 needs the embedding of the negative prompt and there is none\n.*silently do nothing"):
+    with pytest.raises(
+        UsageError,
+        match="guidance 5 needs the embedding of the negative prompt and there is none\n.*silently do nothing",
+    ):
         parts.guided_teacher(Teacher(Scale()), batch(), 5.0)
-    with pytest.raises(UsageError, match=r"negative embedding has shape \(3, 5\)\neach sample's text has shape \(4, 5\)"):
+    with pytest.raises(
+        UsageError,
+        match=r"negative embedding has shape \(3, 5\)\neach sample's text has shape \(4, 5\)",
+    ):
         parts.guided_teacher(Teacher(Scale(), jnp.ones((3, 5))), batch(), 5.0)
 
 
@@ -126,7 +166,9 @@ def test_guidance_without_a_negative_prompt_is_refused():
 
 def test_keys_differ_by_name_and_step_and_are_repeatable():
     state = TrainState.create(Scale(), OPTIMIZER, jax.random.key(3))
-    data = lambda s: [tuple(jax.random.key_data(k).tolist()) for k in parts.named_keys(s, "a", "b").values()]
+    data = lambda s: [
+        tuple(jax.random.key_data(k).tolist()) for k in parts.named_keys(s, "a", "b").values()
+    ]
     later = dataclasses.replace(state, step=jnp.int32(1))
     assert data(state) == data(state) and len({*data(state), *data(later)}) == 4
 
@@ -141,7 +183,10 @@ def test_microbatches_give_the_mean_and_every_sample_in_order():
     summary = parts.summary(samples)
     assert {k: float(v) for k, v in summary.items()} == {"value": 4.0, "bad_samples": 3.0}
     assert np.isnan(parts.summary({"value": values, "ok": values > 9})["value"])
-    with pytest.raises(UsageError, match="a batch of 6 cannot be divided into 4 microbatches\n.*\nuse 2, or a batch of 8"):
+    with pytest.raises(
+        UsageError,
+        match="a batch of 6 cannot be divided into 4 microbatches\n.*\nuse 2, or a batch of 8",
+    ):
         parts.accumulated(gradient, values, 4)
 
 
@@ -161,10 +206,18 @@ def test_times_have_their_distributions(key):
     levels = np.array([0.1, 0.5, 0.9])
     s = UniformShift(shift=5.0).draw(key, (100_000,))
     assert s.dtype == jnp.float32 and np.isfinite(s).all()
-    np.testing.assert_allclose(np.quantile(flow.from_log_sigma(s).u, levels), flow.shift(levels, 5.0), atol=0.01)
+    np.testing.assert_allclose(
+        np.quantile(flow.from_log_sigma(s).u, levels), flow.shift(levels, 5.0), atol=0.01
+    )
     s = LogNormal(mean=0.7, deviation=1.6).draw(key, (100_000,))
     assert s.dtype == jnp.float32
-    np.testing.assert_allclose(np.quantile(s, levels), 0.7 + 1.6 * np.array([-1.28155, 0, 1.28155]), atol=0.03)
-    for wrong in (lambda: UniformShift(shift=0.0), lambda: LogNormal(deviation=0.0), lambda: LogNormal(mean=np.nan)):
+    np.testing.assert_allclose(
+        np.quantile(s, levels), 0.7 + 1.6 * np.array([-1.28155, 0, 1.28155]), atol=0.03
+    )
+    for wrong in (
+        lambda: UniformShift(shift=0.0),
+        lambda: LogNormal(deviation=0.0),
+        lambda: LogNormal(mean=np.nan),
+    ):
         with pytest.raises(ValueError, match="positive"):
             wrong()

@@ -32,7 +32,10 @@ def test_omitted_factors_are_not_said(said):
     read = captions.parse(texts)
     assert (read.size == UNSAID).all() and (read.speed == UNSAID).all()
     assert np.array_equal(read.motion, said.motion)
-    assert not any(",," in text or ", ," in text or "  " in text or " ," in text or text[-1] in " ," for text in texts)
+    assert not any(
+        ",," in text or ", ," in text or "  " in text or " ," in text or text[-1] in " ,"
+        for text in texts
+    )
     with pytest.raises(ValueError, match="it can leave out size, speed"):
         captions.captions(said, 3, omit=("colour",))
 
@@ -41,7 +44,9 @@ def test_captions_are_english_and_seeded(said):
     texts = captions.captions(said, 3)
     assert texts == captions.captions(said, 3) != captions.captions(said, 4)
     assert not any(f" a {vowel}" in f" {text}" for text in texts for vowel in "aeiou")
-    assert not any(",," in text or "  " in text or " ," in text or text != text.strip(" ,") for text in texts)
+    assert not any(
+        ",," in text or "  " in text or " ," in text or text != text.strip(" ,") for text in texts
+    )
     assert len({text.split()[0] for text in texts}) >= 5
 
 
@@ -68,11 +73,33 @@ def test_evaluation_uses_known_words_in_an_order_of_its_own(said):
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [
-        (PROMPT, ids(shape="circle", colour="red", background="gray", size="small", motion="left", speed="slowly")),
-        ("on gray, a red circle, small, drifting left", ids(shape="circle", colour="red", background="gray", size="small", motion="left")),
-        ("A BIG box drifts slowly to the right!", ids(shape="square", size="large", motion="right", speed="slowly")),
-        ("white plus bouncing up and down over navy", ids(shape="cross", colour="white", background="navy", motion="bounces vertically")),
-        ("a disc bounces left and right fast", ids(shape="circle", motion="bounces horizontally", speed="quickly")),
+        (
+            PROMPT,
+            ids(
+                shape="circle",
+                colour="red",
+                background="gray",
+                size="small",
+                motion="left",
+                speed="slowly",
+            ),
+        ),
+        (
+            "on gray, a red circle, small, drifting left",
+            ids(shape="circle", colour="red", background="gray", size="small", motion="left"),
+        ),
+        (
+            "A BIG box drifts slowly to the right!",
+            ids(shape="square", size="large", motion="right", speed="slowly"),
+        ),
+        (
+            "white plus bouncing up and down over navy",
+            ids(shape="cross", colour="white", background="navy", motion="bounces vertically"),
+        ),
+        (
+            "a disc bounces left and right fast",
+            ids(shape="circle", motion="bounces horizontally", speed="quickly"),
+        ),
         ("it does not move", ids(motion="still")),
         ("", ids()),
         ("a cat on a skateboard", ids()),
@@ -85,7 +112,11 @@ def test_prompts_are_read(prompt, expected):
 
 def test_unknown_words():
     assert captions.unknown_words(PROMPT) == []
-    assert captions.unknown_words("A cat jumps over the Red circle, 猫 cat!") == ["cat", "jumps", "猫"]
+    assert captions.unknown_words("A cat jumps over the Red circle, 猫 cat!") == [
+        "cat",
+        "jumps",
+        "猫",
+    ]
     assert captions.unknown_words("") == []
 
 
@@ -98,11 +129,21 @@ def test_what_is_known_can_be_said():
 
 def test_random_prompts():
     prompts = [captions.random_prompt(seed) for seed in range(400)]
-    assert prompts == [captions.random_prompt(seed) for seed in range(400)] and len(set(prompts)) > 390
+    assert (
+        prompts == [captions.random_prompt(seed) for seed in range(400)] and len(set(prompts)) > 390
+    )
     read = captions.parse(prompts)
     assert all((getattr(read, name) != UNSAID).all() for name in NAMES if name != "speed")
-    assert np.array_equal(read.speed == UNSAID, read.motion == STILL) and (read.motion >= FIRST_BOUNCE).any()
-    pairs = lambda read: {(NAMES["shape"][i], NAMES["colour"][j]) for i, j in zip(read.shape, read.colour, strict=True)}
+    assert (
+        np.array_equal(read.speed == UNSAID, read.motion == STILL)
+        and (read.motion >= FIRST_BOUNCE).any()
+    )
+    pairs = lambda read: {
+        (NAMES["shape"][i], NAMES["colour"][j])
+        for i, j in zip(read.shape, read.colour, strict=True)
+    }
     assert not pairs(read) & set(HELD_OUT)
-    held = captions.parse([captions.random_prompt(seed, "held_out", captions.EVALUATION) for seed in range(60)])
+    held = captions.parse(
+        [captions.random_prompt(seed, "held_out", captions.EVALUATION) for seed in range(60)]
+    )
     assert pairs(held) == set(HELD_OUT)

@@ -10,7 +10,18 @@ import pytest
 from tolerances import assert_close
 
 from tdjax.train.tiny import clips, factors
-from tdjax.train.tiny.factors import BACKGROUND_RGB, COLOUR_RGB, FIRST_BOUNCE, FRAMES, RADIUS, SHAPES, SIDE, SPEED, STILL, UNSAID
+from tdjax.train.tiny.factors import (
+    BACKGROUND_RGB,
+    COLOUR_RGB,
+    FIRST_BOUNCE,
+    FRAMES,
+    RADIUS,
+    SHAPES,
+    SIDE,
+    SPEED,
+    STILL,
+    UNSAID,
+)
 
 N = 4096
 sample = jax.jit(clips.sample, static_argnames=("n", "split", "motions"))
@@ -31,15 +42,22 @@ def apart(a, b):
 def test_palettes_are_apart():
     for table in (COLOUR_RGB, BACKGROUND_RGB):
         assert apart(table, table)[~np.eye(len(table), dtype=bool)].min() >= 0.7
-    assert apart(COLOUR_RGB, BACKGROUND_RGB).min() >= 0.9  # so every pair of object and background is allowed
+    assert (
+        apart(COLOUR_RGB, BACKGROUND_RGB).min() >= 0.9
+    )  # so every pair of object and background is allowed
 
 
 def test_held_out_pairs_are_in_their_split_alone():
-    pairs = {split: {(SHAPES[i], factors.NAMES["colour"][j]) for i, j, _ in factors.scenes(split)} for split in factors.SPLITS}
+    pairs = {
+        split: {(SHAPES[i], factors.NAMES["colour"][j]) for i, j, _ in factors.scenes(split)}
+        for split in factors.SPLITS
+    }
     assert pairs["held_out"] == set(factors.HELD_OUT)
     assert pairs["all"] == set(itertools.product(*(factors.NAMES[k] for k in ("shape", "colour"))))
     assert pairs["train"] == pairs["all"] - pairs["held_out"]
-    assert {i for i, _ in pairs["train"]} == set(SHAPES) and {j for _, j in pairs["train"]} == set(factors.COLOURS)
+    assert {i for i, _ in pairs["train"]} == set(SHAPES) and {j for _, j in pairs["train"]} == set(
+        factors.COLOURS
+    )
     with pytest.raises(ValueError, match="allowed: train, held_out, all"):
         factors.scenes("test")
 
@@ -47,13 +65,19 @@ def test_held_out_pairs_are_in_their_split_alone():
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_samples_cover_their_split(split):
     said = sample(jax.random.key(0), N, split).said
-    drawn = {tuple(row) for row in np.stack([said.shape, said.colour, said.background], -1).tolist()}
+    drawn = {
+        tuple(row) for row in np.stack([said.shape, said.colour, said.background], -1).tolist()
+    }
     assert drawn == {tuple(row) for row in factors.scenes(split).tolist()}
 
 
 def test_all_values_are_drawn_alike(many):
     for name in ("shape", "colour", "background", "size", "motion"):
-        share = np.bincount(getattr(many.said, name), minlength=len(factors.NAMES[name])) / N * len(factors.NAMES[name])
+        share = (
+            np.bincount(getattr(many.said, name), minlength=len(factors.NAMES[name]))
+            / N
+            * len(factors.NAMES[name])
+        )
         assert np.abs(share - 1).max() < 0.25, name  # five deviations of a share of 1/8 of 4096
     assert np.array_equal(many.said.speed == UNSAID, many.said.motion == STILL)
     assert set(np.unique(many.said.speed)) == {UNSAID, 0, 1}
@@ -70,20 +94,29 @@ def test_tracks_move_as_said(many):
         mine = many.said.motion == i
         speed = SPEED[many.said.speed[mine]][:, None, None]
         if i < FIRST_BOUNCE:
-            assert_close(steps[mine], np.broadcast_to(speed * direction, steps[mine].shape), "float32", name)
+            assert_close(
+                steps[mine], np.broadcast_to(speed * direction, steps[mine].shape), "float32", name
+            )
         else:
             along = steps[mine] @ direction
             turned = np.sign(along[:, 0]) != np.sign(along[:, -1])
             assert turned.all(), name
             whole = np.abs(np.abs(along) - speed[:, 0]) < 1e-4
             assert (whole.sum(1) >= FRAMES - 2).all()  # every step but the one in which it turns
-            assert (along[:, :7] * along[:, :1] > 0).all() and (along[:, 25:] * along[:, -1:] > 0).all()  # turns in frames 8 to 24
+            assert (along[:, :7] * along[:, :1] > 0).all() and (
+                along[:, 25:] * along[:, -1:] > 0
+            ).all()  # turns in frames 8 to 24
             assert np.abs(steps[mine] @ direction[::-1]).max() == 0
-    assert set(many.heading[many.said.motion < FIRST_BOUNCE]) == {1.0} and set(np.unique(many.heading)) == {-1.0, 1.0}
+    assert set(many.heading[many.said.motion < FIRST_BOUNCE]) == {1.0} and set(
+        np.unique(many.heading)
+    ) == {-1.0, 1.0}
 
 
 def test_objects_stay_in_the_frame(many):
-    centre, reach = np.asarray(clips.track(many)), (RADIUS[many.said.size] + clips.MARGIN)[:, None, None]
+    centre, reach = (
+        np.asarray(clips.track(many)),
+        (RADIUS[many.said.size] + clips.MARGIN)[:, None, None],
+    )
     assert (centre >= reach - 1e-4).all() and (centre <= SIDE - reach + 1e-4).all()
 
 
@@ -97,7 +130,9 @@ def test_border_is_background(many):
 
 def test_free_positions_fill_their_range(many):
     """Straight movers: the position across fills its range, the start along the path what the path leaves."""
-    mine = (many.said.motion == 1) & (many.said.size == 0) & (many.said.speed == 0)  # right, small, slowly
+    mine = (
+        (many.said.motion == 1) & (many.said.size == 0) & (many.said.speed == 0)
+    )  # right, small, slowly
     x, y = many.start[mine].T
     low = RADIUS[0] + clips.MARGIN
     for z, end in ((x, SIDE - low - 16), (y, SIDE - low)):
@@ -125,9 +160,15 @@ def test_shapes_have_their_area_place_and_outline(shape, size):
     alpha = np.asarray(coverage(np.array([i]), RADIUS[[size]], centre))[0]
     inside, x, y = polygon(shape, RADIUS[size])
     exact = inside.reshape(48, 16, 48, 16).mean((1, 3))
-    assert abs(alpha[0].sum() / exact.sum() - 1) < 0.015  # measured 0.000 to 0.012, corners are a little rounder
-    assert np.abs(alpha[0, 8:56, 8:56] - exact).mean() < 0.01  # measured up to 0.0092, where edges lie between pixels
-    assert (alpha[0, 8:56, 8:56][exact == 1] > 0.85).all() and (alpha[0, 8:56, 8:56][exact == 0] < 0.15).all()
+    assert (
+        abs(alpha[0].sum() / exact.sum() - 1) < 0.015
+    )  # measured 0.000 to 0.012, corners are a little rounder
+    assert (
+        np.abs(alpha[0, 8:56, 8:56] - exact).mean() < 0.01
+    )  # measured up to 0.0092, where edges lie between pixels
+    assert (alpha[0, 8:56, 8:56][exact == 1] > 0.85).all() and (
+        alpha[0, 8:56, 8:56][exact == 0] < 0.15
+    ).all()
     pixel = np.arange(SIDE) + 0.5
     for a, c in zip(alpha, centre[0], strict=True):
         measured = np.array([(a.sum(0) * pixel).sum(), (a.sum(1) * pixel).sum()]) / a.sum() - c
@@ -137,7 +178,9 @@ def test_shapes_have_their_area_place_and_outline(shape, size):
 
 def test_moving_by_whole_pixels_moves_the_picture(many):
     centre, draw = jnp.full((8, 1, 2), 30.25), jax.jit(clips.draw)
-    a, b = (np.asarray(draw(first(many, 8).said, c)) for c in (centre, centre + jnp.float32([3, 5])))
+    a, b = (
+        np.asarray(draw(first(many, 8).said, c)) for c in (centre, centre + jnp.float32([3, 5]))
+    )
     assert_close(b[:, :, 5:, 3:], a[:, :, :-5, :-3], "float32")
 
 
@@ -147,12 +190,18 @@ def test_colours_are_the_palettes(many):
     centre = np.asarray(clips.track(f))[:, 0].astype(int)
     middle = video[np.arange(32), 0, centre[:, 1], centre[:, 0]]
     assert np.abs(middle - COLOUR_RGB[f.said.colour]).max() < 0.01
-    assert video.dtype == np.float32 and video.shape == (32, FRAMES, SIDE, SIDE, 3) and np.abs(video).max() <= 1
+    assert (
+        video.dtype == np.float32
+        and video.shape == (32, FRAMES, SIDE, SIDE, 3)
+        and np.abs(video).max() <= 1
+    )
 
 
 def test_same_key_same_clips(many):
     again, other = (sample(jax.random.key(k), N, "all") for k in (1, 2))
-    assert all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (many, again)), strict=True))
+    assert all(
+        np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (many, again)), strict=True)
+    )
     assert not np.array_equal(many.start, other.start)
 
 

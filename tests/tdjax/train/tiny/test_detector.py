@@ -9,7 +9,18 @@ import pytest
 from einops import rearrange
 
 from tdjax.train.tiny import clips, detector
-from tdjax.train.tiny.factors import BACKGROUND_RGB, COLOURS, FIRST_BOUNCE, FRAMES, NAMES, SHAPES, SIDE, SPEED, STILL, UNSAID
+from tdjax.train.tiny.factors import (
+    BACKGROUND_RGB,
+    COLOURS,
+    FIRST_BOUNCE,
+    FRAMES,
+    NAMES,
+    SHAPES,
+    SIDE,
+    SPEED,
+    STILL,
+    UNSAID,
+)
 
 N = 32  # clips at once, always: one program
 draw, sample = jax.jit(clips.draw), jax.jit(clips.sample, static_argnames=("n", "split", "motions"))
@@ -37,7 +48,12 @@ def test_true_clips_are_right():
         right.append(detector.correct(measured, f.said)["all"])
         scores = detector.scores(measured, f.said)
         assert scores["present"] == 1 and scores["flicker"] < 1e-6 and scores["colour_error"] < 0.02
-        assert scores["overlap"] > 0.98 and scores["constancy"] < 0.02 and scores["area_cv"] < 0.002 and scores["speed_error"] < 0.002
+        assert (
+            scores["overlap"] > 0.98
+            and scores["constancy"] < 0.02
+            and scores["area_cv"] < 0.002
+            and scores["speed_error"] < 0.002
+        )
         offset = clips.centroid_offset()[f.said.shape, f.said.size]
         assert np.abs(np.asarray(measured.start) - np.asarray(f.start) - offset).max() < 0.1
     assert np.mean(right) >= 0.995
@@ -47,7 +63,9 @@ def test_true_clips_are_right():
 def test_bytes_and_pixel_noise_change_little(truth):
     _, right = judged(clips.to_uint8(truth))
     assert right["all"].all()
-    measured, right = judged(truth + 0.1 * np.random.default_rng(0).standard_normal(truth.shape, np.float32))
+    measured, right = judged(
+        truth + 0.1 * np.random.default_rng(0).standard_normal(truth.shape, np.float32)
+    )
     assert right["all"].mean() >= 0.98 and float(jnp.nanmean(measured.constancy)) < 0.2
 
 
@@ -73,7 +91,9 @@ def test_another_value_is_seen_as_such(name, shown):
 
 def test_frozen_motion():
     measured, right = judged(draw(SAID, np.repeat(TRACK[:, :1], FRAMES, axis=1)))
-    assert (np.asarray(measured.seen.motion) == STILL).all() and (np.asarray(measured.seen.speed) == UNSAID).all()
+    assert (np.asarray(measured.seen.motion) == STILL).all() and (
+        np.asarray(measured.seen.speed) == UNSAID
+    ).all()
     assert np.array_equal(right["all"], ~MOVES)
 
 
@@ -82,7 +102,9 @@ def test_half_and_double_speed():
     for factor in (0.5, 2.0):
         centre = TRACK[:, :1] + factor * (TRACK - TRACK[:, :1])
         middle = (centre.min(1, keepdims=True) + centre.max(1, keepdims=True)) / 2
-        measured, right = judged(draw(SAID, 32 + (centre - middle) * np.float32(0.9 if factor == 2 else 1)))  # kept in the frame
+        measured, right = judged(
+            draw(SAID, 32 + (centre - middle) * np.float32(0.9 if factor == 2 else 1))
+        )  # kept in the frame
         assert not right["all"][MOVES].any() and not right["speed"][straight].any()
         assert right["motion"][straight].all()
         assert detector.scores(measured, SAID)["speed_error"] > 0.2
@@ -114,20 +136,35 @@ def test_a_slow_drift_is_still_and_a_shallow_turn_is_a_bounce():
 
 
 def test_no_object():
-    measured, right = judged(np.broadcast_to(rearrange(BACKGROUND_RGB[SAID.background], "b c -> b 1 1 1 c"), (N, FRAMES, SIDE, SIDE, 3)))
+    measured, right = judged(
+        np.broadcast_to(
+            rearrange(BACKGROUND_RGB[SAID.background], "b c -> b 1 1 1 c"),
+            (N, FRAMES, SIDE, SIDE, 3),
+        )
+    )
     assert not np.asarray(measured.present).any()
     assert not any(rates.any() for name, rates in right.items() if name not in ("speed",))
     assert all((np.asarray(i) == UNSAID).all() for i in jax.tree.leaves(measured.seen))
     scores = detector.scores(measured, SAID)
-    assert scores["all"] == scores["present"] == 0 and np.isnan(scores["overlap"]) and np.isnan(scores["speed_error"])
+    assert (
+        scores["all"] == scores["present"] == 0
+        and np.isnan(scores["overlap"])
+        and np.isnan(scores["speed_error"])
+    )
 
 
 def test_an_object_that_vanishes(truth):
     empty = rearrange(BACKGROUND_RGB[SAID.background], "b c -> b 1 1 1 c")
     for frames, present in ((3, True), (4, False)):
-        measured, right = judged(jnp.concatenate([truth[:, :-frames], jnp.broadcast_to(empty, (N, frames, SIDE, SIDE, 3))], 1))
+        measured, right = judged(
+            jnp.concatenate(
+                [truth[:, :-frames], jnp.broadcast_to(empty, (N, frames, SIDE, SIDE, 3))], 1
+            )
+        )
         assert (np.asarray(measured.present) == present).all()
-        assert right["all"].mean() == (1 if present else 0)  # a motion is fitted to the frames that have the object
+        assert right["all"].mean() == (
+            1 if present else 0
+        )  # a motion is fitted to the frames that have the object
 
 
 @pytest.mark.parametrize("kind", ["uniform", "nan"])
@@ -143,24 +180,34 @@ def test_noise(kind):
 def test_constancy_is_the_jitter_that_was_put_in():
     jitter = 0.5 * np.random.default_rng(0).standard_normal(TRACK.shape).astype(np.float32)
     measured, right = judged(draw(SAID, TRACK + jitter))
-    assert abs(float(jnp.mean(measured.constancy)) / (0.5 * 2**0.5) - 1) < 0.08  # the fit takes up a few of 66 degrees of freedom
+    assert (
+        abs(float(jnp.mean(measured.constancy)) / (0.5 * 2**0.5) - 1) < 0.08
+    )  # the fit takes up a few of 66 degrees of freedom
     assert right["motion"].mean() >= 0.98
 
 
 def test_area_variation_and_flicker():
-    small, large = (np.asarray(draw(swapped(size=np.full(N, i, np.int32)), np.full_like(TRACK, 32))) for i in (0, 1))
+    small, large = (
+        np.asarray(draw(swapped(size=np.full(N, i, np.int32)), np.full_like(TRACK, 32)))
+        for i in (0, 1)
+    )
     video = np.where(rearrange(np.arange(FRAMES) % 2 == 0, "t -> 1 t 1 1 1"), small, large)
     areas = np.where(np.arange(FRAMES) % 2 == 0, 7.0**2, 11.0**2)
     measured, _ = judged(video)
     assert np.abs(np.asarray(measured.area_cv) / (areas.std() / areas.mean()) - 1).max() < 0.03
     wobble = 0.05 * np.where(np.arange(FRAMES) % 2 == 0, 1.0, -1.0).astype(np.float32)
-    measured, right = judged(0.9 * small + rearrange(wobble, "t -> 1 t 1 1 1"), swapped(size=np.zeros(N, np.int32)))
+    measured, right = judged(
+        0.9 * small + rearrange(wobble, "t -> 1 t 1 1 1"), swapped(size=np.zeros(N, np.int32))
+    )
     assert np.abs(np.asarray(measured.flicker) / wobble.std() - 1).max() < 1e-3
 
 
 def test_scores_are_means_over_what_was_asked(truth):
     measured, right = judged(truth)
-    wanted = swapped(colour=np.where(np.arange(N) < N // 4, (SAID.colour + 1) % 8, SAID.colour), size=np.full(N, UNSAID, np.int32))
+    wanted = swapped(
+        colour=np.where(np.arange(N) < N // 4, (SAID.colour + 1) % 8, SAID.colour),
+        size=np.full(N, UNSAID, np.int32),
+    )
     scores = detector.scores(measured, wanted)
     assert scores["colour"] == scores["all"] == 0.75 and scores["size"] == scores["shape"] == 1
     error = np.abs(np.asarray(measured.speed) - SPEED[SAID.speed])[MOVES].mean()
@@ -173,5 +220,7 @@ def test_the_same_numbers_again(truth):
 
 
 def test_other_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"takes clips of \(33, 64, 64, 3\), got \(17, 64, 64, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"takes clips of \(33, 64, 64, 3\), got \(17, 64, 64, 3\)"
+    ):
         detector.measure(np.zeros((1, 17, 64, 64, 3), np.float32))

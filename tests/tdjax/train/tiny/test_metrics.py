@@ -30,7 +30,9 @@ def test_frechet_of_covariances_with_common_axes():
     """(sqrt a - sqrt b)^2 summed over the axes."""
     a, b, q = rng.uniform(0.1, 4, 7), rng.uniform(0.1, 4, 7), rotation(7)
     expected = np.square(np.sqrt(a) - np.sqrt(b)).sum()
-    assert frechet(*(Gaussian(np.zeros(7), q * x @ q.T) for x in (a, b))) == pytest.approx(expected, rel=1e-9)
+    assert frechet(*(Gaussian(np.zeros(7), q * x @ q.T) for x in (a, b))) == pytest.approx(
+        expected, rel=1e-9
+    )
 
 
 def test_frechet_of_covariances_without_common_axes():
@@ -46,8 +48,12 @@ def test_frechet_of_covariances_without_common_axes():
 
 
 def test_frechet_of_one_dimension_and_of_singular_covariances():
-    assert frechet(Gaussian(np.array([1.0]), np.array([[4.0]])), Gaussian(np.array([3.0]), np.array([[9.0]]))) == pytest.approx(5)
-    assert frechet(Gaussian(np.zeros(3), np.zeros((3, 3))), Gaussian(np.zeros(3), np.eye(3))) == pytest.approx(3)
+    assert frechet(
+        Gaussian(np.array([1.0]), np.array([[4.0]])), Gaussian(np.array([3.0]), np.array([[9.0]]))
+    ) == pytest.approx(5)
+    assert frechet(
+        Gaussian(np.zeros(3), np.zeros((3, 3))), Gaussian(np.zeros(3), np.eye(3))
+    ) == pytest.approx(3)
 
 
 def test_gaussian_of_samples():
@@ -86,12 +92,20 @@ def test_pooled_pixels(real):
 
 def test_random_features_against_torch(real):
     torch = pytest.importorskip("torch")
-    x, draws, inputs = torch.from_numpy(real[0][:3]).permute(0, 4, 1, 2, 3), np.random.default_rng(metrics.RANDOM_SEED), 3
+    x, draws, inputs = (
+        torch.from_numpy(real[0][:3]).permute(0, 4, 1, 2, 3),
+        np.random.default_rng(metrics.RANDOM_SEED),
+        3,
+    )
     for width in metrics.RANDOM_WIDTHS:
-        kernel = draws.normal(0, (2 / (27 * inputs)) ** 0.5, (3, 3, 3, inputs, width)).astype(np.float32)
+        kernel = draws.normal(0, (2 / (27 * inputs)) ** 0.5, (3, 3, 3, inputs, width)).astype(
+            np.float32
+        )
         padding = [p for n in reversed(x.shape[2:]) for p in ((0, 1) if n % 2 == 0 else (1, 1))]
         x = torch.nn.functional.pad(x, padding)
-        x = torch.relu(torch.nn.functional.conv3d(x, torch.from_numpy(kernel).permute(4, 3, 0, 1, 2), stride=2))
+        x = torch.relu(
+            torch.nn.functional.conv3d(x, torch.from_numpy(kernel).permute(4, 3, 0, 1, 2), stride=2)
+        )
         inputs = width
     expected = torch.cat([x.mean((2, 3, 4)), x.std((2, 3, 4), correction=0)], 1)
     assert expected.shape == (3, 256)
@@ -116,7 +130,9 @@ def test_distances_of_clips(real):
 def seeds():
     """32 prompts and the true starts of 256 clips of each."""
     said = sample(jax.random.key(1), 32, "all").said
-    start = jax.jit(jax.vmap(lambda key: clips.place(key, said).start))(jax.random.split(jax.random.key(2), 256))
+    start = jax.jit(jax.vmap(lambda key: clips.place(key, said).start))(
+        jax.random.split(jax.random.key(2), 256)
+    )
     return said, np.asarray(start).transpose(1, 0, 2)
 
 
@@ -131,8 +147,12 @@ def test_diversity_of_collapsed_clips(seeds):
     whole = metrics.diversity(start, said, jax.random.key(3))
     assert metrics.diversity(start[:, :1].repeat(32, 1), said, jax.random.key(3)) == 0
     mean = start.mean(1, keepdims=True)
-    assert metrics.diversity(mean + (start - mean) / 2, said, jax.random.key(3)) == pytest.approx(whole / 2, rel=1e-3)
-    half = np.where(np.arange(32)[:, None, None] % 2, start, start[:, :1])  # every other prompt has collapsed
+    assert metrics.diversity(mean + (start - mean) / 2, said, jax.random.key(3)) == pytest.approx(
+        whole / 2, rel=1e-3
+    )
+    half = np.where(
+        np.arange(32)[:, None, None] % 2, start, start[:, :1]
+    )  # every other prompt has collapsed
     assert metrics.diversity(half, said, jax.random.key(3)) == pytest.approx(0.5, abs=0.03)
 
 
@@ -147,16 +167,27 @@ def test_missing_objects_lower_diversity(seeds):
 def test_true_deviation_is_that_of_a_uniform_position(seeds):
     said, _ = seeds
     zeros = jax.tree.map(lambda i: np.zeros(1, np.int32), said)
-    still = dataclasses.replace(zeros, motion=np.full(1, STILL, np.int32), speed=np.full(1, UNSAID, np.int32))
+    still = dataclasses.replace(
+        zeros, motion=np.full(1, STILL, np.int32), speed=np.full(1, UNSAID, np.int32)
+    )
     width = 64 - 2 * (7 + clips.MARGIN)
-    assert np.abs(np.asarray(metrics.true_deviation(still, jax.random.key(0))) / (width / 12**0.5) - 1).max() < 0.06
+    assert (
+        np.abs(
+            np.asarray(metrics.true_deviation(still, jax.random.key(0))) / (width / 12**0.5) - 1
+        ).max()
+        < 0.06
+    )
 
 
 def test_fidelity():
     a = rng.uniform(-0.8, 0.8, (3, 5, 4, 4, 3)).astype(np.float32)
     assert metrics.psnr(a + np.float32(0.1), a) == pytest.approx(10 * np.log10(4 / 0.01), abs=1e-4)
     both = a + np.float32([0.1, 0.01, 0.1]).reshape(3, 1, 1, 1, 1)
-    assert metrics.psnr(both, a) == pytest.approx((2 * 26.0206 + 46.0206) / 3, abs=1e-3)  # a mean over clips, not over pixels
+    assert metrics.psnr(both, a) == pytest.approx(
+        (2 * 26.0206 + 46.0206) / 3, abs=1e-3
+    )  # a mean over clips, not over pixels
     assert metrics.psnr(a, a) == np.inf
-    assert metrics.psnr(np.full_like(a, 3), np.full_like(a, 1)) == np.inf  # outside [-1, 1] there is nothing to see
+    assert (
+        metrics.psnr(np.full_like(a, 3), np.full_like(a, 1)) == np.inf
+    )  # outside [-1, 1] there is nothing to see
     assert metrics.latent_rmse(a + np.float32(0.25), a) == pytest.approx(0.25, rel=1e-5)

@@ -8,8 +8,18 @@ from tdjax.train.tiny import report
 from tdjax.train.tiny.report import COLUMNS, GAP, LABEL_HEIGHT, Row
 
 ROWS = (
-    Row(name="ground truth", evaluations=0, steps=0, values={"all": 1.0, "fd_pca": 0.01234, "speed_error": 0.0004}),
-    Row(name="student 4", evaluations=4, steps=4, values={"all": 0.9375, "psnr": 28.06, "fd_pca": float("nan"), "speed_error": 0.25}),
+    Row(
+        name="ground truth",
+        evaluations=0,
+        steps=0,
+        values={"all": 1.0, "fd_pca": 0.01234, "speed_error": 0.0004},
+    ),
+    Row(
+        name="student 4",
+        evaluations=4,
+        steps=4,
+        values={"all": 0.9375, "psnr": 28.06, "fd_pca": float("nan"), "speed_error": 0.25},
+    ),
 )
 
 
@@ -35,7 +45,9 @@ def test_other_values_are_not_shown():
 
 def test_contact_sheet(tmp_path):
     clips = {
-        name: np.zeros((33, 8, 6, 3), np.uint8) + np.arange(33, dtype=np.uint8)[:, None, None, None] * k for k, name in ((1, "a"), (7, "b"))
+        name: np.zeros((33, 8, 6, 3), np.uint8)
+        + np.arange(33, dtype=np.uint8)[:, None, None, None] * k
+        for k, name in ((1, "a"), (7, "b"))
     }
     path = report.contact_sheet(tmp_path / "sheet.png", clips, columns=9, scale=2)
     sheet = np.asarray(Image.open(path))

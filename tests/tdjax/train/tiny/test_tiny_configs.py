@@ -49,7 +49,11 @@ def test_a_block_is_a_latent_frame():
 def test_widths_suit_the_kernels_and_each_other():
     dit = configs.DIT
     assert all(width % 128 == 0 for width in (dit.dim, dit.ffn_dim)) and dit.head_dim == 64
-    assert dit.out_channels == configs.VAE.latent_channels and dit.embed_channels == 11 and dit.task == "t2v"
+    assert (
+        dit.out_channels == configs.VAE.latent_channels
+        and dit.embed_channels == 11
+        and dit.task == "t2v"
+    )
     assert (dit.text_dim, dit.text_len) == (configs.TEXT.dim, configs.TEXT.text_len)
 
 

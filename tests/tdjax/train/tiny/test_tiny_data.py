@@ -31,7 +31,11 @@ def test_tokens_are_those_of_the_pipeline(tokens):
 def test_every_clip_has_whole_captions_and_a_short_one():
     said = jax.device_get(clips.sample(jax.random.key(1), 60).said)
     texts = data.texts_of(said, 7)
-    assert len(texts) == data.FULL + 1 and texts == data.texts_of(said, 7) and texts != data.texts_of(said, 8)
+    assert (
+        len(texts) == data.FULL + 1
+        and texts == data.texts_of(said, 7)
+        and texts != data.texts_of(said, 8)
+    )
     for i, group in enumerate(texts):
         read = captions.parse(group)
         for name in ("shape", "colour", "background", "motion"):
@@ -43,7 +47,11 @@ def test_every_clip_has_whole_captions_and_a_short_one():
 def test_a_batch_keeps_latents_and_captions_together(some, tokens):
     latents, rows = some.draw(jax.random.key(2), 64)
     for x, row in zip(np.asarray(latents, np.float32), np.asarray(rows), strict=True):
-        i = next(i for i in range(16) if any(np.array_equal(row, known) for known in np.asarray(some.tokens[i])))
+        i = next(
+            i
+            for i in range(16)
+            if any(np.array_equal(row, known) for known in np.asarray(some.tokens[i]))
+        )
         assert np.array_equal(x, np.asarray(some.latents[i], np.float32))
     assert len({bytes(np.asarray(row)) for row in rows}) > 16  # different captions of one clip
 
@@ -54,9 +62,15 @@ def test_clips_as_shards_are_what_the_loader_reads(tmp_path, some):
     latents = np.asarray(some.latents)
     for shard in range(2):
         rows = range(8 * shard, 8 * shard + 8)
-        shards.write_shard(tmp_path / f"shard_{shard:06}.tar", ((latents[i], text[i], f"clip {i}") for i in rows), first=8 * shard)
+        shards.write_shard(
+            tmp_path / f"shard_{shard:06}.tar",
+            ((latents[i], text[i], f"clip {i}") for i in rows),
+            first=8 * shard,
+        )
     stream = Stream(ShardSource(tmp_path, frames=3, channels=8, text_dim=16), batch=16)
     batch, _ = stream.batch(Position())
     keys = [row.tobytes() for row in text]
     order = [keys.index(np.asarray(row, shards.BF16).tobytes()) for row in batch.text]
-    assert sorted(order) == list(range(16)) and np.array_equal(np.asarray(batch.latents, shards.BF16), latents[order])
+    assert sorted(order) == list(range(16)) and np.array_equal(
+        np.asarray(batch.latents, shards.BF16), latents[order]
+    )

@@ -43,14 +43,24 @@ class Codec:
     scale: jax.Array
 
     def encode(self, factors: Factors):
-        numbers = jnp.stack([*(jnp.asarray(getattr(factors.said, name), jnp.float32) for name in NAMES), *factors.start.T / 32], -1)
+        numbers = jnp.stack(
+            [
+                *(jnp.asarray(getattr(factors.said, name), jnp.float32) for name in NAMES),
+                *factors.start.T / 32,
+            ],
+            -1,
+        )
         x = jnp.zeros((len(numbers), *configs.SIZE.latent_grid, 8))
         return x.at[:, 0, 0, 0].set(numbers).at[:, 0, 0, 1, 0].set(factors.heading) / self.scale
 
     def decode(self, x, whole):
         numbers = x[:, 0, 0, 0] * self.scale
-        said = Attributes(**{name: jnp.round(numbers[:, i]).astype(jnp.int32) for i, name in enumerate(NAMES)})
-        return clips.render(Factors(said=said, start=numbers[:, 6:] * 32, heading=jnp.sign(x[:, 0, 0, 1, 0])))
+        said = Attributes(
+            **{name: jnp.round(numbers[:, i]).astype(jnp.int32) for i, name in enumerate(NAMES)}
+        )
+        return clips.render(
+            Factors(said=said, start=numbers[:, 6:] * 32, heading=jnp.sign(x[:, 0, 0, 1, 0]))
+        )
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +74,19 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "how",
-    [sampling.teacher(50, "unipc", GUIDANCE, 3.0), sampling.teacher(4, "euler", GUIDANCE, 3.0), sampling.student(4), sampling.student(1)],
+    [
+        sampling.teacher(50, "unipc", GUIDANCE, 3.0),
+        sampling.teacher(4, "euler", GUIDANCE, 3.0),
+        sampling.student(4),
+        sampling.student(1),
+    ],
     ids=lambda how: f"{how.mode} {how.steps}",
 )
 def test_an_oracle_gets_everything_right(world, how):
     tokenizer, prompts, codec, oracle, text = world
-    x = sampling.latents(oracle, text, prompts.tokens, data.negative(tokenizer), jax.random.key(6), how)
+    x = sampling.latents(
+        oracle, text, prompts.tokens, data.negative(tokenizer), jax.random.key(6), how
+    )
     assert np.abs(np.asarray(x - oracle.x0)).max() < 2e-3
     scores = detector.scores(sampling.measured(codec, x), prompts.said)
     assert scores["all"] == 1.0 and scores["speed_error"] < 0.02
@@ -78,5 +95,9 @@ def test_an_oracle_gets_everything_right(world, how):
 def test_prompts_say_what_they_ask_for_and_repeat_in_rows(world):
     tokenizer = world[0]
     prompts = sampling.prompts(tokenizer, jax.random.key(1), 3, repeats=2)
-    assert prompts.texts[0] == prompts.texts[1] != prompts.texts[2] and prompts.tokens.shape == (6, 32, 2)
+    assert prompts.texts[0] == prompts.texts[1] != prompts.texts[2] and prompts.tokens.shape == (
+        6,
+        32,
+        2,
+    )
     assert np.array_equal(captions.parse(prompts.texts).colour, prompts.said.colour)

@@ -24,7 +24,11 @@ def test_ids_fit_the_text_encoder(read):
 
 
 def test_captions_fit_and_keep_their_words(read):
-    texts = [captions.random_prompt(seed, "all", template) for seed in range(300) for template in (None, captions.EVALUATION)]
+    texts = [
+        captions.random_prompt(seed, "all", template)
+        for seed in range(300)
+        for template in (None, captions.EVALUATION)
+    ]
     assert max(read.count(text) for text in texts) <= 20  # of the encoder's 32
     for text in texts:
         words = text.replace(",", " ,").split()
@@ -35,5 +39,11 @@ def test_captions_fit_and_keep_their_words(read):
 
 def test_case_and_unknown_words(read):
     assert read.pieces("A Red Circle") == read.pieces("a red circle")
-    assert read.library.encode("leftover", add_special_tokens=False).tokens == ["▁left", "o", "v", "e", "r"]
+    assert read.library.encode("leftover", add_special_tokens=False).tokens == [
+        "▁left",
+        "o",
+        "v",
+        "e",
+        "r",
+    ]
     assert 2 in read.pieces("猫") and read.pieces("") == [1]

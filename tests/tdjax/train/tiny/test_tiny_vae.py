@@ -13,12 +13,18 @@ from tdjax.train.tiny import settings, vae
 @pytest.fixture(scope="module")
 def seen():
     """What one program says of a small network and a short clip: the loss with and without noise, and what it is made of."""
-    cfg, model, video = settings.VAEStage(), tiny_cases.vae(), jax.random.uniform(jax.random.key(1), (1, 5, 16, 16, 3), minval=-1.0)
+    cfg, model, video = (
+        settings.VAEStage(),
+        tiny_cases.vae(),
+        jax.random.uniform(jax.random.key(1), (1, 5, 16, 16, 3), minval=-1.0),
+    )
     zeros = {name: jnp.zeros((1, 2, 2, 2, 2)) for name in ("latent", "jitter")}
 
     def all_of(model):
         total, parts = vae.loss(model, video, zeros, jnp.float32(0), cfg)
-        noisy, _ = vae.loss(model, video, zeros | {"jitter": jnp.ones((1, 2, 2, 2, 2))}, jnp.float32(0.5), cfg)
+        noisy, _ = vae.loss(
+            model, video, zeros | {"jitter": jnp.ones((1, 2, 2, 2, 2))}, jnp.float32(0.5), cfg
+        )
         mean, log_variance = vae.posterior(model, video)
         z = model.encode(video)
         error = model.decode(z) - video
@@ -51,7 +57,10 @@ def test_the_mean_of_the_posterior_is_what_the_encoder_gives(seen):
 
 
 def test_the_loss_counts_pixels_differences_and_divergence(seen):
-    cfg, distance = settings.VAEStage(), lambda e: np.sqrt(e**2 + settings.VAEStage().width ** 2) - settings.VAEStage().width
+    cfg, distance = (
+        settings.VAEStage(),
+        lambda e: np.sqrt(e**2 + settings.VAEStage().width ** 2) - settings.VAEStage().width,
+    )
     pixels = (seen["weight"] * distance(seen["error"])).mean()
     steps = sum(distance(np.diff(seen["error"], axis=axis)).mean() for axis in (1, 2, 3))
     variance = np.exp(seen["log_variance"])
@@ -63,7 +72,11 @@ def test_the_loss_counts_pixels_differences_and_divergence(seen):
 
 
 def test_deviations_are_not_below_a_share_of_the_largest(monkeypatch):
-    sums = lambda model, key, n: (np.float32([8.0, 4.0]) * n, np.float32([20.0, 4.0]) * n, 4 * n)  # mean 2, 1; variance 1, 0
+    sums = lambda model, key, n: (
+        np.float32([8.0, 4.0]) * n,
+        np.float32([20.0, 4.0]) * n,
+        4 * n,
+    )  # mean 2, 1; variance 1, 0
     monkeypatch.setattr(vae, "moments", sums)
     mean, std = vae.statistics(None, jax.random.key(0), 100)
     assert mean == (2.0, 1.0) and std == (1.0, vae.LEAST_DEVIATION)

@@ -46,7 +46,10 @@ def test_a_cut_run_goes_on_to_the_same_bits(tmp_path):
         work.train(a_run(tmp_path / "b", until=0.0), "stage", state(), PROGRAM, 20, 5, bonus)
     again = work.train(a_run(tmp_path / "b"), "stage", state(), PROGRAM, 20, 5, bonus)
     assert int(again.step) == 20 and np.array_equal(whole.x, again.x)
-    rows = [json.loads(line) for line in (tmp_path / "b/work/stage/metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "b/work/stage/metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in rows] == [5, 10, 15, 20] and all(row["loss"] > 0 for row in rows)
 
 
@@ -59,7 +62,9 @@ def test_one_program_serves_all_chunks(tmp_path):
 
 def test_checks_and_a_loss_that_is_not_finite(tmp_path):
     seen = []
-    bad = lambda state, bonus: PROGRAM(dataclasses.replace(state, x=jnp.where(state.step < 10, state.x, jnp.nan)), bonus)
+    bad = lambda state, bonus: PROGRAM(
+        dataclasses.replace(state, x=jnp.where(state.step < 10, state.x, jnp.nan)), bonus
+    )
     check = lambda state, done: seen.append((done, int(state.step))) or {"score": float(done)}
     run, bonus = a_run(tmp_path), (jnp.float32(0),)
     work.train(run, "good", state(), PROGRAM, 15, 5, bonus, check, 10)
@@ -69,14 +74,21 @@ def test_checks_and_a_loss_that_is_not_finite(tmp_path):
 
 
 def test_keys_of_different_uses_differ(tmp_path):
-    keys = [a_run(tmp_path, seed=seed).key(use) for seed in (0, 1) for use in ("vae steps", "sla steps")]
+    keys = [
+        a_run(tmp_path, seed=seed).key(use) for seed in (0, 1) for use in ("vae steps", "sla steps")
+    ]
     assert len({tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys}) == 4
 
 
 def test_settings_are_scaled_and_overridden():
     parts = command.resolve(["teacher.batch=4", "teacher.chunk=50", "rcm.kappa=0.5"], 0.01)
     teacher, vae = parts["teacher"], parts["vae"]
-    assert (teacher.steps, teacher.chunk, teacher.batch, teacher.clips) == (100, 50, 4, 328)  # steps are whole chunks
+    assert (teacher.steps, teacher.chunk, teacher.batch, teacher.clips) == (
+        100,
+        50,
+        4,
+        328,
+    )  # steps are whole chunks
     assert vae.steps == 100 and vae.chunk == 50
     assert parts["rcm"].kappa == 0.5 and parts["rcm"].steps == 10
     usual = command.resolve([], 1.0)
@@ -102,5 +114,8 @@ def test_errors_of_the_command(argv, text, capsys):
 def test_finished_stages_are_skipped(tmp_path, capsys):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "manifest.json").write_text("{}")
-    assert command.main(["--stage", "vae", "--folder", str(tmp_path), "--compile_cache_dir", "none"]) == 0
+    assert (
+        command.main(["--stage", "vae", "--folder", str(tmp_path), "--compile_cache_dir", "none"])
+        == 0
+    )
     assert "vae: finished already" in capsys.readouterr().err
