@@ -1,1 +1,2 @@
-"""Published checkpoints to tdjax's layout and back: `python -m convert SRC... DST`. Never imports torch."""
+"""Published checkpoints to tdjax's layout and back: `python -m convert SRC... DST`. Never imports
+torch."""

@@ -1,4 +1,5 @@
-"""`python -m convert SRC... DST`: published checkpoints to tdjax's layout, or back to safetensors."""
+"""`python -m convert SRC... DST`: published checkpoints to tdjax's layout, or back to
+safetensors."""
 
 from __future__ import annotations
 

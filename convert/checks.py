@@ -19,7 +19,10 @@ SHOWN = 20
 def keys(args) -> tuple[dict, str, int]:
     """Opening a checkpoint is the check: it raises with the full list."""
     leaves = open_leaves(args.checkpoint, **known(args))
-    text = f"{describe(leaves.kind, leaves.config)}: {leaves.facts['matched']} tensors fill {len(leaves.lazy)} leaves"
+    text = (
+        f"{describe(leaves.kind, leaves.config)}: {leaves.facts['matched']} tensors fill"
+        f" {len(leaves.lazy)} leaves"
+    )
     facts = {
         "kind": leaves.kind,
         "matched": leaves.facts["matched"],
@@ -98,13 +101,17 @@ def forward(args) -> tuple[dict, str, int]:
         close = bool((error <= atol + rtol * np.abs(b)).all())
         relative = float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
         facts |= {"largest_error": float(error.max()), "relative_l2": relative}
-        text += f", {'close to' if close else 'FAR FROM'} {args.against.name}: largest error {error.max():.3e}, relative L2 {relative:.3e}"
+        text += (
+            f", {'close to' if close else 'FAR FROM'} {args.against.name}: largest error"
+            f" {error.max():.3e}, relative L2 {relative:.3e}"
+        )
         failed += not close
     return facts, text, failed
 
 
 def output(path, args) -> np.ndarray:
-    """The output of a checkpoint's network on small random input that depends on its sizes alone."""
+    """The output of a checkpoint's network on small random input that depends on its sizes
+    alone."""
     leaves = open_leaves(path, None, **known(args))
     module = (
         leaves.file.load(leaves.config) if leaves.file is not None else checkpoint.restore(path)[1]

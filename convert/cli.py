@@ -16,7 +16,8 @@ INTERRUPTED = 130
 
 
 def run(command: Callable[[], int]) -> int:
-    """The command's exit code: 0 ok, 2 usage, 3 checkpoint mismatch, 130 interrupted. What, why and fix go to stderr."""
+    """The command's exit code: 0 ok, 2 usage, 3 checkpoint mismatch, 130 interrupted. What, why and
+    fix go to stderr."""
     try:
         return command()
     except TdjaxError as e:
@@ -86,7 +87,8 @@ def save(leaves, target: Path, naming: str | None, overwrite: bool) -> Path:
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Before any work: a destination that exists is an error, not something to find out after an hour."""
+    """Before any work: a destination that exists is an error, not something to find out after an
+    hour."""
     if target.exists() and not overwrite:
         raise UsageError(
             f"{target} exists",

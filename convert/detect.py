@@ -1,4 +1,5 @@
-"""What a file is, from its keys, shapes and dtypes: kind, whose names, config. Nothing has to be said on a command line."""
+"""What a file is, from its keys, shapes and dtypes: kind, whose names, config. Nothing has to be
+said on a command line."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ MARKS = {  # a key that only this kind has
 WAN21_VAE = "Wan2.1 and Wan2.2 A14B use Wan2.1_VAE.pth (16 latent channels)"
 LORA_KEYS = r"(.*\.)?lora_(A|B|up|down)\.|.*\.lora\.(up|down)\.|.*\.(diff|diff_b)$"
 VAE22_KEYS = r"encoder\.downsamples\.0\.downsamples\.|encoder\.down_blocks\.0\.resnets\."
-RELATIVES = (  # models of the same family that are not this network: (key pattern, what it is, what to do)
+# models of the same family that are not this network: (key pattern, what it is, what to do)
+RELATIVES = (
     (LORA_KEYS, "a LoRA, not a model", "give it with --lora beside its base model"),
     (VAE22_KEYS, "the Wan2.2 TI2V-5B VAE (48 latent channels, here 16)", WAN21_VAE),
     (
@@ -82,7 +84,8 @@ RELATIVES = (  # models of the same family that are not this network: (key patte
 
 @dataclasses.dataclass(frozen=True)
 class Detected:
-    """kind "dit" | "vae" | "text"; whose names the keys are; the config that the shapes imply; the rows to read it with."""
+    """kind "dit" | "vae" | "text"; whose names the keys are; the config that the shapes imply; the
+    rows to read it with."""
 
     kind: str
     naming: str
@@ -93,7 +96,8 @@ class Detected:
 def detect(
     tensors: Mapping[str, Any], name: str, metadata: Mapping[str, str] | None = None, **known
 ) -> Detected:
-    """Raises CheckpointError for files of another network. `known` are config fields that the caller is sure of."""
+    """Raises CheckpointError for files of another network. `known` are config fields that the
+    caller is sure of."""
     odd = known.keys() - set().union(*map(fields_of, KINDS))
     if odd:
         raise TypeError(f"no config has a field {', '.join(sorted(odd))}")
@@ -118,7 +122,8 @@ def detect(
 
 
 def kind_of(tensors: Mapping[str, Any], name: str) -> str:
-    """ "dit", "vae" or "text"; raises CheckpointError for any other network, naming it where it is a known one."""
+    """ "dit", "vae" or "text"; raises CheckpointError for any other network, naming it where it is
+    a known one."""
     refuse_relatives(tensors, name)
     kinds = [kind for kind, marks in MARKS.items() if any(mark in tensors for mark in marks)]
     if not kinds:
@@ -148,7 +153,8 @@ def refuse_relatives(tensors, name: str) -> None:
 
 
 def from_metadata(kind: str, metadata) -> dict[str, Any]:
-    """Fields that our own export wrote beside the tensors and that shapes cannot tell; storage is told by the file."""
+    """Fields that our own export wrote beside the tensors and that shapes cannot tell; storage is
+    told by the file."""
     try:
         stored = json.loads((metadata or {}).get(METADATA, "{}"))
         config = from_dict(KINDS[kind], stored["config"]) if stored.get("kind") == kind else None
@@ -170,7 +176,8 @@ def shape(tensors, key: str) -> tuple[int, ...]:
 
 
 def dit(tensors, naming: str, name: str, known: dict) -> DiTConfig:
-    """Sizes of a transformer. Head width is 128 unless the SLA projection or `known` says otherwise."""
+    """Sizes of a transformer. Head width is 128 unless the SLA projection or `known` says
+    otherwise."""
     diffusers = naming == "diffusers"
     text, time, head, ffn = (
         (
@@ -242,7 +249,8 @@ def vae(tensors, naming: str, name: str, known: dict) -> VAEConfig:
     if latent != len(LATENT_MEAN) and "mean" not in known:
         raise CheckpointError(
             f"{name} is a VAE with {latent} latent channels, not {len(LATENT_MEAN)}",
-            "Wan2.2's VAE has 48 and belongs to TI2V-5B; mean and deviation of other latents are not known",
+            "Wan2.2's VAE has 48 and belongs to TI2V-5B; mean and deviation of other latents are"
+            " not known",
             WAN21_VAE,
         )
     fields = {
@@ -287,11 +295,15 @@ def text(tensors, naming: str, name: str, known: dict) -> TextConfig:
 
 
 def describe(kind: str, cfg: Config) -> str:
-    """One line for people: "Wan video transformer, text to video, 1.4 B parameters, 30 layers of 1536, sla attention, int8"."""
+    """One line for people: "Wan video transformer, text to video, 1.4 B parameters, 30 layers of
+    1536, sla attention, int8"."""
     if isinstance(cfg, DiTConfig):
         task = {"t2v": "text to video", "i2v": "image to video"}[cfg.task]
         branch = ", CLIP image branch" if cfg.image_dim else ""
-        return f"Wan video transformer, {task}, {cfg.layers} layers of {cfg.dim}, {cfg.attention} attention, {cfg.linear} linears{branch}"
+        return (
+            f"Wan video transformer, {task}, {cfg.layers} layers of {cfg.dim}, {cfg.attention}"
+            f" attention, {cfg.linear} linears{branch}"
+        )
     if isinstance(cfg, VAEConfig):
         return f"video VAE, {cfg.latent_channels} latent channels, base width {cfg.dim}"
     return f"umT5 encoder, {cfg.layers} layers of {cfg.dim}, {cfg.vocab} tokens"

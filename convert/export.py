@@ -1,4 +1,5 @@
-"""Rows run backwards: leaves to one safetensors file under the names that they came from, or other published names."""
+"""Rows run backwards: leaves to one safetensors file under the names that they came from, or other
+published names."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def pieces(leaves: Leaves, naming: str) -> list[Piece]:
     """Every tensor of the exported file, those of one leaf together."""
     if getattr(leaves.config, "linear", "float") not in PUBLISHED:
         raise CheckpointError(
-            f"{leaves.path.name} with {leaves.config.linear} layers cannot be written under published names",
+            f"{leaves.path.name} with {leaves.config.linear} layers cannot be written under"
+            " published names",
             "published files hold float layers, or int8 in tiles of 128 x 128",
             "write a folder in our layout, or --quant int8",
         )
@@ -85,7 +87,8 @@ def export(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write a .safetensors file, complete or not at all; one leaf is in memory at a time. progress(n): n bytes were written."""
+    """Write a .safetensors file, complete or not at all; one leaf is in memory at a time.
+    progress(n): n bytes were written."""
     every = pieces(leaves, naming or leaves.naming)
     order = sorted(
         every, key=lambda p: -p.dtype.itemsize
@@ -118,7 +121,8 @@ def restore(x: np.ndarray, piece: Piece, leaves: Leaves) -> np.ndarray:
 
 
 def header_bytes(leaves: Leaves, order: list[Piece], offsets: dict[str, int]) -> bytes:
-    """Length and JSON header, padded with spaces to a multiple of eight. The config travels as text metadata."""
+    """Length and JSON header, padded with spaces to a multiple of eight. The config travels as text
+    metadata."""
     config = json.dumps({"kind": leaves.kind, "config": to_dict(leaves.config)})
     header = {"__metadata__": {"format": "pt", detect.METADATA: config}}
     for p in order:

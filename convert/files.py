@@ -1,4 +1,5 @@
-"""What a path holds: {key: Tensor} of a .pth, a .safetensors, a shard index or a folder, keys without wrappers' prefixes."""
+"""What a path holds: {key: Tensor} of a .pth, a .safetensors, a shard index or a folder, keys
+without wrappers' prefixes."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ LEVELS = (
 LEADING = ("net.", "module.", "model.diffusion_model.", "_orig_mod.")  # what wrappers put in front
 INNER = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")  # and in between
 
-LEGACY = (
-    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # magic number of torch.save before torch 1.6
+LEGACY = (  # magic number of torch.save before torch 1.6
+    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 )
 OTHERS = (
     (
@@ -66,7 +67,8 @@ OTHERS = (
 class Source:
     """A checkpoint's tensors under clean keys.
 
-    files: what was read, for sizes and hashes. stripped: how often each wrapper's prefix was removed from a key.
+    files: what was read, for sizes and hashes. stripped: how often each wrapper's prefix was
+           removed from a key.
     ignored: entries that are not tensors. metadata: the text fields of safetensors files.
     """
 
@@ -82,7 +84,8 @@ class Source:
         return sum(t.nbytes for t in self.tensors.values())
 
     def sha256(self, progress: Callable[[int], None] | None = None) -> str:
-        """SHA-256 of the file; of the lines "<sha256>  <name>" in order of names where there are several."""
+        """SHA-256 of the file; of the lines "<sha256>  <name>" in order of names where there are
+        several."""
         digests = {file.name: file_sha256(file, progress) for file in self.files}
         if len(digests) == 1:
             return next(iter(digests.values()))
@@ -195,7 +198,8 @@ def open_folder(path: Path) -> Source:
 
 
 def open_shards(path: Path, files: list[Path]) -> Source:
-    """Shards without an index: complete by their own numbering (name-00001-of-00004), no key twice."""
+    """Shards without an index: complete by their own numbering (name-00001-of-00004), no key
+    twice."""
     count = {f.stem.rpartition("-of-")[2] for f in files}
     if count != {f"{len(files):0{len(next(iter(count)))}d}"}:
         raise CheckpointError(
@@ -219,7 +223,8 @@ def open_shards(path: Path, files: list[Path]) -> Source:
 
 
 def state_dict(path: Path, tree) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of a saved object and the names of its other entries, one or two known levels down if need be."""
+    """The tensors of a saved object and the names of its other entries, one or two known levels
+    down if need be."""
     if isinstance(tree, Tensor):
         raise CheckpointError(
             f"{path} holds one tensor without a name",

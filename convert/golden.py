@@ -1,6 +1,8 @@
-"""A file of golden vectors through our modules: its weights by the same rows as any checkpoint, every value compared.
+"""A file of golden vectors through our modules: its weights by the same rows as any checkpoint,
+every value compared.
 
-Files: arrays w/<PyTorch key>, in/..., mid/..., out/... and a JSON `config`, made by the official code in float32. Sizes are
+Files: arrays w/<PyTorch key>, in/..., mid/..., out/... and a JSON `config`, made by the official
+       code in float32. Sizes are
 taken from the file, so sets of other widths and seeds run as well.
 """
 
@@ -26,10 +28,13 @@ from tdjax.errors import CheckpointError
 from tdjax.models import inspect_dit, umt5, wan_vae
 from tdjax.precision import FLOAT32
 
-# (atol, rtol); the floor of float32 itself is about 2e-6 in the transformer and the VAE, 6e-6 in umT5.
+# (atol, rtol); the floor of float32 itself is about 2e-6 in the transformer and the VAE, 6e-6 in
+# umT5.
 TOLERANCE = {"dit": (5e-5, 1e-5), "sla": (5e-5, 1e-5), "vae": (3e-5, 1e-5), "text": (5e-5, 1e-5)}
 NOT_A_TARGET = {
-    "out/v_fastnorm": "the official fast LayerNorm counts padding in the variance; ours is a true one",
+    "out/v_fastnorm": (
+        "the official fast LayerNorm counts padding in the variance; ours is a true one"
+    ),
     "bf16": "the official module in bfloat16; this run is float32",
     "empty": "the official code keeps no block here and divides 0 by 0; ours keeps one",
 }
@@ -37,7 +42,8 @@ NOT_A_TARGET = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One value: its largest error, the tolerance where it is closest to being passed, or why it is not compared."""
+    """One value: its largest error, the tolerance where it is closest to being passed, or why it is
+    not compared."""
 
     name: str
     error: float | None = None
@@ -113,7 +119,8 @@ class Golden:
         return Checkpoint(Source(self.path, (self.path,), tensors, {}), found, tensors).load()
 
     def compare(self, kind: str, values: dict[str, Any], prefix: str) -> Iterator[Row]:
-        """A row for every one of `values` that the file has under `prefix`; maps and counts must be equal."""
+        """A row for every one of `values` that the file has under `prefix`; maps and counts must be
+        equal."""
         for name, value in values.items():
             key = f"{prefix}{name}"
             if key not in self.arrays:
@@ -138,9 +145,11 @@ class Golden:
             if key.startswith(("out/", "mid/")) and key not in self.seen:
                 yield Row(
                     key,
-                    note="not a target: " + NOT_A_TARGET[key]
-                    if key in NOT_A_TARGET
-                    else "not computed here",
+                    note=(
+                        "not a target: " + NOT_A_TARGET[key]
+                        if key in NOT_A_TARGET
+                        else "not computed here"
+                    ),
                 )
 
 
@@ -165,7 +174,8 @@ def files(path: Path) -> list[Path]:
 
 
 def run(path, impl: str = "auto") -> list[Row]:
-    """Every out/ and mid/ value of a file of golden vectors against ours. Raises CheckpointError for unknown formats."""
+    """Every out/ and mid/ value of a file of golden vectors against ours. Raises CheckpointError
+    for unknown formats."""
     g = Golden(path)
     check = check_of(g)
     if check is None:
@@ -238,7 +248,8 @@ def sla_op(g: Golden, impl: str) -> Iterator[Row]:
 
 
 def sparse_values(c: dict[str, Any], impl: str):
-    """A jitted function of q, k, v and the projection for one configuration: pooled scores, and the outputs by name."""
+    """A jitted function of q, k, v and the projection for one configuration: pooled scores, and the
+    outputs by name."""
     size, topk = {"block_q": c["BLKQ"], "block_k": c["BLKK"]}, c["topk_ratio"]
 
     def values(q, k, v, kernel, bias):
@@ -298,6 +309,7 @@ def table(rows: list[Row]) -> str:
         else:
             verdict = "OVER" if r.failed else "ok"
             lines.append(
-                f"{r.name:{width}}  {r.error:9.2e}  {r.allowed:9.2e}  {verdict}{'  ' + r.note if r.note else ''}"
+                f"{r.name:{width}}  {r.error:9.2e}  {r.allowed:9.2e} "
+                f" {verdict}{'  ' + r.note if r.note else ''}"
             )
     return "\n".join(lines)

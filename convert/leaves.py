@@ -1,4 +1,5 @@
-"""Any checkpoint, published or ours, as named leaves that are read when asked for: the one form all tools here work on."""
+"""Any checkpoint, published or ours, as named leaves that are read when asked for: the one form all
+tools here work on."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Leaves:
-    """lazy: {leaf name: Lazy} in the layout and dtype of `config`. facts: for reports and manifests. file: if published."""
+    """lazy: {leaf name: Lazy} in the layout and dtype of `config`. facts: for reports and
+    manifests. file: if published."""
 
     path: Path
     kind: str
@@ -50,7 +52,8 @@ def stored_as(cfg: Config, dtype: str | None) -> Config:
 
 
 def open_leaves(path, dtype: str | None = None, **known) -> Leaves:
-    """Open either kind. dtype: storage to convert to; None keeps ours as stored and gives published files bfloat16."""
+    """Open either kind. dtype: storage to convert to; None keeps ours as stored and gives published
+    files bfloat16."""
     path = Path(path)
     if not (path / "manifest.json").is_file():
         return of_file(open_checkpoint(path, **known), dtype)

@@ -1,4 +1,5 @@
-"""A published checkpoint opened by its keys alone, then read leaf by leaf: `open_checkpoint(path).load()` is a module.
+"""A published checkpoint opened by its keys alone, then read leaf by leaf:
+`open_checkpoint(path).load()` is a module.
 
 Host memory peaks at a few layers of one leaf, device memory at the model and as many layers more.
 """
@@ -33,10 +34,12 @@ ON_DEVICE = (
 def open_checkpoint(
     path: str | Path, *, lora: tuple[tuple[str, float], ...] = (), **known
 ) -> Checkpoint:
-    """Open a .pth, .safetensors, .safetensors.index.json, or a folder of (sharded) files; no tensor data is read.
+    """Open a .pth, .safetensors, .safetensors.index.json, or a folder of (sharded) files; no tensor
+    data is read.
 
     lora:  (file, weight) pairs to add to the weights as they are read.
-    known: config fields that keys and shapes cannot tell, such as `heads` where the head width is not 128.
+    known: config fields that keys and shapes cannot tell, such as `heads` where the head width is
+           not 128.
     Raises CheckpointError for anything that is not a whole model of a known kind.
     """
     source = open_source(path)
@@ -50,9 +53,11 @@ def open_checkpoint(
 
 
 class Checkpoint:
-    """kind: "dit" | "vae" | "text". config: what the keys, shapes and dtypes say, with bfloat16 storage.
+    """kind: "dit" | "vae" | "text". config: what the keys, shapes and dtypes say, with bfloat16
+    storage.
 
-    tensors: {key: something with shape, dtype and read()}. changes: what LoRA files and merges did to them.
+    tensors: {key: something with shape, dtype and read()}. changes: what LoRA files and merges did
+             to them.
     """
 
     def __init__(
@@ -77,7 +82,8 @@ class Checkpoint:
         return f"<{self.name}: {describe(self.kind, self.config)}, {len(self.tensors)} tensors>"
 
     def binding(self, config: Config) -> Binding:
-        """Which keys fill which leaf; raises CheckpointError with the full list where they do not."""
+        """Which keys fill which leaf; raises CheckpointError with the full list where they do
+        not."""
         if config not in self.bindings:
             self.bindings[config] = bind(
                 self.tensors, self.found.rows, targets(self.kind, config), self.name
@@ -87,7 +93,8 @@ class Checkpoint:
     def leaves(
         self, config: Config | None = None
     ) -> Iterator[tuple[str, np.ndarray, str | None, np.dtype]]:
-        """(leaf name, array as in the file with layers stacked in front [n ...], einops layout or None, dtype it should get).
+        """(leaf name, array as in the file with layers stacked in front [n ...], einops layout or
+        None, dtype it should get).
 
         Raises CheckpointError with the key report where keys and leaves do not fit.
         """
@@ -114,7 +121,8 @@ class Checkpoint:
         return out
 
     def lazy(self, config: Config | None = None) -> dict[str, checkpoint.Lazy]:
-        """{leaf name: array in its final layout and dtype, made on the host when it is read}, for writing."""
+        """{leaf name: array in its final layout and dtype, made on the host when it is read}, for
+        writing."""
         config = config or self.config
         claims = self.binding(config).claims
         lazy = lambda shape, dtype, claim: checkpoint.Lazy(
@@ -138,7 +146,8 @@ class Checkpoint:
     def load(self, config: Config | None = None, device=None):
         """The module, each leaf placed, transposed and cast in turn.
 
-        device: None (the first one), a jax.Device, a Sharding, or a module or dict of shardings by leaf.
+        device: None (the first one), a jax.Device, a Sharding, or a module or dict of shardings by
+                leaf.
         """
         config = config or self.config
         module = checkpoint.abstract(self.kind, config)
@@ -153,7 +162,8 @@ class Checkpoint:
         )
 
     def placed(self, claim: Claim, target: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding):
-        """One leaf where it belongs: made on the host if it is small or stays there, else piece by piece on the device."""
+        """One leaf where it belongs: made on the host if it is small or stays there, else piece by
+        piece on the device."""
         device = min(sharding.device_set, key=lambda d: d.id)
         size = math.prod(target.shape) * np.dtype(target.dtype).itemsize
         if device.platform in HOST or size < ON_DEVICE:
@@ -172,8 +182,8 @@ class Checkpoint:
     def layers(
         self, config: Config, prefix: str, device: jax.Device
     ) -> Iterator[dict[str, jax.Array]]:
-        """{leaf name: its part of one layer, transposed and cast} for every layer of the stacked leaves below `prefix`, on the
-        device; threads read the next layers meanwhile."""
+        """{leaf name: its part of one layer, transposed and cast} for every layer of the stacked
+        leaves below `prefix`, on the device; threads read the next layers meanwhile."""
         shapes = targets(self.kind, config)
         claims = {
             name: claim
@@ -227,9 +237,11 @@ class Checkpoint:
             self.source.path.absolute()
         )  # a generic name says nothing without its folder
         return {
-            "name": f"{alias}/{self.name}"
-            if alias and self.name.startswith(filenames.GENERIC)
-            else self.name,
+            "name": (
+                f"{alias}/{self.name}"
+                if alias and self.name.startswith(filenames.GENERIC)
+                else self.name
+            ),
             "names": self.found.naming,
             "files": len(self.source.files),
             "bytes": sum(f.stat().st_size for f in self.source.files),
@@ -252,7 +264,8 @@ def targets(kind: str, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def arrange(x: np.ndarray, layout: str | None, dtype: np.dtype, **sizes: int) -> np.ndarray:
-    """Cast and transpose on the host. Bits are moved as integers: numpy is slow with types that it does not know."""
+    """Cast and transpose on the host. Bits are moved as integers: numpy is slow with types that it
+    does not know."""
     x = np.ascontiguousarray(x.astype(dtype, copy=False))
     if not layout:
         return x

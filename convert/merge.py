@@ -1,7 +1,10 @@
-"""Weight arithmetic on published files: base + w (target - diff_base), and LoRA. Float32 inside, cast back to the base's dtype.
+"""Weight arithmetic on published files: base + w (target - diff_base), and LoRA. Float32 inside,
+cast back to the base's dtype.
 
-Tensors are matched by the leaf and layer that they fill, so prefixes and naming (Wan's or diffusers') do not matter.
-Arithmetic: thu-ml/TurboDiffusion turbodiffusion/scripts/merge_models.py. LoRA: arXiv:2106.09685 section 4.1.
+Tensors are matched by the leaf and layer that they fill, so prefixes and naming (Wan's or
+diffusers') do not matter.
+Arithmetic: thu-ml/TurboDiffusion turbodiffusion/scripts/merge_models.py. LoRA: arXiv:2106.09685
+            section 4.1.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ Slot = tuple[str, int | None]
 
 @dataclasses.dataclass(frozen=True)
 class Changed:
-    """A tensor computed when it is read: `base` in float32, changed by each step in turn, in the base's dtype again."""
+    """A tensor computed when it is read: `base` in float32, changed by each step in turn, in the
+    base's dtype again."""
 
     base: Any
     steps: tuple[Callable[[np.ndarray], np.ndarray], ...]
@@ -65,14 +69,17 @@ def floats_only(tensors: Mapping[str, Any], name: str) -> None:
         )
 
 
-# base + w (target - diff_base) ------------------------------------------------------------------------------------------
+# base + w (target - diff_base)
+# ------------------------------------------------------------------------------------------
 
 
 def merge(base, diff_base, target, weight: float) -> tuple[dict[str, Any], dict[str, Any]]:
     """Three opened checkpoints -> (the base's tensors changed, counts).
 
-    matched: changed. kept: in the base alone, or of another shape elsewhere (the wider patch embedding of
-    image-to-video). copied: in the target alone (the SLA projection). Raises unless most of the base matched.
+    matched: changed. kept: in the base alone, or of another shape elsewhere (the wider patch
+             embedding of
+    image-to-video). copied: in the target alone (the SLA projection). Raises unless most of the
+    base matched.
     """
     for other in (base, diff_base, target):
         floats_only(other.tensors, other.name)
@@ -102,8 +109,10 @@ def merge(base, diff_base, target, weight: float) -> tuple[dict[str, Any], dict[
     matched = len(ours) - len(kept)
     if 2 * matched < len(ours):
         raise CheckpointError(
-            f"only {matched} of {len(ours)} tensors of {base.name} are in both {diff_base.name} and {target.name}",
-            "the others are missing or of another shape there, and a merge would leave them as they are",
+            f"only {matched} of {len(ours)} tensors of {base.name} are in both {diff_base.name} and"
+            f" {target.name}",
+            "the others are missing or of another shape there, and a merge would leave them as"
+            " they are",
             "check that the three files are of one model size",
         )
     counts = {
@@ -121,7 +130,8 @@ def add_difference(diff_base, target, weight: float, x: np.ndarray) -> np.ndarra
 
 
 def same_values(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Equal shapes, or a patch embedding once as a convolution and once flat: the order of values is the same."""
+    """Equal shapes, or a patch embedding once as a convolution and once flat: the order of values
+    is the same."""
     return a == b or ({len(a), len(b)} == {2, 5} and a[0] == b[0] and np.prod(a) == np.prod(b))
 
 
@@ -138,7 +148,8 @@ def key_of(slot: Slot, like) -> str:
         ) from e
 
 
-# LoRA -------------------------------------------------------------------------------------------------------------------
+# LoRA
+# -------------------------------------------------------------------------------------------------------------------
 
 PARTS = (  # suffix of a LoRA key -> what it is
     (r"\.(lora_A|lora_down|lora\.down)(\.default)?\.weight$", "down"),
@@ -212,9 +223,11 @@ def lora_modules(tensors: Mapping[str, Any], name: str) -> dict[str, dict[str, A
             unknown.append(key)
         else:
             modules.setdefault(
-                PREFIX.sub("", key[: hit.start()], count=1)
-                if PREFIX.match(key)
-                else key[: hit.start()],
+                (
+                    PREFIX.sub("", key[: hit.start()], count=1)
+                    if PREFIX.match(key)
+                    else key[: hit.start()]
+                ),
                 {},
             )[kind] = tensor
     odd = [
@@ -231,14 +244,15 @@ def lora_modules(tensors: Mapping[str, Any], name: str) -> dict[str, dict[str, A
         raise CheckpointError(
             f"{name} is not a LoRA that is understood: {len(lines)} odd keys",
             f"first: {', '.join(lines[:3])}",
-            "known keys end in lora_A/lora_B or lora_up/lora_down .weight, .alpha, .diff, .diff_b, .diff_m\n"
-            + "\n".join(f"  {x}" for x in lines),
+            "known keys end in lora_A/lora_B or lora_up/lora_down .weight, .alpha, .diff, .diff_b,"
+            " .diff_m\n" + "\n".join(f"  {x}" for x in lines),
         )
     return modules
 
 
 class Index:
-    """Finds the base's key for a module named as in Wan, in diffusers, or with underscores for dots (kohya)."""
+    """Finds the base's key for a module named as in Wan, in diffusers, or with underscores for dots
+    (kohya)."""
 
     def __init__(self, found: detect.Detected, targets: dict[Slot, str]):
         self.targets = targets

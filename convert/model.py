@@ -22,7 +22,8 @@ FOLDERS = {"dit": "dit", "dit_low": "dit_low", "vae": "vae", "text": "text"}
 
 
 def components(sources: list[Path]) -> dict[str, Path]:
-    """{"dit" | "dit_low" | "vae" | "text" | "tokenizer": path} of one model, from its files or from a folder that holds them."""
+    """{"dit" | "dit_low" | "vae" | "text" | "tokenizer": path} of one model, from its files or from
+    a folder that holds them."""
     if len(sources) == 1:
         inside = in_folder(sources[0]) if sources[0].is_dir() else {}
         return inside if len(inside) > 1 else {"one": next(iter(inside.values()), sources[0])}
@@ -57,14 +58,16 @@ def experts(paths: list[Path]) -> tuple[Path, Path]:
     if by_name.keys() != {"high", "low"}:
         raise UsageError(
             f"two transformers: {paths[0]} and {paths[1]}",
-            "they may be the experts of Wan2.2, but their names do not say which is for high noise and which for low",
+            "they may be the experts of Wan2.2, but their names do not say which is for high noise"
+            " and which for low",
             "put high or low into the names of the files or of their folders",
         )
     return by_name["high"], by_name["low"]
 
 
 def in_folder(folder: Path) -> dict[str, Path]:
-    """The parts inside a folder. A folder of shards or a single file is one part, for the reader to open."""
+    """The parts inside a folder. A folder of shards or a single file is one part, for the reader to
+    open."""
     if (folder / "manifest.json").is_file():
         return {}
     root = folders.absolute(folder)

@@ -1,4 +1,5 @@
-"""bf16 weights to W8A8: `python -m convert.quantize IN OUT`. Every Linear of the blocks; by default in 128 x 128 tiles, as published."""
+"""bf16 weights to W8A8: `python -m convert.quantize IN OUT`. Every Linear of the blocks; by default
+in 128 x 128 tiles, as published."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--quant",
         choices=LINEAR[1:],
         default="int8",
-        help="int8: tiles, as published; int8_channel, fp8: a scale for each token and output channel, into a folder only",
+        help=(
+            "int8: tiles, as published; int8_channel, fp8: a scale for each token and output"
+            " channel, into a folder only"
+        ),
     )
     p.add_argument(
         "--heads", type=int, metavar="N", help="attention heads, where the head width is not 128"
@@ -61,7 +65,10 @@ def quantize_file(args) -> int:
         name: sum(x.nbytes for x in leaves.lazy.values())
         for name, leaves in (("before", before), ("after", after))
     }
-    text = f"{error_table(errors)}\n{size['before'] / 2**30:.3f} GiB -> {size['after'] / 2**30:.3f} GiB"
+    text = (
+        f"{error_table(errors)}\n{size['before'] / 2**30:.3f} GiB ->"
+        f" {size['after'] / 2**30:.3f} GiB"
+    )
     return finish(
         args, {"out": str(args.target), "bytes": size, "errors": errors}, text, [args.target]
     )

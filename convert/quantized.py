@@ -1,4 +1,5 @@
-"""A float transformer's leaves as those of one with layers of 8 bits, quantised layer by layer as they are written, errors kept."""
+"""A float transformer's leaves as those of one with layers of 8 bits, quantised layer by layer as
+they are written, errors kept."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def layer(
 
 
 class Quantized:
-    """Values and scales of one stacked Linear; the second to be asked for does not compute again."""
+    """Values and scales of one stacked Linear; the second to be asked for does not compute
+    again."""
 
     def __init__(self, kernel: Lazy, name: str, linear: str, dtype: np.dtype, errors: dict):
         self.kernel, self.name, self.linear, self.dtype, self.errors, self.scale = (
@@ -67,7 +69,8 @@ class Quantized:
 
 
 def quantized(leaves: Leaves, linear: str = "int8") -> tuple[Leaves, dict]:
-    """(leaves of that kind, errors by layer, filled as the leaves are read). Refuses what is no float transformer."""
+    """(leaves of that kind, errors by layer, filled as the leaves are read). Refuses what is no
+    float transformer."""
     if leaves.kind != "dit":
         raise CheckpointError(
             f"{leaves.path.name} is a {leaves.kind}",

@@ -1,4 +1,5 @@
-"""`.safetensors` files: eight bytes of header length, a JSON header, the tensors' bytes without gaps; and shard indices.
+"""`.safetensors` files: eight bytes of header length, a JSON header, the tensors' bytes without
+gaps; and shard indices.
 
 Format: huggingface/safetensors README.md.
 """
@@ -25,7 +26,8 @@ def once(pairs):
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """({key: Tensor}, the file's text metadata). Raises CheckpointError naming the file when anything does not add up."""
+    """({key: Tensor}, the file's text metadata). Raises CheckpointError naming the file when
+    anything does not add up."""
     size = path.stat().st_size
     with path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
@@ -108,7 +110,8 @@ def check_spans(path: Path, spans: list, total: int) -> None:
 
 
 def read_index(path: Path) -> tuple[dict[str, Tensor], list[Path], dict[str, str]]:
-    """({key: Tensor}, shard files, metadata) of an index.json; every key must be in the shard that the index names."""
+    """({key: Tensor}, shard files, metadata) of an index.json; every key must be in the shard that
+    the index names."""
     try:
         table = json.loads(path.read_text(), object_pairs_hook=once)["weight_map"]
         if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):

@@ -29,9 +29,11 @@ DAMAGE = (
 
 
 def read_torch(path: Path) -> Any:
-    """The object saved in a torch zip file with every tensor as a `Tensor`; nothing in the file is executed.
+    """The object saved in a torch zip file with every tensor as a `Tensor`; nothing in the file is
+    executed.
 
-    Raises CheckpointError naming the file when it is damaged, or holds anything but tensors and plain values.
+    Raises CheckpointError naming the file when it is damaged, or holds anything but tensors and
+        plain values.
     """
     entries = archive(path)
     pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
@@ -72,7 +74,8 @@ def read_torch(path: Path) -> Any:
 
 
 def archive(path: Path) -> dict[str, zipfile.ZipInfo]:
-    """The archive's directory, each entry checked: stored as is, a plain relative name, inside the file."""
+    """The archive's directory, each entry checked: stored as is, a plain relative name, inside the
+    file."""
     try:
         size = path.stat().st_size
         with zipfile.ZipFile(path) as z:
@@ -124,7 +127,8 @@ def archive(path: Path) -> dict[str, zipfile.ZipInfo]:
 
 
 def entry_start(f, path: Path, info: zipfile.ZipInfo) -> int:
-    """Where an entry's bytes begin: behind its local header, whose length only the header itself tells."""
+    """Where an entry's bytes begin: behind its local header, whose length only the header itself
+    tells."""
     f.seek(info.header_offset)
     header = f.read(LOCAL_HEADER.size)
     if len(header) < LOCAL_HEADER.size or header[:4] != b"PK\3\4":

@@ -10,12 +10,14 @@ def text(report: dict) -> str:
         f"  config      {', '.join(f'{k} {v}' for k, v in report['config'].items() if k in SHOWN)}"
     )
     lines.append(
-        f"  tensors     {report['tensors']} in {report.get('files', 1)} file(s): {report['matched']} matched, {report['dropped']} dropped, "
-        f"{report['missing']} missing, {report['unexpected']} unexpected -> {report['leaves']} leaves"
+        f"  tensors     {report['tensors']} in {report.get('files', 1)} file(s):"
+        f" {report['matched']} matched, {report['dropped']} dropped, {report['missing']} missing,"
+        f" {report['unexpected']} unexpected -> {report['leaves']} leaves"
     )
     if report.get("stripped"):
         lines.append(
-            f"  prefixes    {', '.join(f'{name} {n} times' for name, n in report['stripped'].items())} taken off"
+            "  prefixes   "
+            f" {', '.join(f'{name} {n} times' for name, n in report['stripped'].items())} taken off"
         )
     if report.get("ignored"):
         lines.append(f"  ignored     {report['ignored']} entries that are not tensors")
@@ -24,7 +26,9 @@ def text(report: dict) -> str:
             f"  changed     {', '.join(f'{k} {v}' for k, v in change.items() if k != 'kept_keys')}"
         )
     lines.append(
-        f"  dtypes      {', '.join(f'{n} {name}' for name, n in report.get('dtypes', {}).items()) or 'as stored'} -> {report['param']}"
+        "  dtypes     "
+        f" {', '.join(f'{n} {name}' for name, n in report.get('dtypes', {}).items()) or 'as stored'}"
+        f" -> {report['param']}"
     )
     lines.append(f"  bytes       {report['bytes']} -> {report['written']}")
     if report.get("sha256"):

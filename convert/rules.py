@@ -1,10 +1,12 @@
 """Conversion as rows of three strings: source key, our leaf, einops layout.
 
-    Row("blocks.{i}.{a:self|cross}_attn.{p:q|k|v|o}.weight", "blocks.{a}_attn.{p}.kernel", "o i -> i o")
+    Row("blocks.{i}.{a:self|cross}_attn.{p:q|k|v|o}.weight", "blocks.{a}_attn.{p}.kernel", "o i -> i
+    o")
 
-`{i}` is the layer: such keys are stacked on axis 0 of the leaf. Any other placeholder is copied; `{x}` stands for one name
-without dots, `{x:a|b}` for one of a few. Every key of a file is claimed by exactly one row and every leaf of the abstract
-module is filled exactly once, or the conversion stops with the full list. The same rows, read backwards, are the export.
+`{i}` is the layer: such keys are stacked on axis 0 of the leaf. Any other placeholder is copied;
+`{x}` stands for one name without dots, `{x:a|b}` for one of a few. Every key of a file is claimed
+by exactly one row and every leaf of the abstract module is filled exactly once, or the conversion
+stops with the full list. The same rows, read backwards, are the export.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ LAYER = "i"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """source: key pattern. path: leaf pattern, or None for keys that nothing needs. layout: einops, "" for as it is.
+    """source: key pattern. path: leaf pattern, or None for keys that nothing needs. layout: einops,
+    "" for as it is.
 
-    role: "" usual; "optional": dropped where the model asked for has no such leaf; "twin": another name of a tensor that
+    role: "" usual; "optional": dropped where the model asked for has no such leaf; "twin": another
+          name of a tensor that
     files may hold once or twice, dropped where the first name is there.
     """
 
@@ -113,14 +117,16 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Binding:
-    """How a file's keys fill a module: {leaf name: Claim}, and the keys that were claimed and are not needed."""
+    """How a file's keys fill a module: {leaf name: Claim}, and the keys that were claimed and are
+    not needed."""
 
     claims: dict[str, Claim]
     dropped: tuple[str, ...]
 
 
 def slots(keys: Iterable[str], rows: tuple[Row, ...]) -> tuple[dict, list[str], list[str]]:
-    """({(leaf, layer): (row, key)}, keys dropped, keys that no row claims). Two rows for one key are a mistake in the rows."""
+    """({(leaf, layer): (row, key)}, keys dropped, keys that no row claims). Two rows for one key
+    are a mistake in the rows."""
     out: dict[tuple[str, int | None], tuple[Row, str]] = {}
     dropped, unknown, twins = [], [], []
     for key in keys:
@@ -154,7 +160,8 @@ def bind(
 ) -> Binding:
     """Match a file's tensors (shape, dtype) with the leaves of an abstract module.
 
-    Raises CheckpointError with the first differences, then all: unexpected keys, missing keys, other shapes or dtypes.
+    Raises CheckpointError with the first differences, then all: unexpected keys, missing keys,
+        other shapes or dtypes.
     """
     found, dropped, unknown = slots(tensors, rows)
     problems = [f"unexpected  {key} {list(tensors[key].shape)}" for key in unknown]
@@ -239,7 +246,8 @@ def misfit(tensor, key: str, row: Row, target) -> list[str]:
         ]
     if tensor.dtype is not None and is_float(tensor.dtype) != is_float(target.dtype):
         return [
-            f"different   {key} is {np.dtype(tensor.dtype).name}, expected {np.dtype(target.dtype).name}"
+            f"different   {key} is {np.dtype(tensor.dtype).name}, expected"
+            f" {np.dtype(target.dtype).name}"
         ]
     return []
 
@@ -247,7 +255,8 @@ def misfit(tensor, key: str, row: Row, target) -> list[str]:
 def invert(
     leaves: Mapping[str, Any], rows: tuple[Row, ...], twins: bool = False
 ) -> Iterator[tuple[str, Row, list[tuple[int | None, str]]]]:
-    """(leaf name, row, [(layer, source key)]) for every leaf: what an export writes. With `twins`, second names too."""
+    """(leaf name, row, [(layer, source key)]) for every leaf: what an export writes. With `twins`,
+    second names too."""
     for leaf, target in leaves.items():
         row = row_of(leaf, rows)
         layers = range(target.shape[0]) if row.stacked else (None,)

@@ -42,7 +42,8 @@ def is_float(dtype) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A view of bytes in a file: element (i, j, ...) lies at start + itemsize * (i, j, ...) . strides."""
+    """A view of bytes in a file: element (i, j, ...) lies at start + itemsize * (i, j, ...) .
+    strides."""
 
     file: Path
     start: int

@@ -1,8 +1,10 @@
 """A machine for the pickles that torch.save writes, and for nothing else.
 
-Pickle is a program. This one runs without Python's unpickler: a class or function named by the file is looked up in the
-table CALLS of stand-ins and otherwise refused by its full name, so nothing that a file names is imported or executed.
-Opcodes: CPython Lib/pickletools.py; what torch writes: pytorch/pytorch torch/_utils.py, torch/serialization.py.
+Pickle is a program. This one runs without Python's unpickler: a class or function named by the file
+is looked up in the table CALLS of stand-ins and otherwise refused by its full name, so nothing that
+a file names is imported or executed.
+Opcodes: CPython Lib/pickletools.py; what torch writes: pytorch/pytorch torch/_utils.py,
+         torch/serialization.py.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ TORCH_DTYPES = {
 
 
 class Refused(Exception):
-    """The pickle holds something that is not a tensor, or is not well formed. The text says what."""
+    """The pickle holds something that is not a tensor, or is not well formed. The text says
+    what."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,8 @@ def view(storage, dtype, offset, shape, strides) -> View:
     )
     if 0 not in out.shape and touched > held:
         raise Refused(
-            f"a tensor of shape {out.shape} needs {touched} bytes of storage {storage.key!r}, which has {held}"
+            f"a tensor of shape {out.shape} needs {touched} bytes of storage {storage.key!r}, which"
+            f" has {held}"
         )
     size = row_strides((1, *out.shape))[0] * item
     if size > max(held, EXPANDED_BYTES):
@@ -192,7 +196,8 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def load(data: bytes) -> Any:
-    """The object that a torch pickle describes: dicts, lists, plain values and Views. Raises Refused."""
+    """The object that a torch pickle describes: dicts, lists, plain values and Views. Raises
+    Refused."""
     machine = Machine()
     try:
         for opcode, argument, _ in pickletools.genops(data):

@@ -1,4 +1,5 @@
-"""Rows of the umT5 encoder. Names: Wan-Video/Wan2.1 wan/modules/t5.py, huggingface/transformers models/umt5."""
+"""Rows of the umT5 encoder. Names: Wan-Video/Wan2.1 wan/modules/t5.py, huggingface/transformers
+models/umt5."""
 
 from __future__ import annotations
 

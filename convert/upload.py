@@ -1,4 +1,5 @@
-"""A leaf on an accelerator, filled piece by piece: the host holds a few pieces, never the stacked leaf."""
+"""A leaf on an accelerator, filled piece by piece: the host holds a few pieces, never the stacked
+leaf."""
 
 from __future__ import annotations
 
@@ -31,9 +32,11 @@ IN_FLIGHT = 3  # pieces on their way while the next one is read
 
 
 def upload(tensors: list, row: Row, target: jax.ShapeDtypeStruct, device: jax.Device) -> jax.Array:
-    """The tensors of one leaf -> the array that the module holds, transposed and cast on the device.
+    """The tensors of one leaf -> the array that the module holds, transposed and cast on the
+    device.
 
-    Host memory: IN_FLIGHT + READERS + 1 pieces and the runtime's copies of them. Device memory: the leaf and as many pieces.
+    Host memory: IN_FLIGHT + READERS + 1 pieces and the runtime's copies of them. Device memory: the
+                 leaf and as many pieces.
     """
     out = jnp.zeros(target.shape, target.dtype, device=device)
     waiting: deque[jax.Array] = deque()
@@ -60,7 +63,8 @@ def turned(piece, *, layout: str, dtype: np.dtype):
 
 
 def ahead(reads: Iterable[Callable[[], Any]], readers: int = READERS) -> Iterator[Any]:
-    """What the functions return, in their order, while threads run the next ones: `readers` results wait at most."""
+    """What the functions return, in their order, while threads run the next ones: `readers` results
+    wait at most."""
     pool, waiting = ThreadPoolExecutor(readers), deque()
     try:
         for read in reads:
@@ -80,7 +84,8 @@ def insert(out, piece, start, *, layout: str | None, stacked: bool):
 
 
 def pieces(tensors: list, row: Row) -> Iterator[tuple[int, Any]]:
-    """(place along the leaf's first axis, something whose read() gives the values in file orientation)."""
+    """(place along the leaf's first axis, something whose read() gives the values in file
+    orientation)."""
     whole = tensors[0]
     if row.stacked:
         yield from enumerate(tensors)

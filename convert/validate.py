@@ -1,4 +1,5 @@
-"""Check a checkpoint: `python -m convert.validate CKPT [--level keys|values|forward] [--against FILE]`, or --golden FILE.npz."""
+"""Check a checkpoint: `python -m convert.validate CKPT [--level keys|values|forward] [--against
+FILE]`, or --golden FILE.npz."""
 
 from __future__ import annotations
 

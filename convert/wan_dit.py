@@ -1,5 +1,5 @@
-"""Rows of the Wan transformer. Names: Wan-Video/Wan2.1 wan/modules/model.py, thu-ml/TurboDiffusion (SLA and int8 keys),
-huggingface/diffusers models/transformers/transformer_wan.py."""
+"""Rows of the Wan transformer. Names: Wan-Video/Wan2.1 wan/modules/model.py, thu-ml/TurboDiffusion
+(SLA and int8 keys), huggingface/diffusers models/transformers/transformer_wan.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from convert.rules import Row
 
 
 def linear(source: str, path: str) -> tuple[Row, ...]:
-    """A Linear, or its int8 form (weights in 128 x 128 blocks), which stays in the orientation of the file."""
+    """A Linear, or its int8 form (weights in 128 x 128 blocks), which stays in the orientation of
+    the file."""
     return (
         Row(f"{source}.weight", f"{path}.kernel", "o i -> i o"),
         Row(f"{source}.int8_weight", f"{path}.int8_weight"),
@@ -90,7 +91,8 @@ DIFFUSERS = (
     *linear("proj_out", "head.proj"),
 )
 
-# "turbo" are Wan's names with the patch embedding as a Linear, as TurboDiffusion's inference files have it.
+# "turbo" are Wan's names with the patch embedding as a Linear, as TurboDiffusion's inference files
+# have it.
 ROWS = {"turbo": (FLAT_PATCH, *WAN), "wan": (CONV_PATCH, *WAN), "diffusers": DIFFUSERS}
 
 

@@ -1,7 +1,8 @@
-"""Rows of the video VAE. Names: Wan-Video/Wan2.1 wan/modules/vae.py, huggingface/diffusers autoencoder_kl_wan.py.
+"""Rows of the video VAE. Names: Wan-Video/Wan2.1 wan/modules/vae.py, huggingface/diffusers
+autoencoder_kl_wan.py.
 
-Layers keep their numbers, except in the decoder of diffusers, whose up_blocks hold `resnets` and one of `upsamplers` where
-the original has one flat list.
+Layers keep their numbers, except in the decoder of diffusers, whose up_blocks hold `resnets` and
+one of `upsamplers` where the original has one flat list.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The clip on the README's first page: eight prompts through the embedded model, side by side. `python docs/clip.py`."""
+"""The clip on the README's first page: eight prompts through the embedded model, side by side.
+`python docs/clip.py`."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""For the API pages: comments that give shapes of a signature or meanings of a config's fields become part of the docstring."""
+"""For the API pages: comments that give shapes of a signature or meanings of a config's fields
+become part of the docstring."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ FIELD = re.compile(r"    (\w+): [^#]*  # (.+)")
 
 
 class Shapes(griffe.Extension):
-    """Reads the comment at the end of a function's signature; keeps functions that a file of their package shares the name with."""
+    """Reads the comment at the end of a function's signature; keeps functions that a file of their
+    package shares the name with."""
 
     def __init__(self):
         self.of_packages: list[griffe.Function] = []

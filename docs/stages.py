@@ -1,4 +1,5 @@
-"""The chart of docs/performance.md: where the time of a clip goes, from docs/bench/pipeline.jsonl. `python docs/stages.py` (matplotlib)."""
+"""The chart of docs/performance.md: where the time of a clip goes, from docs/bench/pipeline.jsonl.
+`python docs/stages.py` (matplotlib)."""
 
 import json
 from pathlib import Path
@@ -42,7 +43,8 @@ def read() -> tuple[dict[tuple[str, str, str], float], str]:
 
 
 def parts(seconds: dict, model: str, kind: str) -> dict[str, float]:
-    """Medians of the stages, what the whole takes beside them, and what a file takes beyond the frames, where that was measured."""
+    """Medians of the stages, what the whole takes beside them, and what a file takes beyond the
+    frames, where that was measured."""
     found = {
         stage: seconds[model, stage, f"in the pipeline, {kind}"]
         for stage in ("text", "denoise", "vae decode")

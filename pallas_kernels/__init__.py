@@ -1,4 +1,5 @@
-"""Array functions of the video transformer: each op has a reference in plain JAX, which is its specification, and `impl`."""
+"""Array functions of the video transformer: each op has a reference in plain JAX, which is its
+specification, and `impl`."""
 
 from pallas_kernels.flash_attention import attention
 from pallas_kernels.int8_matmul import int8_linear

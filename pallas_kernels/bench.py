@@ -1,9 +1,11 @@
-"""`python -m pallas_kernels.bench`: every op at real shapes on the GPU at hand, with its error; a table, and JSON lines.
+"""`python -m pallas_kernels.bench`: every op at real shapes on the GPU at hand, with its error; a
+table, and JSON lines.
 
-A time is that of back-to-back calls of one compiled program, divided by their number: launches overlap with the work before them,
-as they do inside a model. The median, 10th and 90th percentile are over samples of such calls. The error is the relative L2
-distance to the float32 reference on the same inputs, quantisation included; for ops whose outputs are 8 bits or whole numbers, to
-those of the reference.
+A time is that of back-to-back calls of one compiled program, divided by their number: launches
+overlap with the work before them, as they do inside a model. The median, 10th and 90th percentile
+are over samples of such calls. The error is the relative L2 distance to the float32 reference on
+the same inputs, quantisation included; for ops whose outputs are 8 bits or whole numbers, to those
+of the reference.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import numpy as np
 
 from pallas_kernels.cases import CASES, Case
 
-# Dense peak rates of data sheets: operations a second in bfloat16 and in 8 bits, bytes a second of device memory.
+# Dense peak rates of data sheets: operations a second in bfloat16 and in 8 bits, bytes a second of
+# device memory.
 PEAKS = {
     "H100 80GB HBM3": (989e12, 1979e12, 3.35e12),
     "H200": (989e12, 1979e12, 4.8e12),
@@ -33,12 +36,15 @@ PEAKS = {
     "RTX 5090": (210e12, 838e12, 1.8e12),
     "B200": (2250e12, 4500e12, 8.0e12),
 }
-SAMPLE_MS = 8.0  # calls are repeated until a sample takes about this long: a clock's tick and the first launch do not show
+# calls are repeated until a sample takes about this long: a clock's tick and the first launch do
+# not show
+SAMPLE_MS = 8.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement. rate: 1e12 operations a second; bound: the least time the hardware's peaks allow over the time it took."""
+    """One measurement. rate: 1e12 operations a second; bound: the least time the hardware's peaks
+    allow over the time it took."""
 
     op: str
     impl: str
@@ -113,14 +119,18 @@ def relative(made, expected) -> float:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        f"{'op':22} {'impl':14} {'workload':20} {'ms':>8} {'p10':>8} {'p90':>8} {'TF/s':>7} {'GB/s':>7} {'bound':>6} {'error':>9}"
+        f"{'op':22} {'impl':14} {'workload':20} {'ms':>8} {'p10':>8} {'p90':>8} {'TF/s':>7}"
+        f" {'GB/s':>7} {'bound':>6} {'error':>9}"
     ]
     for r in rows:
         bound, error = (
             "" if r.bound is None else f"{r.bound:.0%}",
             "" if r.error is None else f"{r.error:.2e}",
         )
-        numbers = f"{r.ms:8.3f} {r.p10:8.3f} {r.p90:8.3f} {r.rate:7.1f} {r.bandwidth:7.0f} {bound:>6} {error:>9}"
+        numbers = (
+            f"{r.ms:8.3f} {r.p10:8.3f} {r.p90:8.3f} {r.rate:7.1f} {r.bandwidth:7.0f} {bound:>6}"
+            f" {error:>9}"
+        )
         lines.append(f"{r.op:22} {r.impl:14} {r.workload:20} {numbers}")
     return "\n".join(lines)
 
@@ -159,7 +169,10 @@ def refusal() -> str | None:
     """Why nothing can be measured here; None if it can."""
     if jax.default_backend() == "gpu":
         return None
-    return f"the kernels run on NVIDIA GPUs, and the first device here is {jax.devices()[0].device_kind}; records: docs/bench/kernels.jsonl"
+    return (
+        "the kernels run on NVIDIA GPUs, and the first device here is"
+        f" {jax.devices()[0].device_kind}; records: docs/bench/kernels.jsonl"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,5 @@
-"""What the bench measures: for each op its implementations, its real shapes, and the function that its error is taken from."""
+"""What the bench measures: for each op its implementations, its real shapes, and the function that
+its error is taken from."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ SELF = {name: work for name, work in dense_shapes.WORKLOADS.items() if "text" no
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """run(impl, *args) is timed; prepare(impl, *args), where given, makes its arguments from the workload's, untimed.
+    """run(impl, *args) is timed; prepare(impl, *args), where given, makes its arguments from the
+    workload's, untimed.
 
     exact(*args of the workload) is what the output should be. narrow: the share of the
     operations that 8-bit units could do, by implementation ("" for all others).
@@ -63,7 +65,8 @@ def exactly(run: Callable) -> Callable:
 
 
 def plainly(run: Callable) -> Callable:
-    """The reference on the arguments as they are: for ops whose outputs are whole numbers or 8 bits."""
+    """The reference on the arguments as they are: for ops whose outputs are whole numbers or 8
+    bits."""
     return partial(run, "reference")
 
 
@@ -116,8 +119,9 @@ def summaries(impl, q, k, v, *_):
 
 
 def pullback(run: Callable) -> dict[str, Callable]:
-    """The gradient alone: residuals are made beforehand, the cotangent of o is v. "cudnn" is that of JAX's own op, which saves its
-    output and statistics, where ours runs cuDNN's forward pass again.
+    """The gradient alone: residuals are made beforehand, the cotangent of o is v. "cudnn" is that
+    of JAX's own op, which saves its output and statistics, where ours runs cuDNN's forward pass
+    again.
     """
 
     def prepare(impl, *args):
@@ -137,7 +141,8 @@ def tangent(impl, q, k, v):
 
 
 def linear_layer(impl, x, weight, bias):
-    """A linear layer with the quantisation of its activations; "channel+triton" is the product by our kernel, "bf16" XLA's."""
+    """A linear layer with the quantisation of its activations; "channel+triton" is the product by
+    our kernel, "bf16" XLA's."""
     if impl in ("bf16", "reference"):
         return x @ weight.T + bias
     scheme, _, product = impl.partition("+")
@@ -166,9 +171,10 @@ def quantised_weight(impl, x, weight, bias):
 def quantised_both(impl, x, weight, bias):
     if impl == "bf16":
         return x, weight, bias
-    return quantize_activations(x, impl.partition("+")[0], impl="triton"), *quantised_weight(
-        impl, x, weight, bias
-    )[1:]
+    return (
+        quantize_activations(x, impl.partition("+")[0], impl="triton"),
+        *quantised_weight(impl, x, weight, bias)[1:],
+    )
 
 
 def float_layer(x, weight, bias):

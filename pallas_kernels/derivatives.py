@@ -1,4 +1,5 @@
-"""Derivatives of opaque kernels: one op that serves forward, tangent and gradient, or that says it has none."""
+"""Derivatives of opaque kernels: one op that serves forward, tangent and gradient, or that says it
+has none."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from jax.custom_derivatives import SymbolicZero, linear_call
 def with_derivatives(forward: Callable, *, tangent: Callable, grad: Callable) -> Callable:
     """An op differentiable in both modes from three functions that JAX cannot look into.
 
-    forward(*args) -> (out, saved);  tangent(args, saved, tangents) -> tangent of out;  grad(args, saved, cotangent) -> cotangents of args.
-    The tangent is a linear call whose transpose is `grad`. Limits: no vmap of the gradient (ops have a batch axis), and no
-    second derivative: differentiating the arguments of a jvp or of a gradient raises NotImplementedError.
+    forward(*args) -> (out, saved);  tangent(args, saved, tangents) -> tangent of out;  grad(args,
+    saved, cotangent) -> cotangents of args. The tangent is a linear call whose transpose is `grad`.
+    Limits: no vmap of the gradient (ops have a batch axis), and no
+    second derivative: differentiating the arguments of a jvp or of a gradient raises
+                       NotImplementedError.
     """
 
     @jax.custom_jvp
@@ -45,13 +48,14 @@ def with_derivatives(forward: Callable, *, tangent: Callable, grad: Callable) ->
 
 
 SECOND = (
-    "the derivative of this op has no derivative of its own; compute a tangent outside the function that is differentiated, "
-    "or at arguments under jax.lax.stop_gradient"
+    "the derivative of this op has no derivative of its own; compute a tangent outside the function"
+    " that is differentiated, or at arguments under jax.lax.stop_gradient"
 )
 
 
 def forward_only(function: Callable, reason: str) -> Callable:
-    """`function`, raising NotImplementedError with `reason` when it is differentiated in either mode."""
+    """`function`, raising NotImplementedError with `reason` when it is differentiated in either
+    mode."""
 
     @jax.custom_jvp
     def op(*args):

@@ -1,4 +1,5 @@
-"""The one argument `impl` of every op: what each name means, and what "auto" chooses. Nothing ever falls back silently."""
+"""The one argument `impl` of every op: what each name means, and what "auto" chooses. Nothing ever
+falls back silently."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ import jax
 
 
 def choose(op: str, impl: str, table: dict[str, Callable], auto: Callable) -> Callable:
-    """The implementation called `impl`: a name of `table`, or "auto", which is the callable `auto`; ValueError for other names."""
+    """The implementation called `impl`: a name of `table`, or "auto", which is the callable `auto`;
+    ValueError for other names."""
     if impl == "auto":
         return auto
     if impl in table:
@@ -23,10 +25,13 @@ def choose(op: str, impl: str, table: dict[str, Callable], auto: Callable) -> Ca
 def automatic(
     kernel: Callable, reference: Callable, refusal: str | None, derivative: Callable | None = None
 ) -> Callable:
-    """What "auto" means where both exist: `kernel` on CUDA, `reference` elsewhere and for what the kernel refuses.
+    """What "auto" means where both exist: `kernel` on CUDA, `reference` elsewhere and for what the
+    kernel refuses.
 
-    refusal: why the kernel does not take these arguments; None if it does. Differentiated, the op is `derivative` (by default the
-    kernel) if the default device is a GPU, else the reference: branches for both would keep both sets of residuals.
+    refusal: why the kernel does not take these arguments; None if it does. Differentiated, the op
+             is `derivative` (by default the
+    kernel) if the default device is a GPU, else the reference: branches for both would keep both
+    sets of residuals.
     """
     if refusal:
         return reference
@@ -37,5 +42,6 @@ def automatic(
 
 
 def on_cuda(kernel: Callable, otherwise: Callable) -> Callable:
-    """`kernel` where the program is compiled for CUDA, `otherwise` on every other platform; decided at lowering."""
+    """`kernel` where the program is compiled for CUDA, `otherwise` on every other platform; decided
+    at lowering."""
     return lambda *args: jax.lax.platform_dependent(*args, cuda=kernel, default=otherwise)

@@ -1,4 +1,5 @@
-"""Every kernel against its reference at small ragged shapes, on the device at hand: `python -m tdjax.env --selftest`."""
+"""Every kernel against its reference at small ragged shapes, on the device at hand: `python -m
+tdjax.env --selftest`."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ EXACT = 0.0
 INT8_MAP = (
     3e-3  # relative L2 of int8 values, of which a last bit of float32 takes some to their neighbour
 )
-FP8_MAP = 1e-2  # relative L2 of float8 values, whose steps are 6 to 12 %: 3.9e-3 where XLA's 448/amax is 448 (1/amax), a last bit off
+# relative L2 of float8 values, whose steps are 6 to 12 %: 3.9e-3 where XLA's 448/amax is 448
+# (1/amax), a last bit off
+FP8_MAP = 1e-2
 
 BOUNDS = {
     "sparse-linear attention": BF16,
@@ -47,7 +50,8 @@ BOUNDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One kernel: error is the relative L2 of its output to the reference's, bound what is allowed; failure if it did not run."""
+    """One kernel: error is the relative L2 of its output to the reference's, bound what is allowed;
+    failure if it did not run."""
 
     name: str
     error: float
@@ -67,7 +71,8 @@ def normal(seed: int, *shape: int, dtype=jnp.bfloat16):
 
 
 def cases() -> Iterator[tuple[str, Callable]]:
-    """(name, function of impl) in the order of BOUNDS; 200 tokens of two heads: no block divides them."""
+    """(name, function of impl) in the order of BOUNDS; 200 tokens of two heads: no block divides
+    them."""
     q, k, v, t = (normal(seed, 1, 200, 2, 64) for seed in range(4))
     w, b = normal(4, 64, 64, dtype=jnp.float32) / 8, normal(5, 64, dtype=jnp.float32)
     sla = lambda q, k, v, w, b, impl: sparse_attention.sparse_linear_attention(
@@ -137,7 +142,8 @@ def cases() -> Iterator[tuple[str, Callable]]:
 
 
 def outputs(impl: str, names: Collection[str]) -> dict[str, tuple]:
-    """{name: (the kernel's, the reference's)} of some cases, from one program that makes its own inputs."""
+    """{name: (the kernel's, the reference's)} of some cases, from one program that makes its own
+    inputs."""
     return jax.jit(
         lambda: {
             name: (function(impl), function("reference"))
@@ -148,7 +154,8 @@ def outputs(impl: str, names: Collection[str]) -> dict[str, tuple]:
 
 
 def run(impl: str, only: Collection[str] | None = None) -> Iterator[Check]:
-    """Every case, or those named in `only`, with `impl`: "triton" on a GPU, "interpret" anywhere."""
+    """Every case, or those named in `only`, with `impl`: "triton" on a GPU, "interpret"
+    anywhere."""
     for name, bound in BOUNDS.items():
         if only is not None and name not in only:
             continue
@@ -159,15 +166,18 @@ def run(impl: str, only: Collection[str] | None = None) -> Iterator[Check]:
                 name,
                 float("nan"),
                 bound,
-                f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
-                if str(error)
-                else repr(error),
+                (
+                    f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+                    if str(error)
+                    else repr(error)
+                ),
             )
 
 
 def together(impl: str, names: Collection[str]) -> list[Check]:
-    """The same of these cases from one program, which the persistent cache of compiled programs keeps where it leaves out small ones.
-    Where that does not run, case by case: what it fails in has no name."""
+    """The same of these cases from one program, which the persistent cache of compiled programs
+    keeps where it leaves out small ones. Where that does not run, case by case: what it fails in
+    has no name."""
     try:
         found = outputs(impl, names)
         checks = [
@@ -194,6 +204,7 @@ def table(checks: list[Check]) -> str:
     lines = [f"{'kernel':26} {'error':>9} {'bound':>9}"]
     for c in checks:
         lines.append(
-            f"{c.name:26} {c.error:9.2e} {c.bound:9.2e}  {'pass' if c.passed else 'FAIL ' + c.failure}"
+            f"{c.name:26} {c.error:9.2e} {c.bound:9.2e} "
+            f" {'pass' if c.passed else 'FAIL ' + c.failure}"
         )
     return "\n".join(lines)

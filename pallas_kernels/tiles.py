@@ -1,6 +1,7 @@
 """What the Triton kernels share: the launch, and arithmetic that Triton does not find by itself.
 
-Each arithmetic helper takes `interpret`: inline assembly has no interpreter, so there the same function is plain jax.
+Each arithmetic helper takes `interpret`: inline assembly has no interpreter, so there the same
+function is plain jax.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def power_of_two(n: int) -> int:
 
 
 def dot(a, b, dims, dtype=jnp.float32):
-    """a and b multiplied over `dims` (one axis of each), summed in `dtype`; float32 operands are not cut to TF32."""
+    """a and b multiplied over `dims` (one axis of each), summed in `dtype`; float32 operands are
+    not cut to TF32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a,
@@ -68,7 +70,8 @@ def dot(a, b, dims, dtype=jnp.float32):
 def inline(
     instructions: str, constraints: str, args: list, dtype, interpret: bool, otherwise: Callable
 ):
-    """One PTX expression for each element of arrays of one shape; `otherwise(*args)` under the interpreter."""
+    """One PTX expression for each element of arrays of one shape; `otherwise(*args)` under the
+    interpreter."""
     if interpret:
         return otherwise(*args)
     shape = next(a.shape for a in args if a.ndim)

@@ -1,4 +1,5 @@
-"""Tiles: warps and pipeline stages of each kernel for each family of GPUs, from `<op>/tiles.json`; nothing is searched at run time."""
+"""Tiles: warps and pipeline stages of each kernel for each family of GPUs, from `<op>/tiles.json`;
+nothing is searched at run time."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Tile:
 
 
 def family() -> str:
-    """The family of the default device: the newest one that is not newer than it. Raises ValueError below Ampere."""
+    """The family of the default device: the newest one that is not newer than it. Raises ValueError
+    below Ampere."""
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
     if device.platform != "gpu" or capability is None:
@@ -36,14 +38,15 @@ def family() -> str:
     fits = [name for least, name in FAMILIES.items() if least <= float(capability)]
     if not fits:
         raise ValueError(
-            f"{device.device_kind} has compute capability {capability}; the Triton kernels need 8.0 (Ampere) or newer; "
-            'impl="reference" runs on it'
+            f"{device.device_kind} has compute capability {capability}; the Triton kernels need 8.0"
+            ' (Ampere) or newer; impl="reference" runs on it'
         )
     return fits[-1]
 
 
 def tile(op: str, kernel: str, arch: str | None = None) -> Tile:
-    """The tile of a kernel of the folder `op`; arch is a family, by default that of the device at hand."""
+    """The tile of a kernel of the folder `op`; arch is a family, by default that of the device at
+    hand."""
     return Tile(**tiles(op)[kernel][arch or family()])
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """`make(key)` gives the op's array arguments; flops are executed ones, bytes those that must cross device memory once."""
+    """`make(key)` gives the op's array arguments; flops are executed ones, bytes those that must
+    cross device memory once."""
 
     make: Callable
     flops: float

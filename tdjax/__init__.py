@@ -1,4 +1,5 @@
-"""tdjax: few-step video generation in JAX. `tdjax.load(model)` gives a pipeline; `pipe(prompt)` a video."""
+"""tdjax: few-step video generation in JAX. `tdjax.load(model)` gives a pipeline; `pipe(prompt)` a
+video."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ import importlib
 
 __version__ = "0.1.0"
 
-# Public names by the module that owns them. They are imported on first use (PEP 562), so that `import tdjax` costs
-# nothing and starts no device.
+# Public names by the module that owns them. They are imported on first use (PEP 562), so that
+# `import tdjax` costs nothing and starts no device.
 _PUBLIC = {
     "load": "tdjax.opening",
     "Pipeline": "tdjax.pipeline",

@@ -1,4 +1,5 @@
-"""`tdjax COMMAND ...` (console script) and `python -m tdjax COMMAND ...`: one door to the commands."""
+"""`tdjax COMMAND ...` (console script) and `python -m tdjax COMMAND ...`: one door to the
+commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The command line of `python -m tdjax.generate`: argparse over the names of the official scripts. Imports no jax."""
+"""The command line of `python -m tdjax.generate`: argparse over the names of the official scripts.
+Imports no jax."""
 
 from __future__ import annotations
 
@@ -35,8 +36,14 @@ OFFICIAL_MODELS = {
 def build_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m tdjax.generate",
-        description="Prompt (or image and prompt) to video in 1 to 4 network steps. With no model: the embedded demo, on any machine.",
-        epilog="Every option is accepted with underscores or hyphens. Paths written go to stdout, everything else to stderr.",
+        description=(
+            "Prompt (or image and prompt) to video in 1 to 4 network steps. With no model: the"
+            " embedded demo, on any machine."
+        ),
+        epilog=(
+            "Every option is accepted with underscores or hyphens. Paths written go to stdout,"
+            " everything else to stderr."
+        ),
         allow_abbrev=False,
     )
     what = p.add_argument_group("what to run")
@@ -73,7 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
     prompt = p.add_argument_group("prompt and image")
     prompt.add_argument(
         "--prompt",
-        help="text, or - for standard input (default: one of the prompts that the embedded demo suggests)",
+        help=(
+            "text, or - for standard input (default: one of the prompts that the embedded demo"
+            " suggests)"
+        ),
     )
     prompt.add_argument("--negative_prompt", default="", help="teacher samplers only")
     prompt.add_argument(
@@ -148,7 +158,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--attention_type",
         choices=("auto", "original", "dense", "sla", "sagesla"),
         default="auto",
-        help="original is dense; sagesla: sla with int8 scores; auto: sla where the weights have its projection",
+        help=(
+            "original is dense; sagesla: sla with int8 scores; auto: sla where the weights have its"
+            " projection"
+        ),
     )
     speed.add_argument(
         "--attention_impl",
@@ -164,7 +177,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--quant",
         choices=("auto", "none", "int8", "int8_channel", "fp8"),
         default="auto",
-        help="auto: as stored; none: dequantise; int8 (published tiles), int8_channel, fp8 (by token and channel): quantise at load",
+        help=(
+            "auto: as stored; none: dequantise; int8 (published tiles), int8_channel, fp8 (by token"
+            " and channel): quantise at load"
+        ),
     )
     speed.add_argument("--quant_linear", action="store_true", help="same as --quant int8")
     speed.add_argument(
@@ -180,7 +196,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--text_encoder_device",
         choices=("auto", "device", "stream"),
         default="auto",
-        help="stream: a layer at a time, no weights stay; auto: streamed on a GPU unless --serve or --mesh, or where not all fits together",
+        help=(
+            "stream: a layer at a time, no weights stay; auto: streamed on a GPU unless --serve or"
+            " --mesh, or where not all fits together"
+        ),
     )
     speed.add_argument(
         "--vae",
@@ -202,7 +221,10 @@ def build_parser() -> argparse.ArgumentParser:
     out = p.add_argument_group("output")
     out.add_argument(
         "--save_path",
-        help="default output/{model}_{seed}_{index}.mp4; fields model, seed, index, prompt_slug, date",
+        help=(
+            "default output/{model}_{seed}_{index}.mp4; fields model, seed, index, prompt_slug,"
+            " date"
+        ),
     )
     out.add_argument("--format", choices=FORMATS, help="default: from the suffix of --save_path")
     out.add_argument("--crf", type=int, default=17, help="quality of mp4 and webm, lower is better")
@@ -254,7 +276,8 @@ def hyphens(argv: list[str]) -> list[str]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Arguments, with a config file under them and the official synonyms resolved. Raises UsageError."""
+    """Arguments, with a config file under them and the official synonyms resolved. Raises
+    UsageError."""
     parser, argv = build_parser(), hyphens(argv)
     names = {a.dest for a in parser._actions}
     early, _ = argparse.ArgumentParser(add_help=False, allow_abbrev=False), None
@@ -276,7 +299,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def synonyms(args: argparse.Namespace) -> argparse.Namespace:
-    """--ode, --quant_linear, --adaptive_resolution, --seconds and the official --model names, checked for contradictions."""
+    """--ode, --quant_linear, --adaptive_resolution, --seconds and the official --model names,
+    checked for contradictions."""
     for flag, name, value in (
         ("ode", "sampler", "ode"),
         ("adaptive_resolution", "fit", "adaptive"),
@@ -314,7 +338,8 @@ def synonyms(args: argparse.Namespace) -> argparse.Namespace:
             raise UsageError(
                 f"--model {args.official_model} names a network size, not weights",
                 "the official scripts take it together with a checkpoint",
-                "add --dit_path FILE.pth (or the two expert paths), or give --model turbowan2.1-t2v-1.3b-480p",
+                "add --dit_path FILE.pth (or the two expert paths), or give --model"
+                " turbowan2.1-t2v-1.3b-480p",
             )
     return args
 

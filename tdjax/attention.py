@@ -1,4 +1,5 @@
-"""Self- and cross-attention of the video transformer, and the table of what may stand between q, k, v and the output."""
+"""Self- and cross-attention of the video transformer, and the table of what may stand between q, k,
+v and the output."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def rotated(
 
 
 class SLACore(nnx.Module):
-    """Sparse-linear attention; owns the float32 projection of the linear branch, which starts at zero."""
+    """Sparse-linear attention; owns the float32 projection of the linear branch, which starts at
+    zero."""
 
     op = staticmethod(sparse_linear_attention)
 
@@ -67,7 +69,8 @@ class SLACore(nnx.Module):
         return self.pooled(x, norm, rope, self.cfg.sla.block_k)
 
     def pooled(self, x, norm, rope, block):
-        if mesh_sizes():  # blocks may lie across devices: the core, which sees every token, takes the means itself
+        # blocks may lie across devices: the core, which sees every token, takes the means itself
+        if mesh_sizes():
             return rotated(x, norm, rope, self.cfg), None
         return rms_norm_rope_pool(
             x, norm.scale[...], *rope, eps=norm.eps, block=block, impl=self.cfg.row_impl
@@ -95,7 +98,8 @@ SELF_ATTENTION = {"dense": DenseCore, "sla": SLACore, "sagesla": SageSLACore}
 
 
 class Attention(nnx.Module):
-    """Projections to heads and back; queries and keys are RMS-normed over the full width, all heads together."""
+    """Projections to heads and back; queries and keys are RMS-normed over the full width, all heads
+    together."""
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         linear = square(cfg, rngs)
@@ -142,7 +146,8 @@ class SelfAttention(Attention):
 
 
 class TextKV(NamedTuple):
-    """Keys and values [b s h k] of the text, and of the image features or None; stacked over blocks, [n b s h k]."""
+    """Keys and values [b s h k] of the text, and of the image features or None; stacked over
+    blocks, [n b s h k]."""
 
     k: Any
     v: Any
@@ -151,7 +156,8 @@ class TextKV(NamedTuple):
 
 
 class CrossAttention(Attention):
-    """Attention of video tokens to all text rows, no mask; with image features, a second one added before the output."""
+    """Attention of video tokens to all text rows, no mask; with image features, a second one added
+    before the output."""
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         super().__init__(cfg, rngs=rngs)

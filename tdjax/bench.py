@@ -1,9 +1,11 @@
-"""`python -m tdjax.bench`: generation at real size with random weights, in one process, as one table: every stage, then end to end.
+"""`python -m tdjax.bench`: generation at real size with random weights, in one process, as one
+table: every stage, then end to end.
 
-Speed does not depend on the values, so no checkpoint is needed. With --error each denoising row also gives the relative L2 of its
-latents to those of the same weights and noise in float32, with dense or sparse-linear attention in reference form, and the PSNR of the
-frames that one VAE with random weights makes of both. What XLA tunes on a GPU it remembers for the process: for a cold compile that is
-quite cold, run --stage e2e with one kind of attention and of layer.
+Speed does not depend on the values, so no checkpoint is needed. With --error each denoising row
+also gives the relative L2 of its latents to those of the same weights and noise in float32, with
+dense or sparse-linear attention in reference form, and the PSNR of the frames that one VAE with
+random weights makes of both. What XLA tunes on a GPU it remembers for the process: for a cold
+compile that is quite cold, run --stage e2e with one kind of attention and of layer.
 """
 
 from __future__ import annotations
@@ -165,7 +167,10 @@ def with_peaks(row: Row, host: int) -> Row:
 
 def table(rows: list[Row]) -> str:
     wide = max(len(row.what) for row in rows)
-    numbers = f"{'ms':>9} {'p10':>9} {'p90':>9} {'compile s':>10} {'weights':>10} {'working':>10} {'error':>9} {'PSNR':>8}"
+    numbers = (
+        f"{'ms':>9} {'p10':>9} {'p90':>9} {'compile s':>10} {'weights':>10} {'working':>10}"
+        f" {'error':>9} {'PSNR':>8}"
+    )
     lines = [f"{'stage':11} {'what':{wide}} {numbers}"]
     for r in rows:
         error, psnr = (
@@ -189,12 +194,16 @@ def conclusions(rows: list[Row], steps: int) -> list[str]:
             seconds = steps * row.ms / 1e3
             original = f"original {TEACHER_SAMPLER.steps} steps {row.ratio * seconds:.1f} s"
             lines.append(
-                f"{original}; {row.what}: {steps} step{'s' * (steps > 1)} {seconds:.2f} s, {row.ratio:.0f}x"
+                f"{original}; {row.what}: {steps} step{'s' * (steps > 1)} {seconds:.2f} s,"
+                f" {row.ratio:.0f}x"
             )
     size = lambda n: "not reported" if n is None else f"{n / GIB:.2f} GiB"
     return [
         *lines,
-        f"peak of the process: device {size(rows[-1].device_peak)}, host {size(rows[-1].host_peak)}",
+        (
+            f"peak of the process: device {size(rows[-1].device_peak)}, host"
+            f" {size(rows[-1].host_peak)}"
+        ),
     ]
 
 

@@ -1,4 +1,5 @@
-"""Rows of the bench for a whole pipeline with random weights: compiling all of it, then runs from prompt to frames and to mp4."""
+"""Rows of the bench for a whole pipeline with random weights: compiling all of it, then runs from
+prompt to frames and to mp4."""
 
 from __future__ import annotations
 
@@ -50,9 +51,11 @@ class RandomPart(Part):
 def e2e_rows(
     dit: DiTConfig, vae: VAEConfig, text: TextConfig, size: VideoSize, args
 ) -> Iterator[Row]:
-    """For each of `variants` what compiling takes, before there are weights; then its runs, all weights resident.
+    """For each of `variants` what compiling takes, before there are weights; then its runs, all
+    weights resident.
 
-    Two experts are represented by one of them for all steps: they are alike, run the same program, and need not both fit.
+    Two experts are represented by one of them for all steps: they are alike, run the same program,
+    and need not both fit.
     """
     shared = {
         "vae": RandomPart.planned("vae", vae, "vae"),
@@ -77,17 +80,19 @@ def e2e_rows(
 
 
 def opened(cfg: DiTConfig, shared: dict[str, Part], size: VideoSize, name: str) -> Pipeline:
-    """A pipeline without files, tokenizer and prompt cache, whose text encoder and VAE others share."""
+    """A pipeline without files, tokenizer and prompt cache, whose text encoder and VAE others
+    share."""
     located = Located(name=name, layout="published", preset=None, facts=to_dict(size))
     parts = {"dit": RandomPart.planned("dit", cfg, "dit"), **shared}
     return Pipeline(located, parts, mesh=None, low_memory=False, stages=Stages(show=False))
 
 
-# -- compiling -------------------------------------------------------------------------------------------------------------
+# -- compiling -------------------------------------------------------------------------------------
 
 
 def compiled(make: Callable[[], Pipeline], call: dict) -> tuple[Pipeline, float, float]:
-    """(pipeline, seconds to compile its programs with an empty persistent cache, seconds for a second one that finds them there).
+    """(pipeline, seconds to compile its programs with an empty persistent cache, seconds for a
+    second one that finds them there).
 
     Shapes of the networks, which both need and a process makes once, are not counted.
     """
@@ -116,7 +121,8 @@ def compiled(make: Callable[[], Pipeline], call: dict) -> tuple[Pipeline, float,
 
 @contextlib.contextmanager
 def empty_cache():
-    """The persistent cache of compiled programs in a new folder, as `tdjax.generate` sets it; then as it was before."""
+    """The persistent cache of compiled programs in a new folder, as `tdjax.generate` sets it; then
+    as it was before."""
     names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = [getattr(jax.config, name) for name in names]
 
@@ -134,7 +140,8 @@ def empty_cache():
 
 
 def memory(pipe: Pipeline, *stages: str) -> dict[str, int | None]:
-    """Of these stages (or of all): bytes of the weights, and of the largest program beside its own weights."""
+    """Of these stages (or of all): bytes of the weights, and of the largest program beside its own
+    weights."""
     counted = pipe.memory()
     weights, working = {}, []
     for part, functions in (USES[name] for name in stages or USES):
@@ -149,11 +156,12 @@ def memory(pipe: Pipeline, *stages: str) -> dict[str, int | None]:
     }
 
 
-# -- running ---------------------------------------------------------------------------------------------------------------
+# -- running ---------------------------------------------------------------------------------------
 
 
 def run_rows(pipe: Pipeline, call: dict, args) -> Iterator[Row]:
-    """Each stage by the pipeline's own clock, and the whole by the wall's; every run has another seed."""
+    """Each stage by the pipeline's own clock, and the whole by the wall's; every run has another
+    seed."""
     for name, part in pipe.parts.items():
         with pipe.stages(f"random weights of {name}"):
             part.load()
@@ -181,8 +189,8 @@ def clip(pipe: Pipeline, call: dict, seed: int, **more) -> Result:
 
 
 def clip_to_file(pipe: Pipeline, call: dict, seed: int, path: Path) -> None:
-    """The same to a complete file, encoded while frames are decoded, as `tdjax.generate` does it. Random weights make noise, the worst
-    case for an encoder."""
+    """The same to a complete file, encoded while frames are decoded, as `tdjax.generate` does it.
+    Random weights make noise, the worst case for an encoder."""
     writer = Writer(path, overwrite=True)
     try:
         clip(pipe, call, seed, on_frames=lambda _, frames: writer.put(frames))

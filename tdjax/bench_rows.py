@@ -1,4 +1,5 @@
-"""Rows of the bench for single stages, with random weights: text encoder, VAE over whole clips, denoising loop."""
+"""Rows of the bench for single stages, with random weights: text encoder, VAE over whole clips,
+denoising loop."""
 
 from __future__ import annotations
 
@@ -26,10 +27,12 @@ from tdjax.tiles import tiling
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement. Milliseconds of one call: median, 10th and 90th percentile; bytes by XLA's count; error: relative L2 of the
+    """One measurement. Milliseconds of one call: median, 10th and 90th percentile; bytes by XLA's
+    count; error: relative L2 of the
     latents, psnr: dB of the frames that one VAE makes of them.
 
-    ratio: how many times as long the original's 50 guided steps take as all steps of this row. Peaks: of the process, so far.
+    ratio: how many times as long the original's 50 guided steps take as all steps of this row.
+           Peaks: of the process, so far.
     """
 
     stage: str
@@ -54,7 +57,8 @@ def normal(key, scale, shape: tuple[int, ...], dtype):
 
 
 def random_weights(module, seed: int = 0):
-    """Values that keep variance, drawn on the device leaf by leaf: kernels by their fan-in, unit scales, zero biases."""
+    """Values that keep variance, drawn on the device leaf by leaf: kernels by their fan-in, unit
+    scales, zero biases."""
     scale_of = {kind.leaves[1]: kind.leaves[0] for kind in LINEAR.values() if len(kind.leaves) > 1}
     shapes = {name: leaf.shape for name, leaf in checkpoint.names(module).items()}
 
@@ -100,7 +104,8 @@ def row_of(stage: str, what: str, times: list[float], **facts) -> Row:
 def measure(
     stage: str, what: str, function, module, *args, repeats: int, per: int = 1
 ) -> tuple[Row, object]:
-    """Compile, warm up, time `repeats` calls of function(module, *args); times are divided by `per`. -> (row, last output)"""
+    """Compile, warm up, time `repeats` calls of function(module, *args); times are divided by
+    `per`. -> (row, last output)"""
     start = time.perf_counter()
     run = jax.jit(function).lower(module, *args).compile()
     compile_s = time.perf_counter() - start
@@ -109,9 +114,10 @@ def measure(
     times = [ms / per for ms in timed(call, repeats)]
     memory, weights = run.memory_analysis(), plan.module_bytes(module)
     total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return row_of(
-        stage, what, times, compile_s=compile_s, weights=weights, working=total - weights
-    ), out
+    return (
+        row_of(stage, what, times, compile_s=compile_s, weights=weights, working=total - weights),
+        out,
+    )
 
 
 def text_rows(cfg: TextConfig, repeats: int) -> Iterator[Row]:
@@ -134,11 +140,12 @@ def text_rows(cfg: TextConfig, repeats: int) -> Iterator[Row]:
     )[0]
 
 
-# -- VAE -------------------------------------------------------------------------------------------------------------------
+# -- VAE -------------------------------------------------------------------------------------------
 
 
 def vae_rows(cfg: VAEConfig, size: VideoSize, repeats: int) -> Iterator[Row]:
-    """Whole clips chunk by chunk, their latents and frames arriving on the host, as the pipeline runs them."""
+    """Whole clips chunk by chunk, their latents and frames arriving on the host, as the pipeline
+    runs them."""
     part = Part.planned("vae", cfg, "vae")
     vae, clip = random_weights(part.abstract()), f"{size.frames} frame" + "s" * (size.frames > 1)
     image = np.zeros((1, 1, size.height, size.width, 3), np.float32)
@@ -203,7 +210,7 @@ def host_peak(stages: Stages) -> int | None:
     return max((row.host_peak for row in stages.rows if row.host_peak), default=None)
 
 
-# -- transformer -----------------------------------------------------------------------------------------------------------
+# -- transformer -----------------------------------------------------------------------------------
 
 
 def variants(cfg: DiTConfig, args) -> list[DiTConfig]:
@@ -217,8 +224,8 @@ def variants(cfg: DiTConfig, args) -> list[DiTConfig]:
 
 
 def dit_rows(cfg: DiTConfig, vae: VAEConfig, size: VideoSize, args) -> Iterator[Row]:
-    """One row for each of `variants`: a whole loop of steps in one program, given per step. The original comes first: others are
-    compared with it."""
+    """One row for each of `variants`: a whole loop of steps in one program, given per step. The
+    original comes first: others are compared with it."""
     original, decode = None, decoder(vae) if args.error else None
     if args.teacher:
         dense = dataclasses.replace(cfg, attention="dense", linear="float", impl=args.impl)
@@ -272,8 +279,8 @@ def denoise_row(
 
 
 def decoder(cfg: VAEConfig) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
-    """Latents f32 [1 t h w c] -> chunks of frames f32 [t H W 3] in [0, 1], by a VAE with random weights: what it makes of differences ranks
-    variants, and says little of a real video."""
+    """Latents f32 [1 t h w c] -> chunks of frames f32 [t H W 3] in [0, 1], by a VAE with random
+    weights: what it makes of differences ranks variants, and says little of a real video."""
     part = Part.planned("vae", cfg, "vae")
     vae, coder = (
         random_weights(part.abstract()),
@@ -297,7 +304,8 @@ def label(cfg: DiTConfig) -> str:
 
 
 def in_float32(model, cfg: DiTConfig):
-    """The same weights in a model of references, all float32, with dense or sparse-linear attention."""
+    """The same weights in a model of references, all float32, with dense or sparse-linear
+    attention."""
     attention = "dense" if cfg.attention == "dense" else "sla"
     exact = dataclasses.replace(
         cfg, attention=attention, linear="float", impl="reference", policy=FLOAT32

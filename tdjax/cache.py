@@ -22,7 +22,8 @@ MIB = 2**20
 
 
 def contents(root: Path) -> dict[str, list[Path]]:
-    """What each kind consists of: files of `compiled` and `prompts`, and every model folder beside them. Nothing else is ours."""
+    """What each kind consists of: files of `compiled` and `prompts`, and every model folder beside
+    them. Nothing else is ours."""
     inside = lambda name: sorted(p for p in (root / name).rglob("*") if p.is_file())
     models = [
         p
@@ -72,7 +73,8 @@ def table(found: dict, shown: int) -> str:
     for kind, row in found["kinds"].items():
         names = f": {', '.join(row['names'])}" if row.get("names") else ""
         lines.append(
-            f"{kind:10} {row['entries']:5} entries {row['bytes'] / MIB:10.1f} MiB  {KINDS[kind]}{names}"
+            f"{kind:10} {row['entries']:5} entries {row['bytes'] / MIB:10.1f} MiB "
+            f" {KINDS[kind]}{names}"
         )
     for row in found["prompts"][:shown]:
         text = row["prompt"] if len(row["prompt"]) <= 80 else row["prompt"][:77] + "..."
@@ -83,7 +85,8 @@ def table(found: dict, shown: int) -> str:
 
 
 def remove(root: Path, what: list[str], older_than: float) -> tuple[int, int]:
-    """(entries, bytes) removed. what: kinds, names of model folders, beginnings of prompt keys (8 characters or more)."""
+    """(entries, bytes) removed. what: kinds, names of model folders, beginnings of prompt keys (8
+    characters or more)."""
     found = contents(root)
     chosen: list[Path] = []
     for name in what:

@@ -1,7 +1,9 @@
-"""Our one checkpoint layout: <folder>/manifest.json beside <folder>/params/ (Orbax, a flat dict {leaf name: array}).
+"""Our one checkpoint layout: <folder>/manifest.json beside <folder>/params/ (Orbax, a flat dict
+{leaf name: array}).
 
-A leaf's name is its path in the module joined by dots ("blocks.self_attn.q.kernel"); blocks are stacked on axis 0. The
-manifest holds the config, so loading is: config -> abstract module -> shardings -> restore, and needs no other argument.
+A leaf's name is its path in the module joined by dots ("blocks.self_attn.q.kernel"); blocks are
+stacked on axis 0. The manifest holds the config, so loading is: config -> abstract module ->
+shardings -> restore, and needs no other argument.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ from tdjax.sharding import leaf_name
 
 FORMAT = 1
 MODULES = {"dit": DiT, "vae": VAE, "text": UMT5}
-DENSE_DROPS = (
-    ".self_attn.core."  # parameters of sparse attention, which dense attention does without
+DENSE_DROPS = (  # parameters of sparse attention, which dense attention does without
+    ".self_attn.core."
 )
 GROUP_BYTES = 2**26  # small leaves written together; a larger leaf is alone in memory
 READ_BYTES = 2**30  # leaves read at the same time
@@ -46,7 +48,8 @@ CHUNK_BYTES = (
 
 @dataclasses.dataclass(frozen=True)
 class Lazy:
-    """An array that is made when it is written: `read()` gives it. Lets `save` hold one leaf at a time."""
+    """An array that is made when it is written: `read()` gives it. Lets `save` hold one leaf at a
+    time."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -58,7 +61,8 @@ class Lazy:
 
 
 class InTurn(ocp.type_handlers.NumpyHandler):
-    """Writes Lazy leaves in turn: small ones together, a large one only after what came before is on disk."""
+    """Writes Lazy leaves in turn: small ones together, a large one only after what came before is
+    on disk."""
 
     async def serialize(self, values, infos, args=None):
         args = args or [ocp.SaveArgs()] * len(values)
@@ -81,8 +85,9 @@ class InTurn(ocp.type_handlers.NumpyHandler):
 
 
 async def all_of(tasks) -> list:
-    """The results of all tasks in one list. The first failure is raised when every task has come to its end: a read that is
-    abandoned would complain on the terminal, from another thread, long after."""
+    """The results of all tasks in one list. The first failure is raised when every task has come to
+    its end: a read that is abandoned would complain on the terminal, from another thread, long
+             after."""
     done = await asyncio.gather(*tasks, return_exceptions=True)
     for result in done:
         if isinstance(result, BaseException):
@@ -114,7 +119,8 @@ class InGroups(ocp.type_handlers.ArrayHandler):
 
 @contextlib.contextmanager
 def quiet():
-    """Orbax tells the terminal about its own conventions through absl; users of this layout cannot act on that."""
+    """Orbax tells the terminal about its own conventions through absl; users of this layout cannot
+    act on that."""
     logger = logging.getLogger("absl")
     severe = lambda record: (
         record.levelno >= logging.CRITICAL
@@ -126,21 +132,25 @@ def quiet():
         logger.removeFilter(severe)
 
 
-# Names ---------------------------------------------------------------------------------------------------------------
+# Names
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def names(module) -> dict[str, Any]:
-    """{leaf name: array, ShapeDtypeStruct, sharding or whatever stands there}, in the order of jax.tree.leaves."""
+    """{leaf name: array, ShapeDtypeStruct, sharding or whatever stands there}, in the order of
+    jax.tree.leaves."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(module)}
 
 
 def abstract(kind: str, cfg: Config):
-    """The module of a kind ("dit", "vae", "text") with shapes in place of arrays; nothing is allocated."""
+    """The module of a kind ("dit", "vae", "text") with shapes in place of arrays; nothing is
+    allocated."""
     return as_shapes(MODULES[kind], cfg)
 
 
 def assemble(abstract_module, arrays: dict[str, Any]):
-    """Put arrays into the places that an abstract module names. Raises CheckpointError with every difference."""
+    """Put arrays into the places that an abstract module names. Raises CheckpointError with every
+    difference."""
     expected = table(names(abstract_module))
     check_table(expected, table(arrays), "these weights do not fill the model")
     return jax.tree.unflatten(
@@ -167,12 +177,14 @@ def check_table(expected: dict, got: dict, what: str) -> None:
         )
 
 
-# Writing -------------------------------------------------------------------------------------------------------------
+# Writing
+# -------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def written(target: Path, overwrite: bool = False):
-    """A temporary sibling to write to, renamed to `target` on success and removed otherwise: `target` is never half there."""
+    """A temporary sibling to write to, renamed to `target` on success and removed otherwise:
+    `target` is never half there."""
     target = Path(os.path.abspath(target))
     if target.exists() and not overwrite:
         raise UsageError(
@@ -222,17 +234,22 @@ def save(
 ) -> Path:
     """Write a checkpoint folder, complete or not at all.
 
-    module_or_leaves: a module of `kind`, or {leaf name: array or Lazy}. Leaves go to disk one after another, in sorted
-    order of names, and must be exactly those of the abstract module. source: where the weights came from (JSON values).
-    Raises CheckpointError with every leaf that differs, UsageError where the folder exists and overwrite is not given.
+    module_or_leaves: a module of `kind`, or {leaf name: array or Lazy}. Leaves go to disk one after
+                      another, in sorted
+    order of names, and must be exactly those of the abstract module. source: where the weights came
+    from (JSON values).
+    Raises CheckpointError with every leaf that differs, UsageError where the folder exists and
+        overwrite is not given.
     """
     leaves = module_or_leaves if isinstance(module_or_leaves, dict) else names(module_or_leaves)
     expected = table(names(abstract(kind, cfg)))
     check_table(expected, table(leaves), f"these leaves are not a {kind} of this config")
     lazy = {
-        n: x
-        if isinstance(x, Lazy)
-        else Lazy(tuple(x.shape), np.dtype(x.dtype), lambda x=x: np.asarray(x))
+        n: (
+            x
+            if isinstance(x, Lazy)
+            else Lazy(tuple(x.shape), np.dtype(x.dtype), lambda x=x: np.asarray(x))
+        )
         for n, x in leaves.items()
     }
     manifest = {
@@ -260,11 +277,13 @@ def save(
     return Path(folder)
 
 
-# Reading -------------------------------------------------------------------------------------------------------------
+# Reading
+# -------------------------------------------------------------------------------------------------------------
 
 
 def inspect(folder) -> dict[str, Any]:
-    """The manifest, checked for form; no parameter is read. Raises CheckpointError for a folder or a format that is not ours."""
+    """The manifest, checked for form; no parameter is read. Raises CheckpointError for a folder or
+    a format that is not ours."""
     folder = Path(folder)
     file = folder / "manifest.json"
     if not file.is_file():
@@ -332,7 +351,8 @@ def config_of(manifest: dict[str, Any]) -> Config:
 
 
 def checked(folder) -> tuple[str, Config]:
-    """(kind, config) after comparing the manifest's leaf table with the model of its config and with what is stored."""
+    """(kind, config) after comparing the manifest's leaf table with the model of its config and
+    with what is stored."""
     folder, manifest = Path(folder), inspect(folder)
     kind, cfg = manifest["kind"], config_of(manifest)
     listed = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
@@ -351,7 +371,8 @@ def checked(folder) -> tuple[str, Config]:
 
 
 def described(metadata) -> dict[str, Any]:
-    """{leaf name: what has its shape and dtype}; Orbax gives None for a folder whose description it cannot read."""
+    """{leaf name: what has its shape and dtype}; Orbax gives None for a folder whose description it
+    cannot read."""
     if metadata is None:
         raise ValueError("no readable description of the arrays")
     return metadata.tree
@@ -385,10 +406,12 @@ def readable(folder: Path, action: Callable[[ocp.Checkpointer], Any]):
 
 
 def restore(folder, sharding=None, config: Config | None = None):
-    """(config, module) of a checkpoint folder. Raises CheckpointError where it is damaged, incomplete or of another model.
+    """(config, module) of a checkpoint folder. Raises CheckpointError where it is damaged,
+    incomplete or of another model.
 
     sharding: where leaves go, see `placements`.
-    config:   another config of the same model: other storage dtype, or attention "dense" for weights that have more.
+    config:   another config of the same model: other storage dtype, or attention "dense" for
+              weights that have more.
     """
     folder = Path(folder)
     kind, stored = checked(folder)
@@ -419,7 +442,8 @@ def restore(folder, sharding=None, config: Config | None = None):
 
 
 def placements(leaves: dict[str, Any], sharding) -> dict[str, Any]:
-    """A sharding for each leaf name, from None (the first device), a Device, a Sharding, or a module or dict of those."""
+    """A sharding for each leaf name, from None (the first device), a Device, a Sharding, or a
+    module or dict of those."""
     if sharding is None or isinstance(sharding, jax.Device):
         sharding = jax.sharding.SingleDeviceSharding(sharding or jax.local_devices()[0])
     if isinstance(sharding, jax.sharding.Sharding):

@@ -1,4 +1,5 @@
-"""What a video is made from, as arrays: tokens of the prompt, text features, and the first frame for image-to-video."""
+"""What a video is made from, as arrays: tokens of the prompt, text features, and the first frame
+for image-to-video."""
 
 from __future__ import annotations
 
@@ -25,13 +26,15 @@ class Tokens:
 def first_frame(
     pixels: np.ndarray, size: VideoSize
 ) -> np.ndarray:  # uint8 [H W 3] -> f32[1 1 H W 3]
-    """The image in [-1, 1]. For image-to-video the VAE encodes it with frames of zeros (mid grey) after it.
+    """The image in [-1, 1]. For image-to-video the VAE encodes it with frames of zeros (mid grey)
+    after it.
 
     Source: thu-ml/TurboDiffusion turbodiffusion/inference/wan2.2_i2v_infer.py.
     """
     if pixels.shape != (size.height, size.width, 3) or pixels.dtype != np.uint8:
         raise ValueError(
-            f"first_frame takes uint8 {(size.height, size.width, 3)}, got {pixels.dtype} {pixels.shape}; use resolution.fit_image"
+            f"first_frame takes uint8 {(size.height, size.width, 3)}, got {pixels.dtype}"
+            f" {pixels.shape}; use resolution.fit_image"
         )
     return (pixels.astype(np.float32) / np.float32(127.5) - np.float32(1))[None, None]
 
@@ -43,7 +46,8 @@ def first_frame_mask(shape: tuple[int, ...]) -> jax.Array:  # (b, t, h, w) -> f3
 
 
 def image_condition(latents: jax.Array) -> jax.Array:  # f32[b t h w c] -> f32[b t h w 4 + c]
-    """The channels beside the noisy latents of an image-to-video model: mask, then the normalised latents of the image's clip."""
+    """The channels beside the noisy latents of an image-to-video model: mask, then the normalised
+    latents of the image's clip."""
     return jnp.concatenate(
         [first_frame_mask(latents.shape[:-1]), latents.astype(jnp.float32)], axis=-1
     )

@@ -1,4 +1,5 @@
-"""Frozen dataclasses and PRESETS. All validation of numbers happens here, in `__post_init__`, and nowhere else."""
+"""Frozen dataclasses and PRESETS. All validation of numbers happens here, in `__post_init__`, and
+nowhere else."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ def positive(config, *names):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SLAConfig:
-    """Sparse-linear attention: the share of key blocks kept for each query block, and the block sizes in tokens."""
+    """Sparse-linear attention: the share of key blocks kept for each query block, and the block
+    sizes in tokens."""
 
     topk: float = 0.1
     block_q: int = 128
@@ -74,11 +76,14 @@ class DiTConfig:
     image_dim: int | None = (
         None  # width of the image features (Wan2.1 I2V: 1280); None: no image branch
     )
-    coordinates: bool = False  # three constant channels with the place in the clip: small models do not learn it from rotation
+    # three constant channels with the place in the clip: small models do not learn it from rotation
+    coordinates: bool = False
     eps: float = 1e-6
     attention: str = "dense"
     linear: str = "float"
-    remat: bool = True  # the backward pass computes each block again; if not, activations are kept and the loop is unrolled
+    # the backward pass computes each block again; if not, activations are kept and the loop is
+    # unrolled
+    remat: bool = True
     impl: str = "auto"  # which kernels compute: an `impl` of pallas_kernels
     sla: SLAConfig = SLAConfig()
     round_time: bool = (
@@ -101,7 +106,8 @@ class DiTConfig:
         )
         if self.dim % self.heads or self.head_dim % 2:
             raise ValueError(
-                f"DiTConfig: dim {self.dim} over {self.heads} heads must give an even whole head width"
+                f"DiTConfig: dim {self.dim} over {self.heads} heads must give an even whole head"
+                " width"
             )
         if self.attention not in ATTENTION:
             raise ValueError(
@@ -111,7 +117,8 @@ class DiTConfig:
             raise ValueError(f"DiTConfig.linear is {self.linear!r}; allowed: {', '.join(LINEAR)}")
         if self.in_channels < self.out_channels:
             raise ValueError(
-                f"DiTConfig: in_channels {self.in_channels} is less than out_channels {self.out_channels}"
+                f"DiTConfig: in_channels {self.in_channels} is less than out_channels"
+                f" {self.out_channels}"
             )
 
     @property
@@ -125,12 +132,14 @@ class DiTConfig:
 
     @property
     def embed_channels(self) -> int:
-        """Channels that the patch embedding reads: the latents', the condition's, and t h w where the model takes them."""
+        """Channels that the patch embedding reads: the latents', the condition's, and t h w where
+        the model takes them."""
         return self.in_channels + 3 * self.coordinates
 
     @property
     def condition_channels(self) -> int:
-        """Channels beside the noisy latents: 20 for image-to-video (4 mask + 16 latents), else 0."""
+        """Channels beside the noisy latents: 20 for image-to-video (4 mask + 16 latents), else
+        0."""
         return self.in_channels - self.out_channels
 
     @property
@@ -147,7 +156,8 @@ LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """Sizes of the causal video VAE (8x in space, 4x in time). Defaults are Wan2.1, which Wan2.2 A14B uses too."""
+    """Sizes of the causal video VAE (8x in space, 4x in time). Defaults are Wan2.1, which Wan2.2
+    A14B uses too."""
 
     dim: int = 96
     latent_channels: int = 16
@@ -163,11 +173,13 @@ class VAEConfig:
         positive(self, "dim", "latent_channels", "res_blocks")
         if len(self.temporal_down) != len(self.multipliers) - 1:
             raise ValueError(
-                f"VAEConfig: {len(self.multipliers)} multipliers need {len(self.multipliers) - 1} temporal_down flags"
+                f"VAEConfig: {len(self.multipliers)} multipliers need {len(self.multipliers) - 1}"
+                " temporal_down flags"
             )
         if not len(self.mean) == len(self.std) == self.latent_channels:
             raise ValueError(
-                f"VAEConfig: mean and std need {self.latent_channels} values, one for each latent channel"
+                f"VAEConfig: mean and std need {self.latent_channels} values, one for each latent"
+                " channel"
             )
 
     @property
@@ -209,7 +221,8 @@ class TextConfig:
         )
         if self.attention_dim % self.heads:
             raise ValueError(
-                f"TextConfig: attention_dim {self.attention_dim} is not a multiple of {self.heads} heads"
+                f"TextConfig: attention_dim {self.attention_dim} is not a multiple of {self.heads}"
+                " heads"
             )
 
     @property
@@ -244,8 +257,9 @@ def from_dict(cls, values: dict[str, Any]):
     return cls(**out)
 
 
-# (width, height) by resolution and aspect ratio. "480p" and "720p" are the trained sizes; "480", "512" and "720" are the
-# older rows of thu-ml/TurboDiffusion imaginaire/utils/io/..., accepted because its commands name them: they are other sizes.
+# (width, height) by resolution and aspect ratio. "480p" and "720p" are the trained sizes; "480",
+# "512" and "720" are the older rows of thu-ml/TurboDiffusion imaginaire/utils/io/..., accepted
+# because its commands name them: they are other sizes.
 VIDEO_SIZES: dict[str, dict[str, tuple[int, int]]] = {
     "480p": {
         "16:9": (832, 480),
@@ -293,7 +307,8 @@ def neighbours(value: int, step: int, offset: int = 0) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoSize:
-    """Size of a clip in frames and pixels. Wan's VAE and patches allow 4k+1 frames and multiples of 16 pixels."""
+    """Size of a clip in frames and pixels. Wan's VAE and patches allow 4k+1 frames and multiples of
+    16 pixels."""
 
     frames: int = 81
     height: int = 480
@@ -310,7 +325,8 @@ class VideoSize:
         if max(self.height, self.width) > 8192 or self.frames > 4097:
             raise UsageError(
                 f"the size is {self.width}x{self.height}, {self.frames} frames",
-                "sides end at 8192 pixels and clips at 4097 frames, far beyond what the models were trained on",
+                "sides end at 8192 pixels and clips at 4097 frames, far beyond what the models were"
+                " trained on",
                 "use 832x480 or 1280x720, 81 frames",
             )
         for name in ("height", "width"):
@@ -319,7 +335,8 @@ class VideoSize:
                 low, high = neighbours(value, 16)
                 raise UsageError(
                     f"{name} is {value}",
-                    "the VAE shrinks by 8 and the transformer takes patches of 2: it must be a multiple of 16",
+                    "the VAE shrinks by 8 and the transformer takes patches of 2: it must be a"
+                    " multiple of 16",
                     f"nearest allowed: {low} and {high}",
                 )
 
@@ -338,7 +355,8 @@ class VideoSize:
         return tuple(n // p for n, p in zip(self.latent_grid, patch, strict=True))
 
     def tokens(self, patch: tuple[int, int, int] = (1, 2, 2)) -> int:
-        """How many tokens self-attention has: 32,760 at 832x480 and 81 frames, 75,600 at 1280x720."""
+        """How many tokens self-attention has: 32,760 at 832x480 and 81 frames, 75,600 at
+        1280x720."""
         return math.prod(self.token_grid(patch))
 
     def __str__(self):
@@ -349,8 +367,10 @@ class VideoSize:
 class SamplerConfig:
     """Few-step (rCM) sampling, or the teacher's many guided steps.
 
-    mode: "sde" (fresh noise at every step) or "ode" for distilled weights; "unipc" or "euler" for undistilled ones.
-    mid:  TrigFlow times between the first and the last, of which the first steps-1 are used. rCM only.
+    mode: "sde" (fresh noise at every step) or "ode" for distilled weights; "unipc" or "euler" for
+          undistilled ones.
+    mid:  TrigFlow times between the first and the last, of which the first steps-1 are used. rCM
+          only.
     """
 
     steps: int = 4
@@ -374,7 +394,8 @@ class SamplerConfig:
         if self.few_step and self.steps > len(self.mid) + 1:
             raise UsageError(
                 f"num_steps is {self.steps}",
-                f"distilled weights take 1 to {len(self.mid) + 1} steps with the mid times {', '.join(map(str, self.mid))}",
+                f"distilled weights take 1 to {len(self.mid) + 1} steps with the mid times"
+                f" {', '.join(map(str, self.mid))}",
                 f"use {len(self.mid) + 1}, or give {self.steps - 1} mid times (--mid_t)",
             )
         for name in ("boundary", "shift", "guidance"):
@@ -396,7 +417,8 @@ class SamplerConfig:
             if not all(a > b for a, b in zip(times, times[1:], strict=False)):
                 raise UsageError(
                     f"mid times are {', '.join(map(str, self.mid))}",
-                    f"they must fall from {times[0]:.4f} (arctan of sigma_max {self.sigma_max:g}) to 0",
+                    f"they must fall from {times[0]:.4f} (arctan of sigma_max {self.sigma_max:g})"
+                    " to 0",
                     "the published ones are 1.5 1.4 1.0",
                 )
             if self.guidance != 1.0:
@@ -426,7 +448,8 @@ UMT5_XXL = TextConfig()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
-    """One released model: where its files are and how it is sampled. `dit` is (file,) or (high noise, low noise)."""
+    """One released model: where its files are and how it is sampled. `dit` is (file,) or (high
+    noise, low noise)."""
 
     repo: str  # hub id of the transformer
     dit: tuple[str, ...]
@@ -446,7 +469,8 @@ class Preset:
 
 
 def turbo(name: str, config: DiTConfig, resolution: str) -> dict[str, Preset]:
-    """The two presets of one distilled text-to-video model: as published, and its int8 (`-quant`) file."""
+    """The two presets of one distilled text-to-video model: as published, and its int8 (`-quant`)
+    file."""
     sla, int8 = (
         dataclasses.replace(config, attention="sla"),
         dataclasses.replace(config, attention="sla", linear="int8"),

@@ -45,7 +45,8 @@ def load_embeds(path) -> np.ndarray:
 
 
 def load_latents(path) -> np.ndarray:
-    """Start noise [1 t h w c] from .npy, or from a .safetensors that holds `latents`; UsageError otherwise."""
+    """Start noise [1 t h w c] from .npy, or from a .safetensors that holds `latents`; UsageError
+    otherwise."""
     try:
         if str(path).endswith(".safetensors"):
             with safe_open(path, framework="np") as f:

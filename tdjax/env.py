@@ -1,4 +1,5 @@
-"""`python -m tdjax.env [--json]`: versions, devices, kernels and caches of this machine, for a first look and for bug reports."""
+"""`python -m tdjax.env [--json]`: versions, devices, kernels and caches of this machine, for a
+first look and for bug reports."""
 
 from __future__ import annotations
 
@@ -104,7 +105,8 @@ def kernels(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def why_not(impl: str, device: dict[str, Any] | None) -> str | None:
-    """The reason that an implementation cannot run on a device, or None. The reference runs on everything."""
+    """The reason that an implementation cannot run on a device, or None. The reference runs on
+    everything."""
     if device is None:
         return "no device"
     if impl == "reference":
@@ -113,7 +115,10 @@ def why_not(impl: str, device: dict[str, Any] | None) -> str | None:
     if device["platform"] not in ("gpu", "cuda") or capability is None:
         return f"needs an NVIDIA GPU; the first device is {device['kind']}"
     if float(capability) < CUDA_KERNELS:
-        return f"needs compute capability {CUDA_KERNELS} (Ampere) or newer; {device['kind']} has {capability}"
+        return (
+            f"needs compute capability {CUDA_KERNELS} (Ampere) or newer; {device['kind']} has"
+            f" {capability}"
+        )
     return None
 
 
@@ -182,7 +187,8 @@ def text(found: dict[str, Any]) -> str:
         )
         facts += [f"{size / GIB:.1f} GiB usable"] if size else []
         lines.append(
-            f"{'devices' if i == 0 else '':10} {device['id']}: {device['kind']} ({', '.join(facts)})"
+            f"{'devices' if i == 0 else '':10} {device['id']}: {device['kind']}"
+            f" ({', '.join(facts)})"
         )
     if found["error"]:
         lines.append(f"devices    none: {found['error']}")
@@ -192,7 +198,8 @@ def text(found: dict[str, Any]) -> str:
     for i, (name, place) in enumerate(found["folders"].items()):
         state = "" if place["writable"] else " (NOT writable)"
         lines.append(
-            f"{'caches' if i == 0 else '':10} {name}: {place['path']}{'' if place['exists'] else ' (not there yet)'}{state}"
+            f"{'caches' if i == 0 else '':10} {name}:"
+            f" {place['path']}{'' if place['exists'] else ' (not there yet)'}{state}"
         )
     if found["hub_offline"]:
         lines.append("hub        offline (HF_HUB_OFFLINE)")
@@ -212,7 +219,8 @@ def selftest() -> int:
     device = jax.devices()[0]
     impl = "triton" if device.platform == "gpu" else "interpret"
     print(
-        f"{device.device_kind}: kernels {'compiled' if impl == 'triton' else 'interpreted (no CUDA device)'}",
+        f"{device.device_kind}: kernels"
+        f" {'compiled' if impl == 'triton' else 'interpreted (no CUDA device)'}",
         flush=True,
     )
     checks = list(selftest.run(impl))

@@ -1,4 +1,5 @@
-"""The errors a user can meet. Each says what happened, why, and what to do; each has the exit code of the commands."""
+"""The errors a user can meet. Each says what happened, why, and what to do; each has the exit code
+of the commands."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from pathlib import Path
 
 
 class TdjaxError(Exception):
-    """what: one line; why: one line; fix: one line (what to do, or the nearest thing that works)."""
+    """what: one line; why: one line; fix: one line (what to do, or the nearest thing that
+    works)."""
 
     exit_code = 1
 
@@ -54,8 +56,8 @@ def near_files(path: Path) -> str:
 
 
 def leave(code: int) -> None:
-    """Exit a command with its code, at once: files are closed by then, taking the libraries down in order takes most of a second, and
-    after a failure threads may still be compiling or loading."""
+    """Exit a command with its code, at once: files are closed by then, taking the libraries down in
+    order takes most of a second, and after a failure threads may still be compiling or loading."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,4 +1,5 @@
-"""What names of published files and folders mean. Pure functions of names: no file is opened, nothing is downloaded.
+"""What names of published files and folders mean. Pure functions of names: no file is opened,
+nothing is downloaded.
 
 A list of names is relative to one folder or hub repository, with "/" between parts.
 """
@@ -12,7 +13,8 @@ from tdjax.config import PRESETS
 from tdjax.errors import CheckpointError
 
 WEIGHTS = (".pth", ".pt", ".safetensors", ".safetensors.index.json")
-# Names of each part, best first. A name without a suffix is a folder: ours (manifest.json) or diffusers' (config.json).
+# Names of each part, best first. A name without a suffix is a folder: ours (manifest.json) or
+# diffusers' (config.json).
 COMPONENTS = {
     "vae": ("vae", "Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors", "wan_2.1_vae.safetensors"),
     "text": ("text", "text_encoder", "models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors"),
@@ -63,7 +65,8 @@ def alias_of(model: str) -> str | None:
 
 
 def alias_of_path(path: PurePath) -> str | None:
-    """The preset that a local file or folder seems to be: by its own name, or by its folders where its own name says nothing."""
+    """The preset that a local file or folder seems to be: by its own name, or by its folders where
+    its own name says nothing."""
     if stem(path.name).lower() in STEMS:
         return STEMS[stem(path.name).lower()]
     if not path.name.startswith(GENERIC):
@@ -76,7 +79,8 @@ def alias_of_path(path: PurePath) -> str | None:
 
 
 def looks_distilled(path: PurePath) -> bool:
-    """False for what seems to be Wan's own weights, which need many guided steps. The keys are the same: only names tell."""
+    """False for what seems to be Wan's own weights, which need many guided steps. The keys are the
+    same: only names tell."""
     text = "/".join(path.parts[-6:]).lower()
     return not (path.name.startswith(GENERIC) and WAN.search(text) and not FEW_STEP.search(text))
 
@@ -91,7 +95,8 @@ def expert(name: str) -> str | None:
 
 
 def needs_two(name: str) -> bool:
-    """Whether a file named high or low is surely one of two experts (and not, say, a "high quality" variant)."""
+    """Whether a file named high or low is surely one of two experts (and not, say, a "high quality"
+    variant)."""
     return (
         expert(name) is not None
         and TWO_EXPERTS.search("/".join(PurePath(name.lower()).parts[-2:])) is not None
@@ -116,7 +121,8 @@ def swap_expert(text: str) -> str:
 
 
 def component(names: list[str], part: str) -> str | None:
-    """The name of a part ("vae", "text", "tokenizer"): a known name, or the only file that looks like it."""
+    """The name of a part ("vae", "text", "tokenizer"): a known name, or the only file that looks
+    like it."""
     have = set(names)
     for name in COMPONENTS[part]:
         if (
@@ -141,7 +147,8 @@ def component(names: list[str], part: str) -> str | None:
 def transformers(names: list[str], where: str) -> tuple[str, tuple[str, ...]]:
     """(layout, names of the transformer): one, (high noise, low noise), or () if there is none.
 
-    Several transformers that are no pair of experts: CheckpointError with the list, because nothing says which is meant.
+    Several transformers that are no pair of experts: CheckpointError with the list, because nothing
+    says which is meant.
     """
     have = set(names)
     for layout, mark, choices in (

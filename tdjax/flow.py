@@ -1,13 +1,16 @@
-"""Algebra of time and noise: rectified flow (what Wan predicts), EDM and TrigFlow (what the samplers and losses speak).
+"""Algebra of time and noise: rectified flow (what Wan predicts), EDM and TrigFlow (what the
+samplers and losses speak).
 
 One process in three clocks, with data x0 of unit deviation and noise eps ~ N(0, 1):
 
     rectified flow  x_u = (1-u) x0 + u eps            v = eps - x0                   u in [0, 1]
-    EDM             x_e = x0 + sigma eps              x_u = x_e / (1 + sigma)        sigma = u / (1-u)
-    TrigFlow        x_t = cos(t) x0 + sin(t) eps      F = cos(t) eps - sin(t) x0     sigma = tan(t)
+    EDM             x_e = x0 + sigma eps              x_u = x_e / (1 + sigma)        sigma = u /
+    (1-u) TrigFlow        x_t = cos(t) x0 + sin(t) eps      F = cos(t) eps - sin(t) x0     sigma =
+    tan(t)
 
-The network is always the unmodified Wan velocity, fed x_u and 1000 u. Everything on arrays is float32-safe (no arctan, no
-tan, no division by a small number) and differentiable in both modes. Schedules are float64 numpy on the host.
+The network is always the unmodified Wan velocity, fed x_u and 1000 u. Everything on arrays is
+float32-safe (no arctan, no tan, no division by a small number) and differentiable in both modes.
+Schedules are float64 numpy on the host.
 Formulas: arXiv 2510.08431, NVlabs/rcm rcm/utils/denoiser_scaling.py and timestep_utils.py.
 """
 
@@ -41,7 +44,8 @@ def from_u(u) -> Coefficients:
 
 
 def from_log_sigma(s) -> Coefficients:
-    """Coefficients at log sigma s f32[...]; +-infinity are the two ends. 1-u keeps its relative precision near u = 1."""
+    """Coefficients at log sigma s f32[...]; +-infinity are the two ends. 1-u keeps its relative
+    precision near u = 1."""
     return coefficients(jax.nn.sigmoid(s), jax.nn.sigmoid(-s))
 
 
@@ -67,7 +71,8 @@ def u_from_sigma(sigma):
 
 
 def u_from_trig(t):
-    """Rectified-flow time of a TrigFlow time in [0, pi/2]; the numpy function for numpy input, which keeps float64."""
+    """Rectified-flow time of a TrigFlow time in [0, pi/2]; the numpy function for numpy input,
+    which keeps float64."""
     xp = np if isinstance(t, np.ndarray | float) else jnp
     return xp.sin(t) / (xp.sin(t) + xp.cos(t))
 
@@ -103,12 +108,14 @@ def noise(x, v, c: Coefficients):
 
 
 def velocity(x, x0, c: Coefficients):
-    """The velocity at x = x_u whose prediction of data is x0, all [b t h w c]. Undefined at u = 0."""
+    """The velocity at x = x_u whose prediction of data is x0, all [b t h w c]. Undefined at u =
+    0."""
     return (x - x0) / c.u
 
 
 def trig_from_velocity(x, v, c: Coefficients):
-    """F of TrigFlow from v at x = x_u, all [b t h w c]: stable at both ends, unlike (cos x_t - x0) / sin."""
+    """F of TrigFlow from v at x = x_u, all [b t h w c]: stable at both ends, unlike (cos x_t - x0)
+    / sin."""
     return (c.cos - c.sin) * x + c.b * v
 
 
@@ -117,13 +124,14 @@ def velocity_from_trig(x, f, c: Coefficients):
     return (f - (c.cos - c.sin) * x) / c.b
 
 
-# -- schedules, on the host ------------------------------------------------------------------------------------------------
+# -- schedules, on the host ------------------------------------------------------------------------
 
 
 def grid(cfg: SamplerConfig) -> np.ndarray:
     """Times u of a sampler, float64 [steps+1], falling to 0.
 
-    Few-step: TrigFlow times arctan(sigma_max), cfg.mid, 0 (thu-ml/TurboDiffusion inference/wan2.1_t2v_infer.py).
+    Few-step: TrigFlow times arctan(sigma_max), cfg.mid, 0 (thu-ml/TurboDiffusion
+    inference/wan2.1_t2v_infer.py).
     Teacher: an even grid below sigma_max, shifted (NVlabs/rcm rcm/samplers).
     """
     if cfg.few_step:
@@ -138,10 +146,11 @@ def times(cfg: SamplerConfig) -> np.ndarray:
 
 
 def split_times(times: np.ndarray, boundary: float) -> int:
-    """First step that belongs to the low-noise expert: the first time below `boundary`; steps if there is none.
+    """First step that belongs to the low-noise expert: the first time below `boundary`; steps if
+    there is none.
 
-    times f32[steps+1]. The high-noise expert takes every step before it, the low-noise expert every step from there on
-    (thu-ml/TurboDiffusion inference/wan2.2_i2v_infer.py).
+    times f32[steps+1]. The high-noise expert takes every step before it, the low-noise expert every
+    step from there on (thu-ml/TurboDiffusion inference/wan2.2_i2v_infer.py).
     """
     starts = np.asarray(times)[:-1]
     below = np.flatnonzero(starts < starts.dtype.type(boundary))

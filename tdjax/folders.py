@@ -1,4 +1,5 @@
-"""What a local file or folder holds, by names alone: the transformer (or its two experts) and the parts beside it."""
+"""What a local file or folder holds, by names alone: the transformer (or its two experts) and the
+parts beside it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from tdjax.hub import Repo
 
 @dataclasses.dataclass(frozen=True)
 class Remote:
-    """A file or folder of a hub repository, fetched when it is needed; its other files travel with it."""
+    """A file or folder of a hub repository, fetched when it is needed; its other files travel with
+    it."""
 
     repo: Repo
     name: str
@@ -139,7 +141,8 @@ def folder(path: Path) -> Found:
 
 
 def entry(path: Path) -> Path:
-    """The transformer that a path given for one expert means: itself, or the only one in a folder."""
+    """The transformer that a path given for one expert means: itself, or the only one in a
+    folder."""
     if path.is_file() or (path / "manifest.json").is_file():
         return path
     _, dits = filenames.transformers(listing(path), str(path))
@@ -161,7 +164,8 @@ def listing(root: Path) -> list[str]:
 
 
 def nearby(root: Path) -> list[str]:
-    """Names of files in a folder, and those of known parts below it: enough to find a part, also where the folder is / or home."""
+    """Names of files in a folder, and those of known parts below it: enough to find a part, also
+    where the folder is / or home."""
     known = [
         f"{name}{mark}"
         for part in filenames.COMPONENTS.values()

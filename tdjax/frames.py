@@ -1,7 +1,9 @@
-"""Latents to frames and frames to latents, a chunk at a time: device memory does not depend on the length of the clip.
+"""Latents to frames and frames to latents, a chunk at a time: device memory does not depend on the
+length of the clip.
 
-One compiled body for the first latent frame and one for every later one, called from the host; what the VAE remembers of the
-past is donated from call to call. The bits are those of `VAE.decode` and `VAE.encode` (tested).
+One compiled body for the first latent frame and one for every later one, called from the host; what
+the VAE remembers of the past is donated from call to call. The bits are those of `VAE.decode` and
+`VAE.encode` (tested).
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Coder:
     def pair(
         self, label: str, first: Callable, later: Callable, chunks: tuple, cache, **static
     ) -> tuple[Callable, Callable | None]:
-        """Executables for the first chunk and for later ones; chunks: (shape of the first, of each later one or None)."""
+        """Executables for the first chunk and for later ones; chunks: (shape of the first, of each
+        later one or None)."""
         shape, vae = self.compiled.shape, self.part.abstract()
         get = lambda function, *args, donate=(): self.compiled.get(
             self.stages, label, function, vae, *args, donate=donate, **static
@@ -43,7 +46,8 @@ class Coder:
         return one, get(later, past, shape(chunks[1]), donate=(1,))
 
     def decoder(self, grid: tuple[int, ...], output: str, tiled: bool = False):
-        """grid: shape of the latents (1, t, h, w, z). In tiles, the programs of one tile, whose frames are floats."""
+        """grid: shape of the latents (1, t, h, w, z). In tiles, the programs of one tile, whose
+        frames are floats."""
         _, t, h, w, z = grid
         if tiled and len(tiling(h, w).corners) > 1:
             (h, w), output = tiling(h, w).size, "float"
@@ -68,7 +72,8 @@ class Coder:
     def decode(
         self, vae, latents: np.ndarray, output: str, tiled: bool = False
     ) -> Iterator[tuple[np.ndarray, bool]]:
-        """f32 [1 t h w z] on the host -> (frames [1 or 4, H W 3] on the host, whether they were finite), in order."""
+        """f32 [1 t h w z] on the host -> (frames [1 or 4, H W 3] on the host, whether they were
+        finite), in order."""
         if tiled and len(tiling(*latents.shape[2:4]).corners) > 1:
             yield from self.decode_tiles(vae, latents, output)
             return
@@ -80,7 +85,8 @@ class Coder:
     def decode_tiles(
         self, vae, latents: np.ndarray, output: str
     ) -> Iterator[tuple[np.ndarray, bool]]:
-        """The same through overlapping tiles, one after another over the whole clip; the host adds them up, in float32."""
+        """The same through overlapping tiles, one after another over the whole clip; the host adds
+        them up, in float32."""
         cfg, tiles = self.part.config, tiling(*latents.shape[2:4])
         (h, w), scale, t = tiles.size, cfg.spatial, latents.shape[1]
         video = np.zeros(
@@ -101,14 +107,17 @@ class Coder:
                 finite[i] &= ok
         for span, ok in zip(spans, finite, strict=True):
             yield (
-                video[span]
-                if output == "float"
-                else np.round(np.nan_to_num(video[span]) * 255).astype(np.uint8),
+                (
+                    video[span]
+                    if output == "float"
+                    else np.round(np.nan_to_num(video[span]) * 255).astype(np.uint8)
+                ),
                 ok,
             )
 
     def encode(self, vae, image: np.ndarray, size: VideoSize) -> np.ndarray:
-        """The image f32 [1 1 H W 3] followed by grey frames -> latents f32 [1 t h w z] on the host."""
+        """The image f32 [1 1 H W 3] followed by grey frames -> latents f32 [1 t h w z] on the
+        host."""
         first, later = self.encoder(size)
         place, n = self.compiled.place, size.latent_grid[0] - 1
         grey = (
@@ -135,7 +144,8 @@ def carried(
 
 
 def arriving(chunks: Iterable[tuple[jax.Array, ...]]) -> Iterator[tuple[np.ndarray, ...]]:
-    """The same on the host: a chunk is handed over while the next ones are computed, of which there are IN_FLIGHT at most."""
+    """The same on the host: a chunk is handed over while the next ones are computed, of which there
+    are IN_FLIGHT at most."""
     waiting: deque = deque()
     for chunk in chunks:
         for array in chunk:

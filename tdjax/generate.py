@@ -1,4 +1,5 @@
-"""`python -m tdjax.generate`: arguments to a pipeline call to files. jax is imported after everything cheap is checked."""
+"""`python -m tdjax.generate`: arguments to a pipeline call to files. jax is imported after
+everything cheap is checked."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(
-            f"error: {where}{error.strerror or error}\nthe file system refused it\ngive another path",
+            f"error: {where}{error.strerror or error}\nthe file system refused it\ngive another"
+            " path",
             file=sys.stderr,
         )
         return 2
@@ -193,7 +195,8 @@ def run(args) -> int:
     jobs = read_jobs(args, pipe.default_prompt(secrets.randbelow(2**31)))
     if args.prompt is None and jobs[0].prompt and not args.prompt_file and not args.serve:
         stages.note(
-            f'no prompt was given, this one is drawn: --prompt "{jobs[0].prompt}" --seed {args.seed}'
+            f'no prompt was given, this one is drawn: --prompt "{jobs[0].prompt}" --seed'
+            f" {args.seed}"
         )
     if args.serve:
         return serve(args, pipe)
@@ -251,7 +254,8 @@ def call_arguments(args, job: Job) -> dict:
 
 
 def run_jobs(args, pipe, todo: list[tuple[Job, list[Path]]]) -> int:
-    """All prompts through the text encoder first, so that it is loaded once and gone before the transformer comes."""
+    """All prompts through the text encoder first, so that it is loaded once and gone before the
+    transformer comes."""
     embeds = {}
     if len(todo) > 1 and not args.prompt_embeds:
         prompts = sorted({job.prompt for job, _ in todo})
@@ -270,7 +274,8 @@ def run_jobs(args, pipe, todo: list[tuple[Job, list[Path]]]) -> int:
 
 
 def text_encoder_device(args) -> str:
-    """A command that ends after its videos reads the text encoder once: by streaming it, it gives the device's memory to the rest."""
+    """A command that ends after its videos reads the text encoder once: by streaming it, it gives
+    the device's memory to the rest."""
     import jax
 
     once = not args.serve and not args.mesh and jax.default_backend() != "cpu"
@@ -287,14 +292,16 @@ def check_model(args, pipe) -> None:
     if args.task != "auto" and args.task != pipe.task:
         raise UsageError(
             f"--task {args.task}, but these are {pipe.task} weights",
-            f"the patch embedding takes {pipe.config.in_channels} channels: text-to-video has 16, image-to-video 36",
+            f"the patch embedding takes {pipe.config.in_channels} channels: text-to-video has 16,"
+            " image-to-video 36",
             "leave --task away: it is read from the file",
         )
     if args.official_model:
         task, dim = OFFICIAL_MODELS[args.official_model.lower()]
         if (task, dim) != (pipe.task, pipe.config.dim):
             raise UsageError(
-                f"--model {args.official_model}, but the file holds a {pipe.task} network of width {pipe.config.dim}",
+                f"--model {args.official_model}, but the file holds a {pipe.task} network of width"
+                f" {pipe.config.dim}",
                 f"{args.official_model} is {task} of width {dim}",
                 "leave --model away: it is read from the file",
             )
@@ -318,7 +325,10 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
     plans, limit = pipe.plan(request), plan.memory_limit()
     c = pipe.config
     lines = [
-        f"model      {pipe.name} ({pipe.task}, {c.layers} layers of width {c.dim}), {c.policy.compute}",
+        (
+            f"model      {pipe.name} ({pipe.task}, {c.layers} layers of width {c.dim}),"
+            f" {c.policy.compute}"
+        ),
         f"attention  {c.attention}"
         + (
             ""
@@ -327,9 +337,15 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
         ),
         f"linears    {c.linear}",
         f"size       {request.size}: {request.size.tokens(c.patch)} tokens",
-        f"sampler    {request.sampler.mode}, {request.sampler.steps} steps, sigma_max {request.sampler.sigma_max:g}",
+        (
+            f"sampler    {request.sampler.mode}, {request.sampler.steps} steps, sigma_max"
+            f" {request.sampler.sigma_max:g}"
+        ),
         f"weights    {'stay on the device' if pipe.keep(request) else 'freed after each stage'}",
-        f"videos     {len(jobs) * args.num_samples}, first {outputs.targets(args, pipe.name, jobs[0])[0]}",
+        (
+            f"videos     {len(jobs) * args.num_samples}, first"
+            f" {outputs.targets(args, pipe.name, jobs[0])[0]}"
+        ),
         "",
         plan.table(plans, limit),
     ]
@@ -420,7 +436,8 @@ def lora_weights(values: list[str]) -> tuple[tuple[str, float], ...]:
 
 
 def set_compile_cache(args) -> str | None:
-    """Persistent compile cache, on by default; a folder that cannot be written costs a line, not the run."""
+    """Persistent compile cache, on by default; a folder that cannot be written costs a line, not
+    the run."""
     from tdjax.locate import cache_folder
 
     if args.compile_cache_dir == "none":
@@ -432,7 +449,10 @@ def set_compile_cache(args) -> str | None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        return f"compile cache {folder} is not writable ({error.strerror}): going on without; --compile_cache_dir DIR chooses another"
+        return (
+            f"compile cache {folder} is not writable ({error.strerror}): going on without;"
+            " --compile_cache_dir DIR chooses another"
+        )
     import jax
 
     from tdjax.programs import WORTH_KEEPING

@@ -1,4 +1,5 @@
-"""What must hold before a transformer runs: its 8-bit kernels agree with their references on this GPU, and it has the GPU to itself."""
+"""What must hold before a transformer runs: its 8-bit kernels agree with their references on this
+GPU, and it has the GPU to itself."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from tdjax.errors import KernelError
 from tdjax.parts import LOADER
 from tdjax.stages import Stages
 
-# What a kind of attention or of linear layer runs on a GPU: names of checks of `pallas_kernels.selftest`.
+# What a kind of attention or of linear layer runs on a GPU: names of checks of
+# `pallas_kernels.selftest`.
 CHECKS = {
     "sagesla": ("with int8 scores", "its block map", "int8 keys"),
     "int8": ("block128 linear", "block128 quantisation"),
@@ -24,7 +26,8 @@ CHECKS = {
 
 
 def check_kernels(cfg: DiTConfig, stages: Stages) -> None:
-    """Run the checks of the config's 8-bit kernels on the default device; raises KernelError if one fails."""
+    """Run the checks of the config's 8-bit kernels on the default device; raises KernelError if one
+    fails."""
     wanted = {name for kind in (cfg.attention, cfg.linear) for name in CHECKS.get(kind, ())}
     if not wanted or cfg.impl == "reference" or jax.default_backend() != "gpu":
         return
@@ -34,20 +37,23 @@ def check_kernels(cfg: DiTConfig, stages: Stages) -> None:
         raise KernelError(
             f"8-bit kernels fail their self-test on {jax.devices()[0].device_kind}: "
             + ", ".join(
-                f"{check.name} ({check.failure or f'error {check.error:.1e}, allowed {check.bound:.1e}'})"
+                f"{check.name}"
+                f" ({check.failure or f'error {check.error:.1e}, allowed {check.bound:.1e}'})"
                 for check in failed
             ),
             "the video would be black or noise; python -m tdjax.env --selftest prints every kernel",
-            "use --attention_type sla (or original) and --quant none, or --attention_impl reference",
+            "use --attention_type sla (or original) and --quant none, or --attention_impl"
+            " reference",
         )
 
 
 def wait_for_threads(work: Iterable[Future | None], stages: Stages) -> None:
-    """To be called before a transformer runs for the first time, with what threads compile and load: what went wrong there stays in it.
+    """To be called before a transformer runs for the first time, with what threads compile and
+    load: what went wrong there stays in it.
 
-    cuDNN warms its attention up at that time, within the capture of a stream. Beside work of other threads on the device that failed
-    ("capturing stream has unjoined work"), with jax 0.11.2; a hang was seen too, its cause not proved. Loads that nobody waits for any
-    more count as well.
+    cuDNN warms its attention up at that time, within the capture of a stream. Beside work of other
+    threads on the device that failed ("capturing stream has unjoined work"), with jax 0.11.2; a
+    hang was seen too, its cause not proved. Loads that nobody waits for any more count as well.
     """
     asked = [future for future in work if future is not None]
     with stages("compile and load the rest") if asked else contextlib.nullcontext():

@@ -1,6 +1,8 @@
-"""Files of a hub repository as local paths: what is in the hub's cache already, downloads with sizes first, errors that help.
+"""Files of a hub repository as local paths: what is in the hub's cache already, downloads with
+sizes first, errors that help.
 
-huggingface_hub does the work, so HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT mean what they mean there.
+huggingface_hub does the work, so HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN and HF_ENDPOINT
+mean what they mean there.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ class Repo:
     def fetch(self, names: list[str]) -> Path:
         """The local folder that holds all of `names`, and the shards of every index among them.
 
-        Files that are all in the cache are used as they are, without asking the network whether there are newer ones.
+        Files that are all in the cache are used as they are, without asking the network whether
+        there are newer ones.
         """
         root = self.fetch_named(names)
         shards = [
@@ -173,7 +176,9 @@ def explained(repo: Repo):
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
-        HTTPError,  # of the HTTP library that this version of the hub uses: connection errors are not HfHubHTTPError
+        # of the HTTP library that this version of the hub uses: connection errors are not
+        # HfHubHTTPError
+        HTTPError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )

@@ -1,4 +1,5 @@
-"""Norms and the time sinusoid, shared by the networks (float32 inside, one rounding at the end), and modules as shapes."""
+"""Norms and the time sinusoid, shared by the networks (float32 inside, one rounding at the end),
+and modules as shapes."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from tdjax.precision import Policy
 
 
 class OneKey:
-    """In place of nnx.Rngs where numbers do not matter: making a key for every layer takes longer than the rest of a constructor."""
+    """In place of nnx.Rngs where numbers do not matter: making a key for every layer takes longer
+    than the rest of a constructor."""
 
     def params(self):
         return jax.random.key(0)
@@ -66,10 +68,12 @@ def modulate(x, scale, shift, eps):  # float32 island: x [b l d], scale and shif
 
 
 def sinusoid(t, width: int, period: float = 10000.0):  # t f32 [b] in 0..4095 -> f32 [b width]
-    """cat(cos, sin) of t * period^(-i/half), i = 0..half-1; within 1e-6 of the float64 value in float32.
+    """cat(cos, sin) of t * period^(-i/half), i = 0..half-1; within 1e-6 of the float64 value in
+    float32.
 
-    A float32 product t * frequency would be off by 3e-5 at t = 1000. Here the frequency, in turns, is split so that its
-    products with the whole part of t are exact, and whole turns are removed before the sum.
+    A float32 product t * frequency would be off by 3e-5 at t = 1000. Here the frequency, in turns,
+    is split so that its products with the whole part of t are exact, and whole turns are removed
+    before the sum.
     """
     half = width // 2
     turns = period ** (-np.arange(half) / half) / (2 * math.pi)
@@ -86,6 +90,7 @@ def sinusoid(t, width: int, period: float = 10000.0):  # t f32 [b] in 0..4095 ->
 
 
 def leading(x: np.ndarray) -> np.ndarray:
-    """x cut to its 12 leading bits, so that its product with a whole number below 4096 is exact in float32."""
+    """x cut to its 12 leading bits, so that its product with a whole number below 4096 is exact in
+    float32."""
     mantissa, exponent = np.frexp(x)
     return np.ldexp(np.trunc(mantissa * 4096) / 4096, exponent)

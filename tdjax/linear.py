@@ -1,7 +1,8 @@
-"""Linear layers, float and of 8 bits, and how each kind reads its input: quantised once for all layers that read it.
+"""Linear layers, float and of 8 bits, and how each kind reads its input: quantised once for all
+layers that read it.
 
-A block never asks of what kind its layers are. It asks a layer for its input (`ready`, `normed`, `gelu`) and gives what it gets to
-every layer that reads the same.
+A block never asks of what kind its layers are. It asks a layer for its input (`ready`, `normed`,
+`gelu`) and gives what it gets to every layer that reads the same.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ xavier = jax.nn.initializers.xavier_uniform()
 
 
 class Activations(NamedTuple):
-    """x in 8 bits: values [b l i], scale [b l] of each token or, in tiles, [(b l)/128 i/128]. dtype is that of x and of the products."""
+    """x in 8 bits: values [b l i], scale [b l] of each token or, in tiles, [(b l)/128 i/128]. dtype
+    is that of x and of the products."""
 
     values: Any
     scale: Any
@@ -109,9 +111,11 @@ class Linear(Reader):
 
 
 class QuantizedLinear(Reader):
-    """Linear of 8-bit weights [o i] on float x [b l i], or on activations that another layer of the class made ready.
+    """Linear of 8-bit weights [o i] on float x [b l i], or on activations that another layer of the
+    class made ready.
 
-    A subclass names its scheme of `pallas_kernels.int8_matmul` and its two leaves, values and scale.
+    A subclass names its scheme of `pallas_kernels.int8_matmul` and its two leaves, values and
+    scale.
     """
 
     scheme: ClassVar[str]
@@ -178,7 +182,8 @@ class QuantizedLinear(Reader):
 
 
 class Int8Linear(QuantizedLinear):
-    """int8 in tiles of 128 x 128 with a scale each, tiles of tokens running across samples: the published -quant files."""
+    """int8 in tiles of 128 x 128 with a scale each, tiles of tokens running across samples: the
+    published -quant files."""
 
     scheme = "block128"
     leaves = ("int8_weight", "scale")
@@ -186,7 +191,8 @@ class Int8Linear(QuantizedLinear):
 
 
 class RowLinear(QuantizedLinear):
-    """A scale for each token and for each output channel: norm and GELU give their rows quantised in the same pass."""
+    """A scale for each token and for each output channel: norm and GELU give their rows quantised
+    in the same pass."""
 
     divided = staticmethod(over_channels)
 
@@ -232,7 +238,8 @@ class Int8ChannelLinear(RowLinear):
 
 
 class FP8Linear(RowLinear):
-    """float8_e4m3fn. There is no kernel for its product: on a GPU XLA's is the tensor cores' own."""
+    """float8_e4m3fn. There is no kernel for its product: on a GPU XLA's is the tensor cores'
+    own."""
 
     scheme = "fp8"
     products = {"triton": "xla", "interpret": "reference"}
@@ -243,5 +250,6 @@ LINEAR = {"float": Linear, "int8": Int8Linear, "int8_channel": Int8ChannelLinear
 
 @partial(jax.jit, static_argnames=("old", "new", "dtype"))
 def converted(leaves: tuple, *, old: str, new: str, dtype) -> tuple:
-    """The leaves [n ...] of a stacked layer of kind `old` as those of kind `new` (a float kernel in dtype), one layer at a time."""
+    """The leaves [n ...] of a stacked layer of kind `old` as those of kind `new` (a float kernel in
+    dtype), one layer at a time."""
     return lax.map(lambda leaves: LINEAR[new].packed(LINEAR[old].unpacked(*leaves), dtype), leaves)

@@ -1,4 +1,5 @@
-"""Which files a model name means: a preset, a hub id, a published file, a folder of files, our folder or a diffusers folder.
+"""Which files a model name means: a preset, a hub id, a published file, a folder of files, our
+folder or a diffusers folder.
 
 Nothing here opens weights: what a file really holds is read, and checked, where it is loaded.
 """
@@ -43,7 +44,8 @@ UNWANTED = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Located:
-    """Local files of a model. dit: one path, or (high noise, low noise). A folder with manifest.json is ours."""
+    """Local files of a model. dit: one path, or (high noise, low noise). A folder with
+    manifest.json is ours."""
 
     name: str
     layout: str  # of the transformer: "published" | "ours" | "diffusers"
@@ -72,9 +74,11 @@ def locate(
 ) -> Located:
     """Find (and, from the hub, download) the files of a model.
 
-    model:     a preset or the stem of a published file, in any case; a hub id "organisation/name", or one file of it
-               "organisation/name/file"; a local file or folder. None (or "demo") where dit_path or the expert paths say it.
-    parts:     those that must be found, and are downloaded; another one is None unless it lies beside the others.
+    model:     a preset or the stem of a published file, in any case; a hub id "organisation/name",
+               or one file of it "organisation/name/file"; a local file or folder. None (or "demo")
+               where dit_path or the expert paths say it.
+    parts:     those that must be found, and are downloaded; another one is None unless it lies
+               beside the others.
     *_path:    local files that replace parts; replaced parts are not downloaded.
     Raises CheckpointError with what is missing, where it was looked for and what it is called.
     """
@@ -132,9 +136,11 @@ def locate(
     dits = tuple(paths[name] for name in ("dit", "dit_low") if name in paths)
     if len(dits) == 2 and same(*dits):
         raise CheckpointError(
-            f"the high-noise and the low-noise expert are the same weights: {dits[0]} and {dits[1]}",
+            f"the high-noise and the low-noise expert are the same weights: {dits[0]} and"
+            f" {dits[1]}",
             "Wan2.2 A14B has two different transformers",
-            "give the file named high as --high_noise_model_path, the one named low as --low_noise_model_path",
+            "give the file named high as --high_noise_model_path, the one named low as"
+            " --low_noise_model_path",
         )
     return Located(
         name=found.name,
@@ -149,7 +155,8 @@ def locate(
 
 
 def cache_folder() -> Path:
-    """Where tdjax keeps its own files: TDJAX_CACHE, or tdjax below the platform's cache folder of this user."""
+    """Where tdjax keeps its own files: TDJAX_CACHE, or tdjax below the platform's cache folder of
+    this user."""
     if os.environ.get("TDJAX_CACHE"):
         return Path(os.environ["TDJAX_CACHE"]).expanduser()
     if sys.platform == "darwin":
@@ -163,7 +170,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdjax"
 
 
-# What a name is -----------------------------------------------------------------------------------------------------------
+# What a name is
+# -----------------------------------------------------------------------------------------------------------
 
 
 def find(model: str, revision: str | None, offline: bool) -> Found:
@@ -217,7 +225,8 @@ def published(alias: str, revision: str | None, offline: bool) -> Found:
 
 
 def base_parts(preset, repo: Repo, only: str | None = None) -> dict[str, Remote]:
-    """VAE, text encoder and tokenizer of a preset (or of the class: Wan2.1's). Of the two forms of the tokenizer either will do."""
+    """VAE, text encoder and tokenizer of a preset (or of the class: Wan2.1's). Of the two forms of
+    the tokenizer either will do."""
     forms = [f"{preset.tokenizer}/tokenizer.json", f"{preset.tokenizer}/spiece.model"]
     tokenizer = next((name for name in forms if repo.cached(name)), forms[0])
     files = {"vae": preset.vae, "text": preset.text, "tokenizer": tokenizer}
@@ -227,7 +236,8 @@ def base_parts(preset, repo: Repo, only: str | None = None) -> dict[str, Remote]
 
 
 def on_hub(repo: Repo, file: str) -> Found:
-    """Any other repository: its files are recognised by name; parts that it lacks are those of Wan2.1."""
+    """Any other repository: its files are recognised by name; parts that it lacks are those of
+    Wan2.1."""
     names = repo.names()
     if not names and repo.is_offline:
         raise CheckpointError(
@@ -263,13 +273,16 @@ def remote(repo: Repo, name: str, names: list[str]) -> Remote:
     return Remote(repo, name, files)
 
 
-# Overrides and checks -----------------------------------------------------------------------------------------------------
+# Overrides and checks
+# -----------------------------------------------------------------------------------------------------
 
 
 def with_transformer(found: Found, own: Found, *, keep_low: bool) -> Found:
-    """The model with the transformer of another; its name and preset are the other's where that has a known name.
+    """The model with the transformer of another; its name and preset are the other's where that has
+    a known name.
 
-    keep_low: only the high-noise expert is replaced, unless the other model has a low-noise one too.
+    keep_low: only the high-noise expert is replaced, unless the other model has a low-noise one
+              too.
     """
     dropped = ("dit",) if keep_low else ("dit", "dit_low")
     parts = {name: part for name, part in found.parts.items() if name not in dropped}
@@ -281,16 +294,21 @@ def with_transformer(found: Found, own: Found, *, keep_low: bool) -> Found:
 
 
 def swapped(high: Path | None, low: Path | None) -> list[str]:
-    """Warnings about experts whose names say the opposite of how they were given. Keys and shapes cannot tell them apart."""
+    """Warnings about experts whose names say the opposite of how they were given. Keys and shapes
+    cannot tell them apart."""
     wrong = [
-        f"{path.name} was given as the {role}-noise expert, but its name says {filenames.expert(shown(path))}"
+        f"{path.name} was given as the {role}-noise expert, but its name says"
+        f" {filenames.expert(shown(path))}"
         for path, role in ((high, "high"), (low, "low"))
         if path and filenames.expert(shown(path)) not in (None, role)
     ]
     return (
         [
             *wrong,
-            "if the video is noise or mush, swap --high_noise_model_path and --low_noise_model_path",
+            (
+                "if the video is noise or mush, swap --high_noise_model_path and"
+                " --low_noise_model_path"
+            ),
         ]
         if wrong
         else []
@@ -298,7 +316,8 @@ def swapped(high: Path | None, low: Path | None) -> list[str]:
 
 
 def gather(found: Found, parts: tuple[str, ...], *, alone: bool) -> dict[str, Path]:
-    """Local paths of all parts. Those asked for are downloaded; one error lists all that are missing. alone: one expert will do."""
+    """Local paths of all parts. Those asked for are downloaded; one error lists all that are
+    missing. alone: one expert will do."""
     paths = {name: part for name, part in found.parts.items() if isinstance(part, Path)}
     missing = []
     for name in (*parts, *(["dit_low"] if "dit" in parts and "dit_low" in found.parts else [])):
@@ -313,7 +332,8 @@ def gather(found: Found, parts: tuple[str, ...], *, alone: bool) -> dict[str, Pa
                 if not (helps or part.repo.is_offline):
                     raise
                 missing.append(
-                    f"{describe(found, name) if helps else TITLES[name]}: {error.what} ({error.why})"
+                    f"{describe(found, name) if helps else TITLES[name]}: {error.what}"
+                    f" ({error.why})"
                 )
         elif part is None:
             missing.append(describe(found, name))
@@ -327,7 +347,8 @@ def gather(found: Found, parts: tuple[str, ...], *, alone: bool) -> dict[str, Pa
         other = "low" if filenames.expert(shown(dit)) == "high" else "high"
         expected = filenames.swap_expert(shown(dit))
         missing.append(
-            f"{other}-noise expert: looked for {expected} in {dit.parent.parent}; or give --{other}_noise_model_path"
+            f"{other}-noise expert: looked for {expected} in {dit.parent.parent}; or give"
+            f" --{other}_noise_model_path"
         )
     if missing:
         raise CheckpointError(
@@ -354,7 +375,8 @@ def describe(found: Found, name: str) -> str:
 
 
 def same(a: Path, b: Path) -> bool:
-    """Whether two files hold the same bytes. Different weights of one size part within the first tensor, so this is quick."""
+    """Whether two files hold the same bytes. Different weights of one size part within the first
+    tensor, so this is quick."""
     if a.samefile(b):
         return True
     # An index lists only names: that of both experts is the same.

@@ -1,4 +1,5 @@
-"""`--mesh tp=2,sp=2`: several devices for one video. Axes by their field names, checked against the network."""
+"""`--mesh tp=2,sp=2`: several devices for one video. Axes by their field names, checked against the
+network."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def parse_mesh(text: str) -> dict[str, int]:
         if name not in AXES or not equals or not value.isdigit() or int(value) < 1 or name in out:
             raise UsageError(
                 f"--mesh {text}: cannot read {word.strip()!r}",
-                f"it is a list of AXIS=SIZE with the axes {', '.join(AXES)} (parameters, heads and MLP, sequence)",
+                f"it is a list of AXIS=SIZE with the axes {', '.join(AXES)} (parameters, heads and"
+                " MLP, sequence)",
                 "for example sp=4, or tp=2,sp=2",
             )
         out[name] = int(value)
@@ -36,8 +38,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(text: str | None, cfg: DiTConfig) -> Mesh | None:
     """The mesh over the first devices; None for None and "auto".
 
-    text: AXIS=SIZE with commas between, of fsdp (parameters), tp (heads and MLP), sp (sequence): "sp=4", "tp=2,sp=2".
-    Raises UsageError for other words, for tp times sp that does not divide the heads, and for more devices than there are.
+    text: AXIS=SIZE with commas between, of fsdp (parameters), tp (heads and MLP), sp (sequence):
+          "sp=4", "tp=2,sp=2".
+    Raises UsageError for other words, for tp times sp that does not divide the heads, and for more
+        devices than there are.
     """
     if text is None or text == "auto":
         return None

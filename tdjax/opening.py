@@ -43,26 +43,37 @@ def load(
 ) -> Pipeline:
     """Open a model for generation. No weights are read yet: each stage loads its own.
 
-    model:      a name of PRESETS, a hub id (org/name), a published .pth or .safetensors file, a folder of published
-                files, a diffusers folder, a folder written by `python -m convert`, or "demo".
-    attention:  "auto" (sla where the weights have its projection), "original" (dense), "sla", "sagesla".
-    quant:      "auto" (as stored), "none" (dequantise at load), or quantise at load: "int8" (the published scheme, tiles of
-                128 x 128), "int8_channel" or "fp8" (a scale for each token and each output channel; faster on GPUs).
-    attention_impl: "auto", "reference", "triton" (the kernels of this package wherever there is one, in linear layers and norms
-                too), "cudnn" (dense attention).
-    dtype:      "auto" (bfloat16 on an accelerator, float32 on a CPU), "bfloat16", "float16", "float32".
+    model:      a name of PRESETS, a hub id (org/name), a published .pth or .safetensors file, a
+                folder of published files, a diffusers folder, a folder written by `python -m
+                convert`, or "demo".
+    attention:  "auto" (sla where the weights have its projection), "original" (dense), "sla",
+                "sagesla".
+    quant:      "auto" (as stored), "none" (dequantise at load), or quantise at load: "int8" (the
+                published scheme, tiles of 128 x 128), "int8_channel" or "fp8" (a scale for each
+                token and each output channel; faster on GPUs).
+    attention_impl: "auto", "reference", "triton" (the kernels of this package wherever there is
+                one, in linear layers and norms too), "cudnn" (dense attention).
+    dtype:      "auto" (bfloat16 on an accelerator, float32 on a CPU), "bfloat16", "float16",
+                "float32".
     mesh:       several devices for one video, for example "sp=4" or "tp=2,sp=2".
-    low_memory: free every part as soon as its stage ends, also where all would fit together; the text encoder is streamed
-                unless text_encoder_device says otherwise.
-    text_encoder: False where only prompt_embeds will be given: the text encoder and the tokenizer need not be there.
-    text_encoder_device: "device" (all of it, as the other parts), "stream" (a layer at a time from the file: no weights stay), or
-                "auto": the device if everything fits there together, else stream. The same embeddings.
-    vae:        "full" (whole frames), "tiled" (overlapping tiles of 320 pixels with blended seams, for small GPUs: close to the
-                same frames), or "auto": tiled where the whole frame does not fit.
-    prompt_cache: keep embeddings of prompts on disk (`tdjax.prompt_cache`), so that a repeated prompt needs no text encoder.
-    lora:       ((file, weight), ...) merged at load into every expert; lora_high and lora_low into one.
-    paths:      dit_path, high_noise_model_path, low_noise_model_path, vae_path, text_encoder_path, tokenizer_path.
-    Raises CheckpointError for files that are missing, damaged or of another kind; UsageError for bad arguments.
+    low_memory: free every part as soon as its stage ends, also where all would fit together; the
+                text encoder is streamed unless text_encoder_device says otherwise.
+    text_encoder: False where only prompt_embeds will be given: the text encoder and the tokenizer
+                  need not be there.
+    text_encoder_device: "device" (all of it, as the other parts), "stream" (a layer at a time from
+                the file: no weights stay), or "auto": the device if everything fits there together,
+                          else stream. The same embeddings.
+    vae:        "full" (whole frames), "tiled" (overlapping tiles of 320 pixels with blended seams,
+                for small GPUs: close to the same frames), or "auto": tiled where the whole frame
+                                does not fit.
+    prompt_cache: keep embeddings of prompts on disk (`tdjax.prompt_cache`), so that a repeated
+                  prompt needs no text encoder.
+    lora:       ((file, weight), ...) merged at load into every expert; lora_high and lora_low into
+                one.
+    paths:      dit_path, high_noise_model_path, low_noise_model_path, vae_path, text_encoder_path,
+                tokenizer_path.
+    Raises CheckpointError for files that are missing, damaged or of another kind; UsageError for
+        bad arguments.
     """
     check_choice("attention", attention, ("auto", "original", "dense", "sla", "sagesla"))
     check_choice("quant", quant, QUANT)

@@ -1,4 +1,5 @@
-"""Where the videos of a command go: all names known, and refused or skipped, before anything runs."""
+"""Where the videos of a command go: all names known, and refused or skipped, before anything
+runs."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from tdjax.result import check_save, sidecar, write_json
 from tdjax.video import Writer
 
 DEFAULT = "output/{model}_{seed}_{index}.mp4"
-DEFAULT_ROWS = "output/{model}_{row}_{prompt_slug}_{seed}_{index}.mp4"  # prompt files: the row keeps equal prompts apart
+# prompt files: the row keeps equal prompts apart
+DEFAULT_ROWS = "output/{model}_{row}_{prompt_slug}_{seed}_{index}.mp4"
 FIELDS = ("model", "seed", "index", "prompt_slug", "date", "row")
 SUFFIX = {"png": "", "latents": ".safetensors"}
 
@@ -59,7 +61,8 @@ def one(args, name: str, job: Job, index: int, count: int) -> Path:
 
 
 def targets(args, name: str, job: Job) -> list[Path]:
-    """All files of a job, one a sample, or the tiled one. A default name that is taken gives way: demo_0_0-2.mp4."""
+    """All files of a job, one a sample, or the tiled one. A default name that is taken gives way:
+    demo_0_0-2.mp4."""
     count = 1 if args.grid else args.num_samples
     paths = [one(args, name, job, index, count) for index in range(count)]
     if args.overwrite or args.prompt_file or template(args, job) != DEFAULT:
@@ -76,7 +79,8 @@ def unused(path: Path) -> Path:
 
 
 def assign(args, name: str, jobs: list[Job], note) -> list[tuple[Job, list[Path]]]:
-    """Jobs with their files. Rows of a prompt file that are there already are skipped; anything else in the way is refused."""
+    """Jobs with their files. Rows of a prompt file that are there already are skipped; anything
+    else in the way is refused."""
     todo, taken = [], {}
     for job in jobs:
         paths = targets(args, name, job)
@@ -103,7 +107,8 @@ def assign(args, name: str, jobs: list[Job], note) -> list[tuple[Job, list[Path]
 
 
 class Files:
-    """The files of one job, encoded in a thread while the frames are decoded. None of them is there before `finish`.
+    """The files of one job, encoded in a thread while the frames are decoded. None of them is there
+    before `finish`.
 
     with Files(args, pipe, job, paths, arguments) as files:
         files.finish(pipe(job.prompt, **arguments, **files.listen))

@@ -1,6 +1,8 @@
-"""The components of a pipeline (text encoder, VAE, transformer): opened without data, loaded when a stage begins, freed after.
+"""The components of a pipeline (text encoder, VAE, transformer): opened without data, loaded when a
+stage begins, freed after.
 
-Weights come from our own checkpoint folder or straight from a published file; what comes out is the same module.
+Weights come from our own checkpoint folder or straight from a published file; what comes out is the
+same module.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ Lora = tuple[tuple[str, float], ...]
 
 
 class Part:
-    """One network. kind: "text", "vae" or "dit". `module` is None until loaded; `config` says what it is loaded as."""
+    """One network. kind: "text", "vae" or "dit". `module` is None until loaded; `config` says what
+    it is loaded as."""
 
     def __init__(self, path: Path, kind: str, *, lora: Lora = ()):
         self.path, self.mesh, self.module, self.coming, self.lora = (
@@ -86,7 +89,8 @@ class Part:
         return part
 
     def abstract(self):
-        """The module as shapes (with shardings under a mesh), by which programs are compiled before weights arrive."""
+        """The module as shapes (with shardings under a mesh), by which programs are compiled before
+        weights arrive."""
         module = abstract(self.kind, self.config)
         if self.mesh is None:
             return module
@@ -110,7 +114,8 @@ class Part:
         return self.module
 
     def load_ahead(self, host: bool = False) -> None:
-        """Begin to load in a thread, one part after another; `load` then waits for it, and raises what went wrong.
+        """Begin to load in a thread, one part after another; `load` then waits for it, and raises
+        what went wrong.
 
         host: only into the memory of the host, where the device's own is taken; `load` moves it.
         """
@@ -119,14 +124,16 @@ class Part:
 
     @property
     def stageable(self) -> bool:
-        """Whether the host can hold the weights as the device will: on one device, and nothing left to quantise."""
+        """Whether the host can hold the weights as the device will: on one device, and nothing left
+        to quantise."""
         unchanged = (
             not isinstance(self.config, DiTConfig) or self.config.linear == self.stored.linear
         )
         return self.mesh is None and unchanged
 
     def read_to_host(self):
-        """The weights in page-locked memory of the host. A published leaf passes through the device, which transposes it."""
+        """The weights in page-locked memory of the host. A published leaf passes through the
+        device, which transposes it."""
         there = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind=HOST_MEMORY)
         if not self.ours:
             return jax.block_until_ready(self.file.load(self.config, there))
@@ -154,9 +161,11 @@ class Part:
         return jax.block_until_ready(module)
 
     def layers(self, prefix: str) -> Iterator[dict[str, jax.Array]]:
-        """{leaf name: its part of one layer, on the device} for each layer of the stacked leaves below `prefix`, one after another.
+        """{leaf name: its part of one layer, on the device} for each layer of the stacked leaves
+        below `prefix`, one after another.
 
-        A published file is read as its layers are asked for; a checkpoint of ours passes through host memory whole.
+        A published file is read as its layers are asked for; a checkpoint of ours passes through
+        host memory whole.
         """
         device = jax.local_devices()[0]
         if not self.ours:
@@ -193,7 +202,8 @@ class Part:
             self.module = None
 
     def identity(self) -> str:
-        """A hash that tells these weights from any others on this machine: size, date, beginning and end of every file."""
+        """A hash that tells these weights from any others on this machine: size, date, beginning
+        and end of every file."""
         files = (
             sorted(p for p in self.path.rglob("*") if p.is_file())
             if self.ours
@@ -210,7 +220,8 @@ class Part:
         return found.hexdigest()
 
     def fingerprint(self) -> dict:
-        """Name, size and a quick hash (first and last MiB) of the file, or the source that our manifest recorded."""
+        """Name, size and a quick hash (first and last MiB) of the file, or the source that our
+        manifest recorded."""
         if self.ours:
             return {"path": str(self.path), "source": checkpoint.inspect(self.path).get("source")}
         files = self.file.source.files
@@ -246,7 +257,8 @@ def open_parts(
     lora: dict[str, Lora],
     note,
 ) -> dict[str, Part]:
-    """All components with the configs that they will run as; those that cannot work together are refused."""
+    """All components with the configs that they will run as; those that cannot work together are
+    refused."""
     check_impl(impl, dtype)
     parts = {}
     for name, path in zip(("dit", "dit_low"), located.dit, strict=False):
@@ -274,7 +286,8 @@ def open_parts(
 def planned_parts(
     preset: Preset, *, attention: str, quant: str, topk: float | None, dtype: str, note
 ) -> dict[str, Part]:
-    """The parts of a preset whose files are not here, for a GPU's dtype unless another was asked for."""
+    """The parts of a preset whose files are not here, for a GPU's dtype unless another was asked
+    for."""
     dtype = "bfloat16" if dtype == "auto" else dtype
     policy = Policy(param=dtype, compute=dtype)
     parts = {"dit": Part.planned("dit", preset.config, preset.dit[0])}
@@ -302,7 +315,8 @@ def reference_notes(cfg: DiTConfig) -> list[str]:
         return []
     why = "as asked for" if cfg.impl == "reference" else "the kernels take bfloat16 and float16"
     return [
-        f"{cfg.attention} attention runs as its XLA reference ({why}): several times slower than the kernels"
+        f"{cfg.attention} attention runs as its XLA reference ({why}): several times slower than"
+        " the kernels"
     ]
 
 
@@ -311,7 +325,8 @@ def check_impl(impl: str, dtype: str) -> None:
     if impl in kernels and (jax.default_backend() != "gpu" or dtype == "float32"):
         raise UsageError(
             f"attention_impl is {impl!r} on {jax.default_backend()} in {dtype}",
-            f"{kernels[impl]} on NVIDIA GPUs, in bfloat16{' and float16' if impl == 'cudnn' else ''}",
+            f"{kernels[impl]} on NVIDIA GPUs, in"
+            f" bfloat16{' and float16' if impl == 'cudnn' else ''}",
             "use auto, or reference",
         )
 
@@ -334,7 +349,8 @@ def chosen_attention(part: Part, asked: str) -> str:
     asked = {"original": "dense", "auto": part.stored.attention}.get(asked, asked)
     if asked != "dense" and part.stored.attention == "dense":
         raise CheckpointError(
-            f"{part.path.name} has no SLA projection (self_attn.attn_op.local_attn.proj_l), but --attention_type {asked} was asked for",
+            f"{part.path.name} has no SLA projection (self_attn.attn_op.local_attn.proj_l), but"
+            f" --attention_type {asked} was asked for",
             "these are dense weights, or rCM weights without SLA",
             "use --attention_type original, or merge an SLA difference: python -m convert --merge",
         )
@@ -350,7 +366,8 @@ def chosen_linear(part: Part, quant: str, note) -> str:
             "float": "dequantised at load",
         }
         note(
-            f"{part.path.name}: {stored} weights in the blocks, {say.get(linear, f'made {linear} at load')}"
+            f"{part.path.name}: {stored} weights in the blocks,"
+            f" {say.get(linear, f'made {linear} at load')}"
         )
     return linear
 
@@ -361,13 +378,16 @@ def check_parts(parts: dict[str, Part]) -> None:
     vae, text, low = parts.get("vae"), parts.get("text"), parts.get("dit_low")
     if vae and vae.config.latent_channels != dit.out_channels:
         raise CheckpointError(
-            f"{vae.path.name} has {vae.config.latent_channels} latent channels, the transformer {dit.out_channels}",
-            "Wan2.1 and Wan2.2 A14B use the Wan2.1 VAE (16 latent channels); the Wan2.2 VAE (48) belongs to TI2V-5B only",
+            f"{vae.path.name} has {vae.config.latent_channels} latent channels, the transformer"
+            f" {dit.out_channels}",
+            "Wan2.1 and Wan2.2 A14B use the Wan2.1 VAE (16 latent channels); the Wan2.2 VAE (48)"
+            " belongs to TI2V-5B only",
             "give Wan2.1_VAE.pth as --vae_path",
         )
     if text and text.config.dim != dit.text_dim:
         raise CheckpointError(
-            f"{text.path.name} gives vectors of {text.config.dim}, the transformer takes {dit.text_dim}",
+            f"{text.path.name} gives vectors of {text.config.dim}, the transformer takes"
+            f" {dit.text_dim}",
             "Wan models take umT5-xxl (4096)",
             "give models_t5_umt5-xxl-enc-bf16.pth as --text_encoder_path",
         )
@@ -375,7 +395,8 @@ def check_parts(parts: dict[str, Part]) -> None:
         raise CheckpointError(
             f"{parts['dit'].path.name} is a Wan2.1 image-to-video network",
             "its image branch needs CLIP features, and tdjax has no CLIP encoder",
-            "use turbowan2.2-i2v-a14b-720p, or call tdjax.models.wan_dit.DiT with your own features",
+            "use turbowan2.2-i2v-a14b-720p, or call tdjax.models.wan_dit.DiT with your own"
+            " features",
         )
     if low and low.config != dit:
         raise CheckpointError(
@@ -389,7 +410,8 @@ def check_vocabulary(tokenizer: Tokenizer | None, text: Part | None) -> None:
     """An id outside the embedding would be clamped without a word."""
     if tokenizer and text and tokenizer.size > text.config.vocab:
         raise CheckpointError(
-            f"{tokenizer.path} has {tokenizer.size} ids, {text.path.name} has {text.config.vocab} embeddings",
+            f"{tokenizer.path} has {tokenizer.size} ids, {text.path.name} has {text.config.vocab}"
+            " embeddings",
             "they belong to different text encoders",
             "give the tokenizer of google/umt5-xxl as --tokenizer_path",
         )

@@ -94,7 +94,8 @@ class Pipeline:
         )
 
     def default_prompt(self, seed: int) -> str | None:
-        """A prompt that suits the model, another one for each seed; None for models that name none."""
+        """A prompt that suits the model, another one for each seed; None for models that name
+        none."""
         return self.prompts[seed % len(self.prompts)] if self.prompts else None
 
     @property
@@ -159,7 +160,8 @@ class Pipeline:
         return not plan.keep_resident(plans, plan.memory_limit(), self.low_memory)
 
     def tiled(self, request: Request) -> bool:
-        """Whether frames are decoded in tiles: as asked for, else where the whole frame does not fit."""
+        """Whether frames are decoded in tiles: as asked for, else where the whole frame does not
+        fit."""
         if self.vae != "auto":
             return self.vae == "tiled"
         limit = plan.memory_limit()
@@ -215,8 +217,9 @@ class Pipeline:
             self.coder.decoder(grid, request.output_type, self.tiled(request))
 
     def begin(self, request: Request) -> None:
-        """Where everything fits together: threads compile the programs of all stages, and load weights in the order of stages, while
-        the first stage runs. Elsewhere each stage makes its program, which takes memory too, and then loads."""
+        """Where everything fits together: threads compile the programs of all stages, and load
+        weights in the order of stages, while the first stage runs. Elsewhere each stage makes its
+        program, which takes memory too, and then loads."""
         if not self.keep(request):
             return
         single = self.stages.show
@@ -240,7 +243,7 @@ class Pipeline:
         ):
             self.parts[name].load_ahead()
 
-    # -- the stages ----------------------------------------------------------------------------------------------------
+    # -- the stages --------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def stage(self, name: str, request: Request):
@@ -262,7 +265,8 @@ class Pipeline:
         return part.module
 
     def ready(self, name: str, request: Request, program):
-        """(what `program` gives, the module of a part): side by side where memory is ample, else the program first."""
+        """(what `program` gives, the module of a part): side by side where memory is ample, else
+        the program first."""
         if self.keep(request):
             with self.programs.ahead():
                 program()
@@ -272,7 +276,8 @@ class Pipeline:
         return run, self.loaded(name, request)
 
     def embed(self, prompts: str | list[str], *, request: Request | None = None) -> np.ndarray:
-        """Prompts -> embeddings [b s d] on the host: from the cache, or one prompt at a time through the text encoder."""
+        """Prompts -> embeddings [b s d] on the host: from the cache, or one prompt at a time
+        through the text encoder."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if self.tokenizer is None or self.text is None:
             raise UsageError(
@@ -300,7 +305,8 @@ class Pipeline:
         return 2 if request.sampler.guidance != 1.0 else 1
 
     def texts(self, request: Request) -> list[np.ndarray]:
-        """For each prompt what the transformer reads: [1 s d], or prompt and negative prompt [2 s d] under guidance."""
+        """For each prompt what the transformer reads: [1 s d], or prompt and negative prompt [2 s
+        d] under guidance."""
         prompts = list(request.prompts) if request.prompt_embeds is None else []
         negative = [request.negative_prompt] * (self.text_rows(request) - 1)
         rows = (
@@ -311,14 +317,17 @@ class Pipeline:
         embeds = rows[: len(prompts)] if request.prompt_embeds is None else request.prompt_embeds
         dtype = self.config.policy.compute_dtype
         return [
-            np.concatenate([row[None], rows[len(prompts) :]]).astype(dtype)
-            if negative
-            else row[None].astype(dtype)
+            (
+                np.concatenate([row[None], rows[len(prompts) :]]).astype(dtype)
+                if negative
+                else row[None].astype(dtype)
+            )
             for row in embeds
         ]
 
     def encode_image(self, request: Request):
-        """The image as condition f32[1 t h w 20]: mask of the first latent frame, and latents of the image and grey frames."""
+        """The image as condition f32[1 t h w 20]: mask of the first latent frame, and latents of
+        the image and grey frames."""
         _, vae = self.ready("vae", request, lambda: self.coder.encoder(request.size))
         with self.stage("vae encode", request):
             image = first_frame(fit_image(request.image, request.size, request.fit), request.size)
@@ -395,14 +404,16 @@ class Pipeline:
         return state if request.sampler.few_step else state.x
 
     def stage_second(self, request: Request) -> None:
-        """The second expert is read into the host's memory while the first one's later steps run, where there is room."""
+        """The second expert is read into the host's memory while the first one's later steps run,
+        where there is room."""
         part = self.parts["dit_low"]
         high = next(p for p in self.plan(request) if p.name.startswith("denoise"))
         if part.stageable and plan.may_stage(high, part.abstract(), plan.memory_limit()):
             part.load_ahead(host=True)
 
     def decode(self, request: Request, latents: np.ndarray, index: int = 0) -> np.ndarray:
-        """Latents f32[1 t h w c] -> uint8 (or float32 in [0, 1]) [1 T H W 3] on the host; chunks go to `on_frames` as they come."""
+        """Latents f32[1 t h w c] -> uint8 (or float32 in [0, 1]) [1 T H W 3] on the host; chunks go
+        to `on_frames` as they come."""
         tiled = self.tiled(request)
         _, vae = self.ready(
             "vae", request, lambda: self.coder.decoder(latents.shape, request.output_type, tiled)
@@ -418,7 +429,8 @@ class Pipeline:
                     raise NotFinite(
                         "the VAE decoder gave NaN or infinity: no video was written",
                         f"it ran in {self.parts['vae'].config.policy.compute}, on finite latents",
-                        "try --vae_dtype float32; check the file with python -m convert.validate --level values",
+                        "try --vae_dtype float32; check the file with python -m convert.validate"
+                        " --level values",
                     )
                 chunk = video[0, start : start + len(frames)]
                 chunk[...], start = frames, start + len(frames)
@@ -426,19 +438,22 @@ class Pipeline:
                     request.on_frames(index, chunk)
         return video
 
-    # -- the call ------------------------------------------------------------------------------------------------------
+    # -- the call ----------------------------------------------------------------------------------
 
     def __call__(self, prompt: str | list[str] | None = None, **arguments: Any) -> Result:
         """Make videos.
 
         prompt: text, or a list of texts (one video each, in order).
-        image (path, PIL image or uint8 [H W 3]); fit "crop" | "pad" | "stretch" | "adaptive"; resolution and aspect_ratio, or
-        width and height; num_frames (4k+1); num_steps, sigma_max, mid_t, sampler, boundary, shift, guidance_scale,
-        negative_prompt; seed, or key (a jax.random key); num_samples; latents (start noise [1 t h w c]); prompt_embeds [b s d];
-        output_type "uint8" | "float" | "latent"; check "finite" | "none"; on_frames(index, frames), called with each chunk
-        [t H W 3] of video number `index` as soon as it is decoded. Names of diffusers and TurboDiffusion are accepted.
+        image (path, PIL image or uint8 [H W 3]); fit "crop" | "pad" | "stretch" | "adaptive";
+        resolution and aspect_ratio, or width and height; num_frames (4k+1); num_steps, sigma_max,
+        mid_t, sampler, boundary, shift, guidance_scale, negative_prompt; seed, or key (a jax.random
+        key); num_samples; latents (start noise [1 t h w c]); prompt_embeds [b s d]; output_type
+        "uint8" | "float" | "latent"; check "finite" | "none"; on_frames(index, frames), called with
+        each chunk [t H W 3] of video number `index` as soon as it is decoded. Names of diffusers
+        and TurboDiffusion are accepted.
 
-        Same seed, shapes, version and device kind: same bits. Sample i of a prompt uses fold_in(key, i).
+        Same seed, shapes, version and device kind: same bits. Sample i of a prompt uses
+        fold_in(key, i).
         """
         request = self.request(prompt, **arguments)
         first = len(self.stages.rows)
@@ -490,7 +505,8 @@ class Pipeline:
         return latents, frames
 
     def warnings(self, request: Request) -> list[str]:
-        """What a user should know before waiting: the prompt's length, an unusual size, weights that need many steps."""
+        """What a user should know before waiting: the prompt's length, an unusual size, weights
+        that need many steps."""
         lines = size_notes(request.size, request.resolution) if self.resolution else []
         lines += reference_notes(self.config) + sampler_notes(
             request.sampler, self.name, self.distilled, "dit_low" in self.parts
@@ -505,7 +521,8 @@ class Pipeline:
         return lines
 
     def free(self, *names: str) -> None:
-        """Drop weights from the device: the named parts ("text", "vae", "dit", "dit_low"), or all."""
+        """Drop weights from the device: the named parts ("text", "vae", "dit", "dit_low"), or
+        all."""
         for name in names or tuple(self.parts):
             self.parts[name].free()
 

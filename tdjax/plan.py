@@ -1,7 +1,9 @@
-"""Memory of each stage before anything is loaded: what `--dry_run` prints and what decides which weights stay resident.
+"""Memory of each stage before anything is loaded: what `--dry_run` prints and what decides which
+weights stay resident.
 
-Weights are exact (shapes of the abstract module). Working memory is an estimate from the shapes that are alive at the
-worst moment of a stage; docs/performance.md keeps the measured peaks beside it.
+Weights are exact (shapes of the abstract module). Working memory is an estimate from the shapes
+that are alive at the worst moment of a stage; docs/performance.md keeps the measured peaks beside
+it.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def module_bytes(module) -> int:
 
 @functools.cache
 def weight_bytes(kind: str, cfg: Config) -> int:
-    """Bytes of a network's weights. Counting the leaves takes milliseconds, and a call plans many times."""
+    """Bytes of a network's weights. Counting the leaves takes milliseconds, and a call plans many
+    times."""
     return module_bytes(checkpoint.abstract(kind, cfg))
 
 
@@ -65,8 +68,8 @@ def text_working(cfg: TextConfig, batch: int) -> int:
 
 
 def dit_working(cfg: DiTConfig, size: VideoSize, batch: int) -> int:
-    """Keys and values of the text, residual stream, its float32 island, the three of q k v and attention's output, or the two of
-    the MLP if larger."""
+    """Keys and values of the text, residual stream, its float32 island, the three of q k v and
+    attention's output, or the two of the MLP if larger."""
     tokens, item = batch * size.tokens(cfg.patch), np.dtype(cfg.policy.compute).itemsize
     text = 2 * cfg.layers * batch * cfg.text_len * cfg.dim * item
     stream = tokens * cfg.dim * (item + 4)
@@ -77,8 +80,8 @@ def dit_working(cfg: DiTConfig, size: VideoSize, batch: int) -> int:
 
 
 def vae_working(cfg: VAEConfig, height: int, width: int, *, encode: bool) -> int:
-    """The cache and the activations of one chunk at full resolution; frames come and go. XLA counts 5.0 of them with the kernel, and
-    up to 9.0 where the reference makes the taps."""
+    """The cache and the activations of one chunk at full resolution; frames come and go. XLA counts
+    5.0 of them with the kernel, and up to 9.0 where the reference makes the taps."""
     item, frame = np.dtype(cfg.policy.compute).itemsize, height * width
     steps = (
         KERNEL_STEPS
@@ -100,7 +103,8 @@ def stage_plans(
     stream_text: bool = False,
     tiled: bool = False,
 ) -> list[StagePlan]:
-    """configs of "text" (or not), "vae", "dit", "dit_low" (or not) -> the stages in the order they run."""
+    """configs of "text" (or not), "vae", "dit", "dit_low" (or not) -> the stages in the order they
+    run."""
     plans = []
     if "text" in configs:
         cfg = configs["text"]
@@ -157,8 +161,9 @@ def keep_resident(plans: list[StagePlan], limit: int | None, low_memory: bool) -
 
 
 def may_stage(working_stage: StagePlan, module, limit: int | None) -> bool:
-    """Whether a module can be read into the host's memory while a stage runs: the host has room for it, and the device for its largest
-    leaf twice (it is transposed there). Not where the device does not report its memory: that is the host's own."""
+    """Whether a module can be read into the host's memory while a stage runs: the host has room for
+    it, and the device for its largest leaf twice (it is transposed there). Not where the device
+    does not report its memory: that is the host's own."""
     largest = max(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(module))
     room = limit is not None and working_stage.total + 2 * largest < 0.9 * limit
     return room and 1.2 * module_bytes(module) < host_available()
@@ -177,7 +182,8 @@ def table(plans: list[StagePlan], limit: int | None) -> str:
     lines = [f"{'stage':22} {'weights':>10} {'working':>10} {'total':>10}"]
     for p in plans:
         lines.append(
-            f"{p.name:22} {p.weights / GIB:6.2f} GiB {p.working / GIB:6.2f} GiB {p.total / GIB:6.2f} GiB"
+            f"{p.name:22} {p.weights / GIB:6.2f} GiB {p.working / GIB:6.2f} GiB"
+            f" {p.total / GIB:6.2f} GiB"
         )
     peak = max(plans, key=lambda p: p.total)
     limit_text = (
@@ -190,13 +196,16 @@ def table(plans: list[StagePlan], limit: int | None) -> str:
 
 
 def out_of_memory(stage: str, plans: list[StagePlan], limit: int | None) -> OutOfMemory:
-    """The error of a stage that ran out of device memory, with its estimate and the remedies in order."""
+    """The error of a stage that ran out of device memory, with its estimate and the remedies in
+    order."""
     row = max(plans, key=lambda p: (p.name.split()[0] in stage, p.total))
     usable = "unknown" if limit is None else f"{limit / GIB:.1f} GiB"
     return OutOfMemory(
         f"out of device memory in stage {stage!r}",
-        f"estimated need {row.total / GIB:.1f} GiB, of which weights {row.weights / GIB:.1f} GiB; usable {usable}",
-        "in this order: --low_memory; a -quant file or --quant int8; fewer frames or --resolution 480p",
+        f"estimated need {row.total / GIB:.1f} GiB, of which weights {row.weights / GIB:.1f} GiB;"
+        f" usable {usable}",
+        "in this order: --low_memory; a -quant file or --quant int8; fewer frames or --resolution"
+        " 480p",
     )
 
 
@@ -204,6 +213,8 @@ def not_finite(step: int, steps: int, cfg: DiTConfig) -> NotFinite:
     """The error of a denoising step that was not finite."""
     return NotFinite(
         f"step {step} of {steps} gave NaN or infinity: no video was written",
-        f"the transformer ran with attention {cfg.attention}, linears {cfg.linear}, {cfg.policy.compute}",
-        "try --attention_type original, then --quant none, then --dtype float32; please report which one helps",
+        f"the transformer ran with attention {cfg.attention}, linears {cfg.linear},"
+        f" {cfg.policy.compute}",
+        "try --attention_type original, then --quant none, then --dtype float32; please report"
+        " which one helps",
     )

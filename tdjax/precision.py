@@ -1,4 +1,5 @@
-"""Dtypes of one network: how weights are stored, what flows between layers, what the float32 islands use."""
+"""Dtypes of one network: how weights are stored, what flows between layers, what the float32
+islands use."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ class Policy:
     """Names of dtypes (strings, so that a policy is hashable and can be written as JSON).
 
     param:   storage of weights.
-    compute: what flows between layers and enters matrix products (accumulation is float32 in every case).
+    compute: what flows between layers and enters matrix products (accumulation is float32 in every
+             case).
     island:  norms and modulation, softmax statistics, rotation, time embedding, sampler state.
     """
 

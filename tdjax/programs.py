@@ -1,4 +1,5 @@
-"""The jitted stages of generation. Models are arguments, so nothing recompiles for another prompt, seed or set of weights."""
+"""The jitted stages of generation. Models are arguments, so nothing recompiles for another prompt,
+seed or set of weights."""
 
 from __future__ import annotations
 
@@ -39,17 +40,20 @@ def encode_first(vae, video):
 
 
 def encode_later(vae, cache, video):
-    """Four frames f32[b 4 H W 3] after those that the cache remembers -> (latents f32[b 1 h w c], cache)."""
+    """Four frames f32[b 4 H W 3] after those that the cache remembers -> (latents f32[b 1 h w c],
+    cache)."""
     return vae.encode_chunk(video, cache)
 
 
 def decode_first(vae, latents, *, output: str):
-    """The first latent frame f32[b 1 h w c] -> (its frame [b 1 H W 3], whether all of it was finite, cache)."""
+    """The first latent frame f32[b 1 h w c] -> (its frame [b 1 H W 3], whether all of it was
+    finite, cache)."""
     return decode_later(vae, None, latents, output=output)
 
 
 def decode_later(vae, cache, latents, *, output: str):
-    """A latent frame after those that the cache remembers -> (frames [b 4 H W 3], whether all of it was finite, cache)."""
+    """A latent frame after those that the cache remembers -> (frames [b 4 H W 3], whether all of it
+    was finite, cache)."""
     video, cache = vae.decode_chunk(latents, cache)
     return *pixels(video, output), cache
 
@@ -63,14 +67,16 @@ def pixels(video, output: str):
 
 
 def start_noise(key, steps: int, shape: tuple[int, ...]):
-    """f32[steps *shape]. Entry k draws from fold_in(key, k): the start is the same for every number of steps."""
+    """f32[steps *shape]. Entry k draws from fold_in(key, k): the start is the same for every number
+    of steps."""
     return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(key, k), shape, jnp.float32))(
         jnp.arange(steps)
     )
 
 
 def denoise(model, x, text, image, schedule, *, mode: str):
-    """Few steps: schedule = (noise f32[n b t h w c], times f32[n+1]) -> (x f32[b t h w c], finite bool[n])."""
+    """Few steps: schedule = (noise f32[n b t h w c], times f32[n+1]) -> (x f32[b t h w c], finite
+    bool[n])."""
     noise, times = schedule
     kv = before_the_loop(model, text)
     return sampler.sample_from(
@@ -79,12 +85,14 @@ def denoise(model, x, text, image, schedule, *, mode: str):
 
 
 def before_the_loop(model, text):
-    """Keys and values of the text, which every step reads alike; the barrier keeps the compiler from moving them into the loop."""
+    """Keys and values of the text, which every step reads alike; the barrier keeps the compiler
+    from moving them into the loop."""
     return lax.optimization_barrier(model.text_kv(text))
 
 
 def denoise_guided(model, state, text, image, schedule, *, guidance: float):
-    """The teacher's steps: schedule = teacher.Rows; text holds the prompt, then the negative prompt, [2b s d] (or [b s d] at guidance 1).
+    """The teacher's steps: schedule = teacher.Rows; text holds the prompt, then the negative
+    prompt, [2b s d] (or [b s d] at guidance 1).
 
     Both halves run as one doubled batch.
     """
@@ -102,7 +110,8 @@ def denoise_guided(model, state, text, image, schedule, *, guidance: float):
 
 
 class Programs:
-    """Compiled executables by function, static arguments and shapes; waiting for the compiler is a stage of its own.
+    """Compiled executables by function, static arguments and shapes; waiting for the compiler is a
+    stage of its own.
 
     With a mesh, weights lie as their shapes say and everything else is whole on every device.
     """
@@ -126,7 +135,8 @@ class Programs:
         return jax.device_put(tree, self.whole)
 
     def get(self, stages, label: str, function, *args, donate: tuple[int, ...] = (), **static):
-        """The executable for these arguments (arrays or shapes); compiled on first use. Within `ahead` it is asked for: None."""
+        """The executable for these arguments (arrays or shapes); compiled on first use. Within
+        `ahead` it is asked for: None."""
         leaves, structure = jax.tree.flatten(args)
         key = (
             function,
@@ -160,8 +170,8 @@ class Programs:
 
     @contextlib.contextmanager
     def ahead(self):
-        """Within the block `get` hands programs to threads and returns at once; the next `get` of each waits for it, and raises what
-        went wrong."""
+        """Within the block `get` hands programs to threads and returns at once; the next `get` of
+        each waits for it, and raises what went wrong."""
         self.asking = True
         try:
             yield
@@ -173,7 +183,8 @@ class Programs:
         self.coming = {key: future for key, future in self.coming.items() if not future.cancel()}
 
     def memory(self) -> dict[str, int]:
-        """XLA's own count of peak bytes on a device (arguments, outputs and temporaries) for each compiled stage."""
+        """XLA's own count of peak bytes on a device (arguments, outputs and temporaries) for each
+        compiled stage."""
         out = {}
         for (function, *_), executable in self.compiled.items():
             m = executable.memory_analysis()

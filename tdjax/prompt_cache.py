@@ -1,4 +1,5 @@
-"""Embeddings of prompts on disk: a prompt that was encoded before needs no text encoder, neither its weights nor its program."""
+"""Embeddings of prompts on disk: a prompt that was encoded before needs no text encoder, neither
+its weights nor its program."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ FORMAT = 1
 
 
 def entry_key(ids: np.ndarray, mask: np.ndarray, facts: dict[str, Any]) -> str:
-    """The name of one prompt's entry: its tokens [s] (they stand for text and tokenizer), and what computed the embedding."""
+    """The name of one prompt's entry: its tokens [s] (they stand for text and tokenizer), and what
+    computed the embedding."""
     text = json.dumps(
         {"format": FORMAT, "ids": ids[mask > 0].tolist(), "length": len(ids), **facts},
         sort_keys=True,
@@ -32,9 +34,11 @@ def entry_key(ids: np.ndarray, mask: np.ndarray, facts: dict[str, Any]) -> str:
 
 @dataclasses.dataclass
 class PromptCache:
-    """One file for each prompt, of its rows up to the prompt's end (the rest is zeros). The least recently used ones go first.
+    """One file for each prompt, of its rows up to the prompt's end (the rest is zeros). The least
+    recently used ones go first.
 
-    Nothing here stops a run: an entry that is damaged counts as absent, and a folder that cannot be written is told of once.
+    Nothing here stops a run: an entry that is damaged counts as absent, and a folder that cannot be
+                              written is told of once.
     """
 
     folder: Path
@@ -64,7 +68,8 @@ class PromptCache:
         return np.concatenate([rows, np.zeros((shape[0] - len(rows), shape[1]), dtype)])
 
     def put(self, key: str, embeds: np.ndarray, tokens: int, prompt: str) -> str | None:
-        """Keep the first `tokens` rows of [s d]; a line for the user where that is not possible, the first time."""
+        """Keep the first `tokens` rows of [s d]; a line for the user where that is not possible,
+        the first time."""
         part = self.folder / f".{key}.{secrets.token_hex(4)}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +99,8 @@ class PromptCache:
         return sorted(found, key=lambda row: (row[1].st_mtime_ns, row[0].name))
 
     def trim(self) -> None:
-        """Remove the oldest entries until the rest fits, and what killed processes left an hour ago."""
+        """Remove the oldest entries until the rest fits, and what killed processes left an hour
+        ago."""
         entries = self.entries()
         size = sum(facts.st_size for _, facts in entries)
         for path, facts in entries:

@@ -1,4 +1,5 @@
-"""Prompts to embeddings on the host: from the cache on disk, the rest through the text encoder, whole or layer by layer."""
+"""Prompts to embeddings on the host: from the cache on disk, the rest through the text encoder,
+whole or layer by layer."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ class TextEncoder:
         )
 
     def embed(self, prompts: list[str], encode: Callable[[Tokens], np.ndarray]) -> np.ndarray:
-        """-> [b s d]. `encode` is asked for the prompts that the cache does not know, all at once, and not at all if it knows
-        them all."""
+        """-> [b s d]. `encode` is asked for the prompts that the cache does not know, all at once,
+        and not at all if it knows them all."""
         cfg, tokens = self.part.config, self.tokenizer.encode(prompts)
         rows, keys = [None] * len(prompts), []
         if self.cache is not None:
@@ -77,7 +78,7 @@ class TextEncoder:
             "versions": [tdjax.__version__, jax.__version__],
         }
 
-    # -- the whole encoder on the device -------------------------------------------------------------------------------
+    # -- the whole encoder on the device -----------------------------------------------------------
 
     def program(self):
         row = self.compiled.shape((1, self.part.config.text_len), jnp.int32)
@@ -93,7 +94,7 @@ class TextEncoder:
             [np.asarray(row) for row in [run(encoder, *place(row)) for row in each]]
         )
 
-    # -- a layer at a time ---------------------------------------------------------------------------------------------
+    # -- a layer at a time -------------------------------------------------------------------------
 
     def layer_programs(self):
         """Of one layer, with its input donated, and of what comes after the last."""
@@ -112,8 +113,9 @@ class TextEncoder:
         )
 
     def streamed(self, tokens: Tokens) -> np.ndarray:
-        """The same, with one layer of the encoder on the device and the next on its way; all prompts pass each layer together,
-        one after another. Of the embedding table only the rows of the prompts are read."""
+        """The same, with one layer of the encoder on the device and the next on its way; all
+        prompts pass each layer together, one after another. Of the embedding table only the rows of
+        the prompts are read."""
         (layer, end), cfg, place = self.layer_programs(), self.part.config, self.compiled.place
         module = self.part.abstract()
         ids, where = np.unique(tokens.ids, return_inverse=True)

@@ -1,4 +1,5 @@
-"""One call of the pipeline as checked values. Everything wrong with the arguments is found here, before any long work."""
+"""One call of the pipeline as checked values. Everything wrong with the arguments is found here,
+before any long work."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ OUTPUTS = ("uint8", "float", "latent")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A validated call. `latents` is start noise [1 t h w c]; `prompt_embeds` replaces the text encoder."""
+    """A validated call. `latents` is start noise [1 t h w c]; `prompt_embeds` replaces the text
+    encoder."""
 
     prompts: tuple[str, ...]
     size: VideoSize
@@ -69,7 +71,8 @@ class Request:
             )
 
     def digests(self) -> dict[str, str]:
-        """sha256 of the arrays that the caller gave, so that a sidecar tells whether they were the same."""
+        """sha256 of the arrays that the caller gave, so that a sidecar tells whether they were the
+        same."""
         given = {name: getattr(self, name) for name in ("image", "latents", "prompt_embeds")}
         return {
             k: hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest()
@@ -233,13 +236,15 @@ def check_task(task: str, image) -> None:
     if task == "t2v" and image is not None:
         raise UsageError(
             "an image was given to text-to-video weights",
-            "their patch embedding takes 16 channels; image-to-video weights take 36 (16 noise, 4 mask, 16 image latents)",
+            "their patch embedding takes 16 channels; image-to-video weights take 36 (16 noise, 4"
+            " mask, 16 image latents)",
             "use turbowan2.2-i2v-a14b-720p, or leave the image away",
         )
     if task == "i2v" and image is None:
         raise UsageError(
             "image-to-video weights need an image",
-            "their patch embedding takes 36 channels (16 noise, 4 mask, 16 image latents); text-to-video weights take 16",
+            "their patch embedding takes 36 channels (16 noise, 4 mask, 16 image latents);"
+            " text-to-video weights take 16",
             "give --image_path, or use a text-to-video model such as turbowan2.1-t2v-1.3b-480p",
         )
 
@@ -265,11 +270,12 @@ def sampler_notes(cfg: SamplerConfig, name: str, distilled: bool, experts: bool)
     lines = []
     if not distilled and cfg.few_step:
         lines.append(
-            f"{name} looks like undistilled Wan weights (by its name): {cfg.steps} steps give poor video; "
-            "use --sampler unipc --num_steps 50 --guidance_scale 5, or a TurboWan file"
+            f"{name} looks like undistilled Wan weights (by its name): {cfg.steps} steps give poor"
+            " video; use --sampler unipc --num_steps 50 --guidance_scale 5, or a TurboWan file"
         )
     if experts and flow.split_times(flow.times(cfg), cfg.boundary) == cfg.steps:
         lines.append(
-            f"all {cfg.steps} steps lie above the boundary {cfg.boundary:g}: the low-noise expert is not used"
+            f"all {cfg.steps} steps lie above the boundary {cfg.boundary:g}: the low-noise expert"
+            " is not used"
         )
     return lines

@@ -1,4 +1,5 @@
-"""Which size a video gets, and how an image is brought to that size. Arithmetic and Pillow only: usable before jax is imported."""
+"""Which size a video gets, and how an image is brought to that size. Arithmetic and Pillow only:
+usable before jax is imported."""
 
 from __future__ import annotations
 
@@ -19,19 +20,22 @@ DEFAULT_ASPECT = "16:9"
 
 
 def adaptive_size(image_size: tuple[int, int], area: int) -> tuple[int, int]:
-    """(width, height) in multiples of 16 with the image's proportions and about the given area; a flat image can round to 0.
+    """(width, height) in multiples of 16 with the image's proportions and about the given area; a
+    flat image can round to 0.
 
     Rounds half to even, as thu-ml/TurboDiffusion turbodiffusion/inference/wan2.2_i2v_infer.py does.
     """
     width, height = image_size
     aspect = height / width
-    return round(math.sqrt(area / aspect) / MULTIPLE) * MULTIPLE, round(
-        math.sqrt(area * aspect) / MULTIPLE
-    ) * MULTIPLE
+    return (
+        round(math.sqrt(area / aspect) / MULTIPLE) * MULTIPLE,
+        round(math.sqrt(area * aspect) / MULTIPLE) * MULTIPLE,
+    )
 
 
 def nearest_aspect(resolution: str, ratio: float) -> str:
-    """The aspect ratio of a resolution's table whose size is proportioned most like width / height = ratio."""
+    """The aspect ratio of a resolution's table whose size is proportioned most like width / height
+    = ratio."""
     table = VIDEO_SIZES[resolution]
     return min(table, key=lambda name: abs(math.log(table[name][0] / table[name][1] / ratio)))
 
@@ -46,11 +50,13 @@ def choose_size(
     image_size: tuple[int, int] | None = None,
     fit: str = "crop",
 ) -> VideoSize:
-    """The size of a clip from what the user gave. image_size is (width, height) of the conditioning image, if there is one.
+    """The size of a clip from what the user gave. image_size is (width, height) of the conditioning
+    image, if there is one.
 
-    width and height decide if given; else the table of `resolution` (default 480p) by `aspect_ratio`. Without an aspect
-    ratio an image gets the nearest of the table, and text gets 16:9. With fit="adaptive" that size only gives the area, and
-    the image its proportions; the area is then the one of 16:9, whatever the image, as in the published script.
+    width and height decide if given; else the table of `resolution` (default 480p) by
+    `aspect_ratio`. Without an aspect ratio an image gets the nearest of the table, and text gets
+    16:9. With fit="adaptive" that size only gives the area, and the image its proportions; the area
+    is then the one of 16:9, whatever the image, as in the published script.
     """
     check_fit(fit, image_size)
     if (width is None) != (height is None):
@@ -121,7 +127,8 @@ def checked_adaptive(image_size: tuple[int, int], base: tuple[int, int]) -> tupl
     size = adaptive_size(image_size, math.prod(base))
     if min(size) < MULTIPLE:
         raise UsageError(
-            f"the image is {image_size[0]}x{image_size[1]}: an adaptive size of {base[0]}x{base[1]} in area would be {size[0]}x{size[1]}",
+            f"the image is {image_size[0]}x{image_size[1]}: an adaptive size of {base[0]}x{base[1]}"
+            f" in area would be {size[0]}x{size[1]}",
             f"each side must be at least {MULTIPLE} pixels",
             "crop the image to less extreme proportions, or use fit crop or pad",
         )
@@ -151,11 +158,13 @@ def closest(text: str, allowed) -> str:
 
 
 def size_notes(size: VideoSize, resolution: str | None = None) -> list[str]:
-    """Lines worth telling a user about a legal size: an older row of the table, or a size the models were not trained at."""
+    """Lines worth telling a user about a legal size: an older row of the table, or a size the
+    models were not trained at."""
     notes = []
     if resolution in VIDEO_SIZES and resolution not in TRAINED:
         notes.append(
-            f'resolution "{resolution}" is {size.width}x{size.height}; "480p" and "720p" are the trained sizes, and other ones'
+            f'resolution "{resolution}" is {size.width}x{size.height}; "480p" and "720p" are the'
+            " trained sizes, and other ones"
         )
     trained = [pair for name in TRAINED for pair in VIDEO_SIZES[name].values()]
     if (size.width, size.height) not in trained:
@@ -164,8 +173,8 @@ def size_notes(size: VideoSize, resolution: str | None = None) -> list[str]:
         )
         near = min(trained, key=away)
         notes.append(
-            f"{size.width}x{size.height} is not a size the published models were trained at (nearest {near[0]}x{near[1]}): "
-            "quality can differ, and it compiles once more"
+            f"{size.width}x{size.height} is not a size the published models were trained at"
+            f" (nearest {near[0]}x{near[1]}): quality can differ, and it compiles once more"
         )
     return notes
 
@@ -173,11 +182,13 @@ def size_notes(size: VideoSize, resolution: str | None = None) -> list[str]:
 def fit_image(
     image: np.ndarray, size: VideoSize, fit: str = "crop"
 ) -> np.ndarray:  # uint8 [H W 3] -> uint8 [height width 3]
-    """An image brought to the size of a clip, by Pillow's antialiased bilinear filter (the published script's filter too).
+    """An image brought to the size of a clip, by Pillow's antialiased bilinear filter (the
+    published script's filter too).
 
     crop:     scaled until it covers the frame, the middle is kept.
     pad:      scaled until it fits inside, black beside it.
-    stretch:  each side by itself; adaptive too, since the size then has the image's proportions already.
+    stretch:  each side by itself; adaptive too, since the size then has the image's proportions
+              already.
     """
     check_fit(fit, image.shape[1::-1])
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:

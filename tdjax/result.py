@@ -1,4 +1,5 @@
-"""What a call of the pipeline returns: frames, latents, seed, timings, and how to save and show them."""
+"""What a call of the pipeline returns: frames, latents, seed, timings, and how to save and show
+them."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from tdjax.errors import UsageError
 class Result:
     """One call's videos.
 
-    frames:   uint8 [b T H W 3] (output_type "uint8"), float32 in [0, 1] ("float"), or None ("latent").
+    frames:   uint8 [b T H W 3] (output_type "uint8"), float32 in [0, 1] ("float"), or None
+              ("latent").
     latents:  float32 [b t h w c], normalised, on the host.
     seed:     the seed, or None where the caller gave a key.
     timings:  seconds by stage. metadata: everything needed to run it again, JSON values only.
@@ -41,7 +43,10 @@ class Result:
 
     def __repr__(self) -> str:
         what = "latents only" if self.frames is None else "x".join(map(str, self.frames.shape))
-        return f"Result({len(self)} video(s), {what}, seed {self.seed}, {sum(self.timings.values()):.1f} s)"
+        return (
+            f"Result({len(self)} video(s), {what}, seed {self.seed},"
+            f" {sum(self.timings.values()):.1f} s)"
+        )
 
     def pixels(self, index: int = 0) -> np.ndarray:
         """uint8 [T H W 3] of one video."""
@@ -70,9 +75,11 @@ class Result:
         metadata: bool = True,
         overwrite: bool = False,
     ) -> Path:
-        """Write one video; the suffix chooses the form (.mp4 .webm .mkv .gif .npy, .safetensors = latents, no suffix = png folder).
+        """Write one video; the suffix chooses the form (.mp4 .webm .mkv .gif .npy, .safetensors =
+        latents, no suffix = png folder).
 
-        With `metadata` a sidecar `<file>.json` is written beside it. Files appear under their name only when complete.
+        With `metadata` a sidecar `<file>.json` is written beside it. Files appear under their name
+        only when complete.
         """
         path, fps = Path(path), fps or self.fps
         check_save(path, fps=fps, crf=crf, metadata=metadata, overwrite=overwrite)
@@ -102,7 +109,8 @@ class Result:
                 path = video.write(Path(folder) / f"{i}.mp4", self.pixels(i), fps=self.fps, crf=20)
                 data = base64.b64encode(path.read_bytes()).decode()
                 tags.append(
-                    f'<video controls autoplay loop muted src="data:video/mp4;base64,{data}"></video>'
+                    "<video controls autoplay loop muted"
+                    f' src="data:video/mp4;base64,{data}"></video>'
                 )
         return "\n".join(tags)
 
@@ -164,7 +172,8 @@ def save_latents(path: Path, latents: np.ndarray, overwrite: bool = False) -> No
 
 
 def describe(name: str, request, parts: dict) -> dict[str, Any]:
-    """Everything needed to make the same video again, as JSON values; arrays that were given stand as their sha256."""
+    """Everything needed to make the same video again, as JSON values; arrays that were given stand
+    as their sha256."""
     import jax
 
     return {
@@ -188,5 +197,6 @@ def describe(name: str, request, parts: dict) -> dict[str, Any]:
 
 
 def joined(videos: list[np.ndarray]) -> np.ndarray:
-    """Videos [1 ...] as one array; a single one, of which there may be hundreds of megabytes, is not copied."""
+    """Videos [1 ...] as one array; a single one, of which there may be hundreds of megabytes, is
+    not copied."""
     return videos[0] if len(videos) == 1 else np.concatenate(videos)

@@ -1,8 +1,10 @@
-"""Samplers as pure functions of (velocity, noise, times): few-step SDE and ODE, and the guided many-step teacher.
+"""Samplers as pure functions of (velocity, noise, times): few-step SDE and ODE, and the guided
+many-step teacher.
 
-`velocity` is any callable (x f32[b t h w c], timestep f32[b] in 0..1000) -> v. Each loop is one `lax.while_loop`, to be jitted by the
-caller together with the network; times and scalars are arguments, so one executable serves every schedule of a length.
-The state is float32. Sources: thu-ml/TurboDiffusion inference/, NVlabs/rcm rcm/samplers/, arXiv 2510.08431.
+`velocity` is any callable (x f32[b t h w c], timestep f32[b] in 0..1000) -> v. Each loop is one
+`lax.while_loop`, to be jitted by the caller together with the network; times and scalars are
+arguments, so one executable serves every schedule of a length. The state is float32. Sources:
+thu-ml/TurboDiffusion inference/, NVlabs/rcm rcm/samplers/, arXiv 2510.08431.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def sde(x, v, eps, u, u_next):
-    """x, v, eps f32[b t h w c] at time u -> x at u_next: to the predicted data, then back up with fresh noise."""
+    """x, v, eps f32[b t h w c] at time u -> x at u_next: to the predicted data, then back up with
+    fresh noise."""
     return (1.0 - u_next) * (x - u * v) + u_next * eps
 
 
@@ -39,19 +42,21 @@ def start(noise, times):
 
 
 def injected(noise):
-    """Noise [steps ...] as the steps inject it: entry i after step i. The last entry only fills the place, its weight is 0."""
+    """Noise [steps ...] as the steps inject it: entry i after step i. The last entry only fills the
+    place, its weight is 0."""
     return jnp.roll(noise, -1, axis=0)
 
 
 def call(velocity: Velocity, x, u):
-    """v f32[b t h w c] at one time u for all samples; the door between float32 state and the network."""
+    """v f32[b t h w c] at one time u for all samples; the door between float32 state and the
+    network."""
     return velocity(x, jnp.full(x.shape[:1], flow.TIME_SCALE * u, jnp.float32)).astype(jnp.float32)
 
 
 def step(velocity: Velocity, x, eps, u, u_next, mode: str):
     """One step of a few-step sampler. x f32[b t h w c] at time u -> x at u_next."""
-    # The barriers keep one step's arithmetic apart from its neighbours', whatever the number of steps in the loop: a loop cut
-    # into several calls gives the same bits.
+    # The barriers keep one step's arithmetic apart from its neighbours', whatever the number of
+    # steps in the loop: a loop cut into several calls gives the same bits.
     x, eps, u, u_next = lax.optimization_barrier((x, eps, u, u_next))
     v = lax.optimization_barrier(call(velocity, x, u))
     return lax.optimization_barrier(UPDATE[mode](x, v, eps, u, u_next))
@@ -60,8 +65,9 @@ def step(velocity: Velocity, x, eps, u, u_next, mode: str):
 def sample_from(velocity: Velocity, x, noise, times, mode: str):
     """Steps over times f32[n+1] from the state x at times[0] -> (x at times[n], finite bool[n]).
 
-    noise f32[n b t h w c]: entry i is injected after step i (a slice of `injected(...)`); None will do for mode "ode".
-    finite[i] says whether the state after step i is finite everywhere. ValueError for another mode or another length of the noise.
+    noise f32[n b t h w c]: entry i is injected after step i (a slice of `injected(...)`); None will
+    do for mode "ode". finite[i] says whether the state after step i is finite everywhere.
+    ValueError for another mode or another length of the noise.
     """
     if mode not in UPDATE:
         raise ValueError(
@@ -83,8 +89,9 @@ def sample_from(velocity: Velocity, x, noise, times, mode: str):
 def loop(one, state, rows):
     """`lax.scan(one, state, rows)` -> (state, finite bool[n]), its length hidden from the compiler.
 
-    XLA inlines a loop of one step and may then round it differently: with the length hidden, a schedule run in pieces (experts,
-    progress) gives the bits of the whole. For sampling only: it has no reverse-mode derivative; losses differentiate `step`.
+    XLA inlines a loop of one step and may then round it differently: with the length hidden, a
+    schedule run in pieces (experts, progress) gives the bits of the whole. For sampling only: it
+    has no reverse-mode derivative; losses differentiate `step`.
     """
     rows = jax.tree.map(jnp.asarray, rows)
     steps = jax.tree.leaves(rows)[0].shape[0]
@@ -103,7 +110,8 @@ def loop(one, state, rows):
 
 
 def sample(velocity: Velocity, noise, times, mode: str):
-    """Few-step sampling: noise f32[steps b t h w c], times f32[steps+1] -> (latents f32[b t h w c], finite bool[steps]).
+    """Few-step sampling: noise f32[steps b t h w c], times f32[steps+1] -> (latents f32[b t h w c],
+    finite bool[steps]).
 
     Entry 0 of the noise starts, the others are injected ("sde"); "ode" reads entry 0 only.
     """
@@ -112,7 +120,7 @@ def sample(velocity: Velocity, noise, times, mode: str):
     )
 
 
-# -- teacher ---------------------------------------------------------------------------------------------------------------
+# -- teacher ---------------------------------------------------------------------------------------
 
 
 def guide(v, v_negative, scale):
@@ -121,12 +129,14 @@ def guide(v, v_negative, scale):
 
 
 def guided(velocity: Velocity, velocity_negative: Velocity, scale) -> Velocity:
-    """v- + scale (v - v-) of two callables (x f32[b t h w c], timestep f32[b]) -> v, as one of them; each step calls both."""
+    """v- + scale (v - v-) of two callables (x f32[b t h w c], timestep f32[b]) -> v, as one of
+    them; each step calls both."""
     return lambda x, timestep: guide(velocity(x, timestep), velocity_negative(x, timestep), scale)
 
 
 class TeacherState(NamedTuple):
-    """x f32[b t h w c] and what a multistep scheme remembers: its last corrected x, and two predictions of data."""
+    """x f32[b t h w c] and what a multistep scheme remembers: its last corrected x, and two
+    predictions of data."""
 
     x: jax.Array
     last: jax.Array
@@ -154,7 +164,8 @@ def teacher_step(velocity: Velocity, state: TeacherState, row: teacher.Rows) -> 
 
 
 def teacher_from(velocity: Velocity, state: TeacherState, rows: teacher.Rows):
-    """Steps of a table (or of a part of it) -> (state, finite bool[n]); latents are state.x after the last row."""
+    """Steps of a table (or of a part of it) -> (state, finite bool[n]); latents are state.x after
+    the last row."""
 
     def one(state, row):
         state = teacher_step(velocity, state, row)
@@ -164,6 +175,7 @@ def teacher_from(velocity: Velocity, state: TeacherState, rows: teacher.Rows):
 
 
 def sample_teacher(velocity: Velocity, noise, cfg: SamplerConfig):
-    """The teacher's many steps from noise f32[b t h w c] -> (latents f32[b t h w c], finite bool[steps])."""
+    """The teacher's many steps from noise f32[b t h w c] -> (latents f32[b t h w c], finite
+    bool[steps])."""
     state, finite = teacher_from(velocity, teacher_start(noise), teacher.rows(cfg))
     return state.x, finite

@@ -1,7 +1,8 @@
-"""Where arrays lie on a mesh: a table from leaf names to axis names, and one from axis names to mesh axes.
+"""Where arrays lie on a mesh: a table from leaf names to axis names, and one from axis names to
+mesh axes.
 
-The networks know only `constrain` and the functions `over_*`, under which kernels run: the compiler does not divide those itself.
-Without a mesh (`jax.set_mesh`, Auto axes) they do nothing.
+The networks know only `constrain` and the functions `over_*`, under which kernels run: the compiler
+does not divide those itself. Without a mesh (`jax.set_mesh`, Auto axes) they do nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import re
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-# Pattern of a leaf name (whole) -> the names of its axes; every leaf of every network matches exactly one row.
+# Pattern of a leaf name (whole) -> the names of its axes; every leaf of every network matches
+# exactly one row.
 PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # transformer and text encoder, blocks stacked on axis n
     (r"blocks\.(self_|cross_)?attn\.(q|k|v|k_img|v_img)\.kernel", ("n", "embed", "heads")),
@@ -22,7 +24,8 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks\.up\.bias", ("n", "mlp")),
     (r"blocks\.down\.kernel", ("n", "mlp", "embed")),
     (r"blocks\.((self|cross)_attn\.o|down)\.bias", ("n", None)),
-    # 8 bits: weights are [o i]; the scales of tiles and of channels stay whole, numbers of tiles seldom divide
+    # 8 bits: weights are [o i]; the scales of tiles and of channels stay whole, numbers of tiles
+    # seldom divide
     (r"blocks\.(self|cross)_attn\.(q|k|v|k_img|v_img)\.(int8_)?weight", ("n", "heads", "embed")),
     (r"blocks\.(self|cross)_attn\.o\.(int8_)?weight", ("n", "embed", "heads")),
     (r"blocks\.up\.(int8_)?weight", ("n", "mlp", "embed")),
@@ -52,7 +55,8 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"((encoder|decoder)\.|(post_)?quant_conv\.).*", ()),
 )
 
-# Axis name -> mesh axis, or several. A mesh axis that the mesh lacks, or that does not divide an array's axis, is not used.
+# Axis name -> mesh axis, or several. A mesh axis that the mesh lacks, or that does not divide an
+# array's axis, is not used.
 RULES: dict[str, tuple[str, ...]] = {
     "n": (),
     "vocab": ("tensor",),
@@ -70,7 +74,8 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def leaf_name(path) -> str:
-    """A pytree path of a module as the name of its leaf: attribute names and indices joined by dots."""
+    """A pytree path of a module as the name of its leaf: attribute names and indices joined by
+    dots."""
     keys = [
         str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path
     ]
@@ -114,7 +119,8 @@ def shardings(module, mesh: jax.sharding.Mesh):
 
 
 def mesh_sizes() -> dict[str, int]:
-    """Sizes of the current mesh's axes that the compiler partitions; empty without a mesh and inside shard_map."""
+    """Sizes of the current mesh's axes that the compiler partitions; empty without a mesh and
+    inside shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     auto = jax.sharding.AxisType.Auto
     return {
@@ -125,13 +131,15 @@ def mesh_sizes() -> dict[str, int]:
 
 
 def constrain(x, *axes: str | None):
-    """Lay activations over the current mesh by axis names ("batch", "tokens", ...); without a mesh, x itself."""
+    """Lay activations over the current mesh by axis names ("batch", "tokens", ...); without a mesh,
+    x itself."""
     sizes = mesh_sizes()
     return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, sizes)) if sizes else x
 
 
 def over_heads(op, q, k, v, *shared):  # q k v [b l h k]
-    """op(q, k, v, *shared) with samples and heads divided over the mesh; each device sees every token of its heads."""
+    """op(q, k, v, *shared) with samples and heads divided over the mesh; each device sees every
+    token of its heads."""
     sizes = mesh_sizes()
     if not sizes:
         return op(q, k, v, *shared)
@@ -150,7 +158,8 @@ def over_tokens(op, *arrays):  # [b l ...], or [b 1 ...] and [1 l ...]
 
 
 def over_channels(op, x, x_scale, *weights):  # [b l i], [b l]; [o i], [o], [o]
-    """op(x, x_scale, *weights) [b l o] with samples, tokens and output channels divided over the mesh."""
+    """op(x, x_scale, *weights) [b l o] with samples, tokens and output channels divided over the
+    mesh."""
     sizes = mesh_sizes()
     if not sizes:
         return op(x, x_scale, *weights)

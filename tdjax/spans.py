@@ -1,4 +1,5 @@
-"""The sampling loop cut into calls: where experts change, and into single steps where progress is shown. No cut changes a bit."""
+"""The sampling loop cut into calls: where experts change, and into single steps where progress is
+shown. No cut changes a bit."""
 
 from __future__ import annotations
 
@@ -41,9 +42,11 @@ def start(
     entries: int,
     cuts: tuple[tuple[int, int], ...],
 ):
-    """(state, [noise that the steps of each span inject, or None]): one program, as many small ones take longer to compile.
+    """(state, [noise that the steps of each span inject, or None]): one program, as many small ones
+    take longer to compile.
 
-    Sample `sample` draws `entries` of noise from fold_in(key, sample). times f32[steps+1]; latents: start noise that was given, or None.
+    Sample `sample` draws `entries` of noise from fold_in(key, sample). times f32[steps+1]; latents:
+    start noise that was given, or None.
     """
     noise = programs.start_noise(jax.random.fold_in(key, sample), entries, shape)
     noise = lax.optimization_barrier(

@@ -1,6 +1,8 @@
-"""SentencePiece unigram models (spiece.model) as a tokenizer, read from the protobuf wire format without a protobuf library.
+"""SentencePiece unigram models (spiece.model) as a tokenizer, read from the protobuf wire format
+without a protobuf library.
 
-Field numbers: google/sentencepiece src/sentencepiece_model.proto. Wire format: protobuf.dev/programming-guides/encoding.
+Field numbers: google/sentencepiece src/sentencepiece_model.proto. Wire format:
+               protobuf.dev/programming-guides/encoding.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ UNIGRAM = 1
 
 @dataclasses.dataclass(frozen=True)
 class Spiece:
-    """pieces: (text, score, type) in order of id. The rest is as the file's trainer and normalizer sections say."""
+    """pieces: (text, score, type) in order of id. The rest is as the file's trainer and normalizer
+    sections say."""
 
     pieces: list[tuple[str, float, int]]
     model_type: int
@@ -37,10 +40,12 @@ class Spiece:
 
 
 def read_spiece(path: Path, data: bytes) -> Tokenizer:
-    """A tokenizer with the ids that SentencePiece itself would give; CheckpointError for a damaged file or another algorithm.
+    """A tokenizer with the ids that SentencePiece itself would give; CheckpointError for a damaged
+    file or another algorithm.
 
-    Two differences, both shared with the published tokenizer.json: a prompt that spells a special piece such as </s> gets
-    its id, and a combining mark that stands alone after a character which the map rewrites is lost with it.
+    Two differences, both shared with the published tokenizer.json: a prompt that spells a special
+    piece such as </s> gets its id, and a combining mark that stands alone after a character which
+    the map rewrites is lost with it.
     """
     try:
         model = parse(data)
@@ -75,13 +80,15 @@ def build(model: Spiece) -> Tokenizer:
     if model.dummy_prefix:
         steps.append(normalizers.Prepend(" "))
     tokenizer.normalizer = normalizers.Sequence(steps)
-    # split=False: words are cut by the model itself, so that pieces which span a space are found as well.
+    # split=False: words are cut by the model itself, so that pieces which span a space are found as
+    # well.
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "never", split=False)
     return tokenizer
 
 
 def parse(data: bytes) -> Spiece:
-    """ModelProto: 1 pieces, 2 trainer (3 model type, 24 suffix, 35 byte fallback), 3 normalizer (2 map, 3, 4, 5 flags)."""
+    """ModelProto: 1 pieces, 2 trainer (3 model type, 24 suffix, 35 byte fallback), 3 normalizer (2
+    map, 3, 4, 5 flags)."""
     pieces, trainer, normalizer = [], {}, {}
     for number, value in fields(data):
         if number == 1:
@@ -112,7 +119,8 @@ def parse(data: bytes) -> Spiece:
 
 
 def fields(data: bytes):
-    """(number, value) of one protobuf message: int for varints, bytes for everything else (a later field overrides in a dict)."""
+    """(number, value) of one protobuf message: int for varints, bytes for everything else (a later
+    field overrides in a dict)."""
     at = 0
     while at < len(data):
         key, at = varint(data, at)

@@ -1,4 +1,5 @@
-"""What a run is doing, how long each stage took, and the memory it reached: lines on stderr, numbers in a table."""
+"""What a run is doing, how long each stage took, and the memory it reached: lines on stderr,
+numbers in a table."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ GIB = 2**30
 
 
 def host_peak_bytes() -> int | None:
-    """Largest resident size of this process since the last `reset_host_peak` (Linux; None elsewhere)."""
+    """Largest resident size of this process since the last `reset_host_peak` (Linux; None
+    elsewhere)."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -30,7 +32,8 @@ def reset_host_peak() -> None:
 
 
 def device_bytes() -> tuple[int, int] | None:
-    """(in use now, peak since the process began) of the first device, or None where the backend does not say (CPU)."""
+    """(in use now, peak since the process began) of the first device, or None where the backend
+    does not say (CPU)."""
     import jax
 
     stats = jax.local_devices()[0].memory_stats()

@@ -1,12 +1,14 @@
-"""Scalars of the teacher's samplers, Euler and UniPC, as one table: every step is a linear combination of arrays.
+"""Scalars of the teacher's samplers, Euler and UniPC, as one table: every step is a linear
+combination of arrays.
 
 With m = x - u v (the data predicted at a step), both samplers are
 
-    x  <- corrector . (x, x_last, m, m_1, m_2)      x_last: the corrected x of the step before; m_1, m_2: earlier m
-    x' <- predictor . (x, m, m_1)
+    x  <- corrector . (x, x_last, m, m_1, m_2)      x_last: the corrected x of the step before; m_1,
+    m_2: earlier m x' <- predictor . (x, m, m_1)
 
-Euler's corrector leaves x alone. UniPC is the multistep scheme of arXiv 2302.04867, order 2, variant bh2, predicting data.
-Everything is float64 numpy on the host: differences of log-SNR cancel badly in float32.
+Euler's corrector leaves x alone. UniPC is the multistep scheme of arXiv 2302.04867, order 2,
+variant bh2, predicting data. Everything is float64 numpy on the host: differences of log-SNR cancel
+badly in float32.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def euler(u: np.ndarray) -> tuple[list, list]:
 
 
 def unipc(u: np.ndarray) -> tuple[list, list]:
-    """UniPC-2 bh2: order 1 on the first and the last step, 2 between; the last step lands on the predicted data."""
+    """UniPC-2 bh2: order 1 on the first and the last step, 2 between; the last step lands on the
+    predicted data."""
     steps = len(u) - 1
     snr = np.log1p(-u[:-1]) - np.log(
         u[:-1]
@@ -70,7 +73,8 @@ def predict(u, snr, i: int, order: int) -> tuple[float, ...]:
 
 
 def correct(u, snr, i: int, order: int) -> tuple[float, ...]:
-    """Over u_{i-1} to u_i again, now that m_i is known: factors of (x, x_last, m_i, m_{i-1}, m_{i-2})."""
+    """Over u_{i-1} to u_i again, now that m_i is known: factors of (x, x_last, m_i, m_{i-1},
+    m_{i-2})."""
     h = snr[i] - snr[i - 1]
     e = np.expm1(-h)
     scale = -(1.0 - u[i]) * e

@@ -16,7 +16,8 @@ def tiling(height: int, width: int) -> Tiling:
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Tiles of one size (height, width) over a frame, at least `overlap` apart from their neighbours' other edge.
+    """Tiles of one size (height, width) over a frame, at least `overlap` apart from their
+    neighbours' other edge.
 
     Where the frame is smaller than a tile there is one tile, of the frame's own size.
     """
@@ -41,7 +42,8 @@ class Tiling:
         return [(top, left) for top in rows for left in columns]
 
     def weights(self, scale: int) -> list[np.ndarray]:
-        """For each tile f32 [h w 1] of `scale` times its size: how much it counts for each pixel. All tiles add up to one."""
+        """For each tile f32 [h w 1] of `scale` times its size: how much it counts for each pixel.
+        All tiles add up to one."""
         rows, columns = (
             shares(n * scale, self.tile * scale, self.overlap * scale, scale)
             for n in (self.height, self.width)
@@ -58,7 +60,8 @@ def starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def shares(length: int, tile: int, overlap: int, step: int) -> list[np.ndarray]:
-    """One-dimensional weights of each tile: 1 inside, a ramp over the overlap, none of it at the frame's own edges."""
+    """One-dimensional weights of each tile: 1 inside, a ramp over the overlap, none of it at the
+    frame's own edges."""
     places = [start * step for start in starts(length // step, tile // step, overlap // step)]
     tile = min(tile, length)
     total, ramps = np.zeros(length), []

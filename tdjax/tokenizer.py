@@ -1,4 +1,5 @@
-"""Prompts to token ids: cleaning, umT5's tokenizer from tokenizer.json or spiece.model, padding and truncation."""
+"""Prompts to token ids: cleaning, umT5's tokenizer from tokenizer.json or spiece.model, padding and
+truncation."""
 
 from __future__ import annotations
 
@@ -16,14 +17,16 @@ from tdjax.spiece import read_spiece
 
 PAD = 0
 END = "</s>"
-# In this order below the folder that is given; the last two are where the Wan repositories keep theirs.
+# In this order below the folder that is given; the last two are where the Wan repositories keep
+# theirs.
 NAMES = ("tokenizer.json", "spiece.model", "tokenizer/tokenizer.json", "tokenizer/spiece.model",
          "google/umt5-xxl/tokenizer.json", "google/umt5-xxl/spiece.model")  # fmt: skip
 FEW_WORDS, FEW_TOKENS = 8, 16
 
 
 def clean(text: str) -> str:
-    """The prompt as the encoder was trained to see it: encodings repaired, HTML entities resolved, whitespace made single.
+    """The prompt as the encoder was trained to see it: encodings repaired, HTML entities resolved,
+    whitespace made single.
 
     The order of steps is Wan's (Wan-Video/Wan2.1 wan/modules/tokenizers.py).
     """
@@ -32,7 +35,8 @@ def clean(text: str) -> str:
 
 
 class Tokenizer:
-    """umT5's tokenizer. path: a tokenizer.json, a SentencePiece unigram .model, or a folder that holds one of them."""
+    """umT5's tokenizer. path: a tokenizer.json, a SentencePiece unigram .model, or a folder that
+    holds one of them."""
 
     def __init__(self, path: str | Path, text_len: int = 512):
         self.path, self.text_len = find(Path(path)), text_len
@@ -59,7 +63,8 @@ class Tokenizer:
         return len(self.pieces(prompt))
 
     def encode(self, prompts: list[str]) -> Tokens:
-        """-> Tokens of numpy i32[b text_len]. A longer prompt loses its last words, not its end token."""
+        """-> Tokens of numpy i32[b text_len]. A longer prompt loses its last words, not its end
+        token."""
         ids = np.full((len(prompts), self.text_len), PAD, np.int32)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -82,19 +87,22 @@ def prompt_warnings(tokenizer: Tokenizer | None, prompt: str) -> list[str]:
     if count > tokenizer.text_len:
         dropped = count - tokenizer.text_len
         return [
-            f"prompt {shown} has {count} tokens, the model takes {tokenizer.text_len}: the last {dropped} before the end were dropped"
+            f"prompt {shown} has {count} tokens, the model takes {tokenizer.text_len}: the last"
+            f" {dropped} before the end were dropped"
         ]
     # Both limits, because writing without spaces has few "words" and long words have many tokens.
     if words < FEW_WORDS and count - 1 < FEW_TOKENS:
         plural = "" if words == 1 else "s"
         return [
-            f"prompt {shown} has {words} word{plural}: the models were trained on long captions, a sentence or more gives better video"
+            f"prompt {shown} has {words} word{plural}: the models were trained on long captions, a"
+            " sentence or more gives better video"
         ]
     return []
 
 
 def language_warnings(language: dict, prompt: str) -> list[str]:
-    """Lines about a prompt for a model of a small closed language: {"words": all of them, "knows": {factor: its values}}."""
+    """Lines about a prompt for a model of a small closed language: {"words": all of them, "knows":
+    {factor: its values}}."""
     words = re.findall(r"[^\W_]+", clean(prompt).lower())
     unknown = [word for word in dict.fromkeys(words) if word not in set(language["words"])]
     if not words:

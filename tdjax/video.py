@@ -1,4 +1,5 @@
-"""Video files and images: frames in, one complete file out; and back again. Knows arrays and files, nothing of models."""
+"""Video files and images: frames in, one complete file out; and back again. Knows arrays and files,
+nothing of models."""
 
 from __future__ import annotations
 
@@ -62,10 +63,12 @@ def write(
 ) -> Path:
     """Write a video; the suffix chooses the form. The name appears only when the file is complete.
 
-    .mp4 (h264), .webm (vp9), .mkv (ffv1, lossless), .gif (loops), .png (one frame), .npy, no suffix: folder of PNG files.
-    frames may be an iterator of chunks: each is encoded while the caller's device makes the next one.
-    crf is the quality of h264 and vp9 (lower is better); metadata is text for the file's comment (.npy has none).
-    Odd sides gain one repeated row or column in .mp4 and .webm, whose colours are stored for 2x2 pixels.
+    .mp4 (h264), .webm (vp9), .mkv (ffv1, lossless), .gif (loops), .png (one frame), .npy, no
+    suffix: folder of PNG files. frames may be an iterator of chunks: each is encoded while the
+            caller's device makes the next one.
+    crf is the quality of h264 and vp9 (lower is better); metadata is text for the file's comment
+    (.npy has none). Odd sides gain one repeated row or column in .mp4 and .webm, whose colours are
+    stored for 2x2 pixels.
     """
     path = Path(path)
     check_target(path, fps, crf, overwrite)
@@ -87,7 +90,8 @@ def write(
 
 
 class Writer:
-    """`write` in a thread of its own: `put` each chunk as it is made, then `close`; or `cancel`, which leaves nothing.
+    """`write` in a thread of its own: `put` each chunk as it is made, then `close`; or `cancel`,
+    which leaves nothing.
 
     Errors of the thread, of whatever kind, are raised by the next call.
     """
@@ -175,7 +179,8 @@ def check_target(path: Path, fps: float, crf: int, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def partial(path: Path) -> Iterator[Path]:
-    """A hidden sibling that becomes `path` when the block ends well and vanishes when it does not."""
+    """A hidden sibling that becomes `path` when the block ends well and vanishes when it does
+    not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     part = folder / path.name  # keeps the suffix, by which ffmpeg and numpy choose the format
@@ -250,7 +255,8 @@ def open_stream(container, shape: tuple[int, ...], codec: Codec, rate: Fraction,
 
 
 def write_gif(part: Path, images: Iterator[np.ndarray], fps: float, metadata: str | None) -> None:
-    """One palette for all frames and an ordered dither, which stands still where the picture does. Loops for ever."""
+    """One palette for all frames and an ordered dither, which stands still where the picture does.
+    Loops for ever."""
     clip = np.stack(list(images))
     sample = rearrange(clip[:: max(1, len(clip) // 8), ::2, ::2], "t h w c -> (t h) w c")
     palette = Image.fromarray(sample).quantize(256)
@@ -302,7 +308,8 @@ def save_single(part: Path, images: Iterator[np.ndarray], metadata: str | None) 
 
 
 def read_image(path: str | Path) -> np.ndarray:  # uint8 [H W 3]
-    """An image as RGB: turned as its EXIF orientation says, laid on white where it is transparent, first frame if animated."""
+    """An image as RGB: turned as its EXIF orientation says, laid on white where it is transparent,
+    first frame if animated."""
     path = Path(path)
     if not path.is_file():
         raise UsageError(
@@ -375,7 +382,8 @@ def read_video(path: str | Path) -> np.ndarray:  # uint8 [T H W 3]
 
 
 def as_rgb(container) -> Iterator[av.VideoFrame]:
-    """Decoded frames in rgb24, rounded properly: the library's default conversion is darker by about one step of 255."""
+    """Decoded frames in rgb24, rounded properly: the library's default conversion is darker by
+    about one step of 255."""
     graph = None
     for frame in container.decode(video=0):
         if graph is None:

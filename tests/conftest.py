@@ -1,4 +1,5 @@
-"""Strict numerics for every test: no implicit dtype promotion, true float32 products, four fake CPU devices."""
+"""Strict numerics for every test: no implicit dtype promotion, true float32 products, four fake CPU
+devices."""
 
 import os
 
@@ -29,7 +30,8 @@ def find(name, folders):
 
 
 class Golden:
-    """One file of golden vectors: `g["in/x"]` is an array, `g.config` the JSON, `g.weights()` the state dict."""
+    """One file of golden vectors: `g["in/x"]` is an array, `g.config` the JSON, `g.weights()` the
+    state dict."""
 
     def __init__(self, path):
         self.path = path

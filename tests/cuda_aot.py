@@ -1,6 +1,7 @@
 """Ahead-of-time compilation for GPUs that are only described: runs on a machine without one.
 
-Needs jax 0.11 or newer, the CUDA plugin (jax-cuda13-plugin, jax-cuda13-pjrt) and ptxas (nvidia-cuda-nvcc).
+Needs jax 0.11 or newer, the CUDA plugin (jax-cuda13-plugin, jax-cuda13-pjrt) and ptxas
+(nvidia-cuda-nvcc).
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# name -> capability, multiprocessors, KiB of shared memory: of a multiprocessor, of a block at most; a device name that jax knows
+# name -> capability, multiprocessors, KiB of shared memory: of a multiprocessor, of a block at
+# most; a device name that jax knows
 TARGETS = {
     "sm80": (8, 0, 108, 164, 163, "NVIDIA A100-SXM4-80GB"),
     "sm89": (8, 9, 128, 100, 99, "NVIDIA GeForce RTX 4090"),
@@ -34,7 +36,8 @@ PTXAS_ARCH = {
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What ptxas says of one kernel. Spills are bytes; serialized: wgmma instructions that had to wait for each other."""
+    """What ptxas says of one kernel. Spills are bytes; serialized: wgmma instructions that had to
+    wait for each other."""
 
     name: str
     registers: int
@@ -69,7 +72,8 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_descriptio
 
 
 def compile_for(arch: str, function, *args) -> list[Compiled]:
-    """The Triton kernels of jit(function)(*args), compiled for `arch`; args are arrays or ShapeDtypeStructs."""
+    """The Triton kernels of jit(function)(*args), compiled for `arch`; args are arrays or
+    ShapeDtypeStructs."""
     sharding = NamedSharding(mesh(arch), PartitionSpec())
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh(arch)):

@@ -1,4 +1,5 @@
-"""A small model folder of random weights: every stage of the real path, at sizes that compile in seconds."""
+"""A small model folder of random weights: every stage of the real path, at sizes that compile in
+seconds."""
 
 import json
 import math
@@ -41,7 +42,8 @@ FACTS = {"name": "random", "frames": 33, "height": 64, "width": 64, "prompts": [
 
 
 def random_leaves(kind: str, cfg, seed: int) -> dict[str, np.ndarray]:
-    """Weights that keep variance: kernels and embeddings by their fan-in, unit norms, zero biases. Drawn by numpy on the host."""
+    """Weights that keep variance: kernels and embeddings by their fan-in, unit norms, zero biases.
+    Drawn by numpy on the host."""
     rng, out = np.random.default_rng(seed), {}
     for name, leaf in checkpoint.names(checkpoint.abstract(kind, cfg)).items():
         if name.endswith("scale"):

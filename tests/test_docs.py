@@ -1,4 +1,5 @@
-"""Documents: code is executed, commands are read by their own parsers, quoted messages are in the source, links lead somewhere."""
+"""Documents: code is executed, commands are read by their own parsers, quoted messages are in the
+source, links lead somewhere."""
 
 import argparse
 import ast
@@ -34,7 +35,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ids = lambda path: str(path.relative_to(ROOT))
 
-# What a fence may say. "sh main" and "sh test": .ci/run executes them; "bash": executed here; "sh": read by the commands' parsers.
+# What a fence may say. "sh main" and "sh test": .ci/run executes them; "bash": executed here; "sh":
+# read by the commands' parsers.
 FENCES = {"", "text", "sh", "sh main", "sh test", "bash", "python"}
 
 
@@ -60,7 +62,7 @@ def is_command(line: str) -> bool:
     return re.match(r"(\.venv/bin/)?(python3?|pip|jupyter|mkdocs) ", line) is not None
 
 
-# -- parsers: each reads a command as far as it can without opening a file --------------------------------------------------
+# -- parsers: each reads a command as far as it can without opening a file -------------------------
 
 
 def read_generate(argv):
@@ -208,7 +210,7 @@ def test_blocks_run(path, tmp_path, monkeypatch):
             assert done.returncode == 0, f"{argv}\n{done.stdout}\n{done.stderr}"
 
 
-# -- troubleshooting --------------------------------------------------------------------------------------------------------
+# -- troubleshooting -------------------------------------------------------------------------------
 
 
 def template(node) -> str | None:
@@ -226,7 +228,8 @@ def template(node) -> str | None:
 
 
 def test_quoted_messages_are_in_the_source():
-    """Headings of troubleshooting.md quote lines of messages; each is part of a string somewhere in the code."""
+    """Headings of troubleshooting.md quote lines of messages; each is part of a string somewhere in
+    the code."""
     files = [
         path
         for package in ("tdjax", "convert", "pallas_kernels")
@@ -274,7 +277,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
     return {option for action in parser._actions for option in action.option_strings}
 
 
-# -- links, paths, API ------------------------------------------------------------------------------------------------------
+# -- links, paths, API -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PAGES, ids=ids)
@@ -327,7 +330,8 @@ def test_public_names_are_on_the_api_pages():
 
 
 def test_built_site(tmp_path):
-    """Where mkdocs is installed: the site builds, shows all that the API pages name, and its links lead to files and headings."""
+    """Where mkdocs is installed: the site builds, shows all that the API pages name, and its links
+    lead to files and headings."""
     pytest.importorskip("mkdocs")
     command = [
         sys.executable,

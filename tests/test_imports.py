@@ -1,4 +1,5 @@
-"""Who may import whom (docs/architecture.md), read from the syntax trees; and that importing costs no device."""
+"""Who may import whom (docs/architecture.md), read from the syntax trees; and that importing costs
+no device."""
 
 import ast
 import subprocess
@@ -37,7 +38,8 @@ def top(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-# Published files are opened without a conversion step, and official training shards hold torch pickles.
+# Published files are opened without a conversion step, and official training shards hold torch
+# pickles.
 READERS = {"tdjax.parts": {"convert.load"}, "tdjax.train.shards": {"convert.torch_pickle"}}
 
 
@@ -127,8 +129,9 @@ def test_no_try_around_imports():
 
 def test_importing_starts_no_device():
     code = (
-        "import sys, tdjax; assert 'jax' not in sys.modules; import tdjax.pipeline, convert.load, pallas_kernels;"
-        "from jax._src import xla_bridge; assert not xla_bridge._backends, xla_bridge._backends"
+        "import sys, tdjax; assert 'jax' not in sys.modules; import tdjax.pipeline, convert.load,"
+        " pallas_kernels;from jax._src import xla_bridge; assert not xla_bridge._backends,"
+        " xla_bridge._backends"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT

@@ -1,4 +1,5 @@
-"""Notebooks: stripped in git, and every cell runs, in order, in one namespace, in a process of its own on a CPU."""
+"""Notebooks: stripped in git, and every cell runs, in order, in one namespace, in a process of its
+own on a CPU."""
 
 import ast
 import json
@@ -63,7 +64,8 @@ def test_outputs_are_stripped(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_code_parses_and_imports_only_what_is_installed(path):
-    """Cells are plain Python (no magics), and need nothing beside the package and the `notebook` extra."""
+    """Cells are plain Python (no magics), and need nothing beside the package and the `notebook`
+    extra."""
     known = {
         "tdjax",
         "pallas_kernels",

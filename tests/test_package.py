@@ -1,4 +1,5 @@
-"""What an installation gets: a wheel with every module and every file that is no module, the embedded model among them."""
+"""What an installation gets: a wheel with every module and every file that is no module, the
+embedded model among them."""
 
 import shutil
 import subprocess

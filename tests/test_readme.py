@@ -1,4 +1,5 @@
-"""The README's code: the Python block is executed; .ci/run executes the two commands as they stand there."""
+"""The README's code: the Python block is executed; .ci/run executes the two commands as they stand
+there."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Networks and data of the tiny recipe at sizes that train in seconds; compiled quickly rather than well."""
+"""Networks and data of the tiny recipe at sizes that train in seconds; compiled quickly rather than
+well."""
 
 import dataclasses
 import functools

@@ -1,8 +1,10 @@
-"""Every tolerance of the suite, by name, with its reason. A bound is never loosened to make a test pass."""
+"""Every tolerance of the suite, by name, with its reason. A bound is never loosened to make a test
+pass."""
 
 import numpy as np
 
-# name: (atol, rtol). "floor" is the float32 - float64 difference of the official code itself (golden/README.md).
+# name: (atol, rtol). "floor" is the float32 - float64 difference of the official code itself
+# (golden/README.md).
 TABLE = {
     "dit": (5e-5, 1e-5),  # floor 2.0e-6; the spec's suggestion
     "sla": (5e-5, 1e-5),  # floor 1e-6; block maps are compared exactly
@@ -49,6 +51,7 @@ def assert_close(actual, expected, name, what=""):
         )
         l2 = np.linalg.norm(a - e) / max(np.linalg.norm(e), 1e-30)
         raise AssertionError(
-            f"{what or 'arrays'}: {bad.sum()} of {bad.size} elements outside {name} (atol {atol}, rtol {rtol}); "
-            f"relative L2 {l2:.2e}; worst at {tuple(int(i) for i in worst)}: {a[worst]:.7g}, expected {e[worst]:.7g}"
+            f"{what or 'arrays'}: {bad.sum()} of {bad.size} elements outside {name} (atol {atol},"
+            f" rtol {rtol}); relative L2 {l2:.2e}; worst at {tuple(int(i) for i in worst)}:"
+            f" {a[worst]:.7g}, expected {e[worst]:.7g}"
         )

@@ -1,7 +1,9 @@
-"""What a convolution over three frames that sees only the past reads: norm, SiLU, and the taps of time side by side in the channels.
+"""What a convolution over three frames that sees only the past reads: norm, SiLU, and the taps of
+time side by side in the channels.
 
-A convolution over time and space of y is then one over space of `wide`, which cuDNN runs faster. The VAE of Wan2.1 has it before every
-convolution (Wan-Video/Wan2.1 wan/modules/vae.py, `RMS_norm`, SiLU and `CausalConv3d`); in XLA it takes four passes over memory.
+A convolution over time and space of y is then one over space of `wide`, which cuDNN runs faster.
+The VAE of Wan2.1 has it before every convolution (Wan-Video/Wan2.1 wan/modules/vae.py, `RMS_norm`,
+SiLU and `CausalConv3d`); in XLA it takes four passes over memory.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ __all__ = ["causal_taps", "norm_silu", "unit_norm"]
 def causal_taps(
     x, past=None, gain=None, *, impl: str = "auto"
 ):  # [b t h w c], [b 2 h w c], [c] -> [b t h w 3c], [b 2 h w c]
-    """(wide, the next past): y = norm_silu(x, gain), or x without a gain; wide[:, f] = y of frames f-2, f-1 and f, in the channels.
+    """(wide, the next past): y = norm_silu(x, gain), or x without a gain; wide[:, f] = y of frames
+    f-2, f-1 and f, in the channels.
 
-    past: y of the two frames before x; None: zeros. float32 inside and one rounding of y to x.dtype. impl: "auto" (the kernel on CUDA for
-    the shapes that it takes, `triton.refusal`; the reference elsewhere, and wherever it is differentiated), "reference", "triton",
-    "interpret". ValueError for shapes that do not fit each other.
+    past: y of the two frames before x; None: zeros. float32 inside and one rounding of y to
+          x.dtype. impl: "auto" (the kernel on CUDA for
+    the shapes that it takes, `triton.refusal`; the reference elsewhere, and wherever it is
+    differentiated), "reference", "triton", "interpret". ValueError for shapes that do not fit each
+    other.
     """
     if (
         x.ndim != 5
@@ -34,7 +39,8 @@ def causal_taps(
     ):
         given = "" if past is None else f", past {past.dtype} {past.shape}"
         raise ValueError(
-            f"causal_taps: x {x.dtype} {x.shape}{given}; expected [b t h w c] and [b 2 h w c] of one dtype"
+            f"causal_taps: x {x.dtype} {x.shape}{given}; expected [b t h w c] and [b 2 h w c] of"
+            " one dtype"
         )
     if gain is not None and gain.shape != x.shape[-1:]:
         raise ValueError(f"causal_taps: gain {gain.shape}; expected {x.shape[-1:]}")

@@ -1,4 +1,5 @@
-"""A program owns some pixels in all frames of a chunk: it reads each frame once and writes each three times, as every tap's input.
+"""A program owns some pixels in all frames of a chunk: it reads each frame once and writes each
+three times, as every tap's input.
 
 The past is renewed in place: no other program reads these pixels of it.
 """

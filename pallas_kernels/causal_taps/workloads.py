@@ -1,4 +1,5 @@
-"""Real shapes: four frames at full size, the widest layer of the VAE of Wan2.1 that comes before a convolution."""
+"""Real shapes: four frames at full size, the widest layer of the VAE of Wan2.1 that comes before a
+convolution."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from pallas_kernels.workload import Workload
 
 
 def taps(t: int, h: int, w: int, c: int) -> Workload:
-    """x, past, gain of `causal_taps`. A caller that keeps `past`, as a bench does, has it copied in this time."""
+    """x, past, gain of `causal_taps`. A caller that keeps `past`, as a bench does, has it copied in
+    this time."""
 
     def make(key):
         keys = jax.random.split(key, 3)

@@ -1,7 +1,8 @@
-"""The gradient of dense attention: dq by programs for blocks of queries, dk and dv by programs for blocks of keys; no atomics.
+"""The gradient of dense attention: dq by programs for blocks of queries, dk and dv by programs for
+blocks of keys; no atomics.
 
-With p = softmax(x), x = scale q k^T and g the cotangent of o: delta = rowsum(g o), dx = p (g v^T - delta),
-dq = scale dx k, dk = scale dx^T q, dv = p^T g. p is recomputed from the saved lse (base 2).
+With p = softmax(x), x = scale q k^T and g the cotangent of o: delta = rowsum(g o), dx = p (g v^T -
+delta), dq = scale dx k, dk = scale dx^T q, dv = p^T g. p is recomputed from the saved lse (base 2).
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def key_gradient(
 def key_kernel(
     q_ref, g_ref, lse_ref, delta_ref, k_ref, v_ref, dk_ref, dv_ref, *, l, s, scale, tile, interpret
 ):
-    """q g [l k], lse delta [l], k v dk dv [K k]. Queries that do not exist read as q = g = delta = 0, and add nothing."""
+    """q g [l k], lse delta [l], k v dk dv [K k]. Queries that do not exist read as q = g = delta =
+    0, and add nothing."""
     mask = inside(pl.program_id(0), tile.k, s)
     k, v = own(k_ref, mask), own(v_ref, mask)
 

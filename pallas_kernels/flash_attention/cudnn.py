@@ -1,4 +1,5 @@
-"""Dense attention by cuDNN, with the tangent that cuDNN lacks taken from the reference or from the Triton kernel."""
+"""Dense attention by cuDNN, with the tangent that cuDNN lacks taken from the reference or from the
+Triton kernel."""
 
 from __future__ import annotations
 
@@ -21,12 +22,16 @@ def refusal(q) -> str | None:
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN attention takes bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > MAX_WIDTH:
-        return f"cuDNN attention takes head widths that are multiples of 8 up to {MAX_WIDTH}, not {q.shape[-1]}"
+        return (
+            f"cuDNN attention takes head widths that are multiples of 8 up to {MAX_WIDTH}, not"
+            f" {q.shape[-1]}"
+        )
     return None
 
 
 def attention(q, k, v, *, scale=None):  # q [b l h k], k v [b s h k]
-    """The same function as the reference; raises ValueError with the reason where cuDNN has no kernel."""
+    """The same function as the reference; raises ValueError with the reason where cuDNN has no
+    kernel."""
     reason = refusal(q)
     if reason:
         raise ValueError(f'attention: {reason}; use impl="reference"')
@@ -41,7 +46,8 @@ def attention(q, k, v, *, scale=None):  # q [b l h k], k v [b s h k]
 
 
 def with_triton_tangent(q, k, v, *, scale=None, interpret=False):  # q [b l h k], k v [b s h k]
-    """cuDNN's forward pass and gradient; the Triton kernel's tangent, which starts from cuDNN's output and statistics."""
+    """cuDNN's forward pass and gradient; the Triton kernel's tangent, which starts from cuDNN's
+    output and statistics."""
     reason = refusal(q) or triton.refusal(q, scale)
     if reason:
         raise ValueError(f'attention: {reason}; use impl="reference"')

@@ -1,4 +1,5 @@
-"""The forward pass of dense attention: one program for a block of queries, online softmax over blocks of keys."""
+"""The forward pass of dense attention: one program for a block of queries, online softmax over
+blocks of keys."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 def forward(
     q, k, v, *, scale, tile, interpret
 ):  # q [b l h k], k v [b s h k] -> o [b l h k], lse float32 [b h l]
-    """softmax(scale q k^T) v, and the base-2 logarithm of the softmax's denominator: log2 sum exp(scale q k^T)."""
+    """softmax(scale q k^T) v, and the base-2 logarithm of the softmax's denominator: log2 sum
+    exp(scale q k^T)."""
     b, l, h, _ = q.shape
     out = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, l), jnp.float32)
     return launch(

@@ -1,4 +1,5 @@
-"""Dense softmax attention in plain JAX: the specification, with memory bounded by working through chunks of queries."""
+"""Dense softmax attention in plain JAX: the specification, with memory bounded by working through
+chunks of queries."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ SCORE_BYTES = 2**30  # float32 scores held at a time
 
 
 def attention(q, k, v, *, scale=None):  # q [b l h k], k v [b s h k]
-    """softmax(scale q k^T) v; scores, softmax and sums in float32, products of input-dtype operands.
+    """softmax(scale q k^T) v; scores, softmax and sums in float32, products of input-dtype
+    operands.
 
     Differentiable any number of times in both modes; a chunk is recomputed in the gradient.
     """

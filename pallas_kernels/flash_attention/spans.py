@@ -1,4 +1,5 @@
-"""Which part of an array a program of the dense kernels sees: grid (blocks, h, b), arrays [b n h k], statistics [b h n]."""
+"""Which part of an array a program of the dense kernels sees: grid (blocks, h, b), arrays [b n h
+k], statistics [b h n]."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def own(ref, mask):  # ref [size k] or [size]
 
 
 def sweep(step: Callable, carry, size: int, length: int):
-    """carry = step(start, None, carry) for each full block of `length` rows, then step(start, mask [size], carry) for what is left."""
+    """carry = step(start, None, carry) for each full block of `length` rows, then step(start, mask
+    [size], carry) for what is left."""
     full = length // size
     if full:
         carry = jax.lax.fori_loop(0, full, lambda j, carry: step(j * size, None, carry), carry)

@@ -1,7 +1,9 @@
-"""The tangent of dense attention: one program for a block of queries, one pass over the keys, nothing rescaled on the way.
+"""The tangent of dense attention: one program for a block of queries, one pass over the keys,
+nothing rescaled on the way.
 
-The forward pass has left o and lse, so there is one accumulator and no running maximum. lse only keeps the exponentials in range:
-they are summed again here, so that a rounded lse (cuDNN's comes in bfloat16) costs no accuracy.
+The forward pass has left o and lse, so there is one accumulator and no running maximum. lse only
+keeps the exponentials in range: they are summed again here, so that a rounded lse (cuDNN's comes in
+bfloat16) costs no accuracy.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from pallas_kernels.tiles import LOG2E, blocks, dot, fma, fma_exp2, launch, stor
 def tangent(
     q, k, v, o, lse, tq, tk, tv, *, scale, tile, interpret
 ):  # q o tq [b l h k], k v tk tv [b s h k] -> [b l h k]
-    """The tangent of o: sum_s p tv + p (tx - mu) v, with p = softmax(x), x = scale q k^T, mu = sum_s p tx; lse is base 2.
+    """The tangent of o: sum_s p tv + p (tx - mu) v, with p = softmax(x), x = scale q k^T, mu =
+    sum_s p tx; lse is base 2.
 
-    Any number may be taken from a row of tx, since mu moves with it. Here it is the row's mean, for accuracy: p tx is rounded
-    to the operands' type, and what all keys have in common would drown the rest.
+    Any number may be taken from a row of tx, since mu moves with it. Here it is the row's mean, for
+    accuracy: p tx is rounded to the operands' type, and what all keys have in common would drown
+              the rest.
     """
     mean = lambda x: x.mean(1, dtype=jnp.float32)  # [b h k]
     l, s, h = q.shape[1], k.shape[1], q.shape[2]

@@ -1,4 +1,5 @@
-"""Dense attention by the Triton kernels of forward.py, tangent.py and backward.py: differentiable in both modes."""
+"""Dense attention by the Triton kernels of forward.py, tangent.py and backward.py: differentiable
+in both modes."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ FLOAT32 = Tile(q=32, k=32, warps=4, stages=2)  # interpreter only
 
 
 def tile(kernel: str, dtype, arch: str | None = None) -> Tile:
-    """The tile of one of the four kernels: forward, tangent, query_gradient, key_gradient; arch as in tuning.tile."""
+    """The tile of one of the four kernels: forward, tangent, query_gradient, key_gradient; arch as
+    in tuning.tile."""
     return (
         FLOAT32
         if dtype == jnp.float32
@@ -37,7 +39,8 @@ def tile(kernel: str, dtype, arch: str | None = None) -> Tile:
 
 
 def refusal(q, scale, interpret: bool = False) -> str | None:
-    """Why the kernels do not take these heads or this scale; None if they do. The interpreter takes float32 too."""
+    """Why the kernels do not take these heads or this scale; None if they do. The interpreter takes
+    float32 too."""
     if q.dtype != jnp.bfloat16 and not (interpret and q.dtype == jnp.float32):
         return f"the Triton kernels take bfloat16, not {q.dtype}"
     if q.shape[-1] not in WIDTHS:
@@ -50,7 +53,8 @@ def refusal(q, scale, interpret: bool = False) -> str | None:
 
 
 def attention(q, k, v, *, scale=None, interpret=False):  # q [b l h k], k v [b s h k]
-    """The same function as the reference; raises ValueError with the reason where the kernels do not take the arguments."""
+    """The same function as the reference; raises ValueError with the reason where the kernels do
+    not take the arguments."""
     reason = refusal(q, scale, interpret)
     if reason:
         raise ValueError(f'attention: {reason}; use impl="reference"')

@@ -1,4 +1,5 @@
-"""Real shapes of dense attention: self-attention of the video tokens, and cross-attention to the 512 text tokens."""
+"""Real shapes of dense attention: self-attention of the video tokens, and cross-attention to the
+512 text tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from pallas_kernels.workload import Workload
 def workload(
     l: int, s: int, h: int, k: int = 128
 ) -> Workload:  # one clip; q [1 l h k], k v [1 s h k] bfloat16
-    """The forward pass. A tangent does 3.5 times its products (ours, given o and lse, 2.5 more), a gradient at least 2.5 times."""
+    """The forward pass. A tangent does 3.5 times its products (ours, given o and lse, 2.5 more), a
+    gradient at least 2.5 times."""
 
     def make(key):
         shapes = (1, l, h, k), (1, s, h, k), (1, s, h, k)

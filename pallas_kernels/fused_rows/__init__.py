@@ -1,9 +1,10 @@
-"""Row ops between the products of a transformer block: residual sum, norm and modulation; GELU; each with its quantisation.
+"""Row ops between the products of a transformer block: residual sum, norm and modulation; GELU;
+each with its quantisation.
 
-float32 inside, one rounding at each output. impl: "auto" (the kernel on CUDA, for widths that are multiples of 128; elsewhere the
-reference), "reference", "triton", "interpret". scheme: "channel" (int8) or "fp8" of `pallas_kernels.int8_matmul`, whose
-`quantize_activations` quantises rows alone. A row with a NaN or an infinity gets a scale that is not finite; other rows are
-untouched.
+float32 inside, one rounding at each output. impl: "auto" (the kernel on CUDA, for widths that are
+multiples of 128; elsewhere the reference), "reference", "triton", "interpret". scheme: "channel"
+(int8) or "fp8" of `pallas_kernels.int8_matmul`, whose `quantize_activations` quantises rows alone.
+A row with a NaN or an infinity gets a scale that is not finite; other rows are untouched.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ __all__ = ["Normed", "gelu", "norm"]
 
 ROW_SCHEMES = {name: scheme.dtype for name, scheme in SCHEMES.items() if name != "block128"}
 NO_DERIVATIVE = (
-    "fused_rows.{} is forward only where it quantises or runs a kernel. "
-    'Differentiate the float model: with_linear(model, "float"), impl="auto" or "reference" and no scheme.'
+    "fused_rows.{} is forward only where it quantises or runs a kernel. Differentiate the float"
+    ' model: with_linear(model, "float"), impl="auto" or "reference" and no scheme.'
 )
 
 
 class Normed(NamedTuple):
-    """The stream x + y gate [b l d], its norm h [b l d] or None, and h quantised by row, values [(b l) d], or None."""
+    """The stream x + y gate [b l d], its norm h [b l d] or None, and h quantised by row, values [(b
+    l) d], or None."""
 
     x: object
     h: object
@@ -50,11 +52,13 @@ def norm(
     scheme: str | None = None,
     impl: str = "auto",
 ) -> Normed:
-    """h = layer_norm(x + y gate) factor + shift over the last axis: x y [b l d]; factor, shift, gate [d] or [b 1 d], float32 inside.
+    """h = layer_norm(x + y gate) factor + shift over the last axis: x y [b l d]; factor, shift,
+    gate [d] or [b 1 d], float32 inside.
 
-    The sum is rounded to x.dtype and the norm is that of the rounded sum: what separate ops would give, but for the rounding of
-    the gate and of y gate. h is rounded once, to x.dtype (`floats`) and, from float32 again, to 8 bits (`scheme`).
-    factor is 1 + scale of a modulation, or the weight of a norm with parameters; the variance is the true one.
+    The sum is rounded to x.dtype and the norm is that of the rounded sum: what separate ops would
+    give, but for the rounding of the gate and of y gate. h is rounded once, to x.dtype (`floats`)
+    and, from float32 again, to 8 bits (`scheme`). factor is 1 + scale of a modulation, or the
+    weight of a norm with parameters; the variance is the true one.
     """
     b, _, d = check("norm", x, floats, scheme)
     if (
@@ -65,7 +69,8 @@ def norm(
     ):
         given = "no y" if y is None else f"y {y.dtype} {y.shape}"
         raise ValueError(
-            f"norm: x {x.dtype} {x.shape}, {given}; expected y of the shape and dtype of x, and a gate only with y"
+            f"norm: x {x.dtype} {x.shape}, {given}; expected y of the shape and dtype of x, and a"
+            " gate only with y"
         )
     vectors = [
         sample_rows(name, a, b, d)
@@ -124,7 +129,8 @@ def check(op, x, floats, scheme):
         raise ValueError(f"{op}: x {x.shape}; expected [b l d]")
     if scheme not in ROW_SCHEMES and (scheme or not floats):
         raise ValueError(
-            f"{op}: scheme is {scheme!r}; a row has one scale in {', '.join(ROW_SCHEMES)}; block128 quantises tiles"
+            f"{op}: scheme is {scheme!r}; a row has one scale in {', '.join(ROW_SCHEMES)}; block128"
+            " quantises tiles"
         )
     return x.shape
 

@@ -12,9 +12,11 @@ from pallas_kernels.int8_matmul.quantize import QTensor
 
 
 def norm(x, y, gate, factor, shift, *, eps, floats, dtype):
-    """(x + y gate, h, h quantised), h = layer_norm(x + y gate) factor + shift: x y [b l d], the rest float32 [b or 1, d].
+    """(x + y gate, h, h quantised), h = layer_norm(x + y gate) factor + shift: x y [b l d], the
+    rest float32 [b or 1, d].
 
-    The norm is that of the stream as it is stored, so it does not depend on whether the sum is fused with it.
+    The norm is that of the stream as it is stored, so it does not depend on whether the sum is
+    fused with it.
     """
     if y is not None:
         x = stream(x, y, gate)

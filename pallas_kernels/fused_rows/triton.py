@@ -1,4 +1,5 @@
-"""Row kernels: a row is read once, stays in registers, and leaves as the stream, its norm, and the norm in 8 bits."""
+"""Row kernels: a row is read once, stays in registers, and leaves as the stream, its norm, and the
+norm in 8 bits."""
 
 from __future__ import annotations
 
@@ -106,6 +107,7 @@ def gelu(x, *, dtype, tile: Tile, interpret: bool) -> QTensor:  # [b l d]
 
 
 def gelu_tanh(x, interpret):  # float32
-    """x times a logistic function, which is GELU's tanh form without the cancellation in 1 + tanh."""
+    """x times a logistic function, which is GELU's tanh form without the cancellation in 1 +
+    tanh."""
     power = fma(x * x, jnp.float32(GELU * 0.044715), jnp.float32(GELU), interpret)
     return x * reciprocal(1 + exp2(x * power, interpret), interpret)

@@ -9,7 +9,8 @@ from pallas_kernels.workload import Workload
 
 
 def norm(l: int, d: int) -> Workload:
-    """x, factor, shift, y, gate of `norm` that gives the stream and its quantised norm (floats=False)."""
+    """x, factor, shift, y, gate of `norm` that gives the stream and its quantised norm
+    (floats=False)."""
 
     def make(key):
         x, y, *vectors = jax.random.split(key, 5)

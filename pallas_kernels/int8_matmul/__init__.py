@@ -4,9 +4,10 @@ block128  int8, a scale for each tile of 128 x 128: the published quantised chec
 channel   int8, a scale for each token and for each output channel
 fp8       float8_e4m3fn, scales as in channel
 
-An activation is quantised once and multiplied with every weight that reads it. impl: "auto" (on CUDA, for widths that are
-multiples of 128, the kernels, and XLA's product of float8 operands; elsewhere the reference), "reference", "xla" (channel: the
-reference; fp8: float8 operands), "triton", "interpret". A tile (block128) or row (channel, fp8) with a NaN or an infinity gives
+An activation is quantised once and multiplied with every weight that reads it. impl: "auto" (on
+CUDA, for widths that are multiples of 128, the kernels, and XLA's product of float8 operands;
+elsewhere the reference), "reference", "xla" (channel: the reference; fp8: float8 operands),
+"triton", "interpret". A tile (block128) or row (channel, fp8) with a NaN or an infinity gives
 outputs that are not finite.
 """
 
@@ -47,19 +48,23 @@ __all__ = [
 
 IMPLS = SCHEMES["block128"].products
 NO_DERIVATIVE = (
-    "{} is forward only: rounding to 8 bits has no useful derivative. "
-    'Differentiate the float weights: with_linear(model, "float"), or load the checkpoint that is not quantised.'
+    "{} is forward only: rounding to 8 bits has no useful derivative. Differentiate the float"
+    ' weights: with_linear(model, "float"), or load the checkpoint that is not quantised.'
 )
 
 
 def int8_linear(
     x, weight: QTensor, bias=None, *, impl: str = "auto"
 ):  # x [m k] float, weight [n k] -> [m n] of x.dtype
-    """x W^T + bias in the block128 scheme: x quantised like the weight, float32 sums in the order of k.
+    """x W^T + bias in the block128 scheme: x quantised like the weight, float32 sums in the order
+    of k.
 
-    x [m k] float, weight int8 [n k] with float32 scales [ceil(n/128) k/128], bias [n] or None -> [m n] of x.dtype. Forward only.
-    Raises ValueError where k is not a multiple of 128, or shapes do not fit. Source: thu-ml/TurboDiffusion turbodiffusion/ops.
-    The sum is rounded to x.dtype before the bias is added, as in the published kernels: two roundings.
+    x [m k] float, weight int8 [n k] with float32 scales [ceil(n/128) k/128], bias [n] or None -> [m
+    n] of x.dtype. Forward only.
+    Raises ValueError where k is not a multiple of 128, or shapes do not fit. Source:
+        thu-ml/TurboDiffusion turbodiffusion/ops.
+    The sum is rounded to x.dtype before the bias is added, as in the published kernels: two
+    roundings.
     """
     check("int8_linear", SCHEMES["block128"], x, weight, bias)
     return linear(
@@ -74,7 +79,8 @@ def int8_linear(
 
 
 def quantize_activations(x, scheme: str, *, impl: str = "auto") -> QTensor:  # [m k] float
-    """x [m k] as the products of the scheme take it; k is a multiple of 128 in block128 (else ValueError)."""
+    """x [m k] as the products of the scheme take it; k is a multiple of 128 in block128 (else
+    ValueError)."""
     if x.ndim != 2:
         raise ValueError(f"quantize_activations: x {x.shape}; expected [m k]")
     check_k("quantize_activations", named(scheme), x.shape[1])
@@ -82,17 +88,20 @@ def quantize_activations(x, scheme: str, *, impl: str = "auto") -> QTensor:  # [
 
 
 def quantize_weight(weight, scheme: str) -> QTensor:  # [n k] float
-    """A float weight [n k], one row for each output channel, in the scheme: values [n k] of 8 bits, and their scales."""
+    """A float weight [n k], one row for each output channel, in the scheme: values [n k] of 8 bits,
+    and their scales."""
     return named(scheme).quantize_weight(weight)
 
 
 def quantized_linear(
     x: QTensor, weight: QTensor, bias=None, *, scheme: str, out_dtype, impl: str = "auto"
 ):  # [m k], [n k] -> [m n]
-    """x W^T + bias of quantised activations. Weights concatenated along n, scales and biases alike, give concatenated outputs.
+    """x W^T + bias of quantised activations. Weights concatenated along n, scales and biases alike,
+    give concatenated outputs.
 
-    channel and fp8 round once, after the bias; block128 before and after it, as in the published kernels. In block128 a weight
-    that is not the last one concatenated must have a multiple of 128 rows.
+    channel and fp8 round once, after the bias; block128 before and after it, as in the published
+    kernels. In block128 a weight that is not the last one concatenated must have a multiple of 128
+    rows.
     """
     check("quantized_linear", named(scheme), x.values, weight, bias, x.scale)
     return linear("quantized_linear", x, weight, bias, scheme, out_dtype, impl)
@@ -117,7 +126,8 @@ def named(scheme: str) -> Scheme:
     if scheme not in SCHEMES:
         near = difflib.get_close_matches(scheme, SCHEMES, 1)
         raise ValueError(
-            f"scheme is {scheme!r}; allowed: {', '.join(SCHEMES)}{f'; did you mean {near[0]!r}?' if near else ''}"
+            f"scheme is {scheme!r}; allowed:"
+            f" {', '.join(SCHEMES)}{f'; did you mean {near[0]!r}?' if near else ''}"
         )
     return SCHEMES[scheme]
 
@@ -128,12 +138,14 @@ def check_k(op, scheme, k):
         low = k // step * step
         nearest = f"{low} and {low + step}" if low else low + step
         raise ValueError(
-            f"{op}: k is {k}; it must be a multiple of {step}, the width of a scale block; nearest: {nearest}"
+            f"{op}: k is {k}; it must be a multiple of {step}, the width of a scale block; nearest:"
+            f" {nearest}"
         )
 
 
 def check(op, scheme, x, weight, bias, x_scale=None):
-    """Raise ValueError unless x [m k] and weight [n k] fit each other and the scheme, and bias is [n]."""
+    """Raise ValueError unless x [m k] and weight [n k] fit each other and the scheme, and bias is
+    [n]."""
     if x.ndim != 2 or weight.values.ndim != 2 or x.shape[1] != weight.values.shape[1]:
         raise ValueError(
             f"{op}: x {x.shape}, weight {weight.values.shape}; expected [m k] and [n k]"
@@ -143,7 +155,8 @@ def check(op, scheme, x, weight, bias, x_scale=None):
         expected = scheme.scale_shape(values.shape)
         if scale is not None and (values.dtype != scheme.dtype or scale.shape != expected):
             raise ValueError(
-                f"{op}: {name} {values.dtype}, scale {scale.shape}; expected {jnp.dtype(scheme.dtype)} and {expected}"
+                f"{op}: {name} {values.dtype}, scale {scale.shape}; expected"
+                f" {jnp.dtype(scheme.dtype)} and {expected}"
             )
     if bias is not None and bias.shape != weight.values.shape[:1]:
         raise ValueError(f"{op}: bias {bias.shape}; expected {weight.values.shape[:1]}")

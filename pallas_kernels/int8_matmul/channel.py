@@ -1,6 +1,8 @@
-"""The channel and fp8 schemes in plain JAX: one scale for each token, one for each output channel of the weight.
+"""The channel and fp8 schemes in plain JAX: one scale for each token, one for each output channel
+of the weight.
 
-A row that holds a NaN or an infinity has a scale that is not finite, so its products are not finite; other rows are untouched.
+A row that holds a NaN or an infinity has a scale that is not finite, so its products are not
+finite; other rows are untouched.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ TOP = {
 
 
 def quantize_rows(x, dtype=jnp.int8) -> QTensor:  # [m k] float -> values [m k], scale [m]
-    """x top/amax for each row, nearest even; scale amax/top, where top is 127 for int8 and 448 for float8_e4m3fn.
+    """x top/amax for each row, nearest even; scale amax/top, where top is 127 for int8 and 448 for
+    float8_e4m3fn.
 
-    The factor is the float32 quotient, the scale a float32 product with 1/top. On a GPU XLA takes the quotient as top times the rounded
-    reciprocal, which is a last bit off in a row of six and takes 1 of 500 float8 values to its neighbour; the kernels divide exactly.
+    The factor is the float32 quotient, the scale a float32 product with 1/top. On a GPU XLA takes
+    the quotient as top times the rounded reciprocal, which is a last bit off in a row of six and
+    takes 1 of 500 float8 values to its neighbour; the kernels divide exactly.
     """
     x, top = x.astype(jnp.float32), TOP[jnp.dtype(dtype)]
     amax = jnp.maximum(jnp.abs(x).max(1), FLOOR)
@@ -45,7 +49,8 @@ def dequantize_rows(q: QTensor):  # -> [m k] float32
 def rescale(
     weight: QTensor, dtype=jnp.int8
 ) -> QTensor:  # block128 [n k] -> values [n k], scale [n]
-    """A block128 weight in the channel (or fp8) scheme: one more rounding, of at most half a step of the row."""
+    """A block128 weight in the channel (or fp8) scheme: one more rounding, of at most half a step
+    of the row."""
     return quantize_channels(dequantize(weight), dtype)
 
 
@@ -55,9 +60,11 @@ def product(x: QTensor, weight: QTensor, bias, out_dtype):  # values [m k], [n k
 
 
 def fp8_product(x: QTensor, weight: QTensor, bias, out_dtype):  # values [m k], [n k] -> [m n]
-    """The float32 dot of float8 values, rounded to bfloat16 if that is the output, then scales and bias and the last rounding.
+    """The float32 dot of float8 values, rounded to bfloat16 if that is the output, then scales and
+    bias and the last rounding.
 
-    The dot leaves a GPU in the dtype of the output; scales by row and column keep its relative precision.
+    The dot leaves a GPU in the dtype of the output; scales by row and column keep its relative
+    precision.
     """
     total = dot(QTensor(*cast(x)), QTensor(*cast(weight)), jnp.float32)
     if out_dtype == jnp.bfloat16:
@@ -66,7 +73,8 @@ def fp8_product(x: QTensor, weight: QTensor, bias, out_dtype):  # values [m k], 
 
 
 def fp8_product_xla(x: QTensor, weight: QTensor, bias, out_dtype):  # values [m k], [n k] -> [m n]
-    """`fp8_product` with a dot of float8 operands: a matrix instruction on GPUs of compute capability 8.9 and newer."""
+    """`fp8_product` with a dot of float8 operands: a matrix instruction on GPUs of compute
+    capability 8.9 and newer."""
     total = dot(x, weight, jnp.bfloat16 if out_dtype == jnp.bfloat16 else jnp.float32)
     return epilogue(total.astype(jnp.float32), x, weight, bias, out_dtype)
 

@@ -13,21 +13,25 @@ FLOOR = 1e-8  # least amax of a block
 
 
 class QTensor(NamedTuple):
-    """Values [m k] of 8 bits and float32 scales: of each tile [ceil(m/128) ceil(k/128)] in block128, of each row [m] otherwise."""
+    """Values [m k] of 8 bits and float32 scales: of each tile [ceil(m/128) ceil(k/128)] in
+    block128, of each row [m] otherwise."""
 
     values: object
     scale: object
 
 
 def tiles(shape) -> tuple[int, int]:
-    """Number of tiles of 128 x 128 of a matrix [m k] in each direction, the last ones cut: (ceil(m/128), ceil(k/128))."""
+    """Number of tiles of 128 x 128 of a matrix [m k] in each direction, the last ones cut:
+    (ceil(m/128), ceil(k/128))."""
     return math.ceil(shape[0] / BLOCK), math.ceil(shape[1] / BLOCK)
 
 
 def quantize(x) -> QTensor:  # [m k] float
-    """amax/128 per tile, nearest even, saturated to -128..127 (thu-ml/TurboDiffusion turbodiffusion/ops/quant/quant.hpp).
+    """amax/128 per tile, nearest even, saturated to -128..127 (thu-ml/TurboDiffusion
+    turbodiffusion/ops/quant/quant.hpp).
 
-    A positive maximum becomes 128 and saturates to 127. The factor is the float32 quotient 128/amax, as in the source.
+    A positive maximum becomes 128 and saturates to 127. The factor is the float32 quotient
+    128/amax, as in the source.
     """
     m, k = x.shape
     rows, columns = tiles(x.shape)

@@ -12,7 +12,8 @@ SUM_BYTES = 2**28  # float32 sums held at a time
 
 
 def product(x: QTensor, weight: QTensor):  # values [m k], [n k] -> [m n] float32
-    """Sum over the 128-wide blocks of k, in order, of float(int32 dot) * (scale_x * scale_weight)."""
+    """Sum over the 128-wide blocks of k, in order, of float(int32 dot) * (scale_x *
+    scale_weight)."""
     m, n = x.values.shape[0], weight.values.shape[0]
     rows = max(SUM_BYTES // (4 * n * BLOCK), 1) * BLOCK
     if rows >= m:

@@ -1,4 +1,5 @@
-"""What the row and quantising kernels share: sums and largest magnitudes, true quotients, and rounding."""
+"""What the row and quantising kernels share: sums and largest magnitudes, true quotients, and
+rounding."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def total(xs):  # float32 arrays [...] -> []
 
 
 def largest(xs):  # float32 arrays [...] -> []
-    """max(|x|, FLOOR) of all elements. The maximum of the bits as integers: that of floats would pass over a NaN on a GPU."""
+    """max(|x|, FLOOR) of all elements. The maximum of the bits as integers: that of floats would
+    pass over a NaN on a GPU."""
     bits = [lax.bitcast_convert_type(jnp.abs(x), jnp.int32) for x in xs]
     top = reduce(jnp.maximum, [x.max() for x in by_shape(jnp.maximum, bits)])
     return lax.bitcast_convert_type(jnp.maximum(top, FLOOR_BITS), jnp.float32)
@@ -54,7 +56,8 @@ def divide(x, y, interpret):  # float32 arrays of one shape
 
 
 def row_scale(amax, dtype, interpret):  # float32 [] -> factor [1], scale []
-    """The factor that takes a row to the range of `dtype`, and the scale that takes it back: those of `quantize_rows`."""
+    """The factor that takes a row to the range of `dtype`, and the scale that takes it back: those
+    of `quantize_rows`."""
     top = TOP[jnp.dtype(dtype)]
     return divide(jnp.full(1, top, jnp.float32), amax, interpret), amax * np.float32(1 / top)
 
@@ -73,7 +76,8 @@ def narrow(x, dtype, interpret):  # float32 -> dtype
 
 
 def rounded(x, dtype, interpret):  # float32
-    """x on the grid of `dtype`, still float32: under the interpreter a cast there and back may be fused away."""
+    """x on the grid of `dtype`, still float32: under the interpreter a cast there and back may be
+    fused away."""
     if interpret:
         info = jnp.finfo(dtype)
         return lax.reduce_precision(x, info.nexp, info.nmant)

@@ -1,7 +1,9 @@
-"""Kernels over rows: one program to a row, which it reads once and keeps in registers. Quantisation with one scale for a row.
+"""Kernels over rows: one program to a row, which it reads once and keeps in registers. Quantisation
+with one scale for a row.
 
-A row is split into parts of eight elements to a thread, then into smaller powers of two (8960 = 4 * 2048 + 512 + 256 with eight
-warps): no column is masked, and the parts have one layout from the loads to the stores, of 8 bits too.
+A row is split into parts of eight elements to a thread, then into smaller powers of two (8960 = 4 *
+2048 + 512 + 256 with eight warps): no column is masked, and the parts have one layout from the
+loads to the stores, of 8 bits too.
 """
 
 from __future__ import annotations

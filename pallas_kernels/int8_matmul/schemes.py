@@ -1,4 +1,5 @@
-"""The schemes of W8A8 behind one interface: how activations and weights become QTensors, and how the two multiply."""
+"""The schemes of W8A8 behind one interface: how activations and weights become QTensors, and how
+the two multiply."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ from pallas_kernels.tuning import tile
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """quantizers: impl -> (x [m k]) -> QTensor;  products: impl -> (x, weight, bias or None, out_dtype) -> [m n].
+    """quantizers: impl -> (x [m k]) -> QTensor;  products: impl -> (x, weight, bias or None,
+    out_dtype) -> [m n].
 
-    Values [m k] of `dtype` have scales of shape `scale_shape((m, k))`; k is a multiple of `k_multiple`. Both have an "auto": the
-    kernel on CUDA, where there is one, and the reference elsewhere.
+    Values [m k] of `dtype` have scales of shape `scale_shape((m, k))`; k is a multiple of
+    `k_multiple`. Both have an "auto": the kernel on CUDA, where there is one, and the reference
+    elsewhere.
     """
 
     dtype: object
@@ -49,7 +52,8 @@ def kernel(function: Callable, name: str, interpret: bool, *more) -> Callable:
 
 
 def quantizers(reference: Callable, function: Callable, name: str, *more) -> dict[str, Callable]:
-    """The reference (XLA's too) and the kernel, which "auto" takes on CUDA where whole warps read a row."""
+    """The reference (XLA's too) and the kernel, which "auto" takes on CUDA where whole warps read a
+    row."""
     made = {
         impl: kernel(function, name, impl == "interpret", *more) for impl in ("triton", "interpret")
     }
@@ -64,7 +68,8 @@ def row_quantizers(dtype) -> dict[str, Callable]:
 
 
 def products(reference: Callable, fast: Callable, **others: Callable) -> dict[str, Callable]:
-    """ "auto" is `fast` on CUDA, which takes widths that are multiples of 128, and the reference elsewhere."""
+    """ "auto" is `fast` on CUDA, which takes widths that are multiples of 128, and the reference
+    elsewhere."""
 
     def auto(x, weight, bias, out_dtype):
         run = lambda function: lambda x, weight, bias: function(x, weight, bias, out_dtype)

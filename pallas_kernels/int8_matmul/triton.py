@@ -1,5 +1,6 @@
-"""Kernels of the int8 products, k in steps of 128: with scales by row and column 128 x 128 outputs to a program, with scales by
-tile 64 x 128, because the programs that share a multiprocessor then hide the scaling of one behind the products of another.
+"""Kernels of the int8 products, k in steps of 128: with scales by row and column 128 x 128 outputs
+to a program, with scales by tile 64 x 128, because the programs that share a multiprocessor then
+hide the scaling of one behind the products of another.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def quantize_kernel(
 def block_product(
     x: QTensor, weight: QTensor, bias, out_dtype, *, tile: Tile, interpret: bool
 ):  # [m k], [n k] -> [m n]
-    """Sum over the blocks of k, in order, of float32(int32 dot) * (scale_x * scale_weight); rounded, and again with the bias."""
+    """Sum over the blocks of k, in order, of float32(int32 dot) * (scale_x * scale_weight);
+    rounded, and again with the bias."""
     bias = None if bias is None else bias.astype(out_dtype)
     columns = x.scale.shape[1]
     scales = (
@@ -69,18 +71,21 @@ def block_product(
 def row_product(
     x: QTensor, weight: QTensor, bias, out_dtype, *, tile: Tile, interpret: bool
 ):  # [m k], [n k] -> [m n]
-    """float32(int32 dot) * scale_x * scale_weight + bias, rounded once. Raises ValueError unless k is a multiple of 128."""
+    """float32(int32 dot) * scale_x * scale_weight + bias, rounded once. Raises ValueError unless k
+    is a multiple of 128."""
     k = x.values.shape[1]
     if k % BLOCK:
         raise ValueError(
-            f'int8 product: k is {k}; the kernel takes multiples of {BLOCK}, nearest: {blocks(k, BLOCK) * BLOCK}; impl="xla" takes any'
+            f"int8 product: k is {k}; the kernel takes multiples of {BLOCK}, nearest:"
+            f' {blocks(k, BLOCK) * BLOCK}; impl="xla" takes any'
         )
     scales = pl.BlockSpec((BLOCK,), lambda i, j: (i,)), pl.BlockSpec((BLOCK,), lambda i, j: (j,))
     return product(row_kernel, x, weight, bias, out_dtype, BLOCK, scales, tile, interpret)
 
 
 def product(kernel: Callable, x, weight, bias, out_dtype, rows, scales, tile, interpret):
-    """The launch that both kernels share: outputs of `rows` x 128; index maps of the scales take the place (i, j) of a tile."""
+    """The launch that both kernels share: outputs of `rows` x 128; index maps of the scales take
+    the place (i, j) of a tile."""
     (m, k), n = x.values.shape, weight.values.shape[0]
     grid = blocks(m, rows), blocks(n, BLOCK)
     place = partial(swizzled, grid=grid)

@@ -9,7 +9,8 @@ from pallas_kernels.workload import Workload
 
 
 def layer(m: int, k: int, n: int) -> Workload:
-    """x [m k], weight [n k] and bias [n] in bfloat16, for any scheme to quantise; flops and bytes are those of the product alone."""
+    """x [m k], weight [n k] and bias [n] in bfloat16, for any scheme to quantise; flops and bytes
+    are those of the product alone."""
 
     def make(key):
         x, weight, bias = jax.random.split(key, 3)

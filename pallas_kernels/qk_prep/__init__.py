@@ -1,7 +1,9 @@
-"""Queries and keys on their way from the projections to sparse attention: RMS norm, rotation, block means, int8 keys.
+"""Queries and keys on their way from the projections to sparse attention: RMS norm, rotation, block
+means, int8 keys.
 
-Every `impl` is "auto", "reference", "triton" or "interpret"; "auto" is the kernels on CUDA, for the sizes that they take
-(`triton.refusal`), and the reference elsewhere. Differentiated, rms_norm_rope and rms_norm_rope_pool are the reference.
+Every `impl` is "auto", "reference", "triton" or "interpret"; "auto" is the kernels on CUDA, for the
+sizes that they take (`triton.refusal`), and the reference elsewhere. Differentiated, rms_norm_rope
+and rms_norm_rope_pool are the reference.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ KEYS = table(reference.quantize_keys, triton.quantize_keys)
 def rms_norm_rope(
     x, weight, cos, sin, *, eps: float, impl: str = "auto"
 ):  # x [b l d], weight [d], tables [l k/2] -> [b l h k]
-    """x / rms(x) * weight over all heads together, then channel pairs (2j, 2j+1) of each head rotated by their angles.
+    """x / rms(x) * weight over all heads together, then channel pairs (2j, 2j+1) of each head
+    rotated by their angles.
 
-    cos and sin are float32 and give the head width k. Float32 inside and one rounding to x.dtype at the end, where a norm
-    followed by a rotation rounds twice (thu-ml/TurboDiffusion rcm/networks/wan2pt1.py). Differentiable in both modes.
+    cos and sin are float32 and give the head width k. Float32 inside and one rounding to x.dtype at
+    the end, where a norm followed by a rotation rounds twice (thu-ml/TurboDiffusion
+    rcm/networks/wan2pt1.py). Differentiable in both modes.
     """
     check(x, weight, cos, sin)
     return differentiable("rms_norm_rope", impl, ROPE, (2 * cos.shape[1],), eps=eps)(
@@ -51,7 +55,8 @@ def rms_norm_rope(
 def rms_norm_rope_pool(
     x, weight, cos, sin, *, eps: float, block: int, impl: str = "auto"
 ):  # -> [b l h k], f32 [b h n k]
-    """`rms_norm_rope`, and the mean of each block of `block` rounded tokens; the tail block is averaged over its own length.
+    """`rms_norm_rope`, and the mean of each block of `block` rounded tokens; the tail block is
+    averaged over its own length.
 
     The means are what the block map of sparse attention is made of (arXiv 2509.24006).
     """
@@ -64,10 +69,12 @@ def rms_norm_rope_pool(
 def quantize_keys(
     k, mean, *, block: int, impl: str = "auto"
 ):  # k [b l h k], mean f32 [b h k] -> int8 [b l h k], f32 [b h n]
-    """k - mean in int8, and the scale of each block of each head: amax/127, nearest even (SageAttention, arXiv 2410.02367)."""
+    """k - mean in int8, and the scale of each block of each head: amax/127, nearest even
+    (SageAttention, arXiv 2410.02367)."""
     if k.ndim != 4 or mean.shape != (k.shape[0], *k.shape[2:]) or mean.dtype != jnp.float32:
         raise ValueError(
-            f"quantize_keys: k {k.shape}, mean {mean.dtype} {mean.shape}; expected [b l h k] and float32 [b h k]"
+            f"quantize_keys: k {k.shape}, mean {mean.dtype} {mean.shape}; expected [b l h k] and"
+            " float32 [b h k]"
         )
     return forward_only(
         named("quantize_keys", impl, KEYS, (k.shape[3], block), block=block), NO_DERIVATIVE
@@ -98,7 +105,8 @@ def differentiable(
 
 
 def check(x, weight, cos, sin):
-    """Raise ValueError unless x [b l d], weight [d] and float32 tables [l k/2] fit together, d in whole heads of width k."""
+    """Raise ValueError unless x [b l d], weight [d] and float32 tables [l k/2] fit together, d in
+    whole heads of width k."""
     fits = (
         x.ndim == 3
         and cos.ndim == 2
@@ -108,6 +116,7 @@ def check(x, weight, cos, sin):
     )
     if not fits or x.shape[2] % (2 * cos.shape[1]) or not cos.dtype == sin.dtype == jnp.float32:
         raise ValueError(
-            f"rms_norm_rope: x {x.shape}, weight {weight.shape}, cos {cos.dtype} {cos.shape}, sin {sin.dtype} {sin.shape}; "
-            "expected [b l d], [d] and float32 [l k/2] with d a multiple of the head width k"
+            f"rms_norm_rope: x {x.shape}, weight {weight.shape}, cos {cos.dtype} {cos.shape}, sin"
+            f" {sin.dtype} {sin.shape}; expected [b l d], [d] and float32 [l k/2] with d a multiple"
+            " of the head width k"
         )

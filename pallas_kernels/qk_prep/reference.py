@@ -13,7 +13,8 @@ from pallas_kernels.sparse_attention.reference import blocked, counts, unblocked
 def rms_norm_rope(
     x, weight, cos, sin, *, eps
 ):  # x [b l d], weight [d], cos sin f32 [l k/2] -> [b l h k]
-    """x / rms(x) * weight over all heads together, then channel pairs (2j, 2j+1) rotated; float32 inside, one rounding."""
+    """x / rms(x) * weight over all heads together, then channel pairs (2j, 2j+1) rotated; float32
+    inside, one rounding."""
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps) * weight.astype(jnp.float32)
     a, b = rearrange(y, "b l (h k two) -> two b l h k", k=cos.shape[1], two=2)
@@ -24,7 +25,8 @@ def rms_norm_rope(
 
 
 def rms_norm_rope_pool(x, weight, cos, sin, *, eps, block):  # -> [b l h k], f32 [b h n k]
-    """`rms_norm_rope`, and the mean of each block of its rounded tokens; the tail block is averaged over its own length."""
+    """`rms_norm_rope`, and the mean of each block of its rounded tokens; the tail block is averaged
+    over its own length."""
     y = rms_norm_rope(x, weight, cos, sin, eps=eps)
     return y, blocked(y, block).sum(3, dtype=jnp.float32) / counts(y.shape[1], block)[:, None]
 

@@ -1,7 +1,9 @@
-"""Queries and keys made ready for sparse attention: one pass over the projections, one more over the keys for int8.
+"""Queries and keys made ready for sparse attention: one pass over the projections, one more over
+the keys for int8.
 
-A program of the first pass owns a piece of whole rows, so that the norm over all heads, the rotation and the sums that pooling
-needs come from one reading: 4 bytes for each bfloat16 element. A pass for the row statistics alone would add 2.
+A program of the first pass owns a piece of whole rows, so that the norm over all heads, the
+rotation and the sums that pooling needs come from one reading: 4 bytes for each bfloat16 element. A
+pass for the row statistics alone would add 2.
 """
 
 from __future__ import annotations
@@ -40,9 +42,11 @@ def rms_norm_rope_pool(
     y, sums = normed(x, weight, cos, sin, eps, piece, sums=True, interpret=interpret)
     n = count(x.shape[1], block)
     sums = jnp.pad(sums, ((0, 0), (0, n * (block // piece) - sums.shape[1]), (0, 0), (0, 0)))
-    return y, rearrange(sums, "b (n p) h k -> b h n p k", n=n).sum(3) / counts(x.shape[1], block)[
-        :, None
-    ]
+    return (
+        y,
+        rearrange(sums, "b (n p) h k -> b h n p k", n=n).sum(3)
+        / counts(x.shape[1], block)[:, None],
+    )
 
 
 def normed(
@@ -74,7 +78,8 @@ def normed(
 
 
 def rows_kernel(x_ref, weight_ref, cos_ref, sin_ref, y_ref, *sum_ref, heads, length, eps):
-    """x [piece heads k] -> y of the same shape, and the sum of its rows; the heads are padded to a power of two."""
+    """x [piece heads k] -> y of the same shape, and the sum of its rows; the heads are padded to a
+    power of two."""
     piece, padded, k = x_ref.shape
     inside = (jnp.arange(padded) < heads)[:, None]
     weight = load(weight_ref, inside).astype(jnp.float32)
@@ -114,7 +119,8 @@ def quantize_keys(
 def quantize_and_measure(
     k, mean, *, block, interpret
 ):  # -> int8 [b l h k], f32 [b h n], f32 [b h n]
-    """`quantize_keys`, and a bound on the length (Euclidean norm) of each block's longest token as rounded: values times scale."""
+    """`quantize_keys`, and a bound on the length (Euclidean norm) of each block's longest token as
+    rounded: values times scale."""
     b, l, h, d = k.shape
     refuse("quantize_keys", "head width", d)
     refuse("quantize_keys", "block", block)
@@ -137,7 +143,8 @@ def quantize_and_measure(
 
 
 def quantize_kernel(k_ref, mean_ref, values_ref, scale_ref, longest_ref, *, length, interpret):
-    """k [block k], mean [k] -> int8 values [block k], their scale, and the length of the longest row."""
+    """k [block k], mean [k] -> int8 values [block k], their scale, and the length of the longest
+    row."""
     block, width = k_ref.shape
     inside = (pl.program_id(0) * block + jnp.arange(block) < length)[:, None]
     x = jnp.where(inside, load(k_ref, inside).astype(jnp.float32) - load(mean_ref), 0.0)

@@ -1,7 +1,9 @@
-"""Attention with int8 scores: queries and keys quantised by block, softmax and values as in the float ops. Forward only.
+"""Attention with int8 scores: queries and keys quantised by block, softmax and values as in the
+float ops. Forward only.
 
-Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels interpreted, for tests). "auto"
-is the kernels on CUDA, for the dtypes and sizes that they take, and the reference elsewhere.
+Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels
+interpreted, for tests). "auto" is the kernels on CUDA, for the dtypes and sizes that they take, and
+the reference elsewhere.
 """
 
 from __future__ import annotations
@@ -62,9 +64,11 @@ WHOLE = table(sum_of_branches, triton.sage_sparse_linear_attention)
 def sage_sparse_linear_attention(
     q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, means=None, impl="auto"
 ):
-    """`sparse_linear_attention` with int8 scores in its sparse branch: q k v [b l h k] -> [b l h k].
+    """`sparse_linear_attention` with int8 scores in its sparse branch: q k v [b l h k] -> [b l h
+    k].
 
-    The other arguments, and errors, are those of `sparse_linear_attention`. A derivative raises NotImplementedError.
+    The other arguments, and errors, are those of `sparse_linear_attention`. A derivative raises
+    NotImplementedError.
     """
     check_attention(q, k, v)
     check_means(q, k, means, block_q, block_k)

@@ -19,9 +19,11 @@ from pallas_kernels.sparse_attention.reference import (
 def sage_sparse_attention(
     q, k, v, blocks, block_q, block_k
 ):  # q k v [b l h k], blocks [b h q_blocks chosen]
-    """Scores are int32 products of int8 q and int8 k - mean(k), times their two block scales and 1/sqrt(k).
+    """Scores are int32 products of int8 q and int8 k - mean(k), times their two block scales and
+    1/sqrt(k).
 
-    The mean is taken off in float32. It shifts all scores of a query alike, so the softmax does not see it.
+    The mean is taken off in float32. It shifts all scores of a query alike, so the softmax does not
+    see it.
     """
     k32 = k.astype(jnp.float32)
     queries, q_scale = quantize_blocks(blocked(q.astype(jnp.float32), block_q))

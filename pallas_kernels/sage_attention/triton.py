@@ -1,7 +1,9 @@
-"""Attention with int8 scores as kernels: the loop of sparse_attention's forward kernel with another scorer.
+"""Attention with int8 scores as kernels: the loop of sparse_attention's forward kernel with another
+scorer.
 
-Queries are rounded by the pass that rounds keys. Rounded inside the attention kernel, a tile of queries is an operand that Triton
-keeps in registers, and on Hopper ptxas (CUDA 13) then makes every tensor instruction of the loop wait for the one before.
+Queries are rounded by the pass that rounds keys. Rounded inside the attention kernel, a tile of
+queries is an operand that Triton keeps in registers, and on Hopper ptxas (CUDA 13) then makes every
+tensor instruction of the loop wait for the one before.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def sage_sparse_attention(q, k, v, blocks, block_q, block_k, *, interpret):
 def sage_sparse_linear_attention(
     q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k, interpret
 ):
-    """The whole op: the pooling that gives the map also gives the mean key; the linear branch is part of the same kernel."""
+    """The whole op: the pooling that gives the map also gives the mean key; the linear branch is
+    part of the same kernel."""
     blocks, mean = block_map_and_mean(q, k, chosen, block_q, block_k, means, interpret=interpret)
     _, linear = summed(q, k, v, proj_kernel, proj_bias, interpret=interpret)
     return int8_attention(
@@ -72,10 +75,14 @@ def operands(q, k, mean, block_q, block_k, *, interpret):
 def int8_scores(
     plan, rows, queries, keys
 ):  # int8 [.. k], scales of its blocks f32, bounds of the scores of each block of queries
-    """int32 products of int8 queries and keys; the factor holds both blocks' scales, 1/sqrt(k) and log2(e)."""
+    """int32 products of int8 queries and keys; the factor holds both blocks' scales, 1/sqrt(k) and
+    log2(e)."""
     q, here = load(queries[0], rows), pl.program_id(0)
     scale = LOG2E * q.shape[-1] ** -0.5 * queries[1][here]
-    return lambda j: (
-        dot(q, block(keys[0], j, plan.block_k), (1, 1), jnp.int32),
-        scale * keys[1][j],
-    ), queries[2][here]
+    return (
+        lambda j: (
+            dot(q, block(keys[0], j, plan.block_k), (1, 1), jnp.int32),
+            scale * keys[1][j],
+        ),
+        queries[2][here],
+    )

@@ -1,7 +1,9 @@
-"""Sparse-linear attention: exact softmax over a few key blocks for each query block, a linear branch over all keys.
+"""Sparse-linear attention: exact softmax over a few key blocks for each query block, a linear
+branch over all keys.
 
-Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels interpreted, for tests). "auto"
-is the kernels on CUDA, for the dtypes and sizes that they take (`forward.refusal`), and the reference elsewhere.
+Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels
+interpreted, for tests). "auto" is the kernels on CUDA, for the dtypes and sizes that they take
+(`forward.refusal`), and the reference elsewhere.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ WHOLE = table(sum_of_branches, triton.sparse_linear_attention)
 
 
 def run(name, impl, impls, q, *args, block_q, block_k, **sizes):
-    """The implementation called `impl`, on its arguments; "auto" by the dtype and sizes of q and the blocks."""
+    """The implementation called `impl`, on its arguments; "auto" by the dtype and sizes of q and
+    the blocks."""
     ready = {key: partial(f, block_q=block_q, block_k=block_k, **sizes) for key, f in impls.items()}
     auto = automatic(
         ready["triton"], ready["reference"], refusal(q.shape[-1], block_q, block_k, q.dtype)
@@ -74,11 +77,14 @@ def run(name, impl, impls, q, *args, block_q, block_k, **sizes):
 def sparse_linear_attention(
     q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, means=None, impl="auto"
 ):
-    """SLA (arXiv 2509.24006; thu-ml/TurboDiffusion turbodiffusion/SLA/core.py): q k v [b l h k], one floating dtype -> [b l h k].
+    """SLA (arXiv 2509.24006; thu-ml/TurboDiffusion turbodiffusion/SLA/core.py): q k v [b l h k],
+    one floating dtype -> [b l h k].
 
-    proj_kernel [k k] (i o) and proj_bias [k], float32, project the linear branch of every head. topk is the share of key
-    blocks kept. The choice of blocks has no gradient; the linear branch sums over all keys, chosen or not.
-    means: those of the blocks of q f32 [b h i k] and of k f32 [b h j k], as `qk_prep.rms_norm_rope_pool` gives; else computed here.
+    proj_kernel [k k] (i o) and proj_bias [k], float32, project the linear branch of every head.
+    topk is the share of key blocks kept. The choice of blocks has no gradient; the linear branch
+    sums over all keys, chosen or not.
+    means: those of the blocks of q f32 [b h i k] and of k f32 [b h j k], as
+           `qk_prep.rms_norm_rope_pool` gives; else computed here.
     Raises ValueError for other shapes, dtypes and names of `impl`.
     """
     check_attention(q, k, v)
@@ -94,7 +100,8 @@ def sparse_linear_attention(
 
 
 def chosen_blocks(length: int, topk: float, block_k: int) -> int:
-    """Key blocks kept of `length` keys for each query block: the share of all blocks cut to a whole number, at least one."""
+    """Key blocks kept of `length` keys for each query block: the share of all blocks cut to a whole
+    number, at least one."""
     blocks = -(-length // block_k)
     return max(1, min(blocks, int(topk * blocks)))
 
@@ -102,9 +109,11 @@ def chosen_blocks(length: int, topk: float, block_k: int) -> int:
 def block_map(
     q, k, *, topk, block_q=128, block_k=64, impl="auto"
 ):  # q k [b l h k] -> int32 [b h q_blocks chosen], ascending
-    """The key blocks of highest pooled score for each block of queries; ties go to the lowest index.
+    """The key blocks of highest pooled score for each block of queries; ties go to the lowest
+    index.
 
-    q k [b l h k] -> int32 [b h q_blocks chosen], ascending; `chosen` is `chosen_blocks` of the share topk. No gradient.
+    q k [b l h k] -> int32 [b h q_blocks chosen], ascending; `chosen` is `chosen_blocks` of the
+    share topk. No gradient.
     """
     sizes = {
         "chosen": chosen_blocks(k.shape[1], topk, block_k),
@@ -117,10 +126,12 @@ def block_map(
 def sparse_attention(
     q, k, v, blocks, *, block_q=128, block_k=64, impl="auto"
 ):  # q k v [b l h k] -> [b l h k]
-    """Softmax attention of each query block over its list of key blocks [b h q_blocks chosen], ascending, no repeats.
+    """Softmax attention of each query block over its list of key blocks [b h q_blocks chosen],
+    ascending, no repeats.
 
-    q k v [b l h k] -> [b l h k]. The last block may be shorter; keys past the end do not count. Raises ValueError for a list that is not
-    int32, or not of these queries. Differentiable with the list held constant.
+    q k v [b l h k] -> [b l h k]. The last block may be shorter; keys past the end do not count.
+    Raises ValueError for a list that is not int32, or not of these queries. Differentiable with the
+        list held constant.
     """
     check(q, k, v, blocks, block_q)
     return run("sparse_attention", impl, IMPLS, q, k, v, blocks, block_q=block_q, block_k=block_k)
@@ -132,7 +143,8 @@ def check(q, k, v, blocks, block_q):
     expected = (q.shape[0], q.shape[2], -(-q.shape[1] // block_q))
     if blocks.ndim != 4 or blocks.shape[:3] != expected or blocks.dtype != jnp.int32:
         raise ValueError(
-            f"sparse_attention: block list {blocks.dtype} {blocks.shape}; expected int32 {(*expected, 'chosen')}"
+            f"sparse_attention: block list {blocks.dtype} {blocks.shape}; expected int32"
+            f" {(*expected, 'chosen')}"
         )
 
 
@@ -147,5 +159,6 @@ def check_means(q, k, means, block_q, block_k):
     ):
         given = ", ".join(f"{m.dtype} {m.shape}" for m in means)
         raise ValueError(
-            f"sparse_linear_attention: means {given}; expected float32 {expected[0]} and {expected[1]}"
+            f"sparse_linear_attention: means {given}; expected float32 {expected[0]} and"
+            f" {expected[1]}"
         )

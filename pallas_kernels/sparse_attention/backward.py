@@ -1,8 +1,9 @@
-"""The gradient of block-sparse attention: dq over the lists of key blocks, dk and dv over the lists turned round; no atomics.
+"""The gradient of block-sparse attention: dq over the lists of key blocks, dk and dv over the lists
+turned round; no atomics.
 
-With p = exp(scale q k^T - lse) on the chosen blocks and do the cotangent of o (kernels as in arXiv 2307.08691):
-delta = rowsum(do o), ds = p (do v^T - delta), dq = scale ds k, dk = scale ds^T q, dv = p^T do. p and ds are rounded to the
-input dtype where they are multiplied; every sum is float32.
+With p = exp(scale q k^T - lse) on the chosen blocks and do the cotangent of o (kernels as in arXiv
+2307.08691): delta = rowsum(do o), ds = p (do v^T - delta), dq = scale ds k, dk = scale ds^T q, dv =
+p^T do. p and ds are rounded to the input dtype where they are multiplied; every sum is float32.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ from pallas_kernels.tiles import LOG2E, dot, fma_exp2, launch, load, store
 from pallas_kernels.tiles import blocks as count
 from pallas_kernels.tuning import tile
 
-WARP_ROWS = 16  # queries for each warp in the gradient of queries: as many as one tensor instruction gives it
-ROWS = 64  # keys, and in the gradient of keys also queries, taken at a time; more need more registers or shared memory than there is
+# queries for each warp in the gradient of queries: as many as one tensor instruction gives it
+WARP_ROWS = 16
+# keys, and in the gradient of keys also queries, taken at a time; more need more registers or
+# shared memory than there is
+ROWS = 64
 
 
 def backward(q, k, v, blocks, o, lse, do, block_q, block_k, *, interpret):
-    """dq, dk, dv [b l h k] of `reference.sparse_attention`, whose o it was; do is the cotangent of o.
+    """dq, dk, dv [b l h k] of `reference.sparse_attention`, whose o it was; do is the cotangent of
+    o.
 
-    blocks: int32 [b h q_blocks chosen], ascending; lse: natural logarithm of the normalisers, float32 [b h q_blocks block_q].
+    blocks: int32 [b h q_blocks chosen], ascending; lse: natural logarithm of the normalisers,
+            float32 [b h q_blocks block_q].
     """
     lse = rearrange(lse, "b h i m -> b h (i m)")
     dq, delta = query_side(
@@ -63,7 +69,8 @@ def backward(q, k, v, blocks, o, lse, do, block_q, block_k, *, interpret):
 def query_side(
     q, k, v, blocks, o, lse, do, block_q, block_k, at, interpret
 ):  # lse f32 [b h (q_blocks block_q)]
-    """dq [b l h k], and delta f32 [b h (q_blocks block_q)], which is not written past the last query."""
+    """dq [b l h k], and delta f32 [b h (q_blocks block_q)], which is not written past the last
+    query."""
     rows = min(block_q, WARP_ROWS * at.warps)
     (b, l, h, d), chosen = q.shape, blocks.shape[3]
     own = pl.BlockSpec((None, rows, None, d), lambda i, g: (g // h, i, g % h, 0))
@@ -123,7 +130,8 @@ def query_kernel(
         ds = p * (dot(do, v, (1, 1)) - delta[:, None])
         return dq + dot(ds.astype(k.dtype), k, (1, 0))
 
-    # The list ascends, so only its last block can reach past the end: its last part goes first, and parts that have no key are left out.
+    # The list ascends, so only its last block can reach past the end: its last part goes first, and
+    # parts that have no key are left out.
     left = length - blocks_ref[chosen - 1] * block_k
     last = (chosen - 1) * parts + lax.min(parts, lax.div(left + size - 1, size)) - 1
     dq = add(last, jnp.zeros(q.shape, jnp.float32), length % size != 0)
@@ -164,9 +172,11 @@ def key_kernel(
     block_k,
     interpret,
 ):
-    """ROWS keys of one head against the queries of their list, ROWS at a time; refs are whole arrays.
+    """ROWS keys of one head against the queries of their list, ROWS at a time; refs are whole
+    arrays.
 
-    Queries past the end read as q = do = 0 and add nothing; keys past the end only change their own row, which is not stored.
+    Queries past the end read as q = do = 0 and add nothing; keys past the end only change their own
+    row, which is not stored.
     """
     length, queries, heads = k_ref.shape[1], q_ref.shape[1], q_ref.shape[2]
     rows, size, scale = min(block_q, ROWS), min(block_k, ROWS), k_ref.shape[3] ** -0.5

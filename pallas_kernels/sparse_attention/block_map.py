@@ -1,7 +1,9 @@
-"""The list of key blocks of each query block in three steps: pooling (kernel), scores (XLA), choice (kernel).
+"""The list of key blocks of each query block in three steps: pooling (kernel), scores (XLA), choice
+(kernel).
 
-The scores are left to XLA: their operands are float32, which tensor cores would cut to TF32, and a row of scores is wider than
-the operands of one product in a kernel may be. They take 2 l^2 k / (block_q block_k) operations for each head.
+The scores are left to XLA: their operands are float32, which tensor cores would cut to TF32, and a
+row of scores is wider than the operands of one product in a kernel may be. They take 2 l^2 k /
+(block_q block_k) operations for each head.
 """
 
 from __future__ import annotations
@@ -27,14 +29,16 @@ WARP = 2**11  # scores that a warp keeps in its registers
 def block_map(
     q, k, chosen, block_q, block_k, *, interpret
 ):  # q k [b l h k] -> int32 [b h q_blocks chosen], ascending
-    """The `chosen` key blocks of highest pooled score for each query block; ties go to the lowest index. No gradient."""
+    """The `chosen` key blocks of highest pooled score for each query block; ties go to the lowest
+    index. No gradient."""
     return block_map_and_mean(q, k, chosen, block_q, block_k, interpret=interpret)[0]
 
 
 def block_map_and_mean(
     q, k, chosen, block_q, block_k, means=None, *, interpret
 ):  # -> the block map, mean of k f32 [b h k]
-    """`block_map`, and the mean key that int8 keys take off, which comes with it for nothing. means: of the blocks of q and k."""
+    """`block_map`, and the mean key that int8 keys take off, which comes with it for nothing.
+    means: of the blocks of q and k."""
     q, k, means = lax.stop_gradient((q, k, means))
     queries, keys = means or (
         pool(q, block_q, interpret=interpret),
@@ -52,7 +56,8 @@ def mean_of(pooled, length, block):  # f32 [b h n k] -> f32 [b h k]
 def pooled_scores(
     queries, keys, mean
 ):  # means of blocks f32 [b h i k], [b h j k], mean key f32 [b h k] -> f32 [b h i j]
-    """What `reference.pooled_scores` computes: the mean of k - mean(k) over a block is the block's mean minus the mean."""
+    """What `reference.pooled_scores` computes: the mean of k - mean(k) over a block is the block's
+    mean minus the mean."""
     return jnp.einsum("bhik,bhjk->bhij", queries, keys - mean[:, :, None], precision=EXACT)
 
 
@@ -81,11 +86,13 @@ def pool_kernel(x_ref, mean_ref, *, length):
 
 
 def choose(scores, chosen, *, interpret):  # f32 [b h i j] -> int32 [b h i chosen], ascending
-    """The indices of the `chosen` highest scores of each row, -0 below 0, ties to the lowest index: the set of lax.top_k."""
+    """The indices of the `chosen` highest scores of each row, -0 below 0, ties to the lowest index:
+    the set of lax.top_k."""
     b, h, i, n = scores.shape
     if n > WIDEST:
         raise ValueError(
-            f"block_map: {n} key blocks; the kernel sorts out at most {WIDEST}; larger blocks or impl='reference' do it"
+            f"block_map: {n} key blocks; the kernel sorts out at most {WIDEST}; larger blocks or"
+            " impl='reference' do it"
         )
     width, at = power_of_two(n), tile("sparse_attention", "choose")
     lists = launch(
@@ -104,8 +111,9 @@ def choose(scores, chosen, *, interpret):  # f32 [b h i j] -> int32 [b h i chose
 def choose_kernel(scores_ref, list_ref, *, n, chosen):
     """scores f32 [width], n of them true -> list int32 [chosen].
 
-    The bits of a float, the lower 31 flipped where it is negative, are integers in the order of the floats. The chosen-th
-    largest of them is built from its highest bit down, and a running count puts each kept index in its place.
+    The bits of a float, the lower 31 flipped where it is negative, are integers in the order of the
+    floats. The chosen-th largest of them is built from its highest bit down, and a running count
+    puts each kept index in its place.
     """
     column = jnp.arange(scores_ref.shape[0])
     bits = lax.bitcast_convert_type(load(scores_ref, column < n), jnp.int32)

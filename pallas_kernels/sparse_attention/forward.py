@@ -1,12 +1,15 @@
-"""Forward kernel of attention over lists of key blocks, dense attention included; the linear branch goes with it.
+"""Forward kernel of attention over lists of key blocks, dense attention included; the linear branch
+goes with it.
 
-One pass serves every kind of score: a `scorer` takes the refs of queries and keys, and returns a function from the number of a
-key block to its raw scores and the positive factor that makes them logarithms to base 2, and a bound on the magnitude of all
-these logarithms, or None. The int8 scorer is in sage_attention.
+One pass serves every kind of score: a `scorer` takes the refs of queries and keys, and returns a
+function from the number of a key block to its raw scores and the positive factor that makes them
+logarithms to base 2, and a bound on the magnitude of all these logarithms, or None. The int8 scorer
+is in sage_attention.
 
-Where the bound is small, it is what the softmax subtracts: no maximum is looked for and no sum is rescaled, which is a third of
-the loop's instructions. Nothing is lost: a row's largest exponential is at least 2^(-2 bound), and those that count beside it are
-far above the smallest float32. Elsewhere running maximum and sums are those of FlashAttention-2 (arXiv 2307.08691).
+Where the bound is small, it is what the softmax subtracts: no maximum is looked for and no sum is
+rescaled, which is a third of the loop's instructions. Nothing is lost: a row's largest exponential
+is at least 2^(-2 bound), and those that count beside it are far above the smallest float32.
+Elsewhere running maximum and sums are those of FlashAttention-2 (arXiv 2307.08691).
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ BOUND = 48.0  # the largest bound that is subtracted: 2^(-2 BOUND - 24) is a nor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is fixed when a kernel is compiled. rows: queries; length: keys; chosen: key blocks for each query block."""
+    """What is fixed when a kernel is compiled. rows: queries; length: keys; chosen: key blocks for
+    each query block."""
 
     block_q: int
     block_k: int
@@ -42,7 +46,8 @@ class Plan:
 
 
 def forward(q, k, v, blocks, block_q, block_k, *, linear=None, save=False, interpret=False):
-    """o, or (o, o_s, lse) if `save`: what `attend` says, with float scores; q k v [b l h k], blocks int32 [b h q_blocks chosen]."""
+    """o, or (o, o_s, lse) if `save`: what `attend` says, with float scores; q k v [b l h k], blocks
+    int32 [b h q_blocks chosen]."""
     at = tile("sparse_attention", kernel_name(block_q))
     return attend(
         float_scores,
@@ -67,22 +72,27 @@ def kernel_name(block_q):
 def float_scores(plan, rows, queries, keys):
     """Scores q k^T summed in float32; the factor holds 1/sqrt(k) and log2(e)."""
     q = load(queries[0], rows)
-    return lambda j: (
-        dot(q, block(keys[0], j, plan.block_k), (1, 1)),
-        LOG2E * q.shape[-1] ** -0.5,
-    ), None
+    return (
+        lambda j: (
+            dot(q, block(keys[0], j, plan.block_k), (1, 1)),
+            LOG2E * q.shape[-1] ** -0.5,
+        ),
+        None,
+    )
 
 
 def attend(
     scorer, queries, keys, v, blocks, block_q, block_k, *, linear=None, save=False, interpret, at
 ):
-    """Softmax attention of each block of queries over its key blocks, plus the linear branch where its parts are given.
+    """Softmax attention of each block of queries over its key blocks, plus the linear branch where
+    its parts are given.
 
-    queries [b l h k] and keys [b s h k], and other arrays [b h n] beside them: what `scorer` reads; v [b s h k]; blocks int32
-    [b h q_blocks chosen], or None for all of them. linear: None, or q [b l h k], m [b h k k] in v.dtype, z [b h k] and bias [k] in
-    float32, which add phi(q) m / (phi(q) . z + eps) + bias to o before it is rounded.
-    -> o [b l h k]; if save: also o_s, the softmax part alone (o itself without `linear`), and the natural logarithm of
-    its normaliser, float32 [b h q_blocks block_q]. at: the warps and stages. Raises ValueError for sizes or a dtype that the
+    queries [b l h k] and keys [b s h k], and other arrays [b h n] beside them: what `scorer` reads;
+    v [b s h k]; blocks int32 [b h q_blocks chosen], or None for all of them. linear: None, or q [b
+    l h k], m [b h k k] in v.dtype, z [b h k] and bias [k] in float32, which add phi(q) m / (phi(q)
+    . z + eps) + bias to o before it is rounded. -> o [b l h k]; if save: also o_s, the softmax part
+    alone (o itself without `linear`), and the natural logarithm of its normaliser, float32 [b h
+    q_blocks block_q]. at: the warps and stages. Raises ValueError for sizes or a dtype that the
     kernel does not take.
     """
     (b, l, h, d), n = queries[0].shape, count(queries[0].shape[1], block_q)
@@ -116,9 +126,16 @@ def attend(
         "keys": tuple(tokens(x) if x.ndim == 4 else whole(x) for x in keys),
         "v": tokens(v),
         "blocks": None if blocks is None else row(chosen),
-        "linear": None
-        if linear is None
-        else (tile_of, whole(linear[1]), whole(linear[2]), pl.BlockSpec((d,), lambda i, g: (0,))),
+        "linear": (
+            None
+            if linear is None
+            else (
+                tile_of,
+                whole(linear[1]),
+                whole(linear[2]),
+                pl.BlockSpec((d,), lambda i, g: (0,)),
+            )
+        ),
     }
     o = jax.ShapeDtypeStruct((b, l, h, d), v.dtype)
     outs, out_specs = {"o": o}, {"o": tile_of}
@@ -143,7 +160,8 @@ def attend(
 
 
 def attend_kernel(plan, ins, outs):
-    """One block of queries of one head: refs q [block_q k], v [s k], blocks [chosen], linear m [k k], z [k], bias [k]."""
+    """One block of queries of one head: refs q [block_q k], v [s k], blocks [chosen], linear m [k
+    k], z [k], bias [k]."""
     interpret, dtype = plan.interpret, outs["o"].dtype
     rows = inside(plan)
     if (
@@ -206,7 +224,8 @@ def attend_kernel(plan, ins, outs):
 def linear_branch(
     q, m, z, bias, interpret
 ):  # q [block_q k], m [k k], z bias f32 [k] -> f32 [block_q k]
-    """phi(q) m / (phi(q) . z + eps) + bias. phi(q) = e / sum(e) is not divided out: e m / (e . (z + eps)) + bias."""
+    """phi(q) m / (phi(q) . z + eps) + bias. phi(q) = e / sum(e) is not divided out: e m / (e . (z +
+    eps)) + bias."""
     x = q.astype(jnp.float32)
     e = exp2((x - x.max(1)[:, None]) * LOG2E, interpret).astype(q.dtype)
     n = (e.astype(jnp.float32) * (z + EPS)[None]).sum(1)
@@ -214,7 +233,8 @@ def linear_branch(
 
 
 def hide(plan, j, x, value):  # [block_q block_k]
-    """x with `value` for the keys that the tail block's tile begins early with. Only that block takes the branch."""
+    """x with `value` for the keys that the tail block's tile begins early with. Only that block
+    takes the branch."""
     early = -plan.length % plan.block_k
     cut = lambda x: jnp.where(jnp.arange(plan.block_k) >= early, x, jnp.array(value, x.dtype))
     return jax.lax.cond(j == plan.length // plan.block_k, cut, lambda x: x, x) if early else x
@@ -227,7 +247,8 @@ def inside(plan):  # [block_q 1]
 
 
 def block(ref, j, size):  # ref [s k] -> [size k]
-    """Block j of the tokens; the tail block's tile begins early, so that it lies inside the sequence: no load needs a mask."""
+    """Block j of the tokens; the tail block's tile begins early, so that it lies inside the
+    sequence: no load needs a mask."""
     return load(ref.at[pl.ds(jnp.minimum(j * size, ref.shape[0] - size), size)])
 
 

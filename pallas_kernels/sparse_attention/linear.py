@@ -18,9 +18,11 @@ PROGRAMS = 512  # about as many programs, each over a chunk of the keys of one h
 
 
 def summaries(k, v, *, interpret):  # k v [b l h k] -> f32 [b h k k], f32 [b h k]
-    """phi(k)^T v and the sum of phi(k), phi = softmax over the head width, rounded to k.dtype as in `reference.feature`.
+    """phi(k)^T v and the sum of phi(k), phi = softmax over the head width, rounded to k.dtype as in
+    `reference.feature`.
 
-    Each program sums a chunk of the keys in float32; XLA adds the chunks, so the result does not depend on their timing.
+    Each program sums a chunk of the keys in float32; XLA adds the chunks, so the result does not
+    depend on their timing.
     """
     b, l, h, d = k.shape
     steps = count(count(l, ROWS), max(1, PROGRAMS // (b * h)))
@@ -47,7 +49,8 @@ def summaries(k, v, *, interpret):  # k v [b l h k] -> f32 [b h k k], f32 [b h k
 
 
 def summaries_kernel(k_ref, v_ref, product_ref, sum_ref, *, length, steps, interpret):
-    """k v [steps*ROWS k] -> phi(k)^T v [k k] and the sum of phi(k) [k] over the rows before the end."""
+    """k v [steps*ROWS k] -> phi(k)^T v [k k] and the sum of phi(k) [k] over the rows before the
+    end."""
     width = k_ref.shape[1]
     start = pl.program_id(0) * steps * ROWS
 

@@ -1,7 +1,9 @@
-"""The gradient of the linear branch, whose projection is folded into one matrix for each head, and of the whole op.
+"""The gradient of the linear branch, whose projection is folded into one matrix for each head, and
+of the whole op.
 
-With phi = softmax over the head width, H = phi(k)^T v, M = H proj, z = sum of phi(k) + eps and n = phi(q) . z (the eps of the
-denominator may join z, because phi(q) sums to one), the branch is y = phi(q) M / n + bias. For the cotangent do of y:
+With phi = softmax over the head width, H = phi(k)^T v, M = H proj, z = sum of phi(k) + eps and n =
+phi(q) . z (the eps of the denominator may join z, because phi(q) sums to one), the branch is y =
+phi(q) M / n + bias. For the cotangent do of y:
 
     G = do M^T, t = phi(q) . G / n        dq = phi(q) (G - t z) / n
     dM = phi(q)^T (do / n)                dz = - sum of phi(q) t / n
@@ -30,10 +32,13 @@ COLUMNS = 16  # equal ones, in which tensor cores add up rows: the narrowest pro
 
 
 def grad(args, saved, do, block_q, block_k, *, interpret):
-    """Cotangents of the args of sparse-linear attention, as `with_derivatives` asks for them; the block list has none.
+    """Cotangents of the args of sparse-linear attention, as `with_derivatives` asks for them; the
+    block list has none.
 
-    args: q k v [b l h k], proj_kernel [k k], proj_bias [k], blocks int32 [b h q_blocks chosen]; saved: o of the sparse branch
-    alone [b l h k], its lse f32 [b h q_blocks block_q], and `linear.summaries` f32 [b h k k], [b h k]; do [b l h k].
+    args: q k v [b l h k], proj_kernel [k k], proj_bias [k], blocks int32 [b h q_blocks chosen];
+          saved: o of the sparse branch
+    alone [b l h k], its lse f32 [b h q_blocks block_q], and `linear.summaries` f32 [b h k k], [b h
+    k]; do [b l h k].
     """
     q, k, v, proj_kernel, proj_bias, blocks = args
     o, lse, product, total = saved
@@ -45,10 +50,13 @@ def grad(args, saved, do, block_q, block_k, *, interpret):
 
 
 def linear_backward(q, k, v, product, total, proj_kernel, do, near, *, interpret):
-    """near + (dq, dk, dv) of the linear branch [b l h k], and dproj_kernel [k k], dproj_bias [k] in float32.
+    """near + (dq, dk, dv) of the linear branch [b l h k], and dproj_kernel [k k], dproj_bias [k] in
+    float32.
 
-    near: the gradients of the sparse branch, to which these are added in float32; product, total: phi(k)^T v and the sum of phi(k)
-    in float32, from `linear.summaries`. Sums over the sequence are float32, by chunks that XLA adds up: no result depends on timing.
+    near: the gradients of the sparse branch, to which these are added in float32; product, total:
+          phi(k)^T v and the sum of phi(k)
+    in float32, from `linear.summaries`. Sums over the sequence are float32, by chunks that XLA adds
+    up: no result depends on timing.
     """
     product_of = partial(jnp.einsum, precision=EXACT)
     m = product_of("bhij,jo->bhio", product, proj_kernel).astype(q.dtype)
@@ -120,7 +128,8 @@ def query_sums(q, z, t, do, *, interpret):  # z f32 [b h k], t f32 [b h l]
 def query_sums_kernel(
     q_ref, do_ref, t_ref, z_ref, dm_ref, dz_ref, dbias_ref, *, length, steps, interpret
 ):
-    """q do [steps*ROWS k]; t [steps*ROWS]; dm [k k]; z dz dbias [k]. Rows past the end have do = t = 0 and add nothing."""
+    """q do [steps*ROWS k]; t [steps*ROWS]; dm [k k]; z dz dbias [k]. Rows past the end have do = t
+    = 0 and add nothing."""
     start, width = pl.program_id(0) * steps * ROWS, q_ref.shape[1]
     z = load(z_ref)[None]
 

@@ -1,6 +1,8 @@
-"""Block-sparse softmax attention and its linear companion in plain JAX: the specification, fast enough to run at real size.
+"""Block-sparse softmax attention and its linear companion in plain JAX: the specification, fast
+enough to run at real size.
 
-Query blocks are worked through in chunks; each chunk gathers its key and value blocks, so memory does not grow with length.
+Query blocks are worked through in chunks; each chunk gathers its key and value blocks, so memory
+does not grow with length.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def counts(length, size):
 
 
 def pooled_scores(q, k, block_q, block_k):  # [b l h k] -> f32 [b h q_blocks k_blocks]
-    """Mean query of each block times mean of each block of k - mean(k); no scale, no softmax, all in float32."""
+    """Mean query of each block times mean of each block of k - mean(k); no scale, no softmax, all
+    in float32."""
     pool = lambda x, size: (
         blocked(x, size).sum(3, dtype=jnp.float32) / counts(x.shape[1], size)[:, None]
     )
@@ -49,7 +52,8 @@ def pooled_scores(q, k, block_q, block_k):  # [b l h k] -> f32 [b h q_blocks k_b
 
 
 def block_map(q, k, chosen, block_q, block_k):  # -> int32 [b h q_blocks chosen], ascending
-    """The `chosen` key blocks of highest pooled score for each query block; ties go to the lowest index."""
+    """The `chosen` key blocks of highest pooled score for each query block; ties go to the lowest
+    index."""
     scores = pooled_scores(lax.stop_gradient(q), lax.stop_gradient(k), block_q, block_k)
     return jnp.sort(lax.top_k(scores, chosen)[1], -1)
 
@@ -64,7 +68,8 @@ def take(x, blocks):  # [b h n ...], [b h c t] -> [b h c t ...]
 
 
 def over_chunks(step, carry, arrays, bytes_per_block):
-    """lax.scan of `step` over chunks of query blocks (axis 2 of every array), padded at the end with zeros."""
+    """lax.scan of `step` over chunks of query blocks (axis 2 of every array), padded at the end
+    with zeros."""
     b, h, n = arrays[0].shape[:3]
     pieces = -(-n // max(CHUNK_BYTES // (b * h * bytes_per_block), 1))
     size = -(-n // pieces)
@@ -122,10 +127,12 @@ def bytes_per_block(chosen, block_q, block_k, width, itemsize):
 def sparse_attention(
     q, k, v, blocks, block_q, block_k
 ):  # q k v [b l h k], blocks [b h q_blocks chosen]
-    """Softmax attention of each query block over its chosen key blocks; keys past the end do not count.
+    """Softmax attention of each query block over its chosen key blocks; keys past the end do not
+    count.
 
-    Differentiable in both modes with the block list held constant. The gradient is written out below, because automatic
-    differentiation would add up the gradients of a key chosen by many query blocks in the input dtype.
+    Differentiable in both modes with the block list held constant. The gradient is written out
+    below, because automatic differentiation would add up the gradients of a key chosen by many
+    query blocks in the input dtype.
     """
 
     def run(q, k, v, blocks):
@@ -192,7 +199,8 @@ def add_blocks(total, blocks, x):  # [b h n ...], [b h c t], [b h c t ...]
 def linear_attention(
     q, k, v, proj_kernel, proj_bias
 ):  # q k v [b l h k], proj [k k] (i o) and [k] float32 -> [b l h k]
-    """phi(q) M / (phi(q) . z + eps) + bias over all keys, phi = softmax over k, M = (phi(k)^T v) proj, z = sum of phi(k).
+    """phi(q) M / (phi(q) . z + eps) + bias over all keys, phi = softmax over k, M = (phi(k)^T v)
+    proj, z = sum of phi(k).
 
     M, z and the quotient are float32; the products' operands have the input dtype.
     """

@@ -1,8 +1,10 @@
-"""The block list turned round: for each key block the query blocks that chose it, as the gradient of keys and values reads it.
+"""The block list turned round: for each key block the query blocks that chose it, as the gradient
+of keys and values reads it.
 
-One sort of whole numbers gives all heads' lists: the pair (head, key block, query block) is one int32, so the sort needs no
-stability, its result is one and the same in every run, and its cost follows the pairs that exist. The alternative, a map of zeros
-and ones with sums along its columns, touches every possible pair, ten times as many at the usual share of 0.1, in several passes.
+One sort of whole numbers gives all heads' lists: the pair (head, key block, query block) is one
+int32, so the sort needs no stability, its result is one and the same in every run, and its cost
+follows the pairs that exist. The alternative, a map of zeros and ones with sums along its columns,
+touches every possible pair, ten times as many at the usual share of 0.1, in several passes.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ LONG = 4  # a list is long if it has this many times the mean length
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """The key blocks of all heads in one row, c = head k_blocks + key block, their lists one after the other.
+    """The key blocks of all heads in one row, c = head k_blocks + key block, their lists one after
+    the other.
 
-    queries: int32 [(b h q_blocks chosen)], query blocks, ascending within a list; those of c are queries[start[c] : start[c + 1]];
-    start: int32 [(b h k_blocks) + 1]; order: int32 [(b h k_blocks)], the order in which the c should be worked through.
+    queries: int32 [(b h q_blocks chosen)], query blocks, ascending within a list; those of c are
+             queries[start[c] : start[c + 1]];
+    start: int32 [(b h k_blocks) + 1]; order: int32 [(b h k_blocks)], the order in which the c
+           should be worked through.
     """
 
     queries: jax.Array
@@ -38,8 +43,9 @@ def transpose(
     columns = b * h * k_blocks
     if columns * q_blocks >= 2**31:
         raise ValueError(
-            f"sparse_attention: the gradient numbers {b * h} heads x {k_blocks} key blocks x {q_blocks} query blocks in 31 bits; "
-            f"allowed here: at most {(2**31 - 1) // (k_blocks * q_blocks)} heads in one call; split the batch"
+            f"sparse_attention: the gradient numbers {b * h} heads x {k_blocks} key blocks x"
+            f" {q_blocks} query blocks in 31 bits; allowed here: at most"
+            f" {(2**31 - 1) // (k_blocks * q_blocks)} heads in one call; split the batch"
         )
     head = jnp.arange(b * h, dtype=jnp.int32).reshape(b, h, 1, 1)
     column = head * k_blocks + blocks
@@ -57,8 +63,9 @@ def transpose(
 def balanced(
     length, q_blocks: int
 ):  # int32 [heads k_blocks] -> int32 [heads k_blocks], a permutation of their numbers
-    """Head by head, because the queries of one head stay in the cache, and the longest list of a head first, so that short ones
-    fill the gaps at its end. Long lists go before everything: one that starts in the last head would run on alone.
+    """Head by head, because the queries of one head stay in the cache, and the longest list of a
+    head first, so that short ones fill the gaps at its end. Long lists go before everything: one
+    that starts in the last head would run on alone.
     """
     heads, k_blocks = length.shape
     long = length * k_blocks > LONG * length.sum(1, keepdims=True)

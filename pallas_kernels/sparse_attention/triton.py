@@ -1,4 +1,5 @@
-"""The sparse ops made of kernels, with their derivatives; `interpret` runs the kernels on any device, for tests."""
+"""The sparse ops made of kernels, with their derivatives; `interpret` runs the kernels on any
+device, for tests."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from pallas_kernels.sparse_attention.linear import summaries
 
 
 def sparse_attention(q, k, v, blocks, block_q, block_k, *, interpret):
-    """See `reference.sparse_attention`; the tangent, which no training here takes, is that of the reference."""
+    """See `reference.sparse_attention`; the tangent, which no training here takes, is that of the
+    reference."""
 
     def run(*args):
         o, _, lse = forward(*args, block_q, block_k, save=True, interpret=interpret)
@@ -35,15 +37,19 @@ def sparse_linear_attention(
 ):
     """The whole op: map, sums over all keys, and one pass over the queries for both branches.
 
-    What the gradient needs besides o is written only where the op is differentiated; the tangent is that of the reference.
+    What the gradient needs besides o is written only where the op is differentiated; the tangent is
+    that of the reference.
     """
 
     def run(args, save):
         q, k, v, proj_kernel, proj_bias, blocks = args
         sums, linear = summed(q, k, v, proj_kernel, proj_bias, interpret=interpret)
-        return forward(
-            q, k, v, blocks, block_q, block_k, linear=linear, save=save, interpret=interpret
-        ), sums
+        return (
+            forward(
+                q, k, v, blocks, block_q, block_k, linear=linear, save=save, interpret=interpret
+            ),
+            sums,
+        )
 
     def saving(*args):
         (o, o_s, lse), sums = run(args, True)
@@ -69,7 +75,8 @@ def sparse_linear_attention(
 
 
 def summed(q, k, v, proj_kernel, proj_bias, *, interpret):
-    """-> phi(k)^T v f32 [b h k k] and the sum of phi(k) f32 [b h k], and the operand `linear` of `forward.attend` made of them."""
+    """-> phi(k)^T v f32 [b h k k] and the sum of phi(k) f32 [b h k], and the operand `linear` of
+    `forward.attend` made of them."""
     product, total = summaries(k, v, interpret=interpret)
     m = jnp.einsum("bhij,jo->bhio", product, proj_kernel, precision=reference.EXACT)
     return (product, total), (q, m.astype(q.dtype), total, proj_bias)

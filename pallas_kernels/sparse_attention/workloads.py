@@ -1,4 +1,5 @@
-"""Real shapes: self-attention of one layer, all heads, head width 128, a tenth of the key blocks kept."""
+"""Real shapes: self-attention of one layer, all heads, head width 128, a tenth of the key blocks
+kept."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def chosen(l: int) -> int:
 
 
 def with_lists(l: int, h: int, key):
-    """Arguments of `sparse_attention` and `sage_sparse_attention`: q k v, and random lists of key blocks."""
+    """Arguments of `sparse_attention` and `sage_sparse_attention`: q k v, and random lists of key
+    blocks."""
     key_tokens, key_lists = jax.random.split(key)
     scores = jax.random.uniform(key_lists, (1, h, -(-l // BLOCK_Q), -(-l // BLOCK_K)))
     return *tokens(l, h, key_tokens), jnp.sort(jax.lax.top_k(scores, chosen(l))[1], -1)
@@ -67,7 +69,8 @@ MAPS = {
     for name, (l, h) in SHAPES.items()
 }
 SUMMARIES = {name: part(l, h, 2.0 * l * h * WIDTH**2) for name, (l, h) in SHAPES.items()}
-WORKLOADS = {  # the linear branch adds phi(k)^T v and phi(q) m; the map's scores are too few to count
+# the linear branch adds phi(k)^T v and phi(q) m; the map's scores are too few to count
+WORKLOADS = {
     name: Workload(
         partial(with_projection, l, h),
         flops=sparse(l, h) + 4.0 * l * h * WIDTH**2,

@@ -15,10 +15,12 @@ from tdjax.config import VAEConfig
 def conv2d(
     x, kernel, bias, stride: int = 1, plus=None
 ):  # x [b t h w i], kernel [h w i o], bias [o], plus [b t h w o] -> [b t h w o]
-    """The same 2-D convolution of every frame. Odd kernels, zeros outside; stride 2 needs even h and w. plus: what else is added.
+    """The same 2-D convolution of every frame. Odd kernels, zeros outside; stride 2 needs even h
+    and w. plus: what else is added.
 
-    "SAME" is then what the network was trained with: one zero on every side at stride 1, one zero at the right and
-    bottom only at stride 2. Frames are images until all is added: so cuDNN does it as it writes.
+    "SAME" is then what the network was trained with: one zero on every side at stride 1, one zero
+    at the right and bottom only at stride 2. Frames are images until all is added: so cuDNN does it
+    as it writes.
     """
     if kernel.shape[:2] == (1, 1) and stride == 1:
         y = jnp.einsum("bthwi,io->bthwo", x, kernel[0, 0]) + bias
@@ -38,10 +40,12 @@ def images(x):  # [b t h w c] -> [(b t) h w c]
 
 
 def conv2d_upsampled(x, kernel, bias):  # x [b t h w i], kernel [3 3 i o], bias [o] -> [b t 2h 2w o]
-    """conv2d(x, kernel, bias) of frames of twice the height and width, every pixel of x repeated 2 x 2: those are never made.
+    """conv2d(x, kernel, bias) of frames of twice the height and width, every pixel of x repeated 2
+    x 2: those are never made.
 
-    An output row 2r + p sees the rows r - 1 + p and r + p of x, one of them through two taps, whose sum is one tap. So there are four
-    kernels of 2 x 2 taps, one for each place in a 2 x 2 block of the output: 16 products where there were 36.
+    An output row 2r + p sees the rows r - 1 + p and r + p of x, one of them through two taps, whose
+    sum is one tap. So there are four kernels of 2 x 2 taps, one for each place in a 2 x 2 block of
+    the output: 16 products where there were 36.
     """
     rows = folded(kernel.astype(jnp.float32))
     kernel = rearrange(folded(jnp.moveaxis(rows, 2, 0)), "q b p a i o -> a b i (p q o)").astype(
@@ -57,7 +61,8 @@ def conv2d_upsampled(x, kernel, bias):  # x [b t h w i], kernel [3 3 i o], bias 
 
 @jax.custom_jvp
 def interleaved(y):  # [n h+1 w+1 2 2 o] -> [n h 2 w 2 o]
-    """Each place of its kernel's output. XLA moves an element at a time: words of two 16-bit numbers take half the time."""
+    """Each place of its kernel's output. XLA moves an element at a time: words of two 16-bit
+    numbers take half the time."""
     if y.dtype.itemsize != 2 or y.shape[-1] % 2:
         return placed(y)
     words = placed(
@@ -86,7 +91,8 @@ def folded(taps):  # [3 ...] -> [2 2 ...]
 
 
 class Conv(nnx.Module):
-    """Convolution of every frame by itself. `size` is (h, w), or (1, 1, 1) for the pointwise ones stored as 3-D."""
+    """Convolution of every frame by itself. `size` is (h, w), or (1, 1, 1) for the pointwise ones
+    stored as 3-D."""
 
     def __init__(
         self, size: tuple[int, ...], inputs: int, outputs: int, cfg: VAEConfig, *, rngs: nnx.Rngs
@@ -109,10 +115,12 @@ class Conv(nnx.Module):
 
 
 class CausalConv(Conv):
-    """3-D convolution of time width 3 whose output frame sees its own and the two earlier input frames.
+    """3-D convolution of time width 3 whose output frame sees its own and the two earlier input
+    frames.
 
-    The frames that the time taps see stand side by side in the channels of one 2-D convolution. XLA runs that faster than
-    its own convolution over three dimensions, on CUDA and on CPU, at the price of an input three times as wide.
+    The frames that the time taps see stand side by side in the channels of one 2-D convolution. XLA
+    runs that faster than its own convolution over three dimensions, on CUDA and on CPU, at the
+    price of an input three times as wide.
     """
 
     def __init__(
@@ -124,7 +132,8 @@ class CausalConv(Conv):
     def __call__(
         self, x, past=None, gain=None, plus=None
     ):  # [b t h w i], [b 2 h w i], [i], [b t h w o] -> [b t h w o], the next past
-        """Of x, or of silu(unit_norm(x, gain)). `past` is what it is of in the two frames before; None: x is the beginning, the past is
+        """Of x, or of silu(unit_norm(x, gain)). `past` is what it is of in the two frames before;
+        None: x is the beginning, the past is
         zeros. plus: what is added to the output."""
         wide, past = causal_taps(x, past, gain, impl=self.impl)
         return self.of_taps(wide, plus), past
@@ -132,9 +141,12 @@ class CausalConv(Conv):
     def halving(self, x, past):  # [b t h w i], [b 1 h w i] -> [b t/2 h w o], the next past
         """Every second output, from the one that sees the frame before x and the first two of x."""
         x = jnp.concatenate([past, x], axis=1)
-        return self.of_taps(
-            jnp.concatenate([x[:, i : i + x.shape[1] - 2 : 2] for i in range(3)], axis=-1)
-        ), x[:, -1:]
+        return (
+            self.of_taps(
+                jnp.concatenate([x[:, i : i + x.shape[1] - 2 : 2] for i in range(3)], axis=-1)
+            ),
+            x[:, -1:],
+        )
 
     def of_taps(self, wide, plus=None):  # [b t h w 3i], [b t h w o] -> [b t h w o]
         kernel = rearrange(self.kernel[...].astype(wide.dtype), "t h w i o -> h w (t i) o")
@@ -142,9 +154,11 @@ class CausalConv(Conv):
 
 
 class NarrowCausalConv(CausalConv):
-    """The same for much fewer outputs than inputs: every tap of time by itself, of which outputs of three frames are added, in float32.
+    """The same for much fewer outputs than inputs: every tap of time by itself, of which outputs of
+    three frames are added, in float32.
 
-    A frame is read once and not three times over, and what is remembered are two frames of outputs of the taps.
+    A frame is read once and not three times over, and what is remembered are two frames of outputs
+    of the taps.
     """
 
     def __call__(

@@ -1,6 +1,8 @@
-"""Every named value inside one forward pass of the transformer, computed by the layers' own methods with the blocks unrolled.
+"""Every named value inside one forward pass of the transformer, computed by the layers' own methods
+with the blocks unrolled.
 
-Keys are those of the golden vectors' `mid/` values. For comparing implementations; generation never runs this.
+Keys are those of the golden vectors' `mid/` values. For comparing implementations; generation never
+runs this.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Rotary position of video tokens: three axes share the channels of a head (thu-ml/TurboDiffusion rcm/networks/wan2pt1.py)."""
+"""Rotary position of video tokens: three axes share the channels of a head (thu-ml/TurboDiffusion
+rcm/networks/wan2pt1.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from einops import repeat
 
 
 def widths(head_dim: int) -> tuple[int, int, int]:
-    """Channels of the t, h and w axes: h and w take a third each, cut to an even number, t the rest."""
+    """Channels of the t, h and w axes: h and w take a third each, cut to an even number, t the
+    rest."""
     side = 2 * (head_dim // 6)
     return head_dim - 2 * side, side, side
 
@@ -35,7 +37,8 @@ def angles(grid: tuple[int, int, int], head_dim: int) -> list[np.ndarray]:
 
 
 def rope(grid: tuple[int, int, int], head_dim: int):  # -> cos, sin f32 [l head_dim/2]
-    """Cosines and sines of every token's angles; only the small per-axis tables are constants of the program."""
+    """Cosines and sines of every token's angles; only the small per-axis tables are constants of
+    the program."""
     tables = angles(grid, head_dim)
     return tuple(
         over_grid([jnp.asarray(f(x), jnp.float32) for x in tables], grid) for f in (np.cos, np.sin)

@@ -1,6 +1,8 @@
-"""The umT5 text encoder: T5 with a relative-position table of its own in every layer, no biases, no attention scaling.
+"""The umT5 text encoder: T5 with a relative-position table of its own in every layer, no biases, no
+attention scaling.
 
-Source: arXiv:2304.09151 (umT5), arXiv:1910.10683 section 2.1 (T5); Wan-Video/Wan2.1 wan/modules/t5.py for what Wan does
+Source: arXiv:2304.09151 (umT5), arXiv:1910.10683 section 2.1 (T5); Wan-Video/Wan2.1
+        wan/modules/t5.py for what Wan does
 with it (rows after the prompt's end become zeros).
 """
 
@@ -23,9 +25,10 @@ from tdjax.linear import EXACT, Linear
 def relative_bucket(rel: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:
     """Row of the bias table for rel = key - query (any integers): int32 of the same shape.
 
-    The upper half of the table is for keys after the query; within a half, small distances have a row each and larger ones
-    share rows that widen geometrically up to max_distance. Float32 on the host, as in the published code: a device's own
-    logarithm could move a distance that lies on an edge.
+    The upper half of the table is for keys after the query; within a half, small distances have a
+    row each and larger ones share rows that widen geometrically up to max_distance. Float32 on the
+    host, as in the published code: a device's own logarithm could move a distance that lies on an
+    edge.
     """
     half = buckets // 2
     exact = half // 2
@@ -58,14 +61,16 @@ def position_bias(table, cfg: TextConfig, length: int):  # table [buckets h] -> 
 def masked_softmax(
     logits, bias, mask, island
 ):  # logits [b h q k], bias [h q k], mask [b k] -> [b h q k] in island
-    """Float32 island. The mask overwrites the bias with the lowest finite number, so a row without any key stays finite."""
+    """Float32 island. The mask overwrites the bias with the lowest finite number, so a row without
+    any key stays finite."""
     lowest = jnp.finfo(island).min
     bias = jnp.where(mask[:, None, None, :] > 0, bias.astype(island)[None], lowest)
     return jax.nn.softmax(logits.astype(island) + bias, axis=-1)
 
 
 def linear(i: int, o: int, cfg: TextConfig, rngs: nnx.Rngs, std: float | None = None) -> Linear:
-    """A Linear without bias, started as T5 is (the deviation of q stands in for the missing attention scale)."""
+    """A Linear without bias, started as T5 is (the deviation of q stands in for the missing
+    attention scale)."""
     return Linear(
         i, o, cfg.policy, bias=False, rngs=rngs, init=jax.nn.initializers.normal(std or i**-0.5)
     )
@@ -84,7 +89,8 @@ class Embedding(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Heads of plain dot products plus a position bias: no 1/sqrt(k), which T5 folds into the weights of q."""
+    """Heads of plain dot products plus a position bias: no 1/sqrt(k), which T5 folds into the
+    weights of q."""
 
     def __init__(self, cfg: TextConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -147,7 +153,8 @@ class UMT5(nnx.Module):
         self.norm = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
 
     def __call__(self, ids, mask):  # i32[b s], i32[b s] (1 up to the prompt's end) -> [b s d]
-        """ids, mask i32 [b s] -> text features [b s d], exact zeros where mask is 0: the DiT has no text mask and attends to those rows."""
+        """ids, mask i32 [b s] -> text features [b s d], exact zeros where mask is 0: the DiT has no
+        text mask and attends to those rows."""
         return without_padding(self.encode(ids, mask), mask)
 
     def encode(
@@ -164,7 +171,8 @@ def without_padding(x, mask):  # [b s d], i32[b s] -> [b s d]
 
 
 def intermediates(model: UMT5, ids, mask) -> dict[str, np.ndarray | jax.Array]:
-    """Values inside the encoder by the names of the golden files, block after block; slow, for validation."""
+    """Values inside the encoder by the names of the golden files, block after block; slow, for
+    validation."""
     rel = relative_positions(ids.shape[1])
     x = model.embed(ids).astype(model.cfg.policy.compute_dtype)
     out = {

@@ -1,6 +1,8 @@
-"""The Wan video transformer: text-to-video and image-to-video, dense or sparse-linear attention, layers float or of 8 bits.
+"""The Wan video transformer: text-to-video and image-to-video, dense or sparse-linear attention,
+layers float or of 8 bits.
 
-Same function as thu-ml/TurboDiffusion rcm/networks/wan2pt1.py and wan2pt2.py, with a true LayerNorm throughout.
+Same function as thu-ml/TurboDiffusion rcm/networks/wan2pt1.py and wan2pt2.py, with a true LayerNorm
+throughout.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class ImageEmbed(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Modulated self-attention, cross-attention, modulated MLP; a residual sum is one pass with the norm that follows it."""
+    """Modulated self-attention, cross-attention, modulated MLP; a residual sum is one pass with the
+    norm that follows it."""
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         linear = LINEAR[cfg.linear]
@@ -137,14 +140,16 @@ class DiT(nnx.Module):
         self.head = Head(cfg, rngs=rngs)
 
     def __call__(self, x, timestep, text, image=None, features=None):
-        """x f32 [b t h w c], timestep f32 [b] in 0..1000, text [b s text_dim], image [b t h w 20] (mask, then latents),
-        features [b 257 image_dim] -> f32 [b t h w c]. Raises ValueError, naming the argument, for other shapes."""
+        """x f32 [b t h w c], timestep f32 [b] in 0..1000, text [b s text_dim], image [b t h w 20]
+        (mask, then latents), features [b 257 image_dim] -> f32 [b t h w c]. Raises ValueError,
+        naming the argument, for other shapes."""
         self.check(x=x, timestep=timestep, image=image, text=text, features=features)
         context = self.context(text, features)
         return self.forward(x, timestep, image, lambda attn, _: attn.text_kv(*context), None)
 
     def text_kv(self, text, features=None) -> TextKV:
-        """What every step of a prompt reads alike, for `velocity`: keys and values of all blocks, [n b s h k]."""
+        """What every step of a prompt reads alike, for `velocity`: keys and values of all blocks,
+        [n b s h k]."""
         self.check(text=text, features=features)
         context = self.context(text, features)
         return lax.scan(
@@ -152,7 +157,8 @@ class DiT(nnx.Module):
         )[1]
 
     def velocity(self, x, timestep, kv: TextKV, image=None):
-        """`__call__` on text whose keys and values are at hand: x f32 [b t h w c], timestep f32 [b] -> f32 [b t h w c]."""
+        """`__call__` on text whose keys and values are at hand: x f32 [b t h w c], timestep f32 [b]
+        -> f32 [b t h w c]."""
         self.check(x=x, timestep=timestep, image=image)
         return self.forward(x, timestep, image, lambda _, kv: kv, kv)
 
@@ -166,7 +172,8 @@ class DiT(nnx.Module):
             block, kv = each
             return self.between(block(x, e0, kv_of(block.cross_attn, kv), table)), None
 
-        # Kept activations of a loop are copied into a stack and out of it again; blocks written out one by one hand them over.
+        # Kept activations of a loop are copied into a stack and out of it again; blocks written out
+        # one by one hand them over.
         step, unroll = (jax.checkpoint(step), 1) if self.cfg.remat else (step, self.cfg.layers)
         x = lax.scan(
             step, self.between(self.patchify(x, image)), (self.blocks, kvs), unroll=unroll
@@ -174,7 +181,8 @@ class DiT(nnx.Module):
         return self.unpatchify(self.head(x, e), grid)
 
     def context(self, text, features):
-        """(text, features) [b s d] as the cross-attention of every block reads them: ready once for all."""
+        """(text, features) [b s d] as the cross-attention of every block reads them: ready once for
+        all."""
         attn = self.blocks.cross_attn
         text = attn.k.ready(self.embed_text(text))
         return text, None if features is None else attn.k_img.ready(self.embed_image(features))
@@ -217,7 +225,8 @@ class DiT(nnx.Module):
         return e, rearrange(self.time_proj(jax.nn.silu(e)), "b (m d) -> b m d", m=6)
 
     def rounded(self, timestep):
-        """The timestep on the bfloat16 grid that published weights were trained on; its derivative is that of the identity.
+        """The timestep on the bfloat16 grid that published weights were trained on; its derivative
+        is that of the identity.
 
         A cast there and back may be removed by the compiler; reduce_precision may not.
         """
@@ -232,22 +241,24 @@ class DiT(nnx.Module):
         return self.image_embed(features.astype(self.cfg.policy.compute_dtype))
 
     def check(self, **inputs):
-        """Raise ValueError, naming the argument, where one of x, timestep, text, image, features does not fit the config."""
+        """Raise ValueError, naming the argument, where one of x, timestep, text, image, features
+        does not fit the config."""
         cfg = self.cfg
         shapes = {
             "x": ("b", "t", "h", "w", cfg.out_channels),
             "timestep": ("b",),
             "text": ("b", "s", cfg.text_dim),
-            "image": ("b", "t", "h", "w", cfg.condition_channels)
-            if cfg.condition_channels
-            else None,
+            "image": (
+                ("b", "t", "h", "w", cfg.condition_channels) if cfg.condition_channels else None
+            ),
             "features": ("b", "s", cfg.image_dim) if cfg.image_dim else None,
         }
         for name, value in inputs.items():
             shape = shapes[name]
             if (value is None) != (shape is None):
                 raise ValueError(
-                    f"DiT: {name} is {'missing' if value is None else 'given'}, but this model takes {shape or 'none'}"
+                    f"DiT: {name} is {'missing' if value is None else 'given'}, but this model"
+                    f" takes {shape or 'none'}"
                 )
             if shape and (
                 value.ndim != len(shape)
@@ -259,7 +270,8 @@ class DiT(nnx.Module):
         x = inputs.get("x")
         if x is not None and any(n % p for n, p in zip(x.shape[1:4], cfg.patch, strict=True)):
             raise ValueError(
-                f"DiT: latents of {x.shape[1:4]} frames, rows and columns are not multiples of the patch {cfg.patch}"
+                f"DiT: latents of {x.shape[1:4]} frames, rows and columns are not multiples of the"
+                f" patch {cfg.patch}"
             )
 
 
@@ -272,7 +284,8 @@ def coordinates(shape: tuple[int, int, int]):  # -> f32 [t h w 3]
 
 
 def with_compute(model: DiT, compute: str) -> DiT:
-    """The same weights in a model that computes in another dtype (a name: "float32", "bfloat16", "float16")."""
+    """The same weights in a model that computes in another dtype (a name: "float32", "bfloat16",
+    "float16")."""
     cfg = dataclasses.replace(
         model.cfg, policy=dataclasses.replace(model.cfg.policy, compute=compute)
     )
@@ -281,9 +294,11 @@ def with_compute(model: DiT, compute: str) -> DiT:
 
 
 def with_linear(model: DiT, linear: str, *, free: bool = False) -> DiT:
-    """The same model with the blocks' linear layers of another kind of `tdjax.config.LINEAR`, made leaf by leaf.
+    """The same model with the blocks' linear layers of another kind of `tdjax.config.LINEAR`, made
+    leaf by leaf.
 
-    free: delete the layers of the given model on the way, so that no more than one of them is held twice.
+    free: delete the layers of the given model on the way, so that no more than one of them is held
+          twice.
     """
     if linear == model.cfg.linear:
         return model

@@ -1,7 +1,9 @@
-"""Causal video autoencoder of Wan2.1: one latent frame for the first frame, then one for every four; 8x in space.
+"""Causal video autoencoder of Wan2.1: one latent frame for the first frame, then one for every
+four; 8x in space.
 
-Every layer is `(x, cache) -> (x, cache)`: a chunk of frames, and what the layer remembers of the chunks before it. The
-cache of the first chunk is None; from then on it is a tuple of arrays of constant shape, which lax.scan carries. Source
+Every layer is `(x, cache) -> (x, cache)`: a chunk of frames, and what the layer remembers of the
+chunks before it. The cache of the first chunk is None; from then on it is a tuple of arrays of
+constant shape, which lax.scan carries. Source
 of the structure: Wan-Video/Wan2.1 wan/modules/vae.py.
 """
 
@@ -24,11 +26,14 @@ from tdjax.layers import as_shapes
 from tdjax.models.causal_conv import CausalConv, Conv, NarrowCausalConv, zero_past
 
 COLOURS = 3
-QUERIES = 2048  # queries of the middle attention whose scores exist at once: 14400 keys x 2048 x 4 bytes = 118 MB at 720p
+# queries of the middle attention whose scores exist at once: 14400 keys x 2048 x 4 bytes = 118 MB
+# at 720p
+QUERIES = 2048
 
 
 class Norm(nnx.Module):
-    """Unit length over channels times sqrt(c) times a gain; float32 inside. Before a convolution it is part of `causal_taps`."""
+    """Unit length over channels times sqrt(c) times a gain; float32 inside. Before a convolution it
+    is part of `causal_taps`."""
 
     def __init__(self, channels: int, cfg: VAEConfig):
         self.scale = nnx.Param(jnp.ones((channels,), cfg.policy.param_dtype))
@@ -105,9 +110,11 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Twice the height and width and half the channels; in time, twice the frames of every chunk but the first.
+    """Twice the height and width and half the channels; in time, twice the frames of every chunk
+    but the first.
 
-    The first chunk is not part of the later chunks' past either: their convolution over time begins with zeros.
+    The first chunk is not part of the later chunks' past either: their convolution over time begins
+    with zeros.
     """
 
     def __init__(self, channels: int, temporal: bool, cfg: VAEConfig, *, rngs: nnx.Rngs):
@@ -209,7 +216,8 @@ class Decoder(nnx.Module):
 
 
 def over_chunks(step, x, size: int):  # x [b 1+n*size ...] -> [b ...]
-    """`step(chunk, cache) -> (y, cache)` over frame 0 alone, then over chunks of `size` frames by lax.scan."""
+    """`step(chunk, cache) -> (y, cache)` over frame 0 alone, then over chunks of `size` frames by
+    lax.scan."""
     y, cache = step(x[:, :1], None)
     if x.shape[1] == 1:
         return y
@@ -219,10 +227,12 @@ def over_chunks(step, x, size: int):  # x [b 1+n*size ...] -> [b ...]
 
 
 class VAE(nnx.Module):
-    """Encoder and decoder with latent normalisation. float32 at the doors, `cfg.policy.compute` between them.
+    """Encoder and decoder with latent normalisation. float32 at the doors, `cfg.policy.compute`
+    between them.
 
-    Whatever the length of the clip, beside its own frames only the cache and one chunk's activations are resident. The
-    decoder's cache is 1.75 GB at 480p and 4.04 GB at 720p in bfloat16, the encoder's 1.12 and 2.59 GB (`cache_bytes`).
+    Whatever the length of the clip, beside its own frames only the cache and one chunk's
+    activations are resident. The decoder's cache is 1.75 GB at 480p and 4.04 GB at 720p in
+    bfloat16, the encoder's 1.12 and 2.59 GB (`cache_bytes`).
     """
 
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
@@ -239,10 +249,13 @@ class VAE(nnx.Module):
     def encode(
         self, video, whole: bool = False
     ):  # f32 [b T H W 3] in -1..1, T = 4k+1 -> f32 [b t h w z]
-        """Video f32 [b T H W 3] in -1..1 -> normalised latents f32 [b t h w z], without noise: the mean of the posterior.
+        """Video f32 [b T H W 3] in -1..1 -> normalised latents f32 [b t h w z], without noise: the
+        mean of the posterior.
 
-        T is 4k+1 and gives t = k+1; H and W are multiples of 8 (UsageError else). whole: all frames but the first in one step,
-        for many small clips: the same numbers in larger pieces of work, and memory that grows with the length of the clip.
+        T is 4k+1 and gives t = k+1; H and W are multiples of 8 (UsageError else). whole: all frames
+        but the first in one step,
+        for many small clips: the same numbers in larger pieces of work, and memory that grows with
+                              the length of the clip.
         """
         return self.normalise(self.encoded(video, whole)[..., : self.cfg.latent_channels])
 
@@ -258,9 +271,11 @@ class VAE(nnx.Module):
     def decode(
         self, latents, whole: bool = False
     ):  # f32 [b t h w z] -> f32 [b T H W 3], not clipped
-        """Normalised latents f32 [b t h w z] -> video f32 [b 4t-3 8h 8w 3], about -1..1 and not clipped.
+        """Normalised latents f32 [b t h w z] -> video f32 [b 4t-3 8h 8w 3], about -1..1 and not
+        clipped.
 
-        The scan stacks frames in the compute dtype; they become float32 after it. whole: as in `encode`.
+        The scan stacks frames in the compute dtype; they become float32 after it. whole: as in
+        `encode`.
         """
         check_latents(latents.shape, self.cfg)
         return over_chunks(
@@ -294,7 +309,8 @@ def check_video(shape: tuple[int, ...], cfg: VAEConfig):
         low, high = neighbours(frames, cfg.temporal, 1)
         raise UsageError(
             f"the video has {frames} frames",
-            f"the video VAE codes one frame, then groups of {cfg.temporal}: the number must be {cfg.temporal}k+1",
+            f"the video VAE codes one frame, then groups of {cfg.temporal}: the number must be"
+            f" {cfg.temporal}k+1",
             f"nearest allowed: {low} and {high}",
         )
     for name, value in (("height", height), ("width", width)):
@@ -310,15 +326,17 @@ def check_video(shape: tuple[int, ...], cfg: VAEConfig):
 def check_latents(shape: tuple[int, ...], cfg: VAEConfig):
     if len(shape) != 5 or 0 in shape or shape[-1] != cfg.latent_channels:
         raise ValueError(
-            f"latents have shape {shape}; they must be [b t h w {cfg.latent_channels}], channels last, none of them 0"
+            f"latents have shape {shape}; they must be [b t h w {cfg.latent_channels}], channels"
+            " last, none of them 0"
         )
 
 
 def intermediates(vae: VAE, video=None, latents=None) -> dict:
-    """Values inside `encode(video)` and `decode(latents)`, for comparison with PyTorch: names to f32 [b c t h w].
+    """Values inside `encode(video)` and `decode(latents)`, for comparison with PyTorch: names to
+    f32 [b c t h w].
 
-    encoder_chunk<i>, encoder_middle, conv1_out (both halves), conv2_out, decoder_middle; conv1 and conv2 are the
-    published names of quant_conv and post_quant_conv.
+    encoder_chunk<i>, encoder_middle, conv1_out (both halves), conv2_out, decoder_middle; conv1 and
+    conv2 are the published names of quant_conv and post_quant_conv.
     """
     out = {}
     if video is not None:
@@ -339,7 +357,8 @@ def intermediates(vae: VAE, video=None, latents=None) -> dict:
 
 @functools.cache
 def cache_shapes(cfg: VAEConfig, height: int, width: int, *, encode: bool = False):
-    """What one clip's decoder (or encoder) carries from one latent frame to the next, as shapes; nothing is run."""
+    """What one clip's decoder (or encoder) carries from one latent frame to the next, as shapes;
+    nothing is run."""
     vae = as_shapes(VAE, cfg)
     h, w, c = (
         (height, width, COLOURS)

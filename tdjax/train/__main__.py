@@ -1,4 +1,5 @@
-"""`python -m tdjax.train PRESET key=value ...`: settings to a run. jax is imported after everything cheap is checked."""
+"""`python -m tdjax.train PRESET key=value ...`: settings to a run. jax is imported after everything
+cheap is checked."""
 
 from __future__ import annotations
 
@@ -20,8 +21,14 @@ def build_parser() -> argparse.ArgumentParser:
     presets = "\n".join(f"  {name:10} {preset.about}" for name, preset in PRESETS.items())
     p = argparse.ArgumentParser(
         prog="python -m tdjax.train",
-        description="Fine-tune with sparse-linear attention, distil to a few steps, or train by flow matching.",
-        epilog=f"presets:\n{presets}\n\n`python -m tdjax.train PRESET --help` lists the keys of a preset.",
+        description=(
+            "Fine-tune with sparse-linear attention, distil to a few steps, or train by flow"
+            " matching."
+        ),
+        epilog=(
+            f"presets:\n{presets}\n\n`python -m tdjax.train PRESET --help` lists the keys of a"
+            " preset."
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
@@ -48,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 ok, 2 usage, 3 checkpoint or data, 4 out of memory, 5 not finite, 130 interrupted."""
+    """Exit codes: 0 ok, 2 usage, 3 checkpoint or data, 4 out of memory, 5 not finite, 130
+    interrupted."""
     try:
         parser = build_parser()
         args = parser.parse_intermixed_args(hyphens(sys.argv[1:] if argv is None else argv))
@@ -66,20 +74,23 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(
-            f"error: {where}{error.strerror or error}\nthe file system refused it\ngive another path",
+            f"error: {where}{error.strerror or error}\nthe file system refused it\ngive another"
+            " path",
             file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:
         print(
-            "\ninterrupted: checkpoints are whole; the same command with --resume goes on from the last one",
+            "\ninterrupted: checkpoints are whole; the same command with --resume goes on from the"
+            " last one",
             file=sys.stderr,
         )
         return 130
 
 
 def resolve(name: str, settings: list[str]) -> dict[str, Tree]:
-    """The settings of a preset with those of the command line over them, by part. Raises UsageError for a wrong key or type."""
+    """The settings of a preset with those of the command line over them, by part. Raises UsageError
+    for a wrong key or type."""
     if name.lower() not in PRESETS:
         near = difflib.get_close_matches(name.lower(), PRESETS, 1)
         fix = (
@@ -189,7 +200,8 @@ def run(args, parts: dict[str, Tree]) -> int:
     outcome = prepared.train(args.resume)
     if outcome.interrupted:
         stages.note(
-            f"stopped at step {outcome.step} of {config['run'].steps}; --resume goes on from {outcome.checkpoint}"
+            f"stopped at step {outcome.step} of {config['run'].steps}; --resume goes on from"
+            f" {outcome.checkpoint}"
         )
         return 130
     print(prepared.export(outcome))

@@ -1,12 +1,17 @@
-"""The forward-divergence half of rCM: consistency in continuous time (sCM) and in discrete time (dCM), in rectified-flow variables.
+"""The forward-divergence half of rCM: consistency in continuous time (sCM) and in discrete time
+(dCM), in rectified-flow variables.
 
-With v- the student without gradient, V the guided teacher and dv = V - v-, the published loss in TrigFlow becomes
+With v- the student without gradient, V the guided teacher and dv = V - v-, the published loss in
+TrigFlow becomes
 
-    F - F- = b (v - v-)      g = cos b sqrt(1 - r^2 sin^2) dv - r cos sin T      T = x_t + dF-/dt along the teacher
-    T = b tau dv + b^3 J     J = derivative of v- along (V, 1)     tau = tan(pi/4 - t) = (cos - sin) b
+    F - F- = b (v - v-)      g = cos b sqrt(1 - r^2 sin^2) dv - r cos sin T      T = x_t + dF-/dt
+    along the teacher T = b tau dv + b^3 J     J = derivative of v- along (V, 1)     tau = tan(pi/4
+    - t) = (cos - sin) b
 
-T holds no x_t: it cancels against a piece of dF/dt. At r = 1, g = cos b^2 (dv - u J), the derivative of the consistency map.
-Formulas: arXiv 2510.08431 sections 3 and appendix, NVlabs/rcm rcm/models/t2v_model_distill_rcm.py; the change of variables is ours.
+T holds no x_t: it cancels against a piece of dF/dt. At r = 1, g = cos b^2 (dv - u J), the
+                derivative of the consistency map.
+Formulas: arXiv 2510.08431 sections 3 and appendix, NVlabs/rcm rcm/models/t2v_model_distill_rcm.py;
+          the change of variables is ours.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ def earlier(c: flow.Coefficients, h: float) -> flow.Coefficients:
     return flow.Coefficients(u=u, a=cos * b, b=b, sin=sin, cos=cos)
 
 
-# -- T of the formulas above, three ways ------------------------------------------------------------------------------------
+# -- T of the formulas above, three ways -----------------------------------------------------------
 # Each is called outside the function that is differentiated, and takes f32 x [b t h w c], v_teacher likewise, c of u f32[b].
 
 
@@ -54,10 +59,11 @@ def exact(student: Velocity, x, v_teacher, c: flow.Coefficients, h: float):
 
 
 def discrete(student: Velocity, x, v_teacher, c: flow.Coefficients, h: float):
-    """-> (v-, T) from dF/dt = (cos(h) F(x_t, t) - F(x_{t-h}, t-h)) / sin(h), x_{t-h} on the teacher's trajectory.
+    """-> (v-, T) from dF/dt = (cos(h) F(x_t, t) - F(x_{t-h}, t-h)) / sin(h), x_{t-h} on the
+    teacher's trajectory.
 
-    x, v_teacher and both results f32[b t h w c], c of u f32[b], h in radians of TrigFlow time. In rectified flow that point is
-    x - (u - u') V, and what remains is one difference of velocities.
+    x, v_teacher and both results f32[b t h w c], c of u f32[b], h in radians of TrigFlow time. In
+    rectified flow that point is x - (u - u') V, and what remains is one difference of velocities.
     """
     past = earlier(c, h)
     p, q = flow.per_sample(c), flow.per_sample(past)
@@ -67,7 +73,8 @@ def discrete(student: Velocity, x, v_teacher, c: flow.Coefficients, h: float):
 
 
 def semidiscrete(student: Velocity, x, v_teacher, c: flow.Coefficients, h: float):
-    """-> (v-, T) from the exact derivative in x_t and a difference in t at fixed x_t, weighted as in `discrete`.
+    """-> (v-, T) from the exact derivative in x_t and a difference in t at fixed x_t, weighted as
+    in `discrete`.
 
     Shapes and units are those of `discrete`.
     """
@@ -88,14 +95,16 @@ def semidiscrete(student: Velocity, x, v_teacher, c: flow.Coefficients, h: float
 TANGENT = {"exact": exact, "semidiscrete": semidiscrete, "discrete": discrete}
 
 
-# -- loss of sCM -----------------------------------------------------------------------------------------------------------
+# -- loss of sCM -----------------------------------------------------------------------------------
 
 
 def raw_direction(x, dv, term, c: flow.Coefficients, r, form: str = "paper"):
-    """g: where F is to go, before normalising. dv = V - v-, term = T, r in [0, 1] grows over the warm-up.
+    """g: where F is to go, before normalising. dv = V - v-, term = T, r in [0, 1] grows over the
+    warm-up.
 
-    "paper" scales all of T by r. "code2026" is the official code since January 2026, which leaves the derivative unscaled: for
-    r < 1 its g points largely along x_t. It is here to compare with that code.
+    "paper" scales all of T by r. "code2026" is the official code since January 2026, which leaves
+    the derivative unscaled: for r < 1 its g points largely along x_t. It is here to compare with
+                             that code.
     """
     p = flow.per_sample(c)
     kept = {"paper": r * term, "code2026": term - (1.0 - r) * x / p.b}[form]
@@ -103,13 +112,15 @@ def raw_direction(x, dv, term, c: flow.Coefficients, r, form: str = "paper"):
 
 
 def normalised(g, floor: float):
-    """g / (|g| + floor sqrt(size)) over each sample of g [b t h w c]: floor is in units of the root mean square of g."""
+    """g / (|g| + floor sqrt(size)) over each sample of g [b t h w c]: floor is in units of the root
+    mean square of g."""
     norm = jnp.sqrt(reduce(jnp.square(g), "b t h w c -> b 1 1 1 1", "sum"))
     return g / (norm + floor * math.sqrt(g[0].size))
 
 
 def consistency_loss(student: Velocity, x, c: flow.Coefficients, direction, kappa: float):
-    """kappa sqrt(size) sum (F - F- - direction)^2 -> (f32[b], v). The value is constant by construction; its gradient is not.
+    """kappa sqrt(size) sum (F - F- - direction)^2 -> (f32[b], v). The value is constant by
+    construction; its gradient is not.
 
     kappa = 100 / sqrt(size) is the published loss scale of 100; for Wan at 480p that is 0.07.
     """
@@ -118,17 +129,19 @@ def consistency_loss(student: Velocity, x, c: flow.Coefficients, direction, kapp
     return kappa * math.sqrt(x[0].size) * reduce(jnp.square(pull), "b t h w c -> b", "sum"), v
 
 
-# -- dCM -------------------------------------------------------------------------------------------------------------------
+# -- dCM -------------------------------------------------------------------------------------------
 
 
 def dcm_times(place, steps: int, shift: float, skip: int):
-    """log sigma f32[skip + 1, b]: `skip` intervals of 1/steps downwards in u before shifting, begun at place f32[b] in [0, 1)."""
+    """log sigma f32[skip + 1, b]: `skip` intervals of 1/steps downwards in u before shifting, begun
+    at place f32[b] in [0, 1)."""
     gone = place * (1.0 - skip / steps) + jnp.arange(skip + 1, dtype=place.dtype)[:, None] / steps
     return jnp.log1p(-gone) - jnp.log(gone) + math.log(shift)
 
 
 def teacher_steps(teacher: Velocity, x, s):
-    """x [b t h w c] at log sigma s[0], by Euler steps of the guided teacher in TrigFlow time, to x at s[-1]; s f32[m+1, b]."""
+    """x [b t h w c] at log sigma s[0], by Euler steps of the guided teacher in TrigFlow time, to x
+    at s[-1]; s f32[m+1, b]."""
 
     def step(x, times):
         c, after = flow.from_log_sigma(times[0]), flow.from_log_sigma(times[1])
@@ -141,6 +154,7 @@ def teacher_steps(teacher: Velocity, x, s):
 
 
 def dcm_loss(student: Velocity, x, c: flow.Coefficients, target):
-    """sum (x0(x) - target)^2 -> f32[b]; target is the student's own x0 further down the teacher's trajectory."""
+    """sum (x0(x) - target)^2 -> f32[b]; target is the student's own x0 further down the teacher's
+    trajectory."""
     x0 = flow.data(x, at(student, x, c.u), flow.per_sample(c))
     return reduce(jnp.square(x0 - target), "b t h w c -> b", "sum")

@@ -1,7 +1,9 @@
-"""Batches in a fixed order: sources of samples, the endless stream over them, and the thread that reads ahead.
+"""Batches in a fixed order: sources of samples, the endless stream over them, and the thread that
+reads ahead.
 
-The order of samples is a function of the seed and of nothing else (not of the number of hosts, nor of what was read
-before), so a place in it is three numbers: they are saved with a checkpoint, and training goes on at the very next sample.
+The order of samples is a function of the seed and of nothing else (not of the number of hosts, nor
+of what was read before), so a place in it is three numbers: they are saved with a checkpoint, and
+training goes on at the very next sample.
 """
 
 from __future__ import annotations
@@ -37,14 +39,16 @@ class Position:
     offset: int = 0
 
 
-# Sources -----------------------------------------------------------------------------------------------------------------
-#
-# A source has `units` (what is shuffled first: shards), `entries(unit)` (its samples), `read(entry)` -> (latents f32
-# [t h w c], text [s d], image or None), and `fingerprint`, which changes when a saved position would mean other samples.
+# Sources
+# -----------------------------------------------------------------------------------------------------------------
+# A source has `units` (what is shuffled first: shards), `entries(unit)` (its samples),
+# `read(entry)` -> (latents f32 [t h w c], text [s d], image or None), and `fingerprint`, which
+# changes when a saved position would mean other samples.
 
 
 class ShardSource:
-    """A folder of `shard*.tar` files. Latents are cut to their first `frames`; text stays bfloat16."""
+    """A folder of `shard*.tar` files. Latents are cut to their first `frames`; text stays
+    bfloat16."""
 
     def __init__(self, folder: str | Path, *, frames: int, channels: int, text_dim: int):
         self.folder = Path(folder)
@@ -112,7 +116,8 @@ def fitting(array: np.ndarray, shape: tuple[int | None, ...], member) -> np.ndar
     ):
         raise DataError(
             f"{member} has shape {list(array.shape)}",
-            f"expected {['any' if n is None else n for n in shape]}: the model's width, and the size of the first sample",
+            f"expected {['any' if n is None else n for n in shape]}: the model's width, and the"
+            " size of the first sample",
             "samples of one data set have one size",
         )
     return array
@@ -151,7 +156,8 @@ class ArraySource:
 
 
 def read_embedding(path: str | Path) -> np.ndarray:
-    """[s d] of one prompt: `umT5_wan_negative_emb.pt` as published, .npy, or what --save_prompt_embeds wrote."""
+    """[s d] of one prompt: `umT5_wan_negative_emb.pt` as published, .npy, or what
+    --save_prompt_embeds wrote."""
     path = Path(path)
     if path.suffix == ".safetensors":
         array = load_embeds(path)
@@ -174,21 +180,24 @@ def read_embedding(path: str | Path) -> np.ndarray:
     return array
 
 
-# Order -------------------------------------------------------------------------------------------------------------------
+# Order
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def permutation(count: int, *seed: int) -> np.ndarray:
-    """An order of range(count) that depends on the seed alone. Raw bits are sorted, since numpy keeps those (and not its
-    shuffles) the same in every version."""
+    """An order of range(count) that depends on the seed alone. Raw bits are sorted, since numpy
+    keeps those (and not its shuffles) the same in every version."""
     return np.argsort(
         np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count), kind="stable"
     )
 
 
 class Stream:
-    """Batches without end. Units are shuffled in every epoch, then the samples of each `mix` units that follow each other.
+    """Batches without end. Units are shuffled in every epoch, then the samples of each `mix` units
+    that follow each other.
 
-    batch: samples of all hosts together. host: (index, count); a host reads its rows of every batch.
+    batch: samples of all hosts together. host: (index, count); a host reads its rows of every
+           batch.
     """
 
     def __init__(
@@ -231,7 +240,8 @@ class Stream:
             )
 
     def batch(self, position: Position) -> tuple[Batch, Position]:
-        """This host's rows of the batch at a place, as numpy arrays, and the place behind the whole batch."""
+        """This host's rows of the batch at a place, as numpy arrays, and the place behind the whole
+        batch."""
         entries, position = self.following(position, self.size)
         latents, text, image = zip(*(self.source.read(entries[i]) for i in self.rows), strict=True)
         stack = lambda arrays: None if arrays[0] is None else np.stack(arrays)
@@ -247,7 +257,8 @@ class Stream:
         }
 
     def restored(self, saved: dict[str, Any]) -> Position:
-        """The place that `saved` gave; the beginning if the seed is another one. UsageError if it would mean other samples now."""
+        """The place that `saved` gave; the beginning if the seed is another one. UsageError if it
+        would mean other samples now."""
         now = self.saved(Position())
         if saved.get("seed") != now["seed"]:
             return Position()
@@ -260,12 +271,14 @@ class Stream:
             raise UsageError(
                 "the data is not what the checkpoint was trained on",
                 f"{'; '.join(changed)} (data: a hash of the shards' names and sizes)",
-                "give the same data.path and data.mix, or another data.seed: the data then begins anew",
+                "give the same data.path and data.mix, or another data.seed: the data then begins"
+                " anew",
             )
         return Position(**{f.name: saved[f.name] for f in dataclasses.fields(Position)})
 
 
-# Reading ahead -----------------------------------------------------------------------------------------------------------
+# Reading ahead
+# -----------------------------------------------------------------------------------------------------------
 
 
 def on_device(batch: Batch, mesh: Mesh | None = None) -> Batch:
@@ -280,9 +293,11 @@ def on_device(batch: Batch, mesh: Mesh | None = None) -> Batch:
 
 
 class ReadAhead:
-    """Batches of a stream from a place on, read by one thread, `depth` of them ahead, and put on the device when they are asked for.
+    """Batches of a stream from a place on, read by one thread, `depth` of them ahead, and put on
+    the device when they are asked for.
 
-    The thread leaves the device alone: beside its work cuDNN may not be able to prepare a first step (`tdjax.guard.wait_for_threads`).
+    The thread leaves the device alone: beside its work cuDNN may not be able to prepare a first
+    step (`tdjax.guard.wait_for_threads`).
 
     with ReadAhead(stream, position, place) as batches:
         batch, position = batches.next()
@@ -301,7 +316,8 @@ class ReadAhead:
         self.thread = threading.Thread(target=self.run, name="tdjax data", daemon=True)
 
     def run(self) -> None:
-        """The thread: until it is stopped, or an error, which is handed on in the place of a batch."""
+        """The thread: until it is stopped, or an error, which is handed on in the place of a
+        batch."""
         position = self.position
         while not self.stopped.is_set():
             try:

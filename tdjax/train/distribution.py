@@ -1,6 +1,8 @@
-"""The reverse-divergence half of rCM: backward simulation by the student, distribution matching (DMD), and its critic.
+"""The reverse-divergence half of rCM: backward simulation by the student, distribution matching
+(DMD), and its critic.
 
-Formulas: arXiv 2510.08431 section 3, arXiv 2405.14867; NVlabs/rcm rcm/models/t2v_model_distill_rcm.py.
+Formulas: arXiv 2510.08431 section 3, arXiv 2405.14867; NVlabs/rcm
+          rcm/models/t2v_model_distill_rcm.py.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ def data_of(velocity: Velocity, x, c: flow.Coefficients):
 
 
 def rollout(student: Velocity, noise, s, count):
-    """The student's own sampling up to, but without, the last of `count` steps -> (x [b t h w c], log sigma f32[b]).
+    """The student's own sampling up to, but without, the last of `count` steps -> (x [b t h w c],
+    log sigma f32[b]).
 
-    noise f32[b n t h w c]: entry 0 starts, entry k goes in after step k. s f32[b n]: entry 0 is infinite (u = 1), entry k is the
-    time of step k+1 unless that is later than the time before. count i32[] in 1..n, may be traced; there is no gradient.
+    noise f32[b n t h w c]: entry 0 starts, entry k goes in after step k. s f32[b n]: entry 0 is
+    infinite (u = 1), entry k is the time of step k+1 unless that is later than the time before.
+    count i32[] in 1..n, may be traced; there is no gradient.
     """
 
     def step(k, state):
@@ -39,7 +43,8 @@ def rollout(student: Velocity, noise, s, count):
 
 
 def dmd_direction(made, teacher: Velocity, critic: Velocity, eps, s, limit: float | None = None):
-    """d = (x0_critic - x0_teacher) / mean|made - x0_teacher|, both at x_u of (made, eps, log sigma s f32[b]) -> (d, mean f32[b]).
+    """d = (x0_critic - x0_teacher) / mean|made - x0_teacher|, both at x_u of (made, eps, log sigma
+    s f32[b]) -> (d, mean f32[b]).
 
     limit: the greatest root mean square of d in a sample; None for no limit (published).
     """
@@ -60,7 +65,8 @@ def dmd_loss(made, d):
 
 
 def critic_loss(critic: Velocity, made, eps, s):
-    """Flow matching on the student's samples, weight b^2: sum (made - x0_critic)^2 / sin^2 -> (f32[b], v)."""
+    """Flow matching on the student's samples, weight b^2: sum (made - x0_critic)^2 / sin^2 ->
+    (f32[b], v)."""
     c = flow.from_log_sigma(s)
     p = flow.per_sample(c)
     v = at(critic, flow.noisy(made, eps, p), c.u)

@@ -1,4 +1,5 @@
-"""Flow matching: the velocity eps - x0 at a random time, with the caption sometimes replaced so that guidance has a partner."""
+"""Flow matching: the velocity eps - x0 at a random time, with the caption sometimes replaced so
+that guidance has a partner."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ class FlowMatchingConfig:
     """Flow matching with no weight over time."""
 
     time: TimeDistribution = UniformShift()
-    dropout: float = 0.0  # share of captions replaced by the negative embedding; 0.1 to 0.15 for a model that will be guided
+    # share of captions replaced by the negative embedding; 0.1 to 0.15 for a model that will be
+    # guided
+    dropout: float = 0.0
     ema: EMAConfig = EMAConfig()
     accumulate: int = 1  # microbatches in a batch
 
@@ -41,12 +44,14 @@ class FlowMatchingConfig:
         check_accumulate(self)
         if not 0 <= self.dropout < 1:
             raise ValueError(
-                f"FlowMatchingConfig.dropout is {self.dropout}; it is a probability, at least 0 and less than 1"
+                f"FlowMatchingConfig.dropout is {self.dropout}; it is a probability, at least 0 and"
+                " less than 1"
             )
 
 
 def distance(network: Velocity, target: Callable, latents, eps, s):
-    """Mean square of network - target over each sample, both at x_u of (latents, eps, log sigma s f32[b]) -> (f32[b], ok bool[b]).
+    """Mean square of network - target over each sample, both at x_u of (latents, eps, log sigma s
+    f32[b]) -> (f32[b], ok bool[b]).
 
     target: (x, timestep) -> v; it has no gradient. A sample that is not finite counts as zero.
     """
@@ -60,7 +65,8 @@ def distance(network: Velocity, target: Callable, latents, eps, s):
 
 
 def flow_matching_loss(network: Velocity, latents, eps, s):
-    """Mean square of v - (eps - x0) over each sample -> (f32[b], ok bool[b]); latents and eps f32[b t h w c], log sigma s f32[b]."""
+    """Mean square of v - (eps - x0) over each sample -> (f32[b], ok bool[b]); latents and eps f32[b
+    t h w c], log sigma s f32[b]."""
     return distance(network, lambda x, timestep: eps - latents, latents, eps, s)
 
 
@@ -69,7 +75,8 @@ def drop_captions(text, negative, dropped):  # text, negative [b s d], dropped b
 
 
 def make_step(config: FlowMatchingConfig, optimizer) -> Callable:
-    """step(state, teacher, batch) -> (state, metrics). Of the teacher only the negative embedding is used, and only for dropout."""
+    """step(state, teacher, batch) -> (state, metrics). Of the teacher only the negative embedding
+    is used, and only for dropout."""
 
     def step(state, teacher, batch):
         keys = named_keys(state, "noise", "time", "drop")
@@ -96,11 +103,13 @@ def make_step(config: FlowMatchingConfig, optimizer) -> Callable:
 
 
 def finish(config, optimizer, state, loss: Callable, arrays):
-    """The rest of a step with one network: gradient of loss(model, *arrays), update, average, metrics."""
+    """The rest of a step with one network: gradient of loss(model, *arrays), update, average,
+    metrics."""
     gradient = lambda part: jax.grad(loss, has_aux=True)(state.model, *part)
     grads, samples = accumulated(gradient, arrays, config.accumulate)
     model, opt, metrics = apply(optimizer, grads, state.opt, state.model)
     ema = ema_update(state.ema, model, state.step, config.ema)
-    return dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt), summary(
-        samples
-    ) | metrics
+    return (
+        dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt),
+        summary(samples) | metrics,
+    )

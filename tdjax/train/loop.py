@@ -1,6 +1,7 @@
 """The loop of training: which step runs when, checkpoints, reports, stopping.
 
-The host runs ahead of the device: numbers are fetched once in `log_every` steps, and nothing else waits for a step.
+The host runs ahead of the device: numbers are fetched once in `log_every` steps, and nothing else
+waits for a step.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ Step = Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Which step runs in which iteration: the first of `cycle` for `warmup` iterations, then the cycle for ever."""
+    """Which step runs in which iteration: the first of `cycle` for `warmup` iterations, then the
+    cycle for ever."""
 
     cycle: tuple[str, ...]
     warmup: int = 0
@@ -74,10 +76,13 @@ def train(
 ) -> Outcome:
     """Run iterations state.step to run.steps and save the state; the state given is consumed.
 
-    steps: {phase: step(state, teacher, batch) -> (state, metrics)}; metrics are scalars, one of them "loss".
+    steps: {phase: step(state, teacher, batch) -> (state, metrics)}; metrics are scalars, one of
+           them "loss".
     position: place of the first batch in the stream. facts: JSON values for the manifests.
-    Raises NotFinite after run.patience losses of one phase in a row that are not finite; DataError for a bad sample, after
-    saving. Ctrl-C and SIGTERM end the run after the iteration, with a checkpoint; a second Ctrl-C at once.
+    Raises NotFinite after run.patience losses of one phase in a row that are not finite; DataError
+        for a bad sample, after
+    saving. Ctrl-C and SIGTERM end the run after the iteration, with a checkpoint; a second Ctrl-C
+    at once.
     """
     stages, folder, done = stages or Stages(), Path(run.folder), int(state.step)
     programs, saved = (
@@ -126,11 +131,13 @@ def train(
     )
 
 
-# Programs and placement --------------------------------------------------------------------------------------------------
+# Programs and placement
+# --------------------------------------------------------------------------------------------------
 
 
 class Programs:
-    """One executable for each phase, compiled when its turn comes; the state's memory is given to the new state."""
+    """One executable for each phase, compiled when its turn comes; the state's memory is given to
+    the new state."""
 
     def __init__(self, steps: dict[str, Step], mesh: Mesh | None, stages: Stages):
         self.steps, self.mesh, self.stages = steps, mesh, stages
@@ -149,7 +156,8 @@ class Programs:
 def shardings(state, mesh: Mesh):
     """A NamedSharding for every leaf of an (abstract) state or teacher, as the same pytree.
 
-    Whatever ends in the name of a network's leaf (its average, its moments) lies as that leaf does; the rest is whole.
+    Whatever ends in the name of a network's leaf (its average, its moments) lies as that leaf does;
+    the rest is whole.
     """
     sizes = dict(mesh.shape)
 
@@ -172,7 +180,8 @@ def known_axes(name: str) -> tuple[str | None, ...] | None:
 
 
 def made(create: Callable, *models, mesh: Mesh | None = None):
-    """create(*models), a state, laid out over the mesh from the start: it is never whole on one device."""
+    """create(*models), a state, laid out over the mesh from the start: it is never whole on one
+    device."""
     where = None if mesh is None else shardings(jax.eval_shape(create, *models), mesh)
     return jax.jit(create, out_shardings=where)(*models)
 
@@ -208,9 +217,11 @@ def not_finite(what: str, run: Path) -> NotFinite:
     return NotFinite(
         what,
         f"last good checkpoint: {last}" if last else "no checkpoint had been written",
-        "go on from there with --resume and a smaller optimizer.learning_rate"
-        if last
-        else "begin again with a smaller optimizer.learning_rate",
+        (
+            "go on from there with --resume and a smaller optimizer.learning_rate"
+            if last
+            else "begin again with a smaller optimizer.learning_rate"
+        ),
     )
 
 
@@ -222,13 +233,15 @@ def out_of_memory(state, teacher) -> OutOfMemory:
     )
     return OutOfMemory(
         "out of device memory in a training step",
-        f"state {size(state):.1f} GiB and teacher {size(teacher):.1f} GiB, over all devices, beside gradients "
-        f"and activations; usable on one device: {'unknown' if limit is None else f'{limit / GIB:.1f} GiB'}",
+        f"state {size(state):.1f} GiB and teacher {size(teacher):.1f} GiB, over all devices, beside"
+        " gradients and activations; usable on one device:"
+        f" {'unknown' if limit is None else f'{limit / GIB:.1f} GiB'}",
         "in this order: a smaller data.batch; run.mesh=fsdp=N over more devices; fewer data.frames",
     )
 
 
-# Reports -----------------------------------------------------------------------------------------------------------------
+# Reports
+# -----------------------------------------------------------------------------------------------------------------
 
 
 class Report:
@@ -263,12 +276,16 @@ class Report:
         for number, (phase, numbers) in enumerate(rows, self.first + 1):
             self.bad[phase] = 0 if math.isfinite(numbers["loss"]) else self.bad.get(phase, 0) + 1
             if self.bad[phase] >= self.run.patience:
-                what = f"{phase}: the loss was not finite in {self.bad[phase]} steps in a row, up to step {number}"
+                what = (
+                    f"{phase}: the loss was not finite in {self.bad[phase]} steps in a row, up to"
+                    f" step {number}"
+                )
                 raise not_finite(what, Path(self.run.folder))
         self.pending, self.first, self.start, self.paused = [], step, time.perf_counter(), 0.0
 
     def checked(self, numbers: dict[str, Any]) -> dict[str, float]:
-        """The numbers of a step on the host. Steps leave bad samples out of their loss; without a good one it is no number."""
+        """The numbers of a step on the host. Steps leave bad samples out of their loss; without a
+        good one it is no number."""
         out = {name: float(value) for name, value in numbers.items()}
         return out | {"loss": math.nan} if out.get("bad_samples", 0.0) >= self.batch else out
 
@@ -294,7 +311,8 @@ class Report:
 
 
 def means(rows: list[tuple[str, dict[str, float]]]) -> dict[str, float]:
-    """{"phase/name": mean over the steps of the phase}; of the finite values, if there are any, with a count of the others."""
+    """{"phase/name": mean over the steps of the phase}; of the finite values, if there are any,
+    with a count of the others."""
     columns: dict[str, list[float]] = {}
     for phase, numbers in rows:
         for name, value in numbers.items():
@@ -315,14 +333,16 @@ def clock(seconds: float) -> str:
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
-# Stopping ----------------------------------------------------------------------------------------------------------------
+# Stopping
+# ----------------------------------------------------------------------------------------------------------------
 
 
 class Interrupt:
-    """While entered, the first Ctrl-C or SIGTERM only sets `asked`; the second raises KeyboardInterrupt.
+    """While entered, the first Ctrl-C or SIGTERM only sets `asked`; the second raises
+    KeyboardInterrupt.
 
-    Signals reach the main thread alone; in another one nothing is changed, and an ignored signal (a job in the background of a
-    shell) stays ignored.
+    Signals reach the main thread alone; in another one nothing is changed, and an ignored signal (a
+    job in the background of a shell) stays ignored.
     """
 
     def __init__(self, stages: Stages):

@@ -1,4 +1,5 @@
-"""Numbers of a run: one JSON line per report in metrics.jsonl, and the same in TensorBoard where tensorboardX is installed."""
+"""Numbers of a run: one JSON line per report in metrics.jsonl, and the same in TensorBoard where
+tensorboardX is installed."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends to `<run>/metrics.jsonl`. Lines after `step` come from a run that ended later than its last checkpoint, and go."""
+    """Appends to `<run>/metrics.jsonl`. Lines after `step` come from a run that ended later than
+    its last checkpoint, and go."""
 
     def __init__(self, run: Path, step: int = 0):
         self.path = run / FILE

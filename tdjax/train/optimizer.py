@@ -1,4 +1,5 @@
-"""AdamW as the published runs used it: short linear warm-up, no clipping, gradient entries that are not finite count as zero."""
+"""AdamW as the published runs used it: short linear warm-up, no clipping, gradient entries that are
+not finite count as zero."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class OptimizerConfig:
     def __post_init__(self):
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(
-                f"OptimizerConfig.learning_rate is {self.learning_rate}; it must be positive and finite"
+                f"OptimizerConfig.learning_rate is {self.learning_rate}; it must be positive and"
+                " finite"
             )
         if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
             raise ValueError(
@@ -56,7 +58,8 @@ class OptimizerConfig:
             )
         if (self.decay == "constant") != (self.steps is None):
             raise ValueError(
-                f"OptimizerConfig: decay {self.decay!r} with steps {self.steps}; only a decay has steps"
+                f"OptimizerConfig: decay {self.decay!r} with steps {self.steps}; only a decay has"
+                " steps"
             )
         if self.steps is not None and self.warmup >= self.steps:
             raise ValueError(
@@ -64,7 +67,8 @@ class OptimizerConfig:
             )
         if not 0 <= self.decay_from < 1:
             raise ValueError(
-                f"OptimizerConfig.decay_from is {self.decay_from}; it is a share of the steps, at least 0 and less than 1"
+                f"OptimizerConfig.decay_from is {self.decay_from}; it is a share of the steps, at"
+                " least 0 and less than 1"
             )
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"OptimizerConfig.clip is {self.clip}; it must be positive, or None")

@@ -1,4 +1,5 @@
-"""What a run is made of, as data: settings of the machinery, the methods with their parts, and the presets. Imports no jax."""
+"""What a run is made of, as data: settings of the machinery, the methods with their parts, and the
+presets. Imports no jax."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which weights the networks begin with. `dit` gives the sizes where there are no weights; else the file does."""
+    """Which weights the networks begin with. `dit` gives the sizes where there are no weights; else
+    the file does."""
 
     weights: str = (
         ""  # preset name, hub id, file or folder: the teacher, and where the student begins
@@ -99,9 +101,9 @@ class Preset:
     values: dict[str, Any]
 
 
-# Published settings: thu-ml/TurboDiffusion turbodiffusion/rcm/configs/experiments/sla, NVlabs/rcm rcm/configs/experiments,
-# arXiv 2510.08431 tables 4 and 5 (batch sizes, number of steps). No length was published for SLA: 2,000 steps is that of
-# arXiv 2509.24006.
+# Published settings: thu-ml/TurboDiffusion turbodiffusion/rcm/configs/experiments/sla, NVlabs/rcm
+# rcm/configs/experiments, arXiv 2510.08431 tables 4 and 5 (batch sizes, number of steps). No length
+# was published for SLA: 2,000 steps is that of arXiv 2509.24006.
 SLA = {
     "model.attention": "sla",
     "data.batch": 32,

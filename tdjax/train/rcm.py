@@ -1,8 +1,10 @@
-"""rCM distillation (arXiv 2510.08431): configuration, the alternation of student and critic, and their steps.
+"""rCM distillation (arXiv 2510.08431): configuration, the alternation of student and critic, and
+their steps.
 
-The student follows the consistency term on data and, after the warm-up, the distribution-matching term on its own samples; the
-critic learns to model those samples. All three networks start as the teacher. Source: NVlabs/rcm
-rcm/models/t2v_model_distill_rcm.py; hyper-parameters from its configs/experiments.
+The student follows the consistency term on data and, after the warm-up, the distribution-matching
+term on its own samples; the critic learns to model those samples. All three networks start as the
+teacher. Source: NVlabs/rcm rcm/models/t2v_model_distill_rcm.py; hyper-parameters from its
+                 configs/experiments.
 """
 
 from __future__ import annotations
@@ -42,13 +44,16 @@ from tdjax.train.times import LogNormal, TimeDistribution, UniformShift
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SCM:
-    """Continuous-time consistency. kappa and floor are in units that do not depend on the size of a sample: the defaults are the
+    """Continuous-time consistency. kappa and floor are in units that do not depend on the size of a
+    sample: the defaults are the
     published 100 : 1 and 0.1 for 20 latent frames at 480p."""
 
     kappa: float = 0.07  # weight beside distribution matching
     floor: float = 7e-5  # directions of a smaller root mean square are not brought to full length
     time: TimeDistribution = LogNormal()  # of the noise on data
-    tangent: str = "exact"  # or differences in time: semidiscrete (fd_type 1), discrete (fd_type 2); not with rounded timesteps
+    # or differences in time: semidiscrete (fd_type 1), discrete (fd_type 2); not with rounded
+    # timesteps
+    tangent: str = "exact"
     interval: float = (
         1e-2  # of the differences; the official 1e-4 is below the rounding of a float32 network
     )
@@ -68,19 +73,22 @@ class SCM:
             )
         if self.warmup_form not in consistency.WARMUPS:
             raise ValueError(
-                f"SCM.warmup_form is {self.warmup_form!r}; allowed: {', '.join(consistency.WARMUPS)}"
+                f"SCM.warmup_form is {self.warmup_form!r}; allowed:"
+                f" {', '.join(consistency.WARMUPS)}"
             )
         if self.compute not in ("own", *FLOATS):
             raise ValueError(f"SCM.compute is {self.compute!r}; allowed: own, {', '.join(FLOATS)}")
         if not 0 < self.interval < 0.5:
             raise ValueError(
-                f"SCM.interval is {self.interval}; allowed: greater than 0, less than 0.5 of the pi/2 of TrigFlow time"
+                f"SCM.interval is {self.interval}; allowed: greater than 0, less than 0.5 of the"
+                " pi/2 of TrigFlow time"
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DCM:
-    """Discrete-time consistency: `skip` Euler steps of the teacher on a shifted grid of `steps` intervals; no normalising."""
+    """Discrete-time consistency: `skip` Euler steps of the teacher on a shifted grid of `steps`
+    intervals; no normalising."""
 
     weight: float = 100.0  # beside distribution matching; of a sum over the sample
     steps: int = 48  # intervals of the grid
@@ -115,7 +123,9 @@ class RCMConfig:
     frequency: int = (
         5  # after the warm-up, the student has one turn in this many and the critic the others
     )
-    warmup: int = 1000  # student turns at the start, without distribution matching, over which the tangent grows to full length
+    # student turns at the start, without distribution matching, over which the tangent grows to
+    # full length
+    warmup: int = 1000
     ema: EMAConfig = EMAConfig()
     accumulate: int = 1  # microbatches in a batch
 
@@ -129,15 +139,18 @@ class RCMConfig:
             self.dmd_limit is not None and not self.dmd_limit > 0
         ):
             raise ValueError(
-                f"RCMConfig: dmd_weight {self.dmd_weight} must not be negative, dmd_limit {self.dmd_limit} positive or None"
+                f"RCMConfig: dmd_weight {self.dmd_weight} must not be negative, dmd_limit"
+                f" {self.dmd_limit} positive or None"
             )
         if self.max_steps < 1 or self.frequency < 1 or self.warmup < 0:
             raise ValueError(
-                f"RCMConfig: max_steps {self.max_steps} and frequency {self.frequency} must be at least 1, warmup {self.warmup} at least 0"
+                f"RCMConfig: max_steps {self.max_steps} and frequency {self.frequency} must be at"
+                f" least 1, warmup {self.warmup} at least 0"
             )
         if self.frequency == 1 and self.dmd_weight:
             raise ValueError(
-                "RCMConfig: frequency 1 gives the critic no turn; distribution matching needs at least 2"
+                "RCMConfig: frequency 1 gives the critic no turn; distribution matching needs at"
+                " least 2"
             )
         if self.consistency is None and (self.warmup or not self.dmd_weight):
             raise ValueError(
@@ -149,7 +162,7 @@ RCM_1_3B = RCMConfig()
 RCM_14B = RCMConfig(consistency=SCM(time=LogNormal(mean=1.5)), frequency=10, warmup=0)
 
 
-# -- whose turn ------------------------------------------------------------------------------------------------------------
+# -- whose turn ------------------------------------------------------------------------------------
 
 
 def is_student_turn(config: RCMConfig, step: int) -> bool:
@@ -175,7 +188,7 @@ def critic_updates(config: RCMConfig, step):
     return step - student_updates(config, step) - 1
 
 
-# -- student ---------------------------------------------------------------------------------------------------------------
+# -- student ---------------------------------------------------------------------------------------
 
 
 def scm_gradient(config: RCMConfig, model, teacher, batch: Batch, draws: dict, r):
@@ -232,7 +245,8 @@ def dcm_gradient(config: RCMConfig, model, teacher, batch: Batch, draws: dict, r
 
 
 def dmd_gradient(config: RCMConfig, state: DistillState, teacher, batch: Batch, draws: dict, count):
-    """-> (gradient of the mean, values of each sample) of the distribution-matching term; only the last step has a gradient."""
+    """-> (gradient of the mean, values of each sample) of the distribution-matching term; only the
+    last step has a gradient."""
     student = velocity(state.model, batch.text, batch.image)
     critic = velocity(state.critic, batch.text, batch.image)
     x, s = rollout(student, draws["noise"], draws["time"], count)
@@ -265,7 +279,8 @@ def rms(x):  # [b ...] -> [b]
 
 
 def only_when(active, gradient: Callable):
-    """gradient() -> (gradient, values of each sample) where `active` bool[] holds, else zeros and samples that are fine."""
+    """gradient() -> (gradient, values of each sample) where `active` bool[] holds, else zeros and
+    samples that are fine."""
     grads, samples = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient))
     return lax.cond(active, gradient, lambda: (grads, samples | {"ok": ~samples["ok"]}))
 
@@ -291,7 +306,8 @@ def student_gradient(config: RCMConfig, state: DistillState, teacher, batch: Bat
 
 
 def data_draws(config: RCMConfig, keys: dict, shape) -> dict:
-    """Noise and time (log sigma; for DCM a place between 0 and 1) of the consistency term, batch axis first."""
+    """Noise and time (log sigma; for DCM a place between 0 and 1) of the consistency term, batch
+    axis first."""
     noise = {"data_noise": normal(keys["data_noise"], shape)}
     if isinstance(config.consistency, SCM):
         return noise | {"data_time": config.consistency.time.draw(keys["data_time"], shape[:1])}
@@ -313,7 +329,8 @@ def begin(config: RCMConfig, state: DistillState, batch: Batch):
     """Checks and the random keys of a step -> (batch in float32, keys)."""
     if (state.critic is None) != (config.dmd_weight == 0):
         raise UsageError(
-            f"dmd_weight is {config.dmd_weight:g} and the state has {'no' if state.critic is None else 'a'} critic",
+            f"dmd_weight is {config.dmd_weight:g} and the state has"
+            f" {'no' if state.critic is None else 'a'} critic",
             "distribution matching needs a critic, and consistency alone has none",
             "create the state with critic and critic_optimizer exactly where dmd_weight is not 0",
         )
@@ -338,11 +355,12 @@ def make_student_step(config: RCMConfig, optimizer) -> Callable:
     return step
 
 
-# -- critic ----------------------------------------------------------------------------------------------------------------
+# -- critic ----------------------------------------------------------------------------------------
 
 
 def critic_gradient(config: RCMConfig, state: DistillState, batch: Batch, draws: dict):
-    """-> (gradient of the mean, values of each sample) of the critic's loss on fresh samples of the student."""
+    """-> (gradient of the mean, values of each sample) of the critic's loss on fresh samples of the
+    student."""
     student = velocity(state.model, batch.text, batch.image)
     count = critic_updates(config, state.step) % config.max_steps + 1
     x, s = rollout(student, draws["noise"], draws["time"], count)
@@ -361,8 +379,8 @@ def critic_gradient(config: RCMConfig, state: DistillState, batch: Batch, draws:
 
 
 def make_critic_step(config: RCMConfig, optimizer) -> Callable:
-    """step(state, teacher, batch) -> (state, metrics), for the other turns. The teacher and the batch's latents are not used,
-    only the shape of the latents is."""
+    """step(state, teacher, batch) -> (state, metrics), for the other turns. The teacher and the
+    batch's latents are not used, only the shape of the latents is."""
     if not config.dmd_weight:
         raise ValueError("make_critic_step: dmd_weight is 0, and consistency alone has no critic")
 

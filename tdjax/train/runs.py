@@ -1,4 +1,5 @@
-"""A configured run made ready: networks, states, step functions, data; everything checked before weights are read."""
+"""A configured run made ready: networks, states, step functions, data; everything checked before
+weights are read."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ FREE_ON_RESUME = (
 )  # keys that may change when a run goes on without changing what it computes
 
 
-# Networks ----------------------------------------------------------------------------------------------------------------
+# Networks
+# ----------------------------------------------------------------------------------------------------------------
 
 
 class Networks:
@@ -80,7 +82,8 @@ class Networks:
         return self.teacher.load()
 
     def load_student(self, mesh: Mesh | None, seed: int):
-        """float32 weights of the student: the file's, with a sparse projection that begins at zero; or random ones."""
+        """float32 weights of the student: the file's, with a sparse projection that begins at zero;
+        or random ones."""
         if self.student is None:
             return loop.made(
                 lambda key: DiT(self.config, rngs=nnx.Rngs(key)), jax.random.key(seed), mesh=mesh
@@ -157,12 +160,14 @@ def check_teacher(teacher: DiTConfig, student: DiTConfig, method: str) -> None:
         )
 
 
-# States and steps --------------------------------------------------------------------------------------------------------
+# States and steps
+# --------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """steps: {phase: step function}, in the order of `schedule`. create(student) -> state at step 0."""
+    """steps: {phase: step function}, in the order of `schedule`. create(student) -> state at step
+    0."""
 
     steps: dict[str, loop.Step]
     schedule: Schedule
@@ -202,7 +207,8 @@ def distillation(name: str, config: dict[str, Any]) -> Method:
     return Method(steps=steps, schedule=schedule, create=create)
 
 
-# The run -----------------------------------------------------------------------------------------------------------------
+# The run
+# -----------------------------------------------------------------------------------------------------------------
 
 
 class Prepared:
@@ -260,12 +266,14 @@ class Prepared:
             raise UsageError(
                 "data.negative is not given",
                 "guidance and caption dropout need the embedding of the negative prompt",
-                "give umT5_wan_negative_emb.pt, or a file of python -m tdjax.generate --save_prompt_embeds",
+                "give umT5_wan_negative_emb.pt, or a file of python -m tdjax.generate"
+                " --save_prompt_embeds",
             )
         return read_embedding(path) if path else None
 
     def check_steps(self):
-        """Shapes of the state. Every step is traced: whatever does not fit together is found here, in seconds."""
+        """Shapes of the state. Every step is traced: whatever does not fit together is found here,
+        in seconds."""
         (latents, text, image), b = (
             self.stream.source.read(self.stream.source.entries(0)[0]),
             self.stream.size,
@@ -328,7 +336,8 @@ class Prepared:
             raise loop.out_of_memory(self.shapes, self.networks.abstract_teacher()) from error
 
     def export(self, outcome: loop.Outcome) -> Path:
-        """The averaged weights as a checkpoint that every other command takes: <run>/dit, in the compute dtype."""
+        """The averaged weights as a checkpoint that every other command takes: <run>/dit, in the
+        compute dtype."""
         dtype = self.config["model"].compute
         cfg = dataclasses.replace(self.networks.config, policy=Policy(param=dtype, compute=dtype))
         shapes, leaves = (

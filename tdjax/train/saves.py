@@ -1,6 +1,8 @@
-"""Train states on disk: <run>/step_000500/{manifest.json, state/}, each complete or absent, and read back bit by bit.
+"""Train states on disk: <run>/step_000500/{manifest.json, state/}, each complete or absent, and
+read back bit by bit.
 
-A leaf's name is its path in the state joined by dots ("opt.0.mu.blocks.self_attn.q.kernel"), as in tdjax.checkpoint.
+A leaf's name is its path in the state joined by dots ("opt.0.mu.blocks.self_attn.q.kernel"), as in
+tdjax.checkpoint.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ def is_key(x) -> bool:
 
 
 def save(run: Path, step: int, state, facts: dict[str, Any], keep: int = 0) -> Path:
-    """Write one checkpoint, then delete all but the last `keep` (0: none is deleted). facts: JSON values for the manifest."""
+    """Write one checkpoint, then delete all but the last `keep` (0: none is deleted). facts: JSON
+    values for the manifest."""
     leaves = arrays(state)
     manifest = {
         "format": FORMAT,
@@ -103,7 +106,8 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def restore(path: Path, state):
-    """The state of a checkpoint, laid out as the (abstract) state given: arrays, or shapes with their shardings."""
+    """The state of a checkpoint, laid out as the (abstract) state given: arrays, or shapes with
+    their shardings."""
     manifest = inspect(path)
     listed = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
     wanted = names(state)

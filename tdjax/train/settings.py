@@ -1,7 +1,9 @@
-"""`loss.time.mean=1.1`: dotted keys over frozen dataclasses, checked against the classes' source text.
+"""`loss.time.mean=1.1`: dotted keys over frozen dataclasses, checked against the classes' source
+text.
 
-The classes of losses and optimizers stand beside code that imports jax, which takes a second; their names, types and defaults
-are read from the syntax tree instead, so that a wrong key is answered at once. `build` then makes the objects.
+The classes of losses and optimizers stand beside code that imports jax, which takes a second; their
+names, types and defaults are read from the syntax tree instead, so that a wrong key is answered at
+once. `build` then makes the objects.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ ELSEWHERE = {
 
 @dataclasses.dataclass
 class Tree:
-    """Values given for one object: {field: value or Tree}; the fields that are not there have their defaults."""
+    """Values given for one object: {field: value or Tree}; the fields that are not there have their
+    defaults."""
 
     cls: str
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -57,7 +60,8 @@ class Tree:
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """types: the alternatives of the annotation. default: a value, a Tree, or source text that is neither. note: the comment."""
+    """types: the alternatives of the annotation. default: a value, a Tree, or source text that is
+    neither. note: the comment."""
 
     types: tuple[str, ...]
     default: Any
@@ -84,7 +88,8 @@ def fields(cls: str) -> dict[str, Field]:
 
 
 def default_of(node: ast.expr) -> Any:
-    """`1e-5` -> 1e-05, `LogNormal(mean=1.5)` -> Tree("LogNormal", {"mean": 1.5}), `2 / 3` -> "2 / 3" """
+    """`1e-5` -> 1e-05, `LogNormal(mean=1.5)` -> Tree("LogNormal", {"mean": 1.5}), `2 / 3` -> "2 /
+    3" """
     if isinstance(node, ast.Call):
         return Tree(node.func.id, {word.arg: default_of(word.value) for word in node.keywords})
     return (
@@ -95,7 +100,8 @@ def default_of(node: ast.expr) -> Any:
 
 
 def put(parts: dict[str, Tree], key: str, value: Any) -> None:
-    """Set one dotted key. A string is parsed by the field's type; other values are a preset's. Raises UsageError."""
+    """Set one dotted key. A string is parsed by the field's type; other values are a preset's.
+    Raises UsageError."""
     first, *words = key.split(".")
     if first not in parts or not words:
         raise unknown(parts, key)

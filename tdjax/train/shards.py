@@ -1,7 +1,10 @@
-"""The shards that official training reads: tar files of latents, prompt embeddings and prompts, without torch or webdataset.
+"""The shards that official training reads: tar files of latents, prompt embeddings and prompts,
+without torch or webdataset.
 
-One sample is three members whose names share a key: KEY.latent.pt [c t h w], KEY.embed.pt [s d], KEY.prompt.txt.
-Layout: NVlabs/rcm rcm/datasets/build_synthetic_dataset.py (writer), webdataset.py (reader). `.pth` and `.npy` are read too.
+One sample is three members whose names share a key: KEY.latent.pt [c t h w], KEY.embed.pt [s d],
+KEY.prompt.txt.
+Layout: NVlabs/rcm rcm/datasets/build_synthetic_dataset.py (writer), webdataset.py (reader). `.pth`
+        and `.npy` are read too.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ DAMAGE = (
 
 
 class DataError(CheckpointError):
-    """A shard or one of its members is missing, damaged, hostile, or not of the shape that training expects."""
+    """A shard or one of its members is missing, damaged, hostile, or not of the shape that training
+    expects."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Member:
         return data
 
     def array(self) -> np.ndarray:
-        """The one array of the member. Raises DataError with the member's name; nothing in it is executed."""
+        """The one array of the member. Raises DataError with the member's name; nothing in it is
+        executed."""
         try:
             return decode(self.name, self.bytes())
         except DAMAGE as e:
@@ -88,7 +93,8 @@ class Entry:
 
 
 def index(shard: Path) -> tuple[Entry, ...]:
-    """The samples of a shard in the order of its members; only headers are read. Raises DataError naming what is wrong."""
+    """The samples of a shard in the order of its members; only headers are read. Raises DataError
+    naming what is wrong."""
     found: dict[str, dict[str, Member]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -135,14 +141,16 @@ def index(shard: Path) -> tuple[Entry, ...]:
 
 
 def field_of(name: str) -> tuple[str | None, str]:
-    """ "a/000000123.latent.pt" -> ("latent", "a/000000123"); the key ends at the first dot of the base name."""
+    """ "a/000000123.latent.pt" -> ("latent", "a/000000123"); the key ends at the first dot of the
+    base name."""
     folder, slash, base = name.rpartition("/")
     stem, _, rest = base.partition(".")
     field, _, suffix = rest.partition(".")
     return (field if field in FIELDS and suffix in SUFFIXES else None), folder + slash + stem
 
 
-# Arrays ------------------------------------------------------------------------------------------------------------------
+# Arrays
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def decode(name: str, data: bytes) -> np.ndarray:
@@ -163,7 +171,8 @@ def npy_array(data: bytes) -> np.ndarray:
 
 
 def torch_array(data: bytes) -> np.ndarray:
-    """The tensor of a `torch.save` archive in memory, by the same restricted pickle machine that reads checkpoints."""
+    """The tensor of a `torch.save` archive in memory, by the same restricted pickle machine that
+    reads checkpoints."""
     with zipfile.ZipFile(io.BytesIO(data)) as z:
         pickles = [
             name for name in z.namelist() if name == "data.pkl" or name.endswith("/data.pkl")
@@ -194,7 +203,8 @@ def stored(z: zipfile.ZipFile, name: str) -> bytes:
     return z.read(name)
 
 
-# Writing -----------------------------------------------------------------------------------------------------------------
+# Writing
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def write_shard(
@@ -203,9 +213,11 @@ def write_shard(
     first: int = 0,
     overwrite: bool = False,
 ) -> Path:
-    """Write samples (latents [t h w c], text [s d], prompt) in the official layout, the file complete or not at all.
+    """Write samples (latents [t h w c], text [s d], prompt) in the official layout, the file
+    complete or not at all.
 
-    first: number of the first sample; keys have nine digits. Tensors are bfloat16, as torch.load reads them.
+    first: number of the first sample; keys have nine digits. Tensors are bfloat16, as torch.load
+           reads them.
     """
     with (
         written(Path(path), overwrite) as part,
@@ -227,7 +239,8 @@ def write_shard(
 
 
 def torch_bytes(array: np.ndarray) -> bytes:
-    """A bfloat16 array as `torch.save` would write it: pickle protocol 2 that rebuilds one tensor, and its storage."""
+    """A bfloat16 array as `torch.save` would write it: pickle protocol 2 that rebuilds one tensor,
+    and its storage."""
     integers = lambda values: b"(" + b"".join(b"J" + struct.pack("<i", v) for v in values) + b"t"
     strides = [int(np.prod(array.shape[i + 1 :])) for i in range(array.ndim)]
     name = lambda module, attribute: b"c" + module + b"\n" + attribute + b"\n"

@@ -1,7 +1,10 @@
-"""Fine-tuning a model whose dense attention was replaced by sparse-linear attention (arXiv 2509.24006).
+"""Fine-tuning a model whose dense attention was replaced by sparse-linear attention (arXiv
+2509.24006).
 
-White box: towards the dense model's velocity at the same noisy latents. Black box: flow matching on data like the model's own.
-The student is built with attention "sla" (blocks of 64 x 64 in the published runs), the teacher with "dense".
+White box: towards the dense model's velocity at the same noisy latents. Black box: flow matching on
+           data like the model's own.
+The student is built with attention "sla" (blocks of 64 x 64 in the published runs), the teacher
+with "dense".
 Source: thu-ml/TurboDiffusion turbodiffusion/rcm/models/t2v_model_sla.py.
 """
 
@@ -38,7 +41,8 @@ class SLATrainingConfig:
 
 
 def white_box_loss(student: Velocity, teacher: Velocity, latents, eps, s):
-    """Mean square of v_student - v_teacher at the same x_u, no guidance, no weight of time -> (f32[b], ok bool[b]).
+    """Mean square of v_student - v_teacher at the same x_u, no guidance, no weight of time ->
+    (f32[b], ok bool[b]).
 
     latents and eps f32[b t h w c], log sigma s f32[b].
     """

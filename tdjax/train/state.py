@@ -1,4 +1,5 @@
-"""What training carries, and the parts that every step shares: named keys, microbatches, the update, the moving average."""
+"""What training carries, and the parts that every step shares: named keys, microbatches, the
+update, the moving average."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from tdjax.sharding import constrain, leaf_name
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """latents f32[b t h w c] (normalised, as the VAE gives them), text [b s d], image [b t h w 20] or None."""
+    """latents f32[b t h w c] (normalised, as the VAE gives them), text [b s d], image [b t h w 20]
+    or None."""
 
     latents: jax.Array | np.ndarray
     text: jax.Array | np.ndarray
@@ -33,7 +35,8 @@ class Batch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A frozen model (None for flow matching) and the embedding [s d] of its negative prompt (None where there is no guidance)."""
+    """A frozen model (None for flow matching) and the embedding [s d] of its negative prompt (None
+    where there is no guidance)."""
 
     model: Any
     negative: jax.Array | np.ndarray | None = None
@@ -42,7 +45,8 @@ class Teacher:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Of one trained model. step int32[]; ema, shaped like the model, float32; key never changes, each step folds its number in."""
+    """Of one trained model. step int32[]; ema, shaped like the model, float32; key never changes,
+    each step folds its number in."""
 
     step: jax.Array
     model: Any
@@ -52,7 +56,8 @@ class TrainState:
 
     @classmethod
     def create(cls, model, optimizer: optax.GradientTransformation, key) -> TrainState:
-        """Step 0 from float32 weights. Arrays are copied, so that the state may be donated while `model` is kept.
+        """Step 0 from float32 weights. Arrays are copied, so that the state may be donated while
+        `model` is kept.
 
         Raises UsageError for a weight that is not float32.
         """
@@ -69,7 +74,8 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DistillState:
-    """Of a student and its critic (the fake score); step counts the turns of both. critic is None for pure consistency."""
+    """Of a student and its critic (the fake score); step counts the turns of both. critic is None
+    for pure consistency."""
 
     step: jax.Array
     model: Any
@@ -83,7 +89,8 @@ class DistillState:
     def create(cls, model, optimizer, key, *, critic=None, critic_optimizer=None) -> DistillState:
         """Step 0. model and critic are usually both the teacher; arrays are copied.
 
-        Raises UsageError for a weight that is not float32, ValueError for a critic without its optimizer or the reverse.
+        Raises UsageError for a weight that is not float32, ValueError for a critic without its
+            optimizer or the reverse.
         """
         if (critic is None) != (critic_optimizer is None):
             raise ValueError(
@@ -102,18 +109,21 @@ def copy(model):
 
 
 def check(model):
-    """Raise UsageError unless every leaf is float32: updates of a millionth vanish in anything narrower."""
+    """Raise UsageError unless every leaf is float32: updates of a millionth vanish in anything
+    narrower."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         if leaf.dtype != jnp.float32:
             raise UsageError(
                 f"the weight {leaf_name(path)} is {leaf.dtype}",
                 "training updates float32 weights; only their use may be narrower (Policy.compute)",
-                'load the model with Policy(param="float32", compute="bfloat16"), and without int8 layers',
+                'load the model with Policy(param="float32", compute="bfloat16"), and without int8'
+                " layers",
             )
 
 
 def trainable(model, pattern: str = ".*"):
-    """Booleans in the shape of the model: the leaves whose whole name (`sharding.leaf_name`) matches the pattern.
+    """Booleans in the shape of the model: the leaves whose whole name (`sharding.leaf_name`)
+    matches the pattern.
 
     Raises UsageError if none does.
     """
@@ -130,12 +140,13 @@ def trainable(model, pattern: str = ".*"):
     return mask
 
 
-# -- moving average --------------------------------------------------------------------------------------------------------
+# -- moving average --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EMAConfig:
-    """Moving average of weights: by powers of the number of updates (arXiv 2312.02696), or with a constant decay."""
+    """Moving average of weights: by powers of the number of updates (arXiv 2312.02696), or with a
+    constant decay."""
 
     width: float = 0.1  # relative length of the average by powers
     decay: float | None = None  # a constant decay instead
@@ -143,7 +154,8 @@ class EMAConfig:
     def __post_init__(self):
         if not 0 < self.width < 0.28:  # from 1/sqrt(12) on, no positive exponent has this width
             raise ValueError(
-                f"EMAConfig.width is {self.width}; allowed: greater than 0, less than 0.28 (published: 0.1)"
+                f"EMAConfig.width is {self.width}; allowed: greater than 0, less than 0.28"
+                " (published: 0.1)"
             )
         if self.decay is not None and not 0 <= self.decay < 1:
             raise ValueError(
@@ -165,7 +177,8 @@ class EMAConfig:
 
 
 def ema_update(ema, model, step, config: EMAConfig):
-    """The float32 average after update `step` (int32[], counted from 0) has given `model`; leaf by leaf, in the shapes of `ema`."""
+    """The float32 average after update `step` (int32[], counted from 0) has given `model`; leaf by
+    leaf, in the shapes of `ema`."""
     beta = config.beta(step)
     return jax.tree.map(
         lambda old, new: new.astype(jnp.float32) + beta * (old - new.astype(jnp.float32)),
@@ -174,22 +187,25 @@ def ema_update(ema, model, step, config: EMAConfig):
     )
 
 
-# -- networks as velocities ------------------------------------------------------------------------------------------------
+# -- networks as velocities ------------------------------------------------------------------------
 
 
 def velocity(model, text, image=None) -> Velocity:
-    """A model with its conditioning, text [b s d] and image [b t h w 20] or None, as the (x, timestep) -> v f32[b t h w c] of losses."""
+    """A model with its conditioning, text [b s d] and image [b t h w 20] or None, as the (x,
+    timestep) -> v f32[b t h w c] of losses."""
     return lambda x, timestep: model(x, timestep, text, image).astype(jnp.float32)
 
 
 def negative_text(teacher: Teacher | None, text, purpose: str):
-    """The negative embedding for every sample, [b s d]; UsageError where it is missing or of another shape."""
+    """The negative embedding for every sample, [b s d]; UsageError where it is missing or of
+    another shape."""
     negative = None if teacher is None else teacher.negative
     if negative is None:
         raise UsageError(
             f"{purpose} needs the embedding of the negative prompt and there is none",
             "with the prompt's own embedding in its place it would silently do nothing",
-            "give Teacher(negative=...), text rows of the negative prompt (or of the empty one the teacher was trained with)",
+            "give Teacher(negative=...), text rows of the negative prompt (or of the empty one the"
+            " teacher was trained with)",
         )
     if negative.shape != text.shape[1:]:
         raise UsageError(
@@ -201,9 +217,11 @@ def negative_text(teacher: Teacher | None, text, purpose: str):
 
 
 def guided_teacher(teacher: Teacher, batch: Batch, guidance: float) -> Velocity:
-    """The teacher's velocity (x f32[b t h w c], timestep f32[b]) -> v of a batch with classifier-free guidance; 1 means none.
+    """The teacher's velocity (x f32[b t h w c], timestep f32[b]) -> v of a batch with
+    classifier-free guidance; 1 means none.
 
-    Raises UsageError where guidance needs the negative embedding and it is missing, or of another shape than a sample's text.
+    Raises UsageError where guidance needs the negative embedding and it is missing, or of another
+        shape than a sample's text.
     """
     positive = velocity(teacher.model, batch.text, batch.image)
     if guidance == 1.0:
@@ -212,7 +230,7 @@ def guided_teacher(teacher: Teacher, batch: Batch, guidance: float) -> Velocity:
     return guided(positive, velocity(teacher.model, negative, batch.image), guidance)
 
 
-# -- parts of a step -------------------------------------------------------------------------------------------------------
+# -- parts of a step -------------------------------------------------------------------------------
 
 
 def check_accumulate(config):
@@ -239,10 +257,11 @@ def normal(key, shape: tuple[int, ...]) -> jax.Array:
 
 
 def accumulated(gradient: Callable, arrays, accumulate: int):
-    """gradient(arrays) -> (gradients of a mean over samples, values of each sample), computed in `accumulate` microbatches.
+    """gradient(arrays) -> (gradients of a mean over samples, values of each sample), computed in
+    `accumulate` microbatches.
 
-    Every array has the batch axis first. Microbatch i takes samples i, i + accumulate, ...: so a batch that is laid over
-    devices stays so.
+    Every array has the batch axis first. Microbatch i takes samples i, i + accumulate, ...: so a
+    batch that is laid over devices stays so.
     """
     if accumulate == 1:
         return gradient(arrays)
@@ -251,7 +270,8 @@ def accumulated(gradient: Callable, arrays, accumulate: int):
         raise UsageError(
             f"a batch of {size} cannot be divided into {accumulate} microbatches",
             "accumulate must divide the batch size",
-            f"use {math.gcd(size, accumulate)}, or a batch of {-(-size // accumulate) * accumulate}",
+            f"use {math.gcd(size, accumulate)}, or a batch of"
+            f" {-(-size // accumulate) * accumulate}",
         )
     parts = jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=accumulate), arrays)
     shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))[0]
@@ -288,7 +308,8 @@ def keep(ok, x):
 
 
 def summary(samples: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Metrics of a batch from values of its samples: means over those that are ok (NaN if none is), and how many are not."""
+    """Metrics of a batch from values of its samples: means over those that are ok (NaN if none is),
+    and how many are not."""
     ok = samples["ok"]
     means = {
         name: keep(ok, x).sum() / ok.sum(dtype=jnp.float32)

@@ -1,6 +1,8 @@
-"""Distributions of training times. A time is s = log sigma in float32, from which `flow.from_log_sigma` has every coefficient.
+"""Distributions of training times. A time is s = log sigma in float32, from which
+`flow.from_log_sigma` has every coefficient.
 
-Shifting u is adding to s: sigma -> shift * sigma. Source: NVlabs/rcm rcm/utils/timestep_utils.py, arXiv 2510.08431.
+Shifting u is adding to s: sigma -> shift * sigma. Source: NVlabs/rcm rcm/utils/timestep_utils.py,
+                           arXiv 2510.08431.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ class UniformShift:
     def __post_init__(self):
         if not 0 < self.shift < math.inf:
             raise ValueError(
-                f"UniformShift.shift is {self.shift}; it must be positive and finite (1 leaves u uniform)"
+                f"UniformShift.shift is {self.shift}; it must be positive and finite (1 leaves u"
+                " uniform)"
             )
 
     def draw(self, key, shape: tuple[int, ...]) -> jax.Array:
@@ -32,7 +35,8 @@ class UniformShift:
 class LogNormal:
     """log sigma = mean + deviation N(0, 1).
 
-    A mean given for single images moves by 0.5 ln(latent frames) for video: -0.8 for 20 frames is 0.7.
+    A mean given for single images moves by 0.5 ln(latent frames) for video: -0.8 for 20 frames is
+    0.7.
     """
 
     mean: float = 0.7  # of log sigma
@@ -41,7 +45,8 @@ class LogNormal:
     def __post_init__(self):
         if not math.isfinite(self.mean) or not 0 < self.deviation < math.inf:
             raise ValueError(
-                f"LogNormal(mean={self.mean}, deviation={self.deviation}): finite numbers are needed, the deviation positive"
+                f"LogNormal(mean={self.mean}, deviation={self.deviation}): finite numbers are"
+                " needed, the deviation positive"
             )
 
     def draw(self, key, shape: tuple[int, ...]) -> jax.Array:

@@ -14,8 +14,9 @@ BF16 = ml_dtypes.bfloat16
 
 @pytest.fixture(scope="session")
 def states(golden, manifest):
-    """states(kind) -> {key: float32 array} of a tiny model: "dit", "i2v", "clip", "sla", "vae", "text", under official names,
-    or "diffusers", "diffusers_vae", "transformers", the same values under theirs by the published name maps."""
+    """states(kind) -> {key: float32 array} of a tiny model: "dit", "i2v", "clip", "sla", "vae",
+    "text", under official names, or "diffusers", "diffusers_vae", "transformers", the same values
+    under theirs by the published name maps."""
     files = {
         "dit": "dit_t2v_tiny",
         "i2v": "dit_i2v22_tiny",
@@ -70,7 +71,8 @@ def write_safetensors():
 
 @pytest.fixture(scope="session")
 def write_pickle():
-    """write(path, data.pkl bytes, storages={key: bytes}): a torch zip file with any pickle inside."""
+    """write(path, data.pkl bytes, storages={key: bytes}): a torch zip file with any pickle
+    inside."""
 
     def write(path, data, storages=None, root="archive", compression=zipfile.ZIP_STORED, extra=()):
         with zipfile.ZipFile(path, "w", compression) as z:
@@ -111,7 +113,8 @@ class StoragePickler(pickle._Pickler):
 
 @pytest.fixture(scope="session")
 def torch_pickle_bytes():
-    """dumps(obj): obj may hold Named(module, name, args) and ("storage", Named(...), key, "cpu", n) tuples."""
+    """dumps(obj): obj may hold Named(module, name, args) and ("storage", Named(...), key, "cpu", n)
+    tuples."""
 
     def dumps(obj):
         out = io.BytesIO()
@@ -124,7 +127,8 @@ def torch_pickle_bytes():
 
 @pytest.fixture(scope="session")
 def published(manifest):
-    """published(name) -> {key: an object with the shape and dtype of the published file, and no data}."""
+    """published(name) -> {key: an object with the shape and dtype of the published file, and no
+    data}."""
 
     class Shape:
         def __init__(self, shape, dtype):

@@ -1,4 +1,5 @@
-"""Kind, size, task and variant from keys, shapes and dtypes; other networks refused by what they are."""
+"""Kind, size, task and variant from keys, shapes and dtypes; other networks refused by what they
+are."""
 
 import json
 

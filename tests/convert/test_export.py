@@ -1,4 +1,5 @@
-"""Rows backwards: every file comes back under its names bit for bit, through our folder and through other namings."""
+"""Rows backwards: every file comes back under its names bit for bit, through our folder and through
+other namings."""
 
 import dataclasses
 

@@ -1,4 +1,5 @@
-"""open_checkpoint: leaves in the file's orientation, modules in ours, from every container and naming."""
+"""open_checkpoint: leaves in the file's orientation, modules in ours, from every container and
+naming."""
 
 import dataclasses
 import tracemalloc
@@ -225,7 +226,8 @@ def test_devices_and_shardings(opened):
 
 
 def test_host_memory_peaks_at_about_one_leaf(tmp_path, write_safetensors, states):
-    """Eight layers of a large embedding-free text encoder: reading all leaves holds one stacked leaf and one layer at a time."""
+    """Eight layers of a large embedding-free text encoder: reading all leaves holds one stacked
+    leaf and one layer at a time."""
     d, f, n = 256, 1024, 8
     one = {
         "norm1.weight": (d,),

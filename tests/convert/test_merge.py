@@ -1,4 +1,5 @@
-"""base + w (target - diff_base) and LoRA against numpy, in every key layout; nothing is left out silently."""
+"""base + w (target - diff_base) and LoRA against numpy, in every key layout; nothing is left out
+silently."""
 
 import ml_dtypes
 import numpy as np
@@ -133,7 +134,8 @@ def test_what_cannot_be_merged(file, states, three):
         merge.merge(Half, file("b", plain), file("c", plain), 1.0)
 
 
-# LoRA ---------------------------------------------------------------------------------------------------------------
+# LoRA
+# ---------------------------------------------------------------------------------------------------------------
 
 RANK = 3
 

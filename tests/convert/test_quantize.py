@@ -1,4 +1,5 @@
-"""bf16 to 8 bits: the numbers of the operation's own quantiser, the published form of files, the error table."""
+"""bf16 to 8 bits: the numbers of the operation's own quantiser, the published form of files, the
+error table."""
 
 import jax.numpy as jnp
 import ml_dtypes

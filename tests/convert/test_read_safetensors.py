@@ -125,7 +125,8 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path, write_safetensors):
         tensor.read()
 
 
-# Shards -------------------------------------------------------------------------------------------------------------
+# Shards
+# -------------------------------------------------------------------------------------------------------------
 
 
 def shards(folder, write, index=True, stem="model"):

@@ -1,4 +1,5 @@
-"""Rows, and every published key list: each key claimed once, each leaf filled once, and back to the same keys and shapes."""
+"""Rows, and every published key list: each key claimed once, each leaf filled once, and back to the
+same keys and shapes."""
 
 import dataclasses
 import re
@@ -126,7 +127,8 @@ def test_image_branch_names_are_those_of_diffusers():
     assert len(rules.bind(shapes, found.rows, targets("dit", found.config), "tiny").claims) > 50
 
 
-# Rows ---------------------------------------------------------------------------------------------------------------
+# Rows
+# ---------------------------------------------------------------------------------------------------------------
 
 ROWS = (
     Row(
@@ -205,7 +207,8 @@ def test_binding():
         (
             {"blocks.0.self_attn.k.weight": Shape((5, 3))},
             [
-                "unexpected  blocks.0.self_attn.k.weight [5, 3] (this model has no blocks.self_attn.k.kernel)"
+                "unexpected  blocks.0.self_attn.k.weight [5, 3] (this model has no"
+                " blocks.self_attn.k.kernel)"
             ],
         ),
         (

@@ -1,4 +1,5 @@
-"""The accelerator's way of filling a leaf, run on the CPU device: the same bits as the host's way."""
+"""The accelerator's way of filling a leaf, run on the CPU device: the same bits as the host's
+way."""
 
 import jax
 import numpy as np

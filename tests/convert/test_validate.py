@@ -1,4 +1,5 @@
-"""`python -m convert.validate`: every golden file passes, a perturbed one does not; values and outputs against other layouts."""
+"""`python -m convert.validate`: every golden file passes, a perturbed one does not; values and
+outputs against other layouts."""
 
 import json
 
@@ -95,7 +96,8 @@ def config(g):
 
 @pytest.fixture
 def layouts(tmp_path, states, write_safetensors):
-    """layouts(kind, other, *options) -> the same weights as a file, under other names, and in our folder."""
+    """layouts(kind, other, *options) -> the same weights as a file, under other names, and in our
+    folder."""
 
     def make(kind, other, *options):
         files = [
@@ -125,7 +127,8 @@ def test_against_other_layouts(layouts, kind, other, options, capsys, as_json):
 
 
 def test_the_vae_against_other_layouts(tmp_path, as_json):
-    """A smaller one than the golden file's, whose mean and deviation travel in the exported file."""
+    """A smaller one than the golden file's, whose mean and deviation travel in the exported
+    file."""
     cfg = VAEConfig(
         dim=4,
         latent_channels=3,

@@ -1,7 +1,9 @@
-"""Files in the exact layout of the published checkpoints, filled with random values of sensible scale.
+"""Files in the exact layout of the published checkpoints, filled with random values of sensible
+scale.
 
-`python tests/gpu/published.py FOLDER MANIFEST...` writes FOLDER/<MANIFEST>.pth with torch.save, as the official tools do, unless it is
-there. The numbers mean nothing, but every key, shape and dtype, the container, the sizes on disk and the work are those of the real files.
+`python tests/gpu/published.py FOLDER MANIFEST...` writes FOLDER/<MANIFEST>.pth with torch.save, as
+the official tools do, unless it is there. The numbers mean nothing, but every key, shape and dtype,
+the container, the sizes on disk and the work are those of the real files.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ def write(folder: Path, name: str, device: str) -> None:
     torch.save(state, part := path.with_suffix(".part"))
     part.rename(path)
     print(
-        f"{path.name}: {path.stat().st_size / 2**30:.2f} GiB in {time.perf_counter() - start:.0f} s",
+        f"{path.name}: {path.stat().st_size / 2**30:.2f} GiB in"
+        f" {time.perf_counter() - start:.0f} s",
         flush=True,
     )
 

@@ -1,11 +1,15 @@
-"""`python -m tdjax.generate` on files of the published layouts at real size, from the start of the process to the video.
+"""`python -m tdjax.generate` on files of the published layouts at real size, from the start of the
+process to the video.
 
-    python tests/gpu/real_size.py 1.3B FOLDER     writes 16 GB; T2V at 480p, 81 frames, 4 steps: the fastest way, the int8 file, dense
-    python tests/gpu/real_size.py 14B FOLDER      writes 26 GB; T2V at 720p, 81 frames, 4 steps, the int8 file
-    python tests/gpu/real_size.py A14B FOLDER     writes 41 GB; I2V at 720p, 81 frames, 4 steps, the int8 files of both experts
+    python tests/gpu/real_size.py 1.3B FOLDER     writes 16 GB; T2V at 480p, 81 frames, 4 steps: the
+    fastest way, the int8 file, dense python tests/gpu/real_size.py 14B FOLDER      writes 26 GB;
+    T2V at 720p, 81 frames, 4 steps, the int8 file python tests/gpu/real_size.py A14B FOLDER
+    writes 41 GB; I2V at 720p, 81 frames, 4 steps, the int8 files of both experts
 
-The first run of a configuration starts with empty caches, the others find them filled. The numbers in the files are random, so the
-frames are noise: the worst case for the video encoder. Files that are in FOLDER already are used again.
+The first run of a configuration starts with empty caches, the others find them filled. The numbers
+in the files are random, so the
+frames are noise: the worst case for the video encoder. Files that are in FOLDER already are used
+                  again.
 """
 
 from __future__ import annotations
@@ -40,8 +44,9 @@ FEW = ("cold", "new prompt", "new prompt, low memory")
 LIMIT = 240  # seconds of one run; one that hangs says in its last lines where
 FASTEST = ["--attention_type", "sagesla", "--quant", "int8_channel"]
 PROMPT = (
-    "A red fox trots through fresh snow at the edge of a birch forest, breath steaming in the cold morning air, low golden "
-    "sunlight between the trunks, camera tracking beside it at walking pace, shallow depth of field"
+    "A red fox trots through fresh snow at the edge of a birch forest, breath steaming in the cold"
+    " morning air, low golden sunlight between the trunks, camera tracking beside it at walking"
+    " pace, shallow depth of field"
 )
 
 
@@ -92,7 +97,8 @@ def generate(label: str, out: Path, *argv: str, cache: Path) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, env=own)
     seconds = time.perf_counter() - start
     print(
-        f"\n== {label}: {seconds:.1f} s from start to file, exit code {done.returncode}\n{done.stderr[-5000:]}",
+        f"\n== {label}: {seconds:.1f} s from start to file, exit code"
+        f" {done.returncode}\n{done.stderr[-5000:]}",
         flush=True,
     )
     peaks = [
@@ -183,7 +189,8 @@ def experts(folder: Path, out: Path, cache: Path) -> Iterator[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Seconds by the clock, the peak of the device, and the stages that took a tenth of a second or more."""
+    """Seconds by the clock, the peak of the device, and the stages that took a tenth of a second or
+    more."""
     lines = []
     for row in rows:
         stages = ", ".join(
@@ -192,7 +199,8 @@ def table(rows: list[dict]) -> str:
             if seconds >= 0.1
         )
         lines.append(
-            f"{row['label']:48} {row['seconds']:6.1f} s  {row['device_peak_gib'] or 0:6.2f} GiB  {stages}"
+            f"{row['label']:48} {row['seconds']:6.1f} s  {row['device_peak_gib'] or 0:6.2f} GiB "
+            f" {stages}"
         )
     return "\n".join(lines)
 

@@ -1,11 +1,14 @@
-"""Steps of the training presets at real size, from random weights, latents and embeddings: seconds and device memory of each.
+"""Steps of the training presets at real size, from random weights, latents and embeddings: seconds
+and device memory of each.
 
-    python tests/gpu/train_step.py sla rcm --json FILE      the 1.3B network, one clip at 480p latents; under 5 minutes
-    python tests/gpu/train_step.py rcm data.batch=2         settings are those of python -m tdjax.train; sizes too: model.dit.layers=2
-    python tests/gpu/train_step.py sla --latents 20 34 60   other latents: frames, rows, columns
+    python tests/gpu/train_step.py sla rcm --json FILE      the 1.3B network, one clip at 480p
+    latents; under 5 minutes python tests/gpu/train_step.py rcm data.batch=2         settings are
+    those of python -m tdjax.train; sizes too: model.dit.layers=2 python tests/gpu/train_step.py sla
+    --latents 20 34 60   other latents: frames, rows, columns
 
-Every method runs in a process of its own, so that the peak of memory is its own. rCM begins where its warm-up ends: a step of the
-student has both terms. Its samples are made in 1, 2, ... loss.max_steps steps in turn, which a step's seconds show.
+Every method runs in a process of its own, so that the peak of memory is its own. rCM begins where
+its warm-up ends: a step of the student has both terms. Its samples are made in 1, 2, ...
+loss.max_steps steps in turn, which a step's seconds show.
 """
 
 from __future__ import annotations
@@ -54,11 +57,13 @@ def configured(name: str, settings: list[str]) -> dict:
     }
 
 
-# Random numbers, made where they stay -------------------------------------------------------------------------------------
+# Random numbers, made where they stay
+# -------------------------------------------------------------------------------------
 
 
 def network(cfg: DiTConfig, key) -> DiT:
-    """Random weights. The head and the sparse projection would begin at zero, and what is before them without a gradient."""
+    """Random weights. The head and the sparse projection would begin at zero, and what is before
+    them without a gradient."""
 
     def filled(path, leaf):
         if not leaf_name(path).endswith(("head.proj.kernel", "core.proj.kernel")):
@@ -69,7 +74,8 @@ def network(cfg: DiTConfig, key) -> DiT:
 
 
 def dense(cfg: DiTConfig, student: DiT) -> DiT:
-    """The teacher: where the student begins, in the teacher's dtype and without a sparse projection."""
+    """The teacher: where the student begins, in the teacher's dtype and without a sparse
+    projection."""
     wanted, leaves = checkpoint.abstract("dit", cfg), checkpoint.names(student)
     return checkpoint.assemble(
         wanted, {name: leaves[name].astype(x.dtype) for name, x in checkpoint.names(wanted).items()}
@@ -104,13 +110,16 @@ def beginning(config: dict, method: runs.Method, latents: tuple[int, int, int]):
     return loop.made(method.create, student), teacher, batch
 
 
-# One method ---------------------------------------------------------------------------------------------------------------
+# One method
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def measured(name: str, config: dict, latents: tuple[int, int, int], count: int) -> Iterator[dict]:
-    """A row for each phase, as soon as there is one: compilation, XLA's count, seconds and numbers of `count` steps after a first one.
+    """A row for each phase, as soon as there is one: compilation, XLA's count, seconds and numbers
+    of `count` steps after a first one.
 
-    The peak is that of the process so far, so rCM's critic, which needs less than its student, goes first.
+    The peak is that of the process so far, so rCM's critic, which needs less than its student, goes
+    first.
     """
     method = runs.method(PRESETS[PRESET[name]].method, config)
     state, teacher, batch = jax.block_until_ready(beginning(config, method, latents))
@@ -144,7 +153,8 @@ def turns(method: runs.Method, phase: str, count: int) -> list[int]:
 
 
 def counted(program) -> dict[str, float]:
-    """XLA's count of a program's memory; whole: all that is held while it runs, the state given to it once."""
+    """XLA's count of a program's memory; whole: all that is held while it runs, the state given to
+    it once."""
     sizes = program.memory_analysis()
     parts = {
         part: getattr(sizes, f"{part}_size_in_bytes")
@@ -162,7 +172,8 @@ def since(start: float) -> float:
     return round(time.perf_counter() - start, 3)
 
 
-# Report -------------------------------------------------------------------------------------------------------------------
+# Report
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def show(row: dict) -> str:
@@ -183,7 +194,8 @@ def show(row: dict) -> str:
 
 
 def apart(name: str, args) -> list[dict]:
-    """The rows of one method, from a process of its own; it prints them. Those of an unfinished one are the phases that ran."""
+    """The rows of one method, from a process of its own; it prints them. Those of an unfinished one
+    are the phases that ran."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
         command = [

@@ -1,4 +1,5 @@
-"""The bench: every row it could print fits together, and its table and arguments say what they should."""
+"""The bench: every row it could print fits together, and its table and arguments say what they
+should."""
 
 import json
 

@@ -67,7 +67,8 @@ def test_ties_go_to_the_lowest_index():
     "tail, dtype", [(0, WIDE), (1, WIDE), (16, NARROW), (56, NARROW), (80, WIDE), (120, NARROW)]
 )
 def test_means(tail, dtype):
-    """The tail block is averaged over its own length, and the mean of the blocks' means is that of the tokens."""
+    """The tail block is averaged over its own length, and the mean of the blocks' means is that of
+    the tokens."""
     x = jnp.asarray(normal(tail, 2, 128 + tail, 2, 16) + 1, dtype)
     exact = np.asarray(x, np.float64)
     pooled = pool(x, 64, interpret=True)
@@ -123,7 +124,10 @@ def test_means_at_hand_give_the_same_output(op, impl):
     assert np.abs(run(q, k, v, *proj, means=(-means[0], means[1])) - expected).max() > 0.1
     with pytest.raises(
         ValueError,
-        match=r"means float32 \(1, 2, 5, 16\), float32 \(1, 2, 3, 16\); expected float32 \(1, 2, 3, 16\) and",
+        match=(
+            r"means float32 \(1, 2, 5, 16\), float32 \(1, 2, 3, 16\); expected float32 \(1, 2, 3,"
+            r" 16\) and"
+        ),
     ):
         run(q, k, v, *proj, means=means[::-1])
 

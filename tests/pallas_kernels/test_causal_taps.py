@@ -1,4 +1,5 @@
-"""Taps of causal convolutions: the reference against float64, the kernel against the reference, and what "auto" lowers to."""
+"""Taps of causal convolutions: the reference against float64, the kernel against the reference, and
+what "auto" lowers to."""
 
 import functools
 
@@ -15,7 +16,8 @@ taps = jax.jit(causal_taps, static_argnames="impl")
 
 
 def arrays(b, t, h, w, c, dtype=jnp.float32):
-    """x with pixels of very different lengths, one of them zero, y of two frames before it, and a gain."""
+    """x with pixels of very different lengths, one of them zero, y of two frames before it, and a
+    gain."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(b, t, h, w, c)) * 10.0 ** rng.uniform(-3, 3, (b, t, h, w, 1))
     x[0, 0, 0, 0] = 0
@@ -98,7 +100,8 @@ def test_auto_is_the_kernel_on_cuda_where_it_takes_the_shapes():
 
 
 def test_the_past_is_renewed_in_place():
-    """Of an argument that is donated, as from chunk to chunk of a clip: no copy of it in the program."""
+    """Of an argument that is donated, as from chunk to chunk of a clip: no copy of it in the
+    program."""
     frames = lambda t: jax.ShapeDtypeStruct((1, t, 60, 104, 96), jnp.bfloat16)
     run = jax.jit(functools.partial(causal_taps, impl="triton"), donate_argnums=1)
     text = described.lower(
@@ -108,7 +111,8 @@ def test_the_past_is_renewed_in_place():
 
 
 def test_the_past_is_read_before_it_is_renewed():
-    """By all threads of a program: a barrier stands between the loads of the past and the stores to the same memory."""
+    """By all threads of a program: a barrier stands between the loads of the past and the stores to
+    the same memory."""
     spec = lambda frames: jax.ShapeDtypeStruct((1, frames, 16, 32), jnp.bfloat16)
     kernel = functools.partial(
         triton.causal_taps, tile=tile("causal_taps", "taps"), interpret=False
@@ -141,7 +145,10 @@ def test_errors():
     x, past, gain = arrays(1, 4, 4, 4, 32)
     with pytest.raises(
         ValueError,
-        match=r"\(1, 4, 4, 4, 32\), past float32 \(1, 1, 4, 4, 32\); expected .* \[b 2 h w c\] of one dtype",
+        match=(
+            r"\(1, 4, 4, 4, 32\), past float32 \(1, 1, 4, 4, 32\); expected .* \[b 2 h w c\] of one"
+            r" dtype"
+        ),
     ):
         causal_taps(x, past[:, :1], gain)
     with pytest.raises(ValueError, match=r"past bfloat16"):

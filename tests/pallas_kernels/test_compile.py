@@ -1,6 +1,8 @@
-"""Every Triton kernel at every tile of `tiles.json`, compiled ahead of time for five families of GPUs, on a machine without one.
+"""Every Triton kernel at every tile of `tiles.json`, compiled ahead of time for five families of
+GPUs, on a machine without one.
 
-Runs where the CUDA compiler wheels are installed: with JAX_PLATFORMS=cpu, `pytest tests/pallas_kernels/test_compile.py`.
+Runs where the CUDA compiler wheels are installed: with JAX_PLATFORMS=cpu, `pytest
+tests/pallas_kernels/test_compile.py`.
 """
 
 import json
@@ -151,9 +153,10 @@ CASES = {  # case -> kernels that must be in it
     "taps": 1, "taps in float32": 1,
 }  # fmt: skip
 INT8 = ("sagesla", "sagesla 64x64", "sagesla 64x128", "sage dense", "block128", "channel")
-# Bytes that a kernel may spill, by kernel and family: the linear branch beside the loop's accumulators and, on sm80 and sm89 with
-# int8 scores, what one of the two loops needs while the other runs (8 and 48 with a single loop). On sm90 eight warps do not spill,
-# four are what a measurement found faster; on the others there is no better tile.
+# Bytes that a kernel may spill, by kernel and family: the linear branch beside the loop's
+# accumulators and, on sm80 and sm89 with int8 scores, what one of the two loops needs while the
+# other runs (8 and 48 with a single loop). On sm90 eight warps do not spill, four are what a
+# measurement found faster; on the others there is no better tile.
 SPILLS = {
     ("attend_kernel", "sm90"): 1224,
     ("attend_kernel", "sm80"): 64,
@@ -175,7 +178,8 @@ def test_compiles(monkeypatch, name, arch):
         found += cuda_aot.compile_for(arch, function, *args)
     for kernel in found:
         print(
-            f"{arch} {name}: {kernel.name} {kernel.registers} registers, {kernel.spills} spilled, {kernel.shared} shared"
+            f"{arch} {name}: {kernel.name} {kernel.registers} registers, {kernel.spills} spilled,"
+            f" {kernel.shared} shared"
         )
         assert kernel.spills <= (
             0 if name in WITHOUT_SPILLS else SPILLS.get((kernel.name, arch), 0)

@@ -1,4 +1,5 @@
-"""The cases in which one attention op must serve: kernels are host callbacks here, which JAX can neither look into nor differentiate."""
+"""The cases in which one attention op must serve: kernels are host callbacks here, which JAX can
+neither look into nor differentiate."""
 
 from functools import partial
 

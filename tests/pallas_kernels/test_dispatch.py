@@ -11,7 +11,10 @@ from pallas_kernels.dispatch import automatic, choose, on_cuda
 def test_unknown_name_lists_what_is_allowed():
     with pytest.raises(
         ValueError,
-        match=r"matmul: impl is 'refrence'; allowed: auto, reference, cudnn; did you mean 'reference'\?",
+        match=(
+            r"matmul: impl is 'refrence'; allowed: auto, reference, cudnn; did you mean"
+            r" 'reference'\?"
+        ),
     ):
         choose("matmul", "refrence", {"reference": abs, "cudnn": abs}, abs)
     with pytest.raises(ValueError, match=r"impl is 'zz'; allowed: auto, reference$"):
@@ -48,7 +51,8 @@ def test_auto_is_decided_at_lowering_and_its_derivative_by_the_default_device(mo
 
 
 def test_a_gpu_that_jax_does_not_name_is_known_by_its_capability(monkeypatch):
-    """jax 0.11.2 and newer; 0.10 asks for the capability of every device, and the versions between are excluded."""
+    """jax 0.11.2 and newer; 0.10 asks for the capability of every device, and the versions between
+    are excluded."""
     gpu_info = pytest.importorskip(
         "jax._src.pallas.triton.gpu_info", reason="jax 0.10 has no table of names"
     )

@@ -103,7 +103,8 @@ def test_errors():
 
 @pytest.mark.parametrize("f", [cudnn.attention, attention])
 def test_a_kernel_without_a_tangent_gets_one(monkeypatch, f):
-    """cuDNN's op has a gradient only. Here a stand-in of that kind; "auto" traces it on every host that has CUDA."""
+    """cuDNN's op has a gradient only. Here a stand-in of that kind; "auto" traces it on every host
+    that has CUDA."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
 
     @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -1,4 +1,5 @@
-"""The dense kernels under the interpreter, against float64; the cases in which one op must serve; and lowering."""
+"""The dense kernels under the interpreter, against float64; the cases in which one op must serve;
+and lowering."""
 
 from functools import partial
 
@@ -84,7 +85,8 @@ def check(b, l, s, h, k, dtype, scale=None, seed=0):
     close(actual, exact(args, tangents, g, scale), 1e-2 if dtype == jnp.bfloat16 else 2e-6)
 
 
-# Rows mod 128 and keys mod 64 are 0, 1, 16, 56, 80, 120; one block of keys, one key; as many keys as a prompt has tokens.
+# Rows mod 128 and keys mod 64 are 0, 1, 16, 56, 80, 120; one block of keys, one key; as many keys
+# as a prompt has tokens.
 @pytest.mark.parametrize("l, s", [(128, 512), (129, 65), (144, 16), (248, 184), (80, 1)])
 def test_bfloat16(l, s):
     check(1, l, s, 1, 32, jnp.bfloat16)
@@ -100,7 +102,8 @@ def test_head_width_128_heads_and_batch():
 
 
 def test_the_formulas_are_the_derivatives():
-    """The float64 tangent and gradients above equal automatic differentiation and a finite difference."""
+    """The float64 tangent and gradients above equal automatic differentiation and a finite
+    difference."""
     with jax.enable_x64(True):
         args, tangents = (
             tuple(map(f64, draw(seed, 1, 20, 30, 2, 32, jnp.float32))) for seed in (0, 1)
@@ -114,7 +117,8 @@ def test_the_formulas_are_the_derivatives():
 
 
 def test_large_tangents_and_what_keys_share():
-    """A common part of the keys moves no output; in bfloat16 it must not drown the rest of the tangent."""
+    """A common part of the keys moves no output; in bfloat16 it must not drown the rest of the
+    tangent."""
     args, tangents = (
         draw(0, 1, 70, 150, 1, 64, jnp.bfloat16, shift=8.0),
         draw(1, 1, 70, 150, 1, 64, jnp.bfloat16, shift=8.0),

@@ -57,7 +57,8 @@ def layer_norm(x, factor, shift, eps=1e-6):
 
 
 def quantised(q, h, scheme):
-    """The formula of the scheme on h [b l d] of float32, but for one step where h lies on an edge."""
+    """The formula of the scheme on h [b l d] of float32, but for one step where h lies on an
+    edge."""
     expected = quantize_rows(
         jnp.asarray(h.reshape(-1, h.shape[-1]), jnp.float32),
         {"channel": jnp.int8, "fp8": jnp.float8_e4m3fn}[scheme],
@@ -139,7 +140,8 @@ def test_fusing_the_sum_changes_nothing(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_variance_is_the_true_one(impl):
-    """A mean of 50 deviations, and a width that is no power of two: padding must not count, nor cancellation show."""
+    """A mean of 50 deviations, and a width that is no power of two: padding must not count, nor
+    cancellation show."""
     x = jnp.asarray(normal(0, 1, 3, 1536) + 50, jnp.float32)
     out = norm(x, np.ones(1536, np.float32), np.zeros(1536, np.float32), eps=1e-6, impl=impl)
     expected = layer_norm(x, 1, 0)
@@ -208,14 +210,19 @@ def test_errors():
         fused_rows.norm(x, jnp.zeros((3, 1, 16)), shift, eps=1e-6)
     with pytest.raises(
         ValueError,
-        match=r"x bfloat16 \(2, 3, 16\), y float32 \(2, 3, 16\); expected y of the shape and dtype of x",
+        match=(
+            r"x bfloat16 \(2, 3, 16\), y float32 \(2, 3, 16\); expected y of the shape and dtype"
+            r" of x"
+        ),
     ):
         fused_rows.norm(x, factor, shift, y=y.astype(jnp.float32), eps=1e-6)
     with pytest.raises(ValueError, match=r"no y; expected .* a gate only with y"):
         fused_rows.norm(x, factor, shift, gate=gate, eps=1e-6)
     with pytest.raises(
         ValueError,
-        match=r"scheme is 'block128'; a row has one scale in channel, fp8; block128 quantises tiles",
+        match=(
+            r"scheme is 'block128'; a row has one scale in channel, fp8; block128 quantises tiles"
+        ),
     ):
         fused_rows.gelu(x, scheme="block128")
     with pytest.raises(

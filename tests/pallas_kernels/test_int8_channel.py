@@ -1,4 +1,5 @@
-"""The channel and fp8 schemes: scales by row and column, one rounding; and the interface that all schemes share."""
+"""The channel and fp8 schemes: scales by row and column, one rounding; and the interface that all
+schemes share."""
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +160,8 @@ def test_sums_are_exact_and_rounded_once():
     ("scheme", "bound"), [("block128", 0.015), ("channel", 0.015), ("fp8", 0.04)]
 )
 def test_error_against_the_float_product(scheme, bound):
-    """int8: 1.5 % on Gaussian data. e4m3 keeps 4 bits: relative rounding errors of 2.6 % rms in both operands, 3.7 % together."""
+    """int8: 1.5 % on Gaussian data. e4m3 keeps 4 bits: relative rounding errors of 2.6 % rms in
+    both operands, 3.7 % together."""
     x, w = normal(0, 96, 1536), normal(1, 64, 1536)
     y = linear(quantizer(x, scheme), quantize_weight(w, scheme), scheme=scheme, out_dtype=BF16)
     error = np.linalg.norm(float64(y) - float64(x) @ float64(w).T) / np.linalg.norm(
@@ -169,7 +171,8 @@ def test_error_against_the_float_product(scheme, bound):
 
 
 def test_fp8_dot_agrees_with_its_float32_form():
-    """The two round a sum to bfloat16 before the scales, XLA's dot perhaps from another order of additions."""
+    """The two round a sum to bfloat16 before the scales, XLA's dot perhaps from another order of
+    additions."""
     x, w = pair(33, 300, 20, "fp8")
     a, b = (
         linear(x, w, normal(2, 20), scheme="fp8", out_dtype=BF16, impl=impl)
@@ -239,7 +242,10 @@ def test_errors():
         run(x, w, scheme="chanel")
     with pytest.raises(
         ValueError,
-        match=r"impl is 'tritn'; allowed: auto, reference, xla, triton, interpret; did you mean 'triton'\?",
+        match=(
+            r"impl is 'tritn'; allowed: auto, reference, xla, triton, interpret; did you mean"
+            r" 'triton'\?"
+        ),
     ):
         run(x, w, impl="tritn")
     with pytest.raises(ValueError, match=r"weight int8, scale \(6,\); expected int8 and \(1, 1\)"):

@@ -95,7 +95,8 @@ def test_cuda_kernels_of_the_publishers(golden):
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (128, 256), (184, 130), (248, 129)])
 def test_product_equals_the_reference(m, n):
-    """The same operations in the same order; a bias is rounded to the dtype of x, and added with a second rounding."""
+    """The same operations in the same order; a bias is rounded to the dtype of x, and added with a
+    second rounding."""
     x, w, bias = (
         jnp.asarray(normal(0, m, 256), jnp.bfloat16),
         reference_quantize(normal(1, n, 256)),

@@ -42,7 +42,8 @@ def test_any_number_of_chunks(monkeypatch, programs, l):
 
 
 def test_bfloat16():
-    """Features are rounded as in the reference, up to the last bit of the few whose exponential rounds otherwise."""
+    """Features are rounded as in the reference, up to the last bit of the few whose exponential
+    rounds otherwise."""
     k, v = (jnp.asarray(normal(seed, 1, 300, 2, 32) * 2, jnp.bfloat16) for seed in range(2))
     for ours, theirs in zip(summaries(k, v), expected(k, v), strict=True):
         assert_close(ours, theirs, "bf16")

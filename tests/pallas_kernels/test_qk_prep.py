@@ -48,7 +48,8 @@ def test_norm_over_all_heads_and_rotation(impl, h):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_rounding(impl):
-    """bfloat16 results are the float64 ones rounded once: at most half a unit in the last place away."""
+    """bfloat16 results are the float64 ones rounded once: at most half a unit in the last place
+    away."""
     args = arguments(dtype=jnp.bfloat16)
     y = rms_norm_rope(*args, eps=1e-6, impl=impl)
     assert y.dtype == jnp.bfloat16
@@ -122,7 +123,8 @@ def test_derivatives_of_the_kernel_are_those_of_the_reference():
 @pytest.mark.parametrize("name", workloads.SHAPES)
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_workloads_at_real_size(name, impl):
-    """They trace, the reference lowers for CUDA, and no array is larger than the float32 form of the argument."""
+    """They trace, the reference lowers for CUDA, and no array is larger than the float32 form of
+    the argument."""
     ops = {
         "rows": partial(op.rms_norm_rope_pool, eps=1e-6, block=64, impl=impl),
         "keys": partial(op.quantize_keys, block=64, impl=impl),
@@ -152,12 +154,17 @@ def test_errors():
     k = jnp.zeros((1, 8, 2, 16))
     with pytest.raises(
         ValueError,
-        match=r"quantize_keys: .*mean float32 \(1, 16\); expected \[b l h k\] and float32 \[b h k\]",
+        match=(
+            r"quantize_keys: .*mean float32 \(1, 16\); expected \[b l h k\] and float32 \[b h k\]"
+        ),
     ):
         op.quantize_keys(k, jnp.zeros((1, 16)), block=64)
     with pytest.raises(
         ValueError,
-        match="quantize_keys: block is 24; the kernel takes powers of two; nearest: 16 and 32; impl='reference'",
+        match=(
+            "quantize_keys: block is 24; the kernel takes powers of two; nearest: 16 and 32;"
+            " impl='reference'"
+        ),
     ):
         op.quantize_keys(k, jnp.zeros((1, 2, 16)), block=24, impl="interpret")
     with pytest.raises(

@@ -31,7 +31,8 @@ def qkv(b=1, l=500, h=2, k=64, dtype=jnp.float32):
 
 
 def agrees(actual, expected):
-    """The published accuracy of int8 scores: cosine, and the sum of errors over the sum of values."""
+    """The published accuracy of int8 scores: cosine, and the sum of errors over the sum of
+    values."""
     a, e = (np.asarray(x, np.float64).ravel() for x in (actual, expected))
     assert a @ e / np.sqrt(a @ a * (e @ e)) >= 0.9998
     assert np.abs(a - e).sum() / np.abs(e).sum() <= 0.021
@@ -86,7 +87,8 @@ def test_with_linear_branch_in_bfloat16():
 
 
 def test_cuda_kernel_of_the_publishers(golden):
-    """Theirs has e4m3 values and bfloat16 pooled scores, so query blocks are compared one by one, loosely."""
+    """Theirs has e4m3 values and bfloat16 pooled scores, so query blocks are compared one by one,
+    loosely."""
     g = golden("sla_cuda")
     q, k, v = (jnp.asarray(g[name], jnp.bfloat16) for name in "qkv")
     proj = jnp.asarray(g["proj_w"].T), jnp.asarray(g["proj_b"])

@@ -52,7 +52,8 @@ def test_dense_needs_no_list():
 
 @pytest.mark.parametrize("l", [1, 65])
 def test_keys_without_variation_do_not_leak_past_the_end(l):
-    """Their scale is the least there is; scores that are not there must still count as minus infinity."""
+    """Their scale is the least there is; scores that are not there must still count as minus
+    infinity."""
     q, k, v = qkv(l=l)
     o = jax.jit(lambda: op.sage_attention(q, jnp.ones_like(k), v, impl="interpret"))()
     assert_close(o, jnp.broadcast_to(v.mean(1, keepdims=True), v.shape), "float32")
@@ -76,7 +77,8 @@ def test_bounded_and_running_maximum_give_the_same(l):
 
 
 def test_bounds_hold():
-    """No score is larger than the bound of its block of queries, and a block of equal tokens comes close to it."""
+    """No score is larger than the bound of its block of queries, and a block of equal tokens comes
+    close to it."""
     q, k = jnp.asarray(normal(0, 1, 100, 2, 32)), jnp.asarray(normal(1, 1, 130, 2, 32))
     q = q.at[:, 64:].set(q[:, 64:65])
     k = jnp.concatenate([k, -2 * q[:, 64:65].repeat(40, 1)], 1)
@@ -111,7 +113,8 @@ def test_published_accuracy_in_bfloat16():
 
 
 def test_cuda_kernel_of_the_publishers(golden):
-    """Theirs has e4m3 values and bfloat16 pooled scores, so query blocks are compared one by one, loosely."""
+    """Theirs has e4m3 values and bfloat16 pooled scores, so query blocks are compared one by one,
+    loosely."""
     g = golden("sla_cuda")
     q, k, v = (jnp.asarray(g[name], jnp.bfloat16) for name in "qkv")
     weights = jnp.asarray(g["proj_w"].T), jnp.asarray(g["proj_b"])

@@ -38,7 +38,8 @@ def projection(g):
 
 
 def masked(q, k, v, blocks, block_q, block_k):
-    """The same function with the map as a mask on dense scores; plain, so that JAX differentiates it."""
+    """The same function with the map as a mask on dense scores; plain, so that JAX differentiates
+    it."""
     l = q.shape[1]
     keep = dense_map(blocks, -(-l // block_k)).astype(bool)
     keep = jnp.repeat(jnp.repeat(keep, block_q, 2), block_k, 3)[:, :, :l, :l]
@@ -90,7 +91,8 @@ def test_golden_bfloat16(golden):
 
 
 def test_cuda_kernel_of_the_publishers(golden):
-    """Theirs rounds the pooled scores to bfloat16, so near ties choose other blocks: query blocks are compared one by one."""
+    """Theirs rounds the pooled scores to bfloat16, so near ties choose other blocks: query blocks
+    are compared one by one."""
     g = golden("sla_cuda")
     q, k, v = (jnp.asarray(g[name], jnp.bfloat16) for name in "qkv")
     o = sparse_linear_attention(

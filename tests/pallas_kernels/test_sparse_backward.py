@@ -1,4 +1,5 @@
-"""The gradient kernels of sparse-linear attention, interpreted, against automatic differentiation of the formula in float64."""
+"""The gradient kernels of sparse-linear attention, interpreted, against automatic differentiation
+of the formula in float64."""
 
 from functools import partial
 
@@ -40,7 +41,8 @@ def arguments(l, block_q, block_k, chosen, *, b=2, h=2, k=16, dtype=jnp.float32)
 
 
 def products(q):
-    """The sums' dtype, float64 or float32, and einsum in it: what is multiplied has the dtype of q."""
+    """The sums' dtype, float64 or float32, and einsum in it: what is multiplied has the dtype of
+    q."""
     wide = jnp.float64 if q.dtype == jnp.float64 else jnp.float32
     return wide, partial(jnp.einsum, preferred_element_type=wide, precision="highest")
 
@@ -222,14 +224,18 @@ def test_pairs_that_do_not_fit():
     blocks = jax.ShapeDtypeStruct((40, 40, 1182, 118), jnp.int32)
     with pytest.raises(
         ValueError,
-        match="1600 heads x 1182 key blocks x 1182 query blocks in 31 bits; allowed here: at most 1537 heads",
+        match=(
+            "1600 heads x 1182 key blocks x 1182 query blocks in 31 bits; allowed here: at most"
+            " 1537 heads"
+        ),
     ):
         jax.eval_shape(lambda blocks: transpose(blocks, 1182), blocks)
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_inside_a_scan(checkpoint):
-    """Two layers of the op with its forward and tangent from the reference, its gradient from the kernels."""
+    """Two layers of the op with its forward and tangent from the reference, its gradient from the
+    kernels."""
     args, do = arguments(150, 128, 64, 2, b=1)
 
     def forward(*args):

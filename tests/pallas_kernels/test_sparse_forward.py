@@ -138,7 +138,8 @@ def test_golden(golden):
 
 
 def test_cuda_kernel_of_the_publishers(golden):
-    """Theirs rounds the pooled scores to bfloat16, so near ties choose other blocks: query blocks are compared one by one."""
+    """Theirs rounds the pooled scores to bfloat16, so near ties choose other blocks: query blocks
+    are compared one by one."""
     g = golden("sla_cuda")
     q, k, v = (jnp.asarray(g[name], jnp.bfloat16) for name in "qkv")
     run = lambda *a: op.sparse_linear_attention(*a, topk=0.2, impl="interpret")

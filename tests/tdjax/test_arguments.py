@@ -1,4 +1,5 @@
-"""The command line: official spellings, contradictions, prompt files, and answers before jax is imported."""
+"""The command line: official spellings, contradictions, prompt files, and answers before jax is
+imported."""
 
 import json
 import subprocess
@@ -154,7 +155,10 @@ def test_prompt_files(tmp_path):
 
 @pytest.mark.parametrize("argv", [["--help"], ["--num_frames", "80"]])
 def test_answers_come_before_jax_is_imported(argv):
-    code = f"import sys; from tdjax import generate\ntry: generate.main({argv!r})\nexcept SystemExit: pass\nassert 'jax' not in sys.modules"
+    code = (
+        f"import sys; from tdjax import generate\ntry: generate.main({argv!r})\nexcept SystemExit:"
+        " pass\nassert 'jax' not in sys.modules"
+    )
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

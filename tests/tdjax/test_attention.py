@@ -130,7 +130,8 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
 
 
 def test_angles_at_the_far_end_are_exact():
-    """Positions up to 128 an axis: host float64, so cos and sin are right to the last bit of float32."""
+    """Positions up to 128 an axis: host float64, so cos and sin are right to the last bit of
+    float32."""
     cos, _ = rope((21, 45, 80), 128)
     t, h, w = angles((21, 45, 80), 128)
     assert_close(cos[-1], np.cos(np.concatenate([t[-1], h[-1], w[-1]])), "float32")

@@ -55,7 +55,10 @@ def test_rows_of_the_demo_model(tmp_path, capsys):
     )
     text = capsys.readouterr().out
     assert all(row["what"] in text for row in rows)
-    line = f"original 50 steps {50 * original['ms'] / 1e3:.1f} s; sla, float: 2 steps {2 * plain['ms'] / 1e3:.2f} s, {plain['ratio']:.0f}x"
+    line = (
+        f"original 50 steps {50 * original['ms'] / 1e3:.1f} s; sla, float: 2 steps"
+        f" {2 * plain['ms'] / 1e3:.2f} s, {plain['ratio']:.0f}x"
+    )
     assert line in text.splitlines()
 
 

@@ -239,7 +239,8 @@ def test_leaves_are_read_one_after_another(tmp_path, modules, monkeypatch):
         same(checkpoint.restore(tmp_path / folder)[1], modules["text"])
 
 
-# Messages -----------------------------------------------------------------------------------------------------------
+# Messages
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_folders_that_are_not_ours(tmp_path, folder):
@@ -344,7 +345,8 @@ def test_truncated_or_missing_files(copy, capfd):
     assert (out, err) == ("", "")
 
 
-# Atomic writing -----------------------------------------------------------------------------------------------------
+# Atomic writing
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_overwritten_by_itself(tmp_path, modules):

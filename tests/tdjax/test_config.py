@@ -1,4 +1,5 @@
-"""Configs: what they refuse and what they say, JSON and back, and the presets against the key lists of the released files."""
+"""Configs: what they refuse and what they say, JSON and back, and the presets against the key lists
+of the released files."""
 
 import dataclasses
 import json
@@ -167,7 +168,8 @@ def test_policy_dtypes():
     )
 
 
-# Presets against the released files ---------------------------------------------------------------------------------------
+# Presets against the released files
+# ---------------------------------------------------------------------------------------
 
 FILES = {
     **{

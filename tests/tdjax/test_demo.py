@@ -1,4 +1,5 @@
-"""The embedded model: it is whole and small, it is what the recipe says, it obeys its prompts in every variant of the command."""
+"""The embedded model: it is whole and small, it is what the recipe says, it obeys its prompts in
+every variant of the command."""
 
 import dataclasses
 import json
@@ -33,7 +34,7 @@ def obeyed(pipe, prompts=PROMPTS, seed: int = 0) -> dict[str, bool]:
     return dict(zip(prompts, np.asarray(found["all"]).tolist(), strict=True))
 
 
-# -- what it does ----------------------------------------------------------------------------------------------------------
+# -- what it does ----------------------------------------------------------------------------------
 
 
 def test_the_prompts_ask_for_everything():
@@ -71,7 +72,7 @@ def test_another_seed_is_another_clip_of_the_same_prompt():
     assert np.abs(a - b).max() > 50  # an object at another place
 
 
-# -- the command -----------------------------------------------------------------------------------------------------------
+# -- the command -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -152,7 +153,7 @@ def test_an_installation_without_it_says_so(tmp_path, monkeypatch, capsys):
     )
 
 
-# -- the files -------------------------------------------------------------------------------------------------------------
+# -- the files -------------------------------------------------------------------------------------
 
 
 def test_it_is_small_and_whole():

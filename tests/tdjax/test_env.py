@@ -1,4 +1,5 @@
-"""The report of `python -m tdjax.env`: its facts, its reasons, its two forms, and a backend that does not start."""
+"""The report of `python -m tdjax.env`: its facts, its reasons, its two forms, and a backend that
+does not start."""
 
 import json
 import re
@@ -84,6 +85,9 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def test_help_does_not_import_jax():
-    code = "import sys; from tdjax import env\ntry: env.main(['--help'])\nexcept SystemExit as e: print(e.code, 'jax' in sys.modules)"
+    code = (
+        "import sys; from tdjax import env\ntry: env.main(['--help'])\nexcept SystemExit as e:"
+        " print(e.code, 'jax' in sys.modules)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.stdout.strip().endswith("0 False"), run.stderr

@@ -1,4 +1,5 @@
-"""The algebra of time against float64 numpy written from the definitions, and the schedules against the golden grids."""
+"""The algebra of time against float64 numpy written from the definitions, and the schedules against
+the golden grids."""
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,8 @@ def test_predictions_agree_with_their_definitions():
 
 
 def test_derivatives_along_the_clock():
-    """du/ds = u (1-u) for s = log sigma, and d(sin)/du = cos/b^2: the coefficients may be differentiated."""
+    """du/ds = u (1-u) for s = log sigma, and d(sin)/du = cos/b^2: the coefficients may be
+    differentiated."""
     s = jnp.asarray([-2.0, 0.5, 6.0], jnp.float32)
     c, tangent = jax.jvp(flow.from_log_sigma, (s,), (jnp.ones_like(s),))
     assert_close(tangent.u, c.u * c.a, "float32")
@@ -135,7 +137,8 @@ def test_expert_split_matches_the_official_script(golden):
     ],
 )
 def test_expert_split_at_its_edges(times, boundary, expected):
-    """A time equal to the boundary still belongs to the high-noise expert; the final 0 is no step."""
+    """A time equal to the boundary still belongs to the high-noise expert; the final 0 is no
+    step."""
     assert flow.split_times(np.array(times, np.float32), boundary) == expected
 
 

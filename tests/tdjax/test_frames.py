@@ -1,4 +1,5 @@
-"""The VAE a chunk at a time: the bits of the whole decode and encode, and memory that does not grow with the clip."""
+"""The VAE a chunk at a time: the bits of the whole decode and encode, and memory that does not grow
+with the clip."""
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,8 @@ def test_streamed_encode_is_the_whole_encode(coder):
 
 
 def test_programs_do_not_depend_on_the_length(coder):
-    """One pair of programs, so one peak of memory, for 81 frames and for 161; the cache is donated, not copied."""
+    """One pair of programs, so one peak of memory, for 81 frames and for 161; the cache is donated,
+    not copied."""
     pairs = [coder.decoder(latents(frames).shape, "uint8") for frames in (81, 161)]
     assert pairs[0] == pairs[1]
     encoders = [

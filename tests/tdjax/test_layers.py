@@ -32,7 +32,8 @@ def test_rms_norm(golden, d):
 
 @pytest.mark.parametrize("d", WIDTHS)
 def test_layer_norm_is_a_true_one(golden, d):
-    """The published kernel counts its padding columns as zeros in the variance; adding that term to ours gives its numbers."""
+    """The published kernel counts its padding columns as zeros in the variance; adding that term to
+    ours gives its numbers."""
     g = golden("fastnorm")
     x = jnp.asarray(g[f"in/n{d}/x"])
     assert_close(layer_norm(x, 1e-6), g[f"ref/n{d}/true_layernorm_noaffine"], "fastnorm")

@@ -35,7 +35,8 @@ def test_linear_without_bias():
 
 
 def stacked(kind, i, o, n=2):
-    """n layers of a kind, leaves [n ...], whose weights are those of random float layers; and the float kernels."""
+    """n layers of a kind, leaves [n ...], whose weights are those of random float layers; and the
+    float kernels."""
     kernel = jnp.asarray(normal(1, n, i, o)) / i**0.5
     layer = jax.vmap(lambda key: LINEAR[kind](i, o, FLOAT32, rngs=nnx.Rngs(key), impl="reference"))(
         jax.random.split(jax.random.key(0), n)
@@ -67,7 +68,8 @@ def test_the_table_has_every_kind_of_the_config():
     "kind, bound", [("float", 1e-6), ("int8", 0.015), ("int8_channel", 0.015), ("fp8", 0.04)]
 )
 def test_distance_from_the_float_product(kind, bound):
-    """Gaussian x and weights. int8: 0.9 % from either operand; fp8 has 3 bits of mantissa, 2.6 % from either."""
+    """Gaussian x and weights. int8: 0.9 % from either operand; fp8 has 3 bits of mantissa, 2.6 %
+    from either."""
     layer, kernel = stacked(kind, 512, 200)
     x = normal(3, 2, 70, 512)
     y = jax.jit(lambda layer, x: layer(x))(first(layer), x)
@@ -103,7 +105,8 @@ def test_published_int8_layer(golden):
 @pytest.mark.parametrize("impl", ["reference", "interpret"])
 @pytest.mark.parametrize("kind", LINEAR)
 def test_what_a_layer_reads(kind, impl):
-    """Norm and GELU ready for the layer give what it would make of their float results itself, but for a rounding of 8 bits."""
+    """Norm and GELU ready for the layer give what it would make of their float results itself, but
+    for a rounding of 8 bits."""
     layer = first(stacked(kind, 256, 128)[0])
     layer.impl = impl
     x, y, gate = (
@@ -129,7 +132,8 @@ def test_what_a_layer_reads(kind, impl):
 @pytest.mark.parametrize("old", LINEAR)
 @pytest.mark.parametrize("new", LINEAR)
 def test_every_kind_becomes_every_other(old, new):
-    """A conversion moves a weight by no more than the rounding of the new kind: half a step, in tiles a whole one at the top."""
+    """A conversion moves a weight by no more than the rounding of the new kind: half a step, in
+    tiles a whole one at the top."""
     layer, _ = stacked(old, 256, 200)
     leaves = tuple(getattr(layer, name)[...] for name in LINEAR[old].leaves)
     made = converted(leaves, old=old, new=new, dtype=jnp.dtype("float32"))

@@ -1,4 +1,5 @@
-"""Names to files: presets and hub ids in a hub cache without network, local files and folders, overrides, and every error."""
+"""Names to files: presets and hub ids in a hub cache without network, local files and folders,
+overrides, and every error."""
 
 import json
 import os
@@ -70,7 +71,8 @@ def message(error) -> str:
     return str(error.value)
 
 
-# Names of published files -------------------------------------------------------------------------------------------------
+# Names of published files
+# -------------------------------------------------------------------------------------------------
 
 
 def test_names_of_presets():
@@ -126,7 +128,8 @@ def test_transformers_among_other_files():
     assert filenames.transformers([VAE], "x") == ("published", ())
 
 
-# Presets and hub ids from a cache -----------------------------------------------------------------------------------------
+# Presets and hub ids from a cache
+# -----------------------------------------------------------------------------------------
 
 
 def test_a_preset_comes_from_two_repositories(cache):
@@ -219,7 +222,9 @@ def test_another_repository_borrows_what_it_lacks(cache):
     base = put_repo(cache, BASE, VAE, TEXT, TOKENIZER)
     with pytest.raises(
         CheckpointError,
-        match="(?s)several transformers.*a.safetensors; b.safetensors.*someone/wan-rcm/a.safetensors",
+        match=(
+            "(?s)several transformers.*a.safetensors; b.safetensors.*someone/wan-rcm/a.safetensors"
+        ),
     ):
         locate("someone/wan-rcm")
     got = locate("someone/wan-rcm/b.safetensors")
@@ -263,11 +268,12 @@ def test_offline_lists_all_that_is_missing(cache):
 
 
 def test_the_environment_is_honoured(tmp_path):
-    """HF_HOME and HF_HUB_OFFLINE in a fresh process, which also shows that locating imports neither jax nor the hub."""
+    """HF_HOME and HF_HUB_OFFLINE in a fresh process, which also shows that locating imports neither
+    jax nor the hub."""
     dit = put_repo(tmp_path / "hub", f"TurboDiffusion/{TURBO}", f"{TURBO}.pth")
     code = (
-        "import sys; from tdjax.locate import locate; assert 'jax' not in sys.modules and 'huggingface_hub' not in sys.modules\n"
-        f"print(locate({TURBO!r}, parts=('dit',)).dit[0])"
+        "import sys; from tdjax.locate import locate; assert 'jax' not in sys.modules and"
+        f" 'huggingface_hub' not in sys.modules\nprint(locate({TURBO!r}, parts=('dit',)).dit[0])"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {
         "HF_HOME": str(tmp_path),
@@ -279,7 +285,8 @@ def test_the_environment_is_honoured(tmp_path):
     assert run.stdout.strip() == str(dit / f"{TURBO}.pth"), run.stderr
 
 
-# The hub, with its functions replaced -------------------------------------------------------------------------------------
+# The hub, with its functions replaced
+# -------------------------------------------------------------------------------------
 
 
 class FakeApi:
@@ -321,7 +328,9 @@ def test_a_file_that_the_repository_lacks(online, monkeypatch):
     monkeypatch.setattr(FakeApi, "sizes", {f"{TURBO}-quant.pth": 1})
     with pytest.raises(
         CheckpointError,
-        match=f"(?s){TURBO}.pth is not available.*no such file.*close names there: {TURBO}-quant.pth",
+        match=(
+            f"(?s){TURBO}.pth is not available.*no such file.*close names there: {TURBO}-quant.pth"
+        ),
     ):
         locate(TURBO, parts=("dit",))
 
@@ -373,7 +382,8 @@ def test_sizes_for_people():
     assert hub.gigabytes(2_800_000_000) == "2.80 GB" and hub.gigabytes(17_000_000) == "17.0 MB"
 
 
-# Local files and folders --------------------------------------------------------------------------------------------------
+# Local files and folders
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_official_folder(checkpoints, monkeypatch):
@@ -503,7 +513,10 @@ def test_local_weights_take_the_tokenizer_from_the_cache(tmp_path, cache):
         (
             "turbowan2.1-t2v-1.3b",
             UsageError,
-            "(?s)unknown model.*did you mean turbowan2.1-t2v-1.3b-480p.*known names: .*wan2.2-i2v-a14b",
+            (
+                "(?s)unknown model.*did you mean turbowan2.1-t2v-1.3b-480p.*known names:"
+                " .*wan2.2-i2v-a14b"
+            ),
         ),
         (
             "checkpoints/TurboWan2.1-T2V-1.3B-480.pth",
@@ -529,7 +542,8 @@ def test_names_that_lead_nowhere(checkpoints, monkeypatch, model, error, expecte
         locate(model)
 
 
-# Overrides ----------------------------------------------------------------------------------------------------------------
+# Overrides
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def test_overrides_replace_parts_and_save_their_download(tmp_path, cache):
@@ -606,7 +620,8 @@ def test_the_same_weights_twice(tmp_path, cache):
     )
 
 
-# The cache folder ---------------------------------------------------------------------------------------------------------
+# The cache folder
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The whole path on tiny models: bits, seeds, experts, images, memory, and every message of a failing run."""
+"""The whole path on tiny models: bits, seeds, experts, images, memory, and every message of a
+failing run."""
 
 import dataclasses
 import io
@@ -39,7 +40,8 @@ def pipe(model):
 
 
 def dit_folder(path, cfg: DiTConfig, seed: int = 0, **change):
-    """A transformer of random weights in our layout; change={leaf: value} fills a leaf (dots as double underscores)."""
+    """A transformer of random weights in our layout; change={leaf: value} fills a leaf (dots as
+    double underscores)."""
     leaves = random_model.random_leaves("dit", cfg, seed)
     for name, value in change.items():
         leaves[name.replace("__", ".")][...] = value
@@ -48,7 +50,8 @@ def dit_folder(path, cfg: DiTConfig, seed: int = 0, **change):
 
 @pytest.fixture(scope="session")
 def i2v_model(model, tmp_path_factory):
-    """Two image-to-video experts over the same VAE and text encoder: 8 latent channels + 4 mask + 8 image latents."""
+    """Two image-to-video experts over the same VAE and text encoder: 8 latent channels + 4 mask + 8
+    image latents."""
     folder = tmp_path_factory.mktemp("i2v") / "model"
     shutil.copytree(model, folder)
     shutil.rmtree(folder / "dit")
@@ -60,7 +63,8 @@ def i2v_model(model, tmp_path_factory):
 
 
 def photograph(height=48, width=80) -> np.ndarray:
-    """Something like a photograph: a bright sky over dark ground, a sun, some grain. uint8 [H W 3]"""
+    """Something like a photograph: a bright sky over dark ground, a sun, some grain. uint8 [H W
+    3]"""
     y, x = np.mgrid[:height, :width] / np.array([height, width]).reshape(2, 1, 1)
     sky = np.stack([0.4 + 0.4 * y, 0.6 + 0.2 * y, 0.95 - 0.1 * y], -1)
     ground = np.stack([0.25 + 0.1 * x, 0.3 + 0.05 * x, 0.15 + 0 * x], -1)
@@ -70,7 +74,7 @@ def photograph(height=48, width=80) -> np.ndarray:
     return np.clip((image + sun * [0.6, 0.5, 0.1] + grain) * 255, 0, 255).astype(np.uint8)
 
 
-# -- what comes out --------------------------------------------------------------------------------------------------------
+# -- what comes out --------------------------------------------------------------------------------
 
 
 def test_the_smallest_command(model, tmp_path, monkeypatch, capsys):
@@ -213,7 +217,7 @@ def test_formats(pipe, tmp_path):
         pipe("a", output_type="latent", **SMALL).pixels()
 
 
-# -- image to video, experts -----------------------------------------------------------------------------------------------
+# -- image to video, experts -----------------------------------------------------------------------
 
 
 def test_image_to_video_with_two_experts(i2v_model):
@@ -259,7 +263,7 @@ def test_adaptive_size_follows_the_image(i2v_model):
     assert (size.width, size.height) == (96, 48)
 
 
-# -- devices and memory ----------------------------------------------------------------------------------------------------
+# -- devices and memory ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mesh", ["tp=2", "sp=2", "fsdp=2"])
@@ -382,7 +386,7 @@ def test_quantised_at_load_and_back(model, pipe, tmp_path, capsys):
     assert 1e-5 < far(channel) < 0.05
 
 
-# -- files of many prompts -------------------------------------------------------------------------------------------------
+# -- files of many prompts -------------------------------------------------------------------------
 
 
 def test_prompt_file_resumes(model, tmp_path, monkeypatch, capsys):
@@ -417,7 +421,10 @@ def test_samples_are_files_and_grid_is_one(model, tmp_path, capsys):
 
 
 def test_serving_keeps_weights_and_survives_a_bad_line(model, tmp_path, monkeypatch, capsys):
-    lines = "a red circle\n:set num_steps 9\n:set seed abc\n:sett x\n:set num_steps 2\na blue square\n:quit\nnever\n"
+    lines = (
+        "a red circle\n:set num_steps 9\n:set seed abc\n:sett x\n:set num_steps 2\na blue"
+        " square\n:quit\nnever\n"
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     monkeypatch.chdir(tmp_path)
     assert generate.main(["--model", str(model), "--serve", *FLAGS]) == 0
@@ -461,7 +468,7 @@ def test_what_stands_in_the_way_is_found_before_work(model, tmp_path, monkeypatc
     )
 
 
-# -- what goes wrong -------------------------------------------------------------------------------------------------------
+# -- what goes wrong -------------------------------------------------------------------------------
 
 
 def failing(model, tmp_path, capsys, code, *argv):

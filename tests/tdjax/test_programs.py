@@ -1,4 +1,5 @@
-"""Programs and weights made by threads: asked for early, waited for in their own stage, wrong there and nowhere else."""
+"""Programs and weights made by threads: asked for early, waited for in their own stage, wrong there
+and nowhere else."""
 
 import dataclasses
 import shutil
@@ -123,7 +124,8 @@ def test_damaged_weights_are_told_when_they_are_needed(model, tmp_path, capsys):
 
 
 def test_stages_are_told_in_order(model):
-    """Whatever the threads are at, a run tells its stages in one order; without room for all, programs come before weights."""
+    """Whatever the threads are at, a run tells its stages in one order; without room for all,
+    programs come before weights."""
     pipe = tdjax.load(model, prompt_cache=False)
     names = list(pipe("a red circle", **SMALL).timings)
     assert names == ["prepare", "load text", "compile text", "text", "compile start noise", "load dit", "compile denoise",
@@ -156,7 +158,8 @@ def unfinished(pipe) -> set[str]:
 
 
 def test_a_transformer_begins_alone(model, monkeypatch):
-    """cuDNN cannot prepare its attention while other threads use the GPU: they have finished when the first step begins."""
+    """cuDNN cannot prepare its attention while other threads use the GPU: they have finished when
+    the first step begins."""
     pipe = tdjax.load(model, prompt_cache=False)
     seen, denoise, compile_, read = [], pipe.denoise_program, Programs.compile, Part.read
     slow = lambda run: lambda *args: time.sleep(0.3) or run(*args)
@@ -184,7 +187,7 @@ def test_little_memory_begins_nothing(model, monkeypatch):
     assert asked(pipe) == set()
 
 
-# -- the second expert -----------------------------------------------------------------------------------------------------
+# -- the second expert -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +218,8 @@ def test_weights_held_by_the_host_are_the_weights(experts):
 
 
 def test_the_second_expert_waits_in_the_host(experts, monkeypatch):
-    """Memory for one expert at a time: the other one is read while the first runs, and the video is the same."""
+    """Memory for one expert at a time: the other one is read while the first runs, and the video is
+    the same."""
     call = {"num_frames": 5, "width": 32, "height": 32, "output_type": "latent"}
     plain = tdjax.load(experts)
     expected, request = plain("a red circle", **call), plain.request("a", **call)

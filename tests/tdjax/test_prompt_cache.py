@@ -1,4 +1,5 @@
-"""Embeddings on disk: the same bits back, other weights never mistaken for these, a bounded folder, no run that fails for it."""
+"""Embeddings on disk: the same bits back, other weights never mistaken for these, a bounded folder,
+no run that fails for it."""
 
 import os
 

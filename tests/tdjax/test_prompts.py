@@ -1,4 +1,5 @@
-"""The text encoder layer by layer: the bits of the whole one, few layers alive at a time, chosen by the memory plan."""
+"""The text encoder layer by layer: the bits of the whole one, few layers alive at a time, chosen by
+the memory plan."""
 
 import dataclasses
 import weakref

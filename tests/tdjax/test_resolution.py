@@ -1,4 +1,5 @@
-"""Choice of size: the published tables and adaptive cases exactly, every refusal with its advice; fitting of images."""
+"""Choice of size: the published tables and adaptive cases exactly, every refusal with its advice;
+fitting of images."""
 
 import json
 import math

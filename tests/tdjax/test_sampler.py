@@ -1,4 +1,5 @@
-"""Samplers against the official loops (golden), float64 numpy written from the formulas, an analytic flow, and diffusers."""
+"""Samplers against the official loops (golden), float64 numpy written from the formulas, an
+analytic flow, and diffusers."""
 
 import functools
 
@@ -16,7 +17,8 @@ SHAPE = (2, 3, 5, 7, 2)  # b t h w c
 
 
 def fake(model, dtype=jnp.float32):
-    """The golden file's network: model 0 (text, or high noise) or 1 (low noise), with its own rounding of inputs and output."""
+    """The golden file's network: model 0 (text, or high noise) or 1 (low noise), with its own
+    rounding of inputs and output."""
     scale, wave = ((0.3, jnp.sin), (0.2, jnp.cos))[model]
 
     def velocity(x, timestep):
@@ -49,7 +51,8 @@ def golden_cases():
 
 
 def golden_noise(g, prefix, steps):
-    """Start noise and injected noise as one array [steps b t h w c]; the official loop's last draw has weight 0."""
+    """Start noise and injected noise as one array [steps b t h w c]; the official loop's last draw
+    has weight 0."""
     draws = (
         g[f"in/{prefix}noises"][:-1]
         if f"in/{prefix}noises" in g
@@ -133,7 +136,8 @@ def test_two_calls_give_the_bits_of_one(mode, cut):
 
 
 def test_the_start_noise_and_the_last_entry_are_not_injected():
-    """A changed entry changes the result exactly when it is used: all entries for sde, the first for ode."""
+    """A changed entry changes the result exactly when it is used: all entries for sde, the first
+    for ode."""
     times = flow.times(SamplerConfig(steps=3))
     for mode, used in (("sde", [True, True, True]), ("ode", [True, False, False])):
         run = jax.jit(functools.partial(sampler.sample, fake(0), mode=mode))
@@ -194,11 +198,12 @@ def test_wrong_arguments_are_named():
         sampler.sample(fake(0), noise(3), times, "sde")
 
 
-# -- teacher ---------------------------------------------------------------------------------------------------------------
+# -- teacher ---------------------------------------------------------------------------------------
 
 
 def numpy_unipc(velocity, x, u):
-    """UniPC-2 bh2 in float64, as its formulas stand: explicit corrector and predictor with history lists."""
+    """UniPC-2 bh2 in float64, as its formulas stand: explicit corrector and predictor with history
+    lists."""
     steps, snr = len(u) - 1, lambda t: np.log((1 - t) / t)
     data, corrected = [], []
     for i in range(steps):
@@ -257,7 +262,8 @@ def test_teachers_against_float64(mode, reference, steps, shift, sigma_max):
 
 
 def gaussian_error(mode, steps, deviation=0.5, mean=0.7):
-    """Error of sampling N(mean, deviation^2), whose velocity and flow map are known, started where the flow starts."""
+    """Error of sampling N(mean, deviation^2), whose velocity and flow map are known, started where
+    the flow starts."""
     cfg = SamplerConfig(steps=steps, mode=mode, sigma_max=80.0, shift=3.0)
     u = flow.grid(cfg)
     spread = lambda t: np.sqrt((1 - t) ** 2 * deviation**2 + t**2)

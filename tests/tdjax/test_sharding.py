@@ -80,7 +80,10 @@ def test_every_row_is_needed():
 def test_unknown_leaf_is_an_error():
     with pytest.raises(
         ValueError,
-        match="leaf blocks.norm9x must match exactly one row of tdjax.sharding.PARAM_AXES; matches: none",
+        match=(
+            "leaf blocks.norm9x must match exactly one row of tdjax.sharding.PARAM_AXES; matches:"
+            " none"
+        ),
     ):
         axes_of("blocks.norm9x")
 
@@ -152,7 +155,8 @@ def test_sharded_forward_equals_the_unsharded_one(inputs):
 @pytest.mark.slow
 @pytest.mark.parametrize("linear, impl", [("int8_channel", "interpret"), ("int8", "auto")])
 def test_sharded_layers_of_8_bits(inputs, linear, impl):
-    """Kernels see their part; rows keep their scales. A last bit may move a value over an edge, and that moves the next layer's."""
+    """Kernels see their part; rows keep their scales. A last bit may move a value over an edge, and
+    that moves the next layer's."""
     model = with_linear(random_model(jax.eval_shape(MODELS["dense"])), linear)
     cfg = dataclasses.replace(model.cfg, impl=impl)
     model = jax.tree.unflatten(
@@ -168,7 +172,8 @@ def test_sharded_layers_of_8_bits(inputs, linear, impl):
 
 
 def test_sharded_gradient_equals_the_unsharded_one(inputs):
-    """Through rows divided by samples and tokens: what they share sums its gradient over the devices."""
+    """Through rows divided by samples and tokens: what they share sums its gradient over the
+    devices."""
     model = random_model(jax.eval_shape(MODELS["dense"]))
     grad = jax.jit(jax.grad(lambda model, *args: jnp.square(model(*args)).mean()))
     actual, whole = sharded_and_whole(grad, model, *inputs, data=2, seq=2)
@@ -181,7 +186,8 @@ def test_sharded_gradient_equals_the_unsharded_one(inputs):
 
 @pytest.mark.parametrize("linear", LINEAR)
 def test_divided_weights_give_the_same_layer(linear):
-    """An MLP's two layers, divided over width and features: both operands of each product are in parts."""
+    """An MLP's two layers, divided over width and features: both operands of each product are in
+    parts."""
     cfg = dataclasses.replace(TINY, linear=linear)
 
     class Pair(nnx.Module):

@@ -1,4 +1,5 @@
-"""Tiles cover a frame, their weights add up to one, and a decode in tiles has small and smooth seams."""
+"""Tiles cover a frame, their weights add up to one, and a decode in tiles has small and smooth
+seams."""
 
 import dataclasses
 
@@ -63,7 +64,8 @@ def psnr(a, b) -> float:
 
 
 def local(vae):
-    """Without the attention over whole frames, which a tile cuts short and random weights make as strong as all else."""
+    """Without the attention over whole frames, which a tile cuts short and random weights make as
+    strong as all else."""
     leaves = checkpoint.names(vae)
     leaves |= {
         name: jnp.zeros_like(leaf) for name, leaf in leaves.items() if "middle.1.proj" in name
@@ -72,8 +74,9 @@ def local(vae):
 
 
 def test_seams(model, monkeypatch):
-    """What a tile's edge disturbs is small, smaller with more overlap, and passes smoothly from tile to tile. The weights are random:
-    the influence of an edge hardly fades with distance, as it would in a trained decoder."""
+    """What a tile's edge disturbs is small, smaller with more overlap, and passes smoothly from
+    tile to tile. The weights are random: the influence of an edge hardly fades with distance, as it
+    would in a trained decoder."""
     coder = Coder(programs.Programs(), Part(model / "vae", "vae"), Stages(show=False))
     z, found, step = smooth(16, 24), {}, {}
     monkeypatch.setattr(tiles, "TILE", 12)

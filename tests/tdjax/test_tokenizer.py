@@ -96,7 +96,8 @@ def test_sentencepiece_gives_the_same_ids(spiece):
 def test_other_sentencepiece_settings(tmp_path, options):
     data, oracle = train(**options)
     (tmp_path / "spiece.model").write_bytes(data)
-    # A visible space in the prompt is a space to some settings and not to others; only the published ones matter there.
+    # A visible space in the prompt is a space to some settings and not to others; only the
+    # published ones matter there.
     texts = [t for t in (*TEXTS, *STRINGS, *random_texts(300, 1)) if "▁" not in t]
     agree(Tokenizer(tmp_path), oracle, texts)
 

@@ -1,4 +1,5 @@
-"""Files written and read back: exact where the format is, PSNR where it is not; complete or absent; refusals."""
+"""Files written and read back: exact where the format is, PSNR where it is not; complete or absent;
+refusals."""
 
 import json
 import os
@@ -50,7 +51,8 @@ def test_lossless_odd_sizes(tmp_path, name):
 
 @pytest.mark.parametrize("name", LOSSY)
 def test_lossy_round_trip(tmp_path, name):
-    """Measured 43 to 45 dB at this size, of which most is lost to halving the colour planes; a wrong matrix would cost 15 dB."""
+    """Measured 43 to 45 dB at this size, of which most is lost to halving the colour planes; a
+    wrong matrix would cost 15 dB."""
     clip = waves(9, 96, 160)
     out = video.read_video(video.write(tmp_path / name, clip))
     assert out.shape == clip.shape
@@ -60,7 +62,8 @@ def test_lossy_round_trip(tmp_path, name):
 
 @pytest.mark.parametrize("name", LOSSY)
 def test_colours_are_tagged_and_right(tmp_path, name):
-    """Plain patches come back within the rounding of limited-range YUV, and the file names its matrix."""
+    """Plain patches come back within the rounding of limited-range YUV, and the file names its
+    matrix."""
     colours = np.array(
         [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40]],
         np.uint8,
@@ -150,8 +153,9 @@ def test_png_is_one_frame(tmp_path):
 def test_chunks_are_encoded_as_they_come(tmp_path, name):
     clip = waves(9)
     made = (clip[i:j] for i, j in ((0, 1), (1, 5), (5, 9)))
-    # crf 0 is lossless. At others x264 now and then chose other quantisers for the same frames in another run: seen with its
-    # AVX-512 code and mbtree at 80x48 and 416x240; not with AVX2 or without mbtree at 80x48, nor at 128x48, 128x128 and 256x64
+    # crf 0 is lossless. At others x264 now and then chose other quantisers for the same frames in
+    # another run: seen with its AVX-512 code and mbtree at 80x48 and 416x240; not with AVX2 or
+    # without mbtree at 80x48, nor at 128x48, 128x128 and 256x64
     whole, parts = (
         video.write(tmp_path / f"a-{name}", clip, crf=0),
         video.write(tmp_path / f"b-{name}", made, crf=0),
@@ -249,7 +253,7 @@ def test_wrong_frames_are_programming_errors(tmp_path, frames):
     assert files(tmp_path) == []
 
 
-# -- images ----------------------------------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -338,7 +342,7 @@ def test_video_errors(tmp_path):
         video.read_video(tmp_path / "folder")
 
 
-# -- contact sheet ---------------------------------------------------------------------------------------------------------
+# -- contact sheet ---------------------------------------------------------------------------------
 
 
 def test_contact_sheet():
@@ -368,7 +372,7 @@ def test_importing_video_does_not_import_jax():
     )
 
 
-# -- writing in a thread ---------------------------------------------------------------------------------------------------
+# -- writing in a thread ---------------------------------------------------------------------------
 
 
 def test_writer_is_write(tmp_path):

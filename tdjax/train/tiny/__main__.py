@@ -45,7 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--stage",
-        help=f"stages with commas between, of {', '.join(STAGES)}; default: all. Those that have their result are skipped",
+        help=(
+            f"stages with commas between, of {', '.join(STAGES)}; default: all. Those that have"
+            " their result are skipped"
+        ),
     )
     p.add_argument(
         "--folder", default="runs/tiny", help="where results, states and metrics are kept"

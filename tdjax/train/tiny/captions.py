@@ -1,4 +1,5 @@
-"""Captions of procedural clips: a small closed language, written from attributes, read back into them, and its words."""
+"""Captions of procedural clips: a small closed language, written from attributes, read back into
+them, and its words."""
 
 from __future__ import annotations
 
@@ -41,10 +42,12 @@ TEMPLATES = (
     "the {size} {colour} {shape} {verb} {speed}, the background is {background}",
     "{size} {colour} {shape} {speed} {gerund}, {plain} {background} background",
 )
-EVALUATION = "a {colour} {shape}, {size}, {verb} {speed} over the {background} background"  # no caption of training has this order
+# no caption of training has this order
+EVALUATION = "a {colour} {shape}, {size}, {verb} {speed} over the {background} background"
 OMITTED = ("size", "speed")  # what a caption may leave out
 
-# Single words that name a value, for reading; the words of a motion are read together (see `parse`).
+# Single words that name a value, for reading; the words of a motion are read together (see
+# `parse`).
 SAYS = {
     way: (factor, i)
     for factor, values in WAYS.items()
@@ -58,7 +61,8 @@ AXES = {"horizontally": 0, "side": 0, "left": 0, "right": 0, "vertically": 1, "u
 def caption(
     said: dict[str, int], rng: random.Random, template: str | None = None, omit: Sequence[str] = ()
 ) -> str:
-    """One caption of one clip. said: factor -> place in NAMES; a factor that is UNSAID, or in `omit` (of OMITTED), is left out.
+    """One caption of one clip. said: factor -> place in NAMES; a factor that is UNSAID, or in
+    `omit` (of OMITTED), is left out.
 
     template: one of TEMPLATES or EVALUATION; None draws one of TEMPLATES.
     """
@@ -116,7 +120,7 @@ def random_prompt(seed: int, split: str = "train", template: str | None = None) 
     return caption(said, rng, template)
 
 
-# -- reading ---------------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def words_of(prompt: str) -> list[str]:
@@ -125,7 +129,8 @@ def words_of(prompt: str) -> list[str]:
 
 
 def parse(prompts: Sequence[str]) -> Attributes:
-    """What prompts ask for: the attributes that their words name, UNSAID where none does. The last word on a factor counts."""
+    """What prompts ask for: the attributes that their words name, UNSAID where none does. The last
+    word on a factor counts."""
     rows = [parse_one(prompt) for prompt in prompts]
     return Attributes(
         **{factor: np.int32([row.get(factor, UNSAID) for row in rows]) for factor in NAMES}

@@ -1,7 +1,8 @@
-"""Procedural clips: one object of a plain colour moves over a plain background. Everything runs on the device, under jit.
+"""Procedural clips: one object of a plain colour moves over a plain background. Everything runs on
+the device, under jit.
 
-Pixel (i, j) has its centre at x = j + 1/2, y = i + 1/2. Edges are anti-aliased: coverage is a sigmoid, one pixel wide, of the
-signed distance to the outline.
+Pixel (i, j) has its centre at x = j + 1/2, y = i + 1/2. Edges are anti-aliased: coverage is a
+sigmoid, one pixel wide, of the signed distance to the outline.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from tdjax.train.tiny.factors import (
     scenes,
 )
 
-MARGIN = 2.0  # pixels between the object's square and the frame's edge, so that the border shows the background alone
+# pixels between the object's square and the frame's edge, so that the border shows the background
+# alone
+MARGIN = 2.0
 TURN = (
     8.0,
     24.0,
@@ -39,11 +42,12 @@ EDGE = 4.0  # slope of the sigmoid, so that coverage changes by one in a pixel
 ARM = 1 / 3  # half the width of a cross's arms, as a share of its half side
 
 
-# -- sampling --------------------------------------------------------------------------------------------------------------
+# -- sampling --------------------------------------------------------------------------------------
 
 
 def sample(key, n: int, split: str = "train", motions: int = len(MOTIONS)) -> Factors:
-    """n clips: attributes uniform over the allowed ones of a split (`factors.scenes`), positions uniform where they fit.
+    """n clips: attributes uniform over the allowed ones of a split (`factors.scenes`), positions
+    uniform where they fit.
 
     motions: how many of MOTIONS to draw from; FIRST_BOUNCE leaves the bounces out.
     """
@@ -68,7 +72,8 @@ def sample(key, n: int, split: str = "train", motions: int = len(MOTIONS)) -> Fa
 
 
 def place(key, said: Attributes) -> Factors:
-    """The free factors of clips whose attributes are all given: start and heading, uniform where the clip stays in the frame."""
+    """The free factors of clips whose attributes are all given: start and heading, uniform where
+    the clip stays in the frame."""
     n = said.motion.shape[0]
     where, way = jax.random.split(key)
     bounces = said.motion >= FIRST_BOUNCE
@@ -104,11 +109,12 @@ def track(factors: Factors, frames: int = FRAMES):  # -> f32[b t 2]
     return low + jnp.minimum(way, 2 * (high - low) - way)
 
 
-# -- drawing ---------------------------------------------------------------------------------------------------------------
+# -- drawing ---------------------------------------------------------------------------------------
 
 
 def distances(x, y, r) -> tuple:
-    """Signed distance to the outline of each of SHAPES, negative inside; x, y from the centre of its square of side 2 r."""
+    """Signed distance to the outline of each of SHAPES, negative inside; x, y from the centre of
+    its square of side 2 r."""
     across, along, arm = jnp.abs(x), jnp.abs(y), ARM * r
     circle = jnp.sqrt(x * x + y * y) - r
     cross = jnp.minimum(box(across, along, r, arm), box(across, along, arm, r))
@@ -159,7 +165,8 @@ def draw(said: Attributes, centres):  # centres f32[b t 2] -> f32[b t h w 3] in 
 
 
 def render(factors: Factors, frames: int = FRAMES):  # -> f32[b t h w 3] in [-1, 1]
-    """The clips. 4 bytes x 3 x 64 x 64 x 33 are 1.6 MB a clip: render as many as are used at once."""
+    """The clips. 4 bytes x 3 x 64 x 64 x 33 are 1.6 MB a clip: render as many as are used at
+    once."""
     return draw(factors.said, track(factors, frames))
 
 
@@ -172,7 +179,8 @@ def from_uint8(video):  # -> f32 in [-1, 1]
 
 
 def centroid_offset() -> np.ndarray:  # -> f32[shape size 2]
-    """Centroid of each shape from the centre of its square: zero, but for the triangle, a third of r below."""
+    """Centroid of each shape from the centre of its square: zero, but for the triangle, a third of
+    r below."""
     out = np.zeros((len(SHAPES), len(RADIUS), 2), np.float32)
     out[SHAPES.index("triangle"), :, 1] = RADIUS / 3
     return out

@@ -1,7 +1,8 @@
 """Sizes of the tiny recipe: Wan's networks, as small as a minute of training and a CPU allow.
 
-Widths are multiples of 128 and heads 64 wide, so that the attention and int8 kernels run without padding. A clip of 33
-frames of 64x64 pixels has 9x8x8 latents and, with patches of one latent, 576 tokens: a block of 64 is a latent frame.
+Widths are multiples of 128 and heads 64 wide, so that the attention and int8 kernels run without
+padding. A clip of 33 frames of 64x64 pixels has 9x8x8 latents and, with patches of one latent, 576
+tokens: a block of 64 is a latent frame.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ TEXT = TextConfig(
     text_len=32,
     policy=FLOAT32,
 )
-# The coordinates (t, h, w) are an input: attention here is relative, and a small network would not learn in minutes where a
-# movement has to begin.
+# The coordinates (t, h, w) are an input: attention here is relative, and a small network would not
+# learn in minutes where a movement has to begin.
 DIT = DiTConfig(
     dim=256, ffn_dim=768, layers=6, heads=4, in_channels=8, out_channels=8, coordinates=True, patch=(1, 1, 1), text_dim=128, text_len=32,
     round_time=False, policy=FLOAT32,

@@ -1,4 +1,5 @@
-"""Encoded clips with their captions, kept on the device: what the stages after the autoencoder train on."""
+"""Encoded clips with their captions, kept on the device: what the stages after the autoencoder
+train on."""
 
 from __future__ import annotations
 
@@ -34,9 +35,10 @@ class Data:
         """A batch with replacement, one of the captions each."""
         which, how = jax.random.split(key)
         i = jax.random.randint(which, (n,), 0, self.latents.shape[0])
-        return self.latents[i], self.tokens[
-            i, jax.random.randint(how, (n,), 0, self.tokens.shape[1])
-        ]
+        return (
+            self.latents[i],
+            self.tokens[i, jax.random.randint(how, (n,), 0, self.tokens.shape[1])],
+        )
 
 
 def tokenizer(run: Run) -> Tokenizer:
@@ -93,7 +95,8 @@ def encoded(vae, key, blocks: int, size: int):  # -> bf16[n t h w c], what capti
 
 
 def make(run: Run, vae, n: int) -> Data:
-    """n clips (in whole blocks of at most ENCODED) with their captions; the same for the same seed."""
+    """n clips (in whole blocks of at most ENCODED) with their captions; the same for the same
+    seed."""
     size = min(ENCODED, n)
     with run.stages("encode clips"):
         latents, said = encoded(vae, run.key("data"), -(-n // size), size)

@@ -1,6 +1,7 @@
 """What a clip shows, measured from its pixels alone: no network, the same numbers on every run.
 
-A clip is [33 64 64 3] in [-1, 1]. Everything is written for one clip; `measure` maps it over a batch, some clips at a time.
+A clip is [33 64 64 3] in [-1, 1]. Everything is written for one clip; `measure` maps it over a
+batch, some clips at a time.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ AREA, FRAMES_MISSING = (
 )  # less area is no object in a frame; no object in more frames is no object in the clip
 RECOGNISED = 0.5  # overlap with the best template below which the object has none of the shapes
 EVERY = 4  # shape and size are judged on every 4th frame: 9 of 33
-# How many pixels (RMS over frames) a model of motion must gain on the next simpler one. A straight track at 0.1 px/frame is 1.0 px
-# from "still"; the V of the slowest bounce is 1.6 px or more from every straight track.
+# How many pixels (RMS over frames) a model of motion must gain on the next simpler one. A straight
+# track at 0.1 px/frame is 1.0 px from "still"; the V of the slowest bounce is 1.6 px or more from
+# every straight track.
 STRAIGHT_GAIN, BOUNCE_GAIN = 1.0, 0.5
 DIAGONALS = ((1, 1), (1, -1), (-1, 1), (-1, -1))  # motions that no caption asks for
 TURNS = np.arange(
@@ -51,11 +53,14 @@ RATIO = 2**0.5  # a speed counts as one of SPEED within this factor
 class Measured:
     """One value a clip (f32[b] unless said).
 
-    seen: places in factors.NAMES; UNSAID for a shape like none of ours, a diagonal motion, a speed near none of ours (and of what
+    seen: places in factors.NAMES; UNSAID for a shape like none of ours, a diagonal motion, a speed
+          near none of ours (and of what
     stays still), and for all of them where there is no object.
-    present: bool[b], an object is there. flicker: deviation over frames of the border's colour. colour_error: distance of the
-    object's colour from the named one. overlap: with the best template. speed: px/frame of the fitted motion. start: f32[b 2], its
-    position (x, y) in frame 0. constancy: RMS distance of the track from it, px. area_cv: deviation of the area over its mean.
+    present: bool[b], an object is there. flicker: deviation over frames of the border's colour.
+             colour_error: distance of the
+    object's colour from the named one. overlap: with the best template. speed: px/frame of the
+    fitted motion. start: f32[b 2], its position (x, y) in frame 0. constancy: RMS distance of the
+                          track from it, px. area_cv: deviation of the area over its mean.
     """
 
     seen: Attributes
@@ -113,11 +118,12 @@ def measure_one(video) -> Measured:  # [t h w 3]
     )
 
 
-# -- one clip: colours, mask, shape ----------------------------------------------------------------------------------------
+# -- one clip: colours, mask, shape ----------------------------------------------------------------
 
 
 def border(video):  # [t h w 3] -> colour [3], flicker []
-    """Median colour of the frame's outermost pixels over all frames; RMS over channels of its deviation from frame to frame."""
+    """Median colour of the frame's outermost pixels over all frames; RMS over channels of its
+    deviation from frame to frame."""
     rows, columns = (
         video[:, :: SIDE - 1],
         rearrange(video[:, 1:-1, :: SIDE - 1], "t h w c -> t w h c"),
@@ -130,9 +136,11 @@ def border(video):  # [t h w 3] -> colour [3], flicker []
 
 
 def mask(video, ground):  # [t h w 3], [3] -> weight [t h w] in 0..1, the object's colour [3]
-    """How much of each pixel is the object: its distance from the background as a share of the whole object's.
+    """How much of each pixel is the object: its distance from the background as a share of the
+    whole object's.
 
-    Pixels beside those that differ count too: without the faint half of its edge an object seems to move by whole pixels.
+    Pixels beside those that differ count too: without the faint half of its edge an object seems to
+    move by whole pixels.
     """
     distance = jnp.sqrt(jnp.square(video - ground).sum(-1))
     inside = distance > DIFFERENT
@@ -161,7 +169,8 @@ def centroid(
 
 
 def best_template(weight, centre):  # [t h w], [t 2] -> (shape, size) i32, overlap []
-    """The shape and size with the largest overlap (sum of minima over sum of maxima) when drawn at the measured centroid."""
+    """The shape and size with the largest overlap (sum of minima over sum of maxima) when drawn at
+    the measured centroid."""
     weight, centre = weight[::EVERY], centre[::EVERY]
     shapes, sizes = (
         rearrange(i, "shape size -> (shape size)")
@@ -192,7 +201,7 @@ def nearest_speed(speed):
     )
 
 
-# -- one clip: motion ------------------------------------------------------------------------------------------------------
+# -- one clip: motion ------------------------------------------------------------------------------
 
 
 def average(x, valid):  # [t], [t] -> []
@@ -212,7 +221,8 @@ def line(y, z, valid, least=-jnp.inf):  # [t] x3 -> slope, value at frame 0, sum
 
 
 def best_motion(centre, valid):  # [t 2], [t] -> motion, speed, start [2], RMS residual
-    """The model of motion with the smallest residual, a simpler one first: still, eight directions, one turn at a wall.
+    """The model of motion with the smallest residual, a simpler one first: still, eight directions,
+    one turn at a wall.
 
     motion is a place in MOTIONS, or beyond them for a diagonal.
     """
@@ -256,11 +266,12 @@ def best_motion(centre, valid):  # [t 2], [t] -> motion, speed, start [2], RMS r
     return motion[best], speed[best], start[best], residual[best]
 
 
-# -- many clips ------------------------------------------------------------------------------------------------------------
+# -- many clips ------------------------------------------------------------------------------------
 
 
 def correct(measured: Measured, wanted: Attributes) -> dict[str, np.ndarray]:
-    """Which clips show what their captions say: bool[b] for every attribute and for "all" of them."""
+    """Which clips show what their captions say: bool[b] for every attribute and for "all" of
+    them."""
     out = {}
     for field in dataclasses.fields(Attributes):
         want, seen = (np.asarray(getattr(x, field.name)) for x in (wanted, measured.seen))
@@ -269,7 +280,8 @@ def correct(measured: Measured, wanted: Attributes) -> dict[str, np.ndarray]:
 
 
 def scores(measured: Measured, wanted: Attributes) -> dict[str, float]:
-    """Means over the clips: rates of `correct` and of present objects; errors over the clips that have an object.
+    """Means over the clips: rates of `correct` and of present objects; errors over the clips that
+    have an object.
 
     speed_error (px/frame) is over the clips that should move.
     """

@@ -46,11 +46,12 @@ def sparse(model: DiT, cfg: DiTConfig, compute: str) -> DiT:
     return checkpoint.assemble(wanted, zeros | checkpoint.names(model))
 
 
-# -- sparse attention ------------------------------------------------------------------------------------------------------
+# -- sparse attention ------------------------------------------------------------------------------
 
 
 def make_sla_step(config: SLATrainingConfig, optimizer, batch: int):
-    """step(state, data, teacher, text) -> (state, numbers): towards the teacher's velocity, without guidance."""
+    """step(state, data, teacher, text) -> (state, numbers): towards the teacher's velocity, without
+    guidance."""
     one = sla.make_step(config, optimizer)
 
     def step(state: TrainState, clips, teacher, text):
@@ -98,7 +99,7 @@ def sla_stage(run: Run) -> None:
     work.forget_states(run, "sla")
 
 
-# -- few steps -------------------------------------------------------------------------------------------------------------
+# -- few steps -------------------------------------------------------------------------------------
 
 
 def rcm_config(cfg: RCMStage) -> RCMConfig:
@@ -121,7 +122,8 @@ def rates(cfg: RCMStage, rate: float, updates: int) -> OptimizerConfig:
 
 
 def make_rcm_cycle(cfg: RCMStage, optimizer, critic_optimizer):
-    """cycle(state, data, teacher, text, negative [s d]) -> (state, numbers): a turn of the student, and the critic's until the next."""
+    """cycle(state, data, teacher, text, negative [s d]) -> (state, numbers): a turn of the student,
+    and the critic's until the next."""
     config = rcm_config(cfg)
     student_step = rcm.make_student_step(config, optimizer)
     critic_step = rcm.make_critic_step(config, critic_optimizer) if cfg.dmd_weight else None
@@ -146,7 +148,8 @@ def make_rcm_cycle(cfg: RCMStage, optimizer, critic_optimizer):
 
 
 def tangent_error(cfg: RCMStage, model: DiT, teacher: DiT, text, clips, negative, key):  # -> f32[]
-    """Relative difference of the exact derivative along the teacher and a central difference over 0.02 of the time."""
+    """Relative difference of the exact derivative along the teacher and a central difference over
+    0.02 of the time."""
     latents, tokens = clips.draw(key, 16)
     batch = Batch(latents.astype(jnp.float32), embed(text, tokens))
     noise, time = jax.random.split(key)
@@ -169,7 +172,8 @@ def tangent_error(cfg: RCMStage, model: DiT, teacher: DiT, text, clips, negative
 
 
 class Best:
-    """Keeps the averaged student that does best on prompts of its own: accuracy in 4 steps, a third of that in 1, and diversity."""
+    """Keeps the averaged student that does best on prompts of its own: accuracy in 4 steps, a third
+    of that in 1, and diversity."""
 
     def __init__(self, run: Run, cfg: RCMStage, name: str, vae, text):
         self.run, self.name, self.vae, self.text = run, f"work/{name}/best", vae, text
@@ -224,7 +228,8 @@ class Best:
 def rcm_stage(run: Run) -> None:
     cfg: RCMStage = run.settings["rcm"]
     vae, text = work.load(run, "vae"), work.load(run, "text")
-    # Blocks in a loop: a cycle has a dozen passes, and its program, with all of their blocks one by one, took four minutes to compile.
+    # Blocks in a loop: a cycle has a dozen passes, and its program, with all of their blocks one by
+    # one, took four minutes to compile.
     teacher = work.load(run, "teacher", cfg.compute, remat=True)
     clips = data.make(run, vae, cfg.clips)
     negative = jax.jit(embed)(text, data.negative(data.tokenizer(run))[None])[0]
@@ -238,7 +243,8 @@ def rcm_stage(run: Run) -> None:
             state.model, teacher, text
         )
         run.say(
-            f"rcm: derivative along the teacher against a central difference: {float(error):.3f} relative (above 0.5 is too noisy)"
+            f"rcm: derivative along the teacher against a central difference: {float(error):.3f}"
+            " relative (above 0.5 is too noisy)"
         )
     program = work.repeated(make_rcm_cycle(cfg, optimizer, critic_optimizer), cfg.chunk)
     best = Best(run, cfg, cfg.name, vae, text)
@@ -263,7 +269,7 @@ def rcm_stage(run: Run) -> None:
     work.forget_states(run, cfg.name)
 
 
-# -- together --------------------------------------------------------------------------------------------------------------
+# -- together --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

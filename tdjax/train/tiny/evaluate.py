@@ -1,4 +1,5 @@
-"""Stage 6: the table. Every row has the same prompts and noise and a file of its own, so rows may be made in several runs."""
+"""Stage 6: the table. Every row has the same prompts and noise and a file of its own, so rows may
+be made in several runs."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ REPEATS = 5  # of a timing
 
 
 class Bench:
-    """What rows share: networks, prompts, noise, and features of real clips; clips of parents are kept while they may be asked for."""
+    """What rows share: networks, prompts, noise, and features of real clips; clips of parents are
+    kept while they may be asked for."""
 
     def __init__(self, run: Run):
         self.run, self.cfg = run, run.settings["evaluate"]
@@ -88,7 +90,8 @@ class Bench:
     def made(
         self, row: Variant, seed: int, prompts: sampling.Prompts
     ):  # -> uint8[n T H W 3] on the host
-        """Clips of the first prompts of a seed, as many as are given: all of them or whole batches."""
+        """Clips of the first prompts of a seed, as many as are given: all of them or whole
+        batches."""
         if row.sampler is not None:
             return sampling.videos(
                 self.vae, self.latents(row, prompts, self.run.key(f"noise {seed}"))
@@ -169,7 +172,8 @@ def decibels(video, parents):  # -> f32[b]
 
 
 def evaluate(bench: Bench, row: Variant, rows: dict[str, Variant]) -> dict:
-    """All numbers of a row: of each seed, and their means with what is measured over all seeds together."""
+    """All numbers of a row: of each seed, and their means with what is measured over all seeds
+    together."""
     seeds, features = [], []
     for seed in range(bench.cfg.seeds):
         video, said = bench.clips(row, seed)
@@ -224,7 +228,8 @@ def megabytes(bench: Bench, row: Variant) -> float:
 
 
 def seconds(bench: Bench, row: Variant) -> float:
-    """Of one clip from tokens to pixels, programs compiled and weights in place: the median of a few."""
+    """Of one clip from tokens to pixels, programs compiled and weights in place: the median of a
+    few."""
     prompts = bench.prompts(row, 0, 1)
 
     def one() -> float:
@@ -244,7 +249,7 @@ def seconds(bench: Bench, row: Variant) -> float:
     return statistics.median(one() for _ in range(REPEATS))
 
 
-# -- files -----------------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 def file_of(run: Run, row: Variant) -> Path:
@@ -340,7 +345,8 @@ def tell(run: Run) -> None:
 
 
 def sheet(run: Run, bench: Bench, rows: list[Variant], prompts: int = 3) -> None:
-    """Frames of a few prompts from every variant, all from the same noise: sheet_0.png, sheet_1.png, ..."""
+    """Frames of a few prompts from every variant, all from the same noise: sheet_0.png,
+    sheet_1.png, ..."""
     shown: dict[int, dict[str, np.ndarray]] = {i: {} for i in range(prompts)}
     first = bench.prompts(rows[0], 0, bench.cfg.clips).first(bench.cfg.batch)
     texts = first.texts

@@ -1,4 +1,5 @@
-"""What a procedural clip can show: the values of every factor by name, and dataclasses of arrays that say which."""
+"""What a procedural clip can show: the values of every factor by name, and dataclasses of arrays
+that say which."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import numpy as np
 FRAMES, SIDE = 33, 64  # pixels of a square frame
 
 SHAPES = ("circle", "square", "triangle", "cross")
-# In [-1, 1]^3 every two colours are at least 0.7 apart, and every colour 0.9 from every background, so that all pairs are clear.
+# In [-1, 1]^3 every two colours are at least 0.7 apart, and every colour 0.9 from every background,
+# so that all pairs are clear.
 COLOURS = {
     "red": "#e01818", "green": "#18d038", "blue": "#2848ff", "yellow": "#fff000",
     "magenta": "#f020e0", "cyan": "#20e8f0", "white": "#ffffff", "orange": "#ff8800",
@@ -68,7 +70,8 @@ class Attributes:
 class Factors:
     """A whole clip each: the captioned attributes, and what is free.
 
-    start: f32[b 2], centre (x, y) of the object in frame 0, in pixels from the left and top edge of the frame.
+    start: f32[b 2], centre (x, y) of the object in frame 0, in pixels from the left and top edge of
+           the frame.
     heading: f32[b], 1, or -1 for a bounce that starts to the left or upwards.
     """
 
@@ -78,7 +81,8 @@ class Factors:
 
 
 def scenes(split: str) -> np.ndarray:
-    """Every allowed (shape, colour, background) of a split: i32[n 3]. "train" is without the HELD_OUT pairs."""
+    """Every allowed (shape, colour, background) of a split: i32[n 3]. "train" is without the
+    HELD_OUT pairs."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
     pairs = itertools.product(enumerate(SHAPES), enumerate(COLOURS))

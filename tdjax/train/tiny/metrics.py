@@ -1,4 +1,5 @@
-"""Distances between sets of clips, diversity over seeds, and fidelity to a parent. Statistics are float64 on the host."""
+"""Distances between sets of clips, diversity over seeds, and fidelity to a parent. Statistics are
+float64 on the host."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ AT_ONCE = 16  # clips in the random network together
 PLACES = 1024  # free positions drawn for each prompt, for their true deviation
 
 
-# -- Frechet distances -----------------------------------------------------------------------------------------------------
+# -- Frechet distances -----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,8 @@ def gaussian(features) -> Gaussian:  # [n d], n at least 2
 
 
 def frechet(a: Gaussian, b: Gaussian) -> float:
-    """|m_a - m_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2): the squared 2-Wasserstein distance of two Gaussians."""
+    """|m_a - m_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2): the squared 2-Wasserstein distance of two
+    Gaussians."""
     root = square_root(a.covariance)
     cross = np.linalg.eigvalsh(root @ b.covariance @ root)
     shift = np.square(a.mean - b.mean).sum()
@@ -64,7 +66,8 @@ def square_root(matrix: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Basis:
-    """Principal components of real clips: mean f64[d] and directions f64[d COMPONENTS], the largest first."""
+    """Principal components of real clips: mean f64[d] and directions f64[d COMPONENTS], the largest
+    first."""
 
     mean: np.ndarray
     directions: np.ndarray
@@ -90,7 +93,8 @@ def pooled_pixels(videos):  # f32[b t h w 3] in [-1, 1] -> f32[b d]; d = 1728 at
 
 @jax.jit
 def random_features(videos):  # f32[b t h w 3] in [-1, 1] -> f32[b 256]
-    """Mean and deviation over all places of the last layer of a fixed random network: two 3x3x3 convolutions of stride 2, ReLU."""
+    """Mean and deviation over all places of the last layer of a fixed random network: two 3x3x3
+    convolutions of stride 2, ReLU."""
     return lax.map(
         lambda video: random_network(jnp.clip(video, -1, 1)[None])[0], videos, batch_size=AT_ONCE
     )
@@ -114,14 +118,17 @@ def random_network(x):  # [b t h w c] -> [b 256]
     return jnp.concatenate([x.mean((1, 2, 3)), x.std((1, 2, 3))], -1)
 
 
-# -- diversity, fidelity ---------------------------------------------------------------------------------------------------
+# -- diversity, fidelity ---------------------------------------------------------------------------
 
 
 def diversity(start, said: Attributes, key) -> float:
-    """Deviation over seeds of the two free positions, as a share of that of true clips of the same captions: 1 is right.
+    """Deviation over seeds of the two free positions, as a share of that of true clips of the same
+    captions: 1 is right.
 
-    start: f32[prompts seeds 2], the measured place of the object in frame 0, NaN where there was none. said: one row a prompt.
-    Mean over prompts and x, y of the ratios of deviations; prompts with fewer than two objects count as 0.
+    start: f32[prompts seeds 2], the measured place of the object in frame 0, NaN where there was
+           none. said: one row a prompt.
+    Mean over prompts and x, y of the ratios of deviations; prompts with fewer than two objects
+    count as 0.
     """
     start = np.asarray(start, np.float64)
     true = np.asarray(true_deviation(said, key), np.float64)

@@ -1,4 +1,5 @@
-"""Stage 7: the folder that ships: int8 transformer, VAE, text encoder, tokenizer, facts and a card."""
+"""Stage 7: the folder that ships: int8 transformer, VAE, text encoder, tokenizer, facts and a
+card."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ PAPER, INK = (250, 250, 250), (20, 20, 20)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One variant: what it is, how many network evaluations a clip costs, sampler steps, and measured values by column."""
+    """One variant: what it is, how many network evaluations a clip costs, sampler steps, and
+    measured values by column."""
 
     name: str
     evaluations: int
@@ -27,7 +28,8 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Column:
-    """A measured value: its key in Row.values, its heading, and how it is written (`format` specification)."""
+    """A measured value: its key in Row.values, its heading, and how it is written (`format`
+    specification)."""
 
     key: str
     title: str
@@ -57,7 +59,8 @@ COLUMNS = tuple(
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
-    """Markdown. A column that no row has is left out; a value that a row lacks, or that is not a number, is a dash."""
+    """Markdown. A column that no row has is left out; a value that a row lacks, or that is not a
+    number, is a dash."""
     columns = [column for column in columns if any(column.key in row.values for row in rows)]
     lines = [
         ["", "NFE", "steps", *(column.title for column in columns)],
@@ -82,7 +85,8 @@ def cell(value: float | None, form: str) -> str:
 def contact_sheet(
     path: str | Path, clips: Mapping[str, np.ndarray], columns: int = 9, scale: int = 1
 ) -> Path:
-    """Frames side by side, a row for each named clip (uint8 [t h w 3], all of one height and width), first and last included.
+    """Frames side by side, a row for each named clip (uint8 [t h w 3], all of one height and
+    width), first and last included.
 
     path: a .png file. scale: screen pixels for a pixel.
     """

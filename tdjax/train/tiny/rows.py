@@ -11,7 +11,8 @@ from tdjax.train.tiny.settings import EvaluateStage
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A row: the folder of a transformer ("" for clips that no transformer makes) and what is done with it."""
+    """A row: the folder of a transformer ("" for clips that no transformer makes) and what is done
+    with it."""
 
     key: str  # of the file of its results
     title: str

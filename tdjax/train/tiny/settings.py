@@ -1,4 +1,5 @@
-"""What each stage of the recipe does: sizes of batches, numbers of steps, rates. Plain numbers; nothing here imports jax."""
+"""What each stage of the recipe does: sizes of batches, numbers of steps, rates. Plain numbers;
+nothing here imports jax."""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ class RCMStage:
     max_steps: int = 4
     compute: str = "bfloat16"
     tangent: str = "float32"  # what the derivative along the teacher is computed in
-    derivative: str = "exact"  # or semidiscrete, discrete, over `interval`: for a teacher with a noisy derivative in time
+    # or semidiscrete, discrete, over `interval`: for a teacher with a noisy derivative in time
+    derivative: str = "exact"
     interval: float = 1e-2
     chunk: int = 10
     check_every: int = 100

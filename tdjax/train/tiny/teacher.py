@@ -1,4 +1,5 @@
-"""Stage 2: the dense teacher and its text encoder, trained together by flow matching on encoded clips."""
+"""Stage 2: the dense teacher and its text encoder, trained together by flow matching on encoded
+clips."""
 
 from __future__ import annotations
 

@@ -10,9 +10,11 @@ CHARACTERS = "▁abcdefghijklmnopqrstuvwxyz0123456789.,'-!?"
 
 
 def build(words: Sequence[str]) -> Tokenizer:
-    """A unigram tokenizer with one piece for each word, and characters for all others. `build(words).save(path)` writes it.
+    """A unigram tokenizer with one piece for each word, and characters for all others.
+    `build(words).save(path)` writes it.
 
-    As in T5, padding is 0, the end 1 and the unknown 2; a word's piece begins with the mark of a space.
+    As in T5, padding is 0, the end 1 and the unknown 2; a word's piece begins with the mark of a
+    space.
     """
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0)]
     pieces += [("▁" + word, -3.0) for word in words]

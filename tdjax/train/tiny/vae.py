@@ -1,4 +1,5 @@
-"""Stage 1: the video autoencoder, trained on rendered clips; then the mean and deviation of its latents."""
+"""Stage 1: the video autoencoder, trained on rendered clips; then the mean and deviation of its
+latents."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from tdjax.train.tiny.settings import VAEStage
 from tdjax.train.tiny.work import Run
 
 EMA = EMAConfig(decay=0.995)
-LEAST_DEVIATION = 0.2  # of a latent channel, as a share of the largest: a dead channel would become noise of full strength
+# of a latent channel, as a share of the largest: a dead channel would become noise of full strength
+LEAST_DEVIATION = 0.2
 AT_ONCE = 64
 
 
@@ -28,7 +30,8 @@ def posterior(vae: VAE, video):  # f32[b T H W 3] -> mean, log variance f32[b t 
 
 
 def emphasis(video, drawn: float):  # f32[b T H W 3] -> f32[b T H W 1], of mean 1 in every clip
-    """The weight of each pixel: `drawn` times as much where something is drawn, which is but a twentieth of a clip."""
+    """The weight of each pixel: `drawn` times as much where something is drawn, which is but a
+    twentieth of a clip."""
     object_ = (
         jnp.abs(video - video[:, :, :1, :1]).max(-1, keepdims=True) > 0.05
     )  # a corner is background
@@ -37,12 +40,14 @@ def emphasis(video, drawn: float):  # f32[b T H W 3] -> f32[b T H W 1], of mean 
 
 
 def distance(a, b, width: float):
-    """Quadratic below `width` and linear above: a background that is nearly right does not drown the object's gradient."""
+    """Quadratic below `width` and linear above: a background that is nearly right does not drown
+    the object's gradient."""
     return jnp.sqrt(jnp.square(a - b) + width**2) - width
 
 
 def loss(vae: VAE, video, draws, jitter, cfg: VAEStage):
-    """Distance of pixels and of their differences, and a little of the divergence; jitter f32[] times noise is what the decoder sees."""
+    """Distance of pixels and of their differences, and a little of the divergence; jitter f32[]
+    times noise is what the decoder sees."""
     mean, log_variance = posterior(vae, video)
     z = mean + jnp.exp(0.5 * log_variance) * draws["latent"]
     z = z + jitter * jax.lax.stop_gradient(mean.std((0, 1, 2, 3))) * draws["jitter"]
@@ -58,7 +63,8 @@ def loss(vae: VAE, video, draws, jitter, cfg: VAEStage):
 
 
 def make_step(cfg: VAEStage, optimizer):
-    """step(state) -> (state, numbers) on whole clips: with shorter ones, reconstructions of whole ones stayed at 20 dB."""
+    """step(state) -> (state, numbers) on whole clips: with shorter ones, reconstructions of whole
+    ones stayed at 20 dB."""
 
     def step(state: TrainState):
         keys = named_keys(state, "clips", "latent", "jitter")
@@ -71,9 +77,10 @@ def make_step(cfg: VAEStage, optimizer):
         grads, numbers = jax.grad(loss, has_aux=True)(state.model, video, draws, jitter, cfg)
         model, opt, more = apply(optimizer, grads, state.opt, state.model)
         ema = ema_update(state.ema, model, state.step, EMA)
-        return dataclasses.replace(
-            state, step=state.step + 1, model=model, ema=ema, opt=opt
-        ), numbers | more
+        return (
+            dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt),
+            numbers | more,
+        )
 
     return step
 
@@ -84,7 +91,8 @@ def round_trip(vae: VAE, video):  # f32[b T H W 3] -> the same
 
 
 def make_check(run: Run, cfg: VAEStage):
-    """check(state, step): whole clips through the averaged weights, judged as generated clips are."""
+    """check(state, step): whole clips through the averaged weights, judged as generated clips
+    are."""
     factors = clips.sample(run.key("check"), cfg.check_clips, "all")
 
     def check(state: TrainState, step: int) -> dict[str, float]:
@@ -116,7 +124,8 @@ def moments(vae: VAE, key, n: int):  # -> sums over n clips: f32[z], of squares 
 
 
 def statistics(vae: VAE, key, n: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of every latent channel over n clips, the deviation not below LEAST_DEVIATION of the largest."""
+    """Mean and deviation of every latent channel over n clips, the deviation not below
+    LEAST_DEVIATION of the largest."""
     parts = [
         jax.device_get(moments(vae, jax.random.fold_in(key, i), min(AT_ONCE, n)))
         for i in range(-(-n // AT_ONCE))

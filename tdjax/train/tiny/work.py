@@ -1,4 +1,5 @@
-"""How a stage of the recipe runs: many steps in one call of the device, a line for each call, and a state to go on from."""
+"""How a stage of the recipe runs: many steps in one call of the device, a line for each call, and a
+state to go on from."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run of the recipe: where, from which seed, until when (of time.monotonic), and what its stages do."""
+    """A run of the recipe: where, from which seed, until when (of time.monotonic), and what its
+    stages do."""
 
     folder: Path
     settings: dict[str, Any]
@@ -62,7 +64,8 @@ class OutOfTime(Exception):
 
 
 def repeated(step: Callable, chunk: int) -> Callable:
-    """`chunk` times step(state, *data) -> (state, numbers), as one program that takes over the state's memory."""
+    """`chunk` times step(state, *data) -> (state, numbers), as one program that takes over the
+    state's memory."""
     return jax.jit(
         lambda state, *data: lax.scan(
             lambda state, _: step(state, *data), state, None, length=chunk
@@ -84,15 +87,17 @@ def train(
 ):
     """All steps of a stage, from its last saved state if there is one -> the last state.
 
-    program(state, *data) -> (state, numbers [chunk]) does a chunk of steps. check(state, step) -> numbers, every `check_every` steps and
-    at the end; they are logged beside the others. Raises OutOfTime, NotFinite.
+    program(state, *data) -> (state, numbers [chunk]) does a chunk of steps. check(state, step) ->
+    numbers, every `check_every` steps and at the end; they are logged beside the others. Raises
+    OutOfTime, NotFinite.
     """
     work = run.work(name)
     done = (saves.steps(work) or [0])[-1]
     if done:
         state = saves.restore(saves.folder(work, done), state)
         run.say(f"{name}: going on from step {done}")
-    # Where data are bound to a device, so is what comes out; a first state that is not would make a second program of the next call.
+    # Where data are bound to a device, so is what comes out; a first state that is not would make a
+    # second program of the next call.
     state = jax.device_put(state, jax.devices()[0])
     begun = saved = time.monotonic()
     with Metrics(work, done) as log:
@@ -120,7 +125,8 @@ def train(
                 begun = saved = time.monotonic()
                 if now > run.until:
                     raise OutOfTime(
-                        f"{name}: stopped at step {done} of {steps}; the same command goes on from there"
+                        f"{name}: stopped at step {done} of {steps}; the same command goes on from"
+                        " there"
                     )
     return state
 
@@ -165,7 +171,8 @@ def load(run: Run, name: str, compute: str = "float32", remat: bool = False):
 
 
 def trained(cfg, compute: str, remat: bool = False):
-    """A network as it is while it trains: float32 weights, and activations kept, memory being no concern, unless `remat`."""
+    """A network as it is while it trains: float32 weights, and activations kept, memory being no
+    concern, unless `remat`."""
     cfg = dataclasses.replace(
         cfg, policy=dataclasses.replace(cfg.policy, param="float32", compute=compute)
     )

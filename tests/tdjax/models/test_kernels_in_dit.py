@@ -60,29 +60,32 @@ def relative(actual, expected):
     "attention, linear", [("sla", "float"), ("sagesla", "int8_channel"), ("dense", "fp8")]
 )
 def test_kernels_give_the_reference(attention, linear):
-    """float32 between the ops. Last bits move values of 8 bits over edges, two blocks deep; sagesla rounds scores to int8 besides."""
+    """float32 between the ops. Last bits move values of 8 bits over edges, two blocks deep; sagesla
+    rounds scores to int8 besides."""
     model = with_linear(floats(attention=attention), linear)
     expected = np.asarray(run(with_impl(model, "reference"), *inputs()), np.float64)
     actual = run(with_impl(model, "interpret"), *inputs())
     assert relative(actual, expected) < (1e-5 if linear == "float" else 1e-2)
 
 
-# What a step launches: row ops, then attention, then products. Sparse attention pools nothing: its means come with the rotation.
+# What a step launches: row ops, then attention, then products. Sparse attention pools nothing: its
+# means come with the rotation.
 ROWS = {"norm_kernel": 3, "rows_kernel": 2}
 SPARSE = {"summaries_kernel": 1, "choose_kernel": 1, "attend_kernel": 1, "forward_kernel": 1}
 LAUNCHED = {
     ("dense", "float"): ROWS | {"forward_kernel": 2},
     ("sla", "int8"): ROWS | SPARSE | {"quantize_kernel": 7, "block_kernel": 10},
-    ("sagesla", "int8_channel"): ROWS
-    | SPARSE
-    | {"quantize_kernel": 4 + 2, "row_kernel": 10},  # two: queries and keys
+    ("sagesla", "int8_channel"): (
+        ROWS | SPARSE | {"quantize_kernel": 4 + 2, "row_kernel": 10}
+    ),  # two: queries and keys
     ("sla", "fp8"): ROWS | SPARSE | {"quantize_kernel": 4},
 }
 
 
 @pytest.mark.parametrize("attention, linear", LAUNCHED)
 def test_kernels_lower_for_cuda_at_real_size(attention, linear):
-    """The 1.3B model at 480p, without a GPU: the fast path holds exactly the kernels that it should."""
+    """The 1.3B model at 480p, without a GPU: the fast path holds exactly the kernels that it
+    should."""
     arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     cfg = DiTConfig(attention=attention, linear=linear, impl="triton")
     model = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))

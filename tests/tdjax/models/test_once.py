@@ -1,4 +1,5 @@
-"""What is computed once: 8-bit activations for all that read them, keys and values of the text for all steps."""
+"""What is computed once: 8-bit activations for all that read them, keys and values of the text for
+all steps."""
 
 import dataclasses
 
@@ -58,7 +59,8 @@ def rounded(jaxpr, dtype):
     "linear, dtype", [("int8", "int8"), ("int8_channel", "int8"), ("fp8", "float8_e4m3fn")]
 )
 def test_activations_are_quantised_once(linear, dtype):
-    """In a block: before q k v, o, the cross-attention's q and o, up, down. The text rows: once for all blocks."""
+    """In a block: before q k v, o, the cross-attention's q and o, up, down. The text rows: once for
+    all blocks."""
     model, (x, timestep, _) = with_linear(floats(attention="dense"), linear), inputs()
     text = normal(1, 1, 40, 6)
     block, kv = jax.tree.map(lambda leaf: leaf[0], (model.blocks, model.text_kv(text)))
@@ -95,7 +97,8 @@ def loops(function, *args):
 
 
 def test_steps_do_not_read_the_text_again():
-    """No product in the loop of a sampler has the text's rows times the width; and its latents are those of the plain call."""
+    """No product in the loop of a sampler has the text's rows times the width; and its latents are
+    those of the plain call."""
     model, (x, _, text), times = floats(), inputs(), jnp.array([0.99, 0.8, 0.0])
     noise = normal(6, 2, *x.shape)
     few = lambda model, x, text: programs.denoise(model, x, text, None, (noise, times), mode="sde")

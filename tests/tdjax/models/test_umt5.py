@@ -1,4 +1,5 @@
-"""umT5: the golden vectors of the official encoder, transformers' own at other sizes, and what the DiT relies on."""
+"""umT5: the golden vectors of the official encoder, transformers' own at other sizes, and what the
+DiT relies on."""
 
 import jax
 import jax.numpy as jnp

@@ -109,7 +109,8 @@ def test_golden(golden, name):
 
 
 def test_published_fast_norm_explains_its_output(golden, monkeypatch):
-    """With the padded variance of the published LayerNorm in the blocks (never in the head), ours gives its numbers too."""
+    """With the padded variance of the published LayerNorm in the blocks (never in the head), ours
+    gives its numbers too."""
     g = golden("dit_t2v_tiny")
     model, args = load(g), inputs(g)
 
@@ -128,7 +129,8 @@ def test_published_fast_norm_explains_its_output(golden, monkeypatch):
 
 
 def test_agrees_with_another_port():
-    """diffusers' WanTransformer3DModel with random weights, at sizes that share no factor with the golden ones."""
+    """diffusers' WanTransformer3DModel with random weights, at sizes that share no factor with the
+    golden ones."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     cfg = DiTConfig(dim=3 * 26, heads=3, ffn_dim=101, layers=3, freq_dim=34, text_dim=23, in_channels=11, out_channels=7,
@@ -176,7 +178,8 @@ def moved(tree, way, step):
 
 
 def test_derivatives_of_both_modes():
-    """Through scan and checkpoint, in weights, latents and time: the tangent is the slope, the gradient is its transpose."""
+    """Through scan and checkpoint, in weights, latents and time: the tangent is the slope, the
+    gradient is its transpose."""
     model, (x, t, *rest) = tiny(), batch()
     at = (model, x, t)
     way, out = direction(at, 3), direction(x, 4)
@@ -201,7 +204,8 @@ def test_gradient_of_sparse_linear_attention_is_the_slope():
 
 
 def test_tangent_as_a_target_of_a_bfloat16_student():
-    """The shape of a distillation step: the tangent in a constant target, beside the gradient of the weights."""
+    """The shape of a distillation step: the tangent in a constant target, beside the gradient of
+    the weights."""
     model, (x, t, text, image) = (
         tiny(policy=dataclasses.replace(FLOAT32, compute="bfloat16")),
         batch(),

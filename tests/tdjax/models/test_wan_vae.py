@@ -1,4 +1,5 @@
-"""The video VAE against the official code (golden vectors), against diffusers, and its own identities."""
+"""The video VAE against the official code (golden vectors), against diffusers, and its own
+identities."""
 
 import dataclasses
 import functools
@@ -154,7 +155,8 @@ def test_intermediates_golden(golden, tiny, frames):
 
 
 def test_published_keys_are_the_leaves(manifest):
-    """Every tensor of the published file is one leaf of the full-size module, and the other way round."""
+    """Every tensor of the published file is one leaf of the full-size module, and the other way
+    round."""
     shapes = {rename(k, OFFICIAL): t["shape"] for k, t in manifest("Wan2.1_VAE")["tensors"].items()}
     axes = {1: (0,), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}
     wanted = {name: leaf.shape for name, leaf in leaves(abstract(VAEConfig()))[0].items()}
@@ -218,7 +220,8 @@ def test_later_frames_never_change_earlier_ones(golden, tiny):
 
 
 def test_chunks_equal_the_whole():
-    """A causal convolution over chunks of two frames is the one over all frames after two zero frames."""
+    """A causal convolution over chunks of two frames is the one over all frames after two zero
+    frames."""
     conv = jax.tree.map(
         lambda leaf: normal(leaf.shape),
         jax.eval_shape(lambda: CausalConv((3, 3, 3), 5, 7, TINY, rngs=nnx.Rngs(0))),
@@ -309,7 +312,8 @@ def test_halving_takes_every_second_output():
 @pytest.mark.parametrize("outputs", [13, 14])
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2.0**-7)])
 def test_convolution_of_repeated_pixels(outputs, dtype, bound):
-    """By four kernels of 2 x 2 taps: what the 3 x 3 taps give on the larger frames, at their edges too; and the gradients of it."""
+    """By four kernels of 2 x 2 taps: what the 3 x 3 taps give on the larger frames, at their edges
+    too; and the gradients of it."""
     x, kernel, bias = (
         a.astype(dtype)
         for a in (normal((2, 3, 5, 6, 11)), normal((3, 3, 11, outputs)) / 10, normal((outputs,)))
@@ -348,7 +352,8 @@ def test_attention_by_blocks_of_queries(monkeypatch, queries):
 
 
 def test_bfloat16_flows_and_the_doors_are_float32(golden, tiny):
-    """Production dtypes on the golden weights (they lie on the bfloat16 grid): no upcast in between, close to float32."""
+    """Production dtypes on the golden weights (they lie on the bfloat16 grid): no upcast in
+    between, close to float32."""
     g = golden("vae_tiny")
     vae = load(dataclasses.replace(TINY, policy=VAEConfig().policy), g.weights(), OFFICIAL)
     x, cache = jax.eval_shape(
@@ -362,7 +367,8 @@ def test_bfloat16_flows_and_the_doors_are_float32(golden, tiny):
 
 
 def test_lowers_for_cuda_at_full_size():
-    """480p, 21 latent frames, from a machine without the device; every convolution is two-dimensional."""
+    """480p, 21 latent frames, from a machine without the device; every convolution is
+    two-dimensional."""
     latents = jax.ShapeDtypeStruct((1, 21, 60, 104, 16), jnp.float32)
     text = described.lower(described.trace(decode, abstract(VAEConfig()), latents)).as_text()
     assert "stablehlo.while" in text
@@ -387,7 +393,8 @@ def test_a_gpu_without_our_kernels_takes_the_reference(monkeypatch):
 
 
 def test_cache_bytes():
-    """Two frames of every causal convolution's input (of the last one's taps); the numbers of VAE's docstring."""
+    """Two frames of every causal convolution's input (of the last one's taps); the numbers of VAE's
+    docstring."""
     assert round(cache_bytes(VAEConfig(), 480, 832) / 1e9, 2) == 1.75
     assert round(cache_bytes(VAEConfig(), 720, 1280) / 1e9, 2) == 4.04
     assert round(cache_bytes(VAEConfig(), 480, 832, encode=True) / 1e9, 2) == 1.12

@@ -1,4 +1,5 @@
-"""The algebra of distillation in float64: our rectified-flow forms against the published TrigFlow ones and against slopes."""
+"""The algebra of distillation in float64: our rectified-flow forms against the published TrigFlow
+ones and against slopes."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,8 @@ def at_times():
 
 
 def trig(velocity, x, t):
-    """F as the official wrapper has it: (cos x_t - x0) / sin with x0 = c_skip x_t + c_out net(c_in x_t, c_noise)."""
+    """F as the official wrapper has it: (cos x_t - x0) / sin with x0 = c_skip x_t + c_out net(c_in
+    x_t, c_noise)."""
     sin, cos = jnp.sin(t), jnp.cos(t)
     total = column(sin + cos)
     x0 = x / total - column(sin) / total * velocity(x / total, 1000.0 * sin / (sin + cos))
@@ -136,7 +138,8 @@ def test_a_student_with_straight_trajectories_is_left_alone():
 
 
 def test_loss_pulls_along_the_direction():
-    """d loss / dF = -2 kappa sqrt(size) direction, of length one up to the floor; the value is that of the official scale."""
+    """d loss / dF = -2 kappa sqrt(size) direction, of length one up to the floor; the value is that
+    of the official scale."""
     x, c, v_teacher, _ = at_times()
     size = x[0].size
     v, term = consistency.exact(student, x, v_teacher, c, 0.0)
@@ -175,11 +178,12 @@ def test_teacher_steps_of_the_discrete_variant():
     np.testing.assert_allclose(there * column(np.cos(t[-1]) + np.sin(t[-1])), x_t, **CLOSE)
 
 
-# -- distribution matching -------------------------------------------------------------------------------------------------
+# -- distribution matching -------------------------------------------------------------------------
 
 
 def test_rollout_is_the_stochastic_sampler():
-    """Every count; a time later than the one before becomes that one; nothing after the start when count is 1."""
+    """Every count; a time later than the one before becomes that one; nothing after the start when
+    count is 1."""
     noise = jnp.asarray(draw(0, 2, 4, 1, 2, 2, 3))
     s = jnp.asarray([[np.inf, 1.0, 2.0, -1.0], [np.inf, 0.5, -0.5, 0.0]])
     run = jax.jit(lambda count: distribution.rollout(student, noise, s, count))
@@ -198,7 +202,8 @@ def test_rollout_is_the_stochastic_sampler():
 
 
 def test_gradient_of_distribution_matching():
-    """2 (x0_critic - x0_teacher) / mean|made - x0_teacher|, whatever made it; written out for linear fields."""
+    """2 (x0_critic - x0_teacher) / mean|made - x0_teacher|, whatever made it; written out for
+    linear fields."""
     made, eps, s = draw(0, *SHAPE), draw(1, *SHAPE), draw(2, SHAPE[0])
     linear = lambda slope: lambda x, timestep: slope * x
     d, gap = distribution.dmd_direction(

@@ -1,4 +1,5 @@
-"""The losses of distillation against the official code's numbers (tests/golden/train_targets.npz)."""
+"""The losses of distillation against the official code's numbers
+(tests/golden/train_targets.npz)."""
 
 from pathlib import Path
 
@@ -78,7 +79,8 @@ def case(golden):
 
 
 def at_time(t):
-    """Coefficients of a TrigFlow time, each rounded once: 1000 u must be the official float32, as the networks are steep in it."""
+    """Coefficients of a TrigFlow time, each rounded once: 1000 u must be the official float32, as
+    the networks are steep in it."""
     t = np.asarray(t, np.float64).reshape(-1)
     sin, cos = np.sin(t), np.cos(t)
     exact = {
@@ -136,7 +138,8 @@ def test_denoiser(case):
 
 
 def consistency_terms(case, tangent, r, interval=0.01):
-    """Everything between the data and the loss, at the golden times; the file was made with the official code of 2026."""
+    """Everything between the data and the loss, at the golden times; the file was made with the
+    official code of 2026."""
     c = at_time(case.g["in/time_trig"])
     p = flow.per_sample(c)
     x = flow.noisy(video(case.g["in/x0"]), video(case.g["in/eps"]), p)

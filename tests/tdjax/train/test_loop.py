@@ -1,4 +1,5 @@
-"""The loop on a toy of two leaves: order of steps, exact resuming, checkpoints, reports, stopping; and shardings."""
+"""The loop on a toy of two leaves: order of steps, exact resuming, checkpoints, reports, stopping;
+and shardings."""
 
 import dataclasses
 import json
@@ -113,7 +114,8 @@ def same_bits(a, b):
         assert np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes(), name
 
 
-# Order of steps ----------------------------------------------------------------------------------------------------------
+# Order of steps
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("warmup", "frequency"), [(0, 5), (3, 2), (1000, 5), (4, 3)])
@@ -143,7 +145,8 @@ def test_phases_take_turns(tmp_path):
     assert row["a/loss"] > 0 and row["steps_per_second"] > 0
 
 
-# Resuming ----------------------------------------------------------------------------------------------------------------
+# Resuming
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cut", [1, 3, 5])
@@ -240,7 +243,8 @@ def test_a_bad_sample_ends_the_run_after_a_checkpoint(tmp_path):
     same_bits(resumed(tmp_path).state, run(tmp_path / "whole").state)
 
 
-# Reports -----------------------------------------------------------------------------------------------------------------
+# Reports
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_fetched_between_reports(tmp_path, monkeypatch):
@@ -316,7 +320,8 @@ def test_compiling_and_saving_are_no_training_time(tmp_path):
     assert row["steps_per_second"] == pytest.approx(1.0, rel=0.05) and row["train/loss"] == 2.0
 
 
-# Not finite --------------------------------------------------------------------------------------------------------------
+# Not finite
+# --------------------------------------------------------------------------------------------------------------
 
 
 def test_losses_that_are_not_finite_stop_the_run(tmp_path):
@@ -384,7 +389,8 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     assert saves.steps(tmp_path) == []
 
 
-# Stopping ----------------------------------------------------------------------------------------------------------------
+# Stopping
+# ----------------------------------------------------------------------------------------------------------------
 
 
 class Signals:
@@ -440,7 +446,8 @@ def test_an_ignored_signal_stays_ignored(listening):
     assert not interrupt.asked
 
 
-# Shardings ---------------------------------------------------------------------------------------------------------------
+# Shardings
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def mesh(**axes):

@@ -1,4 +1,5 @@
-"""`python -m tdjax.train`: keys and their types, messages, presets, and whole runs of a tiny network."""
+"""`python -m tdjax.train`: keys and their types, messages, presets, and whole runs of a tiny
+network."""
 
 import dataclasses
 import importlib
@@ -55,7 +56,8 @@ def fails(capsys, *argv, code=2):
     return out.err
 
 
-# Keys --------------------------------------------------------------------------------------------------------------------
+# Keys
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_values_have_their_types():
@@ -154,7 +156,10 @@ def test_what_a_class_refuses(capsys, word, tmp_path):
     [["--help"], ["rcm-14b", "--help"], ["rcm-14b", "run.stepz=3"], ["rcm-14b", "data.path=none"]],
 )
 def test_answers_come_before_jax_is_imported(argv):
-    code = f"import sys; from tdjax.train import __main__ as c\nc.main({argv!r})\nassert not {{'jax', 'av'}} & set(sys.modules)"
+    code = (
+        f"import sys; from tdjax.train import __main__ as c\nc.main({argv!r})\nassert not {{'jax',"
+        " 'av'} & set(sys.modules)"
+    )
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -198,7 +203,8 @@ def test_the_source_says_what_the_classes_are():
             )
 
 
-# Presets -----------------------------------------------------------------------------------------------------------------
+# Presets
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -232,7 +238,8 @@ def test_presets_have_the_published_numbers():
     assert set(METHODS) == {preset.method for preset in PRESETS.values()}
 
 
-# Whole runs --------------------------------------------------------------------------------------------------------------
+# Whole runs
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -245,7 +252,8 @@ def quick_compiling():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Shards, a negative embedding, and weights of a tiny network in our layout and with a sparse projection."""
+    """Shards, a negative embedding, and weights of a tiny network in our layout and with a sparse
+    projection."""
     out, rng = tmp_path_factory.mktemp("train"), np.random.default_rng(0)
     samples = [
         (rng.normal(size=(3, 4, 4, 4)), rng.normal(size=(7, 6)), f"prompt {i}") for i in range(5)
@@ -277,7 +285,8 @@ def words(folder, *more):
 
 
 def flow(folder, *more):
-    """Flow matching whose program is the same in every test. Adam's eps is large, or it would magnify the rounding of small gradients."""
+    """Flow matching whose program is the same in every test. Adam's eps is large, or it would
+    magnify the rounding of small gradients."""
     fixed = [
         "optimizer.eps=1e-3",
         "optimizer.decay=constant",
@@ -348,7 +357,8 @@ def test_random_weights(folder):
 
 
 def test_four_devices_give_the_numbers_of_one(folder, tmp_path):
-    """The same program as above, then laid over fsdp and tensor axes: weights, moments, average and batch are divided."""
+    """The same program as above, then laid over fsdp and tensor axes: weights, moments, average and
+    batch are divided."""
     states, losses = [], []
     for name in ("auto", "fsdp=2,tp=2"):
         own = [

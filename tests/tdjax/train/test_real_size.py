@@ -1,4 +1,5 @@
-"""The steps of the 1.3B presets at 480p, without a GPU: the script that runs them on one, and the kernels that they lower to."""
+"""The steps of the 1.3B presets at 480p, without a GPU: the script that runs them on one, and the
+kernels that they lower to."""
 
 import math
 import re
@@ -15,10 +16,13 @@ from tdjax.train.presets import PRESETS
 
 TOKENS = 21 * 30 * 52
 DENSE = {"forward_kernel", "query_kernel", "key_kernel"}
-KERNELS = {  # (method, phase) -> kernels. Of rCM the student's step, in which is all that the critic's has, with fewer forward passes
+# (method, phase) -> kernels. Of rCM the student's step, in which is all that the critic's has, with
+# fewer forward passes
+KERNELS = {
     ("rcm", "student"): DENSE | {"tangent_kernel"},
-    ("sla", "sla"): DENSE
-    | {"attend_kernel", "choose_kernel", "summaries_kernel", "query_sums_kernel"},
+    ("sla", "sla"): (
+        DENSE | {"attend_kernel", "choose_kernel", "summaries_kernel", "query_sums_kernel"}
+    ),
 }
 FEWER = {"rcm": ["loss.guidance=1"], "sla": []}
 
@@ -33,7 +37,8 @@ def abstract(name, settings=(), latents=train_step.LATENTS):
 @pytest.mark.parametrize("name, phase", KERNELS)
 def test_every_attention_is_a_kernel(monkeypatch, name, phase):
     def fused(q, k, v, scale, return_residual=False):
-        """cuDNN cannot be called here; our kernels stand for it, so that the choice of "auto" on a GPU stays what it is."""
+        """cuDNN cannot be called here; our kernels stand for it, so that the choice of "auto" on a
+        GPU stays what it is."""
         o = triton.attention(q, k, v, scale=scale)
         return (o, jnp.zeros(q.shape[:3], q.dtype)) if return_residual else o
 

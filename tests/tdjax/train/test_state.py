@@ -89,7 +89,7 @@ def test_trainable():
         trainable(model, "core")
 
 
-# -- moving average --------------------------------------------------------------------------------------------------------
+# -- moving average --------------------------------------------------------------------------------
 
 
 def averaged(config, values):
@@ -101,7 +101,8 @@ def averaged(config, values):
 
 
 def test_power_average_in_closed_form():
-    """Weights of value n at update n: the average is sum n ((n+1)^(g+1) - n^(g+1)) / N^(g+1); the first update forgets the start."""
+    """Weights of value n at update n: the average is sum n ((n+1)^(g+1) - n^(g+1)) / N^(g+1); the
+    first update forgets the start."""
     config, count = EMAConfig(width=0.1), 200
     power = config.exponent + 1
     n = np.arange(count, dtype=np.float64)
@@ -127,7 +128,7 @@ def test_constant_average():
             EMAConfig(**wrong)
 
 
-# -- guidance --------------------------------------------------------------------------------------------------------------
+# -- guidance --------------------------------------------------------------------------------------
 
 
 def batch(b=2):
@@ -151,7 +152,10 @@ def test_guidance_acts_once_on_the_velocity():
 def test_guidance_without_a_negative_prompt_is_refused():
     with pytest.raises(
         UsageError,
-        match="guidance 5 needs the embedding of the negative prompt and there is none\n.*silently do nothing",
+        match=(
+            "guidance 5 needs the embedding of the negative prompt and there is none\n.*silently do"
+            " nothing"
+        ),
     ):
         parts.guided_teacher(Teacher(Scale()), batch(), 5.0)
     with pytest.raises(
@@ -161,7 +165,7 @@ def test_guidance_without_a_negative_prompt_is_refused():
         parts.guided_teacher(Teacher(Scale(), jnp.ones((3, 5))), batch(), 5.0)
 
 
-# -- parts of a step -------------------------------------------------------------------------------------------------------
+# -- parts of a step -------------------------------------------------------------------------------
 
 
 def test_keys_differ_by_name_and_step_and_are_repeatable():
@@ -198,7 +202,7 @@ def test_update_counts_bad_entries():
     assert np.isfinite(after.scale[...]).all()
 
 
-# -- times -----------------------------------------------------------------------------------------------------------------
+# -- times -----------------------------------------------------------------------------------------
 
 
 def test_times_have_their_distributions(key):

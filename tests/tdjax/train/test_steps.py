@@ -1,4 +1,5 @@
-"""Whole steps: on a flow in the plane, where training takes seconds, and through the video transformer."""
+"""Whole steps: on a flow in the plane, where training takes seconds, and through the video
+transformer."""
 
 import dataclasses
 import functools
@@ -126,7 +127,8 @@ def off_ring(x):
 
 
 def test_flow_matching_learns_the_ring(teacher):
-    """The loss falls to that of the best velocity, which is not zero; samples lie where the data lie."""
+    """The loss falls to that of the best velocity, which is not zero; samples lie where the data
+    lie."""
     state, metrics = teacher
     loss = metrics["loss"]
     assert loss[-50:].mean() < 0.8 * loss[:10].mean()
@@ -201,7 +203,7 @@ def test_two_steps_of_the_student_are_better_than_two_of_its_teacher(teacher, co
     assert before > 0.1 and after < before / 10
 
 
-# -- properties of steps ---------------------------------------------------------------------------------------------------
+# -- properties of steps ---------------------------------------------------------------------------
 
 RCM = rcm.RCMConfig(guidance=2.0, consistency=rcm.SCM(kappa=1.0), warmup=4, max_steps=2)
 FLOW = flow_matching.FlowMatchingConfig(dropout=0.3)
@@ -278,7 +280,8 @@ def test_two_microbatches_are_one_batch(config, kind):
     "config, kind", [(FLOW, "flow"), (RCM, "student")], ids=["flow", "student"]
 )
 def test_a_sample_with_a_nan_is_left_out_whole(config, kind):
-    """The gradients without one half and without the other add up to that of all; before the end of the warm-up only data count."""
+    """The gradients without one half and without the other add up to that of all; before the end of
+    the warm-up only data count."""
     good = batch(0, 8)
     poison = lambda *bad: dataclasses.replace(
         good, latents=good.latents.at[np.array(bad), 0, 0, 0, 0].set(jnp.nan)
@@ -395,14 +398,15 @@ def test_published_settings():
     assert sla.SLATrainingConfig().time == LogNormal(mean=1.5, deviation=1.6)
 
 
-# -- the video transformer -------------------------------------------------------------------------------------------------
+# -- the video transformer -------------------------------------------------------------------------
 
 TINY = DiTConfig(dim=16, heads=2, ffn_dim=12, layers=2, in_channels=3, out_channels=3, freq_dim=8, text_dim=5, text_len=4,
                  round_time=False, policy=FLOAT32, sla=SLAConfig(topk=0.34, block_q=64, block_k=64))  # fmt: skip
 
 
 def dit(seed=0, **changes):
-    """A model whose every leaf is random but the projection of the linear branch, which starts at zero."""
+    """A model whose every leaf is random but the projection of the linear branch, which starts at
+    zero."""
     cfg = dataclasses.replace(TINY, **changes)
     names = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
     draw = np.random.default_rng(seed).normal
@@ -426,7 +430,8 @@ network = jit(lambda model, x, timestep, text: model(x, timestep, text))
 
 
 def test_white_box_loss_is_the_distance_to_dense_attention():
-    """Nothing for itself, nothing but rounding when every block is chosen, more when one of three is."""
+    """Nothing for itself, nothing but rounding when every block is chosen, more when one of three
+    is."""
     data = clip(3, 16, 16)  # 192 tokens
     eps, s = (
         jnp.asarray(np.random.default_rng(4).normal(size=data.latents.shape), jnp.float32),
@@ -477,9 +482,11 @@ def opaque(q, k, v, scale=None):
 
 
 def test_kernels_with_declared_derivatives_can_be_distilled(monkeypatch):
-    """Tangent outside the loss, gradient inside, blocks scanned and recomputed: as with attention that JAX differentiates itself.
+    """Tangent outside the loss, gradient inside, blocks scanned and recomputed: as with attention
+    that JAX differentiates itself.
 
-    The whole step, with microbatches and both terms, is traced; the consistency term, which has the tangent, is also computed.
+    The whole step, with microbatches and both terms, is traced; the consistency term, which has the
+    tangent, is also computed.
     """
     monkeypatch.setitem(flash_attention.IMPLS, "opaque", opaque)
     data, teacher = clip(1, 4, 4), lambda impl: Teacher(dit(2, impl=impl), jnp.ones((4, 5)))

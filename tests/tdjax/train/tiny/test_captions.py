@@ -1,4 +1,5 @@
-"""Captions say their attributes and nothing else; the words are closed; reading is the inverse of writing."""
+"""Captions say their attributes and nothing else; the words are closed; reading is the inverse of
+writing."""
 
 import jax
 import numpy as np

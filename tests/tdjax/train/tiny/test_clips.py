@@ -1,4 +1,5 @@
-"""Palettes far enough apart, splits, motion as said, shapes of the right area and place, and clips that stay in the frame."""
+"""Palettes far enough apart, splits, motion as said, shapes of the right area and place, and clips
+that stay in the frame."""
 
 import dataclasses
 import itertools
@@ -129,7 +130,8 @@ def test_border_is_background(many):
 
 
 def test_free_positions_fill_their_range(many):
-    """Straight movers: the position across fills its range, the start along the path what the path leaves."""
+    """Straight movers: the position across fills its range, the start along the path what the path
+    leaves."""
     mine = (
         (many.said.motion == 1) & (many.said.size == 0) & (many.said.speed == 0)
     )  # right, small, slowly
@@ -141,7 +143,8 @@ def test_free_positions_fill_their_range(many):
 
 
 def polygon(shape, r):
-    """Which points of a fine grid (16 a pixel) around a centre between pixels are inside: bool, and the grid; plain definitions."""
+    """Which points of a fine grid (16 a pixel) around a centre between pixels are inside: bool, and
+    the grid; plain definitions."""
     x, y = np.meshgrid(*[(np.arange(-24 * 16, 24 * 16) + 0.5) / 16] * 2)
     inside = {
         "circle": x**2 + y**2 < r**2,

@@ -1,4 +1,5 @@
-"""The detector is right on true clips and wrong on false ones; its numbers are the numbers that were put in."""
+"""The detector is right on true clips and wrong on false ones; its numbers are the numbers that
+were put in."""
 
 import dataclasses
 
@@ -40,7 +41,8 @@ def truth():
 
 
 def test_true_clips_are_right():
-    """The recipe asks for 99.5 %, here 255 of 256. Measured over 2,560 clips of other keys: all right."""
+    """The recipe asks for 99.5 %, here 255 of 256. Measured over 2,560 clips of other keys: all
+    right."""
     right = []
     for seed in range(8):
         f = sample(jax.random.key(100 + seed), N, "all")

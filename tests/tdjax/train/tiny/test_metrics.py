@@ -1,4 +1,5 @@
-"""Frechet distances against closed forms, features against other implementations, diversity and fidelity on known cases."""
+"""Frechet distances against closed forms, features against other implementations, diversity and
+fidelity on known cases."""
 
 import dataclasses
 
@@ -114,7 +115,8 @@ def test_random_features_against_torch(real):
 
 @pytest.mark.slow
 def test_distances_of_clips(real):
-    """Two sets of true clips are near, one in inverted colours is far. Measured 11 and 356, 2.2 and 53."""
+    """Two sets of true clips are near, one in inverted colours is far. Measured 11 and 356, 2.2 and
+    53."""
     sets = [*real, -real[1]]
     pooled = [metrics.pooled_pixels(x)[:, ::4] for x in sets]  # a quarter, for time
     basis = metrics.principal(pooled[0], 16)
@@ -123,7 +125,7 @@ def test_distances_of_clips(real):
         assert 0 < 8 * near < far
 
 
-# -- diversity, fidelity ---------------------------------------------------------------------------------------------------
+# -- diversity, fidelity ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
-"""A table says what its rows hold, dashes where they hold nothing; a sheet shows the frames it names, in their places."""
+"""A table says what its rows hold, dashes where they hold nothing; a sheet shows the frames it
+names, in their places."""
 
 import numpy as np
 import pytest
@@ -24,11 +25,11 @@ ROWS = (
 
 
 def test_table():
-    assert report.table(ROWS) == (
-        "|  | NFE | steps | all attributes | speed error, px/frame | FD-pca | PSNR to parent, dB |\n"
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
-        "| ground truth | 0 | 0 | 100.0% | 0.000 | 0.0123 | - |\n"
-        "| student 4 | 4 | 4 | 93.8% | 0.250 | - | 28.1 |\n"
+    assert (
+        report.table(ROWS)
+        == "|  | NFE | steps | all attributes | speed error, px/frame | FD-pca | PSNR to parent, dB"
+        " |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n| ground truth | 0 | 0 | 100.0%"
+        " | 0.000 | 0.0123 | - |\n| student 4 | 4 | 4 | 93.8% | 0.250 | - | 28.1 |\n"
     )
 
 
@@ -45,8 +46,10 @@ def test_other_values_are_not_shown():
 
 def test_contact_sheet(tmp_path):
     clips = {
-        name: np.zeros((33, 8, 6, 3), np.uint8)
-        + np.arange(33, dtype=np.uint8)[:, None, None, None] * k
+        name: (
+            np.zeros((33, 8, 6, 3), np.uint8)
+            + np.arange(33, dtype=np.uint8)[:, None, None, None] * k
+        )
         for k, name in ((1, "a"), (7, "b"))
     }
     path = report.contact_sheet(tmp_path / "sheet.png", clips, columns=9, scale=2)

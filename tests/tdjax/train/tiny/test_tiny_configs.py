@@ -1,4 +1,5 @@
-"""The sizes of the recipe: parameters counted without allocating them, bytes of the package, one block to a latent frame."""
+"""The sizes of the recipe: parameters counted without allocating them, bytes of the package, one
+block to a latent frame."""
 
 import dataclasses
 

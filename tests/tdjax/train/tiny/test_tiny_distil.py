@@ -35,7 +35,8 @@ def text():
 
 @pytest.mark.slow
 def test_sparse_attention_follows_the_teacher(some, text):
-    """Latents of three frames of 16 tokens are one block: its linear branch alone differs, and begins at nothing."""
+    """Latents of three frames of 16 tokens are one block: its linear branch alone differs, and
+    begins at nothing."""
     optimizer = adamw(OptimizerConfig(learning_rate=1e-3, b1=0.9, warmup=0))
     dense = tiny_cases.dit()
     student = distil.sparse(dense, tiny_cases.SLA, "float32")

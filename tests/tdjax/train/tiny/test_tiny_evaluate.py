@@ -1,4 +1,5 @@
-"""The table: the detector finds what was drawn, rows keep their results, parents and children are compared."""
+"""The table: the detector finds what was drawn, rows keep their results, parents and children are
+compared."""
 
 import json
 

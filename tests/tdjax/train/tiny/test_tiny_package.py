@@ -1,4 +1,5 @@
-"""The folder that ships: read by our own reader, used by the pipeline, honest about what it knows."""
+"""The folder that ships: read by our own reader, used by the pipeline, honest about what it
+knows."""
 
 import numpy as np
 import pytest

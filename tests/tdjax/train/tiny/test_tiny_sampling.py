@@ -1,4 +1,5 @@
-"""From captions to the detector's verdict, with an oracle in place of the transformer: samplers, guidance and decoding lose nothing."""
+"""From captions to the detector's verdict, with an oracle in place of the transformer: samplers,
+guidance and decoding lose nothing."""
 
 import dataclasses
 import types
@@ -19,7 +20,8 @@ NAMES = [field.name for field in dataclasses.fields(Attributes)]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-    """Knows the latents of every caption of the batch. Without guidance, its velocity is theirs; under it, what guidance must double."""
+    """Knows the latents of every caption of the batch. Without guidance, its velocity is theirs;
+    under it, what guidance must double."""
 
     x0: jax.Array
 
@@ -38,7 +40,8 @@ class Oracle:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """Latents are the factors themselves: eight numbers in the first place of a clip, the heading in the second."""
+    """Latents are the factors themselves: eight numbers in the first place of a clip, the heading
+    in the second."""
 
     scale: jax.Array
 

@@ -1,4 +1,5 @@
-"""Every word one piece, through our own reader; captions fit the text encoder; other words become characters."""
+"""Every word one piece, through our own reader; captions fit the text encoder; other words become
+characters."""
 
 import pytest
 

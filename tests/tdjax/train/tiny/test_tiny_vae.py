@@ -12,7 +12,8 @@ from tdjax.train.tiny import settings, vae
 
 @pytest.fixture(scope="module")
 def seen():
-    """What one program says of a small network and a short clip: the loss with and without noise, and what it is made of."""
+    """What one program says of a small network and a short clip: the loss with and without noise,
+    and what it is made of."""
     cfg, model, video = (
         settings.VAEStage(),
         tiny_cases.vae(),

@@ -1,4 +1,5 @@
-"""The runner of a stage: chunks, checks, a cut run that goes on to the same bits; and what the settings become."""
+"""The runner of a stage: chunks, checks, a cut run that goes on to the same bits; and what the
+settings become."""
 
 import dataclasses
 import json
