@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.cli import known, reading
-from convert.detect import describe
 from convert.leaves import Leaves, open_leaves
-from tdjax import checkpoint
+from tdjax.checkpoints import orbax
+from tdjax.checkpoints.published.detect import describe
 from tdjax.config import DiTConfig, TextConfig
 
 LEVELS = ("keys", "values", "forward")
@@ -73,7 +73,7 @@ def against(args, ours: Leaves) -> Leaves | None:
     if args.against is None:
         return None
     other = open_leaves(args.against, "float32", **known(args))
-    checkpoint.check_table(
+    orbax.check_table(
         shapes(ours),
         shapes(other),
         f"{args.against.name} is not the same network as {args.checkpoint.name}",
@@ -113,9 +113,7 @@ def output(path, args) -> np.ndarray:
     """The output of a checkpoint's network on small random input that depends on its sizes
     alone."""
     leaves = open_leaves(path, None, **known(args))
-    module = (
-        leaves.file.load(leaves.config) if leaves.file is not None else checkpoint.restore(path)[1]
-    )
+    module = leaves.file.load(leaves.config) if leaves.file is not None else orbax.restore(path)[1]
     normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.float32)
     cfg = leaves.config
     if isinstance(cfg, DiTConfig):

@@ -77,11 +77,11 @@ def reading(leaves, name: str) -> Iterator:
 def save(leaves, target: Path, naming: str | None, overwrite: bool) -> Path:
     """A .safetensors file where the name says so, else a folder in our layout."""
     from convert.export import export
-    from tdjax import checkpoint
+    from tdjax.checkpoints import orbax
 
     if target.suffix == ".safetensors":
         return export(leaves, target, naming, overwrite)
-    return checkpoint.save(
+    return orbax.save(
         target, leaves.lazy, leaves.kind, leaves.config, source=leaves.facts, overwrite=overwrite
     )
 

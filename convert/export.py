@@ -11,12 +11,12 @@ from pathlib import Path
 import einops
 import numpy as np
 
-from convert import detect
 from convert.leaves import Leaves
-from convert.load import arrange
-from convert.rules import Row, invert
-from convert.tensor import DTYPE_NAMES
-from tdjax.checkpoint import written
+from tdjax.checkpoints.orbax import written
+from tdjax.checkpoints.published import detect
+from tdjax.checkpoints.published.checkpoint import arrange
+from tdjax.checkpoints.published.rules import Row, invert
+from tdjax.checkpoints.published.tensor import DTYPE_NAMES
 from tdjax.config import DiTConfig, to_dict
 from tdjax.errors import CheckpointError
 

@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from convert.detect import detect
-from convert.files import Source
-from convert.load import Checkpoint
 from pallas_kernels import sparse_attention as sparse
+from tdjax.checkpoints.published.checkpoint import Checkpoint
+from tdjax.checkpoints.published.detect import detect
+from tdjax.checkpoints.published.files import Source
 from tdjax.config import SLAConfig
 from tdjax.errors import CheckpointError
-from tdjax.models import inspect_dit, umt5, wan_vae
+from tdjax.models import intermediates, umt5, wan_vae
 from tdjax.precision import FLOAT32
 
 # (atol, rtol); the floor of float32 itself is about 2e-6 in the transformer and the VAE, 6e-6 in
@@ -216,7 +216,7 @@ def dit(g: Golden, impl: str) -> Iterator[Row]:
         features,
     )
     kind = "sla" if "sla_topk" in c else "dit"
-    inside, v = jax.jit(lambda model, *x: (inspect_dit.intermediates(model, *x), model(*x)))(
+    inside, v = jax.jit(lambda model, *x: (intermediates.intermediates(model, *x), model(*x)))(
         model, *inputs
     )
     yield from g.compare(kind, inside | {"sinusoid_f64": inside["sinusoid"]}, "mid/")

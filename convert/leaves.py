@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.load import Checkpoint, open_checkpoint, targets
-from tdjax import checkpoint
-from tdjax.checkpoint import Lazy
+from tdjax.checkpoints import orbax
+from tdjax.checkpoints.orbax import Lazy
+from tdjax.checkpoints.published.checkpoint import Checkpoint, open_checkpoint, targets
 from tdjax.config import Config
 from tdjax.errors import CheckpointError
 from tdjax.precision import Policy
@@ -63,15 +63,15 @@ def open_leaves(path, dtype: str | None = None, **known) -> Leaves:
             "LoRA files are merged into published weights",
             f"first: python -m convert {path} FILE.safetensors",
         )
-    kind, stored = checkpoint.checked(path)
+    kind, stored = orbax.checked(path)
     cfg = stored_as(stored, dtype)
     shapes = targets(kind, cfg)
-    read = lambda name, to: checkpoint.read(path, name).astype(to, copy=False)
+    read = lambda name, to: orbax.read(path, name).astype(to, copy=False)
     lazy = {
         n: Lazy(tuple(x.shape), np.dtype(x.dtype), functools.partial(read, n, x.dtype))
         for n, x in shapes.items()
     }
-    source = checkpoint.inspect(path)["source"]
+    source = orbax.inspect(path)["source"]
     count = {
         "tensors": len(lazy),
         "matched": len(lazy),

@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from convert import detect, merge
+from convert import merge
 from convert.cli import bar, known, reading, save, weighted
-from convert.files import open_source
 from convert.leaves import Leaves, of_file, open_leaves
-from convert.load import Checkpoint, open_checkpoint
-from tdjax import filenames, folders
-from tdjax.checkpoint import inspect, written
+from tdjax.checkpoints import filenames, folders
+from tdjax.checkpoints.orbax import inspect, written
+from tdjax.checkpoints.published import detect, lora
+from tdjax.checkpoints.published.checkpoint import Checkpoint, open_checkpoint
+from tdjax.checkpoints.published.files import open_source
 from tdjax.config import to_dict
 from tdjax.errors import CheckpointError, UsageError
 
@@ -142,7 +143,7 @@ def merged(args) -> Leaves:
     found = detect.detect(tensors, base.name, base.source.metadata, **known(args))
     changes = [counts]
     for file, w in map(weighted, args.lora):
-        tensors, counts = merge.add_lora(tensors, found, file, w)
+        tensors, counts = lora.add_lora(tensors, found, file, w)
         changes.append(counts)
     return of_file(Checkpoint(base.source, found, tensors, tuple(changes)), args.dtype)
 

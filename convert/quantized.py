@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.leaves import Leaves
-from convert.load import targets
-from tdjax.checkpoint import Lazy
+from tdjax.checkpoints.orbax import Lazy
+from tdjax.checkpoints.published.checkpoint import targets
 from tdjax.errors import CheckpointError
-from tdjax.linear import LINEAR, Linear
+from tdjax.models.linear import LINEAR, Linear
 
 NAMES = {"int8": "int8 block128"}  # of kinds in a manifest
 

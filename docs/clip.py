@@ -7,7 +7,7 @@ import numpy as np
 from einops import rearrange, repeat
 
 import tdjax
-from tdjax.video import write
+from tdjax.media.video import write
 
 PROMPTS = (
     "a small red circle moves left slowly on a gray background",

@@ -10,20 +10,20 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import fused_rows, qk_prep, sage_attention, sparse_attention
-from pallas_kernels.causal_taps import causal_taps
-from pallas_kernels.causal_taps import workloads as tap_shapes
+from pallas_kernels import norm_modulate, qk_prep, sage_attention, sparse_attention
 from pallas_kernels.flash_attention import attention, cudnn
 from pallas_kernels.flash_attention import workloads as dense_shapes
-from pallas_kernels.fused_rows import workloads as row_shapes
 from pallas_kernels.int8_matmul import quantize_activations, quantize_weight, quantized_linear
 from pallas_kernels.int8_matmul import workloads as linear_shapes
+from pallas_kernels.norm_modulate import workloads as row_shapes
 from pallas_kernels.qk_prep import workloads as prep_shapes
 from pallas_kernels.sage_attention import triton as sage_kernels
 from pallas_kernels.sage_attention import workloads as sage_shapes
 from pallas_kernels.sparse_attention import linear
 from pallas_kernels.sparse_attention import workloads as sparse_shapes
 from pallas_kernels.sparse_attention.forward import attend, kernel_name
+from pallas_kernels.temporal_unfold import temporal_unfold
+from pallas_kernels.temporal_unfold import workloads as tap_shapes
 from pallas_kernels.tuning import tile
 from pallas_kernels.workload import Workload
 
@@ -183,14 +183,14 @@ def float_layer(x, weight, bias):
 
 
 def norm(impl, x, factor, shift, y, gate):
-    out = fused_rows.norm(
+    out = norm_modulate.norm(
         x, factor, shift, y=y, gate=gate, eps=1e-6, floats=False, scheme="channel", impl=impl
     )
     return out.x, out.q
 
 
 def gelu(impl, x):
-    return fused_rows.gelu(x, scheme="channel", impl=impl)
+    return norm_modulate.gelu(x, scheme="channel", impl=impl)
 
 
 def rows(impl, x):
@@ -206,7 +206,7 @@ def keys(impl, *args):
 
 
 def taps(impl, x, past, gain):
-    return causal_taps(x, past, gain, impl=impl)
+    return temporal_unfold(x, past, gain, impl=impl)
 
 
 LINEARS = ("bf16", "block128", "channel", "channel+triton", "fp8")
@@ -244,7 +244,7 @@ CASES: dict[str, Case] = {
         Case(name="gelu", impls=KERNEL, workloads=row_shapes.GELU, run=gelu, exact=plainly(gelu)),
         Case(name="quantize_rows", impls=KERNEL, workloads=row_shapes.QUANTIZE, run=rows, exact=plainly(rows)),
         Case(name="qk_prep", impls=KERNEL, workloads=prep_shapes.WORKLOADS, run=prep, exact=exactly(prep)),
-        Case(name="causal_taps", impls=KERNEL, workloads=tap_shapes.WORKLOADS, run=taps, exact=exactly(taps)),
+        Case(name="temporal_unfold", impls=KERNEL, workloads=tap_shapes.WORKLOADS, run=taps, exact=exactly(taps)),
         Case(name="quantize_keys", impls=KERNEL, workloads=prep_shapes.KEYS, run=keys, exact=plainly(keys)),
     )
 }  # fmt: skip

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import fused_rows, qk_prep, sage_attention, sparse_attention
-from pallas_kernels.causal_taps import causal_taps
+from pallas_kernels import norm_modulate, qk_prep, sage_attention, sparse_attention
 from pallas_kernels.flash_attention import attention
 from pallas_kernels.int8_matmul import quantize_activations, quantize_weight, quantized_linear
+from pallas_kernels.temporal_unfold import temporal_unfold
 
 BF16 = 1e-2  # relative L2: a bfloat16 rounding of operands and of the result
 EXACT = 0.0
@@ -121,11 +121,11 @@ def cases() -> Iterator[tuple[str, Callable]]:
             ),
         )
     rows = normal(10, 1, 1, 256, dtype=jnp.float32)
-    norm = lambda impl: fused_rows.norm(x, 1 + rows, rows, y=y, gate=rows, eps=1e-6, impl=impl)
+    norm = lambda impl: norm_modulate.norm(x, 1 + rows, rows, y=y, gate=rows, eps=1e-6, impl=impl)
     yield "norm and residual", lambda impl: (norm(impl).x, norm(impl).h)
     yield (
         "gelu to int8",
-        lambda impl: fused_rows.gelu(x, scheme="channel", impl=impl).values.astype(jnp.float32),
+        lambda impl: norm_modulate.gelu(x, scheme="channel", impl=impl).values.astype(jnp.float32),
     )
     angles = normal(11, 200, 32, dtype=jnp.float32)
     prep = lambda impl: qk_prep.rms_norm_rope_pool(
@@ -138,7 +138,7 @@ def cases() -> Iterator[tuple[str, Callable]]:
         lambda impl: qk_prep.quantize_keys(k, mean, block=64, impl=impl)[0].astype(jnp.float32),
     )
     frames, past, gain = normal(12, 1, 4, 8, 10, 96), normal(13, 1, 2, 8, 10, 96), normal(14, 96)
-    yield "norm, SiLU and taps", lambda impl: causal_taps(frames, past, gain, impl=impl)
+    yield "norm, SiLU and taps", lambda impl: temporal_unfold(frames, past, gain, impl=impl)
 
 
 def outputs(impl: str, names: Collection[str]) -> dict[str, tuple]:

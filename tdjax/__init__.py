@@ -10,9 +10,9 @@ __version__ = "0.1.0"
 # Public names by the module that owns them. They are imported on first use (PEP 562), so that
 # `import tdjax` costs nothing and starts no device.
 _PUBLIC = {
-    "load": "tdjax.opening",
-    "Pipeline": "tdjax.pipeline",
-    "Result": "tdjax.result",
+    "load": "tdjax.pipeline.load",
+    "Pipeline": "tdjax.pipeline.pipeline",
+    "Result": "tdjax.pipeline.result",
     "PRESETS": "tdjax.config",
     "DiTConfig": "tdjax.config",
     "SLAConfig": "tdjax.config",

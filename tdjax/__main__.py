@@ -9,8 +9,8 @@ import sys
 from tdjax.errors import leave
 
 COMMANDS = {
-    "generate": ("tdjax.generate", "prompt or image to video"),
-    "bench": ("tdjax.bench", "time and memory of every stage, with random weights"),
+    "generate": ("tdjax.generate.__main__", "prompt or image to video"),
+    "bench": ("tdjax.bench.__main__", "time and memory of every stage, with random weights"),
     "train": ("tdjax.train.__main__", "SLA fine-tuning, rCM distillation, flow matching"),
     "env": ("tdjax.env", "versions, devices, caches"),
     "cache": ("tdjax.cache", "what tdjax keeps on disk: list, remove"),

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from tdjax.checkpoints.locate import cache_folder
 from tdjax.errors import TdjaxError, UsageError
-from tdjax.locate import cache_folder
-from tdjax.prompt_cache import FOLDER, SUFFIX, PromptCache, prompt_of
+from tdjax.text.prompt_cache import FOLDER, SUFFIX, PromptCache, prompt_of
 
 KINDS = {
     "weights": "model folders",

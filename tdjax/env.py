@@ -71,15 +71,15 @@ def devices() -> list[dict[str, Any]]:
 def kernels(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every implementation of every op, whether the first device can run it, and why not."""
     from pallas_kernels import (
-        causal_taps,
         flash_attention,
-        fused_rows,
+        norm_modulate,
         qk_prep,
         sage_attention,
         sparse_attention,
+        temporal_unfold,
     )
     from pallas_kernels.int8_matmul import SCHEMES
-    from tdjax.linear import LINEAR
+    from tdjax.models.linear import LINEAR
 
     ops = {
         "attention": flash_attention.IMPLS,
@@ -90,10 +90,10 @@ def kernels(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for kind, layer in LINEAR.items()
             if kind != "float"
         },
-        "norm": fused_rows.NORM,
-        "gelu": fused_rows.GELU,
+        "norm": norm_modulate.NORM,
+        "gelu": norm_modulate.GELU,
         "rms_norm_rope": qk_prep.ROPE,
-        "causal_taps": causal_taps.TAPS,
+        "temporal_unfold": temporal_unfold.TAPS,
     }
     device = found[0] if found else None
     return [
@@ -126,7 +126,7 @@ def folders() -> dict[str, dict[str, Any]]:
     """Where files are kept, and whether they can be written."""
     from huggingface_hub import constants
 
-    from tdjax.locate import cache_folder
+    from tdjax.checkpoints.locate import cache_folder
 
     places = {
         "tdjax": cache_folder(),

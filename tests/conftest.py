@@ -17,6 +17,8 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
+pytest_plugins = ("published_fixtures",)  # small checkpoints under published names
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = (Path(__file__).parent / "golden", REPOSITORY.parent / "shared" / "golden")
 MANIFESTS = (Path(__file__).parent / "manifests", REPOSITORY.parent / "shared" / "manifests")

@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
-from tdjax import checkpoint
+from tdjax.checkpoints import orbax
 from tdjax.config import DiTConfig, SLAConfig, TextConfig, VAEConfig
 from tdjax.precision import FLOAT32
-from tdjax.train.tiny import captions
-from tdjax.train.tiny.tokenizer import build
+from tdjax.train.tiny.data import captions
+from tdjax.train.tiny.data.tokenizer import build
 
 PROMPT = "a small red circle moves left slowly on a gray background"
 TEXT = TextConfig(
@@ -45,7 +45,7 @@ def random_leaves(kind: str, cfg, seed: int) -> dict[str, np.ndarray]:
     """Weights that keep variance: kernels and embeddings by their fan-in, unit norms, zero biases.
     Drawn by numpy on the host."""
     rng, out = np.random.default_rng(seed), {}
-    for name, leaf in checkpoint.names(checkpoint.abstract(kind, cfg)).items():
+    for name, leaf in orbax.names(orbax.abstract(kind, cfg)).items():
         if name.endswith("scale"):
             value = np.ones(leaf.shape)
         elif name.endswith("bias") and not name.endswith("relative_bias"):
@@ -62,9 +62,7 @@ def write(folder):
     folder.mkdir(parents=True)
     for seed, (kind, cfg) in enumerate((("dit", DIT), ("vae", VAE), ("text", TEXT))):
         source = {"name": f"random numbers, seed {seed}"}
-        checkpoint.save(
-            folder / kind, random_leaves(kind, cfg, seed), kind=kind, cfg=cfg, source=source
-        )
+        orbax.save(folder / kind, random_leaves(kind, cfg, seed), kind=kind, cfg=cfg, source=source)
     build(captions.vocabulary()).save(str(folder / "tokenizer.json"))
     (folder / "model.json").write_text(json.dumps(FACTS, indent=1) + "\n")
     return folder

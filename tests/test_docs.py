@@ -20,13 +20,14 @@ import convert.__main__
 import convert.quantize
 import convert.validate
 import pallas_kernels.bench
-import tdjax.bench
+import tdjax.bench.__main__
 import tdjax.cache
 import tdjax.env
 import tdjax.train.__main__
 import tdjax.train.tiny.__main__
-from tdjax import arguments, generate
-from tdjax.arguments import hyphens
+from tdjax.generate import __main__ as generate
+from tdjax.generate import arguments
+from tdjax.generate.arguments import hyphens
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -106,7 +107,7 @@ READERS = {
     "tdjax.generate": read_generate,
     "tdjax.train": read_train,
     "tdjax.train.tiny": read_tiny,
-    "tdjax.bench": tdjax.bench.parse,
+    "tdjax.bench": tdjax.bench.__main__.parse,
     "tdjax.cache": read_cache,
     "tdjax.env": read_env,
     "convert": read_convert,

@@ -40,7 +40,10 @@ def top(names: set[str]) -> set[str]:
 
 # Published files are opened without a conversion step, and official training shards hold torch
 # pickles.
-READERS = {"tdjax.parts": {"convert.load"}, "tdjax.train.shards": {"convert.torch_pickle"}}
+READERS = {
+    "tdjax.pipeline.components": {"tdjax.checkpoints.published.checkpoint"},
+    "tdjax.train.shards": {"tdjax.checkpoints.published.torch_pickle"},
+}
 
 
 def ours(names: set[str]) -> set[str]:
@@ -73,29 +76,29 @@ def test_arrows(path):
 def test_the_lower_rooms_do_not_know_the_upper_ones():
     knows = {name: ours(imports(path)) for name, path in MODULES.items()}
     pipeline = {
-        "tdjax.pipeline",
-        "tdjax.opening",
-        "tdjax.prompts",
-        "tdjax.frames",
-        "tdjax.parts",
+        "tdjax.pipeline.pipeline",
+        "tdjax.pipeline.load",
+        "tdjax.pipeline.text_encoding",
+        "tdjax.pipeline.vae_coding",
+        "tdjax.pipeline.components",
         "tdjax.generate",
-        "tdjax.programs",
-        "tdjax.request",
-        "tdjax.locate",
+        "tdjax.pipeline.compilation",
+        "tdjax.pipeline.request",
+        "tdjax.checkpoints.locate",
     }
     for name, known in knows.items():
         if name.startswith(
             (
                 "tdjax.models",
-                "tdjax.layers",
-                "tdjax.attention",
-                "tdjax.flow",
-                "tdjax.sampler",
-                "tdjax.teacher",
+                "tdjax.models.norms",
+                "tdjax.models.attention",
+                "tdjax.sampling.flow",
+                "tdjax.sampling.few_step",
+                "tdjax.sampling.unipc",
             )
         ):
             assert not known & pipeline, name
-        if name in ("tdjax.sampler", "tdjax.flow", "tdjax.teacher"):
+        if name in ("tdjax.sampling.few_step", "tdjax.sampling.flow", "tdjax.sampling.unipc"):
             assert not {m for m in known if m.startswith("tdjax.models")}, name
 
 
@@ -129,7 +132,7 @@ def test_no_try_around_imports():
 
 def test_importing_starts_no_device():
     code = (
-        "import sys, tdjax; assert 'jax' not in sys.modules; import tdjax.pipeline, convert.load,"
+        "import sys, tdjax; assert 'jax' not in sys.modules; import tdjax.pipeline.pipeline, tdjax.checkpoints.published.checkpoint,"
         " pallas_kernels;from jax._src import xla_bridge; assert not xla_bridge._backends,"
         " xla_bridge._backends"
     )

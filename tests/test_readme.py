@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tdjax.__main__ import COMMANDS, main
-from tdjax.arguments import build_parser
+from tdjax.generate.arguments import build_parser
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 

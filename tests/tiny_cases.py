@@ -9,17 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tdjax import checkpoint
+from tdjax.checkpoints import orbax
 from tdjax.config import TextConfig, VAEConfig
 from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.models.wan_vae import VAE
 from tdjax.precision import FLOAT32
-from tdjax.stages import Stages
-from tdjax.tokenizer import Tokenizer
-from tdjax.train.tiny import captions, clips, configs, data, distil, work
-from tdjax.train.tiny.data import Data
-from tdjax.train.tiny.tokenizer import build
+from tdjax.progress import Stages
+from tdjax.text.tokenizer import Tokenizer
+from tdjax.train.tiny import configs, work
+from tdjax.train.tiny.data import captions, clips, encoded
+from tdjax.train.tiny.data.encoded import Data
+from tdjax.train.tiny.data.tokenizer import build
+from tdjax.train.tiny.stages import distil
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -59,7 +61,7 @@ def tokenizer(folder) -> Tokenizer:
 def shades(tokenizer) -> Data:
     """Latents that are one number each, by the colour in their captions."""
     said = clips.sample(jax.random.key(0), 16).said
-    rows = np.stack([data.tokens_of(tokenizer, texts) for texts in data.texts_of(said, 0)], 1)
+    rows = np.stack([encoded.tokens_of(tokenizer, texts) for texts in encoded.texts_of(said, 0)], 1)
     shade = jnp.asarray(said.colour, jnp.float32).reshape(-1, 1, 1, 1, 1) / 4 - 1
     return Data(jnp.broadcast_to(shade, (16, 3, 4, 4, 8)).astype(jnp.bfloat16), jnp.asarray(rows))
 
@@ -67,11 +69,11 @@ def shades(tokenizer) -> Data:
 def dit(cfg=DIT, seed: int = 0) -> DiT:
     """A network whose output is not zero."""
     model = jit(lambda key: DiT(cfg, rngs=nnx.Rngs(key)))(jax.random.key(seed))
-    leaves = checkpoint.names(model)
+    leaves = orbax.names(model)
     leaves["head.proj.kernel"] = 0.1 * jax.random.normal(
         jax.random.key(seed + 1), leaves["head.proj.kernel"].shape
     )
-    return checkpoint.assemble(checkpoint.abstract("dit", cfg), leaves)
+    return orbax.assemble(orbax.abstract("dit", cfg), leaves)
 
 
 def text(cfg=TEXT) -> UMT5:

@@ -15,7 +15,7 @@ from einops import rearrange
 from jax.experimental import pallas as pl
 
 from pallas_kernels.flash_attention.spans import block_of, inside, own, rows, sweep, whole
-from pallas_kernels.tiles import LOG2E, blocks, dot, fma_exp2, launch, store
+from pallas_kernels.primitives import LOG2E, blocks, dot, fma_exp2, launch, store
 
 
 def rowsum(g, o):  # [b l h k] twice -> float32 [b h l]

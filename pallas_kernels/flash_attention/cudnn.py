@@ -12,7 +12,7 @@ from einops import rearrange
 from pallas_kernels.derivatives import with_derivatives
 from pallas_kernels.flash_attention import reference, triton
 from pallas_kernels.flash_attention.tangent import tangent
-from pallas_kernels.tiles import LOG2E
+from pallas_kernels.primitives import LOG2E
 
 MAX_WIDTH = 128
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.tiles import blocks, load
+from pallas_kernels.primitives import blocks, load
 
 
 def block_of(x, size: int) -> pl.BlockSpec:  # x [b n h k] or [b h n]

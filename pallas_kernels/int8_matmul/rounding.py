@@ -13,7 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.int8_matmul.channel import TOP
 from pallas_kernels.int8_matmul.quantize import FLOOR
-from pallas_kernels.tiles import inline
+from pallas_kernels.primitives import inline
 
 FLOOR_BITS = int(np.float32(FLOOR).view(np.int32))
 PACK = """{

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.int8_matmul.quantize import QTensor
 from pallas_kernels.int8_matmul.rounding import largest, narrow, row_scale
-from pallas_kernels.tiles import launch, load, store
+from pallas_kernels.primitives import launch, load, store
 from pallas_kernels.tuning import Tile
 
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.int8_matmul.quantize import BLOCK, QTensor, tiles
 from pallas_kernels.int8_matmul.rounding import divide, largest, narrow, rounded
-from pallas_kernels.tiles import blocks, dot, fma, launch, load, store
+from pallas_kernels.primitives import blocks, dot, fma, launch, load, store
 from pallas_kernels.tuning import Tile
 
 HALF = BLOCK // 2

@@ -18,10 +18,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.int8_matmul.rounding import largest, narrow
+from pallas_kernels.primitives import blocks as count
+from pallas_kernels.primitives import launch, load, power_of_two, store
 from pallas_kernels.sage_attention.quantize import FLOOR
 from pallas_kernels.sparse_attention.reference import counts
-from pallas_kernels.tiles import blocks as count
-from pallas_kernels.tiles import launch, load, power_of_two, store
 from pallas_kernels.tuning import tile
 
 PIECE = 32  # tokens of one program

@@ -11,11 +11,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.primitives import LOG2E, dot, load
 from pallas_kernels.qk_prep.triton import quantize_and_measure
 from pallas_kernels.sparse_attention.block_map import block_map_and_mean
 from pallas_kernels.sparse_attention.forward import attend, block, kernel_name
 from pallas_kernels.sparse_attention.triton import summed
-from pallas_kernels.tiles import LOG2E, dot, load
 from pallas_kernels.tuning import tile
 
 

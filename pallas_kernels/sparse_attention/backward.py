@@ -16,9 +16,9 @@ from einops import rearrange
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.primitives import LOG2E, dot, fma_exp2, launch, load, store
+from pallas_kernels.primitives import blocks as count
 from pallas_kernels.sparse_attention.transpose import transpose
-from pallas_kernels.tiles import LOG2E, dot, fma_exp2, launch, load, store
-from pallas_kernels.tiles import blocks as count
 from pallas_kernels.tuning import tile
 
 # queries for each warp in the gradient of queries: as many as one tensor instruction gives it

@@ -16,9 +16,9 @@ from einops import rearrange
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.primitives import blocks as count
+from pallas_kernels.primitives import launch, load, power_of_two, store
 from pallas_kernels.sparse_attention.reference import EXACT, counts
-from pallas_kernels.tiles import blocks as count
-from pallas_kernels.tiles import launch, load, power_of_two, store
 from pallas_kernels.tuning import tile
 
 LEAST = jnp.iinfo(jnp.int32).min

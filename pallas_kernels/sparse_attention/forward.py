@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.primitives import LOG2E, dot, exp2, fma_exp2, launch, load, store
+from pallas_kernels.primitives import blocks as count
 from pallas_kernels.sparse_attention.reference import EPS
-from pallas_kernels.tiles import LOG2E, dot, exp2, fma_exp2, launch, load, store
-from pallas_kernels.tiles import blocks as count
 from pallas_kernels.tuning import tile
 
 BOUND = 48.0  # the largest bound that is subtracted: 2^(-2 BOUND - 24) is a normal float32

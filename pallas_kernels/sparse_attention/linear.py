@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.tiles import LOG2E, dot, fma_exp2, launch, load, store
-from pallas_kernels.tiles import blocks as count
+from pallas_kernels.primitives import LOG2E, dot, fma_exp2, launch, load, store
+from pallas_kernels.primitives import blocks as count
 from pallas_kernels.tuning import tile
 
 ROWS = 64  # keys in one product

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.primitives import LOG2E, dot, fma_exp2, launch, load, store
+from pallas_kernels.primitives import blocks as count
 from pallas_kernels.sparse_attention.backward import backward
 from pallas_kernels.sparse_attention.reference import EPS, EXACT
-from pallas_kernels.tiles import LOG2E, dot, fma_exp2, launch, load, store
-from pallas_kernels.tiles import blocks as count
 from pallas_kernels.tuning import tile
 
 ROWS = 64  # tokens that a program takes at a time

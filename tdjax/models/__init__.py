@@ -1,0 +1,1 @@
+"""The networks (flax.nnx modules) and the layers that they are made of."""

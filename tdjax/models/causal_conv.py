@@ -8,7 +8,7 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
-from pallas_kernels.causal_taps import causal_taps, norm_silu
+from pallas_kernels.temporal_unfold import norm_silu, temporal_unfold
 from tdjax.config import VAEConfig
 
 
@@ -135,7 +135,7 @@ class CausalConv(Conv):
         """Of x, or of silu(unit_norm(x, gain)). `past` is what it is of in the two frames before;
         None: x is the beginning, the past is
         zeros. plus: what is added to the output."""
-        wide, past = causal_taps(x, past, gain, impl=self.impl)
+        wide, past = temporal_unfold(x, past, gain, impl=self.impl)
         return self.of_taps(wide, plus), past
 
     def halving(self, x, past):  # [b t h w i], [b 1 h w i] -> [b t/2 h w o], the next past

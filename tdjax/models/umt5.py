@@ -18,8 +18,8 @@ from flax import nnx
 from jax import lax
 
 from tdjax.config import TextConfig
-from tdjax.layers import RMSNorm
-from tdjax.linear import EXACT, Linear
+from tdjax.models.linear import EXACT, Linear
+from tdjax.models.norms import RMSNorm
 
 
 def relative_bucket(rel: np.ndarray, buckets: int, max_distance: int) -> np.ndarray:

@@ -17,13 +17,13 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
-from tdjax.attention import CrossAttention, SelfAttention, TextKV
 from tdjax.config import DiTConfig
-from tdjax.layers import LayerNorm, as_shapes, modulate, sinusoid
-from tdjax.linear import LINEAR, Linear, converted
+from tdjax.models.attention import CrossAttention, SelfAttention, TextKV
+from tdjax.models.linear import LINEAR, Linear, converted
+from tdjax.models.norms import LayerNorm, as_shapes, modulate, sinusoid
 from tdjax.models.rope import rope
+from tdjax.parallel.sharding import constrain, leaf_name
 from tdjax.precision import Policy
-from tdjax.sharding import constrain, leaf_name
 
 small = jax.nn.initializers.normal(0.02)
 

@@ -19,11 +19,11 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
-from pallas_kernels.causal_taps import unit_norm
+from pallas_kernels.temporal_unfold import unit_norm
 from tdjax.config import VAEConfig, neighbours
 from tdjax.errors import UsageError
-from tdjax.layers import as_shapes
 from tdjax.models.causal_conv import CausalConv, Conv, NarrowCausalConv, zero_past
+from tdjax.models.norms import as_shapes
 
 COLOURS = 3
 # queries of the middle attention whose scores exist at once: 14400 keys x 2048 x 4 bytes = 118 MB
@@ -33,7 +33,7 @@ QUERIES = 2048
 
 class Norm(nnx.Module):
     """Unit length over channels times sqrt(c) times a gain; float32 inside. Before a convolution it
-    is part of `causal_taps`."""
+    is part of `temporal_unfold`."""
 
     def __init__(self, channels: int, cfg: VAEConfig):
         self.scale = nnx.Param(jnp.ones((channels,), cfg.policy.param_dtype))

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tdjax.arguments import hyphens
 from tdjax.errors import TdjaxError, UsageError, leave, near_files
+from tdjax.generate.arguments import hyphens
+from tdjax.train.configs import Tree, build, lines, put, table
 from tdjax.train.presets import METHODS, PRESETS
-from tdjax.train.settings import Tree, build, lines, put, table
 
 LIGHT = ("run", "data", "model")  # parts whose classes import no jax
 
@@ -185,11 +185,11 @@ def run(args, parts: dict[str, Tree]) -> int:
     if args.dry_run:
         print("\n".join(text))
         return 0
-    from tdjax.generate import set_compile_cache
+    from tdjax.generate.__main__ import set_compile_cache
 
     cache_note = set_compile_cache(argparse.Namespace(compile_cache_dir=None))
-    from tdjax.stages import Stages
-    from tdjax.train.runs import Prepared
+    from tdjax.progress import Stages
+    from tdjax.train.run import Prepared
 
     stages = Stages(False if args.quiet else True if args.verbose else None)
     if cache_note:

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from einops import reduce
 
-from tdjax import flow
-from tdjax.sampler import Velocity
+from tdjax.sampling import flow
+from tdjax.sampling.few_step import Velocity
 
 WARMUPS = ("paper", "code2026")
 

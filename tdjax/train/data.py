@@ -23,9 +23,9 @@ import numpy as np
 from einops import rearrange
 from jax.sharding import Mesh, NamedSharding
 
-from tdjax.embeds import load_embeds
 from tdjax.errors import UsageError
-from tdjax.sharding import spec
+from tdjax.parallel.sharding import spec
+from tdjax.text.embeds import load_embeds
 from tdjax.train.shards import BF16, DAMAGE, DataError, Entry, decode, index
 from tdjax.train.state import Batch
 
@@ -297,7 +297,7 @@ class ReadAhead:
     the device when they are asked for.
 
     The thread leaves the device alone: beside its work cuDNN may not be able to prepare a first
-    step (`tdjax.guard.wait_for_threads`).
+    step (`tdjax.pipeline.kernel_check.wait_for_threads`).
 
     with ReadAhead(stream, position, place) as batches:
         batch, position = batches.next()

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from einops import reduce
 from jax import lax
 
-from tdjax import flow
-from tdjax.sampler import Velocity
+from tdjax.sampling import flow
+from tdjax.sampling.few_step import Velocity
 from tdjax.train.consistency import at
 
 LEAST_DISTANCE = 1e-5

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
 
-from tdjax import flow
-from tdjax.sampler import Velocity
+from tdjax.sampling import flow
+from tdjax.sampling.few_step import Velocity
 from tdjax.train.state import (
     EMAConfig,
     accumulated,

@@ -24,10 +24,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdjax.errors import NotFinite, OutOfMemory
-from tdjax.plan import GIB, memory_limit
-from tdjax.sharding import axes_of, leaf_name, spec
-from tdjax.stages import Stages
-from tdjax.train import saves
+from tdjax.parallel.sharding import axes_of, leaf_name, spec
+from tdjax.pipeline.memory import GIB, memory_limit
+from tdjax.progress import Stages
+from tdjax.train import checkpoints
 from tdjax.train.data import Position, ReadAhead, Stream, on_device
 from tdjax.train.metrics import Metrics
 from tdjax.train.presets import RunConfig
@@ -87,7 +87,7 @@ def train(
     stages, folder, done = stages or Stages(), Path(run.folder), int(state.step)
     programs, saved = (
         Programs(steps, mesh, stages),
-        done if saves.folder(folder, done).exists() else None,
+        done if checkpoints.folder(folder, done).exists() else None,
     )
 
     with contextlib.ExitStack() as stack:
@@ -102,7 +102,7 @@ def train(
             report.flush(done)
             with report.pause(), stages("save"):
                 check_finite(state, done, folder)
-                path = saves.save(
+                path = checkpoints.save(
                     folder, done, state, {"data": stream.saved(position), **(facts or {})}, run.keep
                 )
             stages.note(f"saved {path}")
@@ -127,7 +127,10 @@ def train(
         if saved != done:
             saved = save()
     return Outcome(
-        state=state, step=done, checkpoint=saves.folder(folder, done), interrupted=interrupt.asked
+        state=state,
+        step=done,
+        checkpoint=checkpoints.folder(folder, done),
+        interrupted=interrupt.asked,
     )
 
 
@@ -213,7 +216,7 @@ def check_finite(state, step: int, run: Path) -> None:
 
 
 def not_finite(what: str, run: Path) -> NotFinite:
-    last = saves.latest(run)
+    last = checkpoints.latest(run)
     return NotFinite(
         what,
         f"last good checkpoint: {last}" if last else "no checkpoint had been written",

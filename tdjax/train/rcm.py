@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tdjax import flow
 from tdjax.errors import UsageError
 from tdjax.models.wan_dit import with_compute
 from tdjax.precision import FLOATS
+from tdjax.sampling import flow
 from tdjax.train import consistency
 from tdjax.train.distribution import critic_loss, data_of, dmd_direction, dmd_loss, rollout
 from tdjax.train.state import (

@@ -22,8 +22,8 @@ import ml_dtypes
 import numpy as np
 from einops import rearrange
 
-from convert import torch_pickle
-from tdjax.checkpoint import written
+from tdjax.checkpoints.orbax import written
+from tdjax.checkpoints.published import torch_pickle
 from tdjax.errors import CheckpointError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

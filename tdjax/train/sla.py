@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from tdjax.sampler import Velocity
+from tdjax.sampling.few_step import Velocity
 from tdjax.train.flow_matching import distance, finish, flow_matching_loss
 from tdjax.train.state import EMAConfig, check_accumulate, named_keys, normal, velocity
 from tdjax.train.times import LogNormal, TimeDistribution

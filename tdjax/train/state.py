@@ -17,8 +17,8 @@ from einops import rearrange
 from jax import lax
 
 from tdjax.errors import UsageError
-from tdjax.sampler import Velocity, guided
-from tdjax.sharding import constrain, leaf_name
+from tdjax.parallel.sharding import constrain, leaf_name
+from tdjax.sampling.few_step import Velocity, guided
 
 
 @jax.tree_util.register_dataclass

@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from convert.export import export
 from convert.leaves import open_leaves
-from convert.load import open_checkpoint
-from tdjax import checkpoint
+from tdjax.checkpoints import orbax
+from tdjax.checkpoints.published.checkpoint import open_checkpoint
 from tdjax.errors import CheckpointError, UsageError
 
 BF16 = ml_dtypes.bfloat16
@@ -49,7 +49,7 @@ def test_bf16_files_come_back_bit_for_bit(tmp_path, states, write_safetensors, k
     direct = export(open_leaves(source, **known), tmp_path / "direct.safetensors")
     same(contents(direct), state)
     leaves = open_leaves(source, **known)
-    checkpoint.save(tmp_path / "ours", leaves.lazy, leaves.kind, leaves.config, source=leaves.facts)
+    orbax.save(tmp_path / "ours", leaves.lazy, leaves.kind, leaves.config, source=leaves.facts)
     back = export(open_leaves(tmp_path / "ours"), tmp_path / "back.safetensors")
     assert back.read_bytes() == direct.read_bytes()
     again = open_checkpoint(back)  # the config travels with the file: no --heads

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main
-from convert.load import open_checkpoint
-from tdjax import checkpoint
+from tdjax.checkpoints import orbax
+from tdjax.checkpoints.published.checkpoint import open_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -46,18 +46,18 @@ def test_one_file(tmp_path, tiny, capsys):
         f"sha256      {digest}",
     ):
         assert part in err
-    manifest = checkpoint.inspect(tmp_path / "out")
+    manifest = orbax.inspect(tmp_path / "out")
     assert (
         manifest["kind"] == "dit"
         and manifest["source"]["sha256"] == digest
         and manifest["source"]["name"] == "sla.safetensors"
     )
-    cfg, module = checkpoint.restore(tmp_path / "out")
+    cfg, module = orbax.restore(tmp_path / "out")
     direct = open_checkpoint(source).load()
     assert cfg == direct.cfg and cfg.policy.param == "bfloat16"
-    for name, value in checkpoint.names(direct).items():
+    for name, value in orbax.names(direct).items():
         np.testing.assert_array_equal(
-            np.asarray(checkpoint.names(module)[name]), np.asarray(value), err_msg=name
+            np.asarray(orbax.names(module)[name]), np.asarray(value), err_msg=name
         )
     assert not left_over(tmp_path)
 
@@ -176,9 +176,9 @@ def test_model_folder_from_files_and_from_a_folder(tmp_path, tiny, as_json):
             "tokenizer.json",
             "vae",
         ]
-        assert checkpoint.inspect(tmp_path / folder / "vae")["kind"] == "vae"
+        assert orbax.inspect(tmp_path / folder / "vae")["kind"] == "vae"
         for part in ("dit_high", "dit_low", "text"):
-            checkpoint.restore(tmp_path / folder / part)
+            orbax.restore(tmp_path / folder / part)
     assert not left_over(tmp_path)
 
 
@@ -193,7 +193,7 @@ def test_one_transformer_beside_another_part_and_again(tmp_path, tiny, as_json):
     )  # our own folder is a source too
     assert {p["param"] for p in as_json()["parts"]} == {"float32"}
     narrow, wide = (
-        checkpoint.restore(tmp_path / folder / "dit")[1].blocks.up.kernel[...]
+        orbax.restore(tmp_path / folder / "dit")[1].blocks.up.kernel[...]
         for folder in ("m", "wide")
     )
     assert wide.dtype == np.float32
@@ -251,9 +251,9 @@ def test_wrong_options_are_usage_errors(capsys):
 
 
 def test_interrupted_and_repeated(tmp_path, tiny, monkeypatch, capsys):
-    from convert import load
+    from tdjax.checkpoints.published import checkpoint
 
-    source, real, calls = tiny("sla"), load.Checkpoint.final, []
+    source, real, calls = tiny("sla"), checkpoint.Checkpoint.final, []
 
     def interrupted(self, claim, *args):
         calls.append(1)
@@ -262,7 +262,7 @@ def test_interrupted_and_repeated(tmp_path, tiny, monkeypatch, capsys):
         return real(self, claim, *args)
 
     with monkeypatch.context() as m:
-        m.setattr(load.Checkpoint, "final", interrupted)
+        m.setattr(checkpoint.Checkpoint, "final", interrupted)
         assert main([str(source), str(tmp_path / "out")]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sla.safetensors"]
@@ -270,16 +270,18 @@ def test_interrupted_and_repeated(tmp_path, tiny, monkeypatch, capsys):
 
 
 def test_overwrite_replaces_only_when_complete(tmp_path, tiny, monkeypatch):
-    from convert import load
+    from tdjax.checkpoints.published import checkpoint
 
     assert main([str(tiny("sla")), str(tmp_path / "out"), "--no-hash"]) == 0
     other = tiny("text")
     with monkeypatch.context() as m:
-        m.setattr(load.Checkpoint, "final", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(
+            checkpoint.Checkpoint, "final", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         assert main([str(other), str(tmp_path / "out"), "--no-hash", "--overwrite"]) == 130
-    assert checkpoint.inspect(tmp_path / "out")["kind"] == "dit"
+    assert orbax.inspect(tmp_path / "out")["kind"] == "dit"
     assert main([str(other), str(tmp_path / "out"), "--no-hash", "--overwrite"]) == 0
-    assert checkpoint.inspect(tmp_path / "out")["kind"] == "text" and not left_over(tmp_path)
+    assert orbax.inspect(tmp_path / "out")["kind"] == "text" and not left_over(tmp_path)
 
 
 KILLED = """
@@ -308,7 +310,7 @@ def test_killed_and_repeated(tmp_path, tiny):
     assert run.returncode == -signal.SIGKILL, run.stderr.decode()
     assert not out.exists() and len(left_over(tmp_path)) >= 1
     assert main([str(source), str(out), "--no-hash"]) == 0
-    checkpoint.restore(out)
+    orbax.restore(out)
     assert not left_over(tmp_path)
 
 

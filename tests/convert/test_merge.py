@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from convert import merge
-from convert.load import open_checkpoint
+from tdjax.checkpoints.published.checkpoint import open_checkpoint
 from tdjax.errors import CheckpointError
 
 BF16 = ml_dtypes.bfloat16

@@ -9,7 +9,7 @@ import pytest
 
 from convert.__main__ import main as convert
 from convert.validate import main
-from tdjax import checkpoint
+from tdjax.checkpoints import orbax
 from tdjax.config import VAEConfig
 
 FILES = (
@@ -139,9 +139,9 @@ def test_the_vae_against_other_layouts(tmp_path, as_json):
         std=(2.0,) * 3,
     )
     rng = np.random.default_rng(0)
-    shapes = checkpoint.names(checkpoint.abstract("vae", cfg))
+    shapes = orbax.names(orbax.abstract("vae", cfg))
     leaves = {n: (0.2 * rng.standard_normal(x.shape)).astype(x.dtype) for n, x in shapes.items()}
-    checkpoint.save(tmp_path / "ours", leaves, "vae", cfg)
+    orbax.save(tmp_path / "ours", leaves, "vae", cfg)
     for naming in ("wan", "diffusers"):
         assert (
             convert(

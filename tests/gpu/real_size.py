@@ -56,8 +56,8 @@ def write(folder: Path, *names: str) -> None:
 
 def tokenizer(folder: Path) -> None:
     """Ids inside the real vocabulary; the real tokenizer is not ours to ship."""
-    from tdjax.train.tiny import captions
-    from tdjax.train.tiny.tokenizer import build
+    from tdjax.train.tiny.data import captions
+    from tdjax.train.tiny.data.tokenizer import build
 
     build(captions.vocabulary()).save(str(folder / "tokenizer.json"))
 

@@ -30,16 +30,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tdjax import checkpoint
+from tdjax.checkpoints import orbax
 from tdjax.config import DiTConfig
 from tdjax.models.wan_dit import DiT
-from tdjax.plan import memory_limit
-from tdjax.sharding import leaf_name
-from tdjax.stages import GIB, device_bytes
-from tdjax.train import loop, runs
+from tdjax.parallel.sharding import leaf_name
+from tdjax.pipeline.memory import memory_limit
+from tdjax.progress import GIB, device_bytes
+from tdjax.train import loop, run
 from tdjax.train.__main__ import resolve
+from tdjax.train.configs import build
 from tdjax.train.presets import PRESETS
-from tdjax.train.settings import build
 from tdjax.train.state import Batch, Teacher
 
 PRESET = {"sla": "sla-1.3b", "rcm": "rcm-1.3b"}
@@ -76,9 +76,9 @@ def network(cfg: DiTConfig, key) -> DiT:
 def dense(cfg: DiTConfig, student: DiT) -> DiT:
     """The teacher: where the student begins, in the teacher's dtype and without a sparse
     projection."""
-    wanted, leaves = checkpoint.abstract("dit", cfg), checkpoint.names(student)
-    return checkpoint.assemble(
-        wanted, {name: leaves[name].astype(x.dtype) for name, x in checkpoint.names(wanted).items()}
+    wanted, leaves = orbax.abstract("dit", cfg), orbax.names(student)
+    return orbax.assemble(
+        wanted, {name: leaves[name].astype(x.dtype) for name, x in orbax.names(wanted).items()}
     )
 
 
@@ -94,17 +94,17 @@ def conditioned(
     return batch, jax.random.normal(keys[2], text, jnp.bfloat16)
 
 
-def beginning(config: dict, method: runs.Method, latents: tuple[int, int, int]):
+def beginning(config: dict, method: run.Method, latents: tuple[int, int, int]):
     """(state, teacher, batch) as the first step of a run takes them."""
     model = config["model"]
     student = loop.made(
-        functools.partial(network, runs.trained(model.dit, model)), jax.random.key(1)
+        functools.partial(network, run.trained(model.dit, model)), jax.random.key(1)
     )
     batch, negative = jax.jit(
         functools.partial(conditioned, model.dit, config["data"].batch, latents)
     )(jax.random.key(2))
     teacher = Teacher(
-        model=loop.made(functools.partial(dense, runs.frozen(model.dit, model)), student),
+        model=loop.made(functools.partial(dense, run.frozen(model.dit, model)), student),
         negative=negative,
     )
     return loop.made(method.create, student), teacher, batch
@@ -121,7 +121,7 @@ def measured(name: str, config: dict, latents: tuple[int, int, int], count: int)
     The peak is that of the process so far, so rCM's critic, which needs less than its student, goes
     first.
     """
-    method = runs.method(PRESETS[PRESET[name]].method, config)
+    method = run.method(PRESETS[PRESET[name]].method, config)
     state, teacher, batch = jax.block_until_ready(beginning(config, method, latents))
     held = device_bytes()
     for phase, step in reversed(method.steps.items()):
@@ -146,7 +146,7 @@ def measured(name: str, config: dict, latents: tuple[int, int, int], count: int)
         yield row
 
 
-def turns(method: runs.Method, phase: str, count: int) -> list[int]:
+def turns(method: run.Method, phase: str, count: int) -> list[int]:
     """The numbers of the first `count` steps of a phase after the warm-up."""
     after = itertools.count(method.schedule.warmup)
     return list(itertools.islice((n for n in after if method.schedule.phase(n) == phase), count))

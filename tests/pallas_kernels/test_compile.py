@@ -16,11 +16,11 @@ import pytest
 import pallas_kernels
 from pallas_kernels import (
     attention,
-    causal_taps,
-    fused_rows,
+    norm_modulate,
     qk_prep,
     sage_attention,
     sparse_attention,
+    temporal_unfold,
     tuning,
 )
 from pallas_kernels.int8_matmul import QTensor, quantize_activations, quantized_linear
@@ -43,7 +43,7 @@ spec = jax.ShapeDtypeStruct
 def taps(size, dtype):
     """Of the VAE's widest activations."""
     frames = lambda t: spec((1, t, *{"480p": (480, 832), "720p": (720, 1280)}[size], 96), dtype)
-    return lambda *args: causal_taps.causal_taps(*args, impl="triton"), (
+    return lambda *args: temporal_unfold.temporal_unfold(*args, impl="triton"), (
         frames(4),
         frames(2),
         spec((96,), dtype),
@@ -122,13 +122,13 @@ def case(name, size):
             (spec((l, f), jnp.bfloat16),),
         ),
         "norm": (
-            lambda x, factor, shift, y, gate: fused_rows.norm(
+            lambda x, factor, shift, y, gate: norm_modulate.norm(
                 x, factor, shift, y=y, gate=gate, eps=1e-6, scheme="channel", impl="triton"
             ),
             (rows, vector, vector, rows, vector),
         ),
         "gelu": (
-            lambda x: fused_rows.gelu(x, scheme="channel", impl="triton"),
+            lambda x: norm_modulate.gelu(x, scheme="channel", impl="triton"),
             (spec((1, l, f), jnp.bfloat16),),
         ),
         "norm and rope": (

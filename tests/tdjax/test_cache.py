@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tdjax import cache
-from tdjax.prompt_cache import PromptCache
+from tdjax.text.prompt_cache import PromptCache
 
 
 @pytest.fixture

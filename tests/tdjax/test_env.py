@@ -44,7 +44,7 @@ def test_every_op_has_its_reference():
     reference = {row["op"] for row in rows if row["impl"] == "reference" and row["why_not"] is None}
     linears = {f"linear {kind}" for kind in LINEAR[1:]}
     attentions = {"attention", "sparse_linear_attention", "sage_sparse_linear_attention"}
-    assert reference == attentions | linears | {"norm", "gelu", "rms_norm_rope", "causal_taps"}
+    assert reference == attentions | linears | {"norm", "gelu", "rms_norm_rope", "temporal_unfold"}
     assert all(row["why_not"] for row in rows if row["impl"] != "reference")
 
 

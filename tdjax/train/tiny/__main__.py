@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from tdjax.arguments import hyphens
 from tdjax.errors import TdjaxError, UsageError, leave
-from tdjax.train.settings import Tree, build, put
+from tdjax.generate.arguments import hyphens
+from tdjax.train.configs import Tree, build, put
 from tdjax.train.tiny import settings
 
 STAGES = {  # name -> file and function
@@ -119,10 +119,10 @@ def resolve(words: list[str], scale: float) -> dict:
 
 
 def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
-    from tdjax.generate import set_compile_cache
+    from tdjax.generate.__main__ import set_compile_cache
 
     note = set_compile_cache(args)
-    from tdjax.stages import Stages
+    from tdjax.progress import Stages
     from tdjax.train.tiny import work
 
     stages = Stages(not args.quiet)

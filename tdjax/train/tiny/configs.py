@@ -11,7 +11,7 @@ import dataclasses
 
 from tdjax.config import DiTConfig, SLAConfig, TextConfig, VAEConfig, VideoSize
 from tdjax.precision import FLOAT32
-from tdjax.train.tiny.factors import FRAMES, SIDE
+from tdjax.train.tiny.data.factors import FRAMES, SIDE
 
 SIZE = VideoSize(frames=FRAMES, height=SIDE, width=SIDE)
 

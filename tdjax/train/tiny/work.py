@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tdjax import checkpoint
+from tdjax.checkpoints import orbax
 from tdjax.config import DiTConfig, TextConfig, VAEConfig
 from tdjax.errors import NotFinite
-from tdjax.stages import Stages
-from tdjax.train import saves
+from tdjax.progress import Stages
+from tdjax.train import checkpoints
 from tdjax.train.metrics import Metrics
 from tdjax.train.tiny import configs
 
@@ -92,9 +92,9 @@ def train(
     OutOfTime, NotFinite.
     """
     work = run.work(name)
-    done = (saves.steps(work) or [0])[-1]
+    done = (checkpoints.steps(work) or [0])[-1]
     if done:
-        state = saves.restore(saves.folder(work, done), state)
+        state = checkpoints.restore(checkpoints.folder(work, done), state)
         run.say(f"{name}: going on from step {done}")
     # Where data are bound to a device, so is what comes out; a first state that is not would make a
     # second program of the next call.
@@ -121,7 +121,7 @@ def train(
                 run.say(line(f"{name} check", done, steps, found))
                 begun = time.monotonic()
             if done < steps and (now - saved > SAVE_SECONDS or now > run.until):
-                saves.save(work, done, state, {}, keep=1)
+                checkpoints.save(work, done, state, {}, keep=1)
                 begun = saved = time.monotonic()
                 if now > run.until:
                     raise OutOfTime(
@@ -150,24 +150,24 @@ def finished(run: Run, name: str) -> bool:
 def export(run: Run, name: str, kind: str, module, cfg, **facts) -> None:
     """A result in our checkpoint layout, weights in bfloat16, complete or not at all."""
     cfg = configs.stored(cfg)
-    wanted = checkpoint.names(checkpoint.abstract(kind, cfg))
-    leaves = {leaf: x.astype(wanted[leaf].dtype) for leaf, x in checkpoint.names(module).items()}
+    wanted = orbax.names(orbax.abstract(kind, cfg))
+    leaves = {leaf: x.astype(wanted[leaf].dtype) for leaf, x in orbax.names(module).items()}
     source = {"name": "tdjax tiny recipe", "seed": run.seed, **facts}
-    checkpoint.save(
+    orbax.save(
         run.folder / name, jax.device_get(leaves), kind=kind, cfg=cfg, source=source, overwrite=True
     )
 
 
 def forget_states(run: Run, name: str) -> None:
     """Delete the states of a stage that has its result."""
-    for step in saves.steps(run.work(name)):
-        checkpoint.remove(saves.folder(run.work(name), step))
+    for step in checkpoints.steps(run.work(name)):
+        orbax.remove(checkpoints.folder(run.work(name), step))
 
 
 def load(run: Run, name: str, compute: str = "float32", remat: bool = False):
     """A stage's result with float32 weights, that computes in the given dtype."""
-    kind, stored = checkpoint.checked(run.folder / name)
-    return checkpoint.restore(run.folder / name, config=trained(stored, compute, remat))[1]
+    kind, stored = orbax.checked(run.folder / name)
+    return orbax.restore(run.folder / name, config=trained(stored, compute, remat))[1]
 
 
 def trained(cfg, compute: str, remat: bool = False):

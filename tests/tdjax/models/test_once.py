@@ -11,11 +11,12 @@ from flax import nnx
 from jaxprs import equations
 from tolerances import assert_close
 
-from tdjax import programs, sampler, teacher
 from tdjax.config import LINEAR, TEACHER_SAMPLER, DiTConfig, SLAConfig
 from tdjax.models.rope import rope
 from tdjax.models.wan_dit import DiT, with_linear
+from tdjax.pipeline import compilation
 from tdjax.precision import FLOAT32
+from tdjax.sampling import few_step, unipc
 
 CFG = DiTConfig(dim=128, heads=2, ffn_dim=256, layers=2, in_channels=4, out_channels=4, freq_dim=16, text_dim=6, text_len=8,
                 attention="sla", sla=SLAConfig(topk=0.67, block_q=64, block_k=64), policy=FLOAT32)  # fmt: skip
@@ -101,10 +102,12 @@ def test_steps_do_not_read_the_text_again():
     those of the plain call."""
     model, (x, _, text), times = floats(), inputs(), jnp.array([0.99, 0.8, 0.0])
     noise = normal(6, 2, *x.shape)
-    few = lambda model, x, text: programs.denoise(model, x, text, None, (noise, times), mode="sde")
-    rows = jax.tree.map(jnp.asarray, teacher.rows(dataclasses.replace(TEACHER_SAMPLER, steps=2)))
-    state, both = sampler.teacher_start(x), jnp.concatenate([text, -text])
-    many = lambda model, state, text: programs.denoise_guided(
+    few = lambda model, x, text: compilation.denoise(
+        model, x, text, None, (noise, times), mode="sde"
+    )
+    rows = jax.tree.map(jnp.asarray, unipc.rows(dataclasses.replace(TEACHER_SAMPLER, steps=2)))
+    state, both = few_step.teacher_start(x), jnp.concatenate([text, -text])
+    many = lambda model, state, text: compilation.denoise_guided(
         model, state, text, None, rows, guidance=5.0
     )
     for function, *args in ((few, model, x, text), (many, model, state, both)):
@@ -112,7 +115,7 @@ def test_steps_do_not_read_the_text_again():
         products = [e for e in equations(body) if e.primitive.name == "dot_general"]
         assert products and not [e for e in products if e.invars[0].aval.shape[-2:] == (8, 128)]
     latents, finite = jax.jit(few)(model, x, text)
-    plain = lambda model, x, text: sampler.sample_from(
+    plain = lambda model, x, text: few_step.sample_from(
         lambda x, t: model(x, t, text), x, noise, times, "sde"
     )
     assert finite.all()

@@ -10,18 +10,18 @@ from einops import rearrange
 from flax import nnx
 from tolerances import assert_close
 
-from convert.detect import detect
-from convert.files import Source
 from convert.golden import Held
-from convert.load import Checkpoint
-from pallas_kernels import fused_rows
-from pallas_kernels.fused_rows import reference
+from pallas_kernels import norm_modulate
+from pallas_kernels.norm_modulate import reference
+from tdjax.checkpoints.published.checkpoint import Checkpoint
+from tdjax.checkpoints.published.detect import detect
+from tdjax.checkpoints.published.files import Source
 from tdjax.config import WAN_14B, DiTConfig, SLAConfig
-from tdjax.linear import LINEAR
-from tdjax.models.inspect_dit import intermediates
+from tdjax.models.intermediates import intermediates
+from tdjax.models.linear import LINEAR
 from tdjax.models.wan_dit import DiT, with_linear
+from tdjax.parallel.sharding import leaf_name
 from tdjax.precision import FLOAT32
-from tdjax.sharding import leaf_name
 
 FILES = ("dit_t2v_tiny", "dit_i2v22_tiny", "dit_i2v21_tiny", "dit_sla_tiny")
 TINY = DiTConfig(dim=24, heads=2, ffn_dim=20, layers=2, in_channels=7, out_channels=5, freq_dim=16, text_dim=6, text_len=4,
@@ -121,7 +121,7 @@ def test_published_fast_norm_explains_its_output(golden, monkeypatch):
         return x, h * factor[:, None] + shift[:, None], None
 
     with monkeypatch.context() as patch:
-        patch.setitem(fused_rows.NORM, "reference", padded)
+        patch.setitem(norm_modulate.NORM, "reference", padded)
         values = jax.jit(lambda *a: intermediates(*a))(model, *args)
     v = model.unpatchify(model.head(values["block1/out"], values["e"]), model.grid(args[0]))
     assert_close(v, channels_last(g["out/v_fastnorm"]), "dit")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tdjax import flow
+from tdjax.sampling import flow
 from tdjax.train import consistency, distribution
 
 TIMES = np.array([0.05, 0.4, 1.0, 1.4, 1.558])  # TrigFlow, from almost clean to almost noise

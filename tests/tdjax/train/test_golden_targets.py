@@ -10,12 +10,12 @@ import pytest
 from einops import rearrange
 from tolerances import assert_close
 
-from convert.detect import detect
-from convert.files import Source
 from convert.golden import Held
-from convert.load import Checkpoint
-from tdjax import flow, sampler
+from tdjax.checkpoints.published.checkpoint import Checkpoint
+from tdjax.checkpoints.published.detect import detect
+from tdjax.checkpoints.published.files import Source
 from tdjax.precision import FLOAT32
+from tdjax.sampling import few_step, flow
 from tdjax.train import consistency, distribution, rcm
 from tdjax.train.state import EMAConfig
 
@@ -66,7 +66,7 @@ class Case:
     def guided(self):
         # The golden negative is one embedding for each sample; ours is one for all.
         uncond = jnp.asarray(self.g["in/uncond"])
-        return sampler.guided(
+        return few_step.guided(
             self.velocity(self.teacher),
             lambda x, timestep: network(self.teacher, x, timestep, uncond),
             5.0,

@@ -19,8 +19,8 @@ from tdjax.config import DiTConfig
 from tdjax.errors import CheckpointError, NotFinite
 from tdjax.models.wan_dit import DiT
 from tdjax.precision import FLOAT32
-from tdjax.stages import Stages
-from tdjax.train import loop, metrics, rcm, saves
+from tdjax.progress import Stages
+from tdjax.train import checkpoints, loop, metrics, rcm
 from tdjax.train.data import ArraySource, Position, Stream
 from tdjax.train.loop import Schedule, train
 from tdjax.train.optimizer import OptimizerConfig, adamw
@@ -96,11 +96,11 @@ def run(
 
 
 def resumed(folder, **config):
-    last, stream = saves.latest(folder), Stream(numbers(), batch=3)
-    position = stream.restored(saves.inspect(last)["data"])
+    last, stream = checkpoints.latest(folder), Stream(numbers(), batch=3)
+    position = stream.restored(checkpoints.inspect(last)["data"])
     return run(
         folder,
-        saves.restore(last, jax.eval_shape(state)),
+        checkpoints.restore(last, jax.eval_shape(state)),
         stream=stream,
         position=position,
         **config,
@@ -108,7 +108,7 @@ def resumed(folder, **config):
 
 
 def same_bits(a, b):
-    a, b = saves.arrays(a), saves.arrays(b)
+    a, b = checkpoints.arrays(a), checkpoints.arrays(b)
     assert a.keys() == b.keys()
     for name in a:
         assert np.asarray(a[name]).tobytes() == np.asarray(b[name]).tobytes(), name
@@ -156,11 +156,14 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path, cut):
     assert first.checkpoint == tmp_path / "cut" / f"step_{cut:06}"
     second = resumed(tmp_path / "cut")
     same_bits(whole.state, second.state)
-    assert saves.inspect(whole.checkpoint) == saves.inspect(
+    assert checkpoints.inspect(whole.checkpoint) == checkpoints.inspect(
         second.checkpoint
     )  # with the place in the data
     same_bits(
-        *(saves.restore(outcome.checkpoint, jax.eval_shape(state)) for outcome in (whole, second))
+        *(
+            checkpoints.restore(outcome.checkpoint, jax.eval_shape(state))
+            for outcome in (whole, second)
+        )
     )
     assert not np.array_equal(whole.state.model["w"], first.state.model["w"])
 
@@ -169,7 +172,7 @@ def test_the_state_given_is_consumed_and_the_end_is_saved_once(tmp_path):
     start = state()
     done = run(tmp_path, start, steps=4, save_every=2)
     assert start.model["w"].is_deleted()
-    assert saves.steps(tmp_path) == [2, 4] and done.checkpoint.name == "step_000004"
+    assert checkpoints.steps(tmp_path) == [2, 4] and done.checkpoint.name == "step_000004"
     before = (done.checkpoint / "manifest.json").stat().st_mtime_ns
     again = resumed(tmp_path, steps=4)  # nothing is left to do
     assert again.step == 4 and (done.checkpoint / "manifest.json").stat().st_mtime_ns == before
@@ -177,23 +180,25 @@ def test_the_state_given_is_consumed_and_the_end_is_saved_once(tmp_path):
 
 def test_the_last_checkpoints_stay(tmp_path):
     run(tmp_path, save_every=1, keep=3)
-    assert saves.steps(tmp_path) == [6, 7, 8]
+    assert checkpoints.steps(tmp_path) == [6, 7, 8]
     run(tmp_path / "all", save_every=3, keep=0)
-    assert saves.steps(tmp_path / "all") == [3, 6, 8]
+    assert checkpoints.steps(tmp_path / "all") == [3, 6, 8]
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
-    saves.save(tmp_path, 1, state(), {})
-    monkeypatch.setattr(saves.json, "dumps", lambda *_, **__: 1 / 0)  # the manifest is written last
+    checkpoints.save(tmp_path, 1, state(), {})
+    monkeypatch.setattr(
+        checkpoints.json, "dumps", lambda *_, **__: 1 / 0
+    )  # the manifest is written last
     with pytest.raises(ZeroDivisionError):
-        saves.save(tmp_path, 2, state(), {})
+        checkpoints.save(tmp_path, 2, state(), {})
     assert [p.name for p in tmp_path.iterdir()] == ["step_000001"]
-    assert saves.latest(tmp_path).name == "step_000001"
-    assert saves.latest(tmp_path / "none") is None
+    assert checkpoints.latest(tmp_path).name == "step_000001"
+    assert checkpoints.latest(tmp_path / "none") is None
 
 
 def test_another_state_is_refused_with_its_differences(tmp_path):
-    saves.save(tmp_path, 1, state(), {})
+    checkpoints.save(tmp_path, 1, state(), {})
     shapes = jax.eval_shape(state)
     wrong = dataclasses.replace(
         shapes, model=shapes.model | {"w": jax.ShapeDtypeStruct((4,), jnp.float32)}
@@ -202,29 +207,29 @@ def test_another_state_is_refused_with_its_differences(tmp_path):
         CheckpointError,
         match=r"another train state.*\ndifferent   model.w \[2\] float32, expected \[4\] float32",
     ) as error:
-        saves.restore(tmp_path / "step_000001", wrong)
+        checkpoints.restore(tmp_path / "step_000001", wrong)
     assert error.value.exit_code == 3
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
-    path = saves.save(tmp_path, 1, state(), {})
+    path = checkpoints.save(tmp_path, 1, state(), {})
     for part in (path / "state").rglob("*"):
         if part.is_file():
             part.write_bytes(b"")
     with pytest.raises(CheckpointError, match="state cannot be read"):
-        saves.restore(path, jax.eval_shape(state))
+        checkpoints.restore(path, jax.eval_shape(state))
     (path / "manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match="no checkpoint of a run"):
-        saves.inspect(path)
+        checkpoints.inspect(path)
 
 
 def test_random_keys_of_every_kind_come_back(tmp_path):
     for number, kind in enumerate(("threefry2x32", "rbg")):
         start = dataclasses.replace(state(), key=jax.random.key(5, impl=kind))
         shapes = jax.eval_shape(lambda start=start: start)
-        same_bits(saves.restore(saves.save(tmp_path, number, start, {}), shapes), start)
+        same_bits(checkpoints.restore(checkpoints.save(tmp_path, number, start, {}), shapes), start)
     with pytest.raises(CheckpointError, match=r"different   key \[4\] uint32, expected \[2\]"):
-        saves.restore(tmp_path / "step_000001", jax.eval_shape(state))
+        checkpoints.restore(tmp_path / "step_000001", jax.eval_shape(state))
 
 
 class Spoilt(Stream):
@@ -239,7 +244,7 @@ class Spoilt(Stream):
 def test_a_bad_sample_ends_the_run_after_a_checkpoint(tmp_path):
     with pytest.raises(DataError, match="000000012.latent.pt"):
         run(tmp_path, stream=Spoilt(numbers(), batch=3))
-    assert saves.steps(tmp_path) == [4]
+    assert checkpoints.steps(tmp_path) == [4]
     same_bits(resumed(tmp_path).state, run(tmp_path / "whole").state)
 
 
@@ -327,7 +332,7 @@ def test_compiling_and_saving_are_no_training_time(tmp_path):
 def test_losses_that_are_not_finite_stop_the_run(tmp_path):
     run(tmp_path, steps=2)
     bad = Stream(numbers(bad=range(SAMPLES)), batch=3)
-    start = saves.restore(saves.latest(tmp_path), jax.eval_shape(state))
+    start = checkpoints.restore(checkpoints.latest(tmp_path), jax.eval_shape(state))
     with pytest.raises(
         NotFinite, match="train: the loss was not finite in 3 steps in a row, up to step 5"
     ) as error:
@@ -337,7 +342,7 @@ def test_losses_that_are_not_finite_stop_the_run(tmp_path):
         and "--resume" in error.value.fix
     )
     assert error.value.exit_code == 5
-    assert saves.steps(tmp_path) == [2]
+    assert checkpoints.steps(tmp_path) == [2]
     assert metrics.read(tmp_path)[-1]["train/loss_not_finite"] == 2
 
 
@@ -386,7 +391,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
         match="state holds NaN or infinity after step 2.*\nno checkpoint had been written",
     ):
         run(tmp_path, phases={"train": spoil}, save_every=2)
-    assert saves.steps(tmp_path) == []
+    assert checkpoints.steps(tmp_path) == []
 
 
 # Stopping
@@ -425,7 +430,7 @@ def test_an_interrupt_ends_the_step_and_saves(tmp_path, capsys, kind, listening)
     )
     assert done.interrupted and 0 < done.step <= 20
     assert signal.getsignal(kind) is before
-    assert saves.steps(tmp_path) == [done.step]
+    assert checkpoints.steps(tmp_path) == [done.step]
     assert "stopping after this step" in capsys.readouterr().err
     same_bits(resumed(tmp_path, steps=25).state, run(tmp_path / "whole", steps=25).state)
 
@@ -479,7 +484,7 @@ def test_averages_moments_and_critics_lie_as_their_weights_do():
             lambda m, o=optimizer: DistillState.create(m, o, key, critic=m, critic_optimizer=o),
             model,
         )
-        found = saves.names(loop.shardings(shapes, mesh(fsdp=2, tensor=2)))
+        found = checkpoints.names(loop.shardings(shapes, mesh(fsdp=2, tensor=2)))
         kernels = [name for name in found if name.endswith("blocks.self_attn.q.kernel")]
         assert len(kernels) == 7  # model, ema, critic, two moments of two optimizers
         assert {found[name].spec for name in kernels} == {P(None, "fsdp", "tensor")}
@@ -500,8 +505,8 @@ def test_a_state_is_made_and_restored_over_a_mesh(tmp_path):
         kernel(laid).sharding.spec == P(None, "fsdp", "tensor")
         and kernel(plain).sharding.is_fully_replicated
     )
-    path = saves.save(tmp_path, 1, laid, {})
-    back = saves.restore(path, loop.abstract(jax.eval_shape(create, w), over))
+    path = checkpoints.save(tmp_path, 1, laid, {})
+    back = checkpoints.restore(path, loop.abstract(jax.eval_shape(create, w), over))
     same_bits(back, plain)
     assert (
         kernel(back).sharding == kernel(laid).sharding

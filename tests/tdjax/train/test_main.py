@@ -15,17 +15,17 @@ import pytest
 import random_model
 from tolerances import assert_close
 
-from tdjax import checkpoint
+from tdjax.checkpoints import orbax
 from tdjax.config import DiTConfig
 from tdjax.precision import FLOAT32, Policy
-from tdjax.stages import Stages
+from tdjax.progress import Stages
 from tdjax.train import __main__ as command
-from tdjax.train import loop, metrics, optimizer, rcm, saves, settings
+from tdjax.train import checkpoints, configs, loop, metrics, optimizer, rcm
+from tdjax.train.configs import build
 from tdjax.train.data import Position
 from tdjax.train.loop import Outcome
 from tdjax.train.presets import METHODS, PRESETS
-from tdjax.train.runs import Networks, Prepared
-from tdjax.train.settings import build
+from tdjax.train.run import Networks, Prepared
 from tdjax.train.shards import torch_bytes, write_shard
 from tdjax.train.sla import SLATrainingConfig
 from tdjax.train.times import LogNormal
@@ -182,22 +182,20 @@ def test_help_lists_presets_and_keys(capsys):
 
 
 def test_the_source_says_what_the_classes_are():
-    for cls in settings.SOURCES:
+    for cls in configs.SOURCES:
         real = {
             f.name: f
-            for f in dataclasses.fields(
-                getattr(importlib.import_module(settings.SOURCES[cls]), cls)
-            )
+            for f in dataclasses.fields(getattr(importlib.import_module(configs.SOURCES[cls]), cls))
         }
-        read = settings.fields(cls)
-        assert set(real) - set(settings.ELSEWHERE.get(cls, ())) == set(read), cls
+        read = configs.fields(cls)
+        assert set(real) - set(configs.ELSEWHERE.get(cls, ())) == set(read), cls
         for name, field in read.items():
             default = real[name].default
-            if isinstance(field.default, settings.Tree):
+            if isinstance(field.default, configs.Tree):
                 assert build(field.default) == default, (cls, name)
             elif not isinstance(field.default, str) or isinstance(default, str):
                 assert field.default == default, (cls, name)
-            assert field.classes or any(kind in settings.PARSERS for kind in field.types), (
+            assert field.classes or any(kind in configs.PARSERS for kind in field.types), (
                 cls,
                 name,
             )
@@ -268,9 +266,9 @@ def folder(tmp_path_factory):
         torch_bytes(rng.normal(size=(7, 6)).astype(ml_dtypes.bfloat16))
     )
     bf16 = dataclasses.replace(TINY, policy=Policy())
-    checkpoint.save(out / "dense", random_model.random_leaves("dit", bf16, 1), "dit", bf16)
+    orbax.save(out / "dense", random_model.random_leaves("dit", bf16, 1), "dit", bf16)
     sparse = dataclasses.replace(bf16, attention="sla")
-    checkpoint.save(out / "sparse", random_model.random_leaves("dit", sparse, 2), "dit", sparse)
+    orbax.save(out / "sparse", random_model.random_leaves("dit", sparse, 2), "dit", sparse)
     return out
 
 
@@ -320,17 +318,17 @@ def test_a_run_and_its_continuation(folder, tmp_path, capsys):
     assert command.main([*flow(folder, f"run.folder={cut}", "run.steps=4"), "--resume"]) == 0
     err = capsys.readouterr().err
     assert "going on from" in err and "was" not in err.replace("was left", "")
-    read = lambda run: checkpoint.restore(run / "dit")
+    read = lambda run: orbax.restore(run / "dit")
     assert read(whole)[0] == dataclasses.replace(TINY, sla=read(cut)[0].sla) == read(cut)[0]
     for a, b in zip(jax.tree.leaves(read(whole)[1]), jax.tree.leaves(read(cut)[1]), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    manifest = saves.inspect(cut / "step_000004")
+    manifest = checkpoints.inspect(cut / "step_000004")
     assert (
         manifest["preset"] == "fm-tiny"
         and manifest["settings"]["loss.dropout"] == "0.5"
         and manifest["data"]["offset"] >= 0
     )
-    assert saves.steps(cut) == [2, 4]
+    assert checkpoints.steps(cut) == [2, 4]
 
 
 def test_random_weights(folder):
@@ -342,8 +340,8 @@ def test_random_weights(folder):
     assert networks.config == dataclasses.replace(
         networks.config, dim=32, layers=2, coordinates=True, policy=FLOAT32, out_channels=8
     )
-    leaves = checkpoint.names(networks.load_student(None, 3))
-    assert checkpoint.table(leaves) == checkpoint.table(checkpoint.names(networks.abstract()))
+    leaves = orbax.names(networks.load_student(None, 3))
+    assert orbax.table(leaves) == orbax.table(orbax.names(networks.abstract()))
     assert (
         len(
             {
@@ -368,7 +366,7 @@ def test_four_devices_give_the_numbers_of_one(folder, tmp_path):
             "run.log_every=1",
         ]
         run = prepared(*flow(folder, *own))
-        states.append(saves.arrays(run.train(resume=False).state))
+        states.append(checkpoints.arrays(run.train(resume=False).state))
         losses.append([row["flow/loss"] for row in metrics.read(tmp_path / name[:4])])
     one, four = states
     assert_close(losses[1], losses[0], "float32", "losses")
@@ -384,10 +382,13 @@ def test_four_devices_give_the_numbers_of_one(folder, tmp_path):
 def test_changed_settings_are_told(folder, tmp_path, capsys):
     run = prepared(*flow(folder, f"run.folder={tmp_path}"))
     state = jax.tree.map(
-        lambda x: jax.random.key(0) if saves.is_key(x) else jnp.zeros(x.shape, x.dtype), run.shapes
+        lambda x: jax.random.key(0) if checkpoints.is_key(x) else jnp.zeros(x.shape, x.dtype),
+        run.shapes,
     )
     place = run.stream.saved(run.stream.batch(Position(offset=3))[1])
-    saves.save(tmp_path, 5, state, {"settings": {"a.b": "1", "run.steps": "3"}, "data": place})
+    checkpoints.save(
+        tmp_path, 5, state, {"settings": {"a.b": "1", "run.steps": "3"}, "data": place}
+    )
     run.settings = {"a.b": "2", "run.steps": "9"}
     _, _, position = run.start(resume=True)
     assert run.stream.saved(position) == place
@@ -399,8 +400,8 @@ def test_a_sparse_student_begins_as_its_dense_teacher(folder):
     cfg = run.networks.config
     assert (cfg.attention, cfg.sla.block_q, cfg.policy) == ("sla", 64, FLOAT32)
     student, teacher = (
-        checkpoint.names(run.networks.load_student(None, 0)),
-        checkpoint.names(run.networks.load_teacher(None)),
+        orbax.names(run.networks.load_student(None, 0)),
+        orbax.names(run.networks.load_teacher(None)),
     )
     projection = {name for name in student if ".core.proj." in name}
     assert len(projection) == 2 and student.keys() - projection == teacher.keys()
@@ -419,8 +420,8 @@ def test_a_student_of_its_own(folder):
         )["model"],
         "sla",
     )
-    student = checkpoint.names(networks.load_student(None, 0))
-    stored = checkpoint.names(checkpoint.restore(folder / "sparse")[1])
+    student = orbax.names(networks.load_student(None, 0))
+    stored = orbax.names(orbax.restore(folder / "sparse")[1])
     for name in stored:
         assert np.array_equal(student[name], np.asarray(stored[name], np.float32)), name
     assert np.any(student["blocks.self_attn.core.proj.kernel"])
@@ -431,7 +432,7 @@ def test_networks_lie_over_the_mesh(folder):
         "sla-1.3b", *words(folder, f"model.weights={folder / 'dense'}", "run.mesh=fsdp=2,tp=2")
     )
     for module in (run.networks.load_student(run.mesh, 0), run.networks.load_teacher(run.mesh)):
-        for name, leaf in checkpoint.names(module).items():
+        for name, leaf in orbax.names(module).items():
             assert len(leaf.sharding.device_set) == 4, name
         assert {s.data.shape for s in module.blocks.up.kernel[...].addressable_shards} == {
             (2, 16, 24)

@@ -11,7 +11,7 @@ import pytest
 from gpu import train_step
 
 from pallas_kernels.flash_attention import cudnn, triton
-from tdjax.train import runs
+from tdjax.train import run
 from tdjax.train.presets import PRESETS
 
 TOKENS = 21 * 30 * 52
@@ -30,7 +30,7 @@ FEWER = {"rcm": ["loss.guidance=1"], "sla": []}
 def abstract(name, settings=(), latents=train_step.LATENTS):
     """(method, abstract state, teacher and batch) of a preset."""
     config = train_step.configured(name, list(settings))
-    method = runs.method(PRESETS[train_step.PRESET[name]].method, config)
+    method = run.method(PRESETS[train_step.PRESET[name]].method, config)
     return method, jax.eval_shape(lambda: train_step.beginning(config, method, latents))
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tdjax import flow
 from tdjax.errors import UsageError
+from tdjax.sampling import flow
 from tdjax.train import state as parts
 from tdjax.train.optimizer import OptimizerConfig, adamw
 from tdjax.train.state import (

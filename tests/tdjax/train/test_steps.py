@@ -15,11 +15,11 @@ from tolerances import assert_close
 
 from pallas_kernels import flash_attention
 from pallas_kernels.derivatives import with_derivatives
-from tdjax import flow, sampler
 from tdjax.config import DiTConfig, SamplerConfig, SLAConfig
 from tdjax.errors import UsageError
 from tdjax.models.wan_dit import DiT
 from tdjax.precision import FLOAT32
+from tdjax.sampling import few_step, flow
 from tdjax.train import flow_matching, rcm, sla
 from tdjax.train.optimizer import OptimizerConfig, adamw
 from tdjax.train.state import Batch, DistillState, EMAConfig, Teacher, TrainState, velocity
@@ -103,14 +103,14 @@ def teacher():
 def two_steps(model):
     noise = jax.random.normal(jax.random.key(5), (2, SAMPLES, 1, 1, 1, 2))
     times = flow.times(SamplerConfig(steps=2, mid=(1.0,)))
-    return sampler.sample(velocity(model, text(SAMPLES)), noise, times, "sde")[0]
+    return few_step.sample(velocity(model, text(SAMPLES)), noise, times, "sde")[0]
 
 
 @jit
 def many_steps(model):
     noise = jax.random.normal(jax.random.key(5), (SAMPLES, 1, 1, 1, 2))
     cfg = SamplerConfig(mode="euler", steps=50, shift=1.0)
-    return sampler.sample_teacher(velocity(model, text(SAMPLES)), noise, cfg)[0]
+    return few_step.sample_teacher(velocity(model, text(SAMPLES)), noise, cfg)[0]
 
 
 def energy_distance(a, b):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tdjax import checkpoint
+from tdjax.checkpoints import orbax
 from tdjax.train.tiny import configs
 
 KINDS = {"vae": configs.VAE, "text": configs.TEXT, "dense": configs.DIT, "sla": configs.DIT_SLA}
@@ -15,7 +15,7 @@ KINDS = {"vae": configs.VAE, "text": configs.TEXT, "dense": configs.DIT, "sla": 
 
 def leaves(name, **changes):
     cfg = dataclasses.replace(configs.stored(KINDS[name]), **changes)
-    return jax.tree.leaves(checkpoint.abstract(name if name in ("vae", "text") else "dit", cfg))
+    return jax.tree.leaves(orbax.abstract(name if name in ("vae", "text") else "dit", cfg))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tdjax.errors import NotFinite, UsageError
-from tdjax.stages import Stages
+from tdjax.progress import Stages
 from tdjax.train.tiny import __main__ as command
 from tdjax.train.tiny import settings, work
 

@@ -1,0 +1,143 @@
+"""Row ops between the products of a transformer block: residual sum, norm and modulation; GELU;
+each with its quantisation.
+
+float32 inside, one rounding at each output. impl: "auto" (the kernel on CUDA, for widths that are
+multiples of 128; elsewhere the reference), "reference", "triton", "interpret". scheme: "channel"
+(int8) or "fp8" of `pallas_kernels.int8_matmul`, whose `quantize_activations` quantises rows alone.
+A row with a NaN or an infinity gets a scale that is not finite; other rows are untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from einops import rearrange
+
+from pallas_kernels.derivatives import forward_only
+from pallas_kernels.dispatch import automatic, choose
+from pallas_kernels.int8_matmul import SCHEMES, QTensor
+from pallas_kernels.norm_modulate import reference, triton
+from pallas_kernels.tuning import tile
+
+__all__ = ["Normed", "gelu", "norm"]
+
+ROW_SCHEMES = {name: scheme.dtype for name, scheme in SCHEMES.items() if name != "block128"}
+NO_DERIVATIVE = (
+    "norm_modulate.{} is forward only where it quantises or runs a kernel. Differentiate the float"
+    ' model: with_linear(model, "float"), impl="auto" or "reference" and no scheme.'
+)
+
+
+class Normed(NamedTuple):
+    """The stream x + y gate [b l d], its norm h [b l d] or None, and h quantised by row, values [(b
+    l) d], or None."""
+
+    x: object
+    h: object
+    q: QTensor | None
+
+
+def norm(
+    x,
+    factor,
+    shift,
+    *,
+    y=None,
+    gate=None,
+    eps: float,
+    floats: bool = True,
+    scheme: str | None = None,
+    impl: str = "auto",
+) -> Normed:
+    """h = layer_norm(x + y gate) factor + shift over the last axis: x y [b l d]; factor, shift,
+    gate [d] or [b 1 d], float32 inside.
+
+    The sum is rounded to x.dtype and the norm is that of the rounded sum: what separate ops would
+    give, but for the rounding of the gate and of y gate. h is rounded once, to x.dtype (`floats`)
+    and, from float32 again, to 8 bits (`scheme`). factor is 1 + scale of a modulation, or the
+    weight of a norm with parameters; the variance is the true one.
+    """
+    b, _, d = check("norm", x, floats, scheme)
+    if (
+        y is not None
+        and (y.shape != x.shape or y.dtype != x.dtype)
+        or gate is not None
+        and y is None
+    ):
+        given = "no y" if y is None else f"y {y.dtype} {y.shape}"
+        raise ValueError(
+            f"norm: x {x.dtype} {x.shape}, {given}; expected y of the shape and dtype of x, and a"
+            " gate only with y"
+        )
+    vectors = [
+        sample_rows(name, a, b, d)
+        for name, a in (("gate", gate), ("factor", factor), ("shift", shift))
+    ]
+    run = named("norm", impl, NORM, d, eps=eps, floats=floats, dtype=ROW_SCHEMES.get(scheme))
+    if impl not in ("auto", "reference") or scheme:
+        run = forward_only(run, NO_DERIVATIVE.format("norm"))
+    return Normed(*run(x, y, *vectors))
+
+
+def gelu(
+    x, *, scheme: str, impl: str = "auto"
+) -> QTensor:  # [b l d] -> values [(b l) d], scale [(b l)]
+    """GELU (tanh form) of x, quantised by row from float32."""
+    _, _, d = check("gelu", x, False, scheme)
+    return forward_only(
+        named("gelu", impl, GELU, d, dtype=ROW_SCHEMES[scheme]), NO_DERIVATIVE.format("gelu")
+    )(x)
+
+
+def named(name: str, impl: str, impls: dict[str, Callable], width: int, **options) -> Callable:
+    """The implementation called `impl`; differentiated, "auto" is the reference."""
+    ready = {key: partial(function, **options) for key, function in impls.items()}
+    refusal = f"width {width} is not a multiple of 128" if width % 128 else None
+    return choose(
+        name,
+        impl,
+        ready,
+        automatic(ready["triton"], ready["reference"], refusal, derivative=ready["reference"]),
+    )
+
+
+def kernel(function: Callable, name: str, interpret: bool) -> Callable:
+    """A kernel with the tile of the device at hand, looked up when it is called."""
+    return lambda *args, **options: function(
+        *args, **options, tile=tile("norm_modulate", name), interpret=interpret
+    )
+
+
+NORM = {
+    "reference": reference.norm,
+    "triton": kernel(triton.norm, "norm", False),
+    "interpret": kernel(triton.norm, "norm", True),
+}
+GELU = {
+    "reference": reference.gelu,
+    "triton": kernel(triton.gelu, "gelu", False),
+    "interpret": kernel(triton.gelu, "gelu", True),
+}
+
+
+def check(op, x, floats, scheme):
+    """Raise ValueError unless x is [b l d] and an output is asked for; -> (b, l, d)."""
+    if x.ndim != 3:
+        raise ValueError(f"{op}: x {x.shape}; expected [b l d]")
+    if scheme not in ROW_SCHEMES and (scheme or not floats):
+        raise ValueError(
+            f"{op}: scheme is {scheme!r}; a row has one scale in {', '.join(ROW_SCHEMES)}; block128"
+            " quantises tiles"
+        )
+    return x.shape
+
+
+def sample_rows(name, a, b, d):  # [d] or [1 or b, 1, d] -> float32 [1 or b, d]
+    if a is None:
+        return None
+    if a.shape not in {(d,), (1, 1, d), (b, 1, d)}:
+        raise ValueError(f"norm: {name} {a.shape}; expected {(d,)} or {(b, 1, d)}")
+    return rearrange(a, "... d -> (...) d").astype(jnp.float32)

@@ -1,0 +1,110 @@
+"""A program owns some pixels in all frames of a chunk: it reads each frame once and writes each
+three times, as every tap's input.
+
+The past is renewed in place: no other program reads these pixels of it.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial, reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.int8_matmul.rows import load_parts, split
+from pallas_kernels.primitives import LOG2E, exp2, launch, load, power_of_two, reciprocal, store
+from pallas_kernels.tuning import Tile
+
+FRAMES = 8  # of a chunk at most: a program holds them all in registers
+ELEMENTS = 2048  # of a frame that a program owns, at most
+
+
+def refusal(frames: int, pixels: int, channels: int) -> str | None:
+    """Why the kernel does not take these shapes; None if it does."""
+    if channels % 32 or channels > ELEMENTS:
+        return f"{channels} channels are not a multiple of 32 up to {ELEMENTS}"
+    if frames > FRAMES:
+        return f"{frames} frames are more than {FRAMES}"
+    return None if pixels % 16 == 0 else f"{pixels} pixels are not a multiple of 16"
+
+
+def temporal_unfold(
+    x, past, gain, *, tile: Tile, interpret: bool
+):  # [b t n c], [b 2 n c], [c] -> [b t n 3c], [b 2 n c]
+    b, t, n, c = x.shape
+    reason = refusal(t, n, c)
+    if reason:
+        raise ValueError(f"temporal_unfold: {reason}; use impl='reference'")
+    size = math.gcd(
+        n, power_of_two(ELEMENTS // c + 1) // 2
+    )  # a power of two that divides n: no pixel is masked
+    pixels = lambda frames, width: pl.BlockSpec(
+        (None, frames, size, width), lambda i, b: (b, 0, i, 0)
+    )
+    ins = {
+        "x": (x, pixels(t, c)),
+        "past": (past, pixels(2, c)),
+        "gain": (gain, pl.BlockSpec((c,), lambda i, b: (0,))),
+    }
+    ins = {name: given for name, given in ins.items() if given[0] is not None}
+    shape = lambda frames, width: jax.ShapeDtypeStruct((b, frames, n, width), x.dtype)
+    return launch(
+        partial(
+            kernel, names=(*ins, "wide", "next"), parts=split(c, tile.warps), interpret=interpret
+        ),
+        [shape(t, 3 * c), shape(2, c)],
+        (n // size, b),
+        [spec for _, spec in ins.values()],
+        [pixels(t, 3 * c), pixels(2, c)],
+        warps=tile.warps,
+        stages=tile.stages,
+        interpret=interpret,
+        input_output_aliases={} if past is None else {1: 1},
+    )(*(given for given, _ in ins.values()))
+
+
+def kernel(
+    *refs, names, parts, interpret
+):  # x [t p c], past [2 p c], gain [c] -> wide [t p 3c], next [2 p c]
+    refs = dict(zip(names, refs, strict=True))
+    t, p, c = refs["x"].shape
+    read = lambda name, frame: [load(refs[name].at[np.int32(frame), :, part]) for part in parts]
+    frames = [read("x", frame) for frame in range(t)]
+    if "past" in refs:
+        before = [read("past", frame) for frame in range(2)]
+        if not interpret:
+            plgpu.debug_barrier()  # the next past is the same memory: all threads have read
+    else:
+        before = [[jnp.zeros((p, part.size), refs["x"].dtype) for part in parts]] * 2
+    gains = load_parts(refs["gain"], parts) if "gain" in refs else None
+    for frame, xs in enumerate(frames):
+        ys = (
+            xs
+            if gains is None
+            else [y.astype(refs["wide"].dtype) for y in activated(xs, gains, c, interpret)]
+        )
+        for tap, values in enumerate((*before, ys)):
+            for part, value in zip(parts, values, strict=True):
+                store(
+                    refs["wide"].at[np.int32(frame), :, pl.ds(tap * c + part.start, part.size)],
+                    value,
+                )
+        before = [before[1], ys]
+    for frame, values in enumerate(before):
+        for part, value in zip(parts, values, strict=True):
+            store(refs["next"].at[np.int32(frame), :, part], value)
+
+
+def activated(
+    xs, gains, c, interpret
+):  # parts [p ..], [..] -> float32 parts: silu(unit_norm(x, gain))
+    xs = [x.astype(jnp.float32) for x in xs]
+    squares = reduce(jnp.add, [(x * x).sum(1, keepdims=True) for x in xs])
+    factor = math.sqrt(c) * lax.rsqrt(jnp.maximum(squares, 1e-24))
+    ys = [x * factor * gain for x, gain in zip(xs, gains, strict=True)]
+    return [y * reciprocal(1 + exp2(y * -LOG2E, interpret), interpret) for y in ys]

@@ -1,0 +1,1 @@
+"""The command `python -m tdjax.bench`: time and memory of every stage."""

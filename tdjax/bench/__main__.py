@@ -1,0 +1,256 @@
+"""`python -m tdjax.bench`: generation at real size with random weights, in one process, as one
+table: every stage, then end to end.
+
+Speed does not depend on the values, so no checkpoint is needed. With --error each denoising row
+also gives the relative L2 of its latents to those of the same weights and noise in float32, with
+dense or sparse-linear attention in reference form, and the PSNR of the frames that one VAE with
+random weights makes of both. What XLA tunes on a GPU it remembers for the process: for a cold
+compile that is quite cold, run --stage e2e with one kind of attention and of layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tdjax.config import (
+    ATTENTION,
+    LINEAR,
+    PRESETS,
+    TEACHER_SAMPLER,
+    DiTConfig,
+    TextConfig,
+    VAEConfig,
+    VideoSize,
+)
+from tdjax.errors import TdjaxError, UsageError
+from tdjax.media.resolution import choose_size
+from tdjax.precision import FLOATS, Policy
+from tdjax.progress import GIB, device_bytes, host_peak_bytes
+
+if TYPE_CHECKING:
+    from tdjax.bench.stages import Row
+
+STAGES = ("text", "vae", "dit", "e2e")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tdjax.bench", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--model",
+        default="turbowan2.1-t2v-1.3b-480p",
+        choices=("demo", *PRESETS),
+        metavar="PRESET",
+        help="or demo",
+    )
+    parser.add_argument("--size", help="480p, 720p or WIDTHxHEIGHT; default: the preset's")
+    parser.add_argument("--num_frames", "--num-frames", type=int, help="default 81 (demo: 33)")
+    parser.add_argument("--num_steps", "--num-steps", type=int, default=4)
+    parser.add_argument("--stage", choices=("all", *STAGES), default="all")
+    parser.add_argument(
+        "--attention", default="dense,sla,sagesla", help="comma list of " + ", ".join(ATTENTION)
+    )
+    parser.add_argument("--linear", default="float,int8", help="comma list of " + ", ".join(LINEAR))
+    parser.add_argument(
+        "--impl",
+        default="auto",
+        help="implementation of every op: auto, reference, triton; or of attention alone: cudnn",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=FLOATS,
+        help="of weights and computation; default: the model's own (demo: float32)",
+    )
+    parser.add_argument(
+        "--teacher",
+        action="store_true",
+        help="also the original: 50 guided steps, dense, one step timed",
+    )
+    parser.add_argument(
+        "--error",
+        action="store_true",
+        help="also the error of each denoising row (a float32 run: slow at real size)",
+    )
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument(
+        "--save",
+        metavar="FOLDER",
+        help="also time runs from prompt to mp4, written into FOLDER (stage e2e)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="append one JSON line for each row")
+    return parser.parse_args(argv)
+
+
+def chosen(text: str, allowed: tuple[str, ...], flag: str) -> list[str]:
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in allowed:
+            raise UsageError(
+                f"--{flag} has {name!r}",
+                f"allowed: {', '.join(allowed)}",
+                f"use --{flag} {','.join(allowed)}",
+            )
+    return names
+
+
+def configs(args) -> tuple[DiTConfig, VAEConfig, TextConfig, VideoSize]:
+    """What the model of that name is made of, and the size of its video."""
+    if args.model == "demo":
+        from tdjax.train.tiny import configs as demo
+
+        dit, vae, text, size = demo.DIT_SLA, demo.VAE, demo.TEXT, demo.SIZE
+    else:
+        preset = PRESETS[args.model]
+        dit, vae, text, size = (
+            preset.config,
+            VAEConfig(),
+            TextConfig(),
+            choose_size(resolution=args.size or preset.resolution),
+        )
+    if args.model == "demo" and args.size:
+        raise UsageError(
+            "--size with --model demo", "the demo model makes 64x64", "leave --size away"
+        )
+    if args.dtype:
+        policy = Policy(param=args.dtype, compute=args.dtype)
+        dit, vae, text = (dataclasses.replace(cfg, policy=policy) for cfg in (dit, vae, text))
+    vae = dataclasses.replace(vae, impl="reference" if args.impl == "reference" else "auto")
+    return (
+        dit,
+        vae,
+        text,
+        dataclasses.replace(size, frames=args.num_frames) if args.num_frames else size,
+    )
+
+
+def machine() -> dict[str, str]:
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def sources(args) -> dict[str, Callable[[], Iterator[Row]]]:
+    """Where the rows of each stage come from."""
+    from tdjax.bench import pipeline, stages
+
+    dit, vae, text, size = configs(args)
+    return {
+        "text": lambda: stages.text_rows(text, args.repeats),
+        "vae": lambda: stages.vae_rows(vae, size, args.repeats),
+        "dit": lambda: stages.dit_rows(dit, vae, size, args),
+        "e2e": lambda: pipeline.e2e_rows(dit, vae, text, size, args),
+    }
+
+
+def with_peaks(row: Row, host: int) -> Row:
+    """The row with the memory that the process has reached by now; host: by the row before."""
+    device, host = device_bytes(), max(host, row.host_peak or 0, host_peak_bytes() or 0)
+    return dataclasses.replace(
+        row, device_peak=device[1] if device else None, host_peak=host or None
+    )
+
+
+def table(rows: list[Row]) -> str:
+    wide = max(len(row.what) for row in rows)
+    numbers = (
+        f"{'ms':>9} {'p10':>9} {'p90':>9} {'compile s':>10} {'weights':>10} {'working':>10}"
+        f" {'error':>9} {'PSNR':>8}"
+    )
+    lines = [f"{'stage':11} {'what':{wide}} {numbers}"]
+    for r in rows:
+        error, psnr = (
+            "" if r.error is None else f"{r.error:.2e}",
+            "" if r.psnr is None else f"{r.psnr:.1f} dB",
+        )
+        compile_s = "" if r.compile_s is None else f"{r.compile_s:.1f}"
+        memory = f"{r.weights / GIB:6.2f} GiB {r.working / GIB:6.2f} GiB"
+        numbers = (
+            f"{r.ms:9.2f} {r.p10:9.2f} {r.p90:9.2f} {compile_s:>10} {memory} {error:>9} {psnr:>8}"
+        )
+        lines.append(f"{r.stage:11} {r.what:{wide}} {numbers}".rstrip())
+    return "\n".join(lines)
+
+
+def conclusions(rows: list[Row], steps: int) -> list[str]:
+    """Each row against the original, and the memory of the process."""
+    lines = []
+    for row in rows:
+        if row.ratio is not None:
+            seconds = steps * row.ms / 1e3
+            original = f"original {TEACHER_SAMPLER.steps} steps {row.ratio * seconds:.1f} s"
+            lines.append(
+                f"{original}; {row.what}: {steps} step{'s' * (steps > 1)} {seconds:.2f} s,"
+                f" {row.ratio:.0f}x"
+            )
+    size = lambda n: "not reported" if n is None else f"{n / GIB:.2f} GiB"
+    return [
+        *lines,
+        (
+            f"peak of the process: device {size(rows[-1].device_peak)}, host"
+            f" {size(rows[-1].host_peak)}"
+        ),
+    ]
+
+
+def run(args) -> int:
+    *_, size = configs(args)
+    if args.repeats < 1 or args.num_steps < 1:
+        raise UsageError(
+            "--repeats and --num_steps", "both must be at least 1", "use --repeats 20 --num_steps 4"
+        )
+    args.attention, args.linear = (
+        chosen(args.attention, ATTENTION, "attention"),
+        chosen(args.linear, LINEAR, "linear"),
+    )
+    facts = machine()
+    print(
+        f"{args.model}, {size.frames} frames of {size.width}x{size.height}, "
+        + ", ".join(f"{k} {v}" for k, v in facts.items()),
+        flush=True,
+    )
+    rows, made = [], sources(args)
+    try:
+        for stage in STAGES if args.stage == "all" else (args.stage,):
+            for row in made[stage]():
+                rows.append(with_peaks(row, (rows[-1].host_peak or 0) if rows else 0))
+                print(f"  {row.stage}, {row.what}: {row.ms:.2f} ms", file=sys.stderr, flush=True)
+                if args.json:
+                    with Path(args.json).open("a") as file:
+                        file.write(
+                            json.dumps(
+                                {"model": args.model, **facts, **dataclasses.asdict(rows[-1])}
+                            )
+                            + "\n"
+                        )
+    finally:  # what was measured before a stage failed is not lost
+        if rows:
+            print(table(rows), *conclusions(rows, args.num_steps), sep="\n")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes as `tdjax.generate`: 0 ok, 2 usage."""
+    try:
+        return run(parse(sys.argv[1:] if argv is None else argv))
+    except TdjaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

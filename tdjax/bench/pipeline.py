@@ -1,0 +1,204 @@
+"""Rows of the bench for a whole pipeline with random weights: compiling all of it, then runs from
+prompt to frames and to mp4."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from tdjax.bench.stages import Row, host_peak, label, random_weights, row_of, timed, variants
+from tdjax.checkpoints.locate import Located
+from tdjax.config import DiTConfig, TextConfig, VAEConfig, VideoSize, to_dict
+from tdjax.errors import UsageError
+from tdjax.media.video import Writer
+from tdjax.pipeline import memory
+from tdjax.pipeline.compilation import WORTH_KEEPING
+from tdjax.pipeline.components import Part
+from tdjax.pipeline.conditioning import Tokens
+from tdjax.pipeline.pipeline import Pipeline
+from tdjax.pipeline.result import Result
+from tdjax.progress import Stages
+
+# The part that runs in a stage of the pipeline, and the stage's programs.
+USES = {
+    "text": ("text", ("encode_text",)),
+    "vae encode": ("vae", ("encode_first", "encode_later")),
+    "denoise": ("dit", ("denoise",)),
+    "vae decode": ("vae", ("decode_first", "decode_later")),
+}
+
+
+class RandomPart(Part):
+    """A part without files: loading it draws its weights."""
+
+    def read(self):
+        return jax.block_until_ready(random_weights(self.abstract()))
+
+    def fingerprint(self) -> dict:
+        return {"path": None, "source": "random weights"}
+
+
+def e2e_rows(
+    dit: DiTConfig, vae: VAEConfig, text: TextConfig, size: VideoSize, args
+) -> Iterator[Row]:
+    """For each of `variants` what compiling takes, before there are weights; then its runs, all
+    weights resident.
+
+    Two experts are represented by one of them for all steps: they are alike, run the same program,
+    and need not both fit.
+    """
+    shared = {
+        "vae": RandomPart.planned("vae", vae, "vae"),
+        "text": RandomPart.planned("text", text, "text"),
+    }
+    call: dict[str, Any] = {"num_steps": args.num_steps}
+    if dit.task == "i2v":
+        call["image"] = np.full((size.height, size.width, 3), 127, np.uint8)
+    pipes = []
+    for cfg in variants(dit, args):
+        pipe, cold, again = compiled(functools.partial(opened, cfg, shared, size, args.model), call)
+        pipes.append(pipe)
+        for what, seconds in (("cold", cold), ("from the persistent cache", again)):
+            yield row_of(
+                "compile",
+                f"all stages, {what}, {label(cfg)}",
+                [1e3 * seconds],
+                **counted_memory(pipe),
+            )
+    for pipe in pipes:
+        yield from run_rows(pipe, call, args)
+        pipe.free("dit")
+    for part in shared.values():
+        part.free()
+
+
+def opened(cfg: DiTConfig, shared: dict[str, Part], size: VideoSize, name: str) -> Pipeline:
+    """A pipeline without files, tokenizer and prompt cache, whose text encoder and VAE others
+    share."""
+    located = Located(name=name, layout="published", preset=None, facts=to_dict(size))
+    parts = {"dit": RandomPart.planned("dit", cfg, "dit"), **shared}
+    return Pipeline(located, parts, mesh=None, low_memory=False, stages=Stages(show=False))
+
+
+# -- compiling -------------------------------------------------------------------------------------
+
+
+def compiled(make: Callable[[], Pipeline], call: dict) -> tuple[Pipeline, float, float]:
+    """(pipeline, seconds to compile its programs with an empty persistent cache, seconds for a
+    second one that finds them there).
+
+    Shapes of the networks, which both need and a process makes once, are not counted.
+    """
+    seconds = []
+    with empty_cache():
+        for pipe in (first := make(), make()):
+            request = pipe.request("bench", **call)
+            if not pipe.keep(request):
+                raise UsageError(
+                    "stage e2e with weights that do not stay on the device",
+                    memory.table(pipe.plan(request), memory.memory_limit()),
+                    "use --linear int8, or --stage text, vae or dit, which hold one part at a time",
+                )
+            jax.clear_caches()
+            start = time.perf_counter()
+            for ahead in (
+                pipe.programs.ahead(),
+                contextlib.nullcontext(),
+            ):  # asked for together, then waited for
+                with ahead:
+                    pipe.text.program()
+                    pipe.later_programs(request, (False,))
+            seconds.append(time.perf_counter() - start)
+    return first, *seconds
+
+
+@contextlib.contextmanager
+def empty_cache():
+    """The persistent cache of compiled programs in a new folder, as `tdjax.generate` sets it; then
+    as it was before."""
+    names = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = [getattr(jax.config, name) for name in names]
+
+    def use(*values) -> None:
+        for name, value in zip(names, values, strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it opens its folder once
+
+    with tempfile.TemporaryDirectory() as folder:
+        use(folder, WORTH_KEEPING)
+        try:
+            yield
+        finally:
+            use(*before)
+
+
+def counted_memory(pipe: Pipeline, *stages: str) -> dict[str, int | None]:
+    """Of these stages (or of all): bytes of the weights, and of the largest program beside its own
+    weights."""
+    counted = pipe.memory()
+    weights, working = {}, []
+    for part, functions in (USES[name] for name in stages or USES):
+        used = [counted[function] for function in functions if function in counted]
+        if used:
+            weights[part] = memory.weight_bytes(part, pipe.parts[part].config)
+            working.append(max(used) - weights[part])
+    return {
+        "weights": sum(weights.values()),
+        "working": max(working),
+        "host_peak": host_peak(pipe.stages),
+    }
+
+
+# -- running ---------------------------------------------------------------------------------------
+
+
+def run_rows(pipe: Pipeline, call: dict, args) -> Iterator[Row]:
+    """Each stage by the pipeline's own clock, and the whole by the wall's; every run has another
+    seed."""
+    for name, part in pipe.parts.items():
+        with pipe.stages(f"random weights of {name}"):
+            part.load()
+    seeds, kind = itertools.count(), label(pipe.config)
+    clip(pipe, call, next(seeds))  # the warm-up, in which kernels are checked too
+    first = len(pipe.stages.rows)
+    times = timed(lambda: clip(pipe, call, next(seeds)), args.repeats)
+    stages: dict[str, list[float]] = {}
+    for row in pipe.stages.rows[first:]:
+        stages.setdefault(row.name, []).append(1e3 * row.seconds)
+    for name, each in stages.items():
+        yield row_of(name, f"in the pipeline, {kind}", each, **counted_memory(pipe, name))
+    yield row_of(
+        "end to end", f"prompt to frames on the host, {kind}", times, **counted_memory(pipe)
+    )
+    if args.save:
+        path = Path(args.save) / f"{pipe.name}-{pipe.config.attention}-{pipe.config.linear}.mp4"
+        times = timed(lambda: clip_to_file(pipe, call, next(seeds), path), args.repeats)
+        yield row_of("end to end", f"prompt to mp4, {kind}", times, **counted_memory(pipe))
+
+
+def clip(pipe: Pipeline, call: dict, seed: int, **more) -> Result:
+    """Tokens of a prompt, as many as there may be, to uint8 frames on the host."""
+    ones = np.ones((1, pipe.text_len), np.int32)
+    embeds = pipe.encode_text(pipe.request("bench", **call), Tokens(ones, ones))
+    return pipe(prompt_embeds=embeds, seed=seed, **call, **more)
+
+
+def clip_to_file(pipe: Pipeline, call: dict, seed: int, path: Path) -> None:
+    """The same to a complete file, encoded while frames are decoded, as `tdjax.generate` does it.
+    Random weights make noise, the worst case for an encoder."""
+    writer = Writer(path, overwrite=True)
+    try:
+        clip(pipe, call, seed, on_frames=lambda _, frames: writer.put(frames))
+        writer.close()
+    finally:
+        writer.cancel()  # of no effect on one that is closed

@@ -1,0 +1,327 @@
+"""Rows of the bench for single stages, with random weights: text encoder, VAE over whole clips,
+denoising loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tdjax.checkpoints import orbax
+from tdjax.config import TEACHER_SAMPLER, DiTConfig, SamplerConfig, TextConfig, VAEConfig, VideoSize
+from tdjax.models.linear import LINEAR
+from tdjax.models.wan_dit import with_linear
+from tdjax.parallel.sharding import leaf_name
+from tdjax.pipeline import compilation, memory
+from tdjax.pipeline.components import Part
+from tdjax.pipeline.vae_coding import Coder
+from tdjax.pipeline.vae_tiling import tiling
+from tdjax.precision import FLOAT32
+from tdjax.progress import Stages
+from tdjax.sampling import few_step, flow, unipc
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measurement. Milliseconds of one call: median, 10th and 90th percentile; bytes by XLA's
+    count; error: relative L2 of the
+    latents, psnr: dB of the frames that one VAE makes of them.
+
+    ratio: how many times as long the original's 50 guided steps take as all steps of this row.
+           Peaks: of the process, so far.
+    """
+
+    stage: str
+    what: str
+    ms: float
+    p10: float
+    p90: float
+    compile_s: float | None = None
+    weights: int
+    working: int
+    error: float | None = None
+    psnr: float | None = None
+    ratio: float | None = None
+    device_peak: int | None = None
+    host_peak: int | None = None
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def normal(key, scale, shape: tuple[int, ...], dtype):
+    """The limits are for 8-bit dtypes."""
+    return jnp.clip(scale * jax.random.normal(key, shape), -127, 127).astype(dtype)
+
+
+def random_weights(module, seed: int = 0):
+    """Values that keep variance, drawn on the device leaf by leaf: kernels by their fan-in, unit
+    scales, zero biases."""
+    scale_of = {kind.leaves[1]: kind.leaves[0] for kind in LINEAR.values() if len(kind.leaves) > 1}
+    shapes = {name: leaf.shape for name, leaf in orbax.names(module).items()}
+
+    def draw(path, leaf):
+        name, key = (
+            leaf_name(path),
+            jax.random.fold_in(jax.random.key(seed), math.prod(leaf.shape) % 2**31),
+        )
+        stem, _, last = name.rpartition(".")
+        values = f"{stem}.{scale_of.get(last)}"
+        if leaf.dtype.itemsize == 1:  # deviation 32: of int8 and of float8 alike
+            return normal(key, jnp.float32(32), leaf.shape, leaf.dtype)
+        if values in shapes:  # of 8-bit weights [n o i]
+            return jnp.full(leaf.shape, shapes[values][-1] ** -0.5 / 32, leaf.dtype)
+        if last.endswith("scale"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if name.endswith("bias") and not name.endswith("relative_bias"):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return normal(key, jnp.float32(fan_in(leaf.shape, name) ** -0.5), leaf.shape, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, module)
+
+
+def fan_in(shape: tuple[int, ...], name: str) -> int:
+    return max(math.prod(shape[1 if name.startswith("blocks.") else 0 : -1]), 1)
+
+
+def timed(call: Callable[[], object], repeats: int) -> list[float]:
+    """Milliseconds of each of `repeats` calls, which return once all their work is done."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def row_of(stage: str, what: str, times: list[float], **facts) -> Row:
+    low, middle, high = np.percentile(times, (10, 50, 90)).tolist()
+    return Row(stage=stage, what=what, ms=middle, p10=low, p90=high, **facts)
+
+
+def measure(
+    stage: str, what: str, function, module, *args, repeats: int, per: int = 1
+) -> tuple[Row, object]:
+    """Compile, warm up, time `repeats` calls of function(module, *args); times are divided by
+    `per`. -> (row, last output)"""
+    start = time.perf_counter()
+    run = jax.jit(function).lower(module, *args).compile()
+    compile_s = time.perf_counter() - start
+    call = lambda: jax.block_until_ready(run(module, *args))
+    out = call()
+    times = [ms / per for ms in timed(call, repeats)]
+    counted, weights = run.memory_analysis(), memory.module_bytes(module)
+    total = (
+        counted.argument_size_in_bytes + counted.output_size_in_bytes + counted.temp_size_in_bytes
+    )
+    return (
+        row_of(stage, what, times, compile_s=compile_s, weights=weights, working=total - weights),
+        out,
+    )
+
+
+def text_rows(cfg: TextConfig, repeats: int) -> Iterator[Row]:
+    ids = jnp.ones((1, cfg.text_len), jnp.int32)
+    encoder = random_weights(orbax.abstract("text", cfg))
+    yield measure(
+        "text",
+        f"{cfg.text_len} tokens",
+        compilation.encode_text,
+        encoder,
+        ids,
+        ids,
+        repeats=repeats,
+    )[0]
+    block = jax.tree.map(lambda leaf: leaf[0], encoder.blocks)
+    del encoder
+    x = jnp.zeros((1, cfg.text_len, cfg.dim), cfg.policy.compute_dtype)
+    yield measure(
+        "text",
+        f"one layer of {cfg.layers}, streamed",
+        compilation.text_layer,
+        block,
+        x,
+        ids,
+        repeats=repeats,
+    )[0]
+
+
+# -- VAE -------------------------------------------------------------------------------------------
+
+
+def vae_rows(cfg: VAEConfig, size: VideoSize, repeats: int) -> Iterator[Row]:
+    """Whole clips chunk by chunk, their latents and frames arriving on the host, as the pipeline
+    runs them."""
+    part = Part.planned("vae", cfg, "vae")
+    vae, clip = random_weights(part.abstract()), f"{size.frames} frame" + "s" * (size.frames > 1)
+    image = np.zeros((1, 1, size.height, size.width, 3), np.float32)
+    latents = np.random.default_rng(0).standard_normal(
+        (1, *size.latent_grid, cfg.latent_channels), np.float32
+    )
+
+    def encode(coder: Coder) -> None:
+        coder.encode(vae, image, size)
+
+    def decode(coder: Coder, tiled: bool = False) -> None:
+        for _ in coder.decode(vae, latents, "uint8", tiled):
+            pass
+
+    yield clip_row("vae encode", clip, part, lambda coder: coder.encoder(size), encode, repeats)
+    yield clip_row(
+        "vae decode",
+        clip,
+        part,
+        lambda coder: coder.decoder(latents.shape, "uint8"),
+        decode,
+        repeats,
+    )
+    tiles = tiling(*latents.shape[2:4])
+    if len(tiles.corners) > 1:
+        height, width = (n * cfg.spatial for n in tiles.size)
+        make = lambda coder: coder.decoder(latents.shape, "uint8", tiled=True)
+        yield clip_row(
+            "vae decode",
+            f"{clip}, tiles of {width}x{height}",
+            part,
+            make,
+            lambda coder: decode(coder, True),
+            repeats,
+        )
+
+
+def clip_row(stage: str, what: str, part: Part, make: Callable, run: Callable, repeats: int) -> Row:
+    """make(coder) compiles both programs, run(coder) takes a clip through them."""
+    stages = Stages(show=False)
+    coder = Coder(compilation.Programs(), part, stages)
+    start = time.perf_counter()
+    make(coder)
+    compile_s = time.perf_counter() - start
+    run(coder)
+    weights = memory.module_bytes(part.abstract())
+    working = max(coder.compiled.memory().values()) - weights
+    times = timed(lambda: run(coder), repeats)
+    return row_of(
+        stage,
+        what,
+        times,
+        compile_s=compile_s,
+        weights=weights,
+        working=working,
+        host_peak=host_peak(stages),
+    )
+
+
+def host_peak(stages: Stages) -> int | None:
+    """The highest of its stages: each of them begins the system's counter anew."""
+    return max((row.host_peak for row in stages.rows if row.host_peak), default=None)
+
+
+# -- transformer -----------------------------------------------------------------------------------
+
+
+def variants(cfg: DiTConfig, args) -> list[DiTConfig]:
+    """One config for each kind of attention and of linear layer."""
+    kinds = [
+        {"attention": attention, "linear": linear}
+        for attention in args.attention
+        for linear in args.linear
+    ]
+    return [dataclasses.replace(cfg, impl=args.impl, **kind) for kind in kinds]
+
+
+def dit_rows(cfg: DiTConfig, vae: VAEConfig, size: VideoSize, args) -> Iterator[Row]:
+    """One row for each of `variants`: a whole loop of steps in one program, given per step. The
+    original comes first: others are compared with it."""
+    original, decode = None, decoder(vae) if args.error else None
+    if args.teacher:
+        dense = dataclasses.replace(cfg, attention="dense", linear="float", impl=args.impl)
+        original = denoise_row(dense, size, dataclasses.replace(TEACHER_SAMPLER, steps=1), args)
+        yield original
+    for changed in variants(cfg, args):
+        row = denoise_row(changed, size, SamplerConfig(steps=args.num_steps), args, decode)
+        ratio = (
+            None
+            if original is None
+            else TEACHER_SAMPLER.steps * original.ms / (args.num_steps * row.ms)
+        )
+        yield dataclasses.replace(row, ratio=ratio)
+
+
+def denoise_row(
+    cfg: DiTConfig, size: VideoSize, schedule: SamplerConfig, args, decode: Callable | None = None
+) -> Row:
+    """decode: if the error is asked for, see `decoder`."""
+    shape = (1, *size.latent_grid, cfg.out_channels)
+    noise = compilation.start_noise(jax.random.key(1), schedule.steps, shape)
+    text = jax.random.normal(jax.random.key(2), (1, cfg.text_len, cfg.text_dim)).astype(
+        cfg.policy.compute_dtype
+    )
+    image = jnp.zeros((*shape[:-1], cfg.condition_channels)) if cfg.condition_channels else None
+    model = random_weights(orbax.abstract("dit", cfg))
+    if schedule.few_step:
+        times = jnp.asarray(flow.times(schedule))
+        state, rows = few_step.start(noise[0], times), (few_step.injected(noise), times)
+        run = lambda model, *a: compilation.denoise(model, *a, mode=schedule.mode)
+        what = label(cfg)
+    else:
+        state, rows = (
+            few_step.teacher_start(noise[0]),
+            jax.tree.map(jnp.asarray, unipc.rows(schedule)),
+        )
+        text = jnp.concatenate([text, text])
+        run = lambda model, *a: compilation.denoise_guided(model, *a, guidance=schedule.guidance)
+        what = "original step: dense, float, guided"
+    row, (out, _) = measure(
+        "step", what, run, model, state, text, image, rows, repeats=args.repeats, per=schedule.steps
+    )
+    if decode is None:
+        return row
+    model = in_float32(model, cfg)  # the measured weights go before the exact ones run
+    truth, _ = jax.jit(run)(model, state, text.astype(jnp.float32), image, rows)
+    del model
+    out, truth = np.asarray(out, np.float32), np.asarray(truth, np.float32)
+    error = float(np.linalg.norm(out - truth) / np.linalg.norm(truth))
+    return dataclasses.replace(row, error=error, psnr=psnr(decode(out), decode(truth)))
+
+
+def decoder(cfg: VAEConfig) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
+    """Latents f32 [1 t h w c] -> chunks of frames f32 [t H W 3] in [0, 1], by a VAE with random
+    weights: what it makes of differences ranks variants, and says little of a real video."""
+    part = Part.planned("vae", cfg, "vae")
+    vae, coder = (
+        random_weights(part.abstract()),
+        Coder(compilation.Programs(), part, Stages(show=False)),
+    )
+    return lambda latents: (frames for frames, _ in coder.decode(vae, latents, "float"))
+
+
+def psnr(chunks: Iterator[np.ndarray], others: Iterator[np.ndarray]) -> float:
+    """dB between two clips; infinity for the same frames."""
+    errors = [
+        np.square(x - y, dtype=np.float64).mean((1, 2, 3))
+        for x, y in zip(chunks, others, strict=True)
+    ]
+    mean = float(np.concatenate(errors).mean())
+    return -10 * math.log10(mean) if mean else math.inf
+
+
+def label(cfg: DiTConfig) -> str:
+    return f"{cfg.attention}, {cfg.linear}"
+
+
+def in_float32(model, cfg: DiTConfig):
+    """The same weights in a model of references, all float32, with dense or sparse-linear
+    attention."""
+    attention = "dense" if cfg.attention == "dense" else "sla"
+    exact = dataclasses.replace(
+        cfg, attention=attention, linear="float", impl="reference", policy=FLOAT32
+    )
+    leaves = orbax.names(with_linear(model, "float"))
+    return orbax.assemble(
+        orbax.abstract("dit", exact),
+        {name: leaf.astype(jnp.float32) for name, leaf in leaves.items()},
+    )

@@ -1,0 +1,1 @@
+"""Weights on disk: tdjax's own layout, files that others published, where they lie."""

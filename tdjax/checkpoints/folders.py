@@ -1,0 +1,190 @@
+"""What a local file or folder holds, by names alone: the transformer (or its two experts) and the
+parts beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tdjax.checkpoints import filenames
+from tdjax.checkpoints.hub import Repo
+from tdjax.config import PRESETS
+from tdjax.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True)
+class Remote:
+    """A file or folder of a hub repository, fetched when it is needed; its other files travel with
+    it."""
+
+    repo: Repo
+    name: str
+    files: tuple[str, ...]
+
+    def path(self) -> Path:
+        return self.repo.fetch(list(self.files)) / self.name
+
+
+@dataclasses.dataclass(kw_only=True)
+class Found:
+    """What a name turned out to be, before overrides and downloads."""
+
+    name: str
+    layout: str = "published"
+    preset: str | None = None
+    parts: dict[str, Path | Remote] = dataclasses.field(default_factory=dict)
+    looked: list[Path] = dataclasses.field(default_factory=list)  # folders searched for parts
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def distilled(self) -> bool:
+        if self.preset:
+            return PRESETS[self.preset].distilled
+        dit = self.parts.get("dit")
+        path = Path(dit.repo.id) / dit.name if isinstance(dit, Remote) else dit
+        return path is None or filenames.looks_distilled(path)
+
+
+def slots(dits: tuple) -> dict:
+    return dict(zip(("dit", "dit_low"), dits, strict=False))
+
+
+def experts(name: str, exists: Callable[[str], bool]) -> tuple[str, ...]:
+    """(high noise, low noise) where the other expert is there too, else the name alone."""
+    head, _, tail = name.rpartition("/")
+    for other in (filenames.swap_expert(name), f"{head}/{filenames.swap_expert(tail)}"):
+        if other != name and exists(other):
+            return (name, other) if filenames.expert(name) == "high" else (other, name)
+    return (name,)
+
+
+def absolute(path: str | Path) -> Path:
+    """Not resolve(): a file of a hub cache is a link to a name that says nothing."""
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
+def local(path: Path) -> Found:
+    """A file or a folder, with the parts that lie beside it, in it, or one folder up."""
+    path = absolute(path)
+    found = one_file(path) if path.is_file() else folder(path)
+    for place in found.looked:
+        names = nearby(place)
+        for part in filenames.COMPONENTS:
+            name = filenames.component(names, part)
+            if name and part not in found.parts:
+                found.parts[part] = place / name
+    dit = found.parts.get("dit")
+    found.preset = found.facts.get("preset") or (
+        dit and (alias_of_source(dit) or filenames.alias_of_path(dit))
+    )
+    return found
+
+
+def read_json(path: Path) -> dict:
+    """A table of a model folder; CheckpointError where it is damaged."""
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it is not a table of names and values")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged",
+            str(error),
+            "write the folder again: python -m convert SRC DST --overwrite",
+        ) from error
+    return values
+
+
+def one_file(path: Path) -> Found:
+    if not path.name.endswith(filenames.WEIGHTS):
+        allowed = ", ".join(filenames.WEIGHTS)
+        raise CheckpointError(
+            f"{path} is no weight file by its name",
+            f"allowed: {allowed}",
+            "give the weight file itself",
+        )
+    up = path.parent.parent
+    dits = experts(f"{path.parent.name}/{path.name}", lambda name: (up / name).is_file())
+    parts = {slot: up / name for slot, name in slots(dits).items()}
+    return Found(name=filenames.stem(path.name), parts=parts, looked=[path.parent, up])
+
+
+def folder(path: Path) -> Found:
+    names = listing(path)
+    if "manifest.json" in names:  # one component of ours: `<model>/dit`
+        dits = experts(path.name, lambda name: (path.parent / name / "manifest.json").is_file())
+        return Found(
+            name=path.name,
+            layout="ours",
+            parts={s: path.parent / name for s, name in slots(dits).items()},
+            looked=[path.parent],
+        )
+    layout, dits = filenames.transformers(names, str(path))
+    if (
+        layout == "published" and len(dits) == 1
+    ):  # the other expert may be in the folder beside this one
+        found = one_file(path / dits[0])
+        return dataclasses.replace(found, name=path.name, looked=[path, path.parent])
+    facts = read_json(path / "model.json") if "model.json" in names else {}
+    looked = [path, path.parent] if layout == "published" else [path]
+    return Found(
+        name=path.name,
+        layout=layout,
+        parts={s: path / name for s, name in slots(dits).items()},
+        looked=looked,
+        facts=facts,
+    )
+
+
+def entry(path: Path) -> Path:
+    """The transformer that a path given for one expert means: itself, or the only one in a
+    folder."""
+    if path.is_file() or (path / "manifest.json").is_file():
+        return path
+    _, dits = filenames.transformers(listing(path), str(path))
+    if len(dits) != 1:
+        raise CheckpointError(
+            f"{path} is a folder with {len(dits)} transformers",
+            "one expert was expected",
+            "give the file itself",
+        )
+    return path / dits[0]
+
+
+def listing(root: Path) -> list[str]:
+    """Names of files in a folder and one level below it, hidden ones left out."""
+    files = (
+        p.relative_to(root).as_posix() for p in [*root.glob("*"), *root.glob("*/*")] if p.is_file()
+    )
+    return sorted(n for n in files if not n.startswith(".") and "/." not in n)
+
+
+def nearby(root: Path) -> list[str]:
+    """Names of files in a folder, and those of known parts below it: enough to find a part, also
+    where the folder is / or home."""
+    known = [
+        f"{name}{mark}"
+        for part in filenames.COMPONENTS.values()
+        for name in part
+        for mark in ("", "/manifest.json", "/config.json")
+    ]
+    files = sorted(p.name for p in root.glob("[!.]*") if p.is_file())
+    return files + [name for name in known if "/" in name and (root / name).is_file()]
+
+
+def alias_of_source(dit: Path) -> str | None:
+    """The preset that a converted checkpoint came from, by the source name in its manifest."""
+    manifest = dit / "manifest.json"
+    if not manifest.is_file():
+        return None
+    source = read_json(manifest).get("source") or {}
+    return filenames.alias_of_path(Path(str(source.get("name", ""))))
+
+
+def shown(path: Path) -> str:
+    """A file with its folder: what tells the experts apart."""
+    return f"{path.parent.name}/{path.name}"

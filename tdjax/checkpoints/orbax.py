@@ -1,0 +1,460 @@
+"""Our one checkpoint layout: <folder>/manifest.json beside <folder>/params/ (Orbax, a flat dict
+{leaf name: array}).
+
+A leaf's name is its path in the module joined by dots ("blocks.self_attn.q.kernel"); blocks are
+stacked on axis 0. The manifest holds the config, so loading is: config -> abstract module ->
+shardings -> restore, and needs no other argument.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+import tdjax
+from tdjax.config import KINDS, Config, from_dict, to_dict
+from tdjax.errors import CheckpointError, UsageError
+from tdjax.models.norms import as_shapes
+from tdjax.models.umt5 import UMT5
+from tdjax.models.wan_dit import DiT
+from tdjax.models.wan_vae import VAE
+from tdjax.parallel.sharding import leaf_name
+
+FORMAT = 1
+MODULES = {"dit": DiT, "vae": VAE, "text": UMT5}
+DENSE_DROPS = (  # parameters of sparse attention, which dense attention does without
+    ".self_attn.core."
+)
+GROUP_BYTES = 2**26  # small leaves written together; a larger leaf is alone in memory
+READ_BYTES = 2**30  # leaves read at the same time
+CHUNK_BYTES = (
+    2**28
+)  # pieces in which an array is written, so that a sharded restore reads only what it needs
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """An array that is made when it is written: `read()` gives it. Lets `save` hold one leaf at a
+    time."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class InTurn(ocp.type_handlers.NumpyHandler):
+    """Writes Lazy leaves in turn: small ones together, a large one only after what came before is
+    on disk."""
+
+    async def serialize(self, values, infos, args=None):
+        args = args or [ocp.SaveArgs()] * len(values)
+        group, size = [], 0
+        for i, value in enumerate(values):
+            if group and size + value.nbytes > GROUP_BYTES:
+                await self.write(group, values, infos, args)
+                group, size = [], 0
+            group.append(i)
+            size += value.nbytes
+        await self.write(group, values, infos, args)
+        return []
+
+    async def write(self, group, values, infos, args):
+        arrays = [np.asarray(values[i].read()) for i in group]
+        for done in await super().serialize(
+            arrays, [infos[i] for i in group], [args[i] for i in group]
+        ):
+            await asyncio.to_thread(done.result)
+
+
+async def all_of(tasks) -> list:
+    """The results of all tasks in one list. The first failure is raised when every task has come to
+    its end: a read that is abandoned would complain on the terminal, from another thread, long
+             after."""
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+    for result in done:
+        if isinstance(result, BaseException):
+            raise result
+    return [item for result in done for item in result]
+
+
+class Sizes(ocp.type_handlers.NumpyHandler):
+    """Tells shapes and dtypes, leaf by leaf."""
+
+    async def metadata(self, infos):
+        one = super().metadata
+        return await all_of([one([info]) for info in infos])
+
+
+class InGroups(ocp.type_handlers.ArrayHandler):
+    """Reads leaves in groups of bounded size."""
+
+    async def deserialize(self, infos, args=None):
+        one, out, group, size = super().deserialize, [], [], 0
+        for info, arg in zip(infos, args, strict=True):
+            size += math.prod(arg.global_shape) * np.dtype(arg.dtype).itemsize
+            group.append(one([info], [arg]))
+            if size > READ_BYTES:
+                out += await all_of(group)
+                group, size = [], 0
+        return out + await all_of(group)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Orbax tells the terminal about its own conventions through absl; users of this layout cannot
+    act on that."""
+    logger = logging.getLogger("absl")
+    severe = lambda record: (
+        record.levelno >= logging.CRITICAL
+    )  # one for each block: parts may be read by several threads
+    logger.addFilter(severe)
+    try:
+        yield
+    finally:
+        logger.removeFilter(severe)
+
+
+# Names
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def names(module) -> dict[str, Any]:
+    """{leaf name: array, ShapeDtypeStruct, sharding or whatever stands there}, in the order of
+    jax.tree.leaves."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(module)}
+
+
+def abstract(kind: str, cfg: Config):
+    """The module of a kind ("dit", "vae", "text") with shapes in place of arrays; nothing is
+    allocated."""
+    return as_shapes(MODULES[kind], cfg)
+
+
+def assemble(abstract_module, arrays: dict[str, Any]):
+    """Put arrays into the places that an abstract module names. Raises CheckpointError with every
+    difference."""
+    expected = table(names(abstract_module))
+    check_table(expected, table(arrays), "these weights do not fill the model")
+    return jax.tree.unflatten(
+        jax.tree.structure(abstract_module), [arrays[name] for name in expected]
+    )
+
+
+def table(leaves: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """{leaf name: (shape, dtype name)}"""
+    return {name: (tuple(x.shape), np.dtype(x.dtype).name) for name, x in leaves.items()}
+
+
+def check_table(expected: dict, got: dict, what: str) -> None:
+    """Raise CheckpointError listing what is missing, unexpected, or of another shape or dtype."""
+    lines = [f"missing     {n} {list(s)} {d}" for n, (s, d) in expected.items() if n not in got]
+    lines += [f"unexpected  {n} {list(s)} {d}" for n, (s, d) in got.items() if n not in expected]
+    for name in expected.keys() & got.keys():
+        if expected[name] != got[name]:
+            (s, d), (s2, d2) = got[name], expected[name]
+            lines.append(f"different   {name} {list(s)} {d}, expected {list(s2)} {d2}")
+    if lines:
+        raise CheckpointError(
+            f"{what}: {len(lines)} of {len(expected)} leaves differ", "\n".join(sorted(lines))
+        )
+
+
+# Writing
+# -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def written(target: Path, overwrite: bool = False):
+    """A temporary sibling to write to, renamed to `target` on success and removed otherwise:
+    `target` is never half there."""
+    target = Path(os.path.abspath(target))
+    if target.exists() and not overwrite:
+        raise UsageError(
+            f"{target} exists",
+            "nothing is overwritten by itself",
+            "give another name, or --overwrite",
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target)
+    part = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.part")
+    remove(part)
+    try:
+        yield part
+        if target.exists():
+            old = part.with_suffix(".old")
+            os.replace(target, old)
+            os.replace(part, target)
+            remove(old)
+        else:
+            os.replace(part, target)
+    finally:
+        remove(part)
+
+
+def remove_abandoned(target: Path) -> None:
+    """Delete what killed runs on this host left beside `target`."""
+    for part in target.parent.glob(f".{target.name}.{socket.gethostname()}-*.part"):
+        pid = part.name.removesuffix(".part").rpartition("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            remove(part)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def save(
+    folder,
+    module_or_leaves,
+    kind: str,
+    cfg: Config,
+    source: dict | str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a checkpoint folder, complete or not at all.
+
+    module_or_leaves: a module of `kind`, or {leaf name: array or Lazy}. Leaves go to disk one after
+                      another, in sorted
+    order of names, and must be exactly those of the abstract module. source: where the weights came
+    from (JSON values).
+    Raises CheckpointError with every leaf that differs, UsageError where the folder exists and
+        overwrite is not given.
+    """
+    leaves = module_or_leaves if isinstance(module_or_leaves, dict) else names(module_or_leaves)
+    expected = table(names(abstract(kind, cfg)))
+    check_table(expected, table(leaves), f"these leaves are not a {kind} of this config")
+    lazy = {
+        n: (
+            x
+            if isinstance(x, Lazy)
+            else Lazy(tuple(x.shape), np.dtype(x.dtype), lambda x=x: np.asarray(x))
+        )
+        for n, x in leaves.items()
+    }
+    manifest = {
+        "format": FORMAT,
+        "kind": kind,
+        "config": to_dict(cfg),
+        "source": {"name": source} if isinstance(source, str) else dict(source or {}),
+        "converter": f"tdjax {tdjax.__version__}",
+        "leaves": {name: [list(shape), dtype] for name, (shape, dtype) in expected.items()},
+    }
+    with written(Path(folder), overwrite) as part, quiet():
+        part.mkdir()
+        registry = ocp.type_handlers.create_type_handler_registry(
+            (Lazy, InTurn(deepcopy_host_arrays=False))
+        )
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+        with contextlib.closing(ocp.Checkpointer(handler)) as writer:
+            pieces = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in lazy}
+            writer.save(part / "params", args=ocp.args.PyTreeSave(lazy, save_args=pieces))
+        for told in part.glob("params/commit_success.txt"):
+            told.write_text(
+                "complete\n"
+            )  # Orbax says where on this machine the folder was, which is nobody's business
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return Path(folder)
+
+
+# Reading
+# -------------------------------------------------------------------------------------------------------------
+
+
+def inspect(folder) -> dict[str, Any]:
+    """The manifest, checked for form; no parameter is read. Raises CheckpointError for a folder or
+    a format that is not ours."""
+    folder = Path(folder)
+    file = folder / "manifest.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} is not a tdjax checkpoint: it has no manifest.json", *why_not(folder)
+        )
+    try:
+        manifest = json.loads(file.read_text())
+        version, kind, leaves = manifest["format"], manifest["kind"], manifest["leaves"]
+        ours = isinstance(leaves, dict) and all(
+            isinstance(shape, list) and isinstance(d, str) for shape, d in leaves.values()
+        )
+        ours = ours and isinstance(manifest["config"], dict) and isinstance(version, int)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(
+            f"{file} is damaged or not ours",
+            f"{type(e).__name__}: {e}",
+            "convert the source file again",
+        ) from e
+    if not ours or version != FORMAT:
+        what = f"{file} has format {version}" if ours else f"{file} is not ours"
+        newer = ours and version > FORMAT
+        fix = (
+            "update tdjax" if newer else "convert the source file again: python -m convert SRC DST"
+        )
+        raise CheckpointError(what, f"this version of tdjax reads format {FORMAT}", fix)
+    if kind not in KINDS:
+        raise CheckpointError(
+            f"{file} holds a {kind!r}", f"known kinds: {', '.join(KINDS)}", "update tdjax"
+        )
+    return manifest
+
+
+def why_not(folder: Path) -> tuple[str, str]:
+    """The second and third line of the message about a folder without manifest."""
+    if not folder.exists():
+        close = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.is_dir() else []
+        return (
+            "the folder does not exist",
+            f"there is: {', '.join(close[:8]) or 'nothing beside it'}",
+        )
+    parts = sorted(p.parent.name for p in folder.glob("*/manifest.json"))
+    if parts:
+        return (
+            f"it is a model folder with {', '.join(parts)}",
+            f"name one of them: {folder / parts[0]}",
+        )
+    if folder.is_file() or any(folder.glob("*.safetensors")) or any(folder.glob("*.pth")):
+        return "these are published weights", f"convert them: python -m convert {folder} DST"
+    return (
+        "a checkpoint holds manifest.json and params/",
+        "convert published weights: python -m convert SRC DST",
+    )
+
+
+def config_of(manifest: dict[str, Any]) -> Config:
+    try:
+        return from_dict(KINDS[manifest["kind"]], manifest["config"])
+    except (ValueError, TypeError) as e:
+        raise CheckpointError(
+            "the manifest's config is not one this version of tdjax knows",
+            str(e),
+            "convert the source file again",
+        ) from e
+
+
+def checked(folder) -> tuple[str, Config]:
+    """(kind, config) after comparing the manifest's leaf table with the model of its config and
+    with what is stored."""
+    folder, manifest = Path(folder), inspect(folder)
+    kind, cfg = manifest["kind"], config_of(manifest)
+    listed = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
+    check_table(
+        table(names(abstract(kind, cfg))),
+        listed,
+        f"{folder / 'manifest.json'} does not describe its own config",
+    )
+    stored = readable(
+        folder, lambda reader: described(reader.metadata(params(folder)).item_metadata)
+    )
+    check_table(
+        listed, table(stored), f"{folder / 'params'} does not hold what manifest.json lists"
+    )
+    return kind, cfg
+
+
+def described(metadata) -> dict[str, Any]:
+    """{leaf name: what has its shape and dtype}; Orbax gives None for a folder whose description it
+    cannot read."""
+    if metadata is None:
+        raise ValueError("no readable description of the arrays")
+    return metadata.tree
+
+
+def params(folder: Path) -> str:
+    """The path of the arrays; Orbax wants it absolute."""
+    return os.path.abspath(folder / "params")
+
+
+def readable(folder: Path, action: Callable[[ocp.Checkpointer], Any]):
+    """action(reader), where whatever Orbax and TensorStore raise becomes one CheckpointError."""
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, InGroups()), (np.ndarray, Sizes())
+    )
+    try:
+        with (
+            quiet(),
+            contextlib.closing(
+                ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
+            ) as reader,
+        ):
+            return action(reader)
+    except Exception as e:
+        first = (str(e).strip().splitlines() or [""])[0][:300]
+        raise CheckpointError(
+            f"{folder / 'params'} cannot be read: files are missing or damaged",
+            f"{type(e).__name__}: {first}",
+            "convert the source file again: python -m convert SRC DST --overwrite",
+        ) from e
+
+
+def restore(folder, sharding=None, config: Config | None = None):
+    """(config, module) of a checkpoint folder. Raises CheckpointError where it is damaged,
+    incomplete or of another model.
+
+    sharding: where leaves go, see `placements`.
+    config:   another config of the same model: other storage dtype, or attention "dense" for
+              weights that have more.
+    """
+    folder = Path(folder)
+    kind, stored = checked(folder)
+    module = abstract(kind, config or stored)
+    wanted = names(module)
+    have = {name: tuple(shape) for name, (shape, _) in inspect(folder)["leaves"].items()}
+    unused = {
+        name
+        for name in have.keys() - wanted.keys()
+        if DENSE_DROPS in name and config.attention == "dense"
+    }
+    no_dtype = lambda shapes: {
+        name: (shape, "") for name, shape in shapes.items() if name not in unused
+    }
+    check_table(
+        no_dtype({n: x.shape for n, x in wanted.items()}),
+        no_dtype(have),
+        f"{folder} cannot be read with the config asked for",
+    )
+    where = placements(wanted, sharding)
+    how = lambda x, s: ocp.ArrayRestoreArgs(
+        restore_type=jax.Array, sharding=s, global_shape=x.shape, dtype=x.dtype
+    )
+    args = {name: how(x, where[name]) for name, x in wanted.items()}
+    request = ocp.args.PyTreeRestore(item=dict(wanted), restore_args=args, partial_restore=True)
+    arrays = readable(folder, lambda reader: reader.restore(params(folder), args=request))
+    return config or stored, assemble(module, arrays)
+
+
+def placements(leaves: dict[str, Any], sharding) -> dict[str, Any]:
+    """A sharding for each leaf name, from None (the first device), a Device, a Sharding, or a
+    module or dict of those."""
+    if sharding is None or isinstance(sharding, jax.Device):
+        sharding = jax.sharding.SingleDeviceSharding(sharding or jax.local_devices()[0])
+    if isinstance(sharding, jax.sharding.Sharding):
+        return dict.fromkeys(leaves, sharding)
+    return sharding if isinstance(sharding, dict) else names(sharding)
+
+
+def read(folder, name: str) -> np.ndarray:
+    """One leaf, on the host, as stored."""
+    as_array = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
+    request = ocp.args.PyTreeRestore(item={name: 0}, restore_args=as_array, partial_restore=True)
+    return readable(
+        Path(folder), lambda reader: reader.restore(params(Path(folder)), args=request)
+    )[name]

@@ -1,0 +1,273 @@
+"""A published checkpoint opened by its keys alone, then read leaf by leaf:
+`open_checkpoint(path).load()` is a module.
+
+Host memory peaks at a few layers of one leaf, device memory at the model and as many layers more.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import einops
+import jax
+import numpy as np
+
+from tdjax.checkpoints import filenames, orbax
+from tdjax.checkpoints.published.detect import Detected, describe, detect, stored_dtypes
+from tdjax.checkpoints.published.files import Source, open_source
+from tdjax.checkpoints.published.lora import add_lora
+from tdjax.checkpoints.published.rules import Binding, Claim, bind
+from tdjax.checkpoints.published.tensor import Tensor
+from tdjax.checkpoints.published.upload import ahead, settle, upload
+from tdjax.config import Config, DiTConfig
+
+HOST = ("cpu",)  # platforms whose memory is the host's: nothing is gained by transposing there
+ON_DEVICE = (
+    2**22
+)  # bytes from which a leaf is transposed on the device; below, compiling would take longer than it saves
+
+
+def open_checkpoint(
+    path: str | Path, *, lora: tuple[tuple[str, float], ...] = (), **known
+) -> Checkpoint:
+    """Open a .pth, .safetensors, .safetensors.index.json, or a folder of (sharded) files; no tensor
+    data is read.
+
+    lora:  (file, weight) pairs to add to the weights as they are read.
+    known: config fields that keys and shapes cannot tell, such as `heads` where the head width is
+           not 128.
+    Raises CheckpointError for anything that is not a whole model of a known kind.
+    """
+    source = open_source(path)
+    found = detect(source.tensors, source.path.name, source.metadata, **known)
+    changes = []
+    tensors: Mapping[str, Any] = source.tensors
+    for file, weight in lora:
+        tensors, counts = add_lora(tensors, found, file, weight)
+        changes.append(counts)
+    return Checkpoint(source, found, tensors, tuple(changes))
+
+
+class Checkpoint:
+    """kind: "dit" | "vae" | "text". config: what the keys, shapes and dtypes say, with bfloat16
+    storage.
+
+    tensors: {key: something with shape, dtype and read()}. changes: what LoRA files and merges did
+             to them.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        found: Detected,
+        tensors: Mapping[str, Any],
+        changes: tuple[dict, ...] = (),
+    ):
+        self.source, self.found, self.tensors, self.changes = source, found, tensors, changes
+        self.kind, self.config, self.name = found.kind, found.config, source.path.name
+        self.sha256: Callable[..., str] = source.sha256
+        self.bindings: dict[Config, Binding] = {}
+        self.binding(self.config)
+
+    @property
+    def task(self) -> str | None:
+        """ "t2v" or "i2v" for a transformer."""
+        return self.config.task if isinstance(self.config, DiTConfig) else None
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {describe(self.kind, self.config)}, {len(self.tensors)} tensors>"
+
+    def binding(self, config: Config) -> Binding:
+        """Which keys fill which leaf; raises CheckpointError with the full list where they do
+        not."""
+        if config not in self.bindings:
+            self.bindings[config] = bind(
+                self.tensors, self.found.rows, targets(self.kind, config), self.name
+            )
+        return self.bindings[config]
+
+    def leaves(
+        self, config: Config | None = None
+    ) -> Iterator[tuple[str, np.ndarray, str | None, np.dtype]]:
+        """(leaf name, array as in the file with layers stacked in front [n ...], einops layout or
+        None, dtype it should get).
+
+        Raises CheckpointError with the key report where keys and leaves do not fit.
+        """
+        config = config or self.config
+        for name, claim in self.binding(config).claims.items():
+            yield (
+                name,
+                self.stack(claim),
+                claim.row.stacked_layout,
+                np.dtype(targets(self.kind, config)[name].dtype),
+            )
+
+    def stack(self, claim: Claim) -> np.ndarray:
+        """The tensors of one leaf, [n ...] where it is stacked."""
+        tensors = [self.tensors[key] for key in claim.keys]
+        if not claim.row.stacked:
+            return tensors[0].read()
+        kinds = {np.dtype(t.dtype) for t in tensors}
+        out = np.empty(
+            (len(tensors), *tensors[0].shape), kinds.pop() if len(kinds) == 1 else np.float32
+        )
+        for i, tensor in enumerate(tensors):
+            out[i] = tensor.read()
+        return out
+
+    def lazy(self, config: Config | None = None) -> dict[str, orbax.Lazy]:
+        """{leaf name: array in its final layout and dtype, made on the host when it is read}, for
+        writing."""
+        config = config or self.config
+        claims = self.binding(config).claims
+        lazy = lambda shape, dtype, claim: orbax.Lazy(
+            shape, dtype, functools.partial(self.final, claim, shape, dtype)
+        )
+        return {
+            name: lazy(tuple(t.shape), np.dtype(t.dtype), claims[name])
+            for name, t in targets(self.kind, config).items()
+        }
+
+    def final(self, claim: Claim, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """One leaf, layer by layer: the file's values, transposed and cast."""
+        tensors = [self.tensors[key] for key in claim.keys]
+        if not claim.row.stacked:
+            return arrange(tensors[0].read(), claim.row.layout, dtype)
+        out = np.empty(shape, dtype)
+        for i, tensor in enumerate(tensors):
+            out[i] = arrange(tensor.read(), claim.row.layout, dtype)
+        return out
+
+    def load(self, config: Config | None = None, device=None):
+        """The module, each leaf placed, transposed and cast in turn.
+
+        device: None (the first one), a jax.Device, a Sharding, or a module or dict of shardings by
+                leaf.
+        """
+        config = config or self.config
+        module = orbax.abstract(self.kind, config)
+        where, shapes = (
+            orbax.placements(orbax.names(module), device),
+            targets(self.kind, config),
+        )
+        claims = self.binding(config).claims
+        return orbax.assemble(
+            module,
+            {name: self.placed(claim, shapes[name], where[name]) for name, claim in claims.items()},
+        )
+
+    def placed(self, claim: Claim, target: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding):
+        """One leaf where it belongs: made on the host if it is small or stays there, else piece by
+        piece on the device."""
+        device = min(sharding.device_set, key=lambda d: d.id)
+        size = math.prod(target.shape) * np.dtype(target.dtype).itemsize
+        if device.platform in HOST or size < ON_DEVICE:
+            return jax.device_put(
+                self.final(claim, tuple(target.shape), np.dtype(target.dtype)), sharding
+            ).block_until_ready()
+        out = upload(
+            [self.tensors[key] for key in claim.keys], claim.row, target, device
+        ).block_until_ready()
+        here = sharding.device_set == {device} and sharding.memory_kind in (
+            None,
+            device.default_memory().kind,
+        )
+        return out if here else jax.device_put(out, sharding)
+
+    def layers(
+        self, config: Config, prefix: str, device: jax.Device
+    ) -> Iterator[dict[str, jax.Array]]:
+        """{leaf name: its part of one layer, transposed and cast} for every layer of the stacked
+        leaves below `prefix`, on the device; threads read the next layers meanwhile."""
+        shapes = targets(self.kind, config)
+        claims = {
+            name: claim
+            for name, claim in self.binding(config).claims.items()
+            if name.startswith(prefix)
+        }
+        host = device.platform in HOST
+
+        def layer(i: int) -> dict[str, np.ndarray]:
+            values = {name: self.tensors[claim.keys[i]].read() for name, claim in claims.items()}
+            return (
+                {
+                    n: arrange(x, claims[n].row.layout, np.dtype(shapes[n].dtype))
+                    for n, x in values.items()
+                }
+                if host
+                else values
+            )
+
+        count = len(next(iter(claims.values())).keys)
+        for values in ahead(functools.partial(layer, i) for i in range(count)):
+            put = lambda n, x: (
+                jax.device_put(x, device)
+                if host
+                else settle(x, claims[n].row.layout, shapes[n].dtype, device)
+            )
+            yield {name: put(name, x) for name, x in values.items()}
+
+    def rows(self, config: Config, leaf: str, ids: np.ndarray) -> np.ndarray:
+        """Rows of a table on the host, each read by itself where the file allows it."""
+        claim, dtype = (
+            self.binding(config).claims[leaf],
+            np.dtype(targets(self.kind, config)[leaf].dtype),
+        )
+        tensor = self.tensors[claim.keys[0]]
+        if claim.row.layout or not isinstance(tensor, Tensor) or not tensor.contiguous:
+            return self.final(claim, tuple(tensor.shape), dtype)[ids]
+        return np.concatenate([tensor.rows(i, i + 1).read() for i in map(int, ids)]).astype(dtype)
+
+    def leaf(self, config: Config, name: str) -> np.ndarray:
+        """One leaf on the host."""
+        target = targets(self.kind, config)[name]
+        return self.final(
+            self.binding(config).claims[name], tuple(target.shape), np.dtype(target.dtype)
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What a report and a manifest say about this file, without its hash."""
+        dropped = self.binding(self.config).dropped
+        alias = filenames.alias_of_path(
+            self.source.path.absolute()
+        )  # a generic name says nothing without its folder
+        return {
+            "name": (
+                f"{alias}/{self.name}"
+                if alias and self.name.startswith(filenames.GENERIC)
+                else self.name
+            ),
+            "names": self.found.naming,
+            "files": len(self.source.files),
+            "bytes": sum(f.stat().st_size for f in self.source.files),
+            "tensors": len(self.tensors),
+            "matched": len(self.tensors) - len(dropped),
+            "dropped": len(dropped),
+            "missing": 0,
+            "unexpected": 0,
+            "ignored": len(self.source.ignored),
+            "stripped": self.source.stripped,
+            "dtypes": stored_dtypes(self.tensors),
+            "changes": list(self.changes),
+        }
+
+
+@functools.lru_cache(maxsize=8)
+def targets(kind: str, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """{leaf name: shape and dtype} of the abstract module."""
+    return orbax.names(orbax.abstract(kind, config))
+
+
+def arrange(x: np.ndarray, layout: str | None, dtype: np.dtype, **sizes: int) -> np.ndarray:
+    """Cast and transpose on the host. Bits are moved as integers: numpy is slow with types that it
+    does not know."""
+    x = np.ascontiguousarray(x.astype(dtype, copy=False))
+    if not layout:
+        return x
+    bits = einops.rearrange(x.view(f"u{x.dtype.itemsize}"), layout, **sizes)
+    return np.ascontiguousarray(bits).view(dtype)

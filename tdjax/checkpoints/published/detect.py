@@ -1,0 +1,318 @@
+"""What a file is, from its keys, shapes and dtypes: kind, whose names, config. Nothing has to be
+said on a command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from tdjax.checkpoints.published import umt5, wan_dit, wan_vae
+from tdjax.checkpoints.published.rules import Row
+from tdjax.config import KINDS, LATENT_MEAN, Config, DiTConfig, TextConfig, VAEConfig, from_dict
+from tdjax.errors import CheckpointError
+
+HEAD_WIDTH = 128  # of every published Wan transformer
+METADATA = "tdjax"  # text field of a safetensors file in which our export keeps the config
+
+UNSEEN = {  # fields that shapes do not show
+    "dit": ("heads", "patch", "text_len", "eps", "sla", "round_time"),
+    "vae": ("mean", "std"),
+    "text": ("max_distance", "text_len", "eps"),
+}
+NAMINGS = {"dit": wan_dit, "vae": wan_vae, "text": umt5}
+MARKS = {  # a key that only this kind has
+    "dit": ("patch_embedding.weight",),
+    "vae": ("encoder.conv1.weight", "encoder.conv_in.weight"),
+    "text": ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"),
+}
+
+WAN21_VAE = "Wan2.1 and Wan2.2 A14B use Wan2.1_VAE.pth (16 latent channels)"
+LORA_KEYS = r"(.*\.)?lora_(A|B|up|down)\.|.*\.lora\.(up|down)\.|.*\.(diff|diff_b)$"
+VAE22_KEYS = r"encoder\.downsamples\.0\.downsamples\.|encoder\.down_blocks\.0\.resnets\."
+# models of the same family that are not this network: (key pattern, what it is, what to do)
+RELATIVES = (
+    (LORA_KEYS, "a LoRA, not a model", "give it with --lora beside its base model"),
+    (VAE22_KEYS, "the Wan2.2 TI2V-5B VAE (48 latent channels, here 16)", WAN21_VAE),
+    (
+        r"vace_",
+        "Wan VACE, which has more blocks than this network",
+        "give a text- or image-to-video model",
+    ),
+    (
+        r"img_emb\.emb_pos",
+        "Wan2.1 FLF2V (first and last frame)",
+        "give Wan2.1 I2V or Wan2.2 I2V A14B",
+    ),
+    (
+        r"control_adapter\.|ref_conv\.",
+        "a Wan Fun control model",
+        "give a text- or image-to-video model",
+    ),
+    (
+        r"audio_|casual_audio_encoder\.",
+        "a Wan speech-to-video model",
+        "give a text- or image-to-video model",
+    ),
+    (
+        r"motion_encoder\.|face_adapter\.|face_encoder\.",
+        "Wan Animate",
+        "give a text- or image-to-video model",
+    ),
+    (
+        r".*\.scale_weight$|scaled_fp8$",
+        "scaled 8-bit floats (fp8_scaled)",
+        "give the bf16 or fp16 file, or the int8 -quant file",
+    ),
+    (
+        r"(text_model|vision_model|visual|textual)\.|log_scale$",
+        "a CLIP model",
+        "Wan2.2 I2V needs none; give another file",
+    ),
+    (
+        r"decoder\.block\.\d+\.layer\.2\.|lm_head\.",
+        "a whole T5 with its decoder",
+        "give the encoder alone (umT5-xxl)",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Detected:
+    """kind "dit" | "vae" | "text"; whose names the keys are; the config that the shapes imply; the
+    rows to read it with."""
+
+    kind: str
+    naming: str
+    config: Config
+    rows: tuple[Row, ...]
+
+
+def detect(
+    tensors: Mapping[str, Any], name: str, metadata: Mapping[str, str] | None = None, **known
+) -> Detected:
+    """Raises CheckpointError for files of another network. `known` are config fields that the
+    caller is sure of."""
+    odd = known.keys() - set().union(*map(fields_of, KINDS))
+    if odd:
+        raise TypeError(f"no config has a field {', '.join(sorted(odd))}")
+    kind = kind_of(tensors, name)
+    naming = NAMINGS[kind].naming(tensors)
+    known = from_metadata(kind, metadata) | {k: v for k, v in known.items() if k in fields_of(kind)}
+    try:
+        found = {"dit": dit, "vae": vae, "text": text}[kind](tensors, naming, name, known)
+    except KeyError as e:
+        raise CheckpointError(
+            f"{name} looks like a {kind} but lacks {e.args[0]}",
+            "its size cannot be told",
+            "the file is incomplete",
+        ) from e
+    except (ValueError, IndexError, ZeroDivisionError) as e:
+        raise CheckpointError(
+            f"{name} looks like a {kind} of an impossible size",
+            str(e),
+            "the file is damaged, or of another network",
+        ) from e
+    return Detected(kind, naming, found, rows(kind, naming, found))
+
+
+def kind_of(tensors: Mapping[str, Any], name: str) -> str:
+    """ "dit", "vae" or "text"; raises CheckpointError for any other network, naming it where it is
+    a known one."""
+    refuse_relatives(tensors, name)
+    kinds = [kind for kind, marks in MARKS.items() if any(mark in tensors for mark in marks)]
+    if not kinds:
+        raise CheckpointError(
+            f"{name} is not a model that is known here",
+            f"{len(tensors)} keys such as {', '.join(list(tensors)[:4]) or 'none'}",
+            "known are: Wan2.1/2.2 A14B video transformers, the Wan2.1 VAE, the umT5 encoder",
+        )
+    return kinds[0]
+
+
+def fields_of(kind: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(KINDS[kind])}
+
+
+def rows(kind: str, naming: str, cfg: Config) -> tuple[Row, ...]:
+    """The table of one kind and naming."""
+    table = NAMINGS[kind].ROWS[naming]
+    return table(cfg) if kind == "vae" else table
+
+
+def refuse_relatives(tensors, name: str) -> None:
+    for expression, what, fix in RELATIVES:
+        hit = next((key for key in tensors if re.match(expression, key)), None)
+        if hit is not None:
+            raise CheckpointError(f"{name} is {what}", f"recognised by its key {hit}", fix)
+
+
+def from_metadata(kind: str, metadata) -> dict[str, Any]:
+    """Fields that our own export wrote beside the tensors and that shapes cannot tell; storage is
+    told by the file."""
+    try:
+        stored = json.loads((metadata or {}).get(METADATA, "{}"))
+        config = from_dict(KINDS[kind], stored["config"]) if stored.get("kind") == kind else None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return {}
+    return {} if config is None else {field: getattr(config, field) for field in UNSEEN[kind]}
+
+
+def count(tensors, prefix: str) -> int:
+    """1 + the highest number after `prefix`."""
+    numbers = {
+        int(m[1]) for key in tensors if (m := re.match(re.escape(prefix) + r"(\d{1,5})\.", key))
+    }
+    return max(numbers, default=-1) + 1
+
+
+def shape(tensors, key: str) -> tuple[int, ...]:
+    return tuple(tensors[key].shape)
+
+
+def dit(tensors, naming: str, name: str, known: dict) -> DiTConfig:
+    """Sizes of a transformer. Head width is 128 unless the SLA projection or `known` says
+    otherwise."""
+    diffusers = naming == "diffusers"
+    text, time, head, ffn = (
+        (
+            "condition_embedder.text_embedder.linear_1",
+            "condition_embedder.time_embedder.linear_1",
+            "proj_out",
+            "ffn.net.0.proj",
+        )
+        if diffusers
+        else ("text_embedding.0", "time_embedding.0", "head.head", "ffn.0")
+    )
+    image = "condition_embedder.image_embedder.norm1" if diffusers else "img_emb.proj.0"
+    patch_shape = shape(tensors, "patch_embedding.weight")
+    dim = patch_shape[0]
+    patch = tuple(known.pop("patch", patch_shape[2:] or (1, 2, 2)))
+    volume = math.prod(patch)
+    inputs = patch_shape[1] if len(patch_shape) == 5 else patch_shape[1] // volume
+    outputs = shape(tensors, f"{head}.weight")[0] // volume
+    if outputs == 48:
+        raise CheckpointError(
+            f"{name} is Wan2.2 TI2V-5B",
+            "it has 48 latent channels of another VAE, here 16",
+            "give Wan2.1 or Wan2.2 A14B",
+        )
+    proj = "blocks.0.self_attn.attn_op.local_attn.proj_l.weight"
+    width = shape(tensors, proj)[0] if proj in tensors else HEAD_WIDTH
+    if "heads" not in known and dim % width:
+        raise CheckpointError(
+            f"{name}: width {dim} is no multiple of {width}",
+            "the keys do not tell the number of heads",
+            "say it: --heads N",
+        )
+    fields = {
+        "dim": dim,
+        "ffn_dim": shape(tensors, f"blocks.0.{ffn}.bias")[0],
+        "layers": count(tensors, "blocks."),
+        "heads": dim // width,
+        "in_channels": inputs,
+        "out_channels": outputs,
+        "patch": patch,
+        "freq_dim": shape(tensors, f"{time}.weight")[1],
+        "text_dim": shape(tensors, f"{text}.weight")[1],
+        "image_dim": shape(tensors, f"{image}.weight")[0] if f"{image}.weight" in tensors else None,
+        "attention": "sla" if proj in tensors else "dense",
+        "linear": "int8" if any(key.endswith(".int8_weight") for key in tensors) else "float",
+    }
+    return DiTConfig(**{**fields, **known})
+
+
+def vae(tensors, naming: str, name: str, known: dict) -> VAEConfig:
+    """Sizes of a VAE, from the encoder's flat list of residual blocks and down-samplers."""
+    wan = naming == "wan"
+    many, conv = (
+        ("encoder.downsamples", "residual.6.weight")
+        if wan
+        else ("encoder.down_blocks", "conv2.weight")
+    )
+    post = "conv2.weight" if wan else "post_quant_conv.weight"
+    dim = shape(tensors, "encoder.conv1.weight" if wan else "encoder.conv_in.weight")[0]
+    latent = shape(tensors, post)[0]
+    multipliers, temporal, blocks = [], [], 0
+    for n in range(count(tensors, f"{many}.")):
+        if f"{many}.{n}.resample.1.weight" in tensors:
+            temporal.append(f"{many}.{n}.time_conv.weight" in tensors)
+        else:
+            width = shape(tensors, f"{many}.{n}.{conv}")[0]
+            multipliers[len(temporal) :] = [width // dim]
+            blocks += not temporal
+    if latent != len(LATENT_MEAN) and "mean" not in known:
+        raise CheckpointError(
+            f"{name} is a VAE with {latent} latent channels, not {len(LATENT_MEAN)}",
+            "Wan2.2's VAE has 48 and belongs to TI2V-5B; mean and deviation of other latents are"
+            " not known",
+            WAN21_VAE,
+        )
+    fields = {
+        "dim": dim,
+        "latent_channels": latent,
+        "multipliers": tuple(multipliers),
+        "res_blocks": blocks,
+        "temporal_down": tuple(temporal),
+    }
+    return VAEConfig(**{**fields, **known})
+
+
+def text(tensors, naming: str, name: str, known: dict) -> TextConfig:
+    """Sizes of a umT5 encoder."""
+    if naming == "wan":
+        embedding, block = "token_embedding.weight", "blocks."
+        q, bias, up = (
+            "blocks.0.attn.q.weight",
+            "blocks.0.pos_embedding.embedding.weight",
+            "blocks.0.ffn.fc1.weight",
+        )
+    else:
+        embedding = "shared.weight" if "shared.weight" in tensors else "encoder.embed_tokens.weight"
+        block, layer = "encoder.block.", "encoder.block.0.layer"
+        q, bias = (
+            f"{layer}.0.SelfAttention.q.weight",
+            f"{layer}.0.SelfAttention.relative_attention_bias.weight",
+        )
+        up = f"{layer}.1.DenseReluDense.wi_1.weight"
+    vocab, dim = shape(tensors, embedding)
+    buckets, heads = shape(tensors, bias)
+    fields = {
+        "vocab": vocab,
+        "dim": dim,
+        "attention_dim": shape(tensors, q)[0],
+        "ffn_dim": shape(tensors, up)[0],
+        "heads": heads,
+        "layers": count(tensors, block),
+        "buckets": buckets,
+    }
+    return TextConfig(**{**fields, **known})
+
+
+def describe(kind: str, cfg: Config) -> str:
+    """One line for people: "Wan video transformer, text to video, 1.4 B parameters, 30 layers of
+    1536, sla attention, int8"."""
+    if isinstance(cfg, DiTConfig):
+        task = {"t2v": "text to video", "i2v": "image to video"}[cfg.task]
+        branch = ", CLIP image branch" if cfg.image_dim else ""
+        return (
+            f"Wan video transformer, {task}, {cfg.layers} layers of {cfg.dim}, {cfg.attention}"
+            f" attention, {cfg.linear} linears{branch}"
+        )
+    if isinstance(cfg, VAEConfig):
+        return f"video VAE, {cfg.latent_channels} latent channels, base width {cfg.dim}"
+    return f"umT5 encoder, {cfg.layers} layers of {cfg.dim}, {cfg.vocab} tokens"
+
+
+def stored_dtypes(tensors) -> dict[str, int]:
+    """{dtype name: number of tensors}"""
+    out: dict[str, int] = {}
+    for tensor in tensors.values():
+        name = np.dtype(tensor.dtype).name
+        out[name] = out.get(name, 0) + 1
+    return out

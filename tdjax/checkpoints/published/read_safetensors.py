@@ -1,0 +1,150 @@
+"""`.safetensors` files: eight bytes of header length, a JSON header, the tensors' bytes without
+gaps; and shard indices.
+
+Format: huggingface/safetensors README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from tdjax.checkpoints.published.tensor import DTYPES, Tensor
+from tdjax.errors import CheckpointError
+
+HEADER_BYTES = 100 * 2**20  # the limit of the format's own library
+AGAIN = "download it again"
+
+
+def once(pairs):
+    """A JSON object whose keys are all different."""
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a key is there twice")
+    return out
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """({key: Tensor}, the file's text metadata). Raises CheckpointError naming the file when
+    anything does not add up."""
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > min(size - 8, HEADER_BYTES):
+            raise CheckpointError(
+                f"{path} is truncated or not a safetensors file",
+                f"{size} bytes, of which a header of {length}",
+                AGAIN,
+            )
+        raw = f.read(length)
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
+        if not isinstance(header, dict):
+            raise ValueError("it is not an object")
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(
+            f"{path} has a damaged header", f"{type(e).__name__}: {str(e)[:200]}", AGAIN
+        ) from e
+    metadata = header.pop("__metadata__", None)
+    spans, out = [], {}
+    for key, entry in header.items():
+        dtype, shape, begin, end = fields(path, key, entry)
+        if end - begin != math.prod(shape) * dtype.itemsize:
+            raise CheckpointError(
+                f"{path}: tensor {key!r} has {end - begin} bytes",
+                f"shape {shape} of {dtype} needs another number",
+                AGAIN,
+            )
+        spans.append((begin, end, key))
+        out[key] = Tensor(path, 8 + length + begin, dtype, shape)
+    check_spans(path, spans, size - 8 - length)
+    metadata = metadata if isinstance(metadata, dict) else {}
+    return out, {k: v for k, v in metadata.items() if isinstance(v, str)}
+
+
+def fields(path: Path, key: str, entry) -> tuple:
+    """(dtype, shape, begin, end) of one header entry."""
+    number = lambda n: type(n) is int and 0 <= n < 2**63
+    try:
+        name, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        good = (
+            isinstance(name, str)
+            and isinstance(shape, list)
+            and len(shape) <= 64
+            and all(map(number, [*shape, begin, end]))
+        )
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise CheckpointError(
+            f"{path}: the header entry of {key!r} is malformed", str(entry)[:200], AGAIN
+        )
+    if name not in DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {key!r} has dtype {name}",
+            f"read are: {', '.join(DTYPES)}",
+            "give bf16, fp16, fp32 or int8 weights",
+        )
+    return DTYPES[name], tuple(shape), begin, end
+
+
+def check_spans(path: Path, spans: list, total: int) -> None:
+    """Tensors lie one behind the other and fill the file."""
+    at = 0
+    for begin, end, key in sorted(spans):
+        if begin != at:
+            raise CheckpointError(
+                f"{path}: tensor {key!r} begins at {begin}, expected {at}",
+                "tensors overlap or leave a gap",
+                AGAIN,
+            )
+        at = end
+    if at != total:
+        what = "truncated" if at > total else "longer than its header says"
+        raise CheckpointError(
+            f"{path} is {what}",
+            f"the header lists {at} bytes of tensors, the file has {total}",
+            AGAIN,
+        )
+
+
+def read_index(path: Path) -> tuple[dict[str, Tensor], list[Path], dict[str, str]]:
+    """({key: Tensor}, shard files, metadata) of an index.json; every key must be in the shard that
+    the index names."""
+    try:
+        table = json.loads(path.read_text(), object_pairs_hook=once)["weight_map"]
+        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+            raise ValueError("weight_map is not a table of file names")
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as e:
+        raise CheckpointError(
+            f"{path} is not a shard index", f"{type(e).__name__}: {str(e)[:200]}", AGAIN
+        ) from e
+    shards = sorted(set(table.values()))
+    for shard in shards:
+        if Path(shard).name != shard or shard in (".", "..") or "\\" in shard:
+            raise CheckpointError(
+                f"{path} names the shard {shard!r}",
+                "shards lie beside their index",
+                "do not trust this file",
+            )
+    missing = [s for s in shards if not (path.parent / s).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path.parent} lacks {len(missing)} of {len(shards)} shards",
+            ", ".join(missing),
+            "download the rest",
+        )
+    out: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for shard in shards:
+        tensors, facts = read_safetensors(path.parent / shard)
+        metadata |= facts
+        listed = {k for k, v in table.items() if v == shard}
+        if listed != tensors.keys():
+            odd = sorted(listed ^ tensors.keys())
+            raise CheckpointError(
+                f"{path} and {shard} differ in {len(odd)} keys", ", ".join(odd[:5]), AGAIN
+            )
+        out |= tensors
+    return out, [path.parent / s for s in shards], metadata

@@ -1,0 +1,146 @@
+"""Tensors of a file that are read when asked for, by seek and read: nothing stays mapped."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tdjax.errors import CheckpointError
+
+EXPANDED_BYTES = 2**26  # a view may be larger than its storage (torch's expand) up to this size
+
+# Names as safetensors writes them; the torch reader uses the same table.
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def is_float(dtype) -> bool:
+    """Whether values are floating point, bfloat16 and the 8-bit kinds included."""
+    name = DTYPE_NAMES.get(np.dtype(dtype), "")
+    return name.startswith(("F", "BF"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A view of bytes in a file: element (i, j, ...) lies at start + itemsize * (i, j, ...) .
+    strides."""
+
+    file: Path
+    start: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None  # in elements; None: rows follow each other
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def contiguous(self) -> bool:
+        return self.strides is None or self.strides == row_strides(self.shape) or self.size <= 1
+
+    def read(self) -> np.ndarray:
+        """The values as a fresh C-contiguous array."""
+        if self.contiguous:
+            return self.elements(self.size).reshape(self.shape)
+        flat = self.elements(span(self.shape, self.strides))
+        step = tuple(s * self.dtype.itemsize for s in self.strides)
+        return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, self.shape, step))
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The part [start:stop] along the first axis of a contiguous tensor."""
+        row = self.nbytes // self.shape[0]
+        return dataclasses.replace(
+            self, start=self.start + start * row, shape=(stop - start, *self.shape[1:])
+        )
+
+    def elements(self, count: int) -> np.ndarray:
+        """`count` elements from `start`, flat."""
+        data = np.empty(count * self.dtype.itemsize, np.uint8)
+        with self.file.open("rb", buffering=0) as f:
+            f.seek(self.start)
+            fill(f, memoryview(data), self.file)
+        return data.view(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Changed:
+    """A tensor computed when it is read: `base` in float32, changed by each step in turn, in the
+    base's dtype again."""
+
+    base: Any
+    steps: tuple[Callable[[np.ndarray], np.ndarray], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.base.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.base.nbytes
+
+    def read(self) -> np.ndarray:
+        x = self.base.read().astype(np.float32)
+        for step in self.steps:
+            x = step(x)
+        return x.astype(self.dtype)
+
+
+def changed(tensor, step) -> Changed:
+    """Two changes of one tensor are made in float32 with a single rounding."""
+    if isinstance(tensor, Changed):
+        return Changed(tensor.base, (*tensor.steps, step))
+    return Changed(tensor, (step,))
+
+
+def fill(f, view: memoryview, path: Path) -> None:
+    """Read until `view` is full; a file that ends before is an error."""
+    while view:
+        n = f.readinto(view)
+        if not n:
+            raise CheckpointError(
+                f"{path} ends in the middle of a tensor",
+                "it is truncated, or changed while it was read",
+                "download it again",
+            )
+        view = view[n:]
+
+
+def row_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements of a C-contiguous array."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """Elements from the first to the last that a view touches."""
+    return 0 if 0 in shape else 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))

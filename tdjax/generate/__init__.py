@@ -1,0 +1,1 @@
+"""The command `python -m tdjax.generate`: options, jobs, output files."""

@@ -1,0 +1,180 @@
+"""Where the videos of a command go: all names known, and refused or skipped, before anything
+runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import re
+from pathlib import Path
+
+from tdjax.errors import UsageError
+from tdjax.generate.arguments import Job
+from tdjax.media.video import Writer
+from tdjax.pipeline.result import check_save, sidecar, write_json
+
+DEFAULT = "output/{model}_{seed}_{index}.mp4"
+# prompt files: the row keeps equal prompts apart
+DEFAULT_ROWS = "output/{model}_{row}_{prompt_slug}_{seed}_{index}.mp4"
+FIELDS = ("model", "seed", "index", "prompt_slug", "date", "row")
+SUFFIX = {"png": "", "latents": ".safetensors"}
+
+
+def template(args, job: Job) -> str:
+    return job.out or args.save_path or (DEFAULT_ROWS if args.prompt_file else DEFAULT)
+
+
+def check_template(text: str, given_format: str | None) -> None:
+    """Unknown fields, and a suffix that contradicts --format."""
+    try:
+        path = Path(text.format(**dict.fromkeys(FIELDS, "x")))
+    except (KeyError, IndexError, ValueError) as error:
+        raise UsageError(
+            f"--save_path {text}: unknown field {error}", f"fields are {', '.join(FIELDS)}"
+        ) from error
+    suffix = given_format and SUFFIX.get(given_format, f".{given_format}")
+    if given_format and text not in (DEFAULT, DEFAULT_ROWS) and path.suffix not in ("", suffix):
+        raise UsageError(
+            f"--format {given_format} and --save_path {text}",
+            "the suffix says another format",
+            "give one of them",
+        )
+
+
+def one(args, name: str, job: Job, index: int, count: int) -> Path:
+    """The path of one sample."""
+    text = template(args, job)
+    slug = re.sub(r"\W+", "-", (job.prompt or "embeds").lower()).strip("-")[:40]
+    fields = {
+        "model": name,
+        "seed": job.seed,
+        "index": index,
+        "prompt_slug": slug,
+        "date": datetime.date.today(),
+        "row": job.row,
+    }
+    path = Path(text.format(**fields))
+    if args.format:
+        path = path.with_suffix(SUFFIX.get(args.format, f".{args.format}"))
+    return path.with_stem(f"{path.stem}_{index}") if count > 1 and "{index}" not in text else path
+
+
+def targets(args, name: str, job: Job) -> list[Path]:
+    """All files of a job, one a sample, or the tiled one. A default name that is taken gives way:
+    demo_0_0-2.mp4."""
+    count = 1 if args.grid else args.num_samples
+    paths = [one(args, name, job, index, count) for index in range(count)]
+    if args.overwrite or args.prompt_file or template(args, job) != DEFAULT:
+        return paths
+    return [unused(path) for path in paths]
+
+
+def unused(path: Path) -> Path:
+    number, candidate = 1, path
+    while candidate.exists() or sidecar(candidate).exists():
+        number += 1
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    return candidate
+
+
+def assign(args, name: str, jobs: list[Job], note) -> list[tuple[Job, list[Path]]]:
+    """Jobs with their files. Rows of a prompt file that are there already are skipped; anything
+    else in the way is refused."""
+    todo, taken = [], {}
+    for job in jobs:
+        paths = targets(args, name, job)
+        for path in paths:
+            if path in taken:
+                raise UsageError(
+                    f"two videos would be written to {path}",
+                    f"rows {taken[path]} and {job.row}",
+                    "give each row its own out",
+                )
+            taken[path] = job.row
+        if args.prompt_file and not args.overwrite and all(path.exists() for path in paths):
+            note(f"{', '.join(map(str, paths))} is there already: skipped")
+            continue
+        for path in paths:
+            again = args.overwrite or bool(
+                args.prompt_file
+            )  # an interrupted row is made anew, whole
+            check_save(
+                path, fps=args.fps, crf=args.crf, metadata=args.metadata == "on", overwrite=again
+            )
+        todo.append((job, paths))
+    return todo
+
+
+class Files:
+    """The files of one job, encoded in a thread while the frames are decoded. None of them is there
+    before `finish`.
+
+    with Files(args, pipe, job, paths, arguments) as files:
+        files.finish(pipe(job.prompt, **arguments, **files.listen))
+    """
+
+    def __init__(self, args, pipe, job: Job, paths: list[Path], arguments: dict):
+        self.args, self.stages, self.paths = args, pipe.stages, paths
+        self.options = {"crf": args.crf, "overwrite": args.overwrite or bool(args.prompt_file)}
+        self.facts = pipe.facts(pipe.request(job.prompt, **arguments))
+        self.writers: dict[int, Writer] = {}
+        whole = args.grid or any(
+            path.suffix == ".safetensors" for path in paths
+        )  # made of what is there at the end only
+        self.listen = {} if whole else {"on_frames": self.take}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for writer in self.writers.values():
+            writer.cancel()  # of no effect on one that is closed
+
+    def take(self, index: int, frames) -> None:
+        if index not in self.writers:
+            facts = (
+                json.dumps({**self.facts, "index": index, "fps": self.args.fps})
+                if self.args.metadata == "on"
+                else None
+            )
+            self.writers[index] = Writer(
+                self.paths[index], fps=self.args.fps, metadata=facts, **self.options
+            )
+        self.writers[index].put(frames)
+
+    def finish(self, result) -> None:
+        """Complete every file; each path on stdout once it is there."""
+        metadata = self.args.metadata == "on"
+        if self.args.grid:
+            result = tiled(result)
+        for index, path in enumerate(self.paths):
+            with self.stages("write"):
+                if self.listen:
+                    self.writers[index].close()
+                    if metadata:
+                        write_json(
+                            sidecar(path), {**result.metadata, "index": index, "fps": self.args.fps}
+                        )
+                else:
+                    result.save(path, index=index, metadata=metadata, **self.options)
+            line = {
+                "path": str(path),
+                "seed": result.seed,
+                "index": index,
+                "timings": result.timings,
+            }
+            print(json.dumps(line) if self.args.json else path, flush=True)
+
+
+def tiled(result):
+    """All samples side by side, as the official scripts write them."""
+    from einops import rearrange
+
+    columns = max(
+        n for n in range(1, len(result) + 1) if len(result) % n == 0 and n * n <= len(result)
+    )
+    frames = rearrange(
+        result.frames, "(r c) t h w k -> 1 t (r h) (c w) k", c=len(result) // columns
+    )
+    return dataclasses.replace(result, frames=frames, latents=result.latents[:1])

@@ -1,0 +1,191 @@
+"""Self- and cross-attention of the video transformer, and the table of what may stand between q, k,
+v and the output."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from einops import rearrange
+from flax import nnx
+
+from pallas_kernels import attention, sage_sparse_linear_attention, sparse_linear_attention
+from pallas_kernels.qk_prep import rms_norm_rope, rms_norm_rope_pool
+from tdjax.config import DiTConfig
+from tdjax.models.linear import LINEAR, Linear
+from tdjax.models.norms import RMSNorm
+from tdjax.parallel.sharding import constrain, mesh_sizes, over_heads, over_tokens
+from tdjax.precision import FLOAT32
+
+
+class DenseCore(nnx.Module):
+    """Softmax attention over all keys."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+
+    def queries(
+        self, x, norm: RMSNorm, rope
+    ):  # [b l d] -> [b l h k] normed and rotated, and what the core needs beside them
+        return rotated(x, norm, rope, self.cfg), None
+
+    keys = queries
+
+    def __call__(self, q, k, v, means=None):  # q [b l h k], k v [b s h k]
+        return over_heads(partial(attention, impl=self.cfg.impl), q, k, v)
+
+
+def rotated(
+    x, norm: RMSNorm, rope, cfg: DiTConfig
+):  # x [b l d], rope (cos, sin) [l k/2] -> [b l h k]
+    """RMS norm over all heads and rotation, tokens divided over the mesh."""
+    run = partial(rms_norm_rope, eps=norm.eps, impl=cfg.row_impl)
+    tables = (rearrange(table, "l k -> 1 l k") for table in rope)
+    weight = rearrange(norm.scale[...], "d -> 1 1 d")
+    return over_tokens(
+        lambda x, weight, cos, sin: run(x, weight[0, 0], cos[0], sin[0]), x, weight, *tables
+    )
+
+
+class SLACore(nnx.Module):
+    """Sparse-linear attention; owns the float32 projection of the linear branch, which starts at
+    zero."""
+
+    op = staticmethod(sparse_linear_attention)
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.proj = Linear(
+            cfg.head_dim, cfg.head_dim, FLOAT32, rngs=rngs, init=jax.nn.initializers.zeros
+        )
+
+    def queries(
+        self, x, norm: RMSNorm, rope
+    ):  # [b l d] -> [b l h k], means of its blocks f32 [b h n k]
+        return self.pooled(x, norm, rope, self.cfg.sla.block_q)
+
+    def keys(self, x, norm: RMSNorm, rope):
+        return self.pooled(x, norm, rope, self.cfg.sla.block_k)
+
+    def pooled(self, x, norm, rope, block):
+        # blocks may lie across devices: the core, which sees every token, takes the means itself
+        if mesh_sizes():
+            return rotated(x, norm, rope, self.cfg), None
+        return rms_norm_rope_pool(
+            x, norm.scale[...], *rope, eps=norm.eps, block=block, impl=self.cfg.row_impl
+        )
+
+    def __call__(
+        self, q, k, v, means=None
+    ):  # [b l h k], means of the blocks of q and of k, if they are at hand
+        sla = self.cfg.sla
+        run = partial(
+            self.op, topk=sla.topk, block_q=sla.block_q, block_k=sla.block_k, impl=self.cfg.impl
+        )
+        if means is not None:
+            return run(q, k, v, self.proj.kernel[...], self.proj.bias[...], means=means)
+        return over_heads(run, q, k, v, self.proj.kernel[...], self.proj.bias[...])
+
+
+class SageSLACore(SLACore):
+    """Sparse-linear attention with int8 scores; the same parameters."""
+
+    op = staticmethod(sage_sparse_linear_attention)
+
+
+SELF_ATTENTION = {"dense": DenseCore, "sla": SLACore, "sagesla": SageSLACore}
+
+
+class Attention(nnx.Module):
+    """Projections to heads and back; queries and keys are RMS-normed over the full width, all heads
+    together."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        linear = square(cfg, rngs)
+        self.cfg = cfg
+        self.q, self.k, self.v, self.o = linear(), linear(), linear(), linear()
+        self.norm_q = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
+        self.norm_k = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
+
+    def queries(self, x):  # [b l d], float or ready for q -> [b l h k]
+        return self.heads(self.norm_q(self.q(x)))
+
+    def keys(self, x):
+        return self.heads(self.norm_k(self.k(x)))
+
+    def values(self, x):
+        return self.heads(self.v(x))
+
+    def heads(self, x):
+        return rearrange(x, "b l (h k) -> b l h k", h=self.cfg.heads)
+
+    def merge(self, x):
+        return self.o(rearrange(x, "b l h k -> b l (h k)"))
+
+
+def square(cfg: DiTConfig, rngs: nnx.Rngs):
+    """Makes linear layers of the width of the stream."""
+    return partial(LINEAR[cfg.linear], cfg.dim, cfg.dim, cfg.policy, rngs=rngs, impl=cfg.row_impl)
+
+
+class SelfAttention(Attention):
+    """Attention of video tokens to one another, rotated by position."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        super().__init__(cfg, rngs=rngs)
+        self.core = SELF_ATTENTION[cfg.attention](cfg, rngs=rngs)
+
+    def __call__(self, x, rope):  # x [b l d], float or ready for q; rope (cos, sin) [l k/2]
+        x = self.q.ready(x)
+        q, q_means = self.core.queries(self.q(x), self.norm_q, rope)
+        k, k_means = self.core.keys(self.k(x), self.norm_k, rope)
+        return self.merge(
+            self.core(q, k, self.values(x), None if q_means is None else (q_means, k_means))
+        )
+
+
+class TextKV(NamedTuple):
+    """Keys and values [b s h k] of the text, and of the image features or None; stacked over
+    blocks, [n b s h k]."""
+
+    k: Any
+    v: Any
+    k_img: Any = None
+    v_img: Any = None
+
+
+class CrossAttention(Attention):
+    """Attention of video tokens to all text rows, no mask; with image features, a second one added
+    before the output."""
+
+    def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
+        super().__init__(cfg, rngs=rngs)
+        self.core = DenseCore(cfg, rngs=rngs)
+        if cfg.image_dim:
+            linear = square(cfg, rngs)
+            self.k_img, self.v_img = linear(), linear()
+            self.norm_k_img = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
+
+    def text_kv(
+        self, text, features=None
+    ) -> TextKV:  # text [b s d], features [b 257 d], float or ready for k
+        """What every step of a prompt reads alike."""
+        text = self.k.ready(text)
+        kv = TextKV(self.keys(text), self.values(text))
+        if features is not None:
+            features = self.k_img.ready(features)
+            kv = kv._replace(
+                k_img=self.heads(self.norm_k_img(self.k_img(features))),
+                v_img=self.heads(self.v_img(features)),
+            )
+        return jax.tree.map(
+            lambda x: constrain(x, "batch", None, "head", None), kv
+        )  # as attention wants them
+
+    def __call__(self, x, kv: TextKV):  # x [b l d], float or ready for q
+        q = self.queries(x)
+        y = self.core(q, kv.k, kv.v)
+        if kv.k_img is not None:
+            y = y + self.core(q, kv.k_img, kv.v_img)
+        return self.merge(y)

@@ -1,0 +1,255 @@
+"""Linear layers, float and of 8 bits, and how each kind reads its input: quantised once for all
+layers that read it.
+
+A block never asks of what kind its layers are. It asks a layer for its input (`ready`, `normed`,
+`gelu`) and gives what it gets to every layer that reads the same.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax import lax
+
+from pallas_kernels import norm_modulate
+from pallas_kernels.int8_matmul import (
+    QTensor,
+    dequantize,
+    dequantize_rows,
+    quantize_activations,
+    quantize_weight,
+    quantized_linear,
+)
+from tdjax.parallel.sharding import over_channels, over_tokens
+from tdjax.precision import Policy
+
+EXACT = (
+    lax.Precision.HIGHEST
+)  # float32 operands are multiplied as float32; narrower ones are not affected
+xavier = jax.nn.initializers.xavier_uniform()
+
+
+class Activations(NamedTuple):
+    """x in 8 bits: values [b l i], scale [b l] of each token or, in tiles, [(b l)/128 i/128]. dtype
+    is that of x and of the products."""
+
+    values: Any
+    scale: Any
+    dtype: Any
+
+
+class Reader(nnx.Module):
+    """What comes before a product, in the form that the layer reads. impl: as in pallas_kernels."""
+
+    impl: str
+
+    def ready(self, x):  # [b l i]
+        """x as the layer reads it."""
+        return x
+
+    def normed(
+        self, x, factor, shift, *, eps: float, y=None, gate=None
+    ):  # x y [b l i]; factor, shift, gate [i] or [b 1 i]
+        """(x + y gate, its layer norm times factor plus shift, ready)."""
+        stream, h = over_rows(
+            lambda out: (out.x, out.h), x, factor, shift, y, gate, eps=eps, impl=self.impl
+        )
+        return stream, self.ready(h)
+
+    def gelu(self, x):  # [b l i]
+        """GELU (tanh form) of x, ready."""
+        return self.ready(jax.nn.gelu(x))
+
+
+def over_rows(pick, x, factor, shift, y, gate, **options):
+    """pick(norm_modulate.norm(...)), tokens divided over the mesh."""
+
+    def norm(x, factor, shift, y=None, gate=None):
+        return pick(norm_modulate.norm(x, factor, shift, y=y, gate=gate, **options))
+
+    vectors = lambda a: a if a is None or a.ndim == 3 else rearrange(a, "i -> 1 1 i")
+    arrays = x, vectors(factor), vectors(shift), y, vectors(gate)
+    return over_tokens(norm, *(a for a in arrays if a is not None))
+
+
+class Linear(Reader):
+    """x [... i] -> x kernel + bias [... o], in x.dtype."""
+
+    leaves: ClassVar = ("kernel",)
+
+    def __init__(
+        self,
+        i: int,
+        o: int,
+        policy: Policy,
+        *,
+        rngs: nnx.Rngs,
+        bias: bool = True,
+        init=xavier,
+        impl: str = "auto",
+    ):
+        self.impl = impl
+        self.kernel = nnx.Param(init(rngs.params(), (i, o), policy.param_dtype))
+        self.bias = nnx.Param(jnp.zeros(o, policy.param_dtype)) if bias else None
+
+    def __call__(self, x):
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=EXACT)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    @classmethod
+    def unpacked(cls, kernel):  # [i o] -> float32 [o i]
+        return rearrange(kernel.astype(jnp.float32), "i o -> o i")
+
+    @classmethod
+    def packed(cls, weight, dtype):  # the inverse, as a tuple of leaves
+        return (rearrange(weight, "o i -> i o").astype(dtype),)
+
+
+class QuantizedLinear(Reader):
+    """Linear of 8-bit weights [o i] on float x [b l i], or on activations that another layer of the
+    class made ready.
+
+    A subclass names its scheme of `pallas_kernels.int8_matmul` and its two leaves, values and
+    scale.
+    """
+
+    scheme: ClassVar[str]
+    leaves: ClassVar = ("weight", "weight_scale")
+    dequantize = staticmethod(dequantize_rows)
+    products: ClassVar[
+        dict[str, str]
+    ] = {}  # impl -> impl of the product, where the scheme has no kernel for it
+
+    def __init__(
+        self,
+        i: int,
+        o: int,
+        policy: Policy,
+        *,
+        rngs: nnx.Rngs,
+        bias: bool = True,
+        init=xavier,
+        impl: str = "auto",
+    ):
+        self.impl = impl
+        weight = rearrange(init(rngs.params(), (i, o), jnp.float32), "i o -> o i")
+        for name, value in zip(self.leaves, self.packed(weight, None), strict=True):
+            setattr(self, name, nnx.Variable(value))
+        self.bias = nnx.Param(jnp.zeros(o, policy.param_dtype)) if bias else None
+
+    def __call__(self, x):
+        x = self.ready(x)
+        weights = [getattr(self, name)[...] for name in self.leaves] + (
+            [] if self.bias is None else [self.bias[...]]
+        )
+        return self.divided(partial(self.product, dtype=x.dtype), x.values, x.scale, *weights)
+
+    def product(self, values, scale, weight, weight_scale, bias=None, *, dtype):  # -> [b l o]
+        weight, impl = QTensor(weight, weight_scale), self.products.get(self.impl, self.impl)
+        y = quantized_linear(
+            self.rows(values, scale), weight, bias, scheme=self.scheme, out_dtype=dtype, impl=impl
+        )
+        return rearrange(y, "(b l) o -> b l o", b=values.shape[0])
+
+    @staticmethod
+    def divided(op, *arrays):
+        """op(*arrays), divided over a mesh by the compiler."""
+        return op(*arrays)
+
+    @staticmethod
+    def rows(values, scale) -> QTensor:  # of Activations -> values [(b l) i]
+        return QTensor(rearrange(values, "b l i -> (b l) i"), scale)
+
+    def ready(self, x):
+        return x if isinstance(x, Activations) else Activations(*self.quantize(x), x.dtype)
+
+    def quantize(self, x):  # [b l i] -> values and scale of Activations
+        rows = quantize_activations(rearrange(x, "b l i -> (b l) i"), self.scheme, impl=self.impl)
+        return rearrange(rows.values, "(b l) i -> b l i", b=x.shape[0]), rows.scale
+
+    @classmethod
+    def unpacked(cls, values, scale):  # -> float32 [o i]
+        return cls.dequantize(QTensor(values, scale))
+
+    @classmethod
+    def packed(cls, weight, dtype):
+        return tuple(quantize_weight(weight, cls.scheme))
+
+
+class Int8Linear(QuantizedLinear):
+    """int8 in tiles of 128 x 128 with a scale each, tiles of tokens running across samples: the
+    published -quant files."""
+
+    scheme = "block128"
+    leaves = ("int8_weight", "scale")
+    dequantize = staticmethod(dequantize)
+
+
+class RowLinear(QuantizedLinear):
+    """A scale for each token and for each output channel: norm and GELU give their rows quantised
+    in the same pass."""
+
+    divided = staticmethod(over_channels)
+
+    @staticmethod
+    def rows(values, scale):
+        return QTensor(rearrange(values, "b l i -> (b l) i"), rearrange(scale, "b l -> (b l)"))
+
+    def quantize(self, x):
+        return over_tokens(
+            lambda x: by_token(
+                quantize_activations(rearrange(x, "b l i -> (b l) i"), self.scheme, impl=self.impl),
+                x,
+            ),
+            x,
+        )
+
+    def normed(self, x, factor, shift, *, eps, y=None, gate=None):
+        options = {"eps": eps, "floats": False, "scheme": self.scheme, "impl": self.impl}
+        stream, *h = over_rows(
+            lambda out: (out.x, *by_token(out.q, out.x)), x, factor, shift, y, gate, **options
+        )
+        return stream, Activations(*h, x.dtype)
+
+    def gelu(self, x):
+        return Activations(
+            *over_tokens(
+                lambda x: by_token(norm_modulate.gelu(x, scheme=self.scheme, impl=self.impl), x), x
+            ),
+            x.dtype,
+        )
+
+
+def by_token(
+    rows: QTensor, x
+):  # values [(b l) i], scale [(b l)]; x [b l i] -> values [b l i], scale [b l]
+    return tuple(rearrange(a, "(b l) ... -> b l ...", b=x.shape[0]) for a in rows)
+
+
+class Int8ChannelLinear(RowLinear):
+    """int8."""
+
+    scheme = "channel"
+
+
+class FP8Linear(RowLinear):
+    """float8_e4m3fn. There is no kernel for its product: on a GPU XLA's is the tensor cores'
+    own."""
+
+    scheme = "fp8"
+    products = {"triton": "xla", "interpret": "reference"}
+
+
+LINEAR = {"float": Linear, "int8": Int8Linear, "int8_channel": Int8ChannelLinear, "fp8": FP8Linear}
+
+
+@partial(jax.jit, static_argnames=("old", "new", "dtype"))
+def converted(leaves: tuple, *, old: str, new: str, dtype) -> tuple:
+    """The leaves [n ...] of a stacked layer of kind `old` as those of kind `new` (a float kernel in
+    dtype), one layer at a time."""
+    return lax.map(lambda leaves: LINEAR[new].packed(LINEAR[old].unpacked(*leaves), dtype), leaves)

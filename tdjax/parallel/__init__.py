@@ -1,0 +1,1 @@
+"""Meshes of devices, and where arrays lie on them."""

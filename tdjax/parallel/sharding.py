@@ -1,0 +1,173 @@
+"""Where arrays lie on a mesh: a table from leaf names to axis names, and one from axis names to
+mesh axes.
+
+The networks know only `constrain` and the functions `over_*`, under which kernels run: the compiler
+does not divide those itself. Without a mesh (`jax.set_mesh`, Auto axes) they do nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+# Pattern of a leaf name (whole) -> the names of its axes; every leaf of every network matches
+# exactly one row.
+PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    # transformer and text encoder, blocks stacked on axis n
+    (r"blocks\.(self_|cross_)?attn\.(q|k|v|k_img|v_img)\.kernel", ("n", "embed", "heads")),
+    (r"blocks\.(self_|cross_)?attn\.(q|k|v|k_img|v_img)\.bias", ("n", "heads")),
+    (r"blocks\.(self_|cross_)?attn\.o\.kernel", ("n", "heads", "embed")),
+    (r"blocks\.(up|gate)\.kernel", ("n", "embed", "mlp")),
+    (r"blocks\.up\.bias", ("n", "mlp")),
+    (r"blocks\.down\.kernel", ("n", "mlp", "embed")),
+    (r"blocks\.((self|cross)_attn\.o|down)\.bias", ("n", None)),
+    # 8 bits: weights are [o i]; the scales of tiles and of channels stay whole, numbers of tiles
+    # seldom divide
+    (r"blocks\.(self|cross)_attn\.(q|k|v|k_img|v_img)\.(int8_)?weight", ("n", "heads", "embed")),
+    (r"blocks\.(self|cross)_attn\.o\.(int8_)?weight", ("n", "embed", "heads")),
+    (r"blocks\.up\.(int8_)?weight", ("n", "mlp", "embed")),
+    (r"blocks\.down\.(int8_)?weight", ("n", "embed", "mlp")),
+    (r"blocks\.((self|cross)_attn\.\w+|up|down)\.(weight_)?scale", ("n",)),
+    # whole: norms, modulation, SLA projection, position bias
+    (
+        r"blocks\.(norm\d\.(scale|bias)|modulation|relative_bias|self_attn\.core\.proj\.(kernel|bias))",
+        ("n",),
+    ),
+    # around the blocks of the transformer
+    (
+        r"(patch_embed|text_embed\.(up|down)|time_embed\.(up|down)|time_proj)\.kernel",
+        (None, "embed"),
+    ),
+    (r"image_embed\.(up|down)\.kernel", (None, "embed")),
+    (r"head\.proj\.kernel", ("embed", None)),
+    (
+        r"((patch_embed|(text|time|image)_embed\.(up|down)|time_proj|head\.proj)\.bias|head\.modulation)",
+        (),
+    ),
+    (r"image_embed\.norm_(in|out)\.(scale|bias)", ()),
+    # text encoder
+    (r"embed\.embedding", ("vocab", "embed")),
+    (r"norm\.scale", ()),
+    # the video VAE is small and stays whole on every device
+    (r"((encoder|decoder)\.|(post_)?quant_conv\.).*", ()),
+)
+
+# Axis name -> mesh axis, or several. A mesh axis that the mesh lacks, or that does not divide an
+# array's axis, is not used.
+RULES: dict[str, tuple[str, ...]] = {
+    "n": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "batch": ("data", "fsdp"),
+    "tokens": ("seq",),
+    "channels": ("tensor",),  # of a product's output
+    "head": (
+        "tensor",
+        "seq",
+    ),  # heads inside attention: the token axis is gathered, the heads take over its devices
+}
+
+
+def leaf_name(path) -> str:
+    """A pytree path of a module as the name of its leaf: attribute names and indices joined by
+    dots."""
+    keys = [
+        str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path
+    ]
+    return ".".join(keys[:-1] if keys and keys[-1] == "value" else keys)
+
+
+def axes_of(name: str) -> tuple[str | None, ...]:
+    """Axis names of one leaf; ValueError unless exactly one row of PARAM_AXES matches."""
+    rows = [(pattern, axes) for pattern, axes in PARAM_AXES if re.fullmatch(pattern, name)]
+    if len(rows) != 1:
+        found = ", ".join(pattern for pattern, _ in rows) or "none"
+        raise ValueError(
+            f"leaf {name} must match exactly one row of tdjax.parallel.sharding.PARAM_AXES; matches: {found}"
+        )
+    return rows[0][1]
+
+
+def spec(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: dict[str, int]
+) -> PartitionSpec:
+    """The partition of an array with these axis names over mesh axes of these sizes."""
+    parts, used = [], set()
+    for dim, axis in zip(shape, axes, strict=False):
+        names = (
+            tuple(m for m in RULES[axis] if sizes.get(m, 1) > 1 and m not in used) if axis else ()
+        )
+        while names and dim % math.prod(sizes[m] for m in names):
+            names = names[:-1]
+        used.update(names)
+        parts.append(names if len(names) > 1 else names[0] if names else None)
+    return PartitionSpec(*parts)
+
+
+def shardings(module, mesh: jax.sharding.Mesh):
+    """A NamedSharding for every leaf of an (abstract) module, as the same pytree."""
+
+    def one(path, leaf):
+        return NamedSharding(mesh, spec(leaf.shape, axes_of(leaf_name(path)), dict(mesh.shape)))
+
+    return jax.tree_util.tree_map_with_path(one, module)
+
+
+def mesh_sizes() -> dict[str, int]:
+    """Sizes of the current mesh's axes that the compiler partitions; empty without a mesh and
+    inside shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    auto = jax.sharding.AxisType.Auto
+    return {
+        name: mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == auto
+    }
+
+
+def constrain(x, *axes: str | None):
+    """Lay activations over the current mesh by axis names ("batch", "tokens", ...); without a mesh,
+    x itself."""
+    sizes = mesh_sizes()
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, sizes)) if sizes else x
+
+
+def over_heads(op, q, k, v, *shared):  # q k v [b l h k]
+    """op(q, k, v, *shared) with samples and heads divided over the mesh; each device sees every
+    token of its heads."""
+    sizes = mesh_sizes()
+    if not sizes:
+        return op(q, k, v, *shared)
+    split = spec(q.shape, ("batch", None, "head", None), sizes)
+    specs = (split, split, split, *(PartitionSpec() for _ in shared))
+    return jax.shard_map(op, in_specs=specs, out_specs=split, check_vma=False)(q, k, v, *shared)
+
+
+def over_tokens(op, *arrays):  # [b l ...], or [b 1 ...] and [1 l ...]
+    """op(*arrays), its outputs [b l ...], with samples and tokens divided over the mesh."""
+    sizes = mesh_sizes()
+    if not sizes:
+        return op(*arrays)
+    specs = tuple(spec(a.shape, ("batch", "tokens"), sizes) for a in arrays)
+    return jax.shard_map(op, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+
+def over_channels(op, x, x_scale, *weights):  # [b l i], [b l]; [o i], [o], [o]
+    """op(x, x_scale, *weights) [b l o] with samples, tokens and output channels divided over the
+    mesh."""
+    sizes = mesh_sizes()
+    if not sizes:
+        return op(x, x_scale, *weights)
+    rows, channels = (
+        spec(x.shape, ("batch", "tokens"), sizes),
+        spec(weights[0].shape, ("channels",), sizes),
+    )
+    specs = rows, rows, *(channels for _ in weights)
+    return jax.shard_map(
+        op, in_specs=specs, out_specs=PartitionSpec(*rows, *channels), check_vma=False
+    )(x, x_scale, *weights)

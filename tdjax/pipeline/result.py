@@ -1,0 +1,202 @@
+"""What a call of the pipeline returns: frames, latents, seed, timings, and how to save and show
+them."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import tdjax
+from tdjax.config import to_dict
+from tdjax.errors import UsageError
+from tdjax.media import video
+
+
+@dataclasses.dataclass
+class Result:
+    """One call's videos.
+
+    frames:   uint8 [b T H W 3] (output_type "uint8"), float32 in [0, 1] ("float"), or None
+              ("latent").
+    latents:  float32 [b t h w c], normalised, on the host.
+    seed:     the seed, or None where the caller gave a key.
+    timings:  seconds by stage. metadata: everything needed to run it again, JSON values only.
+    """
+
+    frames: np.ndarray | None
+    latents: np.ndarray
+    seed: int | None
+    fps: int
+    timings: dict[str, float]
+    metadata: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __repr__(self) -> str:
+        what = "latents only" if self.frames is None else "x".join(map(str, self.frames.shape))
+        return (
+            f"Result({len(self)} video(s), {what}, seed {self.seed},"
+            f" {sum(self.timings.values()):.1f} s)"
+        )
+
+    def pixels(self, index: int = 0) -> np.ndarray:
+        """uint8 [T H W 3] of one video."""
+        if self.frames is None:
+            raise UsageError(
+                "this result has no frames",
+                'it was made with output_type="latent"',
+                'use "uint8" or "float"',
+            )
+        frames = self.frames[index]
+        return frames if frames.dtype == np.uint8 else np.round(frames * 255).astype(np.uint8)
+
+    def frame(self, i: int = 0, index: int = 0):
+        """Frame i of one video as a PIL image."""
+        from PIL import Image
+
+        return Image.fromarray(self.pixels(index)[i])
+
+    def save(
+        self,
+        path,
+        *,
+        index: int = 0,
+        fps: int | None = None,
+        crf: int = 17,
+        metadata: bool = True,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write one video; the suffix chooses the form (.mp4 .webm .mkv .gif .npy, .safetensors =
+        latents, no suffix = png folder).
+
+        With `metadata` a sidecar `<file>.json` is written beside it. Files appear under their name
+        only when complete.
+        """
+        path, fps = Path(path), fps or self.fps
+        check_save(path, fps=fps, crf=crf, metadata=metadata, overwrite=overwrite)
+        facts = {**self.metadata, "index": index, "fps": fps}
+        if path.suffix == ".safetensors":
+            save_latents(path, self.latents[index : index + 1], overwrite)
+        else:
+            video.write(
+                path,
+                self.pixels(index),
+                fps=fps,
+                crf=crf,
+                metadata=json.dumps(facts) if metadata else None,
+                overwrite=overwrite,
+            )
+        if metadata:
+            write_json(sidecar(path), facts)
+        return path
+
+    def _repr_html_(self) -> str:
+        """Inline video for notebooks."""
+        if self.frames is None:
+            return f"<pre>{self!r}</pre>"
+        with tempfile.TemporaryDirectory() as folder:
+            tags = []
+            for i in range(len(self)):
+                path = video.write(Path(folder) / f"{i}.mp4", self.pixels(i), fps=self.fps, crf=20)
+                data = base64.b64encode(path.read_bytes()).decode()
+                tags.append(
+                    "<video controls autoplay loop muted"
+                    f' src="data:video/mp4;base64,{data}"></video>'
+                )
+        return "\n".join(tags)
+
+
+def sidecar(path: Path) -> Path:
+    """fox.mp4 -> fox.mp4.json: no other file's name."""
+    return path.with_name(path.name + ".json")
+
+
+def check_save(path: Path, *, fps: float, crf: int, metadata: bool, overwrite: bool) -> None:
+    """Everything that stands in the way of `Result.save`, found before a long run: UsageError."""
+    if path.suffix == ".safetensors":
+        if path.exists() and not overwrite:
+            raise UsageError(
+                f"{path} exists",
+                "nothing is overwritten by itself",
+                "give another name, or --overwrite",
+            )
+    else:
+        video.check_target(path, fps, crf, overwrite)
+    if metadata and sidecar(path).exists() and not overwrite:
+        raise UsageError(
+            f"{sidecar(path)} exists",
+            "the video's metadata goes there",
+            "give another name, --overwrite, or --metadata off",
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot write into {path.parent}",
+            error.strerror or str(error),
+            "give another --save_path",
+        ) from error
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(values, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def save_latents(path: Path, latents: np.ndarray, overwrite: bool = False) -> None:
+    """Normalised latents [1 t h w c] as a safetensors file."""
+    from safetensors.numpy import save_file
+
+    if path.exists() and not overwrite:
+        raise UsageError(
+            f"{path} exists",
+            "nothing is overwritten by itself",
+            "give another name, or --overwrite",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    save_file({"latents": np.ascontiguousarray(latents)}, part)
+    os.replace(part, path)
+
+
+def describe(name: str, request, parts: dict) -> dict[str, Any]:
+    """Everything needed to make the same video again, as JSON values; arrays that were given stand
+    as their sha256."""
+    import jax
+
+    return {
+        "tdjax": tdjax.__version__,
+        "model": name,
+        "prompts": list(request.prompts),
+        "negative_prompt": request.negative_prompt,
+        "seed": request.seed,
+        "num_samples": request.num_samples,
+        "fit": request.fit,
+        "given": request.digests(),
+        "lora": {name: list(part.lora) for name, part in parts.items() if part.lora},
+        "size": to_dict(request.size),
+        "sampler": to_dict(request.sampler),
+        "transformer": to_dict(parts["dit"].config),
+        "vae_dtype": parts["vae"].config.policy.compute,
+        "files": {name: part.fingerprint() for name, part in parts.items()},
+        "versions": {"jax": jax.__version__, "python": platform.python_version()},
+        "device": jax.local_devices()[0].device_kind,
+    }
+
+
+def joined(videos: list[np.ndarray]) -> np.ndarray:
+    """Videos [1 ...] as one array; a single one, of which there may be hundreds of megabytes, is
+    not copied."""
+    return videos[0] if len(videos) == 1 else np.concatenate(videos)

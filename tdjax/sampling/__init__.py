@@ -1,0 +1,1 @@
+"""Time, noise, and samplers over any velocity function."""

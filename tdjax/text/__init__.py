@@ -1,0 +1,1 @@
+"""Prompts: tokenizer, embeddings as files, the cache of embeddings."""

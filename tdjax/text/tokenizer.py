@@ -1,0 +1,153 @@
+"""Prompts to token ids: cleaning, umT5's tokenizer from tokenizer.json or spiece.model, padding and
+truncation."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import tokenizers
+
+from tdjax.errors import CheckpointError
+from tdjax.pipeline.conditioning import Tokens
+from tdjax.text.sentencepiece import read_spiece
+
+PAD = 0
+END = "</s>"
+# In this order below the folder that is given; the last two are where the Wan repositories keep
+# theirs.
+NAMES = ("tokenizer.json", "spiece.model", "tokenizer/tokenizer.json", "tokenizer/spiece.model",
+         "google/umt5-xxl/tokenizer.json", "google/umt5-xxl/spiece.model")  # fmt: skip
+FEW_WORDS, FEW_TOKENS = 8, 16
+
+
+def clean(text: str) -> str:
+    """The prompt as the encoder was trained to see it: encodings repaired, HTML entities resolved,
+    whitespace made single.
+
+    The order of steps is Wan's (Wan-Video/Wan2.1 wan/modules/tokenizers.py).
+    """
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class Tokenizer:
+    """umT5's tokenizer. path: a tokenizer.json, a SentencePiece unigram .model, or a folder that
+    holds one of them."""
+
+    def __init__(self, path: str | Path, text_len: int = 512):
+        self.path, self.text_len = find(Path(path)), text_len
+        self.library = read(self.path)
+        self.end = self.library.token_to_id(END)
+        if self.end is None:
+            raise CheckpointError(
+                f"{self.path} has no {END} token",
+                "umT5 prompts end with it",
+                "give the tokenizer of google/umt5-xxl",
+            )
+
+    @property
+    def size(self) -> int:
+        """Number of ids; the text encoder's vocabulary must not be smaller."""
+        return self.library.get_vocab_size(with_added_tokens=True)
+
+    def pieces(self, prompt: str) -> list[int]:
+        """All ids of a prompt, cleaned, with the end token, not truncated."""
+        return [*self.library.encode(clean(prompt), add_special_tokens=False).ids, self.end]
+
+    def count(self, prompt: str) -> int:
+        """Number of tokens with the end token, before truncation."""
+        return len(self.pieces(prompt))
+
+    def encode(self, prompts: list[str]) -> Tokens:
+        """-> Tokens of numpy i32[b text_len]. A longer prompt loses its last words, not its end
+        token."""
+        ids = np.full((len(prompts), self.text_len), PAD, np.int32)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            pieces = self.pieces(prompt)
+            if len(pieces) > self.text_len:
+                pieces = [*pieces[: self.text_len - 1], self.end]
+            ids[row, : len(pieces)] = pieces
+            mask[row, : len(pieces)] = 1
+        return Tokens(ids, mask)
+
+
+def prompt_warnings(tokenizer: Tokenizer | None, prompt: str) -> list[str]:
+    """Lines for the user about a prompt that is empty, very short or too long."""
+    if tokenizer is None:
+        return []
+    count, words = tokenizer.count(prompt), len(clean(prompt).split())
+    shown = repr(prompt if len(prompt) <= 40 else prompt[:37] + "...")
+    if count == 1:
+        return ["the prompt is empty: the video follows no text"]
+    if count > tokenizer.text_len:
+        dropped = count - tokenizer.text_len
+        return [
+            f"prompt {shown} has {count} tokens, the model takes {tokenizer.text_len}: the last"
+            f" {dropped} before the end were dropped"
+        ]
+    # Both limits, because writing without spaces has few "words" and long words have many tokens.
+    if words < FEW_WORDS and count - 1 < FEW_TOKENS:
+        plural = "" if words == 1 else "s"
+        return [
+            f"prompt {shown} has {words} word{plural}: the models were trained on long captions, a"
+            " sentence or more gives better video"
+        ]
+    return []
+
+
+def language_warnings(language: dict, prompt: str) -> list[str]:
+    """Lines about a prompt for a model of a small closed language: {"words": all of them, "knows":
+    {factor: its values}}."""
+    words = re.findall(r"[^\W_]+", clean(prompt).lower())
+    unknown = [word for word in dict.fromkeys(words) if word not in set(language["words"])]
+    if not words:
+        return ["the prompt is empty: the video follows no text"]
+    if not unknown:
+        return []
+    known = "; ".join(
+        f"{factor}: {', '.join(values)}" for factor, values in language["knows"].items()
+    )
+    return [
+        f"this small model has never seen {', '.join(map(repr, unknown))}; it knows only {known}"
+    ]
+
+
+def find(path: Path) -> Path:
+    """The tokenizer file itself; CheckpointError names every place that was looked at."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(
+            f"tokenizer {path} does not exist",
+            "a file or a folder was expected",
+            "give --tokenizer_path",
+        )
+    for name in NAMES:
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointError(
+        f"no tokenizer in {path}",
+        f"looked for {', '.join(NAMES)}",
+        "copy tokenizer.json of google/umt5-xxl there, or give --tokenizer_path",
+    )
+
+
+def read(path: Path) -> tokenizers.Tokenizer:
+    """Either format; anything unreadable is a CheckpointError."""
+    data = path.read_bytes()
+    if data.lstrip()[:1] != b"{":
+        return read_spiece(path, data)
+    try:
+        library = tokenizers.Tokenizer.from_str(data.decode())
+    except Exception as error:  # the library raises bare Exception for every kind of damage
+        raise CheckpointError(
+            f"{path} is not a tokenizer.json", f"reading it failed: {error}", "download it again"
+        ) from error
+    library.no_truncation()
+    library.no_padding()
+    return library

@@ -1,0 +1,147 @@
+"""Train states on disk: <run>/step_000500/{manifest.json, state/}, each complete or absent, and
+read back bit by bit.
+
+A leaf's name is its path in the state joined by dots ("opt.0.mu.blocks.self_attn.q.kernel"), as in
+tdjax.checkpoints.orbax.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+import tdjax
+from tdjax.checkpoints.orbax import FORMAT, check_table, names, quiet, remove, table, written
+from tdjax.errors import CheckpointError
+
+
+def folder(run: Path, step: int) -> Path:
+    return run / f"step_{step:06}"
+
+
+def steps(run: Path) -> list[int]:
+    """Steps of the run's checkpoints, rising."""
+    found = (
+        re.fullmatch(r"step_(\d{6,})", p.parent.name) for p in run.glob("step_*/manifest.json")
+    )
+    return sorted(int(match[1]) for match in found if match)
+
+
+def latest(run: Path) -> Path | None:
+    """The last checkpoint of a run, or None."""
+    found = steps(run)
+    return folder(run, found[-1]) if found else None
+
+
+def arrays(state) -> dict[str, Any]:
+    """{leaf name: array}; a random key as the integers behind it."""
+    plain = lambda x: jax.random.key_data(x) if is_key(x) else x
+    return {name: plain(x) for name, x in names(state).items()}
+
+
+def is_key(x) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def save(run: Path, step: int, state, facts: dict[str, Any], keep: int = 0) -> Path:
+    """Write one checkpoint, then delete all but the last `keep` (0: none is deleted). facts: JSON
+    values for the manifest."""
+    leaves = arrays(state)
+    manifest = {
+        "format": FORMAT,
+        "kind": "train",
+        "step": step,
+        "trainer": f"tdjax {tdjax.__version__}",
+        **facts,
+    }
+    manifest["leaves"] = {
+        name: [list(shape), dtype] for name, (shape, dtype) in table(leaves).items()
+    }
+    manifest["keys"] = {
+        name: str(jax.random.key_impl(x)) for name, x in names(state).items() if is_key(x)
+    }
+    target = folder(run, step)
+    with written(target, overwrite=True) as part, quiet():
+        part.mkdir()
+        with contextlib.closing(
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        ) as writer:
+            writer.save(os.path.abspath(part / "state"), args=ocp.args.PyTreeSave(leaves))
+        (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    for old in steps(run)[:-keep] if keep else []:
+        remove(folder(run, old))
+    return target
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """The manifest of one checkpoint, checked for form."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        known = (
+            manifest["format"] == FORMAT
+            and manifest["kind"] == "train"
+            and isinstance(manifest["leaves"], dict)
+            and isinstance(manifest["keys"], dict)
+        )
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(
+            f"{path} is no checkpoint of a run",
+            f"{type(e).__name__}: {e}",
+            "go on from an earlier step",
+        ) from e
+    if not known:
+        raise CheckpointError(
+            f"{path} is not ours",
+            f"expected a train state of format {FORMAT}",
+            "go on with the version that wrote it",
+        )
+    return manifest
+
+
+def restore(path: Path, state):
+    """The state of a checkpoint, laid out as the (abstract) state given: arrays, or shapes with
+    their shardings."""
+    manifest = inspect(path)
+    listed = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
+    wanted = names(state)
+    stored = {
+        name: jax.eval_shape(jax.random.key_data, x) if is_key(x) else x
+        for name, x in wanted.items()
+    }
+    check_table(
+        table(stored),
+        listed,
+        f"{path} holds another train state: the model, the method or the optimizer is not the same",
+    )
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    where = {name: x.sharding or here for name, x in wanted.items()}
+    how = lambda name, x: ocp.ArrayRestoreArgs(
+        restore_type=jax.Array, sharding=where[name], global_shape=x.shape, dtype=x.dtype
+    )
+    args = ocp.args.PyTreeRestore(
+        item=dict(stored), restore_args={name: how(name, x) for name, x in stored.items()}
+    )
+    try:
+        with quiet(), contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+            read = reader.restore(os.path.abspath(path / "state"), args=args)
+    except Exception as e:  # whatever Orbax and TensorStore raise
+        first = (str(e).strip().splitlines() or [""])[0][:300]
+        raise CheckpointError(
+            f"{path / 'state'} cannot be read",
+            f"{type(e).__name__}: {first}",
+            "go on from an earlier step",
+        ) from e
+    keys = {
+        name: jax.random.wrap_key_data(read[name], impl=impl)
+        for name, impl in manifest["keys"].items()
+    }
+    return jax.tree.unflatten(
+        jax.tree.structure(state), [keys.get(name, read[name]) for name in wanted]
+    )

@@ -1,0 +1,1 @@
+"""Rendered clips, their captions, and shards of both."""

@@ -1,0 +1,174 @@
+"""Captions of procedural clips: a small closed language, written from attributes, read back into
+them, and its words."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from tdjax.train.tiny.data.factors import FIRST_BOUNCE, NAMES, STILL, UNSAID, Attributes, scenes
+
+# Ways to say each value of a factor, the plainest first; it is used half of the time.
+WAYS = {
+    "shape": (("circle", "disc"), ("square", "box"), ("triangle",), ("cross", "plus")),
+    "colour": tuple((name,) for name in NAMES["colour"]),
+    "background": (("black",), ("gray", "grey"), ("navy",), ("olive",)),
+    "size": (("small", "little", "tiny"), ("large", "big")),
+    "speed": (("slowly", "gently"), ("quickly", "fast", "rapidly")),
+}
+VERBS = (("moves", "moving"), ("drifts", "drifting"), ("slides", "sliding"))
+TOWARDS = (
+    ("left", "to the left"),
+    ("right", "to the right"),
+    ("up", "upwards"),
+    ("down", "downwards"),
+)
+BOUNCE = ("bounces", "bouncing")
+STAYS = (
+    ("stays still", "staying still"),
+    ("stands still", "standing still"),
+    ("does not move", "not moving"),
+)
+BOUNCES = (("horizontally", "from side to side", "left and right"), ("vertically", "up and down"))
+ON, PLAIN = ("on", "over"), ("", "plain")
+TEMPLATES = (
+    "a {size} {colour} {shape} {verb} {speed} {on} a {plain} {background} background",
+    "{on} {background}, a {colour} {shape}, {size}, {gerund} {speed}",
+    "a {plain} {background} background and a {size} {colour} {shape} {gerund} {speed}",
+    "the {size} {colour} {shape} {verb} {speed}, the background is {background}",
+    "{size} {colour} {shape} {speed} {gerund}, {plain} {background} background",
+)
+# no caption of training has this order
+EVALUATION = "a {colour} {shape}, {size}, {verb} {speed} over the {background} background"
+OMITTED = ("size", "speed")  # what a caption may leave out
+
+# Single words that name a value, for reading; the words of a motion are read together (see
+# `parse`).
+SAYS = {
+    way: (factor, i)
+    for factor, values in WAYS.items()
+    for i, ways in enumerate(values)
+    for way in ways
+}
+HEADINGS = {"left": 0, "right": 1, "up": 2, "upwards": 2, "down": 3, "downwards": 3}
+AXES = {"horizontally": 0, "side": 0, "left": 0, "right": 0, "vertically": 1, "up": 1, "down": 1}
+
+
+def caption(
+    said: dict[str, int], rng: random.Random, template: str | None = None, omit: Sequence[str] = ()
+) -> str:
+    """One caption of one clip. said: factor -> place in NAMES; a factor that is UNSAID, or in
+    `omit` (of OMITTED), is left out.
+
+    template: one of TEMPLATES or EVALUATION; None draws one of TEMPLATES.
+    """
+    if stray := [name for name in omit if name not in OMITTED]:
+        raise ValueError(
+            f"a caption cannot leave out {', '.join(stray)}; it can leave out {', '.join(OMITTED)}"
+        )
+    verb, gerund = motion(said["motion"], rng)
+    words = {"verb": verb, "gerund": gerund, "on": either(ON, rng), "plain": either(PLAIN, rng)}
+    for factor, values in WAYS.items():
+        silent = factor in omit or said[factor] == UNSAID
+        words[factor] = "" if silent else either(values[said[factor]], rng)
+    text = " ".join((template or rng.choice(TEMPLATES)).format(**words).split())
+    return re.sub(r"\ba (?=[aeiou])", "an ", re.sub(r"[ ,]*,", ",", text))
+
+
+def motion(which: int, rng: random.Random) -> tuple[str, str]:
+    """The motion as a finite verb and as a participle."""
+    if which == STILL:
+        return either(STAYS, rng)
+    if which >= FIRST_BOUNCE:
+        verbs, where = BOUNCE, either(BOUNCES[which - FIRST_BOUNCE], rng)
+    else:
+        verbs, where = either(VERBS, rng), either(TOWARDS[which], rng)
+    return tuple(f"{verb} {where}" for verb in verbs)
+
+
+def either(ways: Sequence, rng: random.Random):
+    """The first way half of the time, else any of the others."""
+    return ways[0] if len(ways) == 1 or rng.random() < 0.5 else rng.choice(ways[1:])
+
+
+def captions(
+    said: Attributes, seed: int, template: str | None = None, omit: Sequence[str] = ()
+) -> list[str]:
+    """A caption for every clip of a batch; the same for the same seed."""
+    rng = random.Random(seed)
+    columns = {
+        field.name: np.asarray(getattr(said, field.name)).tolist()
+        for field in dataclasses.fields(Attributes)
+    }
+    rows = zip(*columns.values(), strict=True)
+    return [caption(dict(zip(columns, row, strict=True)), rng, template, omit) for row in rows]
+
+
+def random_prompt(seed: int, split: str = "train", template: str | None = None) -> str:
+    """A caption of a clip that does not exist yet, for trying the model."""
+    rng = random.Random(seed)
+    said = dict(
+        zip(("shape", "colour", "background"), rng.choice(scenes(split).tolist()), strict=True)
+    )
+    said |= {factor: rng.randrange(len(NAMES[factor])) for factor in ("size", "motion", "speed")}
+    if said["motion"] == STILL:
+        said["speed"] = UNSAID
+    return caption(said, rng, template)
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def words_of(prompt: str) -> list[str]:
+    """The words of a prompt in lower case, without punctuation."""
+    return re.findall(r"[^\W_]+", prompt.lower())
+
+
+def parse(prompts: Sequence[str]) -> Attributes:
+    """What prompts ask for: the attributes that their words name, UNSAID where none does. The last
+    word on a factor counts."""
+    rows = [parse_one(prompt) for prompt in prompts]
+    return Attributes(
+        **{factor: np.int32([row.get(factor, UNSAID) for row in rows]) for factor in NAMES}
+    )
+
+
+def parse_one(prompt: str) -> dict[str, int]:
+    words = words_of(prompt)
+    out = dict(SAYS[word] for word in words if word in SAYS)
+    if {*BOUNCE} & {*words}:
+        motions = [FIRST_BOUNCE + AXES[word] for word in words if word in AXES]
+    elif {"still", "not"} & {*words}:
+        motions = [STILL]
+    else:
+        motions = [HEADINGS[word] for word in words if word in HEADINGS]
+    return out | {"motion": motions[-1]} if motions else out
+
+
+def vocabulary() -> list[str]:
+    """Every word that a caption of training can have, sorted."""
+    texts = ["an", *TEMPLATES, *ON, *PLAIN, *SAYS]
+    for group in (*VERBS, *TOWARDS, BOUNCE, *BOUNCES, *STAYS):
+        texts += group
+    return sorted({word for text in texts for word in words_of(re.sub(r"{\w+}", " ", text))})
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """The words of a prompt that no caption of training has, in order, each once."""
+    known = set(vocabulary())
+    return [word for word in dict.fromkeys(words_of(prompt)) if word not in known]
+
+
+def knows() -> dict[str, tuple[str, ...]]:
+    """What a model of these captions can be asked for: factor -> values in their plainest words."""
+    plain = {factor: tuple(ways[0] for ways in values) for factor, values in WAYS.items()}
+    motions = (
+        [f"moves {ways[0]}" for ways in TOWARDS]
+        + [STAYS[0][0]]
+        + [f"bounces {ways[0]}" for ways in BOUNCES]
+    )
+    return {factor: tuple(motions) if factor == "motion" else plain[factor] for factor in NAMES}

@@ -1,0 +1,1 @@
+"""What a generated clip shows, and the table of variants."""

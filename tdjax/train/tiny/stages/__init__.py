@@ -1,0 +1,1 @@
+"""The stages of the recipe that train or package."""

@@ -1,0 +1,173 @@
+import json
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from flax import nnx
+
+from tdjax.bench import __main__ as bench
+from tdjax.bench import stages
+from tdjax.config import LINEAR, VideoSize
+from tdjax.errors import UsageError
+from tdjax.media import video
+from tdjax.models import linear as layers
+from tdjax.precision import FLOAT32
+from tdjax.train.tiny import configs as demo
+
+
+@pytest.mark.slow
+def test_rows_of_the_demo_model(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    argv = [
+        "--model",
+        "demo",
+        "--stage",
+        "dit",
+        "--attention",
+        "sla",
+        "--linear",
+        "float,fp8",
+        "--repeats",
+        "2",
+        "--num_steps",
+        "2",
+    ]
+    assert bench.main([*argv, "--error", "--teacher", "--json", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["what"] for row in rows] == [
+        "original step: dense, float, guided",
+        "sla, float",
+        "sla, fp8",
+    ]
+    for row in rows:
+        assert (
+            0 < row["p10"] <= row["ms"] <= row["p90"]
+            and row["compile_s"] > 0
+            and row["device"]
+            and row["jax"]
+        )
+    original, plain, fp8 = rows
+    assert plain["error"] < 1e-6 and 1e-4 < fp8["error"] < 5e-2 and original["error"] is None
+    assert plain["psnr"] > 80 and 20 < fp8["psnr"] < 70 and original["psnr"] is None
+    assert fp8["weights"] < plain["weights"]
+    assert original["ratio"] is None and plain["ratio"] == pytest.approx(
+        50 * original["ms"] / (2 * plain["ms"])
+    )
+    text = capsys.readouterr().out
+    assert all(row["what"] in text for row in rows)
+    line = (
+        f"original 50 steps {50 * original['ms'] / 1e3:.1f} s; sla, float: 2 steps"
+        f" {2 * plain['ms'] / 1e3:.2f} s, {plain['ratio']:.0f}x"
+    )
+    assert line in text.splitlines()
+
+
+@pytest.mark.slow
+def test_end_to_end(tmp_path, capsys):
+    out, before = tmp_path / "rows.jsonl", jax.config.jax_compilation_cache_dir
+    argv = [
+        "--model",
+        "demo",
+        "--stage",
+        "e2e",
+        "--repeats",
+        "2",
+        "--attention",
+        "sla",
+        "--linear",
+        "float",
+        "--num_steps",
+        "2",
+    ]
+    assert bench.main([*argv, "--save", str(tmp_path / "videos"), "--json", str(out)]) == 0
+    rows = {
+        (row["stage"], row["what"].removesuffix(", sla, float")): row
+        for row in map(json.loads, out.read_text().splitlines())
+    }
+    ms = {key: row["ms"] for key, row in rows.items()}
+    compiling = [
+        ("compile", f"all stages, {what}") for what in ("cold", "from the persistent cache")
+    ]
+    stages = [
+        (name, "in the pipeline") for name in ("text", "denoise", "vae decode")
+    ]  # and none that compiles or loads
+    whole = [("end to end", what) for what in ("prompt to frames on the host", "prompt to mp4")]
+    assert list(rows) == [*compiling, *stages, *whole] and min(ms.values()) > 0
+    assert ms[compiling[1]] < ms[compiling[0]]
+    assert ms[whole[0]] > 0.9 * sum(ms[stage] for stage in stages)  # medians of two runs
+    assert rows[whole[0]]["weights"] == sum(rows[stage]["weights"] for stage in stages)
+    assert min(row["working"] for row in rows.values()) > 0
+    peaks = [row["host_peak"] for row in rows.values()]
+    assert peaks == sorted(peaks) and peaks[-1] > rows[whole[0]]["weights"]
+    assert (
+        f"peak of the process: device not reported, host {peaks[-1] / 2**30:.2f} GiB"
+        in capsys.readouterr().out
+    )
+    frames = video.read_video(tmp_path / "videos" / "demo-sla-float.mp4")
+    assert frames.shape == (33, 64, 64, 3) and frames.std() > 10
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_dtype_of_everything():
+    configs = bench.configs(bench.parse(["--model", "demo", "--dtype", "bfloat16"]))[:3]
+    assert {(cfg.policy.param, cfg.policy.compute) for cfg in configs} == {("bfloat16", "bfloat16")}
+    assert bench.configs(bench.parse(["--model", "demo"]))[0].policy == FLOAT32
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+def test_random_weights_keep_variance(kind):
+    layer = nnx.Dict(up=layers.LINEAR[kind](256, 384, FLOAT32, rngs=nnx.Rngs(0)))
+    layer = stages.random_weights(jax.eval_shape(lambda: layer))
+    y = layer["up"](jax.random.normal(jax.random.key(0), (1, 128, 256)))
+    assert 0.8 < float(y.std()) < 1.2
+
+
+def test_text_stage(capsys):
+    assert bench.main(["--model", "demo", "--stage", "text", "--repeats", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "32 tokens" in out and "one layer of 2, streamed" in out
+
+
+@pytest.mark.slow
+def test_vae_stage_takes_whole_clips():
+    size = VideoSize(frames=5, height=64, width=384)  # two tiles
+    encode, decode, tiles = stages.vae_rows(demo.VAE, size, 2)
+    assert [(row.stage, row.what) for row in (encode, decode)] == [
+        ("vae encode", "5 frames"),
+        ("vae decode", "5 frames"),
+    ]
+    assert (tiles.stage, tiles.what) == ("vae decode", "5 frames, tiles of 320x64")
+    assert all(
+        0 < row.p10 <= row.ms <= row.p90 and row.compile_s > 0 and row.weights == decode.weights
+        for row in (encode, decode, tiles)
+    )
+    assert 0 < tiles.working < decode.working
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--attention", "dense,slaa"], "slaa"),
+        (["--linear", "int4"], "allowed: float, int8"),
+        (["--repeats", "0"], "at least 1"),
+        (["--model", "demo", "--size", "720p"], "64x64"),
+        (["--num_frames", "80"], "81"),
+    ],
+)
+def test_bad_arguments(argv, words):
+    with pytest.raises(UsageError, match=words):
+        bench.run(bench.parse(argv))
+
+
+def test_help_is_quick():
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "tdjax.bench", "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "--attention" in done.stdout
+    assert " jax\n" not in done.stderr  # parsing needs no jax, and so no device
+    assert time.perf_counter() - start < 10

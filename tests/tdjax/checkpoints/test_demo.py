@@ -1,0 +1,239 @@
+"""The embedded model: it is whole and small, it is what the recipe says, it obeys its prompts in
+every variant of the command."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+import tdjax
+from tdjax.checkpoints import demo, orbax
+from tdjax.generate import __main__ as generate
+from tdjax.train.tiny import configs
+from tdjax.train.tiny.data import captions
+from tdjax.train.tiny.data.factors import UNSAID
+from tdjax.train.tiny.evaluation import detector, sampling
+from tdjax.train.tiny.stages import package
+
+PROMPTS = (
+    package.PROMPT,
+    "a large green square moves right quickly on a black background",
+    "a small white cross moves up quickly on a navy background",
+    "a large blue triangle stays still on an olive background",
+    "over black, a yellow disc, tiny, drifting downwards gently",
+    "a plain navy background and a big orange box bouncing horizontally fast",
+    "the little cyan square slides to the right rapidly, the background is grey",
+    "large magenta circle slowly bouncing vertically, plain black background",
+)
+MOST = 6  # of them have everything right
+FLAGS = ["--compile_cache_dir", "none"]
+
+
+def obeyed(pipe, prompts=PROMPTS, seed: int = 0) -> dict[str, bool]:
+    """For each prompt, whether the detector finds everything that it asks for."""
+    frames = pipe(list(prompts), seed=seed).frames
+    found = detector.correct(detector.measure(frames), captions.parse(prompts))
+    return dict(zip(prompts, np.asarray(found["all"]).tolist(), strict=True))
+
+
+# -- what it does ----------------------------------------------------------------------------------
+
+
+def test_the_prompts_ask_for_everything():
+    said = captions.parse(PROMPTS)
+    unsaid = [
+        (factor, i)
+        for factor in captions.knows()
+        for i in range(len(PROMPTS))
+        if getattr(said, factor)[i] == UNSAID
+    ]
+    assert unsaid == [("speed", 3)]  # of what stays still
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"quant": "none"},
+        {"attention": "dense"},
+        {"attention": "sagesla", "quant": "int8_channel"},
+    ],
+    ids=lambda options: " ".join(options.values()) or "as packaged",
+)
+def test_it_obeys(options):
+    found = obeyed(tdjax.load("demo", **options))
+    assert sum(found.values()) >= MOST, found
+
+
+@pytest.mark.slow
+def test_another_seed_is_another_clip_of_the_same_prompt():
+    pipe, prompts = tdjax.load("demo"), PROMPTS[:4]
+    assert sum(obeyed(pipe, prompts, seed=1).values()) >= len(prompts) - 1
+    a, b = (pipe(prompts[0], seed=seed).frames.astype(int) for seed in (0, 1))
+    assert np.abs(a - b).max() > 50  # an object at another place
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_smallest_command_and_its_repetition(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert generate.main(["--format", "npy", *FLAGS]) == 0
+    out = capsys.readouterr()
+    assert (
+        out.out == "output/demo_0_0.npy\n"
+        and "the embedded demo model, 64x64, 33 frames" in out.err
+    )
+    prompt, seed = re.search(
+        r'no prompt was given, this one is drawn: --prompt "(.+)" --seed (\d+)', out.err
+    ).groups()
+    assert prompt in json.loads((demo.PACKAGED / "model.json").read_text())["prompts"]
+    assert (
+        generate.main(["--prompt", prompt, "--seed", seed, "--save_path", "again.npy", *FLAGS]) == 0
+    )
+    assert np.array_equal(np.load("again.npy"), np.load("output/demo_0_0.npy"))
+
+
+def test_another_prompt_each_time(capsys):
+    drawn = set()
+    for _ in range(4):
+        assert generate.main(["--dry_run", *FLAGS]) == 0
+        drawn |= set(re.findall('--prompt "(.+)" --seed 0', capsys.readouterr().err))
+    assert len(drawn) > 1  # all four alike: once in 10^6 runs
+
+
+def test_what_it_does_not_know(capsys):
+    assert generate.main(["--prompt", "a red fox in the snow", "--dry_run", *FLAGS]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "has never seen" in line]
+    assert "never seen 'fox', 'in', 'snow';" in line
+    assert all(", ".join(values) in line for values in captions.knows().values())
+    assert generate.main(["--prompt", package.PROMPT, "--dry_run", *FLAGS]) == 0
+    assert "has never seen" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "attention", "linear"),
+    [
+        ([], "sla", "int8"),
+        (["--attention_type", "dense"], "dense", "int8"),
+        (["--attention_type", "original", "--quant", "none"], "dense", "float"),
+        (["--attention_type", "sagesla", "--quant", "int8_channel"], "sagesla", "int8_channel"),
+        (["--attention_type", "sla", "--quant", "fp8"], "sla", "fp8"),
+        (["--quant_linear"], "sla", "int8"),
+    ],
+)
+def test_variants_are_what_was_asked_for(argv, attention, linear, capsys):
+    assert generate.main(["--dry_run", "--prompt", package.PROMPT, *argv, *FLAGS]) == 0
+    rows = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines()[:3])
+    assert rows["attention"].split(",")[0] == attention and rows["linears"] == linear
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--attention_type", "sparse"], ("auto", "dense", "sla", "sagesla")),
+        (["--quant", "int4"], ("auto", "none", "int8", "int8_channel", "fp8")),
+    ],
+)
+def test_other_variants_are_refused_with_a_list(argv, words, capsys):
+    with pytest.raises(SystemExit) as error:
+        generate.main(["--dry_run", *argv, *FLAGS])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert error.value.code == 2 and all(f"'{word}'" in message for word in words)
+
+
+def test_an_installation_without_it_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "PACKAGED", tmp_path)
+    (tmp_path / "model.json").touch()
+    assert generate.main(["--prompt", "a", *FLAGS]) == 3
+    message = capsys.readouterr().err
+    assert (
+        f"{tmp_path} has no dit, vae, text, tokenizer.json" in message
+        and "python -m tdjax.train.tiny" in message
+    )
+
+
+# -- the files -------------------------------------------------------------------------------------
+
+
+def test_it_is_small_and_whole():
+    files = [file for file in demo.PACKAGED.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < package.LIMIT == 10_000_000
+    assert {file.relative_to(demo.PACKAGED).parts[0] for file in files} == {
+        *demo.PARTS,
+        "MODEL_CARD.md",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("dit", dataclasses.replace(configs.DIT_SLA, linear="int8")),
+        ("vae", configs.VAE),
+        ("text", configs.TEXT),
+    ],
+)
+def test_it_is_what_the_recipe_makes(name, config):
+    kind, cfg = orbax.checked(demo.PACKAGED / name)
+    if name == "vae":  # measured on the trained encoder
+        assert cfg.std != config.std
+        config = dataclasses.replace(config, mean=cfg.mean, std=cfg.std)
+    assert kind == name and cfg == configs.stored(config)
+
+
+def test_its_facts():
+    facts = json.loads((demo.PACKAGED / "model.json").read_text())
+    assert facts["language"] == {
+        "words": captions.vocabulary(),
+        "knows": {k: list(v) for k, v in captions.knows().items()},
+    }
+    assert (facts["frames"], facts["height"], facts["width"]) == (
+        configs.SIZE.frames,
+        configs.SIZE.height,
+        configs.SIZE.width,
+    )
+    assert facts["sampler"] == {
+        "mid": list(sampling.student().mid),
+        "sigma_max": sampling.student().sigma_max,
+    }
+    assert (
+        facts["prompts"][0] == package.PROMPT and len(set(facts["prompts"])) > 0.8 * package.PROMPTS
+    )
+    assert not any(captions.unknown_words(prompt) for prompt in facts["prompts"])
+
+
+def test_every_word_is_one_token():
+    pipe = tdjax.load("demo")
+    assert all(pipe.tokenizer.count(word) == 2 for word in captions.vocabulary())  # and the end
+    assert max(pipe.tokenizer.count(prompt) for prompt in pipe.prompts) <= pipe.text_len
+
+
+def test_no_prompt_of_its_own_is_warned_of():
+    pipe = tdjax.load("demo")
+    assert [pipe.warnings(pipe.request(prompt)) for prompt in pipe.prompts] == [[]] * len(
+        pipe.prompts
+    )
+
+
+def test_its_card():
+    text = (demo.PACKAGED / "MODEL_CARD.md").read_text()
+    assert all(
+        f"- {factor}: {', '.join(values)}" in text for factor, values in captions.knows().items()
+    )
+    assert (
+        "## Data" in text
+        and "## Recipe" in text
+        and "INT8 (packaged)" in text.split("## Results")[1]
+    )
+
+
+def test_nothing_of_the_machine_that_trained_it_is_left():
+    names = {file.name for file in demo.PACKAGED.rglob("*")}
+    assert not any(name.endswith((".part", ".old", ".lock", ".pyc")) for name in names)
+    for name in ("dit", "vae", "text"):
+        source = orbax.inspect(demo.PACKAGED / name)["source"]
+        assert source["name"] == "tdjax tiny recipe" and not re.search(r"/\w+/", json.dumps(source))

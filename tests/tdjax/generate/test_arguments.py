@@ -1,0 +1,167 @@
+"""The command line: official spellings, contradictions, prompt files, and answers before jax is
+imported."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tdjax.config import QUANT
+from tdjax.errors import UsageError
+from tdjax.generate import __main__ as generate
+from tdjax.generate.arguments import hyphens, parse, read_jobs
+
+
+def fails(capsys, *argv):
+    """The message of a command that must stop with exit code 2."""
+    assert generate.main(list(argv)) == 2
+    out = capsys.readouterr()
+    assert out.out == ""
+    return out.err
+
+
+def test_hyphens_and_underscores_are_one():
+    assert hyphens(["--num-steps=2", "--sigma-max", "-1", "a-b"]) == [
+        "--num_steps=2",
+        "--sigma_max",
+        "-1",
+        "a-b",
+    ]
+    assert parse(["--num-steps", "2"]).num_steps == parse(["--num_steps", "2"]).num_steps == 2
+
+
+def test_the_official_command_parses():
+    """The commands of thu-ml/TurboDiffusion's README, with other paths."""
+    t2v = """--model Wan2.1-1.3B --dit_path a.pth --resolution 480p --prompt p --num_samples 1 --num_steps 4
+        --quant_linear --attention_type sagesla --sla_topk 0.1"""
+    args = parse(t2v.split())
+    assert (args.official_model, args.dit_path, args.quant, args.attention_type) == (
+        "Wan2.1-1.3B",
+        "a.pth",
+        "int8",
+        "sagesla",
+    )
+    i2v = """--model Wan2.2-A14B --low_noise_model_path l --high_noise_model_path h
+        --adaptive_resolution --ode --image_path i"""
+    args = parse(i2v.split())
+    assert (args.fit, args.sampler) == ("adaptive", "ode")
+
+
+def test_every_kind_of_linear_layer_can_be_asked_for():
+    assert [parse(["--quant", kind]).quant for kind in QUANT] == list(QUANT)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--num_frames 80", ["num_frames is 80", "4k+1", "77 and 81"]),
+        ("--height 500 --width 832", ["height is 500", "multiple of 16", "496 and 512"]),
+        ("--width 832", ["height is not given"]),
+        ("--num_steps 5", ["num_steps is 5", "1 to 4"]),
+        ("--num_steps 0", ["num_steps is 0"]),
+        ("--sigma_max -3", ["sigma_max is -3", "80"]),
+        ("--mid_t 1.0 1.4", ["mid times", "fall"]),
+        ("--sla_topk 0", ["sla_topk is 0", "0.15"]),
+        ("--sla_topk 1.5", ["sla_topk is 1.5"]),
+        ("--num_samples 0", ["--num_samples is 0"]),
+        ("--resolution 1080p", ["1080p", "480p", "720p"]),
+        ("--aspect_ratio 21:9", ["21:9", "16:9"]),
+        ("--image_path missing.png", ["missing.png does not exist"]),
+        ("--prompt_file missing.txt", ["missing.txt does not exist"]),
+        ("--save_path out_{colour}.mp4", ["colour", "prompt_slug"]),
+        ("--ode --sampler sde", ["contradict"]),
+        ("--quant_linear --quant none", ["contradict"]),
+        ("--seconds 5 --num_frames 81", ["both give the length"]),
+        ("--model Wan2.1-1.3B", ["names a network size", "--dit_path"]),
+        ("--nun_steps 4", ["--nun_steps", "did you mean --num_steps?"]),
+        ("--seconds nan", ["--seconds is nan"]),
+        ("--mid_t nan", ["mid times"]),
+        ("--boundary nan --num_steps 2", ["boundary is nan"]),
+        ("--format gif --save_path a.mp4", ["another format"]),
+        ("--grid --format latents", ["--grid with latents"]),
+        ("--config missing.toml", ["missing.toml cannot be read"]),
+    ],
+)
+def test_usage_errors_name_what_and_what_to_do(capsys, argv, words):
+    message = fails(capsys, *argv.split())
+    for word in words:
+        assert word in message
+    assert message.startswith("error: ")
+
+
+def test_an_existing_file_is_refused_before_anything_runs(capsys, tmp_path):
+    path = tmp_path / "v.mp4"
+    path.write_bytes(b"mine")
+    message = fails(capsys, "--save_path", str(path))
+    assert "exists" in message and "--overwrite" in message
+    assert path.read_bytes() == b"mine"
+
+
+def test_missing_file_names_its_neighbour(capsys, tmp_path):
+    (tmp_path / "photo.jpg").touch()
+    assert "photo.jpg" in fails(capsys, "--image_path", str(tmp_path / "phot.jpg"))
+
+
+def test_config_file_under_the_command_line(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('num-steps = 2\nprompt = "a fox"\n')
+    args = parse(["--config", str(path), "--num_steps", "3"])
+    assert (args.num_steps, args.prompt) == (3, "a fox")
+    path.write_text("overwrite = true\nmid_t = [1.5, 1.2]\n")
+    args = parse(["--config", str(path)])
+    assert args.overwrite and args.mid_t == [1.5, 1.2]
+    for bad in ('overwrite = "no"\n', "nun_steps = 2\n"):
+        path.write_text(bad)
+        with pytest.raises(UsageError):
+            parse(["--config", str(path)])
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(UsageError, match="not a table"):
+        parse(["--config", str(tmp_path / "list.json")])
+    path.write_text("nun_steps = 2\n")
+    with pytest.raises(UsageError, match="num_steps"):
+        parse(["--config", str(path)])
+
+
+def test_seconds_become_legal_frames():
+    assert [parse(["--seconds", s]).num_frames for s in ("5", "0.01", "5.1")] == [81, 1, 81]
+
+
+def test_prompt_files(tmp_path):
+    text = tmp_path / "p.txt"
+    text.write_text("# comment\na fox\n\na hen\n")
+    assert [j.prompt for j in read_jobs(parse(["--prompt_file", str(text)]))] == ["a fox", "a hen"]
+    rows = tmp_path / "p.csv"
+    rows.write_text("prompt,seed,out\na fox,7,fox.mp4\na hen,,\n")
+    jobs = read_jobs(parse(["--prompt_file", str(rows), "--seed", "3"]))
+    assert [(j.prompt, j.seed, j.out) for j in jobs] == [
+        ("a fox", 7, "fox.mp4"),
+        ("a hen", 3, None),
+    ]
+    lines = tmp_path / "p.jsonl"
+    lines.write_text(json.dumps({"prompt": "a fox", "num_frames": 5}) + "\n")
+    assert read_jobs(parse(["--prompt_file", str(lines)]))[0].num_frames == 5
+    for bad, word in (
+        ("prompt,sede\na,1\n", "sede"),
+        ("prompt,seed\na,x\n", "whole numbers"),
+        ("seed\n1\n", "no prompt"),
+        ("prompt\n", "no prompts"),
+    ):
+        rows.write_text(bad)
+        with pytest.raises(UsageError, match=word):
+            read_jobs(parse(["--prompt_file", str(rows)]))
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--num_frames", "80"]])
+def test_answers_come_before_jax_is_imported(argv):
+    code = (
+        f"import sys; from tdjax import generate\ntry: generate.main({argv!r})\nexcept SystemExit:"
+        " pass\nassert 'jax' not in sys.modules"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (
+        time.perf_counter() - start < 5
+    )  # under 0.5 s on an idle machine; the bound here only catches a jax import

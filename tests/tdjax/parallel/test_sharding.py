@@ -1,0 +1,234 @@
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tolerances import assert_close
+
+from tdjax.config import DiTConfig, SLAConfig, TextConfig, VAEConfig
+from tdjax.models.linear import LINEAR
+from tdjax.models.umt5 import UMT5
+from tdjax.models.wan_dit import DiT, with_linear
+from tdjax.models.wan_vae import VAE
+from tdjax.parallel.sharding import (
+    PARAM_AXES,
+    RULES,
+    axes_of,
+    constrain,
+    leaf_name,
+    shardings,
+    spec,
+)
+from tdjax.precision import FLOAT32
+
+TINY = DiTConfig(
+    dim=256,
+    heads=4,
+    ffn_dim=384,
+    layers=2,
+    freq_dim=32,
+    text_dim=24,
+    text_len=8,
+    policy=FLOAT32,
+    sla=SLAConfig(topk=0.5),
+)
+MODELS = {
+    "dense": lambda: DiT(TINY, rngs=nnx.Rngs(0)),
+    "sla": lambda: DiT(dataclasses.replace(TINY, attention="sla"), rngs=nnx.Rngs(0)),
+    "int8": lambda: DiT(
+        dataclasses.replace(TINY, attention="sla", linear="int8"), rngs=nnx.Rngs(0)
+    ),
+    "channel": lambda: DiT(
+        dataclasses.replace(TINY, in_channels=36, image_dim=40, linear="int8_channel"),
+        rngs=nnx.Rngs(0),
+    ),
+    "fp8": lambda: DiT(dataclasses.replace(TINY, attention="sla", linear="fp8"), rngs=nnx.Rngs(0)),
+    "image": lambda: DiT(dataclasses.replace(TINY, in_channels=36, image_dim=40), rngs=nnx.Rngs(0)),
+    "image int8": lambda: DiT(
+        dataclasses.replace(TINY, in_channels=36, image_dim=40, linear="int8"), rngs=nnx.Rngs(0)
+    ),
+    "text": lambda: UMT5(
+        TextConfig(vocab=64, dim=32, attention_dim=32, ffn_dim=48, heads=4, layers=2),
+        rngs=nnx.Rngs(0),
+    ),
+    "vae": lambda: VAE(VAEConfig(dim=8), rngs=nnx.Rngs(0)),
+}
+
+
+def mesh(**axes):
+    return jax.make_mesh(
+        tuple(axes.values()), tuple(axes), axis_types=(jax.sharding.AxisType.Auto,) * len(axes)
+    )
+
+
+def leaves(name):
+    paths = jax.tree_util.tree_leaves_with_path(jax.eval_shape(MODELS[name]))
+    return {leaf_name(path): leaf for path, leaf in paths}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_leaf_matches_exactly_one_row(name):
+    for leaf, value in leaves(name).items():
+        axes = axes_of(leaf)
+        assert len(axes) <= value.ndim, leaf
+        assert all(axis is None or axis in RULES for axis in axes), leaf
+
+
+def test_every_row_is_needed():
+    names = {leaf for name in MODELS for leaf in leaves(name)}
+    for pattern, _ in PARAM_AXES:
+        assert any(re.fullmatch(pattern, name) for name in names), pattern
+
+
+def test_unknown_leaf_is_an_error():
+    with pytest.raises(
+        ValueError,
+        match=(
+            "leaf blocks.norm9x must match exactly one row of tdjax.parallel.sharding.PARAM_AXES; matches:"
+            " none"
+        ),
+    ):
+        axes_of("blocks.norm9x")
+
+
+def test_axes_that_are_missing_or_do_not_divide_are_left_whole():
+    assert spec((2, 64, 96), ("n", "embed", "heads"), {"fsdp": 2, "tensor": 4}) == P(
+        None, "fsdp", "tensor"
+    )
+    assert spec((2, 64, 96), ("n", "embed", "heads"), {"tensor": 4}) == P(None, None, "tensor")
+    assert spec((2, 64, 97), ("n", "embed", "heads"), {"fsdp": 2, "tensor": 4}) == P(
+        None, "fsdp", None
+    )
+    assert spec(
+        (4, 9, 6, 8), ("batch", None, "head", None), {"data": 2, "tensor": 3, "seq": 2}
+    ) == P("data", None, ("tensor", "seq"), None)
+    assert spec(
+        (4, 9, 3, 8), ("batch", None, "head", None), {"data": 2, "tensor": 3, "seq": 2}
+    ) == P("data", None, "tensor", None)
+
+
+def test_without_a_mesh_constrain_is_the_identity():
+    x = jnp.ones((2, 3))
+    assert constrain(x, "batch", None) is x
+
+
+def test_constrain_lays_out_activations():
+    with jax.set_mesh(mesh(data=2, seq=2)):
+        y = jax.jit(lambda x: constrain(x, "batch", "tokens", None))(jnp.ones((2, 4, 3)))
+        odd = jax.jit(lambda x: constrain(x, "batch", "tokens", None))(jnp.ones((3, 5, 3)))
+    assert y.sharding.spec == P("data", "seq")
+    assert odd.sharding.is_fully_replicated
+
+
+def random_model(abstract):
+    draw = np.random.default_rng(0).normal
+    return jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape) / 16, leaf.dtype), abstract)
+
+
+def sharded_and_whole(run, model, *args, **axes):
+    """run(model, *args) on a mesh of these axes, and without one."""
+    whole, devices = run(model, *args), mesh(**axes)
+    with jax.set_mesh(devices):
+        return run(jax.device_put(model, shardings(model, devices)), *args), whole
+
+
+@pytest.fixture
+def inputs():
+    normal = lambda seed, *shape: jnp.asarray(
+        np.random.default_rng(seed).normal(size=shape), jnp.float32
+    )
+    return normal(1, 2, 2, 16, 18, 16), jnp.array([999.0, 417.5]), normal(2, 2, 8, 24)
+
+
+def test_sharded_forward_equals_the_unsharded_one(inputs):
+    """Tokens and heads divided: heads take over the devices of the tokens inside attention."""
+    model, devices = random_model(jax.eval_shape(MODELS["sla"])), mesh(tensor=2, seq=2)
+    split = jax.device_put(model, shardings(model, devices))
+    assert {shard.data.shape for shard in split.blocks.up.kernel[...].addressable_shards} == {
+        (2, 256, 192)
+    }
+    actual, whole = sharded_and_whole(
+        jax.jit(lambda model, *args: model(*args)), model, *inputs, tensor=2, seq=2
+    )
+    assert len(actual.sharding.device_set) == 4
+    assert np.abs(np.asarray(whole)).max() > 0.1
+    assert_close(actual, whole, "dit")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("linear, impl", [("int8_channel", "interpret"), ("int8", "auto")])
+def test_sharded_layers_of_8_bits(inputs, linear, impl):
+    """Kernels see their part; rows keep their scales. A last bit may move a value over an edge, and
+    that moves the next layer's."""
+    model = with_linear(random_model(jax.eval_shape(MODELS["dense"])), linear)
+    cfg = dataclasses.replace(model.cfg, impl=impl)
+    model = jax.tree.unflatten(
+        jax.tree.structure(jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))),
+        jax.tree.leaves(model),
+    )
+    actual, whole = sharded_and_whole(
+        jax.jit(lambda model, *args: model(*args)), model, *inputs, data=2, seq=2
+    )
+    assert np.linalg.norm(np.asarray(actual) - np.asarray(whole)) < 1e-2 * np.linalg.norm(
+        np.asarray(whole)
+    )
+
+
+def test_sharded_gradient_equals_the_unsharded_one(inputs):
+    """Through rows divided by samples and tokens: what they share sums its gradient over the
+    devices."""
+    model = random_model(jax.eval_shape(MODELS["dense"]))
+    grad = jax.jit(jax.grad(lambda model, *args: jnp.square(model(*args)).mean()))
+    actual, whole = sharded_and_whole(grad, model, *inputs, data=2, seq=2)
+    for (path, a), w in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(whole), strict=True
+    ):
+        a, w = np.asarray(a), np.asarray(w)
+        assert np.linalg.norm(a - w) <= 1e-4 * np.linalg.norm(w), leaf_name(path)
+
+
+@pytest.mark.parametrize("linear", LINEAR)
+def test_divided_weights_give_the_same_layer(linear):
+    """An MLP's two layers, divided over width and features: both operands of each product are in
+    parts."""
+    cfg = dataclasses.replace(TINY, linear=linear)
+
+    class Pair(nnx.Module):
+        def __init__(self):
+            up, down = nnx.Rngs(0), nnx.Rngs(1)
+            self.blocks = nnx.Dict(
+                up=LINEAR[linear](256, 384, cfg.policy, rngs=up),
+                down=LINEAR[linear](384, 256, cfg.policy, rngs=down),
+            )
+
+        def __call__(self, x):
+            return self.blocks["down"](self.blocks["up"](x))
+
+    pair, x = (
+        jax.jit(Pair)(),
+        jnp.asarray(np.random.default_rng(0).normal(size=(2, 150, 256)), jnp.float32),
+    )
+    run = jax.jit(lambda pair, x: pair(constrain(x, "batch", "tokens", None)))
+    whole = np.asarray(run(pair, x))
+    devices = mesh(fsdp=2, tensor=2)
+
+    def place(path, leaf):
+        axes = axes_of(leaf_name(path))[1:]  # not stacked here
+        return jax.device_put(
+            leaf, NamedSharding(devices, spec(leaf.shape, axes, dict(devices.shape)))
+        )
+
+    with jax.set_mesh(devices):
+        split = jax.tree_util.tree_map_with_path(place, pair)
+        assert {
+            shard.data.size for shard in jax.tree.leaves(split.blocks["up"])[-1].addressable_shards
+        } <= {256 * 96, 4, 6, 256, 384}
+        actual = np.asarray(run(split, x))
+    assert np.linalg.norm(actual - whole) < 1e-5 * np.linalg.norm(
+        whole
+    )  # an int8 value on a rounding edge may move

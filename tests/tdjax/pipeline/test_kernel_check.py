@@ -1,0 +1,57 @@
+"""8-bit arithmetic is refused where its kernels fail, and only there."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from pallas_kernels import selftest
+from tdjax.config import DiTConfig
+from tdjax.errors import KernelError
+from tdjax.models.linear import LINEAR
+from tdjax.pipeline import kernel_check
+from tdjax.progress import Stages
+
+SAGE = DiTConfig(attention="sagesla")
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Names of the checks that ran on a GPU that is not there; `int8 keys` fails."""
+    names = []
+
+    def together(impl, wanted):
+        assert impl == "triton"
+        names.extend(wanted)
+        return [selftest.Check(name, 0.25 if name == "int8 keys" else 0.0, 1e-2) for name in wanted]
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(selftest, "together", together)
+    return names
+
+
+def test_a_failed_check_stops_with_its_name_and_what_to_do(ran):
+    with pytest.raises(KernelError) as error:
+        kernel_check.check_kernels(SAGE, Stages(show=False))
+    assert "int8 keys (error 2.5e-01, allowed 1.0e-02)" in error.value.what
+    assert "--attention_type sla" in error.value.fix and "tdjax.env --selftest" in error.value.why
+
+
+def test_only_what_runs_is_checked(ran, monkeypatch):
+    kernel_check.check_kernels(
+        dataclasses.replace(SAGE, attention="sla", linear="int8"), Stages(show=False)
+    )
+    assert set(ran) == set(kernel_check.CHECKS["int8"])
+    ran.clear()
+    for cfg in (DiTConfig(), dataclasses.replace(SAGE, impl="reference")):
+        kernel_check.check_kernels(cfg, Stages(show=False))
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    kernel_check.check_kernels(SAGE, Stages(show=False))
+    assert not ran
+
+
+def test_every_check_exists_and_every_8_bit_layer_has_some():
+    assert {name for checks in kernel_check.CHECKS.values() for name in checks} <= set(
+        selftest.BOUNDS
+    )
+    assert set(kernel_check.CHECKS) == {"sagesla"} | (set(LINEAR) - {"float"})

@@ -1,0 +1,165 @@
+"""The text encoder layer by layer: the bits of the whole one, few layers alive at a time, chosen by
+the memory plan."""
+
+import dataclasses
+import weakref
+
+import jax
+import numpy as np
+import pytest
+import random_model
+from safetensors.numpy import save_file
+
+import tdjax
+from tdjax.errors import UsageError
+from tdjax.generate.__main__ import text_encoder_device
+from tdjax.generate.arguments import parse
+from tdjax.pipeline import memory
+from tdjax.pipeline.compilation import Programs
+from tdjax.pipeline.components import Part
+from tdjax.pipeline.text_encoding import TextEncoder
+from tdjax.progress import Stages
+from tdjax.text.tokenizer import Tokenizer
+
+PROMPTS = ["a red circle", "three blue squares drift slowly over a green field of grass"]
+SMALL = {"num_frames": 5, "width": 32, "height": 32, "num_steps": 1, "output_type": "latent"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return random_model.write(tmp_path_factory.mktemp("models") / "random")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A umT5 file by its published names: 5 layers, heads of 64."""
+    rng, state = (
+        np.random.default_rng(0),
+        {"token_embedding.weight": (256, 128), "norm.weight": (128,)},
+    )
+    for i in range(5):
+        block = {
+            "norm1.weight": (128,),
+            "norm2.weight": (128,),
+            "pos_embedding.embedding.weight": (32, 2),
+        }
+        block |= {f"attn.{p}.weight": (128, 128) for p in "qkvo"}
+        block |= {
+            "ffn.gate.0.weight": (192, 128),
+            "ffn.fc1.weight": (192, 128),
+            "ffn.fc2.weight": (128, 192),
+        }
+        state |= {f"blocks.{i}.{key}": shape for key, shape in block.items()}
+    path = tmp_path_factory.mktemp("published") / "models_t5.safetensors"
+    save_file(
+        {
+            key: rng.normal(size=shape).astype(np.float32) * np.float32(0.09)
+            for key, shape in state.items()
+        },
+        path,
+    )
+    return path
+
+
+def encoder(path, tokenizer, dtype="float32") -> TextEncoder:
+    part = Part(path, "text")
+    part.config = dataclasses.replace(
+        part.stored, policy=tdjax.Policy(param=dtype, compute=dtype), text_len=32
+    )
+    return TextEncoder(Programs(), part, Tokenizer(tokenizer, 32), None, Stages(show=False))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("ours", "float32"), ("published", "float32"), ("published", "bfloat16")]
+)
+def test_streamed_is_whole(model, published, kind, dtype):
+    text = encoder(model / "text" if kind == "ours" else published, model / "tokenizer.json", dtype)
+    tokens = text.tokenizer.encode(PROMPTS)
+    whole = text.whole(text.part.load(), tokens)
+    streamed = text.streamed(tokens)
+    assert streamed.dtype == whole.dtype and streamed.shape == (2, 32, text.part.config.dim)
+    assert np.array_equal(streamed.astype(np.float32), whole.astype(np.float32))
+    assert np.abs(whole[:, 0].astype(np.float32)).max() > 0.1 and not whole[0, -1].any()
+
+
+def test_few_layers_are_alive(model, published, monkeypatch):
+    text, seen = encoder(published, model / "tokenizer.json"), []
+    tokens = text.tokenizer.encode(PROMPTS[:1])
+
+    def watched(self, prefix, layers=Part.layers):
+        for leaves in layers(self, prefix):
+            alive = sum(ref() is not None for ref in seen)
+            assert alive <= 1, f"{alive} earlier layers when layer {len(seen)} arrives"
+            seen.append(weakref.ref(leaves["blocks.attn.q.kernel"]))
+            yield leaves
+
+    monkeypatch.setattr(Part, "layers", watched)
+    monkeypatch.setattr(Part, "load", lambda self: pytest.fail("the whole encoder was loaded"))
+    text.streamed(tokens)
+    assert len(seen) == 5
+
+
+def test_only_the_rows_of_the_prompt_are_read(published):
+    part = Part(published, "text")
+    reads = []
+    tensor = part.file.tensors["token_embedding.weight"]
+    part.file.tensors = dict(part.file.tensors)
+    whole = tensor.read()
+
+    class Counted(type(tensor)):
+        def rows(self, start, stop):
+            reads.append(stop - start)
+            return super().rows(start, stop)
+
+        def read(self):
+            assert self.shape[0] == 1, "the whole table was read"
+            return super().read()
+
+    part.file.tensors["token_embedding.weight"] = Counted(**vars(tensor))
+    got = part.rows("embed.embedding", np.array([3, 9, 255]))
+    assert reads == [1, 1, 1] and np.array_equal(
+        got.astype(np.float32), whole[[3, 9, 255]].astype(got.dtype).astype(np.float32)
+    )
+
+
+def test_the_pipeline_gives_the_same_video(model):
+    call = lambda **kw: tdjax.load(model, prompt_cache=False, **kw)("a red circle", **SMALL)
+    whole, streamed, lean = call(), call(text_encoder_device="stream"), call(low_memory=True)
+    assert np.array_equal(whole.latents, streamed.latents) and np.array_equal(
+        whole.latents, lean.latents
+    )
+    assert "load text" in whole.timings
+    for result in (streamed, lean):
+        assert "text, layer by layer" in result.timings and "load text" not in result.timings
+
+
+def test_the_memory_plan_chooses(model, monkeypatch):
+    pipe = tdjax.load(model)
+    request = pipe.request("a", **SMALL)
+    weights = lambda: {p.name: p.weights for p in pipe.plan(request)}["text"]
+    need = sum(p.weights for p in pipe.plan(request)) + max(p.working for p in pipe.plan(request))
+    monkeypatch.setattr(memory, "memory_limit", lambda: 2 * need)
+    assert not pipe.streams_text(request) and weights() == memory.module_bytes(
+        pipe.parts["text"].abstract()
+    )
+    monkeypatch.setattr(memory, "memory_limit", lambda: need // 2)
+    assert pipe.streams_text(request)
+    pipe.text_encoder_device = "device"
+    assert not pipe.streams_text(request)
+
+
+def test_who_streams(monkeypatch):
+    choose = lambda *argv: text_encoder_device(parse(list(argv)))
+    assert choose() == "auto"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert (
+        choose() == "stream" and choose("--serve") == "auto" and choose("--mesh", "sp=2") == "auto"
+    )
+    assert choose("--text_encoder_device", "device") == "device"
+
+
+def test_streaming_needs_one_device(model):
+    with pytest.raises(UsageError, match="one device"):
+        tdjax.load(model, mesh="tp=2", text_encoder_device="stream")
+    with pytest.raises(UsageError, match="text_encoder_device is 'disk'"):
+        tdjax.load(model, text_encoder_device="disk")

@@ -1,0 +1,125 @@
+"""The VAE a chunk at a time: the bits of the whole decode and encode, and memory that does not grow
+with the clip."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_model
+
+import tdjax
+from tdjax.checkpoints import orbax
+from tdjax.config import VideoSize
+from tdjax.errors import UsageError
+from tdjax.pipeline import compilation
+from tdjax.pipeline.components import Part
+from tdjax.pipeline.vae_coding import IN_FLIGHT, Coder, arriving
+from tdjax.progress import Stages
+
+SIZE = VideoSize(
+    frames=13, height=32, width=32
+)  # shared with other tests, so that programs are compiled once
+CALL = {"width": 32, "height": 32, "num_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return random_model.write(tmp_path_factory.mktemp("models") / "random")
+
+
+@pytest.fixture(scope="module")
+def coder(model):
+    return Coder(compilation.Programs(), Part(model / "vae", "vae"), Stages(show=False))
+
+
+def latents(frames: int, scale: float = 1.0) -> np.ndarray:
+    grid = VideoSize(frames=frames, height=SIZE.height, width=SIZE.width).latent_grid
+    return np.random.default_rng(0).normal(size=(1, *grid, 8)).astype(np.float32) * np.float32(
+        scale
+    )
+
+
+@pytest.mark.parametrize(("output", "frames"), [("uint8", 13), ("uint8", 1), ("float", 1)])
+def test_streamed_decode_is_the_whole_decode(coder, output, frames):
+    vae, z = coder.part.load(), latents(frames)
+    chunks = list(coder.decode(vae, z, output))
+    assert [len(c) for c, _ in chunks] == [1] + [4] * ((frames - 1) // 4) and all(
+        finite for _, finite in chunks
+    )
+    whole, finite = jax.jit(lambda vae, z: compilation.pixels(vae.decode(z), output))(vae, z)
+    got = np.concatenate([c for c, _ in chunks])
+    assert bool(finite) and got.dtype == whole.dtype and np.array_equal(got, whole[0])
+
+
+def test_streamed_encode_is_the_whole_encode(coder):
+    image = (
+        np.random.default_rng(1)
+        .uniform(-1, 1, (1, 1, SIZE.height, SIZE.width, 3))
+        .astype(np.float32)
+    )
+    vae = coder.part.load()
+    for frames in (13, 1):
+        size = VideoSize(frames=frames, height=SIZE.height, width=SIZE.width)
+        video = np.pad(image, ((0, 0), (0, frames - 1), (0, 0), (0, 0), (0, 0)))
+        assert np.array_equal(
+            coder.encode(vae, image, size), jax.jit(lambda vae, x: vae.encode(x))(vae, video)
+        )
+
+
+def test_programs_do_not_depend_on_the_length(coder):
+    """One pair of programs, so one peak of memory, for 81 frames and for 161; the cache is donated,
+    not copied."""
+    pairs = [coder.decoder(latents(frames).shape, "uint8") for frames in (81, 161)]
+    assert pairs[0] == pairs[1]
+    encoders = [
+        coder.encoder(VideoSize(frames=frames, height=32, width=32)) for frames in (81, 161)
+    ]
+    assert encoders[0] == encoders[1]
+    for later in (pairs[0][1], encoders[0][1]):
+        memory = later.memory_analysis()
+        assert memory.alias_size_in_bytes > 0.8 * memory.output_size_in_bytes
+
+
+def test_a_frame_that_is_not_finite_is_told(coder):
+    leaves = random_model.random_leaves("vae", random_model.VAE, 1)
+    leaves["decoder.conv_out.bias"][...] = np.nan
+    bad = orbax.assemble(
+        orbax.abstract("vae", random_model.VAE), {n: jnp.asarray(x) for n, x in leaves.items()}
+    )
+    assert [finite for _, finite in coder.decode(bad, latents(5), "uint8")] == [False, False]
+
+
+def test_few_chunks_are_in_flight():
+    """The host asks for a chunk only when an earlier one has left."""
+    made, left = [], []
+
+    def chunks():
+        for i in range(7):
+            assert len(made) - len(left) <= IN_FLIGHT
+            made.append(i)
+            yield (jnp.full((2,), i),)
+
+    for (chunk,) in arriving(chunks()):
+        left.append(int(chunk[0]))
+    assert left == list(range(7))
+
+
+def test_frames_are_handed_out_as_they_come(model):
+    pipe, seen = tdjax.load(model), []
+    result = pipe(
+        "a",
+        num_samples=2,
+        num_frames=9,
+        on_frames=lambda index, frames: seen.append((index, frames.copy())),
+        **CALL,
+    )
+    assert [(index, len(frames)) for index, frames in seen] == [
+        (i, n) for i in range(2) for n in (1, 4, 4)
+    ]
+    for i in range(2):
+        assert np.array_equal(
+            np.concatenate([frames for index, frames in seen if index == i]), result.frames[i]
+        )
+    for wrong in ({"on_frames": 3}, {"on_frames": print, "output_type": "latent"}):
+        with pytest.raises(UsageError, match="on_frames"):
+            pipe("a", num_frames=9, **wrong, **CALL)

@@ -1,0 +1,362 @@
+"""Samplers against the official loops (golden), float64 numpy written from the formulas, an
+analytic flow, and diffusers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+from tolerances import assert_close
+
+from tdjax.config import SamplerConfig
+from tdjax.sampling import few_step, flow, unipc
+
+SHAPE = (2, 3, 5, 7, 2)  # b t h w c
+
+
+def fake(model, dtype=jnp.float32):
+    """The golden file's network: model 0 (text, or high noise) or 1 (low noise), with its own
+    rounding of inputs and output."""
+    scale, wave = ((0.3, jnp.sin), (0.2, jnp.cos))[model]
+
+    def velocity(x, timestep):
+        x, timestep = (
+            x.astype(dtype).astype(jnp.float32),
+            timestep.astype(dtype).astype(jnp.float32),
+        )
+        v = scale * x + wave(timestep / 500.0)[:, None, None, None, None]
+        return v.astype(dtype)
+
+    return velocity
+
+
+def noise(steps, shape=SHAPE, seed=0):
+    return np.random.default_rng(seed).standard_normal((steps, *shape)).astype(np.float32)
+
+
+def golden_cases():
+    return [
+        (f"{kind}_s{s}_n{n}/", kind.split("_")[1])
+        for kind, counts in (
+            ("t2v_sde", (1, 2, 3, 4)),
+            ("i2v_sde", (1, 2, 3, 4)),
+            ("i2v_ode", (1, 2, 3, 4)),
+            ("t2v_sde_bf16io", (2, 4)),
+        )
+        for s in (80, 200, 1600)
+        for n in counts
+    ]
+
+
+def golden_noise(g, prefix, steps):
+    """Start noise and injected noise as one array [steps b t h w c]; the official loop's last draw
+    has weight 0."""
+    draws = (
+        g[f"in/{prefix}noises"][:-1]
+        if f"in/{prefix}noises" in g
+        else np.zeros((steps - 1, *g[f"in/{prefix}init_noise"].shape), np.float32)
+    )
+    return rearrange(
+        np.concatenate([g[f"in/{prefix}init_noise"][None], draws]), "n b c t h w -> n b t h w c"
+    )
+
+
+@functools.cache
+def run(mode, model, bf16):
+    velocity = fake(model, jnp.bfloat16 if bf16 else jnp.float32)
+    return jax.jit(lambda x, noise, times: few_step.sample_from(velocity, x, noise, times, mode))
+
+
+def test_every_golden_case_is_named(golden):
+    assert sorted(p for p, _ in golden_cases()) == sorted(
+        bytes(golden("sampler")["index"]).decode().split()
+    )
+
+
+@pytest.mark.parametrize("prefix, mode", golden_cases())
+def test_official_loops(golden, prefix, mode):
+    """Each state of the official loop, experts swapped where it swapped them."""
+    g = golden("sampler")
+    index, expected = (
+        g[f"out/{prefix}model_index"],
+        rearrange(g[f"out/{prefix}x"], "n b c t h w -> n b t h w c"),
+    )
+    times, bf16 = g[f"out/{prefix}t_steps"].astype(np.float32), "bf16" in prefix
+    z = golden_noise(g, prefix, len(index))
+    x, eps = few_step.start(z[0], times), np.asarray(few_step.injected(z))
+    for i, model in enumerate(index):
+        x, finite = run(mode, int(model), bf16)(x, eps[i : i + 1], times[i : i + 2])
+        assert_close(x, expected[i], "sampler", f"{prefix} step {i}")
+        assert finite.tolist() == [True]
+    if not index.any():
+        whole, finite = jax.jit(
+            functools.partial(
+                few_step.sample, fake(0, jnp.bfloat16 if bf16 else jnp.float32), mode=mode
+            )
+        )(z, times)
+        np.testing.assert_array_equal(whole, x)
+        assert finite.tolist() == [True] * len(index)
+
+
+def test_the_network_receives_the_official_timesteps(golden):
+    g = golden("sampler")
+    for prefix in ("t2v_sde_s80_n4/", "t2v_sde_bf16io_s200_n4/"):
+        seen, expected = [], g[f"out/{prefix}timesteps_to_net"]
+        times = g[f"out/{prefix}t_steps"].astype(np.float32)
+
+        def spy(x, timestep, seen=seen):
+            seen.append(np.asarray(timestep))
+            return jnp.zeros_like(x)
+
+        with jax.disable_jit():
+            few_step.sample(spy, noise(4), times, "sde")
+        got = np.stack(seen)
+        assert got.dtype == np.float32
+        if "bf16" in prefix:
+            got = got.astype(jnp.bfloat16)
+        np.testing.assert_allclose(got.astype(np.float64), expected, rtol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["sde", "ode"])
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_two_calls_give_the_bits_of_one(mode, cut):
+    times, z = flow.times(SamplerConfig()), noise(4)
+    velocity = lambda x, timestep: (
+        jnp.sin(3.0 * x) + 0.1 * jnp.cos(timestep / 100.0)[:, None, None, None, None] * x
+    )
+    whole, finite = jax.jit(functools.partial(few_step.sample, velocity, mode=mode))(z, times)
+    part = jax.jit(functools.partial(few_step.sample_from, velocity, mode=mode))
+    eps = few_step.injected(z)
+    x, first = part(few_step.start(z[0], times), eps[:cut], times[: cut + 1])
+    x, second = part(x, eps[cut:], times[cut:])
+    np.testing.assert_array_equal(x, whole)
+    assert [*first.tolist(), *second.tolist()] == finite.tolist() == [True] * 4
+
+
+def test_the_start_noise_and_the_last_entry_are_not_injected():
+    """A changed entry changes the result exactly when it is used: all entries for sde, the first
+    for ode."""
+    times = flow.times(SamplerConfig(steps=3))
+    for mode, used in (("sde", [True, True, True]), ("ode", [True, False, False])):
+        run = jax.jit(functools.partial(few_step.sample, fake(0), mode=mode))
+        base = np.asarray(run(noise(3), times)[0])
+        for i in range(3):
+            other = noise(3)
+            other[i] += 1
+            assert (np.asarray(run(other, times)[0]) != base).any() == used[i]
+    x = few_step.start(noise(1)[0], times)
+    first, second = (
+        few_step.sample_from(fake(0), x, eps, np.array([0.5, 0.0], np.float32), "sde")[0]
+        for eps in (noise(1), noise(1, seed=1))
+    )
+    np.testing.assert_array_equal(first, second)
+
+
+def test_finite_names_the_first_bad_step():
+    def velocity(x, timestep):
+        return (
+            jnp.where(timestep[:, None, None, None, None] < 900, jnp.nan, 0.0).astype(jnp.float32)
+            * x
+        )
+
+    _, finite = jax.jit(functools.partial(few_step.sample, velocity, mode="sde"))(
+        noise(4), flow.times(SamplerConfig())
+    )
+    assert finite.dtype == bool and finite.tolist() == [True, True, False, False]
+    _, finite = few_step.sample_teacher(
+        velocity, noise(1)[0], SamplerConfig(steps=5, mode="unipc", sigma_max=5000.0)
+    )
+    assert finite.tolist() == [
+        bool(u >= 0.9)
+        for u in flow.grid(SamplerConfig(steps=5, mode="unipc", sigma_max=5000.0))[:-1]
+    ]
+
+
+def test_one_compile_for_each_number_of_steps():
+    traces = []
+
+    @functools.partial(jax.jit, static_argnames="mode")
+    def go(noise, times, mode):
+        traces.append(mode)
+        return few_step.sample(fake(0), noise, times, mode)
+
+    for seed, sigma_max in ((0, 80.0), (1, 200.0), (2, 1600.0)):
+        go(noise(4, seed=seed), flow.times(SamplerConfig(sigma_max=sigma_max)), mode="sde")
+    go(noise(4), flow.times(SamplerConfig(mid=(1.3, 1.0, 0.6))), mode="sde")
+    assert traces == ["sde"]
+    go(noise(3), flow.times(SamplerConfig(steps=3)), mode="sde")
+    assert traces == ["sde", "sde"]
+
+
+def test_wrong_arguments_are_named():
+    times = flow.times(SamplerConfig())
+    with pytest.raises(ValueError, match="mode is 'unipc'; allowed: sde, ode"):
+        few_step.sample(fake(0), noise(4), times, "unipc")
+    with pytest.raises(ValueError, match="4 steps need 4 entries of noise.*got 3"):
+        few_step.sample(fake(0), noise(3), times, "sde")
+
+
+# -- teacher ---------------------------------------------------------------------------------------
+
+
+def numpy_unipc(velocity, x, u):
+    """UniPC-2 bh2 in float64, as its formulas stand: explicit corrector and predictor with history
+    lists."""
+    steps, snr = len(u) - 1, lambda t: np.log((1 - t) / t)
+    data, corrected = [], []
+    for i in range(steps):
+        m = x - u[i] * velocity(x, u[i])
+        if i > 0:
+            h = snr(u[i]) - snr(u[i - 1])
+            big = np.expm1(-h)
+            if i == 1:
+                c = 0.5 * (m - data[-1])
+            else:
+                r = (snr(u[i - 2]) - snr(u[i - 1])) / h
+                g1 = big / -h - 1
+                g2 = g1 / -h - 0.5
+                rho = np.linalg.solve([[1.0, 1.0], [r, 1.0]], [g1 / big, 2 * g2 / big])
+                c = rho[0] * (data[-2] - data[-1]) / r + rho[1] * (m - data[-1])
+            x = u[i] / u[i - 1] * corrected[-1] - (1 - u[i]) * big * (data[-1] + c)
+        data.append(m)
+        corrected.append(x)
+        if i == steps - 1:
+            return m
+        h = snr(u[i + 1]) - snr(u[i])
+        big = np.expm1(-h)
+        slope = 0.5 * (data[-2] - m) / ((snr(u[i - 1]) - snr(u[i])) / h) if i > 0 else 0.0
+        x = u[i + 1] / u[i] * x - (1 - u[i + 1]) * big * (m + slope)
+    raise AssertionError("no steps")
+
+
+def numpy_euler(velocity, x, u):
+    for now, after in zip(u, u[1:], strict=False):
+        x = x + (after - now) * velocity(x, now)
+    return x
+
+
+def curved(x, u):
+    """A smooth nonlinear velocity, in numpy or jax.numpy."""
+    xp = jnp if isinstance(x, jax.Array) else np
+    return 0.5 * xp.tanh(x) + 0.3 * x * (1.0 - u) + 0.2
+
+
+def jax_curved(x, timestep):
+    return curved(x, timestep[:, None, None, None, None] / 1000.0)
+
+
+@pytest.mark.parametrize("mode, reference", [("euler", numpy_euler), ("unipc", numpy_unipc)])
+@pytest.mark.parametrize(
+    "steps, shift, sigma_max", [(1, 5.0, 80.0), (2, 3.0, 200.0), (7, 1.0, 80.0), (50, 5.0, 5000.0)]
+)
+def test_teachers_against_float64(mode, reference, steps, shift, sigma_max):
+    cfg = SamplerConfig(steps=steps, mode=mode, sigma_max=sigma_max, shift=shift)
+    z = noise(1)[0]
+    got, finite = jax.jit(lambda z: few_step.sample_teacher(jax_curved, z, cfg))(z)
+    assert_close(
+        got, reference(curved, z.astype(np.float64), flow.grid(cfg)), "float32", f"{mode} {steps}"
+    )
+    assert finite.tolist() == [True] * steps
+
+
+def gaussian_error(mode, steps, deviation=0.5, mean=0.7):
+    """Error of sampling N(mean, deviation^2), whose velocity and flow map are known, started where
+    the flow starts."""
+    cfg = SamplerConfig(steps=steps, mode=mode, sigma_max=80.0, shift=3.0)
+    u = flow.grid(cfg)
+    spread = lambda t: np.sqrt((1 - t) ** 2 * deviation**2 + t**2)
+    z = noise(1)[0].astype(np.float64)
+    x = (1 - u[0]) * mean + spread(u[0]) * z
+
+    def velocity(x, timestep):
+        t = timestep[:, None, None, None, None] / 1000.0
+        variance = (1.0 - t) ** 2 * deviation**2 + t**2
+        offset = x - (1.0 - t) * mean
+        return (t - (1.0 - t) * deviation**2) / variance * offset - mean
+
+    got = few_step.sample_teacher(velocity, jnp.asarray(x, jnp.float32), cfg)[0]
+    return np.abs(np.asarray(got) - (mean + deviation * z)).max()
+
+
+def test_order_of_convergence_on_a_gaussian():
+    """Halving the steps' size halves Euler's error and quarters UniPC's, which is far below it."""
+    errors = {mode: [gaussian_error(mode, n) for n in (10, 20, 40)] for mode in ("euler", "unipc")}
+    order = {mode: np.log2(np.array(e[:-1]) / np.array(e[1:])) for mode, e in errors.items()}
+    assert (order["euler"] > 0.8).all() and (order["euler"] < 1.3).all(), errors
+    assert (order["unipc"] > 1.8).all(), errors
+    assert errors["unipc"][2] < errors["euler"][2] / 10, errors
+
+
+def test_teacher_in_two_calls_gives_the_bits_of_one():
+    cfg = SamplerConfig(steps=6, mode="unipc", sigma_max=5000.0)
+    rows, z = unipc.rows(cfg), noise(1)[0]
+    whole, _ = jax.jit(lambda z: few_step.sample_teacher(jax_curved, z, cfg))(z)
+    go = jax.jit(functools.partial(few_step.teacher_from, jax_curved), donate_argnums=0)
+    for cut in (1, 3, 5):
+        state, first = go(few_step.teacher_start(jnp.array(z)), rows.part(0, cut))
+        state, second = go(state, rows.part(cut, 6))
+        np.testing.assert_array_equal(state.x, whole)
+        assert len(first) == cut and len(second) == 6 - cut
+
+
+def test_teacher_tables_do_not_recompile():
+    traces = []
+
+    @jax.jit
+    def go(z, rows):
+        traces.append(1)
+        return few_step.teacher_from(jax_curved, few_step.teacher_start(z), rows)[0].x
+
+    for shift in (1.0, 3.0, 5.0):
+        for mode in ("euler", "unipc"):
+            go(
+                noise(1)[0],
+                unipc.rows(SamplerConfig(steps=5, mode=mode, sigma_max=80.0, shift=shift)),
+            )
+    assert len(traces) == 1
+
+
+def test_guidance():
+    cond, uncond = (lambda x, t: x + 1.0), (lambda x, t: 0.5 * x)
+    x, t = jnp.full((1, 1, 1, 1, 2), 2.0), jnp.full((1,), 500.0)
+    np.testing.assert_array_equal(
+        few_step.guided(cond, uncond, 5.0)(x, t), 1.0 + 5.0 * (3.0 - 1.0) * np.ones_like(x)
+    )
+    np.testing.assert_array_equal(few_step.guided(cond, uncond, 1.0)(x, t), cond(x, t))
+
+
+def diffusers_steps(scheduler, x, u):
+    """A diffusers scheduler over our own grid, with the velocity `curved`."""
+    import torch
+
+    scheduler.set_timesteps(len(u) - 1)
+    scheduler.sigmas = torch.tensor(u)
+    x = torch.tensor(x)
+    for i, timestep in enumerate(scheduler.timesteps):
+        x = scheduler.step(torch.tensor(curved(x.numpy(), u[i])), timestep, x).prev_sample
+    return x.numpy()
+
+
+def test_diffusers_schedulers_agree():
+    """An independent port of both samplers, given the same float64 grid."""
+    diffusers = pytest.importorskip("diffusers")
+    z = noise(1)[0]
+    unipc = diffusers.UniPCMultistepScheduler(
+        solver_order=2,
+        solver_type="bh2",
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=5.0,
+        final_sigmas_type="zero",
+    )
+    for scheduler, mode in (
+        (unipc, "unipc"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "euler"),
+    ):
+        cfg = SamplerConfig(steps=8, mode=mode, sigma_max=5000.0)
+        expected = diffusers_steps(scheduler, z.astype(np.float64), flow.grid(cfg))
+        assert_close(
+            few_step.sample_teacher(jax_curved, jnp.asarray(z), cfg)[0], expected, "float32", mode
+        )
