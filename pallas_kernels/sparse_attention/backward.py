@@ -21,6 +21,8 @@ from pallas_kernels.primitives import blocks as count
 from pallas_kernels.sparse_attention.transpose import transpose
 from pallas_kernels.tuning import tile
 
+__all__ = ["backward"]
+
 # queries for each warp in the gradient of queries: as many as one tensor instruction gives it
 WARP_ROWS = 16
 # keys, and in the gradient of keys also queries, taken at a time; more need more registers or
@@ -36,33 +38,11 @@ def backward(q, k, v, blocks, o, lse, do, block_q, block_k, *, interpret):
             float32 [b h q_blocks block_q].
     """
     lse = rearrange(lse, "b h i m -> b h (i m)")
-    dq, delta = query_side(
-        q,
-        k,
-        v,
-        blocks,
-        o,
-        lse,
-        do,
-        block_q,
-        block_k,
-        tile("sparse_attention", f"dq_q{block_q}"),
-        interpret,
-    )
+    at = tile("sparse_attention", f"dq_q{block_q}")
+    dq, delta = query_side(q, k, v, blocks, o, lse, do, block_q, block_k, at, interpret)
     columns = transpose(blocks, count(k.shape[1], block_k))
-    dk, dv = key_side(
-        q,
-        k,
-        v,
-        columns,
-        lse,
-        delta,
-        do,
-        block_q,
-        block_k,
-        tile("sparse_attention", "dkdv"),
-        interpret,
-    )
+    at = tile("sparse_attention", "dkdv")
+    dk, dv = key_side(q, k, v, columns, lse, delta, do, block_q, block_k, at, interpret)
     return dq, dk, dv
 
 
@@ -201,9 +181,8 @@ def key_kernel(
         return dk + dot(ds.astype(q.dtype), q, (1, 0)), dv + dot(p.astype(do.dtype), do, (1, 0))
 
     zero = jnp.zeros(k.shape, jnp.float32)
-    dk, dv = lax.fori_loop(
-        columns.start[column] * times, columns.start[column + 1] * times, add, (zero, zero)
-    )
+    begin, end = columns.start[column] * times, columns.start[column + 1] * times
+    dk, dv = lax.fori_loop(begin, end, add, (zero, zero))
     store(at(dk_ref), (scale * dk).astype(dk_ref.dtype), inside)
     store(at(dv_ref), dv.astype(dv_ref.dtype), inside)
 
