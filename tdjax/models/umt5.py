@@ -17,8 +17,9 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
+from pallas_kernels.primitives import EXACT
 from tdjax.config import TextConfig
-from tdjax.models.linear import EXACT, Linear
+from tdjax.models.linear import Linear
 from tdjax.models.norms import RMSNorm
 
 

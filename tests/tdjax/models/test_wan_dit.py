@@ -121,7 +121,7 @@ def test_published_fast_norm_explains_its_output(golden, monkeypatch):
         return x, h * factor[:, None] + shift[:, None], None
 
     with monkeypatch.context() as patch:
-        patch.setitem(norm_modulate.NORM, "reference", padded)
+        patch.setitem(norm_modulate.IMPLEMENTATIONS["norm"], "reference", padded)
         values = jax.jit(lambda *a: intermediates(*a))(model, *args)
     v = model.unpatchify(model.head(values["block1/out"], values["e"]), model.grid(args[0]))
     assert_close(v, channels_last(g["out/v_fastnorm"]), "dit")
