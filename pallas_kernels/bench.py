@@ -85,8 +85,8 @@ def measure(case: Case, impl: str, workload: str, *, repeats: int, error: bool) 
 
 
 def _least_seconds(work: Workload, narrow: float, device: str) -> float | None:
-    """The least time that the peaks of a device allow, `narrow` of the operations done in 8 bits; None
-    for a device without an entry in PEAKS."""
+    """The least time that the peaks of a device allow, `narrow` of the operations done in 8 bits;
+    None for a device without an entry in PEAKS."""
     for name, (wide, eight_bit, bandwidth) in PEAKS.items():
         if re.search(rf"\b{name}\b", device):
             seconds = work.flops * ((1 - narrow) / wide + narrow / eight_bit)

@@ -1,5 +1,5 @@
-"""Tokens in blocks, and the choice of key blocks, in plain JAX: what the attention ops over lists of
-blocks share.
+"""Tokens in blocks, and the choice of key blocks, in plain JAX: what the attention ops over lists
+of blocks share.
 
 A query block keeps the key blocks of highest score; the score is the product of the mean query and
 the mean smoothed key (SLA, arXiv 2509.24006; thu-ml/TurboDiffusion turbodiffusion/SLA/utils.py).
@@ -55,8 +55,8 @@ def token_mean(means, length: int, size: int):  # f32 [b h n k] -> f32 [b h k]
 
 
 def scores_of_means(queries, keys, mean):
-    """`pooled_scores` from the means of blocks f32 [b h i k], [b h j k] and the mean key f32 [b h k]
-    -> f32 [b h i j]: the mean of k - mean(k) over a block is the block's mean minus the mean."""
+    """`pooled_scores` from the means of blocks f32 [b h i k], [b h j k] and the mean key f32 [b h
+    k] -> f32 [b h i j]: the mean of k - mean(k) over a block is the block's mean minus the mean."""
     return jnp.einsum("bhik,bhjk->bhij", queries, keys - mean[:, :, None], precision=EXACT)
 
 

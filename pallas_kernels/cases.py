@@ -47,7 +47,7 @@ SELF = {name: work for name, work in dense_shapes.WORKLOADS.items() if "text" no
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """`impls` of an op; run(impl, *args) is timed; prepare(impl, *args), where given, makes its arguments from the
+    """run(impl, *args) is timed; prepare(impl, *args), where given, makes its arguments from the
     workload's, untimed.
 
     exact(*args of the workload) is what the output should be. narrow: the share of the

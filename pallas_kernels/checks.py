@@ -1,5 +1,5 @@
-"""What several ops ask of their arguments. Each check raises ValueError that says what was given and
-what is expected."""
+"""What several ops ask of their arguments. Each check raises ValueError, which says what was given
+and what is expected."""
 
 from __future__ import annotations
 

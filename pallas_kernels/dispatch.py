@@ -17,8 +17,8 @@ from pallas_kernels import tuning
 
 
 def implementations(reference: Callable, kernel: Callable, **others: Callable):
-    """Returns the implementations of an op by name: "reference", `others` (as `cudnn=...`), "triton"
-    (`kernel`, compiled) and "interpret" (`kernel`, interpreted: for tests). kernel takes
+    """Returns the implementations of an op by name: "reference", `others` (as `cudnn=...`),
+    "triton" (`kernel`, compiled) and "interpret" (`kernel`, interpreted: for tests). kernel takes
     `interpret`."""
     return {
         "reference": reference,

@@ -50,8 +50,8 @@ def flatten_keys(s, blocks, block_k: int, length: int):  # f32 [b h c m t j] -> 
 
 
 def softmax_sum(s, v):  # float32 island
-    """s [b h c m n], v [b h c t j k], n = t j -> the softmax's weighted sum f32 [b h c m k], and the
-    log of its normaliser [b h c m]."""
+    """s [b h c m n], v [b h c t j k], n = t j -> the softmax's weighted sum f32 [b h c m k], and
+    the log of its normaliser [b h c m]."""
     # neither result depends on what is subtracted
     top = lax.stop_gradient(s.max(-1, keepdims=True))
     p = jnp.exp(s - top)

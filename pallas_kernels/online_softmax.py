@@ -1,5 +1,5 @@
-"""The loop of attention over lists of key blocks as one kernel, dense attention included; the linear
-branch goes with it.
+"""The loop of attention over lists of key blocks as one kernel, dense attention included; the
+linear branch goes with it.
 
 One pass serves every kind of score: a `scorer` takes the refs of queries and keys, and returns a
 function from the number of a key block to its raw scores and the positive factor that makes them

@@ -1,4 +1,4 @@
-"""Arrays of 8 bits with their scales, and the rounding of rows in plain JAX, which is the specification.
+"""Arrays of 8 bits with their scales, and the rounding of rows in plain JAX: the specification.
 
 A row that holds a NaN or an infinity has a scale that is not finite, so its products are not
 finite; other rows are untouched.

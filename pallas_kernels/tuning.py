@@ -1,6 +1,6 @@
 """Tiles: warps and pipeline stages of each kernel for each family of GPUs, from `<op>/tiles.json`,
-and from `tiles.json` beside this file for kernels that several ops share; nothing is searched at run
-time."""
+and from `tiles.json` beside this file for kernels that several ops share; nothing is searched at
+run time."""
 
 from __future__ import annotations
 

@@ -26,9 +26,10 @@ def attention(q, k, v, *, scale: float | None = None, impl: str = "auto"):
     q [b l h k], k and v [b s h k], one floating dtype -> [b l h k] of that dtype. ValueError for
     other shapes, dtypes and names.
     impl: "auto" (cuDNN on CUDA for bfloat16 and float16 with a head width it takes, with the
-    tangent of our kernel where it takes the arguments; else the reference), "reference", "cudnn" (with the tangent of the reference),
-    "triton" (our kernels for all of forward, tangent and gradient), "cudnn+triton" (our kernel for
-    the tangent, cuDNN for the rest), "interpret" (our kernels without a GPU, for tests).
+    tangent of our kernel where it takes the arguments; else the reference), "reference", "cudnn"
+    (with the tangent of the reference), "triton" (our kernels for all of forward, tangent and
+    gradient), "cudnn+triton" (our kernel for the tangent, cuDNN for the rest), "interpret" (our
+    kernels without a GPU, for tests).
     """
     check_attention(q, k, v)
     table = bound(IMPLEMENTATIONS["attention"], scale=scale)

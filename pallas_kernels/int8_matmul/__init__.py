@@ -55,11 +55,9 @@ def int8_linear(x, weight: QTensor, bias=None, *, impl: str = "auto"):
     of k.
 
     x [m k] float, weight int8 [n k] with float32 scales [ceil(n/128) k/128], bias [n] or None -> [m
-    n] of x.dtype. Forward only.
-    Raises ValueError where k is not a multiple of 128, or shapes do not fit. Source:
-        thu-ml/TurboDiffusion turbodiffusion/ops.
-    The sum is rounded to x.dtype before the bias is added, as in the published kernels: two
-    roundings.
+    n] of x.dtype. Forward only. Raises ValueError where k is not a multiple of 128, or shapes do
+    not fit. Source: thu-ml/TurboDiffusion turbodiffusion/ops. The sum is rounded to x.dtype before
+    the bias is added, as in the published kernels: two roundings.
     """
     op, scheme = "int8_linear", SCHEMES["block128"]
     _check(op, scheme, x, weight, bias)
@@ -84,8 +82,8 @@ def quantize_weight(weight, scheme: str) -> QTensor:  # [n k] float
 def quantized_linear(
     x: QTensor, weight: QTensor, bias=None, *, scheme: str, out_dtype, impl: str = "auto"
 ):
-    """x W^T + bias of quantised activations: [m k], [n k] -> [m n]. Weights concatenated along n, scales and biases alike,
-    give concatenated outputs.
+    """x W^T + bias of quantised activations: [m k], [n k] -> [m n]. Weights concatenated along n,
+    scales and biases alike, give concatenated outputs.
 
     channel and fp8 round once, after the bias; block128 before and after it, as in the published
     kernels. In block128 a weight that is not the last one concatenated must have a multiple of 128

@@ -13,8 +13,8 @@ BLOCK = 128
 
 
 def tiles(shape) -> tuple[int, int]:
-    """Returns the number of tiles of 128 x 128 of a matrix [m k] in each direction, the last ones cut:
-    (ceil(m/128), ceil(k/128))."""
+    """Returns the number of tiles of 128 x 128 of a matrix [m k] in each direction, the last ones
+    cut: (ceil(m/128), ceil(k/128))."""
     return math.ceil(shape[0] / BLOCK), math.ceil(shape[1] / BLOCK)
 
 

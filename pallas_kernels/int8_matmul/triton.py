@@ -57,8 +57,8 @@ def quantize_kernel(
 
 
 def block_product(x: QTensor, weight: QTensor, bias, out_dtype, *, interpret: bool):
-    """Values [m k], [n k] -> [m n]. Sum over the blocks of k, in order, of float32(int32 dot) * (scale_x * scale_weight);
-    rounded, and again with the bias."""
+    """Values [m k], [n k] -> [m n]. Sum over the blocks of k, in order, of float32(int32 dot) *
+    (scale_x * scale_weight); rounded, and again with the bias."""
     bias = None if bias is None else bias.astype(out_dtype)
     columns = x.scale.shape[1]
     scales = (
@@ -70,8 +70,8 @@ def block_product(x: QTensor, weight: QTensor, bias, out_dtype, *, interpret: bo
 
 
 def row_product(x: QTensor, weight: QTensor, bias, out_dtype, *, interpret: bool):
-    """Values [m k], [n k] -> [m n]. float32(int32 dot) * scale_x * scale_weight + bias, rounded once. Raises ValueError unless k
-    is a multiple of 128."""
+    """Values [m k], [n k] -> [m n]. float32(int32 dot) * scale_x * scale_weight + bias, rounded
+    once. Raises ValueError unless k is a multiple of 128."""
     k = x.values.shape[1]
     if k % BLOCK:
         raise ValueError(

@@ -78,7 +78,8 @@ def norm(
 
 
 def gelu(x, *, scheme: str, impl: str = "auto") -> QTensor:
-    """GELU (tanh form) of x [b l d], quantised by row from float32: values [(b l) d], scale [(b l)]."""
+    """GELU (tanh form) of x [b l d], quantised by row from float32: values [(b l) d], scale [(b
+    l)]."""
     _, _, d = _check("gelu", x, False, scheme)
     run = _chosen("gelu", impl, d, dtype=ROW_SCHEMES[scheme])
     return forward_only(run, NO_DERIVATIVE.format("gelu"))(x)

@@ -38,8 +38,8 @@ def rms_norm_rope(x, weight, cos, sin, *, eps: float, impl: str = "auto"):
 
 
 def rms_norm_rope_pool(x, weight, cos, sin, *, eps: float, block: int, impl: str = "auto"):
-    """`rms_norm_rope` [b l h k], and the mean f32 [b h n k] of each block of `block` rounded tokens;
-    the tail block is averaged over its own length.
+    """`rms_norm_rope` [b l h k], and the mean f32 [b h n k] of each block of `block` rounded
+    tokens; the tail block is averaged over its own length.
 
     The means are what the block map of sparse attention is made of (arXiv 2509.24006).
     """

@@ -96,16 +96,16 @@ def sage_sparse_linear_attention(
 
 
 def sage_sparse_attention(q, k, v, blocks, *, block_q=128, block_k=64, impl="auto"):
-    """`sparse_attention` with int8 scores: q k v [b l h k], blocks int32 [b h q_blocks chosen] -> [b l
-    h k]."""
+    """`sparse_attention` with int8 scores: q k v [b l h k], blocks int32 [b h q_blocks chosen] ->
+    [b l h k]."""
     check_block_list(q, k, v, blocks, block_q)
     op = partial(_run, "sage_sparse_attention", impl, block_q=block_q, block_k=block_k)
     return forward_only(op, NO_DERIVATIVE)(q, k, v, blocks)
 
 
 def sage_attention(q, k, v, *, block_q=128, block_k=64, impl="auto"):
-    """Dense attention with int8 scores (SageAttention, arXiv 2410.02367): q [b l h k], k v [b s h k]
-    -> [b l h k]."""
+    """Dense attention with int8 scores (SageAttention, arXiv 2410.02367): q [b l h k], k v [b s h
+    k] -> [b l h k]."""
     check_attention(q, k, v)
     op = partial(_run, "sage_attention", impl, block_q=block_q, block_k=block_k)
     return forward_only(op, NO_DERIVATIVE)(q, k, v)

@@ -18,8 +18,8 @@ def quantize_blocks(x):  # f32 [b h n m k] -> int8 of the same shape, f32 [b h n
 
 
 def quantize_keys(k, mean, *, block):
-    """k - mean in float32, rounded by `quantize_blocks`; tokens past the end count as zeros. k [b l h
-    k], mean f32 [b h k] -> int8 [b l h k], f32 [b h n]."""
+    """k - mean in float32, rounded by `quantize_blocks`; tokens past the end count as zeros. k [b l
+    h k], mean f32 [b h k] -> int8 [b l h k], f32 [b h n]."""
     values, scale = quantize_blocks(blocked(k.astype(jnp.float32) - mean[:, None], block))
     return unblocked(values, k.shape[1]), scale
 

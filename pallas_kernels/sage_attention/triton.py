@@ -81,8 +81,8 @@ def int8_scores(plan, rows, queries, keys):
     """int32 products of int8 queries and keys; the factor holds both blocks' scales, 1/sqrt(k) and
     log2(e).
 
-    queries: int8 [.. k], f32 scales of its blocks, bounds of the scores of each block; keys: int8 and
-    scales.
+    queries: int8 [.. k], f32 scales of its blocks, bounds of the scores of each block; keys: int8
+    and scales.
     """
     q, here = load(queries[0], rows), pl.program_id(0)
     scale = LOG2E * q.shape[-1] ** -0.5 * queries[1][here]
@@ -96,8 +96,8 @@ def quantize_keys(k, mean, *, block, interpret):
 
 
 def quantize_and_measure(k, mean, *, block, interpret):
-    """`quantize_keys`, and a bound f32 [b h n] on the length (Euclidean norm) of each block's longest
-    token as rounded: values times scale."""
+    """`quantize_keys`, and a bound f32 [b h n] on the length (Euclidean norm) of each block's
+    longest token as rounded: values times scale."""
     b, l, h, d = k.shape
     check_power_of_two("quantize_keys", "head width", d)
     check_power_of_two("quantize_keys", "block", block)

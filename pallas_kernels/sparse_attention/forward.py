@@ -1,4 +1,4 @@
-"""Attention over lists of key blocks with float scores: the loop of `online_softmax` with its scorer."""
+"""Attention over lists of key blocks with float scores, by the loop of `online_softmax`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pallas_kernels.tuning import tile
 
 
 def forward(q, k, v, blocks, block_q, block_k, *, linear=None, save=False, interpret=False):
-    """o, or (o, o_s, lse) if `save`: what `online_softmax.attend` says, with float scores; q k v [b l
-    h k], blocks int32 [b h q_blocks chosen]."""
+    """o, or (o, o_s, lse) if `save`: what `online_softmax.attend` says, with float scores; q k v [b
+    l h k], blocks int32 [b h q_blocks chosen]."""
     return attend(
         _float_scores,
         (q,),

@@ -38,9 +38,8 @@ def grad(args, saved, do, block_q, block_k, *, interpret):
     block list has none.
 
     args: q k v [b l h k], proj_kernel [k k], proj_bias [k], blocks int32 [b h q_blocks chosen];
-          saved: o of the sparse branch
-    alone [b l h k], its lse f32 [b h q_blocks block_q], and `linear_branch.summaries` f32 [b h k k], [b h
-    k]; do [b l h k].
+    saved: o of the sparse branch alone [b l h k], its lse f32 [b h q_blocks block_q], and
+    `linear_branch.summaries` f32 [b h k k], [b h k]; do [b l h k].
     """
     q, k, v, proj_kernel, proj_bias, blocks = args
     o, lse, product, total = saved
@@ -56,9 +55,8 @@ def linear_backward(q, k, v, product, total, proj_kernel, do, near, *, interpret
     float32.
 
     near: the gradients of the sparse branch, to which these are added in float32; product, total:
-          phi(k)^T v and the sum of phi(k)
-    in float32, from `linear_branch.summaries`. Sums over the sequence are float32, by chunks that XLA adds
-    up: no result depends on timing.
+    phi(k)^T v and the sum of phi(k) in float32, from `linear_branch.summaries`. Sums over the
+    sequence are float32, by chunks that XLA adds up: no result depends on timing.
     """
     product_of = partial(jnp.einsum, precision=EXACT)
     m = product_of("bhij,jo->bhio", product, proj_kernel).astype(q.dtype)

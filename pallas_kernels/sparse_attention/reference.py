@@ -1,4 +1,4 @@
-"""Block-sparse softmax attention in plain JAX: the specification, fast enough to run at real size."""
+"""Block-sparse attention in plain JAX: the specification, fast enough to run at real size."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ def temporal_unfold(x, past=None, gain=None, *, impl: str = "auto"):
     if x.ndim != 5 or (past is not None and (past.shape, past.dtype) != (before, x.dtype)):
         given = "" if past is None else f", past {past.dtype} {past.shape}"
         raise ValueError(
-            f"temporal_unfold: x {x.dtype} {x.shape}{given}; expected [b t h w c] and [b 2 h w c] of"
-            " one dtype"
+            f"temporal_unfold: x {x.dtype} {x.shape}{given}; expected [b t h w c] and [b 2 h w c]"
+            " of one dtype"
         )
     if gain is not None and gain.shape != x.shape[-1:]:
         raise ValueError(f"temporal_unfold: gain {gain.shape}; expected {x.shape[-1:]}")

@@ -10,8 +10,8 @@ from pallas_kernels.workload import Workload
 
 
 def frames(t: int, h: int, w: int, c: int) -> Workload:
-    """x, past, gain of `temporal_unfold`. A caller that keeps `past`, as a bench does, has it copied
-    in this time."""
+    """x, past, gain of `temporal_unfold`. A caller that keeps `past`, as a bench does, has it
+    copied in this time."""
 
     def make(key):
         keys = jax.random.split(key, 3)

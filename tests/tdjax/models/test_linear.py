@@ -106,8 +106,8 @@ def test_published_int8_layer(golden):
 @pytest.mark.parametrize("impl", ["reference", "interpret"])
 @pytest.mark.parametrize("kind", LINEAR)
 def test_what_a_layer_reads(kind, impl):
-    """Norm and GELU quantised for the layer give what it would make of their float results itself, but
-    for a rounding of 8 bits."""
+    """Norm and GELU quantised for the layer give what it would make of their float results itself,
+    but for a rounding of 8 bits."""
     layer = first(stacked(kind, 256, 128)[0])
     layer.impl = impl
     x, y, gate = (
