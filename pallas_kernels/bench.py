@@ -67,7 +67,7 @@ def measure(case: Case, impl: str, workload: str, *, repeats: int, error: bool) 
     args = case.prepare(impl, *given) if case.prepare else given
     run = jax.jit(lambda *args: case.run(impl, *args)).lower(*args).compile()
     distance = relative(run(*args), jax.jit(case.exact)(*given)) if error else None
-    times = samples(lambda: run(*args), repeats)
+    times = _samples(lambda: run(*args), repeats)
     low, middle, high = np.percentile(times, (10, 50, 90))
     least = _least_seconds(work, case.eight_bit(impl), jax.devices()[0].device_kind)
     return Row(
@@ -94,7 +94,7 @@ def _least_seconds(work: Workload, narrow: float, device: str) -> float | None:
     return None
 
 
-def samples(call, repeats: int) -> list[float]:
+def _samples(call, repeats: int) -> list[float]:
     """Milliseconds for one call, `repeats` times."""
     jax.block_until_ready(call())
     start = time.perf_counter()

@@ -51,7 +51,7 @@ def automatic(
     refusal: str | None,
     *,
     kernel: str = "triton",
-    on: Mapping[str, str] | None = None,
+    by_family: Mapping[str, str] | None = None,
     derivative: str | None = None,
 ) -> Callable:
     """Returns what "auto" means: a kernel of `table` on CUDA, its reference elsewhere and for what
@@ -59,8 +59,8 @@ def automatic(
 
     refusal: why the kernel does not take these arguments; None if it does.
     kernel: the name of the kernel.
-    on: names of other kernels by family of GPUs (`tuning.FAMILIES`), where one is faster and takes
-        these arguments: {"sm90": "mosaic"}.
+    by_family: names of other kernels by family of GPUs (`tuning.FAMILIES`), where one is faster and
+        takes these arguments: {"sm90": "mosaic"}.
     derivative: the name of the implementation that is differentiated if the default device is a
         GPU, by default the kernel; elsewhere it is the reference: branches for both would keep both
         sets of residuals.
@@ -70,7 +70,8 @@ def automatic(
         return reference
 
     def fastest(*args):
-        return table[on.get(tuning.family(), kernel) if on else kernel](*args)
+        name = by_family.get(tuning.family(), kernel) if by_family else kernel
+        return table[name](*args)
 
     op = jax.custom_jvp(on_cuda(fastest, reference))
 

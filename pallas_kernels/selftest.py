@@ -69,7 +69,7 @@ class Check:
         return not self.failure and self.error <= self.bound
 
 
-def normal(seed: int, *shape: int, dtype=jnp.bfloat16):
+def _normal(seed: int, *shape: int, dtype=jnp.bfloat16):
     """The barrier keeps the compiler from computing references by itself, from constants."""
     return lax.optimization_barrier(
         jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
@@ -85,8 +85,8 @@ def cases() -> Iterator[tuple[str, tuple[str, ...], Callable]]:
 
 def _attention_cases():
     """200 tokens of two heads: no block divides them."""
-    q, k, v, t = (normal(seed, 1, 200, 2, 64) for seed in range(4))
-    w, b = normal(4, 64, 64, dtype=jnp.float32) / 8, normal(5, 64, dtype=jnp.float32)
+    q, k, v, t = (_normal(seed, 1, 200, 2, 64) for seed in range(4))
+    w, b = _normal(4, 64, 64, dtype=jnp.float32) / 8, _normal(5, 64, dtype=jnp.float32)
     sage = sage_attention.sage_sparse_linear_attention
 
     def sla(q, k, v, w, b, impl):
@@ -116,7 +116,7 @@ def _attention_cases():
 
 
 def _linear_cases():
-    x, weight, bias = normal(6, 200, 256), normal(8, 384, 256), normal(9, 384)
+    x, weight, bias = _normal(6, 200, 256), _normal(8, 384, 256), _normal(9, 384)
     for scheme in SCHEMES:
         yield (
             f"{scheme} linear",
@@ -145,9 +145,9 @@ def _quantised(x, scheme, impl):
 
 def _row_cases():
     x, y, rows = (
-        normal(6, 1, 200, 256),
-        normal(7, 1, 200, 256),
-        normal(10, 1, 1, 256, dtype=jnp.float32),
+        _normal(6, 1, 200, 256),
+        _normal(7, 1, 200, 256),
+        _normal(10, 1, 1, 256, dtype=jnp.float32),
     )
 
     def norm(impl):
@@ -159,15 +159,15 @@ def _row_cases():
 
     yield "norm and residual", ("norm",), norm
     yield "gelu to int8", ("gelu",), gelu
-    angles, weight = normal(11, 200, 32, dtype=jnp.float32), normal(9, 384)[:256]
+    angles, weight = _normal(11, 200, 32, dtype=jnp.float32), _normal(9, 384)[:256]
     tables = jnp.cos(angles), jnp.sin(angles)
     prep = partial(qk_prep.rms_norm_rope_pool, x, weight, *tables, eps=1e-6, block=64)
     ops = "rms_norm_rope", "rms_norm_rope_pool"
     yield "norm, rotation and means", ops, lambda impl: prep(impl=impl)
-    k = normal(1, 1, 200, 2, 64)
+    k = _normal(1, 1, 200, 2, 64)
     keys = partial(sage_attention.quantize_keys, k, k.astype(jnp.float32).mean(1), block=64)
     yield "int8 keys", ("quantize_keys",), lambda impl: keys(impl=impl)[0].astype(jnp.float32)
-    frames, past, gain = normal(12, 1, 4, 8, 10, 96), normal(13, 1, 2, 8, 10, 96), normal(14, 96)
+    frames, past, gain = _normal(12, 1, 4, 8, 10, 96), _normal(13, 1, 2, 8, 10, 96), _normal(14, 96)
     unfold = partial(temporal_unfold, frames, past, gain)
     yield "norm, SiLU and taps", ("temporal_unfold",), lambda impl: unfold(impl=impl)
 
@@ -191,7 +191,7 @@ def run(impl: str, only: Collection[str] | None = None) -> Iterator[Check]:
         if only is not None and name not in only:
             continue
         try:
-            yield Check(name, distance(*outputs(impl, (name,))[name]), bound)
+            yield Check(name, _distance(*outputs(impl, (name,))[name]), bound)
         except Exception as error:  # noqa: BLE001
             # whatever a backend raises is a failed check, and the others still run
             lines = str(error).splitlines()
@@ -206,7 +206,7 @@ def together(impl: str, names: Collection[str]) -> list[Check]:
     try:
         found = outputs(impl, names)
         checks = [
-            Check(name, distance(*found[name]), bound)
+            Check(name, _distance(*found[name]), bound)
             for name, bound in BOUNDS.items()
             if name in found
         ]
@@ -215,7 +215,7 @@ def together(impl: str, names: Collection[str]) -> list[Check]:
     return checks or list(run(impl, names))
 
 
-def distance(made, expected) -> float:
+def _distance(made, expected) -> float:
     """The largest relative L2 of any output; NaN is infinitely far."""
     worst = 0.0
     for a, e in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):

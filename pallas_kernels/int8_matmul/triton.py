@@ -45,9 +45,8 @@ def quantize(x, *, interpret: bool) -> QTensor:  # [m k] float
     return QTensor(*run(x))
 
 
-def quantize_kernel(
-    x_ref, values_ref, scale_ref, *, shape, interpret
-):  # x and values [128 128], scale []
+def quantize_kernel(x_ref, values_ref, scale_ref, *, shape, interpret):
+    """x and values [128 128], scale []."""
     mask = inside(pl.program_id(1), pl.program_id(0), shape, x_ref.shape)
     x = load(x_ref, mask).astype(jnp.float32)
     amax = largest([x])
@@ -120,9 +119,8 @@ def swizzled(p, grid):
     return first + p % height, p // height
 
 
-def block_kernel(
-    x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret
-):  # x [64 k], w [128 k], scales [k/128], bias [128]
+def block_kernel(x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret):
+    """x [64 k], w [128 k], scales [k/128], bias [128]."""
     (i, j), (*bias, y_ref) = place(pl.program_id(0)), rest
 
     def step(c, total):
@@ -135,9 +133,8 @@ def block_kernel(
     store(y_ref, total.astype(y_ref.dtype), inside(i, j, shape, y_ref.shape))
 
 
-def row_kernel(
-    x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret
-):  # x w [128 k], scales and bias [128]
+def row_kernel(x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret):
+    """x w [128 k], scales and bias [128]."""
     (i, j), (*bias, y_ref) = place(pl.program_id(0)), rest
     step = lambda c, total: total + tile_dot(x_ref, w_ref, c, (i, j), shape)
     total = lax.fori_loop(0, x_ref.shape[1] // BLOCK, step, jnp.zeros(y_ref.shape, jnp.int32))

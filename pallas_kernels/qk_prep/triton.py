@@ -42,10 +42,9 @@ def rms_norm_rope_pool(x, weight, cos, sin, *, eps, block, interpret):
     return y, sums / counts(x.shape[1], block)[:, None]
 
 
-def normed(
-    x, weight, cos, sin, eps, piece, *, sums, interpret
-):  # -> [[b l h k]], with f32 [b pieces h k] where `sums`
-    """Normed and rotated tokens and, where asked for, their sums over pieces."""
+def normed(x, weight, cos, sin, eps, piece, *, sums, interpret):
+    """Normed and rotated tokens [b l h k] and, where `sums`, their sums over pieces f32 [b pieces h
+    k]: a list."""
     b, l, d = x.shape
     k = 2 * cos.shape[1]
     check_power_of_two("rms_norm_rope", "head width", k)

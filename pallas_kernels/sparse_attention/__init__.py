@@ -62,8 +62,8 @@ def sparse_linear_attention(
     topk is the share of key blocks kept. The choice of blocks has no gradient; the linear branch
     sums over all keys, chosen or not.
     means: those of the blocks of q f32 [b h i k] and of k f32 [b h j k], as
-           `qk_prep.rms_norm_rope_pool` gives; else computed here.
-    Raises ValueError for other shapes, dtypes and names of `impl`.
+    `qk_prep.rms_norm_rope_pool` gives; else computed here. Raises ValueError for other shapes,
+    dtypes and names of `impl`.
     """
     check_attention(q, k, v)
     check_means(q, k, means, block_q, block_k)
@@ -90,8 +90,8 @@ def sparse_attention(q, k, v, blocks, *, block_q=128, block_k=64, impl="auto"):
     ascending, no repeats.
 
     q k v [b l h k] -> [b l h k]. The last block may be shorter; keys past the end do not count.
-    Raises ValueError for a list that is not int32, or not of these queries. Differentiable with the
-        list held constant.
+    Differentiable with the list held constant. Raises ValueError for a list that is not int32, or
+    not of these queries.
     """
     check_block_list(q, k, v, blocks, block_q)
     sizes = {"block_q": block_q, "block_k": block_k}

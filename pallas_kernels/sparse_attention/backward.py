@@ -34,8 +34,8 @@ def backward(q, k, v, blocks, o, lse, do, block_q, block_k, *, interpret):
     """dq, dk, dv [b l h k] of `reference.sparse_attention`, whose o it was; do is the cotangent of
     o.
 
-    blocks: int32 [b h q_blocks chosen], ascending; lse: natural logarithm of the normalisers,
-            float32 [b h q_blocks block_q].
+    blocks: int32 [b h q_blocks chosen], ascending; lse: natural logarithm of the normalisers, f32
+    [b h q_blocks block_q].
     """
     lse = rearrange(lse, "b h i m -> b h (i m)")
     at = tile("sparse_attention", f"dq_q{block_q}")
@@ -46,11 +46,9 @@ def backward(q, k, v, blocks, o, lse, do, block_q, block_k, *, interpret):
     return dq, dk, dv
 
 
-def query_side(
-    q, k, v, blocks, o, lse, do, block_q, block_k, at, interpret
-):  # lse f32 [b h (q_blocks block_q)]
+def query_side(q, k, v, blocks, o, lse, do, block_q, block_k, at, interpret):
     """dq [b l h k], and delta f32 [b h (q_blocks block_q)], which is not written past the last
-    query."""
+    query. lse f32 [b h (q_blocks block_q)]."""
     rows = min(block_q, WARP_ROWS * at.warps)
     (b, l, h, d), chosen = q.shape, blocks.shape[3]
     own = pl.BlockSpec((None, rows, None, d), lambda i, g: (g // h, i, g % h, 0))
@@ -119,10 +117,9 @@ def query_kernel(
     store(dq_ref, (scale * dq).astype(dq_ref.dtype), here[:, None])
 
 
-def key_side(
-    q, k, v, columns, lse, delta, do, block_q, block_k, at, interpret
-):  # lse delta f32 [b h (q_blocks block_q)]
-    """dk, dv [b l h k], zeros where no query chose a key; columns: the lists of `transpose`."""
+def key_side(q, k, v, columns, lse, delta, do, block_q, block_k, at, interpret):
+    """dk, dv [b l h k], zeros where no query chose a key; columns: the lists of `transpose`; lse
+    and delta f32 [b h (q_blocks block_q)]."""
     whole = lambda x: pl.BlockSpec(x.shape, lambda i: (0,) * x.ndim)
     args = columns, q, do, lse, delta, k, v
     return launch(

@@ -152,10 +152,8 @@ def query_sums_kernel(
     store(dbias_ref, dbias.max(1))
 
 
-def key_side(
-    k, v, dproduct, dz, near_k, near_v, *, interpret
-):  # dproduct [b h k k] in k.dtype, dz f32 [b h k]
-    """near_k + dk, near_v + dv [b l h k]."""
+def key_side(k, v, dproduct, dz, near_k, near_v, *, interpret):
+    """near_k + dk, near_v + dv [b l h k] of dproduct [b h k k] in k.dtype, dz f32 [b h k]."""
     b, l, h, d = k.shape
     tokens = pl.BlockSpec((None, ROWS, None, d), lambda i, g: (g // h, i, g % h, 0))
     head = lambda *shape: pl.BlockSpec(

@@ -29,7 +29,7 @@ def intermediates(model: DiT, x, timestep, text, image=None, features=None) -> d
     """The arguments of `DiT.__call__` -> {key: array}, among them "v", the output [b t h w c]."""
     model.check(x=x, timestep=timestep, text=text, image=image, features=features)
     cfg, grid = model.cfg, model.grid(x)
-    out = around(model, x, timestep, text, image, features)
+    out = _around(model, x, timestep, text, image, features)
     table, kvs = rope(grid, cfg.head_dim), model.text_kv(text, features)
     h = out["patch_embed"]
     for i in range(cfg.layers):
@@ -42,7 +42,7 @@ def intermediates(model: DiT, x, timestep, text, image=None, features=None) -> d
     return out | {"v": model.unpatchify(out["head_out"], grid)}
 
 
-def around(model, x, timestep, text, image, features):
+def _around(model, x, timestep, text, image, features):
     """What is computed before the blocks."""
     grid = model.grid(x)
     e, e0 = model.time(timestep)
@@ -71,7 +71,7 @@ def inside(block, x, e, kv, table):
     out["q_rope"], _ = attn.core.queries(attn.q(h), attn.norm_q, table)
     out["k_rope"], _ = attn.core.keys(attn.k(h), attn.norm_k, table)
     if isinstance(attn.core, SLACore):
-        out |= sparse_linear(attn.core, out["q_rope"], out["k_rope"], attn.values(h))
+        out |= _sparse_linear(attn.core, out["q_rope"], out["k_rope"], attn.values(h))
     y = out["self_attn_out"] = attn(h, table)
     x, h = block.norm3(x, residual=y, gate=gate1)
     out["after_self_attn"], out["cross_attn_in"] = x, floats(block.cross_attn.q, h)
@@ -89,7 +89,7 @@ def floats(layer, h):  # what `layer` reads -> [b l d]
     return layer.dequantize(layer.rows(h.values, h.scale)).reshape(h.values.shape).astype(h.dtype)
 
 
-def sparse_linear(core, q, k, v):
+def _sparse_linear(core, q, k, v):
     """The parts of sparse-linear attention, by the float ops; q k v [b l h k]."""
     sla = core.cfg.sla
     sizes = {"block_q": sla.block_q, "block_k": sla.block_k}

@@ -314,7 +314,7 @@ def with_linear(model: DiT, linear: str, *, free: bool = False) -> DiT:
     leaf by leaf.
 
     free: delete the layers of the given model on the way, so that no more than one of them is held
-          twice.
+    twice.
     """
     if linear == model.cfg.linear:
         return model

@@ -255,7 +255,7 @@ class VAE(nnx.Module):
 
     def encoded(self, video, whole: bool = False):
         """f32 [b T H W 3] -> mean and log-variance [b t h w 2z]."""
-        check_video(video.shape, self.cfg)
+        _check_video(video.shape, self.cfg)
         size = video.shape[1] - 1 if whole else self.cfg.temporal
         video = video.astype(self.cfg.policy.compute_dtype)
         return self.quant_conv(over_chunks(self.encoder, video, size))
@@ -267,7 +267,7 @@ class VAE(nnx.Module):
         The scan stacks frames in the compute dtype; they become float32 after it. whole: as in
         `encode`.
         """
-        check_latents(latents.shape, self.cfg)
+        _check_latents(latents.shape, self.cfg)
         size = latents.shape[1] - 1 if whole else 1
         video = over_chunks(self.decoder, self.decoder_input(latents), size)
         return video.astype(jnp.float32)
@@ -290,7 +290,7 @@ class VAE(nnx.Module):
         return self.post_quant_conv(x.astype(self.cfg.policy.compute_dtype))
 
 
-def check_video(shape: tuple[int, ...], cfg: VAEConfig):
+def _check_video(shape: tuple[int, ...], cfg: VAEConfig):
     """UsageError for frames and sizes that the encoder cannot halve."""
     if len(shape) != 5 or shape[-1] != COLOURS:
         raise ValueError(f"video has shape {shape}; it must be [b T H W {COLOURS}], channels last")
@@ -313,7 +313,7 @@ def check_video(shape: tuple[int, ...], cfg: VAEConfig):
             )
 
 
-def check_latents(shape: tuple[int, ...], cfg: VAEConfig):
+def _check_latents(shape: tuple[int, ...], cfg: VAEConfig):
     if len(shape) != 5 or 0 in shape or shape[-1] != cfg.latent_channels:
         raise ValueError(
             f"latents have shape {shape}; they must be [b t h w {cfg.latent_channels}], channels"
@@ -330,14 +330,14 @@ def intermediates(vae: VAE, video=None, latents=None) -> dict:
     """
     out = {}
     if video is not None:
-        check_video(video.shape, vae.cfg)
+        _check_video(video.shape, vae.cfg)
         x = video.astype(vae.cfg.policy.compute_dtype)
         chunks = over_chunks(vae.encoder, x, vae.cfg.temporal)
         out |= {f"encoder_chunk{i}": chunks[:, i : i + 1] for i in range(chunks.shape[1])}
         out["encoder_middle"] = over_chunks(vae.encoder.trunk, x, vae.cfg.temporal)
         out["conv1_out"] = vae.quant_conv(chunks)
     if latents is not None:
-        check_latents(latents.shape, vae.cfg)
+        _check_latents(latents.shape, vae.cfg)
         out["conv2_out"] = vae.decoder_input(latents)
         out["decoder_middle"] = over_chunks(vae.decoder.trunk, out["conv2_out"], 1)
     return {

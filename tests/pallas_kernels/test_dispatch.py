@@ -55,11 +55,11 @@ def test_auto_is_decided_at_lowering_and_its_derivative_by_the_default_device(mo
 
 
 def test_auto_takes_another_kernel_on_a_family_of_gpus(monkeypatch):
-    op = automatic(TABLE, None, on={"sm90": "mosaic"})
+    op = automatic(TABLE, None, by_family={"sm90": "mosaic"})
     monkeypatch.setattr(tuning, "family", lambda: "sm90")
     assert "stablehlo.tanh" in lowered(op)
     monkeypatch.setattr(tuning, "family", lambda: "sm80")
-    assert "stablehlo.sine" in lowered(automatic(TABLE, None, on={"sm90": "mosaic"}))
+    assert "stablehlo.sine" in lowered(automatic(TABLE, None, by_family={"sm90": "mosaic"}))
 
 
 def test_implementations_by_name():
