@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tdjax.errors import TdjaxError, UsageError, leave
 from tdjax.generate.arguments import hyphens
-from tdjax.train.configs import Tree, build, put
+from tdjax.train.settings import Tree, build, put
 from tdjax.train.tiny import settings
 
 STAGES = {  # name -> file and function

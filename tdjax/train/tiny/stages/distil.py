@@ -14,19 +14,18 @@ from tdjax.config import DiTConfig
 from tdjax.models.wan_dit import DiT, with_compute
 from tdjax.sampling import flow
 from tdjax.train import rcm, sla
-from tdjax.train.optimizer import OptimizerConfig, adamw
-from tdjax.train.rcm import SCM, RCMConfig
-from tdjax.train.sla import SLATrainingConfig
-from tdjax.train.state import (
-    Batch,
-    DistillState,
+from tdjax.train.configs import (
+    SCM,
     EMAConfig,
-    Teacher,
-    TrainState,
-    guided_teacher,
-    velocity,
+    LogNormal,
+    OptimizerConfig,
+    RCMConfig,
+    SLATrainingConfig,
+    UniformShift,
 )
-from tdjax.train.times import LogNormal, UniformShift
+from tdjax.train.optimizer import adamw
+from tdjax.train.state import Batch, DistillState, Teacher, TrainState
+from tdjax.train.step import guided_teacher, velocity
 from tdjax.train.tiny import work
 from tdjax.train.tiny.data import encoded
 from tdjax.train.tiny.evaluation import detector, metrics, sampling

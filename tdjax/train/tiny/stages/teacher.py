@@ -12,10 +12,9 @@ from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.parallel.sharding import leaf_name
 from tdjax.train import flow_matching
-from tdjax.train.flow_matching import FlowMatchingConfig
-from tdjax.train.optimizer import OptimizerConfig, adamw
-from tdjax.train.state import Batch, EMAConfig, Teacher, TrainState
-from tdjax.train.times import UniformShift
+from tdjax.train.configs import EMAConfig, FlowMatchingConfig, OptimizerConfig, UniformShift
+from tdjax.train.optimizer import adamw
+from tdjax.train.state import Batch, Teacher, TrainState
 from tdjax.train.tiny import work
 from tdjax.train.tiny.data import encoded
 from tdjax.train.tiny.data.encoded import Data

@@ -12,8 +12,11 @@ import numpy as np
 from flax import nnx
 
 from tdjax.models.wan_vae import VAE
-from tdjax.train.optimizer import OptimizerConfig, adamw
-from tdjax.train.state import EMAConfig, TrainState, apply, ema_update, named_keys
+from tdjax.train.configs import EMAConfig, OptimizerConfig
+from tdjax.train.ema import ema_update
+from tdjax.train.optimizer import adamw
+from tdjax.train.state import TrainState
+from tdjax.train.step import apply, named_keys
 from tdjax.train.tiny import work
 from tdjax.train.tiny.data import clips
 from tdjax.train.tiny.evaluation import detector, metrics

@@ -12,8 +12,8 @@ from tolerances import assert_close
 from tdjax.checkpoints import orbax
 from tdjax.models.wan_dit import with_compute
 from tdjax.precision import FLOAT32
-from tdjax.train.optimizer import OptimizerConfig, adamw
-from tdjax.train.sla import SLATrainingConfig
+from tdjax.train.configs import OptimizerConfig, SLATrainingConfig
+from tdjax.train.optimizer import adamw
 from tdjax.train.state import DistillState, TrainState
 from tdjax.train.tiny import settings
 from tdjax.train.tiny.data import encoded
