@@ -152,15 +152,15 @@ class _Programs:
 
 
 @jax.jit
-def _finite(state) -> jax.Array:
-    """Whether every float of a state is finite."""
+def finite(state) -> jax.Array:
+    """Returns whether every float of a state is finite."""
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
 
 def _check_finite(state, step: int, run: Path) -> None:
     """A checkpoint with a NaN in it would be worse than none."""
-    if not _finite(state):
+    if not finite(state):
         raise not_finite(
             f"the state holds NaN or infinity after step {step}, and was not saved", run
         )

@@ -36,7 +36,7 @@ from tdjax.models.wan_dit import DiT
 from tdjax.parallel.sharding import leaf_name
 from tdjax.pipeline.memory import memory_limit
 from tdjax.progress import GIB, device_bytes
-from tdjax.train import methods, networks, placement
+from tdjax.train import loop, methods, networks, placement
 from tdjax.train.__main__ import resolve
 from tdjax.train.presets import PRESETS
 from tdjax.train.settings import build

@@ -186,4 +186,4 @@ def test_a_shard_that_shrinks_while_it_is_read(tmp_path):
 def test_members_of_an_entry_are_named():
     assert shards._field_of("a.b/000.latent.pt") == ("latent", "a.b/000")
     assert shards._field_of("000.latent.safetensors") == (None, "000")
-    assert [f.name for f in dataclasses.fields(shards.Entry)] == list(shards.FIELDS)
+    assert [f.name for f in dataclasses.fields(shards.Entry)] == list(shards._FIELDS)
