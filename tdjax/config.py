@@ -67,7 +67,10 @@ class DiTConfig:
     ffn_dim: int = 8960
     layers: int = 30
     heads: int = 12
-    in_channels: int = 16  # 36 for image-to-video: 16 noise + 4 mask + 16 latents of the image
+    in_channels: int = dataclasses.field(
+        default=16,
+        metadata={"help": "36 for image-to-video: 16 noise + 4 mask + 16 latents of the image"},
+    )
     out_channels: int = 16
     patch: tuple[int, int, int] = (1, 2, 2)
     freq_dim: int = 256
@@ -76,8 +79,13 @@ class DiTConfig:
     image_dim: int | None = (
         None  # width of the image features (Wan2.1 I2V: 1280); None: no image branch
     )
-    # three constant channels with the place in the clip: small models do not learn it from rotation
-    coordinates: bool = False
+    coordinates: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "three constant channels with the place in the clip: small models do not learn"
+            " it from rotation"
+        },
+    )
     eps: float = 1e-6
     attention: str = "dense"
     linear: str = "float"
@@ -86,8 +94,12 @@ class DiTConfig:
     remat: bool = True
     impl: str = "auto"  # which kernels compute: an `impl` of pallas_kernels
     sla: SLAConfig = SLAConfig()
-    round_time: bool = (
-        True  # timestep rounded to bfloat16 before the sinusoid, as all published weights expect
+    round_time: bool = dataclasses.field(
+        default=True,
+        metadata={
+            "help": "timestep rounded to bfloat16 before the sinusoid, as all published weights"
+            " expect"
+        },
     )
     policy: Policy = Policy()
 

@@ -21,7 +21,7 @@ from tdjax.train.tiny import configs, work
 from tdjax.train.tiny.data import captions, clips, encoded
 from tdjax.train.tiny.data.encoded import Data
 from tdjax.train.tiny.data.tokenizer import build
-from tdjax.train.tiny.stages import distil
+from tdjax.train.tiny.stages import sla
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -105,7 +105,5 @@ def finished_run(folder, **stages) -> work.Run:
     for name in ("teacher", "student"):
         work.export(run, name, "dit", dense, PACKED.dit, steps=5, step=7)
     for name in ("sla", "merged"):
-        work.export(
-            run, name, "dit", distil.sparse(dense, PACKED.sla, "float32"), PACKED.sla, steps=4
-        )
+        work.export(run, name, "dit", sla.sparse(dense, PACKED.sla, "float32"), PACKED.sla, steps=4)
     return run

@@ -11,10 +11,8 @@ from typing import Any
 
 from tdjax.errors import TdjaxError, UsageError, leave, near_files
 from tdjax.generate.arguments import hyphens
-from tdjax.train.configs import Tree, build, lines, put, table
 from tdjax.train.presets import METHODS, PRESETS
-
-LIGHT = ("run", "data", "model")  # parts whose classes import no jax
+from tdjax.train.settings import Tree, build, lines, put, table
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -174,10 +172,9 @@ def check_early(args, config: dict[str, Any]) -> None:
 
 
 def run(args, parts: dict[str, Tree]) -> int:
-    config = {first: build(parts[first]) for first in LIGHT}
+    config = {first: build(tree) for first, tree in parts.items()}
     if not args.dry_run:
         check_early(args, config)
-    config |= {first: build(tree) for first, tree in parts.items() if first not in LIGHT}
     text = [line for first in parts for line in lines(first, config[first])]
     text = [
         line for line in text if not (config["model"].weights and line.startswith("model.dit."))
@@ -189,22 +186,22 @@ def run(args, parts: dict[str, Tree]) -> int:
 
     cache_note = set_compile_cache(argparse.Namespace(compile_cache_dir=None))
     from tdjax.progress import Stages
-    from tdjax.train.run import Prepared
+    from tdjax.train.run import TrainingRun
 
     stages = Stages(False if args.quiet else True if args.verbose else None)
     if cache_note:
         stages.note(cache_note)
     preset = PRESETS[args.preset.lower()]
     settings = dict(line.split("=", 1) for line in text)
-    prepared = Prepared(args.preset.lower(), preset.method, config, settings, stages)
-    outcome = prepared.train(args.resume)
+    training = TrainingRun(args.preset.lower(), preset.method, config, settings, stages)
+    outcome = training.train(args.resume)
     if outcome.interrupted:
         stages.note(
             f"stopped at step {outcome.step} of {config['run'].steps}; --resume goes on from"
             f" {outcome.checkpoint}"
         )
         return 130
-    print(prepared.export(outcome))
+    print(training.export(outcome))
     return 0
 
 

@@ -23,11 +23,12 @@ from tdjax.errors import CheckpointError
 
 
 def folder(run: Path, step: int) -> Path:
+    """Returns where the checkpoint of a step lies, whether it is there or not."""
     return run / f"step_{step:06}"
 
 
 def steps(run: Path) -> list[int]:
-    """Steps of the run's checkpoints, rising."""
+    """Returns the steps of the run's checkpoints, rising."""
     found = (
         re.fullmatch(r"step_(\d{6,})", p.parent.name) for p in run.glob("step_*/manifest.json")
     )
@@ -35,31 +36,32 @@ def steps(run: Path) -> list[int]:
 
 
 def latest(run: Path) -> Path | None:
-    """The last checkpoint of a run, or None."""
+    """Returns the last checkpoint of a run, or None."""
     found = steps(run)
     return folder(run, found[-1]) if found else None
 
 
 def arrays(state) -> dict[str, Any]:
-    """{leaf name: array}; a random key as the integers behind it."""
+    """Returns {leaf name: array}; a random key as the integers behind it."""
     plain = lambda x: jax.random.key_data(x) if is_key(x) else x
     return {name: plain(x) for name, x in names(state).items()}
 
 
 def is_key(x) -> bool:
+    """Returns whether an array, or the shape of one, holds random keys."""
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def save(run: Path, step: int, state, facts: dict[str, Any], keep: int = 0) -> Path:
-    """Write one checkpoint, then delete all but the last `keep` (0: none is deleted). facts: JSON
-    values for the manifest."""
+def save(run: Path, step: int, state, metadata: dict[str, Any], keep: int = 0) -> Path:
+    """Writes one checkpoint, then deletes all but the last `keep` (0: none is deleted). Returns its
+    folder. metadata: JSON values for the manifest."""
     leaves = arrays(state)
     manifest = {
         "format": FORMAT,
         "kind": "train",
         "step": step,
         "trainer": f"tdjax {tdjax.__version__}",
-        **facts,
+        **metadata,
     }
     manifest["leaves"] = {
         name: [list(shape), dtype] for name, (shape, dtype) in table(leaves).items()
@@ -81,7 +83,8 @@ def save(run: Path, step: int, state, facts: dict[str, Any], keep: int = 0) -> P
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """The manifest of one checkpoint, checked for form."""
+    """Returns the manifest of one checkpoint. Raises CheckpointError where it is no train state of
+    ours."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         known = (
@@ -106,8 +109,8 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def restore(path: Path, state):
-    """The state of a checkpoint, laid out as the (abstract) state given: arrays, or shapes with
-    their shardings."""
+    """Returns the state of a checkpoint, laid out as the (abstract) state given: arrays, or shapes
+    with their shardings. Raises CheckpointError for another state and for a damaged one."""
     manifest = inspect(path)
     listed = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
     wanted = names(state)

@@ -7,29 +7,26 @@ import importlib
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tdjax.errors import TdjaxError, UsageError, leave
 from tdjax.generate.arguments import hyphens
-from tdjax.train.configs import Tree, build, put
+from tdjax.train.settings import Tree, build, put
 from tdjax.train.tiny import settings
 
-STAGES = {  # name -> file and function
+STAGES = {  # name -> module of tdjax.train.tiny.stages and its function
     "vae": ("vae", "run_stage"),
     "teacher": ("teacher", "run_stage"),
-    "sla": ("distil", "sla_stage"),
-    "rcm": ("distil", "rcm_stage"),
-    "merge": ("distil", "merge_stage"),
+    "sla": ("sla", "run_stage"),
+    "rcm": ("rcm", "run_stage"),
+    "merge": ("merge", "run_stage"),
     "evaluate": ("evaluate", "run_stage"),
     "timing": ("evaluate", "timing_stage"),
     "package": ("package", "run_stage"),
 }
-RESULT = {
-    "vae": "vae",
-    "teacher": "teacher",
-    "sla": "sla",
-    "merge": "merged",
-}  # folders that say that a stage is finished
+# Folders that say that a stage is finished.
+_RESULT = {"vae": "vae", "teacher": "teacher", "sla": "sla", "merge": "merged"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,8 +83,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def chosen_stages(given: str | None) -> tuple[str, ...]:
+    """Returns the stages named, in their order; all where none is. Raises UsageError."""
     names = tuple(given.split(",") if given else STAGES)
-    if wrong := [name for name in names if name not in STAGES]:
+    wrong = [name for name in names if name not in STAGES]
+    if wrong:
         raise UsageError(
             f"unknown stage {', '.join(wrong)}",
             f"stages: {', '.join(STAGES)}",
@@ -97,14 +96,15 @@ def chosen_stages(given: str | None) -> tuple[str, ...]:
 
 
 def resolve(words: list[str], scale: float) -> dict:
-    """The settings of every stage, scaled, with those of the command line over them."""
+    """Returns the settings of every stage, scaled, with those of the command line over them. Raises
+    UsageError."""
     if not 0 < scale <= 10:
         raise UsageError(
             f"--scale is {scale:g}",
             "it multiplies steps and clips; greater than 0, at most 10",
             "use 1",
         )
-    trees = {name: Tree(cls.__name__) for name, cls in settings.STAGES.items()}
+    trees = {name: Tree(cls) for name, cls in settings.STAGES.items()}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
@@ -116,6 +116,12 @@ def resolve(words: list[str], scale: float) -> dict:
         put(trees, key, value)
     base = {name: settings.scaled(cls(), scale) for name, cls in settings.STAGES.items()}
     return {name: settings.scaled(build(tree, base[name]), 1) for name, tree in trees.items()}
+
+
+def stage_function(name: str) -> Callable:
+    """Returns what runs a stage; its module, and jax, are imported here."""
+    module, function = STAGES[name]
+    return getattr(importlib.import_module(f"tdjax.train.tiny.stages.{module}"), function)
 
 
 def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
@@ -133,13 +139,13 @@ def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
         folder=Path(args.folder), settings=parts, seed=args.seed, until=until, stages=stages
     )
     for name in chosen:
-        result = parts["rcm"].name if name == "rcm" else RESULT.get(name)
+        result = parts["rcm"].name if name == "rcm" else _RESULT.get(name)
         if result and work.finished(tiny, result) and not args.again:
             stages.note(f"{name}: finished already")
             continue
-        start, (file, function) = time.monotonic(), STAGES[name]
+        start = time.monotonic()
         try:
-            getattr(importlib.import_module(f"tdjax.train.tiny.{file}"), function)(tiny)
+            stage_function(name)(tiny)
         except work.OutOfTime as end:
             stages.note(str(end))
             return 75

@@ -1,5 +1,4 @@
-"""Whole steps: on a flow in the plane, where training takes seconds, and through the video
-transformer."""
+"""Whole steps on a flow in the plane, where training takes seconds."""
 
 import dataclasses
 import functools
@@ -9,26 +8,30 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from dit_cases import difference, jit, norm
 from einops import rearrange
 from flax import nnx
 from tolerances import assert_close
 
-from pallas_kernels import flash_attention
-from pallas_kernels.derivatives import with_derivatives
-from tdjax.config import DiTConfig, SamplerConfig, SLAConfig
+from tdjax.config import SamplerConfig
 from tdjax.errors import UsageError
-from tdjax.models.wan_dit import DiT
-from tdjax.precision import FLOAT32
 from tdjax.sampling import few_step, flow
-from tdjax.train import flow_matching, rcm, sla
-from tdjax.train.optimizer import OptimizerConfig, adamw
-from tdjax.train.state import Batch, DistillState, EMAConfig, Teacher, TrainState, velocity
-from tdjax.train.times import LogNormal, UniformShift
+from tdjax.train import flow_matching, methods, rcm
+from tdjax.train.configs import (
+    DCM,
+    SCM,
+    EMAConfig,
+    FlowMatchingConfig,
+    LogNormal,
+    OptimizerConfig,
+    RCMConfig,
+    UniformShift,
+)
+from tdjax.train.optimizer import adamw
+from tdjax.train.state import Batch, DistillState, Teacher, TrainState
+from tdjax.train.step import velocity
 
 SAMPLES = 1000
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)  # compiled quickly rather than well
 
 
 class Plane(nnx.Module):
@@ -90,9 +93,7 @@ def teacher():
     rates = OptimizerConfig(
         learning_rate=3e-3, b1=0.9, warmup=20, decay="linear", steps=400, decay_from=0.5
     )
-    config = flow_matching.FlowMatchingConfig(
-        time=UniformShift(shift=1.0), ema=EMAConfig(decay=0.98)
-    )
+    config = FlowMatchingConfig(time=UniformShift(shift=1.0), ema=EMAConfig(decay=0.98))
     step = flow_matching.make_step(config, adamw(rates))
     state = TrainState.create(plane(), adamw(rates), jax.random.key(0))
     state, metrics = many(lambda state, i: step(state, None, batch(i)), state, 400)
@@ -170,12 +171,9 @@ def distilled(config, model, turns):
             metrics |= {"critic_loss": more["loss"]}
         return state, metrics
 
-    assert not config.dmd_weight or [rcm.is_student_turn(config, i) for i in range(4)] == [
-        True,
-        False,
-        True,
-        False,
-    ]
+    if config.dmd_weight:  # the cycle is the one that the loop would take
+        schedule = methods.rcm_schedule(config)
+        assert [schedule.phase(i) for i in range(4)] == ["student", "critic"] * 2
     state, metrics = many(cycle, state, turns)
     assert (
         all(np.isfinite(value).all() for value in metrics.values())
@@ -187,10 +185,8 @@ def distilled(config, model, turns):
 @pytest.mark.parametrize(
     "config",
     [
-        rcm.RCMConfig(consistency=rcm.SCM(kappa=1.0, time=LogNormal(mean=0.0)), **PLANE),
-        rcm.RCMConfig(
-            consistency=rcm.DCM(weight=1.0, steps=24, shift=1.0), dmd_weight=0.0, **PLANE
-        ),
+        RCMConfig(consistency=SCM(kappa=1.0, time=LogNormal(mean=0.0)), **PLANE),
+        RCMConfig(consistency=DCM(weight=1.0, steps=24, shift=1.0), dmd_weight=0.0, **PLANE),
     ],
     ids=["rcm", "dcm"],
 )
@@ -203,10 +199,12 @@ def test_two_steps_of_the_student_are_better_than_two_of_its_teacher(teacher, co
     assert before > 0.1 and after < before / 10
 
 
-# -- properties of steps ---------------------------------------------------------------------------
+RCM = RCMConfig(guidance=2.0, consistency=SCM(kappa=1.0), warmup=4, max_steps=2)
 
-RCM = rcm.RCMConfig(guidance=2.0, consistency=rcm.SCM(kappa=1.0), warmup=4, max_steps=2)
-FLOW = flow_matching.FlowMatchingConfig(dropout=0.3)
+
+FLOW = FlowMatchingConfig(dropout=0.3)
+
+
 PLAIN = optax.sgd(1e-2)  # the update shows the gradient
 
 
@@ -253,16 +251,6 @@ def updates(config, kind, data, step=0):
     for other in others:
         jax.tree.map(np.testing.assert_array_equal, getattr(after, other), getattr(state, other))
     return difference(getattr(after, name), getattr(state, name)), metrics
-
-
-def difference(a, b):
-    return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), a, b)
-
-
-def norm(tree):
-    return float(
-        np.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree)))
-    )
 
 
 @pytest.mark.parametrize(
@@ -338,7 +326,7 @@ def test_refusals():
         jax.eval_shape(rcm.make_student_step(RCM, PLAIN), state, Teacher(plane()), data)
     with pytest.raises(UsageError, match="caption dropout needs the embedding"):
         jax.eval_shape(
-            flow_matching.make_step(flow_matching.FlowMatchingConfig(dropout=0.1), PLAIN),
+            flow_matching.make_step(FlowMatchingConfig(dropout=0.1), PLAIN),
             small_state("flow"),
             None,
             data,
@@ -352,160 +340,3 @@ def test_refusals():
         )
     with pytest.raises(ValueError, match="consistency alone has no critic"):
         rcm.make_critic_step(dataclasses.replace(RCM, dmd_weight=0.0), PLAIN)
-
-
-@pytest.mark.parametrize(
-    "message, make",
-    [
-        ("accumulate is 0", lambda: rcm.RCMConfig(accumulate=0)),
-        ("accumulate is 0", lambda: sla.SLATrainingConfig(accumulate=0)),
-        ("dropout is 1; it is a probability", lambda: flow_matching.FlowMatchingConfig(dropout=1)),
-        (
-            "target is 'student'; allowed: teacher, data",
-            lambda: sla.SLATrainingConfig(target="student"),
-        ),
-        ("guidance is 0.5", lambda: rcm.RCMConfig(guidance=0.5)),
-        ("dmd_weight -1 must not be negative", lambda: rcm.RCMConfig(dmd_weight=-1)),
-        ("max_steps 0 and frequency 5", lambda: rcm.RCMConfig(max_steps=0)),
-        ("frequency 1 gives the critic no turn", lambda: rcm.RCMConfig(frequency=1)),
-        ("without a consistency term, warmup must be 0", lambda: rcm.RCMConfig(consistency=None)),
-        ("kappa 0 must be positive", lambda: rcm.SCM(kappa=0)),
-        ("tangent is 'fd'; allowed: exact, semidiscrete, discrete", lambda: rcm.SCM(tangent="fd")),
-        ("warmup_form is 'code'; allowed: paper, code2026", lambda: rcm.SCM(warmup_form="code")),
-        ("interval is 0; allowed", lambda: rcm.SCM(interval=0)),
-        ("skip 48 must be at least 1 and less than steps 48", lambda: rcm.DCM(skip=48)),
-    ],
-)
-def test_refused_settings(message, make):
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
-def test_published_settings():
-    assert (rcm.RCM_1_3B.frequency, rcm.RCM_1_3B.warmup, rcm.RCM_1_3B.consistency.time) == (
-        5,
-        1000,
-        LogNormal(mean=0.7, deviation=1.6),
-    )
-    assert (rcm.RCM_14B.frequency, rcm.RCM_14B.warmup, rcm.RCM_14B.consistency.time) == (
-        10,
-        0,
-        LogNormal(mean=1.5, deviation=1.6),
-    )
-    size = 16 * 20 * 60 * 104
-    np.testing.assert_allclose(rcm.SCM().kappa * size**0.5, 100, rtol=0.02)
-    np.testing.assert_allclose(rcm.SCM().floor * size**0.5, 0.1, rtol=0.02)
-    assert sla.SLATrainingConfig().time == LogNormal(mean=1.5, deviation=1.6)
-
-
-# -- the video transformer -------------------------------------------------------------------------
-
-TINY = DiTConfig(dim=16, heads=2, ffn_dim=12, layers=2, in_channels=3, out_channels=3, freq_dim=8, text_dim=5, text_len=4,
-                 round_time=False, policy=FLOAT32, sla=SLAConfig(topk=0.34, block_q=64, block_k=64))  # fmt: skip
-
-
-def dit(seed=0, **changes):
-    """A model whose every leaf is random but the projection of the linear branch, which starts at
-    zero."""
-    cfg = dataclasses.replace(TINY, **changes)
-    names = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
-    draw = np.random.default_rng(seed).normal
-    value = lambda path, x: (
-        jnp.zeros(x.shape)
-        if "proj" in str(path) and "core" in str(path)
-        else jnp.asarray(draw(size=x.shape) / 4, x.dtype)
-    )
-    return jax.tree_util.tree_map_with_path(value, names)
-
-
-def clip(t, h, w, b=2):
-    draw = np.random.default_rng(3).normal
-    return Batch(
-        jnp.asarray(draw(size=(b, t, h, w, 3)), jnp.float32),
-        jnp.asarray(draw(size=(b, 4, 5)), jnp.float32),
-    )
-
-
-network = jit(lambda model, x, timestep, text: model(x, timestep, text))
-
-
-def test_white_box_loss_is_the_distance_to_dense_attention():
-    """Nothing for itself, nothing but rounding when every block is chosen, more when one of three
-    is."""
-    data = clip(3, 16, 16)  # 192 tokens
-    eps, s = (
-        jnp.asarray(np.random.default_rng(4).normal(size=data.latents.shape), jnp.float32),
-        jnp.array([0.3, 1.9]),
-    )
-    dense = lambda x, timestep: network(dit(), x, timestep, data.text)
-
-    def loss(**own):
-        model = dit(attention="sla", sla=dataclasses.replace(TINY.sla, **own))
-        student = lambda x, timestep: network(model, x, timestep, data.text)
-        return [
-            sla.white_box_loss(student, other, data.latents, eps, s)[0]
-            for other in (student, dense)
-        ]
-
-    same, rounding = loss(topk=1.0)
-    assert (np.asarray(same) == 0).all() and (np.asarray(rounding) < 1e-10).all()
-    same, sparse = loss(topk=0.34)
-    assert (np.asarray(same) == 0).all() and (np.asarray(sparse) > 1e-5).all()
-
-
-def test_sla_step_brings_the_student_to_the_teacher():
-    data, optimizer = (
-        clip(3, 16, 16, 1),
-        adamw(OptimizerConfig(learning_rate=3e-4, b1=0.9, warmup=0)),
-    )
-    step = jit(sla.make_step(sla.SLATrainingConfig(), optimizer), donate_argnums=0)
-    state = TrainState.create(dit(attention="sla"), optimizer, jax.random.key(0))
-    losses = []
-    for _ in range(10):
-        state = dataclasses.replace(state, step=jnp.int32(0))  # the same noise and times
-        state, metrics = step(state, Teacher(dit()), data)
-        losses.append(float(metrics["loss"]))
-    assert losses[-1] < 0.7 * losses[0]
-    assert (
-        norm(state.model.blocks.self_attn.core.proj.kernel[...]) > 0
-    )  # the linear branch has begun to learn
-
-
-def opaque(q, k, v, scale=None):
-    """Attention that JAX cannot look into, as kernels are: derivatives are what is declared."""
-    run = flash_attention.reference.attention
-    return with_derivatives(
-        lambda *args: (run(*args), None),
-        tangent=lambda args, _, tangents: jax.jvp(run, args, tangents)[1],
-        grad=lambda args, _, cotangent: jax.vjp(run, *args)[1](cotangent),
-    )(q, k, v)
-
-
-def test_kernels_with_declared_derivatives_can_be_distilled(monkeypatch):
-    """Tangent outside the loss, gradient inside, blocks scanned and recomputed: as with attention
-    that JAX differentiates itself.
-
-    The whole step, with microbatches and both terms, is traced; the consistency term, which has the
-    tangent, is also computed.
-    """
-    monkeypatch.setitem(flash_attention.IMPLS, "opaque", opaque)
-    data, teacher = clip(1, 4, 4), lambda impl: Teacher(dit(2, impl=impl), jnp.ones((4, 5)))
-    config = rcm.RCMConfig(warmup=1, accumulate=2)
-    student = dit(0, impl="opaque")
-    state = DistillState.create(
-        student, PLAIN, jax.random.key(0), critic=student, critic_optimizer=PLAIN
-    )
-    for make in (rcm.make_student_step, rcm.make_critic_step):
-        after, _ = jax.eval_shape(make(config, PLAIN), state, teacher("opaque"), data)
-        assert jax.tree.structure(after) == jax.tree.structure(state)
-    noise = jnp.asarray(np.random.default_rng(5).normal(size=data.latents.shape), jnp.float32)
-    draws = {"data_noise": noise, "data_time": jnp.array([0.2, 1.7])}
-    run = jit(lambda model, teacher: rcm.scm_gradient(config, model, teacher, data, draws, 1.0))
-    (expected, one), (actual, two) = (
-        run(dit(0, impl=impl), teacher(impl)) for impl in ("reference", "opaque")
-    )
-    expected, actual = jax.tree.leaves(expected), jax.tree.leaves(actual)
-    assert norm(expected) > 1e-3 and one["ok"].all()
-    assert norm(difference(actual, expected)) < 1e-4 * norm(expected)
-    for name in one:
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-4)
