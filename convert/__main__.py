@@ -4,8 +4,13 @@ safetensors."""
 from __future__ import annotations
 
 import argparse
-import sys
+import os
 from pathlib import Path
+
+from convert.cli import INTERRUPTED, check_target, finish
+from tdjax import cli
+from tdjax.cli import lora_pair
+from tdjax.errors import UsageError
 
 EPILOG = """\
 SRC   a .pth or .safetensors file, a shard index, a folder of shards, or a folder that this command wrote. Several files, or
@@ -28,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
         "paths",
         metavar="SRC... DST",
         nargs="+",
+        type=cli.path,
         help="what to convert, and where to; with --merge only DST",
     )
     p.add_argument(
@@ -45,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--lora",
         action="append",
         default=[],
+        type=os.path.expanduser,
         metavar="FILE[:WEIGHT]",
         help="add a LoRA to the transformer; may be repeated",
     )
@@ -57,26 +64,29 @@ def build_parser() -> argparse.ArgumentParser:
         "--heads", type=int, metavar="N", help="attention heads, where the head width is not 128"
     )
     p.add_argument("--overwrite", action="store_true", help="replace DST")
-    p.add_argument("--no-hash", action="store_true", help="do not compute the sources' SHA-256")
+    p.add_argument("--no_hash", action="store_true", help="do not compute the sources' SHA-256")
     p.add_argument("--json", action="store_true", help="the report as one JSON line on stdout")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    from convert.cli import run
-
-    args = build_parser().parse_intermixed_args(argv)
-    return run(lambda: convert(args))
+    return cli.main(
+        lambda words: convert(build_parser().parse_intermixed_args(words)),
+        argv,
+        parser=build_parser,
+        interrupted=INTERRUPTED,
+    )
 
 
 def convert(args) -> int:
-    from convert.cli import finish, refuse_existing
     from convert.model import components, convert_model, convert_one
     from convert.report import text
 
-    *sources, target = (Path(p) for p in args.paths)
+    *sources, target = args.paths
     check(args, sources, target)
-    refuse_existing(target, args.overwrite)
+    merged = map(Path, args.merge.split(",")[:3] if args.merge else ())
+    loras = (Path(lora_pair(text)[0]) for text in args.lora)
+    check_target(target, args.overwrite, [*sources, *merged, *loras])
     parts = components(sources) if sources else {"dit": None}
     one = len(parts) == 1 and "tokenizer" not in parts
     reports = (
@@ -91,8 +101,6 @@ def convert(args) -> int:
 
 def check(args, sources: list[Path], target: Path) -> None:
     """Refuse contradictions before anything is opened."""
-    from tdjax.errors import UsageError
-
     if args.merge and sources:
         raise UsageError(
             f"--merge and a source ({sources[0]})",
@@ -120,4 +128,4 @@ def check(args, sources: list[Path], target: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

@@ -12,13 +12,13 @@ import einops
 import numpy as np
 
 from convert.leaves import Leaves
-from tdjax.checkpoints.orbax import written
 from tdjax.checkpoints.published import detect
 from tdjax.checkpoints.published.checkpoint import arrange
 from tdjax.checkpoints.published.rules import Row, invert
 from tdjax.checkpoints.published.tensor import DTYPE_NAMES
 from tdjax.config import DiTConfig, to_dict
 from tdjax.errors import CheckpointError
+from tdjax.files import written
 
 PUBLISHED = ("float", "int8")  # kinds of linear layers that have published names
 

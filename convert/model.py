@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from convert import merge
-from convert.cli import bar, known, reading, save, weighted
+from convert.cli import bar, known, reading, save
 from convert.leaves import Leaves, of_file, open_leaves
 from tdjax.checkpoints import filenames, folders
-from tdjax.checkpoints.orbax import inspect, written
+from tdjax.checkpoints.folders import is_model
+from tdjax.checkpoints.orbax import inspect
 from tdjax.checkpoints.published import detect, lora
 from tdjax.checkpoints.published.checkpoint import Checkpoint, open_checkpoint
 from tdjax.checkpoints.published.files import open_source
+from tdjax.cli import lora_pair
 from tdjax.config import to_dict
 from tdjax.errors import CheckpointError, UsageError
+from tdjax.files import written
 
 TOKENIZERS = ("tokenizer.json", "spiece.model")
 FOLDERS = {"dit": "dit", "dit_low": "dit_low", "vae": "vae", "text": "text"}
@@ -112,7 +115,7 @@ def convert_one(args, path: Path | None, target: Path) -> dict[str, Any]:
 
 def opened(args, path: Path) -> Leaves:
     """A source with the LoRA files of the command line, which only a transformer takes."""
-    lora = tuple(map(weighted, args.lora)) if args.lora and kind_of(path) == "dit" else ()
+    lora = tuple(map(lora_pair, args.lora)) if args.lora and kind_of(path) == "dit" else ()
     return open_leaves(path, args.dtype, lora=lora, **known(args))
 
 
@@ -142,7 +145,7 @@ def merged(args) -> Leaves:
     tensors, counts = merge.merge(base, diff_base, target, weight)
     found = detect.detect(tensors, base.name, base.source.metadata, **known(args))
     changes = [counts]
-    for file, w in map(weighted, args.lora):
+    for file, w in map(lora_pair, args.lora):
         tensors, counts = lora.add_lora(tensors, found, file, w)
         changes.append(counts)
     return of_file(Checkpoint(base.source, found, tensors, tuple(changes)), args.dtype)
@@ -157,7 +160,7 @@ def convert_model(args, parts: dict[str, Path], target: Path) -> list[dict[str, 
             "export them one by one",
         )
     reports = []
-    with written(target, args.overwrite) as part:
+    with written(target, args.overwrite, owned=is_model) as part:
         part.mkdir()
         for name, path in parts.items():
             if name == "tokenizer":

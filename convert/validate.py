@@ -4,8 +4,10 @@ FILE]`, or --golden FILE.npz."""
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
+
+from convert.cli import INTERRUPTED, finish
+from tdjax import cli
+from tdjax.errors import UsageError
 
 EPILOG = """\
 keys     every key of the file is claimed once and every leaf of the model filled, shapes and dtypes fit
@@ -27,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "checkpoint",
         metavar="CKPT",
-        type=Path,
+        type=cli.path,
         nargs="?",
         help="a published file, or a folder that python -m convert wrote",
     )
@@ -39,13 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--against",
-        type=Path,
+        type=cli.path,
         metavar="FILE",
         help="another file of the same weights, published or ours",
     )
     p.add_argument(
         "--golden",
-        type=Path,
+        type=cli.path,
         metavar="FILE",
         action="append",
         default=[],
@@ -72,16 +74,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from convert.cli import run
-
-    args = build_parser().parse_args(argv)
-    return run(lambda: validate(args))
+    return cli.main(
+        lambda words: validate(build_parser().parse_args(words)),
+        argv,
+        parser=build_parser,
+        interrupted=INTERRUPTED,
+    )
 
 
 def validate(args) -> int:
     from convert import checks, golden
-    from convert.cli import finish
-    from tdjax.errors import UsageError
 
     if not args.golden and args.checkpoint is None:
         raise UsageError(
@@ -114,4 +116,4 @@ def validate(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

@@ -12,8 +12,12 @@ from typing import Any
 
 from tdjax.checkpoints import filenames
 from tdjax.checkpoints.hub import Repo
-from tdjax.config import PRESETS
+from tdjax.config import KINDS, PRESETS
 from tdjax.errors import CheckpointError
+
+# What a model folder of tdjax holds: checkpoints under these names, and files.
+MODEL_FOLDERS = ("dit", "dit_high", "dit_low", "vae", "text")
+MODEL_FILES = {"model.json", "tokenizer.json", "spiece.model", "MODEL_CARD.md"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +178,39 @@ def nearby(root: Path) -> list[str]:
     ]
     files = sorted(p.name for p in root.glob("[!.]*") if p.is_file())
     return files + [name for name in known if "/" in name and (root / name).is_file()]
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that tdjax wrote, of any version, and holds nothing else."""
+    if folder.is_symlink() or {p.name for p in folder.iterdir()} != {"manifest.json", "params"}:
+        return False
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (
+        isinstance(found, dict)
+        and str(found.get("converter", "")).startswith("tdjax ")
+        and isinstance(found.get("leaves"), dict)
+        and found.get("kind") in KINDS
+    )
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, or a model folder, that tdjax wrote and holds nothing
+    else: checkpoints under the names of components, a tokenizer, model.json."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    if is_checkpoint(folder):
+        return True
+    inside = list(folder.iterdir())
+    parts = [path for path in inside if path.is_dir()]
+    files = {path.name for path in inside if not path.is_dir()}
+    return (
+        bool(parts)
+        and files <= MODEL_FILES
+        and all(part.name in MODEL_FOLDERS and is_checkpoint(part) for part in parts)
+    )
 
 
 def alias_of_source(dit: Path) -> str | None:

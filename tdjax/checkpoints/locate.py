@@ -6,11 +6,15 @@ Nothing here opens weights: what a file really holds is read, and checked, where
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import filecmp
+import functools
 import os
 import re
+import stat
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,14 @@ from tdjax.config import PRESETS, Preset
 from tdjax.errors import CheckpointError, UsageError
 
 PARTS = ("dit", "vae", "text", "tokenizer")
+PATHS = (  # arguments that give a component's own file
+    "dit_path",
+    "high_noise_model_path",
+    "low_noise_model_path",
+    "vae_path",
+    "text_encoder_path",
+    "tokenizer_path",
+)
 TITLES = {
     "dit": "transformer",
     "dit_low": "low-noise expert",
@@ -156,18 +168,33 @@ def locate(
 
 def cache_folder() -> Path:
     """Where tdjax keeps its own files: TDJAX_CACHE, or tdjax below the platform's cache folder of
-    this user."""
+    this user. A user without a home folder, such as a bare number in a container, gets a private
+    one below the system's folder for temporary files."""
     if os.environ.get("TDJAX_CACHE"):
-        return Path(os.environ["TDJAX_CACHE"]).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "tdjax"
+        return Path(os.path.expanduser(os.environ["TDJAX_CACHE"]))
+    home = Path(os.path.expanduser("~"))
     if sys.platform == "win32":
-        return (
-            Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-            / "tdjax"
-            / "Cache"
-        )
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdjax"
+        local = os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"
+        return Path(local) / "tdjax" / "Cache"
+    if os.environ.get("XDG_CACHE_HOME") and sys.platform != "darwin":
+        return Path(os.environ["XDG_CACHE_HOME"]) / "tdjax"
+    if not home.is_absolute():
+        return _private_folder()
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "tdjax"
+
+
+@functools.cache
+def _private_folder() -> Path:
+    """tdjax-UID below the system's folder for temporary files, or another one for this process
+    where that name is somebody else's: compiled programs are run as they are found."""
+    folder = Path(tempfile.gettempdir()) / f"tdjax-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    facts = folder.lstat()
+    private = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
+    if private and not facts.st_mode & 0o022:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="tdjax-"))
 
 
 # What a name is

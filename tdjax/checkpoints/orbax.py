@@ -15,8 +15,6 @@ import json
 import logging
 import math
 import os
-import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import tdjax
+from tdjax.checkpoints.folders import is_model
 from tdjax.config import KINDS, Config, from_dict, to_dict
-from tdjax.errors import CheckpointError, UsageError
+from tdjax.errors import CheckpointError
+from tdjax.files import written
 from tdjax.models.norms import as_shapes
 from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
@@ -136,7 +136,7 @@ def quiet():
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def names(module) -> dict[str, Any]:
+def named_leaves(module) -> dict[str, Any]:
     """{leaf name: array, ShapeDtypeStruct, sharding or whatever stands there}, in the order of
     jax.tree.leaves."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(module)}
@@ -151,7 +151,7 @@ def abstract(kind: str, cfg: Config):
 def assemble(abstract_module, arrays: dict[str, Any]):
     """Put arrays into the places that an abstract module names. Raises CheckpointError with every
     difference."""
-    expected = table(names(abstract_module))
+    expected = table(named_leaves(abstract_module))
     check_table(expected, table(arrays), "these weights do not fill the model")
     return jax.tree.unflatten(
         jax.tree.structure(abstract_module), [arrays[name] for name in expected]
@@ -181,49 +181,6 @@ def check_table(expected: dict, got: dict, what: str) -> None:
 # -------------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def written(target: Path, overwrite: bool = False):
-    """A temporary sibling to write to, renamed to `target` on success and removed otherwise:
-    `target` is never half there."""
-    target = Path(os.path.abspath(target))
-    if target.exists() and not overwrite:
-        raise UsageError(
-            f"{target} exists",
-            "nothing is overwritten by itself",
-            "give another name, or --overwrite",
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(target)
-    part = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.part")
-    remove(part)
-    try:
-        yield part
-        if target.exists():
-            old = part.with_suffix(".old")
-            os.replace(target, old)
-            os.replace(part, target)
-            remove(old)
-        else:
-            os.replace(part, target)
-    finally:
-        remove(part)
-
-
-def remove_abandoned(target: Path) -> None:
-    """Delete what killed runs on this host left beside `target`."""
-    for part in target.parent.glob(f".{target.name}.{socket.gethostname()}-*.part"):
-        pid = part.name.removesuffix(".part").rpartition("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
-            remove(part)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def save(
     folder,
     module_or_leaves,
@@ -241,8 +198,10 @@ def save(
     Raises CheckpointError with every leaf that differs, UsageError where the folder exists and
         overwrite is not given.
     """
-    leaves = module_or_leaves if isinstance(module_or_leaves, dict) else names(module_or_leaves)
-    expected = table(names(abstract(kind, cfg)))
+    leaves = module_or_leaves
+    if not isinstance(leaves, dict):
+        leaves = named_leaves(module_or_leaves)
+    expected = table(named_leaves(abstract(kind, cfg)))
     check_table(expected, table(leaves), f"these leaves are not a {kind} of this config")
     lazy = {
         n: (
@@ -260,7 +219,7 @@ def save(
         "converter": f"tdjax {tdjax.__version__}",
         "leaves": {name: [list(shape), dtype] for name, (shape, dtype) in expected.items()},
     }
-    with written(Path(folder), overwrite) as part, quiet():
+    with written(folder, overwrite, owned=is_model) as part, quiet():
         part.mkdir()
         registry = ocp.type_handlers.create_type_handler_registry(
             (Lazy, InTurn(deepcopy_host_arrays=False))
@@ -357,7 +316,7 @@ def checked(folder) -> tuple[str, Config]:
     kind, cfg = manifest["kind"], config_of(manifest)
     listed = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
     check_table(
-        table(names(abstract(kind, cfg))),
+        table(named_leaves(abstract(kind, cfg))),
         listed,
         f"{folder / 'manifest.json'} does not describe its own config",
     )
@@ -416,7 +375,7 @@ def restore(folder, sharding=None, config: Config | None = None):
     folder = Path(folder)
     kind, stored = checked(folder)
     module = abstract(kind, config or stored)
-    wanted = names(module)
+    wanted = named_leaves(module)
     have = {name: tuple(shape) for name, (shape, _) in inspect(folder)["leaves"].items()}
     unused = {
         name
@@ -448,7 +407,7 @@ def placements(leaves: dict[str, Any], sharding) -> dict[str, Any]:
         sharding = jax.sharding.SingleDeviceSharding(sharding or jax.local_devices()[0])
     if isinstance(sharding, jax.sharding.Sharding):
         return dict.fromkeys(leaves, sharding)
-    return sharding if isinstance(sharding, dict) else names(sharding)
+    return sharding if isinstance(sharding, dict) else named_leaves(sharding)
 
 
 def read(folder, name: str) -> np.ndarray:

@@ -3,13 +3,9 @@ nothing of models."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import queue
 import re
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -22,6 +18,7 @@ from einops import rearrange
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from tdjax.errors import UsageError
+from tdjax.files import refuse_existing, written
 
 BT709 = 1  # the code of this colour matrix, of its primaries and of its transfer curve in ffmpeg
 FRAME_NAME = re.compile(r"\d{5}\.png")
@@ -73,7 +70,7 @@ def write(
     path = Path(path)
     check_target(path, fps, crf, overwrite)
     images = each_frame([frames] if isinstance(frames, np.ndarray) else frames)
-    with partial(path) as part:
+    with written(path, overwrite, owned=is_frames) as part:
         if path.suffix in CODECS:
             encode(part, images, CODECS[path.suffix], fps, crf, metadata)
         elif path.suffix == ".gif":
@@ -140,20 +137,7 @@ def check_target(path: Path, fps: float, crf: int, overwrite: bool) -> None:
             f"allowed: {allowed}, or none for a folder of PNG files",
             "use .mp4",
         )
-    if path.exists() and not overwrite:
-        raise UsageError(
-            f"{path} exists",
-            "nothing is overwritten by itself",
-            "give another name, or --overwrite",
-        )
-    if path.is_dir() and (
-        path.suffix or any(not FRAME_NAME.fullmatch(p.name) for p in path.iterdir())
-    ):
-        raise UsageError(
-            f"{path} is a folder that holds other things",
-            "only a folder of numbered PNG files is replaced",
-            "give another name",
-        )
+    refuse_existing(path, overwrite, owned=is_frames)
     if not 0 < fps <= 1000:
         raise UsageError(
             f"fps is {fps}", "it must be positive and at most 1000", "the models were trained at 16"
@@ -177,20 +161,10 @@ def check_target(path: Path, fps: float, crf: int, overwrite: bool) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def partial(path: Path) -> Iterator[Path]:
-    """A hidden sibling that becomes `path` when the block ends well and vanishes when it does
-    not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    part = folder / path.name  # keeps the suffix, by which ffmpeg and numpy choose the format
-    try:
-        yield part
-        if path.is_dir():  # only with overwrite; a full folder cannot be replaced in one step
-            path.rename(folder / "replaced")
-        os.replace(part, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def is_frames(folder: Path) -> bool:
+    """Whether a folder is one of frames as `write` makes it: numbered PNG files, nothing else."""
+    names = [p.name for p in folder.iterdir()]
+    return not folder.suffix and all(FRAME_NAME.fullmatch(name) for name in names)
 
 
 def each_frame(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -310,12 +284,12 @@ def save_single(part: Path, images: Iterator[np.ndarray], metadata: str | None) 
 def read_image(path: str | Path) -> np.ndarray:  # uint8 [H W 3]
     """An image as RGB: turned as its EXIF orientation says, laid on white where it is transparent,
     first frame if animated."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise UsageError(
             f"image {path} {'is a folder' if path.is_dir() else 'does not exist'}",
             "a file was expected",
-            "check --image_path",
+            "check `image`",
         )
     try:
         with Image.open(path) as image:
@@ -400,18 +374,3 @@ def as_rgb(container) -> Iterator[av.VideoFrame]:
             graph.configure()
         graph.push(frame)
         yield graph.pull()
-
-
-def contact_sheet(
-    frames: np.ndarray, columns: int = 4, gap: int = 2
-) -> np.ndarray:  # uint8 [T H W 3] -> uint8 [H' W' 3]
-    """Frames row by row in one image, with black between them and in the cells that stay empty."""
-    if columns < 1 or len(frames) == 0:
-        raise ValueError(
-            f"contact_sheet needs frames and at least one column, got {len(frames)} and {columns}"
-        )
-    columns = min(columns, len(frames))
-    cells = np.pad(frames, ((0, -len(frames) % columns), (0, gap), (0, gap), (0, 0)))
-    return rearrange(cells, "(r k) h w c -> (r h) (k w) c", k=columns)[
-        : -gap or None, : -gap or None
-    ]

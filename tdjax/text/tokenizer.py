@@ -3,16 +3,17 @@ truncation."""
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import re
 from pathlib import Path
 
 import ftfy
+import jax
 import numpy as np
 import tokenizers
 
 from tdjax.errors import CheckpointError
-from tdjax.pipeline.conditioning import Tokens
 from tdjax.text.sentencepiece import read_spiece
 
 PAD = 0
@@ -22,6 +23,15 @@ END = "</s>"
 NAMES = ("tokenizer.json", "spiece.model", "tokenizer/tokenizer.json", "tokenizer/spiece.model",
          "google/umt5-xxl/tokenizer.json", "google/umt5-xxl/spiece.model")  # fmt: skip
 FEW_WORDS, FEW_TOKENS = 8, 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """ids, mask: i32[b s]; mask is 1 up to and including the end token, ids are 0 after it."""
+
+    ids: jax.Array | np.ndarray
+    mask: jax.Array | np.ndarray
 
 
 def clean(text: str) -> str:
@@ -125,7 +135,7 @@ def find(path: Path) -> Path:
         raise CheckpointError(
             f"tokenizer {path} does not exist",
             "a file or a folder was expected",
-            "give --tokenizer_path",
+            "give tokenizer_path",
         )
     for name in NAMES:
         if (path / name).is_file():
@@ -133,7 +143,7 @@ def find(path: Path) -> Path:
     raise CheckpointError(
         f"no tokenizer in {path}",
         f"looked for {', '.join(NAMES)}",
-        "copy tokenizer.json of google/umt5-xxl there, or give --tokenizer_path",
+        "copy tokenizer.json of google/umt5-xxl there, or give tokenizer_path",
     )
 
 

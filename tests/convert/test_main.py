@@ -55,9 +55,9 @@ def test_one_file(tmp_path, tiny, capsys):
     cfg, module = orbax.restore(tmp_path / "out")
     direct = open_checkpoint(source).load()
     assert cfg == direct.cfg and cfg.policy.param == "bfloat16"
-    for name, value in orbax.names(direct).items():
+    for name, value in orbax.named_leaves(direct).items():
         np.testing.assert_array_equal(
-            np.asarray(orbax.names(module)[name]), np.asarray(value), err_msg=name
+            np.asarray(orbax.named_leaves(module)[name]), np.asarray(value), err_msg=name
         )
     assert not left_over(tmp_path)
 
