@@ -104,7 +104,7 @@ class Repo:
             raise absent(
                 self,
                 missing,
-                "this run is offline (--offline or HF_HUB_OFFLINE), and the cache does not hold it",
+                "this run is offline (`offline` or HF_HUB_OFFLINE), and the cache does not hold it",
             )
         from huggingface_hub import HfApi, constants, snapshot_download
 
@@ -155,7 +155,7 @@ def absent(repo: Repo, names: list[str], why: str) -> CheckpointError:
     fix = f"close names there: {', '.join(sorted(near))}" if near else f"see {repo.page}"
     if repo.is_offline:
         held = f"; the cache holds close names: {', '.join(sorted(near))}" if near else ""
-        fix = f"run once without --offline, or copy the file and give its path{held}"
+        fix = f"run once without `offline`, or copy the file and give its path{held}"
     return CheckpointError(f"hub repository {repo}: {', '.join(names)} is not available", why, fix)
 
 
@@ -199,7 +199,7 @@ def explained(repo: Repo):
     except RevisionNotFoundError as error:
         raise CheckpointError(
             f"hub repository {repo.id} has no revision {repo.revision!r}", "a branch, tag or full commit hash was expected",
-            f"see {page}/commits/main, or leave --revision away",
+            f"see {page}/commits/main, or leave `revision` away",
         ) from error  # fmt: skip
     except HFValidationError as error:
         raise CheckpointError(

@@ -40,10 +40,13 @@ TITLES = {
     "text": "text encoder",
     "tokenizer": "tokenizer",
 }
-FLAGS = {
-    "dit": "--dit_path", "dit_low": "--low_noise_model_path", "vae": "--vae_path",
-    "text": "--text_encoder_path", "tokenizer": "--tokenizer_path",
-}  # fmt: skip
+ARGUMENTS = {
+    "dit": "dit_path",
+    "dit_low": "low_noise_model_path",
+    "vae": "vae_path",
+    "text": "text_encoder_path",
+    "tokenizer": "tokenizer_path",
+}
 UNWANTED = (
     ".bin",
     ".msgpack",
@@ -96,7 +99,7 @@ def locate(
     """
     if dit_path and (high_noise_model_path or low_noise_model_path):
         raise UsageError(
-            "--dit_path and an expert path",
+            "dit_path and an expert path",
             "both give the transformer",
             "give one file, or the two experts",
         )
@@ -107,13 +110,13 @@ def locate(
         "text": text_encoder_path,
         "tokenizer": tokenizer_path,
     }
-    own = {name: existing(absolute(path), FLAGS[name]) for name, path in given.items() if path}
+    own = {name: existing(absolute(path), ARGUMENTS[name]) for name, path in given.items() if path}
     if model is None or str(model) in ("", "demo"):
         if "dit" not in own:
             raise UsageError(
                 "no model",
                 "a transformer is needed beside the other files",
-                "give --model, or --dit_path FILE",
+                "give `model`, or dit_path FILE",
             )
         found = local(own["dit"])
     else:
@@ -151,8 +154,8 @@ def locate(
             f"the high-noise and the low-noise expert are the same weights: {dits[0]} and"
             f" {dits[1]}",
             "Wan2.2 A14B has two different transformers",
-            "give the file named high as --high_noise_model_path, the one named low as"
-            " --low_noise_model_path",
+            "give the file named high as high_noise_model_path, the one named low as"
+            " low_noise_model_path",
         )
     return Located(
         name=found.name,
@@ -217,7 +220,7 @@ def find(model: str, revision: str | None, offline: bool) -> Found:
     if is_id and not Path(segments[0]).is_dir():
         return on_hub(Repo("/".join(segments[:2]), revision, offline), "/".join(segments[2:]))
     if is_file or "/" in model or "\\" in model or model.startswith((".", "~")):
-        return local(existing(path, "--model"))
+        return local(existing(path, "`model`"))
     near = close(model, list(PRESETS))
     raise UsageError(
         f"unknown model {model!r}" + (f"; did you mean {near[0]}?" if near else ""),
@@ -226,7 +229,7 @@ def find(model: str, revision: str | None, offline: bool) -> Found:
     )
 
 
-def existing(path: Path, flag: str) -> Path:
+def existing(path: Path, argument: str) -> Path:
     """The path, or an error with the names in its folder that come close."""
     if path.exists():
         return path
@@ -238,8 +241,8 @@ def existing(path: Path, flag: str) -> Path:
         else f"nearest folder that exists: {parent.resolve()}"
     )
     alias = filenames.alias_of(path.name.removesuffix(".pth"))
-    fix = f"to download it: --model {alias}" if alias else "check the path"
-    raise CheckpointError(f"{path} does not exist (given as {flag})", why, fix)
+    fix = f"to download it: {alias} as `model`" if alias else "check the path"
+    raise CheckpointError(f"{path} does not exist (given as {argument})", why, fix)
 
 
 def published(alias: str, revision: str | None, offline: bool) -> Found:
@@ -269,8 +272,8 @@ def on_hub(repo: Repo, file: str) -> Found:
     if not names and repo.is_offline:
         raise CheckpointError(
             f"hub repository {repo} is not in the cache",
-            "this run is offline (--offline or HF_HUB_OFFLINE)",
-            "run once without --offline, or give the path of a local copy",
+            "this run is offline (`offline` or HF_HUB_OFFLINE)",
+            "run once without `offline`, or give the path of a local copy",
         )
     if file and file not in names:
         near = close(file, names)
@@ -332,10 +335,7 @@ def swapped(high: Path | None, low: Path | None) -> list[str]:
     return (
         [
             *wrong,
-            (
-                "if the video is noise or mush, swap --high_noise_model_path and"
-                " --low_noise_model_path"
-            ),
+            ("if the video is noise or mush, swap high_noise_model_path and low_noise_model_path"),
         ]
         if wrong
         else []
@@ -375,14 +375,14 @@ def gather(found: Found, parts: tuple[str, ...], *, alone: bool) -> dict[str, Pa
         expected = filenames.swap_expert(shown(dit))
         missing.append(
             f"{other}-noise expert: looked for {expected} in {dit.parent.parent}; or give"
-            f" --{other}_noise_model_path"
+            f" {other}_noise_model_path"
         )
     if missing:
         raise CheckpointError(
             f"{found.name}: {len(missing)} part{'s' if len(missing) > 1 else ''} missing",
             "\n".join(missing),
             "put the files there or give their paths"
-            + ("" if found.looked else "; or run once without --offline"),
+            + ("" if found.looked else "; or run once without `offline`"),
         )
     return paths
 
@@ -398,7 +398,7 @@ def describe(found: Found, name: str) -> str:
     names = ", ".join(filenames.COMPONENTS.get(name, (*filenames.WEIGHTS, "transformer/", "dit/")))
     places = " and ".join(map(str, found.looked)) or "the hub repository"
     home = f"; published as {home[1]} in https://huggingface.co/{home[0]}" if home else ""
-    return f"{TITLES[name]}: looked in {places} for {names}{home}; or give {FLAGS[name]}"
+    return f"{TITLES[name]}: looked in {places} for {names}{home}; or give {ARGUMENTS[name]}"
 
 
 def same(a: Path, b: Path) -> bool:

@@ -18,10 +18,18 @@ from tdjax.generate import outputs
 from tdjax.generate.arguments import OFFICIAL_MODELS, build_parser, parse
 from tdjax.generate.jobs import Job, drawn_seed, read_jobs, standard_input
 from tdjax.media.resolution import choose_size
+from tdjax.progress import Stages
 from tdjax.text.characters import repaired
 
 # Arguments of the library that the command calls otherwise.
 NAMES = {"image": "image_path", "attention": "attention_type", "impl": "attention_impl"}
+
+
+class CommandStages(Stages):
+    """Stages whose notes, which the library writes, speak of the command's options."""
+
+    def note(self, text: str) -> None:
+        super().note(_spelled(text))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,9 +133,8 @@ def run(args) -> int:
     from tdjax.checkpoints.locate import Located
     from tdjax.pipeline.components import planned_parts
     from tdjax.pipeline.pipeline import Pipeline
-    from tdjax.progress import Stages
 
-    stages = Stages(False if args.quiet else args.verbose or None)
+    stages = CommandStages(False if args.quiet else args.verbose or None)
     if cache_note:
         stages.note(cache_note)
     with stages("start device"):

@@ -1,4 +1,4 @@
-"""`--mesh tp=2,sp=2`: several devices for one video. Axes by their field names, checked against the
+"""`mesh`, such as "tp=2,sp=2": several devices for one video. Axes by their field names, checked against the
 network."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         name, equals, value = word.strip().partition("=")
         if name not in AXES or not equals or not value.isdigit() or int(value) < 1 or name in out:
             raise UsageError(
-                f"--mesh {text}: cannot read {word.strip()!r}",
+                f"`mesh` {text}: cannot read {word.strip()!r}",
                 f"it is a list of AXIS=SIZE with the axes {', '.join(AXES)} (parameters, heads and"
                 " MLP, sequence)",
                 "for example sp=4, or tp=2,sp=2",
@@ -50,14 +50,14 @@ def make_mesh(text: str | None, cfg: DiTConfig) -> Mesh | None:
     if heads % over:
         legal = [n for n in range(1, heads + 1) if heads % n == 0]
         raise UsageError(
-            f"--mesh {text} divides {heads} attention heads by {over}",
+            f"`mesh` {text} divides {heads} attention heads by {over}",
             "inside attention each device works on whole heads",
             f"legal sizes of sp (or tp times sp) for this model: {', '.join(map(str, legal))}",
         )
     count, devices = math.prod(sizes.values()), jax.devices()
     if count > len(devices):
         raise UsageError(
-            f"--mesh {text} needs {count} devices",
+            f"`mesh` {text} needs {count} devices",
             f"there are {len(devices)}: {devices[0].device_kind}",
             "use a smaller mesh",
         )

@@ -37,7 +37,7 @@ LORA_KEYS = r"(.*\.)?lora_(A|B|up|down)\.|.*\.lora\.(up|down)\.|.*\.(diff|diff_b
 VAE22_KEYS = r"encoder\.downsamples\.0\.downsamples\.|encoder\.down_blocks\.0\.resnets\."
 # models of the same family that are not this network: (key pattern, what it is, what to do)
 RELATIVES = (
-    (LORA_KEYS, "a LoRA, not a model", "give it with --lora beside its base model"),
+    (LORA_KEYS, "a LoRA, not a model", "give it as `lora` beside its base model"),
     (VAE22_KEYS, "the Wan2.2 TI2V-5B VAE (48 latent channels, here 16)", WAN21_VAE),
     (
         r"vace_",
@@ -208,7 +208,7 @@ def dit(tensors, naming: str, name: str, known: dict) -> DiTConfig:
         raise CheckpointError(
             f"{name}: width {dim} is no multiple of {width}",
             "the keys do not tell the number of heads",
-            "say it: --heads N",
+            "say it: python -m convert SRC DST --heads N",
         )
     fields = {
         "dim": dim,

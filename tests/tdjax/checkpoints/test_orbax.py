@@ -370,18 +370,6 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, modules):
     same(orbax.restore(tmp_path / "x")[1], modules["text"])
 
 
-def test_what_killed_runs_left_is_removed(tmp_path, modules):
-    import os
-    import socket
-
-    dead = tmp_path / f".x.{socket.gethostname()}-999999999.part"
-    alive = tmp_path / f".x.{socket.gethostname()}-{os.getppid()}.part"
-    for part in (dead, alive):
-        (part / "params").mkdir(parents=True)
-    orbax.save(tmp_path / "x", modules["text"], "text", CONFIGS["text"])
-    assert not dead.exists() and alive.exists()
-
-
 def test_nothing_is_printed(tmp_path, modules, capfd):
     orbax.save(tmp_path / "x", modules["text"], "text", CONFIGS["text"])
     orbax.restore(tmp_path / "x")

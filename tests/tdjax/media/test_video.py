@@ -198,7 +198,7 @@ def test_an_interrupted_overwrite_keeps_the_old_file(tmp_path, name):
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.npy", "clip"])
 def test_overwrite_only_when_asked(tmp_path, name):
     path = video.write(tmp_path / name, waves(2))
-    with pytest.raises(UsageError, match="--overwrite"):
+    with pytest.raises(UsageError, match="or `overwrite`"):
         video.write(path, waves(3))
     assert len(video.read_video(path)) == 2
     video.write(path, waves(3), overwrite=True)
