@@ -13,11 +13,13 @@ from tdjax.cli import lora_pair
 from tdjax.errors import UsageError
 
 EPILOG = """\
-SRC   a .pth or .safetensors file, a shard index, a folder of shards, or a folder that this command wrote. Several files, or
-      a folder with a whole model, make DST a model folder: dit/ (or dit_high/ and dit_low/), vae/, text/, the tokenizer.
+SRC   a .pth or .safetensors file, a shard index, a folder of shards, or a folder that this command
+      wrote. Several files, or a folder with a whole model, make DST a model folder: dit/ (or
+      dit_high/ and dit_low/), vae/, text/, the tokenizer.
 DST   a folder in tdjax's layout, or NAME.safetensors to export under the published names.
 
-The kind, size, task, attention and quantisation are read from the keys. Only paths go to stdout, the report to stderr.
+The kind, size, task, attention and quantisation are read from the keys. Only paths go to stdout,
+the report to stderr.
 Exit codes: 0 ok, 2 usage, 3 the checkpoint is damaged or another model, 130 interrupted."""
 
 

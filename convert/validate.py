@@ -10,9 +10,12 @@ from tdjax import cli
 from tdjax.errors import UsageError
 
 EPILOG = """\
-keys     every key of the file is claimed once and every leaf of the model filled, shapes and dtypes fit
-values   also every value is read and finite; with --against every leaf is compared with another file, whatever its layout
-forward  also the network runs on random input and its output is finite; with --against both outputs are compared
+keys     every key of the file is claimed once and every leaf of the model filled, shapes and
+         dtypes fit
+values   also every value is read and finite; with --against every leaf is compared with another
+         file, whatever its layout
+forward  also the network runs on random input and its output is finite; with --against both
+         outputs are compared
 --golden runs a file of golden vectors of the official code through our modules in float32
 
 Exit codes: 0 ok, 2 usage, 3 something is over tolerance, or a file is damaged or another model."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import errno
 import json
 import sys
 from pathlib import Path
 
 from tdjax.errors import CheckpointError
+from tdjax.files import near
 
 INDEX = ".safetensors.index.json"
 
@@ -162,12 +162,7 @@ def absent(repo: Repo, names: list[str], why: str) -> CheckpointError:
 def close(name: str, others: list[str], count: int = 3) -> list[str]:
     """Names near to `name`: by their spelling without case, the file's own name first."""
     lower = {other.rpartition("/")[2].lower(): other for other in others}
-    return [
-        lower[match]
-        for match in difflib.get_close_matches(
-            name.rpartition("/")[2].lower(), list(lower), count, 0.6
-        )
-    ]
+    return [lower[match] for match in near(name.rpartition("/")[2].lower(), lower, count)]
 
 
 @contextlib.contextmanager
@@ -188,19 +183,22 @@ def explained(repo: Repo):
         yield
     except GatedRepoError as error:
         raise CheckpointError(
-            f"hub repository {repo} is gated", "its owner asks for an account that accepted the terms",
+            f"hub repository {repo} is gated",
+            "its owner asks for an account that accepted the terms",
             f"accept them at {page}, then `hf auth login` or set HF_TOKEN",
-        ) from error  # fmt: skip
+        ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"hub repository {repo} was not found", "there is none of this name, or it is private and no token with access is set",
+            f"hub repository {repo} was not found",
+            "there is none of this name, or it is private and no token with access is set",
             f"check the id at {page}; for a private one `hf auth login` or set HF_TOKEN",
-        ) from error  # fmt: skip
+        ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(
-            f"hub repository {repo.id} has no revision {repo.revision!r}", "a branch, tag or full commit hash was expected",
+            f"hub repository {repo.id} has no revision {repo.revision!r}",
+            "a branch, tag or full commit hash was expected",
             f"see {page}/commits/main, or leave `revision` away",
-        ) from error  # fmt: skip
+        ) from error
     except HFValidationError as error:
         raise CheckpointError(
             f"{repo.id!r} is no hub id",
@@ -217,6 +215,8 @@ def explained(repo: Repo):
             ) from error
         lines = str(error).splitlines() or [""]
         raise CheckpointError(
-            f"hub repository {repo} cannot be read", f"{type(error).__name__}: {lines[0]}",
-            "check the connection and try again (downloads resume); files that are on this machine can be given as paths",
-        ) from error  # fmt: skip
+            f"hub repository {repo} cannot be read",
+            f"{type(error).__name__}: {lines[0]}",
+            "check the connection and try again (downloads resume); files that are on this"
+            " machine can be given as paths",
+        ) from error

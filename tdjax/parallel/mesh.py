@@ -1,5 +1,5 @@
-"""`mesh`, such as "tp=2,sp=2": several devices for one video. Axes by their field names, checked against the
-network."""
+"""Several devices for one video: meshes such as "tp=2,sp=2". Axes by their field names, checked
+against the network."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from jax.sharding import AxisType, Mesh
 from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
 
-AXES = {
-    "fsdp": "fsdp",
-    "tp": "tensor",
-    "sp": "seq",
-}  # what users write -> the names of sharding.RULES
+# What users write -> the names of sharding.RULES.
+AXES = {"fsdp": "fsdp", "tp": "tensor", "sp": "seq"}
 
 
-def parse_mesh(text: str) -> dict[str, int]:
+def _parse_mesh(text: str) -> dict[str, int]:
     """ "tp=2,sp=4" -> {"tp": 2, "sp": 4}"""
     out = {}
     for word in text.split(","):
@@ -36,7 +33,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(text: str | None, cfg: DiTConfig) -> Mesh | None:
-    """The mesh over the first devices; None for None and "auto".
+    """Returns the mesh over the first devices; None for None and "auto".
 
     text: AXIS=SIZE with commas between, of fsdp (parameters), tp (heads and MLP), sp (sequence):
           "sp=4", "tp=2,sp=2".
@@ -45,7 +42,7 @@ def make_mesh(text: str | None, cfg: DiTConfig) -> Mesh | None:
     """
     if text is None or text == "auto":
         return None
-    sizes = parse_mesh(text)
+    sizes = _parse_mesh(text)
     heads, over = cfg.heads, sizes.get("tp", 1) * sizes.get("sp", 1)
     if heads % over:
         legal = [n for n in range(1, heads + 1) if heads % n == 0]

@@ -88,7 +88,8 @@ def axes_of(name: str) -> tuple[str | None, ...]:
     if len(rows) != 1:
         found = ", ".join(pattern for pattern, _ in rows) or "none"
         raise ValueError(
-            f"leaf {name} must match exactly one row of tdjax.parallel.sharding.PARAM_AXES; matches: {found}"
+            f"leaf {name} must match exactly one row of tdjax.parallel.sharding.PARAM_AXES;"
+            f" matches: {found}"
         )
     return rows[0][1]
 

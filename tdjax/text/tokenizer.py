@@ -20,8 +20,14 @@ PAD = 0
 END = "</s>"
 # In this order below the folder that is given; the last two are where the Wan repositories keep
 # theirs.
-NAMES = ("tokenizer.json", "spiece.model", "tokenizer/tokenizer.json", "tokenizer/spiece.model",
-         "google/umt5-xxl/tokenizer.json", "google/umt5-xxl/spiece.model")  # fmt: skip
+NAMES = (
+    "tokenizer.json",
+    "spiece.model",
+    "tokenizer/tokenizer.json",
+    "tokenizer/spiece.model",
+    "google/umt5-xxl/tokenizer.json",
+    "google/umt5-xxl/spiece.model",
+)
 FEW_WORDS, FEW_TOKENS = 8, 16
 
 

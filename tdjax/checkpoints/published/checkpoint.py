@@ -26,9 +26,9 @@ from tdjax.checkpoints.published.upload import ahead, settle, upload
 from tdjax.config import Config, DiTConfig
 
 HOST = ("cpu",)  # platforms whose memory is the host's: nothing is gained by transposing there
-ON_DEVICE = (
-    2**22
-)  # bytes from which a leaf is transposed on the device; below, compiling would take longer than it saves
+# Bytes from which a leaf is transposed on the device; below, compiling would take longer than it
+# saves.
+ON_DEVICE = 2**22
 
 
 def open_checkpoint(

@@ -18,15 +18,10 @@ from jax import lax
 from tdjax.checkpoints.published.rules import Row
 from tdjax.checkpoints.published.tensor import Tensor, is_float
 
-TRAVELS = (
-    "float32",
-    "bfloat16",
-    "float16",
-    "int8",
-)  # dtypes that are cast on the device; others are cast before
-PIECE_BYTES = (
-    2**27
-)  # a single tensor without a layout is cut into pieces of this size; layers are pieces by themselves
+# Dtypes that are cast on the device; others are cast before.
+TRAVELS = ("float32", "bfloat16", "float16", "int8")
+# A single tensor without a layout is cut into pieces of this size; layers are pieces by themselves.
+PIECE_BYTES = 2**27
 READERS = 2  # threads that read the next pieces from the file
 IN_FLIGHT = 3  # pieces on their way while the next one is read
 
@@ -36,7 +31,7 @@ def upload(tensors: list, row: Row, target: jax.ShapeDtypeStruct, device: jax.De
     device.
 
     Host memory: IN_FLIGHT + READERS + 1 pieces and the runtime's copies of them. Device memory: the
-                 leaf and as many pieces.
+    leaf and as many pieces.
     """
     out = jnp.zeros(target.shape, target.dtype, device=device)
     waiting: deque[jax.Array] = deque()

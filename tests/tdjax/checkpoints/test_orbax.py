@@ -238,7 +238,7 @@ def test_leaves_are_read_one_after_another(tmp_path, modules, monkeypatch):
 
 
 # Messages
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_folders_that_are_not_ours(tmp_path, folder):
@@ -344,7 +344,7 @@ def test_truncated_or_missing_files(copy, capfd):
 
 
 # Atomic writing
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_overwritten_by_itself(tmp_path, modules):
