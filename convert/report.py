@@ -30,11 +30,11 @@ def text(report: dict[str, Any]) -> str:
         f"{report[name]} {name}" for name in ("matched", "dropped", "missing", "unexpected")
     )
     dtypes = ", ".join(f"{n} {name}" for name, n in report.get("dtypes", {}).items())
-    files = report.get("files", 1)
+    read = f"{report['tensors']} in {report.get('files', 1)} file(s)"
     lines = [
         f"{report['name']}: {report['what']}",
         f"  config      {_listed(config)}",
-        f"  tensors     {report['tensors']} in {files} file(s): {counts} -> {report['leaves']} leaves",
+        f"  tensors     {read}: {counts} -> {report['leaves']} leaves",
     ]
     if report.get("stripped"):
         prefixes = ", ".join(f"{name} {n} times" for name, n in report["stripped"].items())

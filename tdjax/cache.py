@@ -50,13 +50,13 @@ def _files(folder: Path, pattern: str) -> list[Path]:
     return [p for p in folder.glob(pattern) if p.is_file() and not p.is_symlink()]
 
 
-def size(path: Path) -> int:
+def _size(path: Path) -> int:
     """Bytes of a file, or of all files of a folder."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return sum(p.stat().st_size for p in files)
 
 
-def age(path: Path) -> float:
+def _age(path: Path) -> float:
     """Days since the last use of an entry that is touched when used, else since it was written."""
     return (time.time() - path.stat().st_mtime) / 86400
 
@@ -65,7 +65,7 @@ def listing(root: Path) -> dict:
     """All of it as JSON values."""
     found = contents(root)
     kinds = {
-        kind: {"entries": len(paths), "bytes": sum(map(size, paths))}
+        kind: {"entries": len(paths), "bytes": sum(map(_size, paths))}
         for kind, paths in found.items()
     }
     kinds["weights"]["names"] = [p.name for p in found["weights"]]
@@ -77,7 +77,7 @@ def listing(root: Path) -> dict:
     return {"folder": str(root), "kinds": kinds, "prompts": prompts}
 
 
-def table(found: dict, shown: int) -> str:
+def _table(found: dict, shown: int) -> str:
     """The listing for people, with so many prompts at most."""
     lines = [f"folder     {found['folder']}"]
     for kind, row in found["kinds"].items():
@@ -112,8 +112,8 @@ def remove(root: Path, what: list[str], older_than: float) -> tuple[int, int]:
                     f"kinds are {kinds}; or the name of a model folder, or a prompt's key",
                     "see ls",
                 )
-        chosen += [p for p in paths if p not in chosen and age(p) >= older_than]
-    freed = sum(map(size, chosen))
+        chosen += [p for p in paths if p not in chosen and _age(p) >= older_than]
+    freed = sum(map(_size, chosen))
     for path in chosen:
         if path.is_dir():
             shutil.rmtree(path)
@@ -161,7 +161,7 @@ def _command(argv: list[str]) -> int:
     if args.json:
         print(json.dumps(found, indent=1))
     else:
-        print(table(found, len(found["prompts"]) if args.all else 10))
+        print(_table(found, len(found["prompts"]) if args.all else 10))
     return 0
 
 

@@ -74,21 +74,21 @@ def absolute(path: str | Path) -> Path:
 def local(path: Path) -> Found:
     """A file or a folder, with the parts that lie beside it, in it, or one folder up."""
     path = absolute(path)
-    found = one_file(path) if path.is_file() else folder(path)
+    found = _one_file(path) if path.is_file() else folder(path)
     for place in found.looked:
-        names = nearby(place)
+        names = _nearby(place)
         for part in filenames.COMPONENTS:
             name = filenames.component(names, part)
             if name and part not in found.parts:
                 found.parts[part] = place / name
     dit = found.parts.get("dit")
     found.preset = found.facts.get("preset") or (
-        dit and (alias_of_source(dit) or filenames.alias_of_path(dit))
+        dit and (_alias_of_source(dit) or filenames.alias_of_path(dit))
     )
     return found
 
 
-def read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict:
     """A table of a model folder; CheckpointError where it is damaged."""
     try:
         values = json.loads(path.read_text())
@@ -103,7 +103,7 @@ def read_json(path: Path) -> dict:
     return values
 
 
-def one_file(path: Path) -> Found:
+def _one_file(path: Path) -> Found:
     if not path.name.endswith(filenames.WEIGHTS):
         allowed = ", ".join(filenames.WEIGHTS)
         raise CheckpointError(
@@ -118,7 +118,7 @@ def one_file(path: Path) -> Found:
 
 
 def folder(path: Path) -> Found:
-    names = listing(path)
+    names = _listing(path)
     if "manifest.json" in names:  # one component of ours: `<model>/dit`
         dits = experts(path.name, lambda name: (path.parent / name / "manifest.json").is_file())
         return Found(
@@ -131,9 +131,9 @@ def folder(path: Path) -> Found:
     if (
         layout == "published" and len(dits) == 1
     ):  # the other expert may be in the folder beside this one
-        found = one_file(path / dits[0])
+        found = _one_file(path / dits[0])
         return dataclasses.replace(found, name=path.name, looked=[path, path.parent])
-    facts = read_json(path / "model.json") if "model.json" in names else {}
+    facts = _read_json(path / "model.json") if "model.json" in names else {}
     looked = [path, path.parent] if layout == "published" else [path]
     return Found(
         name=path.name,
@@ -149,7 +149,7 @@ def entry(path: Path) -> Path:
     folder."""
     if path.is_file() or (path / "manifest.json").is_file():
         return path
-    _, dits = filenames.transformers(listing(path), str(path))
+    _, dits = filenames.transformers(_listing(path), str(path))
     if len(dits) != 1:
         raise CheckpointError(
             f"{path} is a folder with {len(dits)} transformers",
@@ -159,7 +159,7 @@ def entry(path: Path) -> Path:
     return path / dits[0]
 
 
-def listing(root: Path) -> list[str]:
+def _listing(root: Path) -> list[str]:
     """Names of files in a folder and one level below it, hidden ones left out."""
     files = (
         p.relative_to(root).as_posix() for p in [*root.glob("*"), *root.glob("*/*")] if p.is_file()
@@ -167,7 +167,7 @@ def listing(root: Path) -> list[str]:
     return sorted(n for n in files if not n.startswith(".") and "/." not in n)
 
 
-def nearby(root: Path) -> list[str]:
+def _nearby(root: Path) -> list[str]:
     """Names of files in a folder, and those of known parts below it: enough to find a part, also
     where the folder is / or home."""
     known = [
@@ -213,12 +213,12 @@ def is_model(folder: Path) -> bool:
     )
 
 
-def alias_of_source(dit: Path) -> str | None:
+def _alias_of_source(dit: Path) -> str | None:
     """The preset that a converted checkpoint came from, by the source name in its manifest."""
     manifest = dit / "manifest.json"
     if not manifest.is_file():
         return None
-    source = read_json(manifest).get("source") or {}
+    source = _read_json(manifest).get("source") or {}
     return filenames.alias_of_path(Path(str(source.get("name", ""))))
 
 

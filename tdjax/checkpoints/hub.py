@@ -20,7 +20,7 @@ from tdjax.files import near
 INDEX = ".safetensors.index.json"
 
 
-def say(text: str) -> None:
+def _say(text: str) -> None:
     print(f"tdjax: {text}", file=sys.stderr)
 
 
@@ -63,7 +63,7 @@ class Repo:
             )
         from huggingface_hub import HfApi
 
-        with explained(self):
+        with _explained(self):
             return HfApi().list_repo_files(self.id, revision=self.revision)
 
     def snapshot(self) -> Path | None:
@@ -88,7 +88,7 @@ class Repo:
         """
         root = self.fetch_named(names)
         shards = [
-            shard for name in names if name.endswith(INDEX) for shard in shards_of(root, name)
+            shard for name in names if name.endswith(INDEX) for shard in _shards_of(root, name)
         ]
         return self.fetch_named([*names, *shards]) if shards else root
 
@@ -101,36 +101,38 @@ class Repo:
 
     def download(self, names: list[str], missing: list[str]) -> Path:
         if self.is_offline:
-            raise absent(
+            raise _absent(
                 self,
                 missing,
                 "this run is offline (`offline` or HF_HUB_OFFLINE), and the cache does not hold it",
             )
         from huggingface_hub import HfApi, constants, snapshot_download
 
-        with explained(self):
+        with _explained(self):
             sizes = {
                 info.path: info.size
                 for info in HfApi().get_paths_info(self.id, missing, revision=self.revision)
             }
         if len(sizes) < len(missing):
-            raise absent(
+            raise _absent(
                 self,
                 [name for name in missing if name not in sizes],
                 "the repository has no such file",
             )
-        say(f"downloading {gigabytes(sum(sizes.values()))} from {self} to {constants.HF_HUB_CACHE}")
+        _say(
+            f"downloading {gigabytes(sum(sizes.values()))} from {self} to {constants.HF_HUB_CACHE}"
+        )
         for name, size in sizes.items():
-            say(f"  {gigabytes(size):>9}  {name}")
-        with explained(self):
+            _say(f"  {gigabytes(size):>9}  {name}")
+        with _explained(self):
             root = Path(snapshot_download(self.id, revision=self.revision, allow_patterns=names))
         gone = [name for name in names if not (root / name).is_file()]
         if gone:
-            raise absent(self, gone, "the download did not bring it")
+            raise _absent(self, gone, "the download did not bring it")
         return root
 
 
-def shards_of(root: Path, index: str) -> list[str]:
+def _shards_of(root: Path, index: str) -> list[str]:
     """Repository names of the shards that an index (a repository name) lists."""
     try:
         files = sorted(set(json.loads((root / index).read_text())["weight_map"].values()))
@@ -148,7 +150,7 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
-def absent(repo: Repo, names: list[str], why: str) -> CheckpointError:
+def _absent(repo: Repo, names: list[str], why: str) -> CheckpointError:
     """A file that cannot be had, with the names that come closest."""
     have = repo.names()
     near = {match for name in names for match in close(name, have)}
@@ -166,7 +168,7 @@ def close(name: str, others: list[str], count: int = 3) -> list[str]:
 
 
 @contextlib.contextmanager
-def explained(repo: Repo):
+def _explained(repo: Repo):
     """Errors of the hub as CheckpointError: what was asked for, why it failed, what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,

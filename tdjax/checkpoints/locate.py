@@ -110,7 +110,7 @@ def locate(
         "text": text_encoder_path,
         "tokenizer": tokenizer_path,
     }
-    own = {name: existing(absolute(path), ARGUMENTS[name]) for name, path in given.items() if path}
+    own = {name: _existing(absolute(path), ARGUMENTS[name]) for name, path in given.items() if path}
     if model is None or str(model) in ("", "demo"):
         if "dit" not in own:
             raise UsageError(
@@ -120,9 +120,11 @@ def locate(
             )
         found = local(own["dit"])
     else:
-        found = find(str(model), revision, offline)
+        found = _find(str(model), revision, offline)
         if "dit" in own:
-            found = with_transformer(found, local(own["dit"]), keep_low=bool(high_noise_model_path))
+            found = _with_transformer(
+                found, local(own["dit"]), keep_low=bool(high_noise_model_path)
+            )
     if high_noise_model_path:  # as given, even if their names say the opposite
         high, pair = entry(own["dit"]), [found.parts.get("dit"), found.parts.get("dit_low")]
         found.parts["dit"] = high
@@ -133,11 +135,11 @@ def locate(
         for name, path in own.items()
         if name != "dit"
     }
-    warnings = swapped(own.get("dit") if high_noise_model_path else None, own.get("dit_low"))
+    warnings = _swapped(own.get("dit") if high_noise_model_path else None, own.get("dit_low"))
     if (
         "tokenizer" not in found.parts and "tokenizer" in parts
     ):  # small, and the official folder of weights has none
-        found.parts |= base_parts(Preset, Repo(Preset.base_repo, None, offline), only="tokenizer")
+        found.parts |= _base_parts(Preset, Repo(Preset.base_repo, None, offline), only="tokenizer")
     alone = (
         dit_path is not None
         and "dit_low" not in found.parts
@@ -147,9 +149,9 @@ def locate(
         warnings.append(
             f"{shown(own['dit'])} is one expert of two, given by itself: every step runs through it"
         )
-    paths = gather(found, parts, alone=alone)
+    paths = _gather(found, parts, alone=alone)
     dits = tuple(paths[name] for name in ("dit", "dit_low") if name in paths)
-    if len(dits) == 2 and same(*dits):
+    if len(dits) == 2 and _same(*dits):
         raise CheckpointError(
             f"the high-noise and the low-noise expert are the same weights: {dits[0]} and"
             f" {dits[1]}",
@@ -204,7 +206,7 @@ def _private_folder() -> Path:
 # --------------------------------------------------------------------------------------------------
 
 
-def find(model: str, revision: str | None, offline: bool) -> Found:
+def _find(model: str, revision: str | None, offline: bool) -> Found:
     """A path that exists, else a preset, else a hub id; else an error that says what came close."""
     path = Path(model).expanduser()
     if path.exists():
@@ -218,9 +220,9 @@ def find(model: str, revision: str | None, offline: bool) -> Found:
         3 if is_file else 2
     )
     if is_id and not Path(segments[0]).is_dir():
-        return on_hub(Repo("/".join(segments[:2]), revision, offline), "/".join(segments[2:]))
+        return _on_hub(Repo("/".join(segments[:2]), revision, offline), "/".join(segments[2:]))
     if is_file or "/" in model or "\\" in model or model.startswith((".", "~")):
-        return local(existing(path, "`model`"))
+        return local(_existing(path, "`model`"))
     near = close(model, list(PRESETS))
     raise UsageError(
         f"unknown model {model!r}" + (f"; did you mean {near[0]}?" if near else ""),
@@ -229,7 +231,7 @@ def find(model: str, revision: str | None, offline: bool) -> Found:
     )
 
 
-def existing(path: Path, argument: str) -> Path:
+def _existing(path: Path, argument: str) -> Path:
     """The path, or an error with the names in its folder that come close."""
     if path.exists():
         return path
@@ -251,10 +253,10 @@ def published(alias: str, revision: str | None, offline: bool) -> Found:
     repo = Repo(preset.repo, revision, offline)
     base = repo if preset.base_repo == preset.repo else Repo(preset.base_repo, None, offline)
     dits = {slot: Remote(repo, file, (file,)) for slot, file in slots(preset.dit).items()}
-    return Found(name=alias, preset=alias, parts=dits | base_parts(preset, base))
+    return Found(name=alias, preset=alias, parts=dits | _base_parts(preset, base))
 
 
-def base_parts(preset, repo: Repo, only: str | None = None) -> dict[str, Remote]:
+def _base_parts(preset, repo: Repo, only: str | None = None) -> dict[str, Remote]:
     """VAE, text encoder and tokenizer of a preset (or of the class: Wan2.1's). Of the two forms of
     the tokenizer either will do."""
     forms = [f"{preset.tokenizer}/tokenizer.json", f"{preset.tokenizer}/spiece.model"]
@@ -265,7 +267,7 @@ def base_parts(preset, repo: Repo, only: str | None = None) -> dict[str, Remote]
     }
 
 
-def on_hub(repo: Repo, file: str) -> Found:
+def _on_hub(repo: Repo, file: str) -> Found:
     """Any other repository: its files are recognised by name; parts that it lacks are those of
     Wan2.1."""
     names = repo.names()
@@ -287,14 +289,14 @@ def on_hub(repo: Repo, file: str) -> Found:
     else:
         layout, dits = filenames.transformers(names, repo.id)
     own = slots(dits) | {part: filenames.component(names, part) for part in filenames.COMPONENTS}
-    parts = base_parts(Preset, Repo(Preset.base_repo, None, repo.offline)) | {
-        part: remote(repo, name, names) for part, name in own.items() if name
+    parts = _base_parts(Preset, Repo(Preset.base_repo, None, repo.offline)) | {
+        part: _remote(repo, name, names) for part, name in own.items() if name
     }
     alias = filenames.alias_of_path(Path(repo.id) / dits[0]) if dits else None
     return Found(name=repo.id.split("/")[1], layout=layout, preset=alias, parts=parts)
 
 
-def remote(repo: Repo, name: str, names: list[str]) -> Remote:
+def _remote(repo: Repo, name: str, names: list[str]) -> Remote:
     files = (
         (name,)
         if name in names
@@ -307,7 +309,7 @@ def remote(repo: Repo, name: str, names: list[str]) -> Remote:
 # --------------------------------------------------------------------------------------------------
 
 
-def with_transformer(found: Found, own: Found, *, keep_low: bool) -> Found:
+def _with_transformer(found: Found, own: Found, *, keep_low: bool) -> Found:
     """The model with the transformer of another; its name and preset are the other's where that has
     a known name.
 
@@ -323,7 +325,7 @@ def with_transformer(found: Found, own: Found, *, keep_low: bool) -> Found:
     )
 
 
-def swapped(high: Path | None, low: Path | None) -> list[str]:
+def _swapped(high: Path | None, low: Path | None) -> list[str]:
     """Warnings about experts whose names say the opposite of how they were given. Keys and shapes
     cannot tell them apart."""
     wrong = [
@@ -342,7 +344,7 @@ def swapped(high: Path | None, low: Path | None) -> list[str]:
     )
 
 
-def gather(found: Found, parts: tuple[str, ...], *, alone: bool) -> dict[str, Path]:
+def _gather(found: Found, parts: tuple[str, ...], *, alone: bool) -> dict[str, Path]:
     """Local paths of all parts. Those asked for are downloaded; one error lists all that are
     missing. alone: one expert will do."""
     paths = {name: part for name, part in found.parts.items() if isinstance(part, Path)}
@@ -401,7 +403,7 @@ def describe(found: Found, name: str) -> str:
     return f"{TITLES[name]}: looked in {places} for {names}{home}; or give {ARGUMENTS[name]}"
 
 
-def same(a: Path, b: Path) -> bool:
+def _same(a: Path, b: Path) -> bool:
     """Whether two files hold the same bytes. Different weights of one size part within the first
     tensor, so this is quick."""
     if a.samefile(b):

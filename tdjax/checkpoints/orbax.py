@@ -95,7 +95,7 @@ async def all_of(tasks) -> list:
     return [item for result in done for item in result]
 
 
-class Sizes(ocp.type_handlers.NumpyHandler):
+class _Sizes(ocp.type_handlers.NumpyHandler):
     """Tells shapes and dtypes, leaf by leaf."""
 
     async def metadata(self, infos):
@@ -103,7 +103,7 @@ class Sizes(ocp.type_handlers.NumpyHandler):
         return await all_of([one([info]) for info in infos])
 
 
-class InGroups(ocp.type_handlers.ArrayHandler):
+class _InGroups(ocp.type_handlers.ArrayHandler):
     """Reads leaves in groups of bounded size."""
 
     async def deserialize(self, infos, args=None):
@@ -247,7 +247,7 @@ def inspect(folder) -> dict[str, Any]:
     file = folder / "manifest.json"
     if not file.is_file():
         raise CheckpointError(
-            f"{folder} is not a tdjax checkpoint: it has no manifest.json", *why_not(folder)
+            f"{folder} is not a tdjax checkpoint: it has no manifest.json", *_why_not(folder)
         )
     try:
         manifest = json.loads(file.read_text())
@@ -276,7 +276,7 @@ def inspect(folder) -> dict[str, Any]:
     return manifest
 
 
-def why_not(folder: Path) -> tuple[str, str]:
+def _why_not(folder: Path) -> tuple[str, str]:
     """The second and third line of the message about a folder without manifest."""
     if not folder.exists():
         close = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.is_dir() else []
@@ -320,8 +320,8 @@ def checked(folder) -> tuple[str, Config]:
         listed,
         f"{folder / 'manifest.json'} does not describe its own config",
     )
-    stored = readable(
-        folder, lambda reader: described(reader.metadata(params(folder)).item_metadata)
+    stored = _readable(
+        folder, lambda reader: _described(reader.metadata(_params(folder)).item_metadata)
     )
     check_table(
         listed, table(stored), f"{folder / 'params'} does not hold what manifest.json lists"
@@ -329,7 +329,7 @@ def checked(folder) -> tuple[str, Config]:
     return kind, cfg
 
 
-def described(metadata) -> dict[str, Any]:
+def _described(metadata) -> dict[str, Any]:
     """{leaf name: what has its shape and dtype}; Orbax gives None for a folder whose description it
     cannot read."""
     if metadata is None:
@@ -337,15 +337,15 @@ def described(metadata) -> dict[str, Any]:
     return metadata.tree
 
 
-def params(folder: Path) -> str:
+def _params(folder: Path) -> str:
     """The path of the arrays; Orbax wants it absolute."""
     return os.path.abspath(folder / "params")
 
 
-def readable(folder: Path, action: Callable[[ocp.Checkpointer], Any]):
+def _readable(folder: Path, action: Callable[[ocp.Checkpointer], Any]):
     """action(reader), where whatever Orbax and TensorStore raise becomes one CheckpointError."""
     registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, InGroups()), (np.ndarray, Sizes())
+        (jax.Array, _InGroups()), (np.ndarray, _Sizes())
     )
     try:
         with (
@@ -396,7 +396,7 @@ def restore(folder, sharding=None, config: Config | None = None):
     )
     args = {name: how(x, where[name]) for name, x in wanted.items()}
     request = ocp.args.PyTreeRestore(item=dict(wanted), restore_args=args, partial_restore=True)
-    arrays = readable(folder, lambda reader: reader.restore(params(folder), args=request))
+    arrays = _readable(folder, lambda reader: reader.restore(_params(folder), args=request))
     return config or stored, assemble(module, arrays)
 
 
@@ -414,6 +414,6 @@ def read(folder, name: str) -> np.ndarray:
     """One leaf, on the host, as stored."""
     as_array = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
     request = ocp.args.PyTreeRestore(item={name: 0}, restore_args=as_array, partial_restore=True)
-    return readable(
-        Path(folder), lambda reader: reader.restore(params(Path(folder)), args=request)
+    return _readable(
+        Path(folder), lambda reader: reader.restore(_params(Path(folder)), args=request)
     )[name]

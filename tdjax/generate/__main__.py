@@ -63,7 +63,7 @@ def check_early(args) -> None:
         SLAConfig(topk=args.sla_topk)
     preset = PRESETS.get(args.model.lower())
     known = preset.sampler if preset else SamplerConfig()
-    few_step = args.sampler is None and known.few_step and not local_files(args)
+    few_step = args.sampler is None and known.few_step and not _local_files(args)
     if args.sampler in ("sde", "ode") or few_step:
         steps = len(args.mid_t) + 1 if args.mid_t and args.num_steps is None else args.num_steps
         changes = {
@@ -109,11 +109,11 @@ def _absent(path: str) -> UsageError:
     return UsageError(f"{path} {what}", "it was given on the command line", near_files(Path(path)))
 
 
-def not_downloaded(args) -> bool:
+def _not_downloaded(args) -> bool:
     """Whether a preset's files would have to be fetched first."""
     from tdjax.checkpoints.locate import locate
 
-    if args.model.lower() not in PRESETS or local_files(args):
+    if args.model.lower() not in PRESETS or _local_files(args):
         return False
     try:
         locate(args.model, revision=args.revision, offline=True)
@@ -122,7 +122,7 @@ def not_downloaded(args) -> bool:
     return False
 
 
-def local_files(args) -> bool:
+def _local_files(args) -> bool:
     """Whether the weights' kind (distilled or not) is known only once they are opened."""
     return Path(args.model).exists() or any(getattr(args, name) for name in PATHS)
 
@@ -140,7 +140,7 @@ def run(args) -> int:
     with stages("start device"):
         cli.start_jax()
         text_device = text_encoder_device(args)
-    if args.dry_run and not_downloaded(args):
+    if args.dry_run and _not_downloaded(args):
         preset = PRESETS[args.model.lower()]
         located = Located(
             name=args.model.lower(),
@@ -164,7 +164,7 @@ def run(args) -> int:
             text_encoder_device=text_device,
             vae=args.vae,
         )
-        check_model(args, pipe)
+        _check_model(args, pipe)
         stages.note(f"{args.model} is not downloaded: this plan comes from its preset")
         return dry_run(args, pipe, read_jobs(args, "dry run", stages.note))
     pipe = tdjax.load(
@@ -189,7 +189,7 @@ def run(args) -> int:
         stages=stages,
         **{name: getattr(args, name) for name in PATHS},
     )
-    check_model(args, pipe)
+    _check_model(args, pipe)
     if args.model == "demo" and not any(getattr(args, name) for name in PATHS):
         stages.note(f"the embedded demo model, {pipe.size}; --model gives another")
     if args.seed < 0:
@@ -206,8 +206,8 @@ def run(args) -> int:
     if args.dry_run:
         return dry_run(args, pipe, jobs)
     if args.warmup:
-        pipe.warmup(**call_arguments(args, jobs[0]))
-        return report(args, pipe)
+        pipe.warmup(**_call_arguments(args, jobs[0]))
+        return _report(args, pipe)
     if not jobs[0].prompt and not args.prompt_embeds:
         raise UsageError(
             "no prompt",
@@ -225,14 +225,14 @@ def run(args) -> int:
                 args.overwrite,
             )
         )
-        return report(args, pipe)
+        return _report(args, pipe)
     for job in jobs:  # every row is checked before the first one runs
         try:
-            pipe.request(job.prompt, **call_arguments(args, job))
+            pipe.request(job.prompt, **_call_arguments(args, job))
         except TdjaxError as error:
             error.args = (f"row {job.row}: {error}" if args.prompt_file else str(error),)
             raise
-    return run_jobs(args, pipe, outputs.assign(args, pipe.name, jobs, stages.note))
+    return _run_jobs(args, pipe, outputs.assign(args, pipe.name, jobs, stages.note))
 
 
 PASSED = (
@@ -255,7 +255,7 @@ PASSED = (
 )
 
 
-def call_arguments(args, job: Job) -> dict:
+def _call_arguments(args, job: Job) -> dict:
     """The arguments of the pipeline's call; None means the model's default."""
     out = {name: getattr(args, name) for name in PASSED}
     out |= {"seed": job.seed, "image": job.image, "num_frames": job.num_frames}
@@ -272,7 +272,7 @@ def call_arguments(args, job: Job) -> dict:
     return {k: v for k, v in out.items() if v is not None}
 
 
-def run_jobs(args, pipe, todo: list[tuple[Job, list[Path]]]) -> int:
+def _run_jobs(args, pipe, todo: list[tuple[Job, list[Path]]]) -> int:
     """All prompts through the text encoder first, so that it is loaded once and gone before the
     transformer comes."""
     embeds = {}
@@ -280,16 +280,16 @@ def run_jobs(args, pipe, todo: list[tuple[Job, list[Path]]]) -> int:
         prompts = sorted({job.prompt for job, _ in todo})
         embeds = dict(zip(prompts, pipe.embed(prompts), strict=True))
     for job, paths in todo:
-        arguments = call_arguments(args, job)
+        arguments = _call_arguments(args, job)
         if job.prompt in embeds:
             arguments["prompt_embeds"] = embeds[job.prompt][None]
-        make(args, pipe, job, paths, arguments)
+        _make(args, pipe, job, paths, arguments)
     if args.profile and todo:
         import jax
 
         with jax.profiler.trace(args.profile):
-            pipe(todo[-1][0].prompt, **call_arguments(args, todo[-1][0]))
-    return report(args, pipe)
+            pipe(todo[-1][0].prompt, **_call_arguments(args, todo[-1][0]))
+    return _report(args, pipe)
 
 
 def text_encoder_device(args) -> str:
@@ -301,13 +301,13 @@ def text_encoder_device(args) -> str:
     return "stream" if args.text_encoder_device == "auto" and once else args.text_encoder_device
 
 
-def make(args, pipe, job: Job, paths: list[Path], arguments: dict) -> None:
+def _make(args, pipe, job: Job, paths: list[Path], arguments: dict) -> None:
     """One job from prompt to complete files."""
     with outputs.Files(args, pipe, job, paths, arguments) as files:
         files.finish(pipe(job.prompt, **arguments, **files.listen))
 
 
-def check_model(args, pipe) -> None:
+def _check_model(args, pipe) -> None:
     if args.task != "auto" and args.task != pipe.task:
         raise UsageError(
             f"--task {args.task}, but these are {pipe.task} weights",
@@ -338,7 +338,7 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
         if pipe.task == "i2v" and not jobs[0].image
         else {}
     )
-    request = pipe.request(jobs[0].prompt or "dry run", **(call_arguments(args, jobs[0]) | image))
+    request = pipe.request(jobs[0].prompt or "dry run", **(_call_arguments(args, jobs[0]) | image))
     for line in pipe.warnings(request):
         pipe.stages.note(line)
     plans, limit = pipe.plan(request), memory.memory_limit()
@@ -395,12 +395,12 @@ def serve(args, pipe) -> int:
             if line.startswith(":"):
                 words = [*words, *_setting(line)]
             elif line:
-                _serve_prompt(parse_settings(args, words), pipe, line)
+                _serve_prompt(_parse_settings(args, words), pipe, line)
         except Exception as error:  # a bad line must not end the session that holds the weights
             known = isinstance(error, TdjaxError | OSError)
             text = str(error) if known else f"{type(error).__name__}: {error}"
             print(f"error: {_spelled(text)}", file=sys.stderr)
-    return report(args, pipe)
+    return _report(args, pipe)
 
 
 def _serve_prompt(args, pipe, line: str) -> None:
@@ -411,9 +411,9 @@ def _serve_prompt(args, pipe, line: str) -> None:
         args.seed = drawn_seed()
         pipe.stages.note(f"seed {args.seed}")
     job = Job(prompt=prompt, seed=args.seed, image=args.image_path, num_frames=args.num_frames)
-    pipe.request(prompt, **call_arguments(args, job))
+    pipe.request(prompt, **_call_arguments(args, job))
     ((_, paths),) = outputs.assign(args, pipe.name, [job], pipe.stages.note)
-    make(args, pipe, job, paths, call_arguments(args, job))
+    _make(args, pipe, job, paths, _call_arguments(args, job))
 
 
 def _setting(line: str) -> list[str]:
@@ -445,7 +445,7 @@ def _setting(line: str) -> list[str]:
     return words
 
 
-def parse_settings(args, words: list[str]) -> argparse.Namespace:
+def _parse_settings(args, words: list[str]) -> argparse.Namespace:
     """The command's own options with the session's settings over them."""
     given, default, parser = parse(words), parse([]), build_parser()
     said = {word.partition("=")[0] for word in words}
@@ -459,7 +459,7 @@ def _spelled(message: str) -> str:
     return cli.spelled(message, cli.options(build_parser(), NAMES))
 
 
-def report(args, pipe) -> int:
+def _report(args, pipe) -> int:
     if args.timings:
         print(pipe.stages.table(), file=sys.stderr)
     return 0

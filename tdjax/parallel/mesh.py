@@ -16,7 +16,7 @@ from tdjax.errors import UsageError
 AXES = {"fsdp": "fsdp", "tp": "tensor", "sp": "seq"}
 
 
-def _parse_mesh(text: str) -> dict[str, int]:
+def parse_mesh(text: str) -> dict[str, int]:
     """ "tp=2,sp=4" -> {"tp": 2, "sp": 4}"""
     out = {}
     for word in text.split(","):
@@ -42,7 +42,7 @@ def make_mesh(text: str | None, cfg: DiTConfig) -> Mesh | None:
     """
     if text is None or text == "auto":
         return None
-    sizes = _parse_mesh(text)
+    sizes = parse_mesh(text)
     heads, over = cfg.heads, sizes.get("tp", 1) * sizes.get("sp", 1)
     if heads % over:
         legal = [n for n in range(1, heads + 1) if heads % n == 0]

@@ -55,8 +55,8 @@ class Tokenizer:
     holds one of them."""
 
     def __init__(self, path: str | Path, text_len: int = 512):
-        self.path, self.text_len = find(Path(path)), text_len
-        self.library = read(self.path)
+        self.path, self.text_len = _find(Path(path)), text_len
+        self.library = _read(self.path)
         self.end = self.library.token_to_id(END)
         if self.end is None:
             raise CheckpointError(
@@ -133,7 +133,7 @@ def language_warnings(language: dict, prompt: str) -> list[str]:
     ]
 
 
-def find(path: Path) -> Path:
+def _find(path: Path) -> Path:
     """The tokenizer file itself; CheckpointError names every place that was looked at."""
     if path.is_file():
         return path
@@ -153,7 +153,7 @@ def find(path: Path) -> Path:
     )
 
 
-def read(path: Path) -> tokenizers.Tokenizer:
+def _read(path: Path) -> tokenizers.Tokenizer:
     """Either format; anything unreadable is a CheckpointError."""
     data = path.read_bytes()
     if data.lstrip()[:1] != b"{":

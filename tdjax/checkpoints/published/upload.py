@@ -35,10 +35,10 @@ def upload(tensors: list, row: Row, target: jax.ShapeDtypeStruct, device: jax.De
     """
     out = jnp.zeros(target.shape, target.dtype, device=device)
     waiting: deque[jax.Array] = deque()
-    places, parts = zip(*pieces(tensors, row), strict=True)
+    places, parts = zip(*_pieces(tensors, row), strict=True)
     for start, values in zip(places, ahead(part.read for part in parts), strict=True):
-        piece = jax.device_put(travelling(values, target.dtype), device)
-        out = insert(out, piece, np.int32(start), layout=row.layout, stacked=row.stacked)
+        piece = jax.device_put(_travelling(values, target.dtype), device)
+        out = _insert(out, piece, np.int32(start), layout=row.layout, stacked=row.stacked)
         waiting.append(piece)
         if len(waiting) > IN_FLIGHT:
             waiting.popleft().block_until_ready()
@@ -47,13 +47,13 @@ def upload(tensors: list, row: Row, target: jax.ShapeDtypeStruct, device: jax.De
 
 def settle(values: np.ndarray, layout: str, dtype: np.dtype, device: jax.Device) -> jax.Array:
     """One tensor in file orientation -> transposed and cast on the device."""
-    return turned(
-        jax.device_put(travelling(values, dtype), device), layout=layout, dtype=np.dtype(dtype)
+    return _turned(
+        jax.device_put(_travelling(values, dtype), device), layout=layout, dtype=np.dtype(dtype)
     )
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "dtype"))
-def turned(piece, *, layout: str, dtype: np.dtype):
+def _turned(piece, *, layout: str, dtype: np.dtype):
     return (einops.rearrange(piece, layout) if layout else piece).astype(dtype)
 
 
@@ -73,12 +73,12 @@ def ahead(reads: Iterable[Callable[[], Any]], readers: int = READERS) -> Iterato
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "stacked"), donate_argnums=0)
-def insert(out, piece, start, *, layout: str | None, stacked: bool):
+def _insert(out, piece, start, *, layout: str | None, stacked: bool):
     piece = (einops.rearrange(piece, layout) if layout else piece).astype(out.dtype)
     return lax.dynamic_update_slice_in_dim(out, piece[None] if stacked else piece, start, 0)
 
 
-def pieces(tensors: list, row: Row) -> Iterator[tuple[int, Any]]:
+def _pieces(tensors: list, row: Row) -> Iterator[tuple[int, Any]]:
     """(place along the leaf's first axis, something whose read() gives the values in file
     orientation)."""
     whole = tensors[0]
@@ -97,6 +97,6 @@ def pieces(tensors: list, row: Row) -> Iterator[tuple[int, Any]]:
             yield start, whole.rows(start, min(start + step, whole.shape[0]))
 
 
-def travelling(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _travelling(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Values in a dtype that the device takes."""
     return x if x.dtype.name in TRAVELS else x.astype(np.float32 if is_float(x.dtype) else dtype)
