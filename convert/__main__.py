@@ -24,6 +24,7 @@ Exit codes: 0 ok, 2 usage, 3 the checkpoint is damaged or another model, 130 int
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Every option of the command."""
     p = argparse.ArgumentParser(
         prog="python -m convert",
         description=__doc__,
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 ok, 2 usage, 3 checkpoint, 130 interrupted, 143 terminated."""
     return cli.main(
         lambda words: convert(build_parser().parse_intermixed_args(words)),
         argv,
@@ -81,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def convert(args) -> int:
+    """Converts one file or a whole model, and reports."""
     from convert.model import components, convert_model, convert_one
     from convert.report import text
 

@@ -2,8 +2,7 @@
 every value compared.
 
 Files: arrays w/<PyTorch key>, in/..., mid/..., out/... and a JSON `config`, made by the official
-       code in float32. Sizes are
-taken from the file, so sets of other widths and seeds run as well.
+code in float32. Sizes are taken from the file, so sets of other widths and seeds run as well.
 """
 
 from __future__ import annotations
@@ -143,14 +142,9 @@ class _Golden:
         """The targets that no row has covered, each with the reason."""
         for key in self.arrays:
             if key.startswith(("out/", "mid/")) and key not in self.seen:
-                yield Row(
-                    key,
-                    note=(
-                        "not a target: " + NOT_A_TARGET[key]
-                        if key in NOT_A_TARGET
-                        else "not computed here"
-                    ),
-                )
+                known = key in NOT_A_TARGET
+                note = f"not a target: {NOT_A_TARGET[key]}" if known else "not computed here"
+                yield Row(key, note=note)
 
 
 def _check_of(g: _Golden):
@@ -241,10 +235,10 @@ def _sla_op(g: _Golden, impl: str) -> Iterator[Row]:
         prefix = f"out/{c['tag']}/"
         yield from g.compare("sla", values if c["real_topk"] else {}, prefix)
         for key in [key for key in g.arrays if key.startswith(prefix) and key not in g.seen]:
-            reason = "bf16" if key.endswith("_bf16") else "empty" if not c["real_topk"] else None
-            if reason:
+            bf16 = key.endswith("_bf16")
+            if bf16 or not c["real_topk"]:
                 g.seen.add(key)
-                yield Row(key, note=f"not a target: {NOT_A_TARGET[reason]}")
+                yield Row(key, note=f"not a target: {NOT_A_TARGET['bf16' if bf16 else 'empty']}")
 
 
 def _sparse_values(c: dict[str, Any], impl: str):

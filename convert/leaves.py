@@ -90,5 +90,6 @@ def open_leaves(path, dtype: str | None = None, **known) -> Leaves:
 
 
 def of_file(file: Checkpoint, dtype: str | None) -> Leaves:
+    """The leaves of an opened published file, in another storage dtype unless that is None."""
     cfg = _stored_as(file.config, dtype)
     return Leaves(file.source.path, file.kind, cfg, file.lazy(cfg), file.facts(), file)

@@ -11,6 +11,7 @@ from tdjax.config import LINEAR
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Every option of the command."""
     p = argparse.ArgumentParser(
         prog="python -m convert.quantize", description=__doc__, allow_abbrev=False
     )
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 ok, 2 usage, 3 checkpoint, 130 interrupted, 143 terminated."""
     return cli.main(
         lambda words: quantize_file(build_parser().parse_args(words)),
         argv,
@@ -55,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def quantize_file(args) -> int:
+    """Writes the file with layers of 8 bits, and reports the error of each."""
     from convert.leaves import open_leaves
     from convert.quantized import error_table, quantized
 

@@ -39,19 +39,18 @@ class _Quantized:
     again."""
 
     def __init__(self, kernel: Lazy, name: str, linear: str, dtype: np.dtype, errors: dict):
-        self.kernel, self.name, self.linear, self.dtype, self.errors, self.scale = (
-            kernel,
-            name,
-            linear,
-            dtype,
-            errors,
-            None,
-        )
+        self.kernel = kernel
+        self.name = name
+        self.linear = linear
+        self.dtype = dtype
+        self.errors = errors
+        self.scale: np.ndarray | None = None
 
     def weight(self) -> np.ndarray:
         kernel = self.kernel.read()
         n, i, o = kernel.shape
-        out, scales, relative, largest = np.empty((n, o, i), self.dtype), [], [], []
+        out = np.empty((n, o, i), self.dtype)
+        scales, relative, largest = [], [], []
         for index in range(n):
             values, scale, rel, top = _layer(kernel[index], self.linear)
             out[index] = values

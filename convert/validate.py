@@ -22,6 +22,7 @@ Exit codes: 0 ok, 2 usage, 3 something is over tolerance, or a file is damaged o
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Every option of the command."""
     p = argparse.ArgumentParser(
         prog="python -m convert.validate",
         description=__doc__,
@@ -77,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 ok, 2 usage, 3 checkpoint, 130 interrupted, 143 terminated."""
     return cli.main(
         lambda words: validate(build_parser().parse_args(words)),
         argv,
@@ -86,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def validate(args) -> int:
+    """Runs the golden vectors and the levels that were asked for; 3 where one fails."""
     from convert import checks, golden
 
     if not args.golden and args.checkpoint is None:

@@ -54,6 +54,7 @@ class Found:
 
 
 def slots(dits: tuple) -> dict:
+    """{"dit": the first, "dit_low": the second} of one transformer or two experts."""
     return dict(zip(("dit", "dit_low"), dits, strict=False))
 
 
@@ -118,6 +119,7 @@ def _one_file(path: Path) -> Found:
 
 
 def folder(path: Path) -> Found:
+    """A component or a model folder of tdjax, or a folder of published files."""
     names = _listing(path)
     if "manifest.json" in names:  # one component of ours: `<model>/dit`
         dits = experts(path.name, lambda name: (path.parent / name / "manifest.json").is_file())

@@ -147,6 +147,7 @@ def _shards_of(root: Path, index: str) -> list[str]:
 
 
 def gigabytes(size: int) -> str:
+    """Bytes for people: "1.50 GB", "20.0 MB"."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 

@@ -299,6 +299,7 @@ def _why_not(folder: Path) -> tuple[str, str]:
 
 
 def config_of(manifest: dict[str, Any]) -> Config:
+    """The config in a manifest. Raises CheckpointError for fields that are not known."""
     try:
         return from_dict(KINDS[manifest["kind"]], manifest["config"])
     except (ValueError, TypeError) as e:

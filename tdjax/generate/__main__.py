@@ -128,6 +128,7 @@ def _local_files(args) -> bool:
 
 
 def run(args) -> int:
+    """Opens the model and does what the command asks for; the exit code."""
     cache_note = cli.set_compile_cache(args.compile_cache_dir)
     import tdjax
     from tdjax.checkpoints.locate import Located
@@ -329,6 +330,7 @@ def _check_model(args, pipe) -> None:
 
 
 def dry_run(args, pipe, jobs: list[Job]) -> int:
+    """Prints what would be made and the memory of each stage; loads nothing."""
     import numpy as np
 
     from tdjax.pipeline import memory
@@ -393,7 +395,7 @@ def serve(args, pipe) -> int:
             break
         try:
             if line.startswith(":"):
-                words = [*words, *_setting(line)]
+                words = [*words, *_setting(words, line)]
             elif line:
                 _serve_prompt(_parse_settings(args, words), pipe, line)
         except Exception as error:  # a bad line must not end the session that holds the weights
@@ -416,7 +418,7 @@ def _serve_prompt(args, pipe, line: str) -> None:
     _make(args, pipe, job, paths, _call_arguments(args, job))
 
 
-def _setting(line: str) -> list[str]:
+def _setting(words: list[str], line: str) -> list[str]:
     """`:set OPTION VALUE` as words of the command line, if the command would take them. The rest of
     the line is the value, with blanks or between quotes, unless the option takes several."""
     command, _, rest = line.partition(" ")
@@ -435,21 +437,22 @@ def _setting(line: str) -> list[str]:
     )
     if value[0] in "'\"" and value[0] == value[-1] and len(value) > 1:
         value = value[1:-1]
-    words = [option, *value.split()] if several else [f"{option}={value}"]
+    new = [option, *value.split()] if several else [f"{option}={value}"]
     try:
-        check_early(parse(words))
+        check_early(parse([*words, *new]))
     except SystemExit as error:  # argparse has said what is wrong
         raise UsageError(
             f"{line} was not taken", "options and values are those of the command line"
         ) from error
-    return words
+    return new
 
 
 def _parse_settings(args, words: list[str]) -> argparse.Namespace:
     """The command's own options with the session's settings over them."""
-    given, default, parser = parse(words), parse([]), build_parser()
+    given = parse(words)
+    default = parse([])
     said = {word.partition("=")[0] for word in words}
-    named = {a.dest for a in parser._actions if said & set(a.option_strings)}
+    named = {a.dest for a in build_parser()._actions if said & set(a.option_strings)}
     # also what a synonym stands for, such as the sampler of --ode
     named |= {name for name, value in vars(given).items() if value != getattr(default, name)}
     return argparse.Namespace(**(vars(args) | {name: getattr(given, name) for name in named}))

@@ -25,6 +25,7 @@ _PATH = os.path.expanduser  # a path that stays a word, because it may be - or a
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Every option of the command."""
     p = argparse.ArgumentParser(
         prog="python -m tdjax.generate",
         description=(

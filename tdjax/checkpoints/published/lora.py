@@ -21,7 +21,6 @@ from tdjax.errors import CheckpointError
 
 Slot = tuple[str, int | None]
 
-
 PARTS = (  # suffix of a LoRA key -> what it is
     (r"\.(lora_A|lora_down|lora\.down)(\.default)?\.weight$", "down"),
     (r"\.(lora_B|lora_up|lora\.up)(\.default)?\.weight$", "up"),
@@ -36,6 +35,7 @@ PREFIX = re.compile(
 
 
 def floats_only(tensors: Mapping[str, Any], name: str) -> None:
+    """Raises CheckpointError for int8 weights, to which nothing can be added."""
     key = next((k for k in tensors if k.endswith(".int8_weight")), None)
     if key is not None:
         raise CheckpointError(
@@ -43,10 +43,6 @@ def floats_only(tensors: Mapping[str, Any], name: str) -> None:
             "weights are added in floating point",
             "merge the float file, then python -m convert.quantize",
         )
-
-
-# base + w (target - diff_base)
-# ------------------------------------------------------------------------------------------
 
 
 def add_lora(

@@ -92,12 +92,11 @@ class Row:
 def _pattern(text: str, choices: Mapping[str, str]) -> re.Pattern:
     out, end = "", 0
     for m in PLACEHOLDER.finditer(text):
-        name, allowed = m[1], m[2] or choices.get(m[1])
-        inside = (
-            "|".join(map(re.escape, allowed.split("|")))
-            if allowed
-            else (r"0|[1-9]\d{0,5}" if name == LAYER else r"[^.]+")
-        )
+        name = m[1]
+        allowed = m[2] or choices.get(name)
+        inside = r"0|[1-9]\d{0,5}" if name == LAYER else r"[^.]+"
+        if allowed:
+            inside = "|".join(map(re.escape, allowed.split("|")))
         out += re.escape(text[end : m.start()]) + f"(?P<{name}>{inside})"
         end = m.end()
     return re.compile(out + re.escape(text[end:]))

@@ -99,4 +99,6 @@ def _pieces(tensors: list, row: Row) -> Iterator[tuple[int, Any]]:
 
 def _travelling(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Values in a dtype that the device takes."""
-    return x if x.dtype.name in TRAVELS else x.astype(np.float32 if is_float(x.dtype) else dtype)
+    if x.dtype.name in TRAVELS:
+        return x
+    return x.astype(np.float32 if is_float(x.dtype) else dtype)

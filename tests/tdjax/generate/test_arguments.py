@@ -23,8 +23,8 @@ def fails(capsys, *argv):
 
 def test_the_official_command_parses():
     """The commands of thu-ml/TurboDiffusion's README, with other paths."""
-    t2v = """--model Wan2.1-1.3B --dit_path a.pth --resolution 480p --prompt p --num_samples 1 --num_steps 4
-        --quant_linear --attention_type sagesla --sla_topk 0.1"""
+    t2v = """--model Wan2.1-1.3B --dit_path a.pth --resolution 480p --prompt p --num_samples 1
+        --num_steps 4 --quant_linear --attention_type sagesla --sla_topk 0.1"""
     args = parse(t2v.split())
     assert (args.official_model, args.dit_path, args.quant, args.attention_type) == (
         "Wan2.1-1.3B",
@@ -152,8 +152,8 @@ def test_seconds_become_legal_frames():
 @pytest.mark.parametrize("argv", [["--help"], ["--num_frames", "80"]])
 def test_answers_come_before_jax_is_imported(argv):
     code = (
-        f"import sys; from tdjax.generate import __main__ as generate\ntry: generate.main({argv!r})\nexcept SystemExit:"
-        " pass\nassert 'jax' not in sys.modules"
+        "import sys; from tdjax.generate import __main__ as generate\n"
+        f"try: generate.main({argv!r})\nexcept SystemExit: pass\nassert 'jax' not in sys.modules"
     )
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -161,3 +161,31 @@ def test_answers_come_before_jax_is_imported(argv):
     assert (
         time.perf_counter() - start < 5
     )  # under 0.5 s on an idle machine; the bound here only catches a jax import
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "value"),
+    [
+        (":set image_path my photo.png", "image_path", "my photo.png"),
+        (':set image_path "my photo.png"', "image_path", "my photo.png"),
+        (":set image-path  'my photo.png' ", "image_path", "my photo.png"),
+        (":set mid_t 1.5 1.2", "mid_t", [1.5, 1.2]),
+        (":set seed -1", "seed", -1),
+        (":set attention dense", "attention_type", "dense"),
+    ],
+)
+def test_settings_of_a_session(tmp_path, monkeypatch, line, field, value):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my photo.png").touch()
+    args = parse(["--seed", "3", "--fps", "20"])
+    words = generate._setting([], line)
+    now = generate._parse_settings(args, words)
+    assert getattr(now, field) == value and now.fps == 20
+    later = generate._parse_settings(args, [*words, *generate._setting(words, ":set seed 0")])
+    assert later.seed == 0 and (field == "seed" or getattr(later, field) == value)
+
+
+@pytest.mark.parametrize("line", [":set seed", ":set", ":odd seed 3", ":set sede 3", ":set seed x"])
+def test_settings_that_are_not_taken(line, capsys):
+    with pytest.raises(UsageError):
+        generate._setting([], line)
