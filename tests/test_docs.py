@@ -25,6 +25,7 @@ import tdjax.cache
 import tdjax.env
 import tdjax.train.__main__
 import tdjax.train.tiny.__main__
+from tdjax import cli
 from tdjax.cli import hyphens
 from tdjax.generate import __main__ as generate
 from tdjax.generate import arguments
@@ -242,6 +243,8 @@ def test_quoted_messages_are_in_the_source():
         for node in ast.walk(ast.parse(path.read_text()))
         if (text := template(node))
     }
+    options = cli.options(arguments.build_parser(), generate.NAMES)
+    strings |= {cli.spelled(text, options) for text in strings}
     quotes = [
         q
         for line in (ROOT / "docs/troubleshooting.md").read_text().splitlines()
