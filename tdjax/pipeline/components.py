@@ -138,7 +138,7 @@ class Part:
         if not self.ours:
             return jax.block_until_ready(self.file.load(self.config, there))
         module = abstract(self.kind, self.config)
-        leaves = [jax.device_put(self.leaf(name), there) for name in orbax.names(module)]
+        leaves = [jax.device_put(self.leaf(name), there) for name in orbax.named_leaves(module)]
         return jax.block_until_ready(jax.tree.unflatten(jax.tree.structure(module), leaves))
 
     def read(self):
@@ -173,7 +173,7 @@ class Part:
             return
         names = [
             name
-            for name in orbax.names(abstract(self.kind, self.config))
+            for name in orbax.named_leaves(abstract(self.kind, self.config))
             if name.startswith(prefix)
         ]
         leaves = {name: self.leaf(name) for name in names}
@@ -185,7 +185,7 @@ class Part:
         if not self.ours:
             return self.file.leaf(self.config, name)
         return orbax.read(self.path, name).astype(
-            orbax.names(abstract(self.kind, self.config))[name].dtype
+            orbax.named_leaves(abstract(self.kind, self.config))[name].dtype
         )
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:

@@ -7,9 +7,8 @@ from pathlib import Path
 import jax
 
 from tdjax.checkpoints import demo
-from tdjax.checkpoints.locate import cache_folder, locate
+from tdjax.checkpoints.locate import PATHS, cache_folder, locate
 from tdjax.config import QUANT
-from tdjax.generate.arguments import PATHS
 from tdjax.pipeline.components import Lora, open_parts
 from tdjax.pipeline.pipeline import TEXT_DEVICES, VAE_WAYS, Pipeline
 from tdjax.pipeline.request import check_choice

@@ -23,7 +23,7 @@ from tdjax.media.resolution import fit_image, size_notes
 from tdjax.parallel.mesh import make_mesh
 from tdjax.pipeline import compilation, denoising, memory
 from tdjax.pipeline.components import Part, check_vocabulary, reference_notes
-from tdjax.pipeline.conditioning import Tokens, first_frame, image_condition
+from tdjax.pipeline.conditioning import first_frame, image_condition
 from tdjax.pipeline.kernel_check import check_kernels, wait_for_threads
 from tdjax.pipeline.request import Request, make_request, sampler_notes
 from tdjax.pipeline.result import Result, describe, joined
@@ -32,7 +32,7 @@ from tdjax.pipeline.vae_coding import Coder
 from tdjax.progress import Stages
 from tdjax.sampling import flow
 from tdjax.text.prompt_cache import PromptCache
-from tdjax.text.tokenizer import Tokenizer, language_warnings, prompt_warnings
+from tdjax.text.tokenizer import Tokenizer, Tokens, language_warnings, prompt_warnings
 
 TEXT_DEVICES, VAE_WAYS = ("auto", "device", "stream"), ("auto", "full", "tiled")
 

@@ -14,9 +14,8 @@ from tdjax.checkpoints import orbax
 from tdjax.config import to_dict
 from tdjax.pipeline import compilation
 from tdjax.pipeline.components import Part
-from tdjax.pipeline.conditioning import Tokens
 from tdjax.text.prompt_cache import PromptCache, entry_key
-from tdjax.text.tokenizer import Tokenizer
+from tdjax.text.tokenizer import Tokenizer, Tokens
 
 BLOCKS = "blocks."  # how names of the encoder's stacked leaves begin
 
@@ -133,7 +132,7 @@ class TextEncoder:
             del leaves, block
         norm = unflatten(
             module.norm,
-            {name: self.part.leaf(f"norm.{name}") for name in orbax.names(module.norm)},
+            {name: self.part.leaf(f"norm.{name}") for name in orbax.named_leaves(module.norm)},
         )
         return np.concatenate(
             [np.asarray(end(norm, x, mask)) for x, mask in zip(xs, masks, strict=True)]
@@ -142,5 +141,5 @@ class TextEncoder:
 
 def unflatten(abstract, leaves: dict):
     return jax.tree.unflatten(
-        jax.tree.structure(abstract), [leaves[name] for name in orbax.names(abstract)]
+        jax.tree.structure(abstract), [leaves[name] for name in orbax.named_leaves(abstract)]
     )

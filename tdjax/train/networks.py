@@ -78,11 +78,11 @@ class Networks:
         if self.student.config == self.config:
             return module
         wanted = self.abstract()
-        leaves = orbax.names(module)
+        leaves = orbax.named_leaves(module)
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         begun = {
             name: jnp.zeros(x.shape, x.dtype, device=whole)
-            for name, x in orbax.names(wanted).items()
+            for name, x in orbax.named_leaves(wanted).items()
             if name not in leaves and DENSE_DROPS in name
         }
         return orbax.assemble(wanted, leaves | begun)

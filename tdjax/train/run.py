@@ -170,8 +170,10 @@ class TrainingRun:
         compute dtype. Returns its folder, <run>/dit."""
         dtype = self.config["model"].compute
         cfg = dataclasses.replace(self.networks.config, policy=Policy(param=dtype, compute=dtype))
-        dtypes = {name: x.dtype for name, x in orbax.names(orbax.abstract("dit", cfg)).items()}
-        leaves = orbax.names(outcome.state.ema)
+        dtypes = {
+            name: x.dtype for name, x in orbax.named_leaves(orbax.abstract("dit", cfg)).items()
+        }
+        leaves = orbax.named_leaves(outcome.state.ema)
         lazy = lambda x, dtype: Lazy(
             tuple(x.shape), np.dtype(dtype), lambda: np.asarray(x.astype(dtype))
         )

@@ -76,9 +76,10 @@ def network(cfg: DiTConfig, key) -> DiT:
 def dense(cfg: DiTConfig, student: DiT) -> DiT:
     """The teacher: where the student begins, in the teacher's dtype and without a sparse
     projection."""
-    wanted, leaves = orbax.abstract("dit", cfg), orbax.names(student)
+    wanted, leaves = orbax.abstract("dit", cfg), orbax.named_leaves(student)
     return orbax.assemble(
-        wanted, {name: leaves[name].astype(x.dtype) for name, x in orbax.names(wanted).items()}
+        wanted,
+        {name: leaves[name].astype(x.dtype) for name, x in orbax.named_leaves(wanted).items()},
     )
 
 
@@ -104,7 +105,9 @@ def beginning(config: dict, method: methods.Method, latents: tuple[int, int, int
         functools.partial(conditioned, model.dit, config["data"].batch, latents)
     )(jax.random.key(2))
     teacher = Teacher(
-        model=placement.created(functools.partial(dense, networks.frozen(model.dit, model)), student),
+        model=placement.created(
+            functools.partial(dense, networks.frozen(model.dit, model)), student
+        ),
         negative=negative,
     )
     return placement.created(method.create, student), teacher, batch

@@ -168,7 +168,7 @@ def test_found_in_a_folder(spiece, tmp_path, name):
 def test_missing(tmp_path):
     with pytest.raises(CheckpointError) as error:
         Tokenizer(tmp_path)
-    for part in (str(tmp_path), *NAMES, "--tokenizer_path"):
+    for part in (str(tmp_path), *NAMES, "tokenizer_path"):
         assert part in str(error.value)
     with pytest.raises(CheckpointError, match="does not exist"):
         Tokenizer(tmp_path / "nowhere")
