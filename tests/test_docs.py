@@ -31,7 +31,7 @@ from tdjax.generate.arguments import hyphens
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ids = lambda path: str(path.relative_to(ROOT))
@@ -265,7 +265,7 @@ PARSERS = (
 )
 
 
-@pytest.mark.parametrize("name", ["troubleshooting", "training", "index"])
+@pytest.mark.parametrize("name", ["troubleshooting", "training", "quickstart"])
 def test_options_that_pages_name_exist(name):
     known = {"--strict", "--selftest"}.union(
         *(options_of(module.build_parser()) for module in PARSERS)
