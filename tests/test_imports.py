@@ -70,9 +70,12 @@ def read_table(text: str) -> tuple[dict[str, str], dict[str, set[str]]]:
     section = text.split("## Who may import whom")[1].split("\n## ")[0]
     rows = re.findall(r"^\| ((?:\*\*|`).*) \| (.*) \|$", section, re.M)
     names = [re.match(r"\*\*(.+?)\*\*|`(.+?)`", rooms) for rooms, _ in rows]
-    floors = {name[1] or name[2]: re.findall(r"`(.+?)`", row[0]) for name, row in zip(names, rows)}
+    floors = {
+        name[1] or name[2]: re.findall(r"`(.+?)`", row)
+        for name, (row, _) in zip(names, rows, strict=True)
+    }
     allowed = {}
-    for floor, (_, right) in zip(floors, rows):
+    for floor, (_, right) in zip(floors, rows, strict=True):
         groups = [room for name in re.findall(r"\*\*(.+?)\*\*", right) for room in floors[name]]
         allowed[floor] = {*groups, *re.findall(r"`(.+?)`", right)}
     return {room: floor for floor, rooms in floors.items() for room in rooms}, allowed
