@@ -89,9 +89,14 @@ def compile_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def nothing_is_kept():
-    """A module leaves no compiled program behind: they are most of what a worker holds. The fixture
-    is set up before any other of its module, and so comes last, when their values are gone."""
+def module_of_programs(request):
+    """Programs of a module are compiled in little time, and run in more: most run once. Modules
+    marked `optimized`, which run theirs for long, have them as users do.
+
+    Afterwards none is kept: compiled programs are most of what a worker holds. This fixture is set
+    up before any other of its module, and so comes last, when their values are gone."""
+    quick = request.node.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.clear_caches()
     gc.collect()
