@@ -364,7 +364,8 @@ class VideoSize:
 
     def token_grid(self, patch: tuple[int, int, int] = (1, 2, 2)) -> tuple[int, int, int]:
         """Patches along t, h and w."""
-        return tuple(n // p for n, p in zip(self.latent_grid, patch, strict=True))
+        t, h, w = (n // p for n, p in zip(self.latent_grid, patch, strict=True))
+        return t, h, w
 
     def tokens(self, patch: tuple[int, int, int] = (1, 2, 2)) -> int:
         """How many tokens self-attention has: 32,760 at 832x480 and 81 frames, 75,600 at

@@ -7,7 +7,10 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
 
+import ctypes  # noqa: E402
+import gc  # noqa: E402
 import json  # noqa: E402
+import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
@@ -83,6 +86,22 @@ def compile_cache(tmp_path_factory):
     folder.mkdir(exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def module_of_programs(request):
+    """Programs of a module are compiled in little time, and run in more: most run once. Modules
+    marked `optimized`, which run theirs for long, have them as users do.
+
+    Afterwards none is kept: compiled programs are most of what a worker holds. This fixture is set
+    up before any other of its module, and so comes last, when their values are gone."""
+    quick = request.node.get_closest_marker("optimized") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # the allocator otherwise keeps what was freed
 
 
 @pytest.fixture(autouse=True)

@@ -58,11 +58,13 @@ def available() -> str | None:
 def mesh(arch: str):
     major, minor, cores, shared, block, name = TARGETS[arch]
     text = f"""gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: {shared * 1024}
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared * 1024}
   threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 128
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072
-  shared_memory_per_block_optin: {block * 1024} cuda_compute_capability {{ major: {major} minor: {minor} }}
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: {block * 1024}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{name}"
@@ -90,20 +92,12 @@ def compile_for(arch: str, function, *args) -> list[Compiled]:
 
 def launched(folder: Path) -> list[tuple[str, int]]:
     """Name and bytes of shared memory of every pallas_call among the compiled program's kernels."""
-    (metadata,), (sequence,) = (
-        folder.glob("*thunk_metadata.txt"),
-        folder.glob("*thunk_sequence.txt"),
-    )
-    ours = set(
-        re.findall(
-            r'profile_annotation: "pallas_call[^"]*"\s+thunk_id: (\d+)', metadata.read_text()
-        )
-    )
-    rows = re.findall(
-        r"^(\d+): kCustomKernel.*\] (\w+) grid: .* shared_memory: (\d+) bytes",
-        sequence.read_text(),
-        re.M,
-    )
+    (metadata,) = folder.glob("*thunk_metadata.txt")
+    (sequence,) = folder.glob("*thunk_sequence.txt")
+    call = r'profile_annotation: "pallas_call[^"]*"\s+thunk_id: (\d+)'
+    kernel = r"^(\d+): kCustomKernel.*\] (\w+) grid: .* shared_memory: (\d+) bytes"
+    ours = set(re.findall(call, metadata.read_text()))
+    rows = re.findall(kernel, sequence.read_text(), re.M)
     return [(name, int(shared)) for number, name, shared in rows if str(int(number)) in ours]
 
 
@@ -111,19 +105,12 @@ def assembled(name: str, shared: int, folder: Path, arch: str) -> Compiled:
     """One kernel through ptxas."""
     (path,) = [p for p in folder.glob("*.ptx") if f".entry {name}(" in p.read_text()]
     (where,) = importlib.util.find_spec("nvidia.cu13").submodule_search_locations
-    command = [
-        f"{where}/bin/ptxas",
-        "-v",
-        f"-arch={PTXAS_ARCH[arch]}",
-        str(path),
-        "-o",
-        str(path.with_suffix(".cubin")),
-    ]
+    options = ["-v", f"-arch={PTXAS_ARCH[arch]}", "-o", str(path.with_suffix(".cubin"))]
+    command = [f"{where}/bin/ptxas", *options, str(path)]
     log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     part = log.split(f"Compiling entry function '{name}'")[1].split("Compiling entry function")[0]
     number = lambda pattern: int(m.group(1)) if (m := re.search(pattern, part)) else 0
     spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
     serialized = any(code in log for code in ("C7510", "C7511", "C7514"))
-    return Compiled(
-        name, number(r"Used (\d+) registers"), spills, shared, serialized, path.read_text()
-    )
+    registers = number(r"Used (\d+) registers")
+    return Compiled(name, registers, spills, shared, serialized, path.read_text())

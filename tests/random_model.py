@@ -35,9 +35,21 @@ VAE = VAEConfig(
     policy=FLOAT32,
 )
 DIT = DiTConfig(
-    dim=128, ffn_dim=256, layers=4, heads=2, in_channels=8, out_channels=8, patch=(1, 1, 1), freq_dim=128, text_dim=64, text_len=32,
-    attention="sla", sla=SLAConfig(topk=0.3, block_q=64, block_k=64), round_time=False, policy=FLOAT32,
-)  # fmt: skip
+    dim=128,
+    ffn_dim=256,
+    layers=4,
+    heads=2,
+    in_channels=8,
+    out_channels=8,
+    patch=(1, 1, 1),
+    freq_dim=128,
+    text_dim=64,
+    text_len=32,
+    attention="sla",
+    sla=SLAConfig(topk=0.3, block_q=64, block_k=64),
+    round_time=False,
+    policy=FLOAT32,
+)
 FACTS = {"name": "random", "frames": 33, "height": 64, "width": 64, "prompts": [PROMPT]}
 
 

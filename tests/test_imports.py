@@ -1,7 +1,8 @@
-"""Who may import whom (docs/architecture.md), read from the syntax trees; and that importing costs
-no device."""
+"""Who may import whom: the code's syntax trees against the table of docs/architecture.md; and that
+importing costs no device."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("tdjax", "pallas_kernels", "convert")
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
+DOCUMENT = ROOT / "docs/architecture.md"
+PICTURE = ROOT / "docs/architecture.svg"
+ENTRIES = 24  # files and folders directly in tdjax, at most
 
 
 def module_name(path: Path) -> str:
@@ -21,11 +25,23 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(p): p for p in FILES}
 
 
+# -- the code --------------------------------------------------------------------------------------
+
+
+def executed(tree: ast.AST, inside_functions: bool):
+    """Nodes of a file that run: not those that only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        if inside_functions or not isinstance(node, ast.FunctionDef | ast.Lambda):
+            yield from executed(node, inside_functions)
+
+
 def imports(path: Path, inside_functions: bool = True) -> set[str]:
     """Absolute names that a file imports, as `package.module` or `package.module.name`."""
-    tree, out = ast.parse(path.read_text()), set()
-    nodes = ast.walk(tree) if inside_functions else tree.body
-    for node in nodes:
+    out = set()
+    for node in executed(ast.parse(path.read_text()), inside_functions):
         if isinstance(node, ast.Import):
             out |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -44,39 +60,107 @@ def ours(names: set[str]) -> set[str]:
     return found & set(MODULES)
 
 
+# -- the document ----------------------------------------------------------------------------------
+
+
+def read_table(text: str) -> tuple[dict[str, str], dict[str, set[str]]]:
+    """({room: its floor}, {floor: rooms that it may import}) from the table under "Who may import
+    whom", in its order. A floor is a row: **its name**: `room`, `room`, or a room alone, whose name
+    it has."""
+    section = text.split("## Who may import whom")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ((?:\*\*|`).*) \| (.*) \|$", section, re.M)
+    names = [re.match(r"\*\*(.+?)\*\*|`(.+?)`", rooms) for rooms, _ in rows]
+    floors = {
+        name[1] or name[2]: re.findall(r"`(.+?)`", row)
+        for name, (row, _) in zip(names, rows, strict=True)
+    }
+    allowed = {}
+    for floor, (_, right) in zip(floors, rows, strict=True):
+        groups = [room for name in re.findall(r"\*\*(.+?)\*\*", right) for room in floors[name]]
+        allowed[floor] = {*groups, *re.findall(r"`(.+?)`", right)}
+    return {room: floor for floor, rooms in floors.items() for room in rooms}, allowed
+
+
+FLOORS, ALLOWED = read_table(DOCUMENT.read_text())
+
+
+def room_of(module: str) -> str:
+    """The row that a module belongs to: its own name, or the nearest package above it. `tdjax` and
+    `pallas_kernels` mean the package's own `__init__` there, and nothing beneath."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        name = ".".join(parts[:length])
+        if name in FLOORS and (name == module or name not in ("tdjax", "pallas_kernels")):
+            return name
+    raise AssertionError(f"{module} is in no room of the table of docs/architecture.md")
+
+
+def arrows(knows: dict[str, set[str]]) -> dict[tuple[str, str], list[str]]:
+    """{(room, room that it imports): "module -> module" of every such import}."""
+    out: dict[tuple[str, str], list[str]] = {}
+    for module, known in knows.items():
+        for other in known:
+            if room_of(module) != room_of(other):
+                pair = room_of(module), room_of(other)
+                out.setdefault(pair, []).append(f"{module} -> {other}")
+    return out
+
+
+def against_the_table(knows: dict[str, set[str]]) -> list[str]:
+    """Imports that the table does not have."""
+    return sorted(
+        line
+        for (room, other), lines in arrows(knows).items()
+        if other not in ALLOWED[FLOORS[room]]
+        for line in lines
+    )
+
+
+KNOWS = {name: ours(imports(path)) for name, path in MODULES.items()}
+
+
 def test_there_are_files():
-    assert len(FILES) > 40
+    assert len(FILES) > 40 and len(FLOORS) > 20
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: module_name(p))
-def test_arrows(path):
-    package, names = module_name(path).split(".")[0], imports(path)
-    allowed = {
-        "pallas_kernels": {"pallas_kernels"},
-        "convert": set(PACKAGES),
-        "tdjax": {"tdjax", "pallas_kernels"},
-    }[package]
-    assert top(names) & set(PACKAGES) <= allowed
-    assert not top(names) & {"torch", "diffusers", "transformers", "tests"}
-    if package == "pallas_kernels":
-        assert not top(names) & {"flax", "optax", "orbax", "einops"} - {"einops"}
+def test_every_arrow_is_in_the_table():
+    wrong = against_the_table(KNOWS)
+    assert not wrong, "\n".join(wrong)
 
 
-def test_the_lower_rooms_do_not_know_the_upper_ones():
-    knows = {name: ours(imports(path)) for name, path in MODULES.items()}
-    for name, known in knows.items():
-        if name.startswith(("tdjax.models", "tdjax.sampling", "tdjax.parallel")):
-            assert not {m for m in known if m.startswith(("tdjax.pipeline", "tdjax.generate"))}
-        if name.startswith("tdjax.sampling"):
-            assert not {m for m in known if m.startswith("tdjax.models")}, name
+def test_an_arrow_upwards_would_be_found():
+    for module, other in (
+        ("tdjax.text.tokenizer", "tdjax.pipeline.conditioning"),
+        ("tdjax.models.linear", "convert.model"),
+        ("pallas_kernels.qk_prep.triton", "pallas_kernels.sage_attention.quantize"),
+    ):
+        assert against_the_table({module: {other}}) == [f"{module} -> {other}"]
+
+
+def test_the_table_leads_down():
+    """Rooms stand in the order of the table, and arrows point down: no cycle."""
+    order = list(FLOORS)
+    for room, floor in FLOORS.items():
+        for other in ALLOWED[floor] - {room}:
+            assert other in FLOORS, f"{room} -> {other}: no such room"
+            same = FLOORS[other] == floor  # the files of one floor: by test_modules_form_no_cycle
+            assert same or order.index(other) > order.index(room), f"{room} -> {other} leads up"
+
+
+def test_rooms_exist_and_are_drawn():
+    drawn = set(
+        re.findall(r"[\w.]+", " ".join(re.findall(r"<text.*?>(.*?)<", PICTURE.read_text())))
+    )
+    for room in FLOORS:
+        assert room in MODULES, f"{room}: no such module"
+        short = re.sub(r"^(tdjax|pallas_kernels)\.", "", room)
+        assert short.strip("_") in drawn or short == "__main__", f"{room} is not in the picture"
 
 
 def test_modules_form_no_cycle():
     graph = {
         name: ours(imports(path, inside_functions=False)) - {name} for name, path in MODULES.items()
     }
-    for names in graph.values():
-        names.discard("tdjax")  # the package's own door: it imports nothing
     done: set[str] = set()
 
     def visit(name, above):
@@ -90,6 +174,20 @@ def test_modules_form_no_cycle():
         visit(name, [])
 
 
+def test_the_first_floor_is_not_crowded():
+    entries = [path.name for path in (ROOT / "tdjax").iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= ENTRIES, entries
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_what_others_wrote(path):
+    """torch and its relatives are oracles of tests; kernels stand on jax and numpy alone."""
+    names = top(imports(path))
+    assert not names & {"torch", "diffusers", "transformers", "tests"}
+    if path.is_relative_to(ROOT / "pallas_kernels"):
+        assert not names & {"flax", "optax", "orbax"}
+
+
 def test_no_try_around_imports():
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -99,15 +197,19 @@ def test_no_try_around_imports():
                 ), path
 
 
+IMPORTING = """
+import sys
+import tdjax
+assert "jax" not in sys.modules
+import tdjax.pipeline.pipeline, tdjax.checkpoints.published.checkpoint, pallas_kernels
+from jax._src import xla_bridge
+assert not xla_bridge._backends, xla_bridge._backends
+"""
+
+
 def test_importing_starts_no_device():
-    code = (
-        "import sys, tdjax; assert 'jax' not in sys.modules; import tdjax.pipeline.pipeline, tdjax.checkpoints.published.checkpoint,"
-        " pallas_kernels;from jax._src import xla_bridge; assert not xla_bridge._backends,"
-        " xla_bridge._backends"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
-    )
+    command = [sys.executable, "-c", IMPORTING]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 

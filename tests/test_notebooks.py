@@ -2,6 +2,7 @@
 own on a CPU."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LIMIT = 300  # seconds on two cores
+OURS = {"tdjax", "pallas_kernels", "convert"}
 
 # Figures are drawn where a notebook would show them, so that a wrong plot fails as well.
 RUNNER = """
@@ -66,25 +68,24 @@ def test_outputs_are_stripped(path):
 def test_code_parses_and_imports_only_what_is_installed(path):
     """Cells are plain Python (no magics), and need nothing beside the package and the `notebook`
     extra."""
-    known = {
-        "tdjax",
-        "pallas_kernels",
-        "convert",
-        "jax",
-        "flax",
-        "optax",
-        "einops",
-        "numpy",
-        "safetensors",
-        "ml_dtypes",
-        "matplotlib",
-        "IPython",
-    }
+    known = OURS | {"jax", "flax", "optax", "einops", "numpy", "safetensors", "ml_dtypes"}
+    known |= {"matplotlib", "IPython"}  # the extra
     for cell in cells(path, "code"):
         for node in ast.walk(ast.parse("".join(cell["source"]))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             assert {name.split(".")[0] for name in names} <= known | sys.stdlib_module_names, names
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_cells_import_from_us_exists(path):
+    for cell in cells(path, "code"):
+        for node in ast.walk(ast.parse("".join(cell["source"]))):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in OURS:
+                for alias in node.names:
+                    found = importlib.import_module(node.module)
+                    if not hasattr(found, alias.name):
+                        importlib.import_module(f"{node.module}.{alias.name}")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -99,13 +100,10 @@ def test_named_files_exist(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path):
     pytest.importorskip("matplotlib", reason="the notebook extra is not installed")
-    env = {
-        name: value for name, value in os.environ.items() if name != "XLA_FLAGS"
-    }  # four fake devices are this process's own
-    env |= {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(FOLDER.parent), env.get("PYTHONPATH", "")]),
-    }
+    # Four fake devices, and what makes compilation fast, are this process's own.
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    folders = os.pathsep.join([str(FOLDER.parent), env.get("PYTHONPATH", "")])
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": folders}
     done = subprocess.run(
         [sys.executable, "-c", RUNNER],
         input=json.dumps(code(path)),

@@ -22,9 +22,12 @@ def test_python_block(tmp_path, monkeypatch, capsys):
     assert "(1, 33, 64, 64, 3)" in capsys.readouterr().out
 
 
-def test_commands_are_there():
+def test_a_clip_and_the_two_commands_are_on_the_first_screen():
+    screen = "\n".join(README.splitlines()[:40])
+    assert "docs/images/demo.gif" in screen
     for kind in ("main", "test"):
         assert len(re.findall(rf"^```sh {kind}$", README, re.M)) == 1
+        assert re.search(rf"^```sh {kind}\n.*?^```$", screen, re.M | re.S)
 
 
 def test_every_option_named_in_the_readme_exists():
@@ -35,7 +38,7 @@ def test_every_option_named_in_the_readme_exists():
         if "tdjax.generate" in line or line.startswith("| `--")
         for option in re.findall(r"--\w+", line)
     }
-    assert len(named) > 10 and named <= known, named - known
+    assert len(named) >= 5 and named <= known, named - known
 
 
 def test_links_lead_somewhere():

@@ -17,6 +17,8 @@ from tdjax.train.tiny.data.factors import UNSAID
 from tdjax.train.tiny.evaluation import detector, sampling
 from tdjax.train.tiny.stages import package
 
+pytestmark = pytest.mark.optimized
+
 PROMPTS = (
     package.PROMPT,
     "a large green square moves right quickly on a black background",

@@ -1,5 +1,5 @@
 """The chart of docs/performance.md: where the time of a clip goes, from docs/bench/pipeline.jsonl.
-`python docs/stages.py` (matplotlib)."""
+`python docs/scripts/stages.py` (matplotlib)."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent.parent
 SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
 ORIGINAL = "original step: dense, float, guided"
 COLOURS = {

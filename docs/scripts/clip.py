@@ -1,5 +1,5 @@
 """The clip on the README's first page: eight prompts through the embedded model, side by side.
-`python docs/clip.py`."""
+`python docs/scripts/clip.py`."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     made = tdjax.load("demo")(list(PROMPTS), seed=0)
     frames = repeat(made.frames, "n t h w c -> n t (h a) (w b) c", a=SCALE, b=SCALE)
     frames = np.pad(frames, ((0, 0), (0, 0), (GAP, GAP), (GAP, GAP), (0, 0)), constant_values=255)
-    folder = Path(__file__).parent / "images"
+    folder = Path(__file__).resolve().parent.parent / "images"
     folder.mkdir(exist_ok=True)
     print(
         write(
