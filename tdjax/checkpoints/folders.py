@@ -12,8 +12,8 @@ from typing import Any
 
 from tdjax.checkpoints import filenames
 from tdjax.checkpoints.hub import Repo
-from tdjax.config import PRESETS
 from tdjax.errors import CheckpointError
+from tdjax.presets import PRESETS
 
 
 @dataclasses.dataclass(frozen=True)

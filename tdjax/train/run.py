@@ -22,7 +22,7 @@ from tdjax.config import DiTConfig
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.models.wan_dit import DiT
 from tdjax.parallel.mesh import make_mesh, parse_mesh
-from tdjax.pipeline.components import Part
+from tdjax.pipeline.components import Component, open_component
 from tdjax.precision import Policy
 from tdjax.progress import Stages
 from tdjax.train import checkpoints, flow_matching, loop, rcm, sla
@@ -124,7 +124,7 @@ def frozen(stored: DiTConfig, model: ModelConfig) -> DiTConfig:
     return dataclasses.replace(stored, policy=Policy(param=model.compute, compute=model.compute))
 
 
-def opened(name: str, offline: bool) -> Part:
+def opened(name: str, offline: bool) -> Component:
     """The transformer of a model, known by its keys; what is not here is downloaded."""
     located = locate(name, offline=offline, parts=("dit",))
     if len(located.dit) != 1:
@@ -133,7 +133,7 @@ def opened(name: str, offline: bool) -> Part:
             "each expert is a network of its own, and is trained by itself",
             f"give one: {located.dit[0]}",
         )
-    part = Part(located.dit[0], "dit")
+    part = open_component(located.dit[0], "dit")
     if part.stored.linear != "float":
         raise CheckpointError(
             f"{part.path} holds {part.stored.linear} weights",

@@ -200,7 +200,7 @@ def evaluate(bench: Bench, row: Variant, rows: dict[str, Variant]) -> dict:
     return {
         "title": row.title,
         "evaluations": row.evaluations,
-        "steps": row.sampler.steps if row.sampler else 0,
+        "steps": row.sampler.num_steps if row.sampler else 0,
         "seeds": seeds,
     } | {"values": mean}
 
@@ -354,7 +354,7 @@ def sheet(run: Run, bench: Bench, rows: list[Variant], prompts: int = 3) -> None
         video = bench.made(row, 0, first)
         for i in shown:
             steps = (
-                f", {row.sampler.steps} step{'s'[: row.sampler.steps > 1]}"
+                f", {row.sampler.num_steps} step{'s'[: row.sampler.num_steps > 1]}"
                 if row.sampler
                 else f": {texts[i]}"
             )

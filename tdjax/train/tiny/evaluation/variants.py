@@ -30,7 +30,7 @@ class Variant:
         return (
             0
             if self.sampler is None
-            else self.sampler.steps * (1 if self.sampler.guidance == 1 else 2)
+            else self.sampler.num_steps * (1 if self.sampler.guidance_scale == 1 else 2)
         )
 
 
