@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import PurePath
 
-from tdjax.config import PRESETS
 from tdjax.errors import CheckpointError
+from tdjax.presets import PRESETS
 
 WEIGHTS = (".pth", ".pt", ".safetensors", ".safetensors.index.json")
 # Names of each part, best first. A name without a suffix is a folder: ours (manifest.json) or

@@ -12,8 +12,9 @@ from typing import Any
 
 from tdjax.checkpoints import filenames
 from tdjax.checkpoints.hub import Repo
-from tdjax.config import KINDS, PRESETS
+from tdjax.config import KINDS
 from tdjax.errors import CheckpointError
+from tdjax.presets import PRESETS
 
 # What a model folder of tdjax holds: checkpoints under these names, and files.
 MODEL_FOLDERS = ("dit", "dit_high", "dit_low", "vae", "text")

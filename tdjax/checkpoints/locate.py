@@ -21,8 +21,8 @@ from typing import Any
 from tdjax.checkpoints import filenames
 from tdjax.checkpoints.folders import Found, Remote, absolute, entry, experts, local, shown, slots
 from tdjax.checkpoints.hub import Repo, close
-from tdjax.config import PRESETS, Preset
 from tdjax.errors import CheckpointError, UsageError
+from tdjax.presets import PRESETS, Preset
 
 PARTS = ("dit", "vae", "text", "tokenizer")
 PATHS = (  # arguments that give a component's own file

@@ -4,20 +4,20 @@ everything cheap is checked."""
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
 
 from tdjax import cli
 from tdjax.checkpoints.locate import PATHS
-from tdjax.config import PRESETS, SamplerConfig, SLAConfig, VideoSize
+from tdjax.config import SamplerConfig, SLAConfig, VideoSize
 from tdjax.errors import CheckpointError, TdjaxError, UsageError
 from tdjax.files import near_files, refuse_existing
 from tdjax.generate import outputs
 from tdjax.generate.arguments import OFFICIAL_MODELS, build_parser, parse
 from tdjax.generate.jobs import Job, drawn_seed, read_jobs, standard_input
 from tdjax.media.resolution import choose_size
+from tdjax.presets import PRESETS
 from tdjax.progress import Stages
 from tdjax.text.characters import repaired
 
@@ -67,9 +67,9 @@ def check_early(args) -> None:
     if args.sampler in ("sde", "ode") or few_step:
         steps = len(args.mid_t) + 1 if args.mid_t and args.num_steps is None else args.num_steps
         changes = {
-            "steps": steps,
+            "num_steps": steps,
             "sigma_max": args.sigma_max,
-            "mid": args.mid_t and tuple(args.mid_t),
+            "mid_t": args.mid_t and tuple(args.mid_t),
             "boundary": args.boundary,
         }
         SamplerConfig(**{name: value for name, value in changes.items() if value is not None})
@@ -130,10 +130,8 @@ def _local_files(args) -> bool:
 def run(args) -> int:
     """Opens the model and does what the command asks for; the exit code."""
     cache_note = cli.set_compile_cache(args.compile_cache_dir)
-    import tdjax
-    from tdjax.checkpoints.locate import Located
-    from tdjax.pipeline.components import planned_parts
-    from tdjax.pipeline.pipeline import Pipeline
+    from tdjax.pipeline.load import open_pipeline, plan_pipeline
+    from tdjax.pipeline.options import PipelineOptions
 
     stages = CommandStages(False if args.quiet else args.verbose or None)
     if cache_note:
@@ -141,37 +139,9 @@ def run(args) -> int:
     with stages("start device"):
         cli.start_jax()
         text_device = text_encoder_device(args)
-    if args.dry_run and _not_downloaded(args):
-        preset = PRESETS[args.model.lower()]
-        located = Located(
-            name=args.model.lower(),
-            layout="published",
-            preset=args.model.lower(),
-            distilled=preset.distilled,
-        )
-        options = {
-            "attention": args.attention_type,
-            "quant": args.quant,
-            "topk": args.sla_topk,
-            "dtype": args.dtype,
-        }
-        parts = planned_parts(preset, note=stages.note, **options)
-        pipe = Pipeline(
-            located,
-            parts,
-            mesh=args.mesh,
-            low_memory=args.low_memory,
-            stages=stages,
-            text_encoder_device=text_device,
-            vae=args.vae,
-        )
-        _check_model(args, pipe)
-        stages.note(f"{args.model} is not downloaded: this plan comes from its preset")
-        return dry_run(args, pipe, read_jobs(args, "dry run", stages.note))
-    pipe = tdjax.load(
-        args.model,
+    options = PipelineOptions(
         attention=args.attention_type,
-        attention_impl=args.attention_impl,
+        impl=args.attention_impl,
         quant=args.quant,
         dtype=args.dtype,
         vae_dtype=args.vae_dtype,
@@ -185,10 +155,19 @@ def run(args) -> int:
         lora=tuple(map(cli.lora_pair, args.lora)),
         lora_high=tuple(map(cli.lora_pair, args.lora_high)),
         lora_low=tuple(map(cli.lora_pair, args.lora_low)),
+    )
+    if args.dry_run and _not_downloaded(args):
+        pipe = plan_pipeline(args.model.lower(), options, stages=stages)
+        _check_model(args, pipe)
+        stages.note(f"{args.model} is not downloaded: this plan comes from its preset")
+        return dry_run(args, pipe, read_jobs(args, "dry run", stages.note))
+    pipe = open_pipeline(
+        args.model,
+        options,
+        {name: getattr(args, name) for name in PATHS},
         revision=args.revision,
         offline=args.offline,
         stages=stages,
-        **{name: getattr(args, name) for name in PATHS},
     )
     _check_model(args, pipe)
     if args.model == "demo" and not any(getattr(args, name) for name in PATHS):
@@ -333,8 +312,6 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
     """Prints what would be made and the memory of each stage; loads nothing."""
     import numpy as np
 
-    from tdjax.pipeline import memory
-
     image = (
         {"image": np.zeros((1080, 1920, 3), np.uint8)}
         if pipe.task == "i2v" and not jobs[0].image
@@ -343,8 +320,7 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
     request = pipe.request(jobs[0].prompt or "dry run", **(_call_arguments(args, jobs[0]) | image))
     for line in pipe.warnings(request):
         pipe.stages.note(line)
-    plans, limit = pipe.plan(request), memory.memory_limit()
-    c = pipe.config
+    plan, c = pipe.plan(request), pipe.config
     lines = [
         (
             f"model      {pipe.name} ({pipe.task}, {c.layers} layers of width {c.dim}),"
@@ -359,23 +335,26 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
         f"linears    {c.linear}",
         f"size       {request.size}: {request.size.tokens(c.patch)} tokens",
         (
-            f"sampler    {request.sampler.mode}, {request.sampler.steps} steps, sigma_max"
+            f"sampler    {request.sampler.sampler}, {request.sampler.num_steps} steps, sigma_max"
             f" {request.sampler.sigma_max:g}"
         ),
-        f"weights    {'stay on the device' if pipe.keep(request) else 'freed after each stage'}",
+        f"weights    {'stay on the device' if plan.keep_resident else 'freed after each stage'}",
         (
             f"videos     {len(jobs) * args.num_samples}, first"
             f" {outputs.targets(args, pipe.name, jobs[0])[0]}"
         ),
         "",
-        memory.table(plans, limit),
+        plan.table(),
     ]
     if args.json:
         print(
             json.dumps(
                 {
-                    "plan": [dataclasses.asdict(p) for p in plans],
-                    "limit": limit,
+                    "plan": [
+                        {"name": stage.name, "weights": stage.weights, "working": stage.working}
+                        for stage in plan.stages
+                    ],
+                    "limit": plan.limit,
                     "tokens": request.size.tokens(c.patch),
                 }
             )

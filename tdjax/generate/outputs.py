@@ -134,7 +134,7 @@ class Files:
     def __init__(self, args, pipe, job: Job, paths: list[Path], arguments: dict):
         self.args, self.stages, self.paths = args, pipe.stages, paths
         self.options = {"crf": args.crf, "overwrite": args.overwrite or bool(args.prompt_file)}
-        self.facts = pipe.facts(pipe.request(job.prompt, **arguments))
+        self.facts = pipe.metadata(pipe.request(job.prompt, **arguments))
         self.writers: dict[int, Writer] = {}
         # a grid and latents are made of what is there at the end only
         whole = args.grid or any(path.suffix == ".safetensors" for path in paths)

@@ -16,14 +16,14 @@ from tdjax.checkpoints.orbax import DENSE_DROPS
 from tdjax.config import DiTConfig
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.models.wan_dit import DiT
-from tdjax.pipeline.components import Part
+from tdjax.pipeline.components import Component, open_component
 from tdjax.precision import Policy
 from tdjax.train.configs import ModelConfig
 from tdjax.train.placement import created
 
 
 class Networks:
-    """The student and its teacher, opened without data: Parts, or None where there are no weights.
+    """The student and its teacher, opened without data: components, or None where there are no weights.
 
     Raises UsageError where a method other than "flow" has no weights, and CheckpointError for
     networks that cannot be teacher and student.
@@ -99,7 +99,7 @@ def frozen(stored: DiTConfig, model: ModelConfig) -> DiTConfig:
     return dataclasses.replace(stored, policy=Policy(param=model.compute, compute=model.compute))
 
 
-def _opened(name: str, offline: bool) -> Part:
+def _opened(name: str, offline: bool) -> Component:
     """The transformer of a model, known by its keys; what is not here is downloaded."""
     located = locate(name, offline=offline, parts=("dit",))
     if len(located.dit) != 1:
@@ -108,7 +108,7 @@ def _opened(name: str, offline: bool) -> Part:
             "each expert is a network of its own, and is trained by itself",
             f"give one: {located.dit[0]}",
         )
-    part = Part(located.dit[0], "dit")
+    part = open_component(located.dit[0], "dit")
     if part.stored.linear != "float":
         raise CheckpointError(
             f"{part.path} holds {part.stored.linear} weights",

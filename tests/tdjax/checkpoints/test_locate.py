@@ -13,8 +13,8 @@ from huggingface_hub import constants, errors
 
 from tdjax.checkpoints import filenames, hub
 from tdjax.checkpoints.locate import cache_folder, locate
-from tdjax.config import PRESETS
 from tdjax.errors import CheckpointError, UsageError
+from tdjax.presets import PRESETS
 
 BASE = "Wan-AI/Wan2.1-T2V-1.3B"
 VAE, TEXT, TOKENIZER = (

@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import pytest
 
-from tdjax.config import QUANT
 from tdjax.errors import UsageError
 from tdjax.generate import __main__ as generate
 from tdjax.generate.arguments import parse
+from tdjax.pipeline.options import Quant
 
 
 def fails(capsys, *argv):
@@ -39,7 +40,7 @@ def test_the_official_command_parses():
 
 
 def test_every_kind_of_linear_layer_can_be_asked_for():
-    assert [parse(["--quant", kind]).quant for kind in QUANT] == list(QUANT)
+    assert [parse(["--quant", kind]).quant for kind in get_args(Quant)] == list(get_args(Quant))
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def metadata() -> dict:
         "height": factors.SIDE,
         "width": factors.SIDE,
         "prompts": [PROMPT, *(captions.random_prompt(seed) for seed in range(1, PROMPTS))],
-        "sampler": {"mid": list(how.mid), "sigma_max": how.sigma_max},
+        "sampler": {"mid_t": list(how.mid_t), "sigma_max": how.sigma_max},
         "language": {"words": captions.vocabulary(), "knows": captions.knows()},
     }
 

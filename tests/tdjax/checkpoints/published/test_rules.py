@@ -76,7 +76,7 @@ def test_published_key_lists(name, published):
 
 
 def test_configs_are_those_of_the_presets(published):
-    from tdjax.config import PRESETS, UMT5_XXL, WAN_VAE
+    from tdjax.presets import PRESETS, UMT5_XXL, WAN_VAE
 
     for name in DITS:
         preset = PRESETS.get(name.lower())
