@@ -251,7 +251,7 @@ def check_task(task: str, image) -> None:
 
 def as_image(image) -> np.ndarray:
     """Path, PIL image or array -> uint8 [H W 3]."""
-    from tdjax.media.video import read_image
+    from tdjax.media.image import read_image
 
     if isinstance(image, str | Path):
         return read_image(image)
