@@ -117,9 +117,18 @@ def path(text: str) -> Path:
 
 def lora_pair(text: str) -> tuple[str, float]:
     """FILE or FILE:WEIGHT, such as fox.safetensors:0.8 -> (file, weight). A colon that no number
-    follows belongs to the name."""
+    follows belongs to the name. Raises UsageError for what is meant as a number and is none."""
     match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", text)
-    return (match[1], float(match[2])) if match else (text, 1.0)
+    if match:
+        return match[1], float(match[2])
+    name, _, weight = text.rpartition(":")
+    if name and re.fullmatch(r"[\d.,+-]+", weight) and not Path(text).exists():
+        raise UsageError(
+            f"{text}: the weight {weight!r} is no number",
+            "a LoRA is given as FILE or FILE:WEIGHT",
+            f"for example {name}:0.8",
+        )
+    return text, 1.0
 
 
 def set_compile_cache(given: str | None = None) -> str | None:

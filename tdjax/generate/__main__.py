@@ -95,8 +95,9 @@ def _check_inputs(args) -> None:
     for path in (args.latents, args.prompt_embeds):
         if path and not Path(path).is_file():
             raise _absent(path)
-    for path in (args.image_path, args.prompt_file):  # pipes will do
-        if path and path != "-" and (not Path(path).exists() or Path(path).is_dir()):
+    for path in (args.image_path, args.prompt_file):  # pipes will do; an address is told later
+        plain = path and path != "-" and "://" not in path
+        if plain and (not Path(path).exists() or Path(path).is_dir()):
             raise _absent(path)
     if args.prompt_embeds and (args.prompt or args.prompt_file or args.serve):
         raise UsageError(

@@ -1,5 +1,5 @@
-"""Video files and images: frames in, one complete file out; and back again. Knows arrays and files,
-nothing of models."""
+"""Video files: frames in, one complete file out; and back again. Knows arrays and files, nothing of
+models."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from einops import rearrange
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from tdjax.errors import UsageError
 from tdjax.files import refuse_existing, written
+from tdjax.media.image import read_image
 
 BT709 = 1  # the code of this colour matrix, of its primaries and of its transfer curve in ffmpeg
 FRAME_NAME = re.compile(r"\d{5}\.png")
@@ -279,51 +280,6 @@ def _save_single(part: Path, images: Iterator[np.ndarray], metadata: str | None)
             f"use {name} (a folder) or {name}.mp4",
         )
     _save_png(part, image, metadata)
-
-
-def read_image(path: str | Path) -> np.ndarray:  # uint8 [H W 3]
-    """An image as RGB: turned as its EXIF orientation says, laid on white where it is transparent,
-    first frame if animated."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UsageError(
-            f"image {path} {'is a folder' if path.is_dir() else 'does not exist'}",
-            "a file was expected",
-            "check `image`",
-        )
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-                image = Image.fromarray(
-                    (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                )
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError as error:
-        raise UsageError(
-            f"{path} is not an image",
-            "its content is of no format that Pillow reads",
-            "use PNG, JPEG or WebP",
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise UsageError(
-            f"image {path} is too large",
-            str(error),
-            "make it smaller first: the video has 1280x720 pixels at most",
-        ) from error
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as error:  # what Pillow raises for files cut short or damaged
-        raise UsageError(
-            f"image {path} cannot be read",
-            f"it is cut short or damaged: {error}",
-            "save or download it again",
-        ) from error
 
 
 def read_video(path: str | Path) -> np.ndarray:  # uint8 [T H W 3]

@@ -269,7 +269,7 @@ def _check_task(task: str, image: np.ndarray | None) -> None:
 
 def as_image(image) -> np.ndarray:
     """Returns uint8 [H W 3] of a path, a PIL image or an array. Raises UsageError for others."""
-    from tdjax.media.video import read_image
+    from tdjax.media.image import read_image
 
     if isinstance(image, str | Path):
         return read_image(image)

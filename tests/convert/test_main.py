@@ -392,9 +392,24 @@ def test_help_is_fast_and_stdout_is_clean(tmp_path, tiny):
     )  # 0.1 s on a quiet machine; jax alone takes longer than this
     source = tiny("text")
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-m", "convert", str(source), str(tmp_path / "out"), "--json"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-W",
+            "ignore::DeprecationWarning",
+            "-m",
+            "convert",
+            str(source),
+            str(tmp_path / "out"),
+            "--json",
+        ],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
     assert (run.returncode, run.stderr) == (
         0,
         "",

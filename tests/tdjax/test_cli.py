@@ -198,6 +198,15 @@ def test_lora_pairs(text, pair):
     assert cli.lora_pair(text) == pair
 
 
+def test_a_weight_that_is_no_number_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word in ("0,8", "1.2.3", "+-1"):
+        with pytest.raises(UsageError, match="is no number(.|\n)*a:0.8"):
+            cli.lora_pair(f"a:{word}")
+    (tmp_path / "a:1-2").touch()
+    assert cli.lora_pair("a:1-2") == ("a:1-2", 1.0)
+
+
 def test_paths_take_a_tilde(monkeypatch):
     monkeypatch.setenv("HOME", "/data/home")
     assert cli.path("~/x") == Path("/data/home/x") and cli.path("x~") == Path("x~")

@@ -272,7 +272,8 @@ def test_the_environment_is_honoured(tmp_path):
     jax nor the hub."""
     dit = put_repo(tmp_path / "hub", f"TurboDiffusion/{TURBO}", f"{TURBO}.pth")
     code = (
-        "import sys; from tdjax.checkpoints.locate import locate; assert 'jax' not in sys.modules and"
+        "import sys; from tdjax.checkpoints.locate import locate\n"
+        "assert 'jax' not in sys.modules and"
         f" 'huggingface_hub' not in sys.modules\nprint(locate({TURBO!r}, parts=('dit',)).dit[0])"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {
