@@ -137,7 +137,9 @@ def without_aliases(
         if value is None:
             continue
         before = out.get(own)
-        if before is not None and not (isinstance(before, int | str) and before == defaults[own]):
+        if before is not None and not (
+            isinstance(before, int | str) and before == defaults.get(own)
+        ):
             raise UsageError(
                 f"{own} and {name} were both given", "they are the same argument", f"give {own}"
             )
