@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tdjax import cli
 from tdjax.config import ATTENTION, LINEAR, DiTConfig, TextConfig, VAEConfig, VideoSize
-from tdjax.errors import TdjaxError, UsageError
+from tdjax.errors import UsageError
 from tdjax.media.resolution import choose_size
 from tdjax.precision import FLOATS, Policy
 from tdjax.presets import PRESETS, TEACHER_SAMPLER
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 STAGES = ("text", "vae", "dit", "e2e")
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tdjax.bench", description=(__doc__ or "").splitlines()[0]
     )
@@ -45,8 +46,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="or demo",
     )
     parser.add_argument("--size", help="480p, 720p or WIDTHxHEIGHT; default: the preset's")
-    parser.add_argument("--num_frames", "--num-frames", type=int, help="default 81 (demo: 33)")
-    parser.add_argument("--num_steps", "--num-steps", type=int, default=4)
+    parser.add_argument("--num_frames", type=int, help="default 81 (demo: 33)")
+    parser.add_argument("--num_steps", type=int, default=4)
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument(
         "--attention", default="dense,sla,sagesla", help="comma list of " + ", ".join(ATTENTION)
@@ -79,7 +80,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="also time runs from prompt to mp4, written into FOLDER (stage e2e)",
     )
     parser.add_argument("--json", metavar="FILE", help="append one JSON line for each row")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
 
 
 def chosen(text: str, allowed: tuple[str, ...], flag: str) -> list[str]:
@@ -221,13 +226,11 @@ def run(args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes as `tdjax.generate`: 0 ok, 2 usage."""
-    try:
-        return run(parse(sys.argv[1:] if argv is None else argv))
-    except TdjaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    """Exit codes as those of tdjax.generate: 0 ok, 2 usage, 130 interrupted."""
+    return cli.main(
+        lambda words: run(parse(words)), argv, parser=build_parser, interrupted="rows above stand"
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

@@ -18,17 +18,17 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tdjax.bench.stages import Row, host_peak, label, random_weights, row_of, timed, variants
 from tdjax.checkpoints.locate import Located
+from tdjax.cli import WORTH_KEEPING
 from tdjax.config import DiTConfig, TextConfig, VAEConfig, VideoSize, to_dict
 from tdjax.errors import UsageError
 from tdjax.media.video import Writer
 from tdjax.pipeline import memory
-from tdjax.pipeline.compilation import WORTH_KEEPING
 from tdjax.pipeline.components import Component, PlannedComponent
-from tdjax.pipeline.conditioning import Tokens
 from tdjax.pipeline.options import PipelineOptions
 from tdjax.pipeline.pipeline import Pipeline
 from tdjax.pipeline.result import Result
 from tdjax.progress import Stages
+from tdjax.text.tokenizer import Tokens
 
 # The component that runs in a stage of the pipeline, and the stage's programs.
 USES = {

@@ -66,7 +66,7 @@ def random_weights(module, seed: int = 0):
     """Values that keep variance, drawn on the device leaf by leaf: kernels by their fan-in, unit
     scales, zero biases."""
     scale_of = {kind.leaves[1]: kind.leaves[0] for kind in LINEAR.values() if len(kind.leaves) > 1}
-    shapes = {name: leaf.shape for name, leaf in orbax.names(module).items()}
+    shapes = {name: leaf.shape for name, leaf in orbax.named_leaves(module).items()}
 
     def draw(path, leaf):
         name = leaf_name(path)
@@ -312,7 +312,7 @@ def in_float32(model, cfg: DiTConfig):
     exact = dataclasses.replace(
         cfg, attention=attention, linear="float", impl="reference", policy=FLOAT32
     )
-    leaves = orbax.names(with_linear(model, "float"))
+    leaves = orbax.named_leaves(with_linear(model, "float"))
     return orbax.assemble(
         orbax.abstract("dit", exact),
         {name: leaf.astype(jnp.float32) for name, leaf in leaves.items()},

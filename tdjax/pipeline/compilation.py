@@ -16,7 +16,6 @@ from tdjax.models.umt5 import without_padding
 from tdjax.progress import Stages
 from tdjax.sampling import few_step
 
-WORTH_KEEPING = 0.1  # seconds of compiling from which on the persistent cache keeps a program
 COMPILERS = 4  # programs that are compiled at the same time
 
 

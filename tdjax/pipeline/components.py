@@ -209,12 +209,12 @@ class StoredComponent(Component):
         return {"path": str(self.path), "source": orbax.inspect(self.path).get("source")}
 
     def _names(self) -> dict[str, Any]:
-        return orbax.names(orbax.abstract(self.kind, self.config))
+        return orbax.named_leaves(orbax.abstract(self.kind, self.config))
 
     def _restore_to_host(self, there: jax.sharding.Sharding) -> Any:
         """Leaf by leaf: a restore in one piece would hold all of it twice."""
         module = orbax.abstract(self.kind, self.config)
-        leaves = [jax.device_put(self.leaf(name), there) for name in orbax.names(module)]
+        leaves = [jax.device_put(self.leaf(name), there) for name in orbax.named_leaves(module)]
         return jax.tree.unflatten(jax.tree.structure(module), leaves)
 
 
@@ -302,7 +302,7 @@ def open_component(
     stored = (path / "manifest.json").is_file()
     if stored and lora:
         raise UsageError(
-            "--lora with a converted checkpoint",
+            "`lora` with a converted checkpoint",
             "LoRA is merged into published weights",
             "use python -m convert --lora",
         )
@@ -312,7 +312,7 @@ def open_component(
         raise CheckpointError(
             f"{path} is {found}, not {KINDS[kind][0]}",
             "recognised from its keys and shapes",
-            f"give it as --{argument}",
+            f"give it as {argument}",
         )
     return component
 

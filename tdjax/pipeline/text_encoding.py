@@ -16,13 +16,12 @@ from tdjax.errors import CheckpointError, UsageError
 from tdjax.pipeline import compilation, memory
 from tdjax.pipeline.compilation import Program, Programs
 from tdjax.pipeline.components import Component
-from tdjax.pipeline.conditioning import Tokens
 from tdjax.pipeline.memory import ExecutionPlan
 from tdjax.pipeline.request import Request
 from tdjax.pipeline.stage import Stage
 from tdjax.progress import Stages
 from tdjax.text.prompt_cache import PromptCache, entry_key
-from tdjax.text.tokenizer import Tokenizer
+from tdjax.text.tokenizer import Tokenizer, Tokens
 
 STAGE = "text"
 BLOCKS = "blocks."  # how names of the encoder's stacked leaves begin
@@ -160,7 +159,9 @@ class TextEncoding(Stage):
             jax.block_until_ready(before)  # the layer before this one is done: its weights are free
             before = xs = [layer(block, x, mask) for x, mask in zip(xs, masks, strict=True)]
             del leaves, stacked, block
-        leaves = {name: self.encoder.leaf(f"norm.{name}") for name in orbax.names(module.norm)}
+        leaves = {
+            name: self.encoder.leaf(f"norm.{name}") for name in orbax.named_leaves(module.norm)
+        }
         norm = _unflatten(module.norm, leaves)
         rows = [end(norm, x, mask) for x, mask in zip(xs, masks, strict=True)]
         return np.concatenate([np.asarray(row) for row in rows])
@@ -194,12 +195,12 @@ def _check_vocabulary(tokenizer: Tokenizer | None, component: Component | None) 
             f"{tokenizer.path} has {tokenizer.size} ids, {component.path.name} has"
             f" {component.config.vocab} embeddings",
             "they belong to different text encoders",
-            "give the tokenizer of google/umt5-xxl as --tokenizer_path",
+            "give the tokenizer of google/umt5-xxl as tokenizer_path",
         )
 
 
 def _unflatten(module, leaves: dict[str, Any]):
     """The module of shapes with leaves in their places."""
     return jax.tree.unflatten(
-        jax.tree.structure(module), [leaves[name] for name in orbax.names(module)]
+        jax.tree.structure(module), [leaves[name] for name in orbax.named_leaves(module)]
     )

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import jax
 import orbax.checkpoint as ocp
 
 import tdjax
-from tdjax.checkpoints.orbax import FORMAT, check_table, names, quiet, remove, table, written
+from tdjax.checkpoints.orbax import FORMAT, check_table, named_leaves, quiet, table
 from tdjax.errors import CheckpointError
+from tdjax.files import written
 
 
 def folder(run: Path, step: int) -> Path:
@@ -43,7 +45,7 @@ def latest(run: Path) -> Path | None:
 def arrays(state) -> dict[str, Any]:
     """{leaf name: array}; a random key as the integers behind it."""
     plain = lambda x: jax.random.key_data(x) if is_key(x) else x
-    return {name: plain(x) for name, x in names(state).items()}
+    return {name: plain(x) for name, x in named_leaves(state).items()}
 
 
 def is_key(x) -> bool:
@@ -65,10 +67,10 @@ def save(run: Path, step: int, state, facts: dict[str, Any], keep: int = 0) -> P
         name: [list(shape), dtype] for name, (shape, dtype) in table(leaves).items()
     }
     manifest["keys"] = {
-        name: str(jax.random.key_impl(x)) for name, x in names(state).items() if is_key(x)
+        name: str(jax.random.key_impl(x)) for name, x in named_leaves(state).items() if is_key(x)
     }
     target = folder(run, step)
-    with written(target, overwrite=True) as part, quiet():
+    with written(target, overwrite=True, owned=_is_checkpoint) as part, quiet():
         part.mkdir()
         with contextlib.closing(
             ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
@@ -76,8 +78,18 @@ def save(run: Path, step: int, state, facts: dict[str, Any], keep: int = 0) -> P
             writer.save(os.path.abspath(part / "state"), args=ocp.args.PyTreeSave(leaves))
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     for old in steps(run)[:-keep] if keep else []:
-        remove(folder(run, old))
+        shutil.rmtree(folder(run, old), ignore_errors=True)
     return target
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint of a run, and holds nothing else."""
+    if {p.name for p in path.iterdir()} != {"manifest.json", "state"}:
+        return False
+    try:
+        return inspect(path)["kind"] == "train"
+    except CheckpointError:
+        return False
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -110,7 +122,7 @@ def restore(path: Path, state):
     their shardings."""
     manifest = inspect(path)
     listed = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
-    wanted = names(state)
+    wanted = named_leaves(state)
     stored = {
         name: jax.eval_shape(jax.random.key_data, x) if is_key(x) else x
         for name, x in wanted.items()

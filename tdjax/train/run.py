@@ -99,10 +99,10 @@ class Networks:
         )  # the state has its own copy: this one may go
         if self.student.config == self.config:
             return module
-        wanted, leaves = self.abstract(), orbax.names(module)
+        wanted, leaves = self.abstract(), orbax.named_leaves(module)
         missing = {
             name: x
-            for name, x in orbax.names(wanted).items()
+            for name, x in orbax.named_leaves(wanted).items()
             if name not in leaves and DENSE_DROPS in name
         }
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
@@ -341,8 +341,8 @@ class Prepared:
         dtype = self.config["model"].compute
         cfg = dataclasses.replace(self.networks.config, policy=Policy(param=dtype, compute=dtype))
         shapes, leaves = (
-            orbax.names(orbax.abstract("dit", cfg)),
-            orbax.names(outcome.state.ema),
+            orbax.named_leaves(orbax.abstract("dit", cfg)),
+            orbax.named_leaves(outcome.state.ema),
         )
         lazy = lambda x, shape: Lazy(
             tuple(x.shape), np.dtype(shape.dtype), lambda: np.asarray(x.astype(shape.dtype))

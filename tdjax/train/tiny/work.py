@@ -150,8 +150,8 @@ def finished(run: Run, name: str) -> bool:
 def export(run: Run, name: str, kind: str, module, cfg, **facts) -> None:
     """A result in our checkpoint layout, weights in bfloat16, complete or not at all."""
     cfg = configs.stored(cfg)
-    wanted = orbax.names(orbax.abstract(kind, cfg))
-    leaves = {leaf: x.astype(wanted[leaf].dtype) for leaf, x in orbax.names(module).items()}
+    wanted = orbax.named_leaves(orbax.abstract(kind, cfg))
+    leaves = {leaf: x.astype(wanted[leaf].dtype) for leaf, x in orbax.named_leaves(module).items()}
     source = {"name": "tdjax tiny recipe", "seed": run.seed, **facts}
     orbax.save(
         run.folder / name, jax.device_get(leaves), kind=kind, cfg=cfg, source=source, overwrite=True

@@ -99,7 +99,7 @@ def test_weights_loaded_ahead_are_the_weights(model):
     here, ahead = open_component(model / "vae", "vae"), open_component(model / "vae", "vae")
     ahead.load_ahead()
     ahead.load_ahead()
-    a, b = orbax.names(here.load()), orbax.names(ahead.load())
+    a, b = orbax.named_leaves(here.load()), orbax.named_leaves(ahead.load())
     assert all(np.array_equal(a[name], b[name]) for name in a) and ahead.load() is ahead.load()
     ahead.free()
     ahead.load_ahead()
@@ -243,7 +243,7 @@ def test_weights_held_by_the_host_are_the_weights(experts):
     held.load_ahead(host=True)
     module = held.coming.result()
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(module)} == {"pinned_host"}
-    a, b = orbax.names(here.load()), orbax.names(held.load())
+    a, b = orbax.named_leaves(here.load()), orbax.named_leaves(held.load())
     assert {leaf.sharding.memory_kind for leaf in b.values()} == {
         jax.devices()[0].default_memory().kind
     }

@@ -72,7 +72,7 @@ def psnr(a, b) -> float:
 def local(vae):
     """Without the attention over whole frames, which a tile cuts short and random weights make as
     strong as all else."""
-    leaves = orbax.names(vae)
+    leaves = orbax.named_leaves(vae)
     leaves |= {
         name: jnp.zeros_like(leaf) for name, leaf in leaves.items() if "middle.1.proj" in name
     }

@@ -45,8 +45,8 @@ def embed(text, tokens):  # i32[b s 2] -> [b s d]
 def sparse(model: DiT, cfg: DiTConfig, compute: str) -> DiT:
     """A dense model's weights in a sparse one, whose projections begin at zero."""
     wanted = orbax.abstract("dit", work.trained(cfg, compute))
-    zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in orbax.names(wanted).items()}
-    return orbax.assemble(wanted, zeros | orbax.names(model))
+    zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in orbax.named_leaves(wanted).items()}
+    return orbax.assemble(wanted, zeros | orbax.named_leaves(model))
 
 
 # -- sparse attention ------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ class StudentTimes:
 
 def merged(student: DiT, before: DiT, after: DiT, cfg: DiTConfig, compute: str) -> DiT:
     """student + (after - before), and what `after` alone has: its sparse projections."""
-    ours, old, new = (orbax.names(model) for model in (student, before, after))
+    ours, old, new = (orbax.named_leaves(model) for model in (student, before, after))
     leaves = {name: ours[name] + (x - old[name]) if name in ours else x for name, x in new.items()}
     if set(ours) - set(leaves) or len(leaves) - len(ours) != 2:
         raise ValueError(f"the networks differ: {sorted(set(ours) ^ set(leaves))}")

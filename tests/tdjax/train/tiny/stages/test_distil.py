@@ -107,12 +107,12 @@ def test_the_tangent_may_run_in_another_dtype():
 def test_merging_adds_what_sparse_attention_changed():
     student, before = tiny_cases.dit(seed=1), tiny_cases.dit(seed=2)
     after = distil.sparse(tiny_cases.dit(seed=3), tiny_cases.SLA, "float32")
-    leaves = orbax.names(after)
+    leaves = orbax.named_leaves(after)
     leaves["blocks.self_attn.core.proj.bias"] = leaves["blocks.self_attn.core.proj.bias"] + 0.5
     after = orbax.assemble(orbax.abstract("dit", tiny_cases.SLA), leaves)
-    out = orbax.names(distil.merged(student, before, after, tiny_cases.SLA, "float32"))
+    out = orbax.named_leaves(distil.merged(student, before, after, tiny_cases.SLA, "float32"))
     name = "blocks.up.kernel"
-    a, b, c = (orbax.names(model)[name] for model in (student, before, after))
+    a, b, c = (orbax.named_leaves(model)[name] for model in (student, before, after))
     assert_close(out[name], a + c - b, "float32")
     assert np.all(np.asarray(out["blocks.self_attn.core.proj.bias"]) == 0.5)
 

@@ -41,7 +41,7 @@ def test_our_reader_reads_it(run):
     )
     weight = orbax.read(folder / "dit", "blocks.up.int8_weight")
     scale = orbax.read(folder / "dit", "blocks.up.scale")
-    kernel = np.asarray(orbax.names(work.load(run, "merged"))["blocks.up.kernel"])
+    kernel = np.asarray(orbax.named_leaves(work.load(run, "merged"))["blocks.up.kernel"])
     assert (
         np.abs(weight[0].T * scale.reshape(1, 1) - kernel[0]).max() <= 1.0001 * scale.max()
     )  # the largest, 128, becomes 127
