@@ -302,7 +302,7 @@ def open_component(
     stored = (path / "manifest.json").is_file()
     if stored and lora:
         raise UsageError(
-            "--lora with a converted checkpoint",
+            "`lora` with a converted checkpoint",
             "LoRA is merged into published weights",
             "use python -m convert --lora",
         )
@@ -312,7 +312,7 @@ def open_component(
         raise CheckpointError(
             f"{path} is {found}, not {KINDS[kind][0]}",
             "recognised from its keys and shapes",
-            f"give it as --{argument}",
+            f"give it as {argument}",
         )
     return component
 

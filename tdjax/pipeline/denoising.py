@@ -226,7 +226,7 @@ class Denoising(Stage):
             f"step {step} of {steps} gave NaN or infinity: no video was written",
             f"the transformer ran with attention {cfg.attention}, linears {cfg.linear},"
             f" {cfg.policy.compute}",
-            "try --attention_type original, then --quant none, then --dtype float32; please report"
+            "try `attention` original, then `quant` none, then `dtype` float32; please report"
             " which one helps",
         )
 

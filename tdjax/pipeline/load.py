@@ -204,9 +204,9 @@ def open_components(
         component.config = _transformer_config(component, options, note)
     if "dit_low" not in components and lora["dit_low"] != lora["dit"]:
         raise UsageError(
-            "--lora_high or --lora_low with one transformer",
+            "lora_high or lora_low with one transformer",
             "they are for the two experts of Wan2.2 A14B",
-            "use --lora",
+            "use `lora`",
         )
     if located.vae is not None:
         component = components["vae"] = open_component(located.vae, "vae")
@@ -228,7 +228,7 @@ def _check_impl(options: PipelineOptions) -> None:
     if impl in kernels and (device != "gpu" or dtype == "float32"):
         dtypes = "bfloat16 and float16" if impl == "cudnn" else "bfloat16"
         raise UsageError(
-            f"attention_impl is {impl!r} on {device} in {dtype}",
+            f"`impl` is {impl!r} on {device} in {dtype}",
             f"{kernels[impl]} on NVIDIA GPUs, in {dtypes}",
             "use auto, or reference",
         )
@@ -257,9 +257,9 @@ def _chosen_attention(component: Component, asked: str) -> str:
     if asked != "dense" and stored == "dense":
         raise CheckpointError(
             f"{component.path.name} has no SLA projection (self_attn.attn_op.local_attn.proj_l),"
-            f" but --attention_type {asked} was asked for",
+            f" but `attention` {asked} was asked for",
             "these are dense weights, or rCM weights without SLA",
-            "use --attention_type original, or merge an SLA difference: python -m convert --merge",
+            "use `attention` original, or merge an SLA difference: python -m convert --merge",
         )
     return asked
 
@@ -269,7 +269,7 @@ def _chosen_linear(component: Component, quant: str, note: Callable[[str], None]
     linear = {"auto": stored, "none": "float"}.get(quant, quant)
     if stored != "float":
         say = {
-            stored: "running as W8A8 (--quant none dequantises at load)",
+            stored: "running as W8A8 (`quant` none dequantises at load)",
             "float": "dequantised at load",
         }
         what = say.get(linear, f"made {linear} at load")
@@ -288,14 +288,14 @@ def _check_together(components: dict[str, Component]) -> None:
             f" {dit.out_channels}",
             "Wan2.1 and Wan2.2 A14B use the Wan2.1 VAE (16 latent channels); the Wan2.2 VAE (48)"
             " belongs to TI2V-5B only",
-            "give Wan2.1_VAE.pth as --vae_path",
+            "give Wan2.1_VAE.pth as vae_path",
         )
     if text and text.config.dim != dit.text_dim:
         raise CheckpointError(
             f"{text.path.name} gives vectors of {text.config.dim}, the transformer takes"
             f" {dit.text_dim}",
             "Wan models take umT5-xxl (4096)",
-            "give models_t5_umt5-xxl-enc-bf16.pth as --text_encoder_path",
+            "give models_t5_umt5-xxl-enc-bf16.pth as text_encoder_path",
         )
     if dit.image_dim is not None:
         raise CheckpointError(

@@ -261,6 +261,6 @@ def out_of_memory(label: str, row: StagePlan, limit: int | None) -> OutOfMemory:
         f"out of device memory in stage {label!r}",
         f"estimated need {row.total / GIB:.1f} GiB, of which weights {row.weights / GIB:.1f} GiB;"
         f" usable {usable}",
-        "in this order: --low_memory; a -quant file or --quant int8; fewer frames or --resolution"
+        "in this order: low_memory; a -quant file or `quant` int8; fewer frames or `resolution`"
         " 480p",
     )

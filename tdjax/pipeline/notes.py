@@ -48,7 +48,8 @@ def sampler_notes(cfg: SamplerConfig, name: str, distilled: bool, experts: bool)
     if not distilled and cfg.few_step:
         lines.append(
             f"{name} looks like undistilled Wan weights (by its name): {cfg.num_steps} steps give"
-            " poor video; use --sampler unipc --num_steps 50 --guidance_scale 5, or a TurboWan file"
+            " poor video; use `sampler` unipc, num_steps 50 and guidance_scale 5, or a TurboWan"
+            " file"
         )
     if experts and schedules.split_times(schedules.times(cfg), cfg.boundary) == cfg.num_steps:
         lines.append(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypedDict, TypeVar, get_args
 
 from tdjax.errors import UsageError
+from tdjax.files import near
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -105,9 +105,9 @@ class PipelineOptions:
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises UsageError unless the value is one of those allowed."""
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, 1, 0.0)[0]
+        nearest = near(value, allowed, cutoff=0.0)[0]
         raise UsageError(
-            f"{name} is {value!r}", f"allowed: {', '.join(allowed)}", f"nearest: {near}"
+            f"{name} is {value!r}", f"allowed: {', '.join(allowed)}", f"nearest: {nearest}"
         )
 
 
@@ -127,17 +127,19 @@ def without_aliases(
             continue
         if name not in others:
             known = sorted([*accepted, *others])
-            near = difflib.get_close_matches(name, known, 1)
+            nearest = near(name, known)
             raise UsageError(
                 f"unknown argument {name!r}",
                 f"allowed: {', '.join(known)}",
-                f"did you mean {near[0]!r}?" if near else "see help(tdjax.Pipeline)",
+                f"did you mean {nearest[0]!r}?" if nearest else "see help(tdjax.Pipeline)",
             )
         own = ALIASES[name]
         if value is None:
             continue
         before = out.get(own)
-        if before is not None and not (isinstance(before, int | str) and before == defaults[own]):
+        if before is not None and not (
+            isinstance(before, int | str) and before == defaults.get(own)
+        ):
             raise UsageError(
                 f"{own} and {name} were both given", "they are the same argument", f"give {own}"
             )

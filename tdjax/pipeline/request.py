@@ -246,7 +246,7 @@ def _check_arrays(request: Request, model: ModelDefaults) -> None:
         raise UsageError(
             f"prompt_embeds have shape {tuple(embeds.shape)}",
             f"this model needs [b {model.text_len} {model.text_dim}]",
-            "make them with pipe.embed(prompts) or --save_prompt_embeds",
+            "make them with pipe.embed(prompts), or save_prompt_embeds of the command",
         )
 
 
@@ -263,7 +263,7 @@ def _check_task(task: str, image: np.ndarray | None) -> None:
             "image-to-video weights need an image",
             "their patch embedding takes 36 channels (16 noise, 4 mask, 16 image latents);"
             " text-to-video weights take 16",
-            "give --image_path, or use a text-to-video model such as turbowan2.1-t2v-1.3b-480p",
+            "give `image`, or use a text-to-video model such as turbowan2.1-t2v-1.3b-480p",
         )
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import os
 import platform
 import tempfile
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import numpy as np
 import tdjax
 from tdjax.config import to_dict
 from tdjax.errors import UsageError
+from tdjax.files import refuse_existing, write_text, written
 from tdjax.media import video
 
 if TYPE_CHECKING:  # files are named and refused before jax is there
@@ -128,19 +128,14 @@ def sidecar(path: Path) -> Path:
 def check_save(path: Path, *, fps: float, crf: int, metadata: bool, overwrite: bool) -> None:
     """Everything that stands in the way of `Result.save`, found before a long run: UsageError."""
     if path.suffix == ".safetensors":
-        if path.exists() and not overwrite:
-            raise UsageError(
-                f"{path} exists",
-                "nothing is overwritten by itself",
-                "give another name, or --overwrite",
-            )
+        refuse_existing(path, overwrite)
     else:
         video.check_target(path, fps, crf, overwrite)
     if metadata and sidecar(path).exists() and not overwrite:
         raise UsageError(
             f"{sidecar(path)} exists",
             "the video's metadata goes there",
-            "give another name, --overwrite, or --metadata off",
+            "give another name, `overwrite`, or `metadata` off",
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,30 +145,21 @@ def check_save(path: Path, *, fps: float, crf: int, metadata: bool, overwrite: b
         raise UsageError(
             f"cannot write into {path.parent}",
             error.strerror or str(error),
-            "give another --save_path",
+            "give another save_path",
         ) from error
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(part, path)
+    """Writes or replaces a sidecar in one step."""
+    write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def save_latents(path: Path, latents: np.ndarray, overwrite: bool = False) -> None:
-    """Normalised latents [1 t h w c] as a safetensors file."""
+    """Writes normalised latents [1 t h w c] as a safetensors file. Raises UsageError."""
     from safetensors.numpy import save_file
 
-    if path.exists() and not overwrite:
-        raise UsageError(
-            f"{path} exists",
-            "nothing is overwritten by itself",
-            "give another name, or --overwrite",
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    save_file({"latents": np.ascontiguousarray(latents)}, part)
-    os.replace(part, path)
+    with written(path, overwrite) as part:
+        save_file({"latents": np.ascontiguousarray(latents)}, part)
 
 
 def metadata_of(name: str, request: Request, components: Mapping[str, Component]) -> dict[str, Any]:

@@ -195,7 +195,7 @@ def _check_vocabulary(tokenizer: Tokenizer | None, component: Component | None) 
             f"{tokenizer.path} has {tokenizer.size} ids, {component.path.name} has"
             f" {component.config.vocab} embeddings",
             "they belong to different text encoders",
-            "give the tokenizer of google/umt5-xxl as --tokenizer_path",
+            "give the tokenizer of google/umt5-xxl as tokenizer_path",
         )
 
 

@@ -74,8 +74,7 @@ class VAECoding(Stage):
         return NotFinite(
             "the VAE decoder gave NaN or infinity: no video was written",
             f"it ran in {self.component.config.policy.compute}, on finite latents",
-            "try --vae_dtype float32; check the file with python -m convert.validate"
-            " --level values",
+            "try vae_dtype float32; check the file with python -m convert.validate --level values",
         )
 
     # -- programs by size --------------------------------------------------------------------------

@@ -290,15 +290,6 @@ def test_the_second_expert_is_read_after_the_first_step(experts, monkeypatch):
     assert events == ["step"] * 4
 
 
-def test_room_for_staging(experts, monkeypatch):
-    module = open_component(experts / "dit_low", "dit").abstract()
-    stage = memory.StagePlan("dit", "denoise", "dit", 1000, 1000)
-    assert memory.may_stage(stage, module, 2**34) and memory.host_available() > 2**20
-    assert not memory.may_stage(stage, module, None) and not memory.may_stage(stage, module, 3000)
-    monkeypatch.setattr(memory, "host_available", lambda: memory.module_bytes(module))
-    assert not memory.may_stage(stage, module, 2**34)
-
-
 def test_what_is_quantised_at_load_cannot_wait(model):
     assert (
         tdjax.load(model).components["dit"].stageable
