@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from tdjax.errors import leave
+from tdjax.cli import leave
 
 COMMANDS = {
     "generate": ("tdjax.generate.__main__", "prompt or image to video"),

@@ -7,10 +7,11 @@ import argparse
 import json
 import os
 import platform
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from tdjax import cli
 
 GIB = 2**30
 PACKAGES = (
@@ -228,7 +229,7 @@ def selftest() -> int:
     return 0 if all(check.passed for check in checks) else 1
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tdjax.env",
         description="Versions, devices, kernels and caches of this machine.",
@@ -239,7 +240,16 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="run every kernel against its reference (a minute; exit code 1 if one fails)",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 ok, 1 a device or a kernel fails, 2 usage, 130 interrupted."""
+    return cli.main(_command, argv, parser=build_parser)
+
+
+def _command(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
     if args.selftest:
         return selftest()
     found = report()
@@ -248,4 +258,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

@@ -71,7 +71,7 @@ def shades(tokenizer) -> Data:
 def dit(cfg=DIT, seed: int = 0) -> DiT:
     """A network whose output is not zero."""
     model = jit(lambda key: DiT(cfg, rngs=nnx.Rngs(key)))(jax.random.key(seed))
-    leaves = orbax.names(model)
+    leaves = orbax.named_leaves(model)
     leaves["head.proj.kernel"] = 0.1 * jax.random.normal(
         jax.random.key(seed + 1), leaves["head.proj.kernel"].shape
     )

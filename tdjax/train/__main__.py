@@ -4,13 +4,13 @@ cheap is checked."""
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from pathlib import Path
 from typing import Any
 
-from tdjax.errors import TdjaxError, UsageError, leave, near_files
-from tdjax.generate.arguments import hyphens
+from tdjax import cli
+from tdjax.errors import UsageError
+from tdjax.files import near, near_files
 from tdjax.train.presets import METHODS, PRESETS
 from tdjax.train.settings import Tree, build, lines, put, table
 
@@ -55,45 +55,31 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 ok, 2 usage, 3 checkpoint or data, 4 out of memory, 5 not finite, 130
     interrupted."""
-    try:
-        parser = build_parser()
-        args = parser.parse_intermixed_args(hyphens(sys.argv[1:] if argv is None else argv))
-        if args.preset is None:
-            print(parser.format_help(), end="", file=sys.stdout if args.help else sys.stderr)
-            return 0 if args.help else 2
-        parts = resolve(args.preset, args.settings)
-        if args.help:
-            print(parser.format_usage() + "\n" + help_of(args.preset, parts))
-            return 0
-        return run(args, parts)
-    except TdjaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"error: {where}{error.strerror or error}\nthe file system refused it\ngive another"
-            " path",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted: checkpoints are whole; the same command with --resume goes on from the"
-            " last one",
-            file=sys.stderr,
-        )
-        return 130
+    kept = "checkpoints are whole; the same command with --resume goes on from the last one"
+    return cli.main(_command, argv, parser=build_parser, interrupted=kept)
+
+
+def _command(argv: list[str]) -> int:
+    parser = build_parser()
+    args = parser.parse_intermixed_args(argv)
+    if args.preset is None:
+        print(parser.format_help(), end="", file=sys.stdout if args.help else sys.stderr)
+        return 0 if args.help else 2
+    parts = resolve(args.preset, args.settings)
+    if args.help:
+        print(parser.format_usage() + "\n" + help_of(args.preset, parts))
+        return 0
+    return run(args, parts)
 
 
 def resolve(name: str, settings: list[str]) -> dict[str, Tree]:
     """The settings of a preset with those of the command line over them, by part. Raises UsageError
     for a wrong key or type."""
     if name.lower() not in PRESETS:
-        near = difflib.get_close_matches(name.lower(), PRESETS, 1)
+        close = near(name.lower(), PRESETS)
         fix = (
-            f"did you mean {near[0]}?"
-            if near
+            f"did you mean {close[0]}?"
+            if close
             else "for example: python -m tdjax.train sla-1.3b data.path=shards"
         )
         raise UsageError(f"unknown preset {name!r}", f"known presets: {', '.join(PRESETS)}", fix)
@@ -182,9 +168,8 @@ def run(args, parts: dict[str, Tree]) -> int:
     if args.dry_run:
         print("\n".join(text))
         return 0
-    from tdjax.generate.__main__ import set_compile_cache
-
-    cache_note = set_compile_cache(argparse.Namespace(compile_cache_dir=None))
+    cache_note = cli.set_compile_cache()
+    cli.start_jax()
     from tdjax.progress import Stages
     from tdjax.train.run import TrainingRun
 
@@ -206,4 +191,4 @@ def run(args, parts: dict[str, Tree]) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    cli.leave(main())

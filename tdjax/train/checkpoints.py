@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import jax
 import orbax.checkpoint as ocp
 
 import tdjax
-from tdjax.checkpoints.orbax import FORMAT, check_table, names, quiet, remove, table, written
+from tdjax.checkpoints.orbax import FORMAT, check_table, named_leaves, quiet, table
 from tdjax.errors import CheckpointError
+from tdjax.files import written
 
 
 def folder(run: Path, step: int) -> Path:
@@ -44,7 +46,7 @@ def latest(run: Path) -> Path | None:
 def arrays(state) -> dict[str, Any]:
     """Returns {leaf name: array}; a random key as the integers behind it."""
     plain = lambda x: jax.random.key_data(x) if is_key(x) else x
-    return {name: plain(x) for name, x in names(state).items()}
+    return {name: plain(x) for name, x in named_leaves(state).items()}
 
 
 def is_key(x) -> bool:
@@ -67,19 +69,35 @@ def save(run: Path, step: int, state, metadata: dict[str, Any], keep: int = 0) -
         name: [list(shape), dtype] for name, (shape, dtype) in table(leaves).items()
     }
     manifest["keys"] = {
-        name: str(jax.random.key_impl(x)) for name, x in names(state).items() if is_key(x)
+        name: str(jax.random.key_impl(x)) for name, x in named_leaves(state).items() if is_key(x)
     }
     target = folder(run, step)
-    with written(target, overwrite=True) as part, quiet():
+    with written(target, overwrite=True, owned=_is_checkpoint) as part, quiet():
         part.mkdir()
         with contextlib.closing(
             ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         ) as writer:
             writer.save(os.path.abspath(part / "state"), args=ocp.args.PyTreeSave(leaves))
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    for old in steps(run)[:-keep] if keep else []:
-        remove(folder(run, old))
+    if keep:
+        delete(run, keep)
     return target
+
+
+def delete(run: Path, keep: int = 0) -> None:
+    """Deletes the run's checkpoints, all but the last `keep`."""
+    for step in steps(run)[: -keep or None]:
+        shutil.rmtree(folder(run, step), ignore_errors=True)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint of a run, and holds nothing else."""
+    if {p.name for p in path.iterdir()} != {"manifest.json", "state"}:
+        return False
+    try:
+        return inspect(path)["kind"] == "train"
+    except CheckpointError:
+        return False
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -113,7 +131,7 @@ def restore(path: Path, state):
     with their shardings. Raises CheckpointError for another state and for a damaged one."""
     manifest = inspect(path)
     listed = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
-    wanted = names(state)
+    wanted = named_leaves(state)
     stored = {
         name: jax.eval_shape(jax.random.key_data, x) if is_key(x) else x
         for name, x in wanted.items()

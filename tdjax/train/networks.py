@@ -16,14 +16,15 @@ from tdjax.checkpoints.orbax import DENSE_DROPS
 from tdjax.config import DiTConfig
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.models.wan_dit import DiT
-from tdjax.pipeline.components import Part
+from tdjax.pipeline.components import Component, open_component
 from tdjax.precision import Policy
 from tdjax.train.configs import ModelConfig
 from tdjax.train.placement import created
 
 
 class Networks:
-    """The student and its teacher, opened without data: Parts, or None where there are no weights.
+    """The student and its teacher, opened without data: components, or None where there are no
+    weights.
 
     Raises UsageError where a method other than "flow" has no weights, and CheckpointError for
     networks that cannot be teacher and student.
@@ -78,11 +79,11 @@ class Networks:
         if self.student.config == self.config:
             return module
         wanted = self.abstract()
-        leaves = orbax.names(module)
+        leaves = orbax.named_leaves(module)
         whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         begun = {
             name: jnp.zeros(x.shape, x.dtype, device=whole)
-            for name, x in orbax.names(wanted).items()
+            for name, x in orbax.named_leaves(wanted).items()
             if name not in leaves and DENSE_DROPS in name
         }
         return orbax.assemble(wanted, leaves | begun)
@@ -99,7 +100,7 @@ def frozen(stored: DiTConfig, model: ModelConfig) -> DiTConfig:
     return dataclasses.replace(stored, policy=Policy(param=model.compute, compute=model.compute))
 
 
-def _opened(name: str, offline: bool) -> Part:
+def _opened(name: str, offline: bool) -> Component:
     """The transformer of a model, known by its keys; what is not here is downloaded."""
     located = locate(name, offline=offline, parts=("dit",))
     if len(located.dit) != 1:
@@ -108,14 +109,14 @@ def _opened(name: str, offline: bool) -> Part:
             "each expert is a network of its own, and is trained by itself",
             f"give one: {located.dit[0]}",
         )
-    part = Part(located.dit[0], "dit")
-    if part.stored.linear != "float":
+    component = open_component(located.dit[0], "dit")
+    if component.stored.linear != "float":
         raise CheckpointError(
-            f"{part.path} holds {part.stored.linear} weights",
+            f"{component.path} holds {component.stored.linear} weights",
             "training moves weights by less than their steps",
             "give the unquantised file",
         )
-    return part
+    return component
 
 
 def _check_teacher(teacher: DiTConfig, student: DiTConfig, method: str) -> None:

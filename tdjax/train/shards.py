@@ -23,9 +23,9 @@ import ml_dtypes
 import numpy as np
 from einops import rearrange
 
-from tdjax.checkpoints.orbax import written
 from tdjax.checkpoints.published import torch_pickle
 from tdjax.errors import CheckpointError
+from tdjax.files import written
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 _FIELDS = ("latent", "embed")

@@ -76,9 +76,9 @@ def network(cfg: DiTConfig, key) -> DiT:
 def dense(cfg: DiTConfig, student: DiT) -> DiT:
     """The teacher: where the student begins, in the teacher's dtype and without a sparse
     projection."""
-    wanted, leaves = orbax.abstract("dit", cfg), orbax.names(student)
+    wanted, leaves = orbax.abstract("dit", cfg), orbax.named_leaves(student)
     return orbax.assemble(
-        wanted, {name: leaves[name].astype(x.dtype) for name, x in orbax.names(wanted).items()}
+        wanted, {name: leaves[name].astype(x.dtype) for name, x in orbax.named_leaves(wanted).items()}
     )
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tdjax.errors import TdjaxError, UsageError, leave
-from tdjax.generate.arguments import hyphens
+from tdjax import cli
+from tdjax.errors import UsageError
 from tdjax.train.settings import Tree, build, put
 from tdjax.train.tiny import settings
 
@@ -69,17 +68,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 all is done, 2 usage, 3 checkpoint, 5 not finite, 75 stopped by --seconds."""
     begun = time.monotonic()
-    try:
-        args = build_parser().parse_intermixed_args(hyphens(sys.argv[1:] if argv is None else argv))
+
+    def command(words: list[str]) -> int:
+        args = build_parser().parse_intermixed_args(words)
         chosen = chosen_stages(args.stage)
-        parts = resolve(args.settings, args.scale)
-        return run(args, chosen, parts, begun)
-    except TdjaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the last saved state", file=sys.stderr)
-        return 130
+        return run(args, chosen, resolve(args.settings, args.scale), begun)
+
+    kept = "the same command goes on from the last saved state"
+    return cli.main(command, argv, parser=build_parser, interrupted=kept)
 
 
 def chosen_stages(given: str | None) -> tuple[str, ...]:
@@ -125,9 +121,8 @@ def stage_function(name: str) -> Callable:
 
 
 def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
-    from tdjax.generate.__main__ import set_compile_cache
-
-    note = set_compile_cache(args)
+    note = cli.set_compile_cache(args.compile_cache_dir)
+    cli.start_jax()
     from tdjax.progress import Stages
     from tdjax.train.tiny import work
 
@@ -154,4 +149,4 @@ def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    cli.leave(main())

@@ -158,8 +158,8 @@ def export(run: Run, name: str, kind: str, module, cfg, **metadata) -> None:
     """Writes a result in our checkpoint layout, weights in bfloat16, complete or not at all.
     metadata: JSON values, kept as its source."""
     cfg = configs.stored(cfg)
-    wanted = orbax.names(orbax.abstract(kind, cfg))
-    leaves = {leaf: x.astype(wanted[leaf].dtype) for leaf, x in orbax.names(module).items()}
+    wanted = orbax.named_leaves(orbax.abstract(kind, cfg))
+    leaves = {leaf: x.astype(wanted[leaf].dtype) for leaf, x in orbax.named_leaves(module).items()}
     source = {"name": "tdjax tiny recipe", "seed": run.seed, **metadata}
     orbax.save(
         run.folder / name, jax.device_get(leaves), kind=kind, cfg=cfg, source=source, overwrite=True
@@ -168,8 +168,7 @@ def export(run: Run, name: str, kind: str, module, cfg, **metadata) -> None:
 
 def forget_states(run: Run, name: str) -> None:
     """Deletes the states of a stage that has its result."""
-    for step in checkpoints.steps(run.work(name)):
-        orbax.remove(checkpoints.folder(run.work(name), step))
+    checkpoints.delete(run.work(name))
 
 
 def load(run: Run, name: str, compute: str = "float32", remat: bool = False):

@@ -197,7 +197,7 @@ def test_its_facts():
         configs.SIZE.width,
     )
     assert facts["sampler"] == {
-        "mid": list(sampling.student().mid),
+        "mid_t": list(sampling.student().mid_t),
         "sigma_max": sampling.student().sigma_max,
     }
     assert (

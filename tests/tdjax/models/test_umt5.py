@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 from tolerances import assert_close
 
-from tdjax.config import UMT5_XXL, TextConfig
+from tdjax.config import TextConfig
 from tdjax.models.umt5 import UMT5, intermediates, relative_bucket, relative_positions
 from tdjax.precision import BF16, FLOAT32
+from tdjax.presets import UMT5_XXL
 
 # name of a leaf -> (official key, transformers key), both with {} for the layer
 KEYS = {

@@ -16,12 +16,13 @@ from pallas_kernels.norm_modulate import reference
 from tdjax.checkpoints.published.checkpoint import Checkpoint
 from tdjax.checkpoints.published.detect import detect
 from tdjax.checkpoints.published.files import Source
-from tdjax.config import WAN_14B, DiTConfig, SLAConfig
+from tdjax.config import DiTConfig, SLAConfig
 from tdjax.models.intermediates import intermediates
 from tdjax.models.linear import LINEAR
 from tdjax.models.wan_dit import DiT, with_linear
 from tdjax.parallel.sharding import leaf_name
 from tdjax.precision import FLOAT32
+from tdjax.presets import WAN_14B
 
 FILES = ("dit_t2v_tiny", "dit_i2v22_tiny", "dit_i2v21_tiny", "dit_sla_tiny")
 TINY = DiTConfig(dim=24, heads=2, ffn_dim=20, layers=2, in_channels=7, out_channels=5, freq_dim=16, text_dim=6, text_len=4,

@@ -22,8 +22,8 @@ def test_random_weights(folder):
     assert networks.config == dataclasses.replace(
         networks.config, dim=32, layers=2, coordinates=True, policy=FLOAT32, out_channels=8
     )
-    leaves = orbax.names(networks.load_student(None, 3))
-    assert orbax.table(leaves) == orbax.table(orbax.names(networks.abstract()))
+    leaves = orbax.named_leaves(networks.load_student(None, 3))
+    assert orbax.table(leaves) == orbax.table(orbax.named_leaves(networks.abstract()))
     assert (
         len(
             {
@@ -41,8 +41,8 @@ def test_a_sparse_student_begins_as_its_dense_teacher(folder):
     cfg = run.networks.config
     assert (cfg.attention, cfg.sla.block_q, cfg.policy) == ("sla", 64, FLOAT32)
     student, teacher = (
-        orbax.names(run.networks.load_student(None, 0)),
-        orbax.names(run.networks.load_teacher(None)),
+        orbax.named_leaves(run.networks.load_student(None, 0)),
+        orbax.named_leaves(run.networks.load_teacher(None)),
     )
     projection = {name for name in student if ".core.proj." in name}
     assert len(projection) == 2 and student.keys() - projection == teacher.keys()
@@ -61,8 +61,8 @@ def test_a_student_of_its_own(folder):
         )["model"],
         "sla",
     )
-    student = orbax.names(networks.load_student(None, 0))
-    stored = orbax.names(orbax.restore(folder / "sparse")[1])
+    student = orbax.named_leaves(networks.load_student(None, 0))
+    stored = orbax.named_leaves(orbax.restore(folder / "sparse")[1])
     for name in stored:
         assert np.array_equal(student[name], np.asarray(stored[name], np.float32)), name
     assert np.any(student["blocks.self_attn.core.proj.kernel"])
@@ -73,7 +73,7 @@ def test_networks_lie_over_the_mesh(folder):
         "sla-1.3b", *words(folder, f"model.weights={folder / 'dense'}", "run.mesh=fsdp=2,tp=2")
     )
     for module in (run.networks.load_student(run.mesh, 0), run.networks.load_teacher(run.mesh)):
-        for name, leaf in orbax.names(module).items():
+        for name, leaf in orbax.named_leaves(module).items():
             assert len(leaf.sharding.device_set) == 4, name
         assert {s.data.shape for s in module.blocks.up.kernel[...].addressable_shards} == {
             (2, 16, 24)

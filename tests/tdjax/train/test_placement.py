@@ -39,7 +39,7 @@ def test_averages_moments_and_critics_lie_as_their_weights_do():
             lambda m, o=optimizer: DistillState.create(m, o, key, critic=m, critic_optimizer=o),
             model,
         )
-        found = orbax.names(placement.shardings(shapes, mesh(fsdp=2, tensor=2)))
+        found = orbax.named_leaves(placement.shardings(shapes, mesh(fsdp=2, tensor=2)))
         kernels = [name for name in found if name.endswith("blocks.self_attn.q.kernel")]
         assert len(kernels) == 7  # model, ema, critic, two moments of two optimizers
         assert {found[name].spec for name in kernels} == {P(None, "fsdp", "tensor")}

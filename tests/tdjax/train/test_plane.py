@@ -15,7 +15,7 @@ from tolerances import assert_close
 
 from tdjax.config import SamplerConfig
 from tdjax.errors import UsageError
-from tdjax.sampling import few_step, flow
+from tdjax.sampling import few_step, schedules
 from tdjax.train import flow_matching, methods, rcm
 from tdjax.train.configs import (
     DCM,
@@ -103,14 +103,14 @@ def teacher():
 @jit
 def two_steps(model):
     noise = jax.random.normal(jax.random.key(5), (2, SAMPLES, 1, 1, 1, 2))
-    times = flow.times(SamplerConfig(steps=2, mid=(1.0,)))
+    times = schedules.times(SamplerConfig(num_steps=2, mid_t=(1.0,)))
     return few_step.sample(velocity(model, text(SAMPLES)), noise, times, "sde")[0]
 
 
 @jit
 def many_steps(model):
     noise = jax.random.normal(jax.random.key(5), (SAMPLES, 1, 1, 1, 2))
-    cfg = SamplerConfig(mode="euler", steps=50, shift=1.0)
+    cfg = SamplerConfig(sampler="euler", num_steps=50, shift=1.0)
     return few_step.sample_teacher(velocity(model, text(SAMPLES)), noise, cfg)[0]
 
 

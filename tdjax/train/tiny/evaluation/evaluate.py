@@ -178,7 +178,7 @@ def evaluate(bench: Bench, row: Variant, rows: dict[str, Variant]) -> dict:
     return {
         "title": row.title,
         "evaluations": row.evaluations,
-        "steps": row.sampler.steps if row.sampler else 0,
+        "steps": row.sampler.num_steps if row.sampler else 0,
         "seeds": seeds,
         "values": mean,
     }

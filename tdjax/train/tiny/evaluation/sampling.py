@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tdjax.config import SamplerConfig
-from tdjax.sampling import few_step, flow
-from tdjax.sampling import unipc as schedules
+from tdjax.sampling import few_step, schedules, unipc
 from tdjax.train.tiny.configs import SIZE
 from tdjax.train.tiny.data import captions, clips
 from tdjax.train.tiny.data.encoded import embed, tokens_of
@@ -24,21 +23,23 @@ _DECODED = 128  # clips through the decoder at once
 
 def student(steps: int = 4, mode: str = "sde") -> SamplerConfig:
     """Returns how the few-step student samples."""
-    return SamplerConfig(steps=steps, mode=mode, mid=MID)
+    return SamplerConfig(num_steps=steps, sampler=mode, mid_t=MID)
 
 
 def teacher(steps: int, mode: str, guidance: float, shift: float) -> SamplerConfig:
     """Returns how the teacher samples, under guidance."""
-    return SamplerConfig(steps=steps, mode=mode, sigma_max=5000.0, shift=shift, guidance=guidance)
+    return SamplerConfig(
+        num_steps=steps, sampler=mode, sigma_max=5000.0, shift=shift, guidance_scale=guidance
+    )
 
 
 def latents(dit, text, tokens, negative, key, cfg: SamplerConfig):
     """Returns normalised latents f32[b t h w c] of a batch of captions: tokens i32[b s 2], those of
     the negative prompt i32[s 2]. A program serves every schedule of one length."""
     if cfg.few_step:
-        return _few_steps(dit, text, tokens, key, jnp.asarray(flow.times(cfg)), cfg.mode)
-    rows = jax.tree.map(jnp.asarray, schedules.rows(cfg))
-    return _many_steps(dit, text, tokens, negative, key, rows, jnp.float32(cfg.guidance))
+        return _few_steps(dit, text, tokens, key, jnp.asarray(schedules.times(cfg)), cfg.sampler)
+    rows = jax.tree.map(jnp.asarray, unipc.step_coefficients(cfg))
+    return _many_steps(dit, text, tokens, negative, key, rows, jnp.float32(cfg.guidance_scale))
 
 
 def _shape_of(dit, tokens) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ class Variant:
         """How often a clip calls the network: twice a step under guidance."""
         if self.sampler is None:
             return 0
-        return self.sampler.steps * (1 if self.sampler.guidance == 1 else 2)
+        return self.sampler.num_steps * (1 if self.sampler.guidance_scale == 1 else 2)
 
 
 def variants(cfg: EvaluateStage) -> tuple[Variant, ...]:

@@ -24,7 +24,7 @@ STUDENT_TIMES = Choice((math.log(80.0), *(math.log(math.tan(t)) for t in samplin
 
 def merged(student: DiT, before: DiT, after: DiT, cfg: DiTConfig, compute: str) -> DiT:
     """Returns student + (after - before), and what `after` alone has: its sparse projections."""
-    ours, old, new = (orbax.names(model) for model in (student, before, after))
+    ours, old, new = (orbax.named_leaves(model) for model in (student, before, after))
     leaves = {name: ours[name] + (x - old[name]) if name in ours else x for name, x in new.items()}
     if set(ours) - set(leaves) or len(leaves) - len(ours) != 2:
         raise ValueError(f"the networks differ: {sorted(set(ours) ^ set(leaves))}")

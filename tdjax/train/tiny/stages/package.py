@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 
 from tdjax.checkpoints import orbax
-from tdjax.checkpoints.orbax import written
+from tdjax.checkpoints.folders import is_model
+from tdjax.files import written
 from tdjax.models.wan_dit import with_linear
 from tdjax.train.tiny import configs, work
 from tdjax.train.tiny.data import captions, encoded, factors
@@ -32,7 +33,7 @@ def metadata() -> dict:
         "height": factors.SIDE,
         "width": factors.SIDE,
         "prompts": [PROMPT, *(captions.random_prompt(seed) for seed in range(1, PROMPTS))],
-        "sampler": {"mid": list(how.mid), "sigma_max": how.sigma_max},
+        "sampler": {"mid_t": list(how.mid_t), "sigma_max": how.sigma_max},
         "language": {"words": captions.vocabulary(), "knows": captions.knows()},
     }
 
@@ -40,7 +41,7 @@ def metadata() -> dict:
 def run_stage(run: Run) -> None:
     """Writes the folder demo/. Raises ValueError if it is too large to ship."""
     target = run.folder / "demo"
-    with written(target, overwrite=True) as part:
+    with written(target, overwrite=True, owned=is_model) as part:
         _write(run, part)
         size = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
         if size > LIMIT:
@@ -54,8 +55,8 @@ def _write(run: Run, folder: Path) -> None:
     source = orbax.inspect(run.folder / "merged")["source"]
     model = with_linear(work.load(run, "merged"), "int8")
     cfg = configs.stored(dataclasses.replace(run.sizes.sla, linear="int8"))
-    wanted = orbax.names(orbax.abstract("dit", cfg))
-    leaves = {name: x.astype(wanted[name].dtype) for name, x in orbax.names(model).items()}
+    wanted = orbax.named_leaves(orbax.abstract("dit", cfg))
+    leaves = {name: x.astype(wanted[name].dtype) for name, x in orbax.named_leaves(model).items()}
     orbax.save(
         folder / "dit",
         jax.device_get(leaves),

@@ -23,8 +23,8 @@ _SHOWN = ("all", "shape", "colour", "motion", "speed")
 def sparse(model: DiT, cfg: DiTConfig, compute: str) -> DiT:
     """Returns a dense model's weights in a sparse one, whose projections begin at zero."""
     wanted = orbax.abstract("dit", work.trained(cfg, compute))
-    zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in orbax.names(wanted).items()}
-    return orbax.assemble(wanted, zeros | orbax.names(model))
+    zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in orbax.named_leaves(wanted).items()}
+    return orbax.assemble(wanted, zeros | orbax.named_leaves(model))
 
 
 def make_step(config: SLATrainingConfig, optimizer, batch: int):

@@ -41,7 +41,7 @@ def test_our_reader_reads_it(run):
     )
     weight = orbax.read(folder / "dit", "blocks.up.int8_weight")
     scale = orbax.read(folder / "dit", "blocks.up.scale")
-    kernel = np.asarray(orbax.names(work.load(run, "merged"))["blocks.up.kernel"])
+    kernel = np.asarray(orbax.named_leaves(work.load(run, "merged"))["blocks.up.kernel"])
     assert (
         np.abs(weight[0].T * scale.reshape(1, 1) - kernel[0]).max() <= 1.0001 * scale.max()
     )  # the largest, 128, becomes 127
@@ -49,7 +49,8 @@ def test_our_reader_reads_it(run):
 
 def test_the_pipeline_uses_it(run):
     pipe = tdjax.load(run.folder / "demo")
-    assert pipe.sampler.mid == (1.3, 1.0, 0.6) and (pipe.size.frames, pipe.size.height) == (33, 64)
+    assert pipe.sampler.mid_t == (1.3, 1.0, 0.6)
+    assert (pipe.size.frames, pipe.size.height) == (33, 64)
     assert pipe.default_prompt(0) == package.PROMPT and pipe.default_prompt(
         3
     ) == captions.random_prompt(3)
