@@ -63,9 +63,7 @@ class DiTConfig:
     freq_dim: int = 256
     text_dim: int = 4096
     text_len: int = 512
-    image_dim: int | None = (
-        None  # width of the image features (Wan2.1 I2V: 1280); None: no image branch
-    )
+    image_dim: int | None = None  # width of image features (Wan2.1 I2V: 1280); None: no branch
     coordinates: bool = dataclasses.field(
         default=False,
         metadata={

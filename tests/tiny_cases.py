@@ -23,7 +23,9 @@ from tdjax.train.tiny.data.encoded import Data
 from tdjax.train.tiny.data.tokenizer import build
 from tdjax.train.tiny.stages import sla
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# Half of the usual time of compiling goes into fused loops.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 TEXT = TextConfig(
     vocab=256, dim=16, attention_dim=16, ffn_dim=16, heads=1, layers=1, text_len=32, policy=FLOAT32

@@ -79,9 +79,15 @@ def save(run: Path, step: int, state, metadata: dict[str, Any], keep: int = 0) -
         ) as writer:
             writer.save(os.path.abspath(part / "state"), args=ocp.args.PyTreeSave(leaves))
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    for old in steps(run)[:-keep] if keep else []:
-        shutil.rmtree(folder(run, old), ignore_errors=True)
+    if keep:
+        delete(run, keep)
     return target
+
+
+def delete(run: Path, keep: int = 0) -> None:
+    """Deletes the run's checkpoints, all but the last `keep`."""
+    for step in steps(run)[: -keep or None]:
+        shutil.rmtree(folder(run, step), ignore_errors=True)
 
 
 def _is_checkpoint(path: Path) -> bool:

@@ -50,7 +50,8 @@ def flow_matching_loss(network: Velocity, latents, eps, s):
     return distance(network, lambda x, timestep: eps - latents, latents, eps, s)
 
 
-def _drop_captions(text, negative, dropped):  # text, negative [b s d], dropped bool[b]
+def drop_captions(text, negative, dropped):  # text, negative [b s d], dropped bool[b]
+    """Returns the text with the negative embedding where a caption is dropped."""
     return jnp.where(rearrange(dropped, "b -> b 1 1"), negative, text)
 
 
@@ -64,7 +65,7 @@ def make_step(config: FlowMatchingConfig, optimizer) -> Callable:
         if config.dropout:
             dropped = jax.random.bernoulli(keys["drop"], config.dropout, latents.shape[:1])
             negative = negative_text(teacher, batch.text, "caption dropout")
-            batch = dataclasses.replace(batch, text=_drop_captions(batch.text, negative, dropped))
+            batch = dataclasses.replace(batch, text=drop_captions(batch.text, negative, dropped))
         draws = (
             normal(keys["noise"], latents.shape),
             times.draw(config.time, keys["time"], latents.shape[:1]),

@@ -176,5 +176,6 @@ def out_of_memory(state, teacher) -> OutOfMemory:
         "out of device memory in a training step",
         f"state {size(state):.1f} GiB and teacher {size(teacher):.1f} GiB, over all devices, beside"
         f" gradients and activations; usable on one device: {usable}",
-        "in this order: a smaller data.batch; run.mesh=fsdp=N over more devices; fewer data.frames",
+        "in this order: loss.accumulate=N, the batch in N parts; run.mesh=fsdp=N over more devices;"
+        " a smaller data.batch; fewer data.frames",
     )

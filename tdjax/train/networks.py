@@ -23,7 +23,8 @@ from tdjax.train.placement import created
 
 
 class Networks:
-    """The student and its teacher, opened without data: components, or None where there are no weights.
+    """The student and its teacher, opened without data: components, or None where there are no
+    weights.
 
     Raises UsageError where a method other than "flow" has no weights, and CheckpointError for
     networks that cannot be teacher and student.
@@ -108,14 +109,14 @@ def _opened(name: str, offline: bool) -> Component:
             "each expert is a network of its own, and is trained by itself",
             f"give one: {located.dit[0]}",
         )
-    part = open_component(located.dit[0], "dit")
-    if part.stored.linear != "float":
+    component = open_component(located.dit[0], "dit")
+    if component.stored.linear != "float":
         raise CheckpointError(
-            f"{part.path} holds {part.stored.linear} weights",
+            f"{component.path} holds {component.stored.linear} weights",
             "training moves weights by less than their steps",
             "give the unquantised file",
         )
-    return part
+    return component
 
 
 def _check_teacher(teacher: DiTConfig, student: DiTConfig, method: str) -> None:

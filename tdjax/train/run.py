@@ -170,9 +170,7 @@ class TrainingRun:
         compute dtype. Returns its folder, <run>/dit."""
         dtype = self.config["model"].compute
         cfg = dataclasses.replace(self.networks.config, policy=Policy(param=dtype, compute=dtype))
-        dtypes = {
-            name: x.dtype for name, x in orbax.named_leaves(orbax.abstract("dit", cfg)).items()
-        }
+        wanted = orbax.named_leaves(orbax.abstract("dit", cfg))
         leaves = orbax.named_leaves(outcome.state.ema)
         lazy = lambda x, dtype: Lazy(
             tuple(x.shape), np.dtype(dtype), lambda: np.asarray(x.astype(dtype))
@@ -185,7 +183,7 @@ class TrainingRun:
         with self.stages("export"):
             return orbax.save(
                 self.folder / "dit",
-                {leaf: lazy(leaves[leaf], dtype) for leaf, dtype in dtypes.items()},
+                {name: lazy(leaves[name], x.dtype) for name, x in wanted.items()},
                 "dit",
                 cfg,
                 source=source,

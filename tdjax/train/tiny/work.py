@@ -168,8 +168,7 @@ def export(run: Run, name: str, kind: str, module, cfg, **metadata) -> None:
 
 def forget_states(run: Run, name: str) -> None:
     """Deletes the states of a stage that has its result."""
-    for step in checkpoints.steps(run.work(name)):
-        orbax.remove(checkpoints.folder(run.work(name), step))
+    checkpoints.delete(run.work(name))
 
 
 def load(run: Run, name: str, compute: str = "float32", remat: bool = False):

@@ -22,6 +22,15 @@ def test_the_last_checkpoints_stay(tmp_path):
     assert checkpoints.steps(tmp_path / "all") == [3, 6, 8]
 
 
+def test_checkpoints_are_deleted(tmp_path):
+    for number in (1, 2, 3):
+        checkpoints.save(tmp_path, number, state(), {})
+    checkpoints.delete(tmp_path, keep=1)
+    assert checkpoints.steps(tmp_path) == [3]
+    checkpoints.delete(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     checkpoints.save(tmp_path, 1, state(), {})
     monkeypatch.setattr(

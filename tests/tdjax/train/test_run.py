@@ -164,4 +164,5 @@ def test_out_of_memory_has_its_code(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(TrainingRun, "start", lambda *_: (None, None, Position()))
     monkeypatch.setattr(loop, "train", full)
     err = fails(capsys, *flow(folder, f"run.folder={tmp_path / 'run'}"), code=4)
-    assert "out of device memory in a training step" in err and "smaller data.batch" in err
+    assert "out of device memory in a training step" in err
+    assert err.index("loss.accumulate=N") < err.index("run.mesh") < err.index("smaller data.batch")

@@ -134,8 +134,8 @@ def _write_sheets(run: Run, bench: Bench, rows: list[Variant], prompts: int = 3)
         for i in shown:
             label = f"{row.title}: {texts[i]}"
             if row.sampler:
-                plural = "s" if row.sampler.steps > 1 else ""
-                label = f"{row.title}, {row.sampler.steps} step{plural}"
+                plural = "s" if row.sampler.num_steps > 1 else ""
+                label = f"{row.title}, {row.sampler.num_steps} step{plural}"
             shown[i][label] = video[i]
     for i, strips in shown.items():
         report.contact_sheet(run.folder / f"sheet_{i}.png", strips)

@@ -27,5 +27,5 @@ def test_merging_adds_what_sparse_attention_changed():
 def test_healing_takes_the_times_of_the_sampler():
     found = np.asarray(times.draw(merge.STUDENT_TIMES, jax.random.key(0), (400,)))
     grid = sampling.student(4)
-    wanted = np.log(np.tan([np.arctan(grid.sigma_max), *grid.mid]))
+    wanted = np.log(np.tan([np.arctan(grid.sigma_max), *grid.mid_t]))
     assert np.allclose(np.unique(found), np.sort(wanted), atol=1e-5)

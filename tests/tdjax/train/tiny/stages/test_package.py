@@ -49,10 +49,8 @@ def test_our_reader_reads_it(run):
 
 def test_the_pipeline_uses_it(run):
     pipe = tdjax.load(run.folder / "demo")
-    assert pipe.sampler.mid_t == (1.3, 1.0, 0.6) and (pipe.size.frames, pipe.size.height) == (
-        33,
-        64,
-    )
+    assert pipe.sampler.mid_t == (1.3, 1.0, 0.6)
+    assert (pipe.size.frames, pipe.size.height) == (33, 64)
     assert pipe.default_prompt(0) == package.PROMPT and pipe.default_prompt(
         3
     ) == captions.random_prompt(3)
