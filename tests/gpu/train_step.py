@@ -114,7 +114,7 @@ def beginning(config: dict, method: methods.Method, latents: tuple[int, int, int
 
 
 # One method
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def measured(name: str, config: dict, latents: tuple[int, int, int], count: int) -> Iterator[dict]:
@@ -176,7 +176,7 @@ def since(start: float) -> float:
 
 
 # Report
-# -------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def show(row: dict) -> str:
@@ -188,12 +188,16 @@ def show(row: dict) -> str:
     )
     steps = ", ".join(f"{seconds:.2f}" for seconds in row["seconds"])
     losses = ", ".join(f"{m['loss']:.4g}" for m in row["metrics"])
-    return "\n".join([
-        f"{row['method']} {row['phase']}, batch {row['batch']}, latents {' x '.join(map(str, row['latents']))}",
+    latents = " x ".join(map(str, row["latents"]))
+    finite = "finite" if row["finite"] else "NOT FINITE"
+    counted = f"{g['argument']:.1f} + {g['temp']:.1f} working = {g['whole']:.1f} GiB"
+    lines = [
+        f"{row['method']} {row['phase']}, batch {row['batch']}, latents {latents}",
         f"  compile {row['compile_s']:.1f} s, first step {row['first_s']:.2f} s, then {steps} s",
-        f"  {memory}XLA counts {g['argument']:.1f} + {g['temp']:.1f} working = {g['whole']:.1f} GiB",
-        f"  losses {losses}; not finite: {bad:g} samples and gradient entries; {'finite' if row['finite'] else 'NOT FINITE'}",
-    ])  # fmt: skip
+        f"  {memory}XLA counts {counted}",
+        f"  losses {losses}; not finite: {bad:g} samples and gradient entries; {finite}",
+    ]
+    return "\n".join(lines)
 
 
 def apart(name: str, args) -> list[dict]:
