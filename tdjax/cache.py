@@ -124,7 +124,7 @@ def remove(root: Path, what: list[str], older_than: float) -> tuple[int, int]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tdjax.cache", description=__doc__.splitlines()[0]
+        prog="python -m tdjax.cache", description=(__doc__ or "").partition("\n\n")[0]
     )
     commands = parser.add_subparsers(dest="command", required=True)
     ls = commands.add_parser("ls", help="entries and bytes of each kind")

@@ -36,7 +36,7 @@ STAGES = ("text", "vae", "dit", "e2e")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tdjax.bench", description=(__doc__ or "").splitlines()[0]
+        prog="python -m tdjax.bench", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument(
         "--model",
