@@ -6,7 +6,6 @@ import shutil
 import threading
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from tdjax.checkpoints import orbax
 from tdjax.errors import CheckpointError
 from tdjax.pipeline import memory
 from tdjax.pipeline.compilation import Programs
-from tdjax.pipeline.components import Component, open_component
+from tdjax.pipeline.components import Component
 from tdjax.progress import Stages
 from tdjax.sampling import schedules
 
@@ -93,18 +92,6 @@ def test_what_was_not_begun_can_be_forgotten(monkeypatch):
     go.set()
     programs.request("slow", slow, programs.shape((3,))).wait()
     assert not made and not programs.coming
-
-
-def test_weights_loaded_ahead_are_the_weights(model):
-    here, ahead = open_component(model / "vae", "vae"), open_component(model / "vae", "vae")
-    ahead.load_ahead()
-    ahead.load_ahead()
-    a, b = orbax.named_leaves(here.load()), orbax.named_leaves(ahead.load())
-    assert all(np.array_equal(a[name], b[name]) for name in a) and ahead.load() is ahead.load()
-    ahead.free()
-    ahead.load_ahead()
-    ahead.free()
-    assert ahead.module is None and ahead.coming is None
 
 
 def damaged(model, folder):
@@ -235,23 +222,6 @@ def experts(model, tmp_path_factory):
     return folder
 
 
-def test_weights_held_by_the_host_are_the_weights(experts):
-    here, held = (
-        open_component(experts / "dit_low", "dit"),
-        open_component(experts / "dit_low", "dit"),
-    )
-    held.load_ahead(host=True)
-    module = held.coming.result()
-    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(module)} == {"pinned_host"}
-    a, b = orbax.named_leaves(here.load()), orbax.named_leaves(held.load())
-    assert {leaf.sharding.memory_kind for leaf in b.values()} == {
-        jax.devices()[0].default_memory().kind
-    }
-    assert all(np.array_equal(a[name], b[name]) for name in a) and all(
-        leaf.is_deleted() for leaf in jax.tree.leaves(module)
-    )
-
-
 def test_the_second_expert_waits_in_the_host(experts, monkeypatch):
     """Memory for one expert at a time: the other one is read while the first runs, and the video is
     the same."""
@@ -288,10 +258,3 @@ def test_the_second_expert_is_read_after_the_first_step(experts, monkeypatch):
         "a red circle", num_steps=4, boundary=0.95, **call
     )  # one step above it: nothing to hide the reading behind
     assert events == ["step"] * 4
-
-
-def test_what_is_quantised_at_load_cannot_wait(model):
-    assert (
-        tdjax.load(model).components["dit"].stageable
-        and not tdjax.load(model, quant="fp8").components["dit"].stageable
-    )
