@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from dit_cases import clip, difference, dit, jit, norm
 
 from pallas_kernels import flash_attention
@@ -25,6 +26,7 @@ def opaque(q, k, v, scale=None):
     )(q, k, v)
 
 
+@pytest.mark.slow
 def test_kernels_with_declared_derivatives_can_be_distilled(monkeypatch):
     """Tangent outside the loss, gradient inside, blocks scanned and recomputed: as with attention
     that JAX differentiates itself.

@@ -20,6 +20,7 @@ from tdjax.train.stream import Position
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 
+@pytest.mark.slow
 def test_a_run_and_its_continuation(folder, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert command.main([*flow(folder, f"run.folder={whole}", "run.steps=4"), "-v"]) == 0
@@ -51,6 +52,7 @@ def test_a_run_and_its_continuation(folder, tmp_path, capsys):
     assert checkpoints.steps(cut) == [2, 4]
 
 
+@pytest.mark.slow
 def test_four_devices_give_the_numbers_of_one(folder, tmp_path):
     """The same program as above, then laid over fsdp and tensor axes: weights, moments, average and
     batch are divided."""

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from dit_cases import TINY, clip, dit, jit, network, norm
 
 from tdjax.train import sla
@@ -40,6 +41,7 @@ def test_white_box_loss_is_the_distance_to_dense_attention():
     assert (np.asarray(same) == 0).all() and (np.asarray(sparse) > 1e-5).all()
 
 
+@pytest.mark.slow
 def test_sla_step_brings_the_student_to_the_teacher():
     data, optimizer = (
         clip(3, 16, 16, 1),
