@@ -133,4 +133,4 @@ def check(args, sources: list[Path], target: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.run(main)

@@ -80,4 +80,4 @@ def quantize_file(args) -> int:
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.run(main)

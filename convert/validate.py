@@ -122,4 +122,4 @@ def validate(args) -> int:
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.run(main)

@@ -11,9 +11,9 @@ import re
 import secrets
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from tdjax.errors import TdjaxError, UsageError
 
@@ -42,10 +42,9 @@ def main(
         if getattr(sys, name) is None:  # closed by whoever started the command: nobody listens
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
     try:
-        with _sigterm():
-            code = command(hyphens(sys.argv[1:] if argv is None else argv))
-            sys.stdout.flush()
-            return code
+        code = command(hyphens(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except TdjaxError as error:
         print(f"error: {spelled(str(error), options(parser(), names))}", file=sys.stderr)
         return error.exit_code
@@ -63,9 +62,19 @@ def main(
         return INTERRUPTED
 
 
-def leave(code: int) -> None:
-    """Ends a command with its code, at once: files are closed by then, taking the libraries down in
-    order takes most of a second, and after a failure threads may still be compiling or loading."""
+def run(main: Callable[[], int]) -> NoReturn:
+    """Ends this process with a command's exit code, and the command with SIGTERM as with Ctrl-C.
+
+    It ends at once: files are closed by then, taking the libraries down in order takes most of a
+    second, and after a failure threads may still be compiling or loading.
+    """
+
+    def terminate(number, frame):
+        raise _Terminated
+
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminate)
+    code = main()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # gone, closed or None
             stream.flush()
@@ -193,22 +202,3 @@ def _refused(error: OSError) -> str:
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does: with its temporary files removed."""
-
-
-@contextlib.contextmanager
-def _sigterm() -> Iterator[None]:
-    """Raises _Terminated for SIGTERM. Signals reach the main thread alone; a handler that somebody
-    else has set stays."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-
-    def terminate(number, frame):
-        raise _Terminated
-
-    signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -220,4 +220,4 @@ def _command(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.run(main)

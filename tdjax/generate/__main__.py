@@ -449,4 +449,4 @@ def _report(args, pipe) -> int:
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.run(main)

@@ -191,4 +191,4 @@ def run(args, parts: dict[str, Tree]) -> int:
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.run(main)

@@ -149,4 +149,4 @@ def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
 
 
 if __name__ == "__main__":
-    cli.leave(main())
+    cli.run(main)
