@@ -9,6 +9,7 @@ does.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.tuning import family
 
@@ -41,3 +42,13 @@ def programs(interpret: bool) -> int:
     if interpret:
         return INTERPRETED
     return getattr(jax.devices()[0], "core_count", None) or MULTIPROCESSORS
+
+
+def swizzled(columns: int, dtype):
+    """Returns the layout in shared memory of rows of so many columns, as tensor instructions and
+    wide stores want it."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    size = jnp.dtype(dtype).itemsize
+    swizzle = min(128, columns * size)
+    return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.int8_matmul.quantize import BLOCK, QTensor
-from pallas_kernels.mosaic import programs, refuse, unavailable
+from pallas_kernels.mosaic import programs, refuse, swizzled, unavailable
 
 __all__ = ["Tile", "TILES", "refusal", "row_product", "tile_for"]
 
@@ -176,7 +176,7 @@ class _Buffers:
 def _launch(plan: _Plan, dtype, out, interpret):
     """Returns the kernel as a function of values, values, scales of whole tiles, scales, bias."""
     tile = plan.tile
-    shared = lambda shape, dtype: plgpu.SMEM(shape, dtype, transforms=_swizzled(shape[-1], dtype))
+    shared = lambda shape, dtype: plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
     ring = {"num_arrivals": tile.warpgroups, "num_barriers": tile.stages}
     if tile.cluster > 1:
         empty = plgpu.ClusterBarrier(collective_axes=("cluster",), **ring)
@@ -207,13 +207,6 @@ def _launch(plan: _Plan, dtype, out, interpret):
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
-
-
-def _swizzled(columns: int, dtype):
-    """The layout that wgmma and wide stores want of rows of so many columns."""
-    size = jnp.dtype(dtype).itemsize
-    swizzle = min(128, columns * size)
-    return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
 
 
 def _kernel(plan: _Plan, ins, y, buffers: _Buffers):
