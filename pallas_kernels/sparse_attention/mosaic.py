@@ -240,7 +240,7 @@ def _launch(plan: _Plan, ins: dict, outs: dict) -> dict:
         thread_name="warpgroup",
         # the barriers that Mosaic would add order what one warpgroup writes and another reads;
         # here each reads what it wrote itself, behind a commit, or waits for a barrier of its own
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
     )(*ins.values())
     return dict(zip(outs, out, strict=True))
