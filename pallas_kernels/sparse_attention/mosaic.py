@@ -53,6 +53,9 @@ class Tile:
     query_buffers: int = 1
     registers: bool = True
     shifted: bool = False
+    early: bool = False
+    pairs: bool = False
+    deferred: bool = False
 
 
 def tile_for(scores, linear: bool) -> Tile:
@@ -240,7 +243,9 @@ def _launch(plan: _Plan, ins: dict, outs: dict) -> dict:
         thread_name="warpgroup",
         # the barriers that Mosaic would add order what one warpgroup writes and another reads;
         # here each reads what it wrote itself, behind a commit, or waits for a barrier of its own
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
         interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
     )(*ins.values())
     return dict(zip(outs, out, strict=True))
@@ -370,6 +375,7 @@ def _over_blocks(plan: _Plan, i, at, refs, queries, bound, o_sum):
     warpgroup, chosen, shift = lax.axis_index("warpgroup"), plan.chosen, plan.shift
     slot = lambda t: lax.rem(i * chosen + t, plan.tile.stages)
     running = bound is None
+    deferred = plan.tile.deferred and not running
     tall = plgpu.Layout.WGMMA.reduce(1)
     sums_dtype = jnp.int32 if plan.quantized else jnp.float32
 
@@ -405,6 +411,8 @@ def _over_blocks(plan: _Plan, i, at, refs, queries, bound, o_sum):
             summed = o if first else begin_values(p, t - 1, o)
             x = plgpu.wgmma_accumulator_load(scores, wait_n=0 if first else 1)
             plgpu.barrier_arrive(refs.k_empty.at[slot(t)])
+            if deferred and not first:
+                pl.when(t > 1)(lambda: plgpu.barrier_arrive(refs.v_empty.at[slot(t - 2)]))
             x = lax.bitcast_convert_type(x, jnp.float32) if shift else x.astype(jnp.float32)
             cut = last and plan.tail  # the list ascends: only its last block can be the cut one
             if cut:
@@ -421,6 +429,13 @@ def _over_blocks(plan: _Plan, i, at, refs, queries, bound, o_sum):
                 weights = jnp.where(exists, weights, 0.0) if cut else weights
                 sums = total + _fold(weights)
             weights, sums = lax.optimization_barrier((weights, sums))  # before the waits
+            if deferred:
+                weights = lax.optimization_barrier(weights.astype(plan.values))
+                if not last:
+                    plgpu.barrier_wait(refs.k_full.at[slot(t + 1)])
+                return weights, sums, new, summed
+            if plan.tile.early:
+                weights = lax.optimization_barrier(weights.astype(plan.values))
             if not last:
                 plgpu.barrier_wait(refs.k_full.at[slot(t + 1)])
             if not first:
@@ -432,6 +447,8 @@ def _over_blocks(plan: _Plan, i, at, refs, queries, bound, o_sum):
                     loaded = plgpu.wgmma_accumulator_load(o_sum, wait_n=0)
                     o_sum[...] = loaded * _wide(fade, WIDTH)
                 plgpu.barrier_arrive(refs.v_empty.at[slot(t - 1)])
+            if plan.tile.early:
+                return weights, sums, new, summed
             return lax.optimization_barrier(weights).astype(plan.values), sums, new, summed
 
         return (*pl.run_scoped(block, plgpu.ACC((HALF, BLOCK_K), sums_dtype)), *ahead)
@@ -444,11 +461,19 @@ def _over_blocks(plan: _Plan, i, at, refs, queries, bound, o_sum):
     plgpu.barrier_wait(refs.k_full.at[slot(0)])
     carry = step(0, carry, first=True, last=chosen == 1)
     if chosen > 1:
-        carry = lax.fori_loop(1, chosen - 1, step, carry)
+        inner = chosen - 2
+        if plan.tile.pairs:
+            two = lambda i, carry: step(2 * i + 2, step(2 * i + 1, carry))
+            carry = lax.fori_loop(0, inner // 2, two, carry)
+            carry = step(inner, carry) if inner % 2 else carry
+        else:
+            carry = lax.fori_loop(1, chosen - 1, step, carry)
         carry = step(chosen - 1, carry, last=True)
     p, total, top, o, *_ = carry
     o = begin_values(p, chosen - 1, o)
     o = o if plan.interpret else o_sum[...]
+    if deferred and chosen > 1:
+        plgpu.barrier_arrive(refs.v_empty.at[slot(chosen - 2)])
     plgpu.barrier_arrive(refs.v_empty.at[slot(chosen - 1)])
     return o, total, top
 

@@ -42,6 +42,7 @@ ATTENTION = {"1.3B 480p": (32760, 12), "14B 720p": (75600, 40)}  # tokens, heads
 WIDE = {}
 SQUARE = {"rows": 128, "columns": 128, "across": True}
 SMALL = {"columns": 128, "stages": 6, "cluster": 1}
+DEFERRED = {"pairs": True, "deferred": True}
 LIMITS = {"int8": 3e-3, "float8": 1e-2, "loop": 5e-3, "whole": 5e-3}  # relative L2
 
 
@@ -55,16 +56,18 @@ def jobs(only: str | None) -> list[dict]:
     for name in ATTENTION if only != "products" else ():
         for linear in (False, True):
             loop = partial(attention, name, "int8 loop", linear=linear)
-            made += [loop("triton"), loop({}), loop({"shifted": True})]
-            made += [] if linear else [loop({"registers": False}), loop({"query_buffers": 2})]
-        made += [attention(name, "int8 whole", impl) for impl in ("triton", {})]
+            made += [loop("triton"), loop({}), loop(DEFERRED), loop(DEFERRED | {"shifted": True})]
+            if not linear:
+                made += [loop({"pairs": True}), loop({"pairs": True, "early": True})]
+                made += [loop({"registers": False}), loop({"query_buffers": 2})]
+        made += [attention(name, "int8 whole", impl) for impl in ("triton", {}, DEFERRED)]
         made += [attention(name, "int8 parts", part) for part in ("map", "sums", "operands")]
         floats = partial(attention, name, "bf16 loop")
         made += [floats("triton"), floats({"query_buffers": 1})]
-        made += [floats({"query_buffers": 1}, bounded=True), floats({}, bounded=True)]
-        made += [attention(name, "bf16 whole", impl) for impl in ("triton", {})]
+        made += [floats({}, bounded=True), floats(DEFERRED, bounded=True)]
+        made += [attention(name, "bf16 whole", impl) for impl in ("triton", {}, DEFERRED)]
         if name.startswith("1.3B"):
-            made += [attention(name, "int8 dense", impl) for impl in ("triton", {})]
+            made += [attention(name, "int8 dense", impl) for impl in ("triton", {}, DEFERRED)]
     if only != "attention":
         for name in PRODUCTS:
             made += [product(name, impl, "float8") for impl in ("xla", WIDE)]

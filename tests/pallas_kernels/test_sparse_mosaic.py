@@ -96,7 +96,7 @@ def test_float_scores_with_everything_that_is_saved():
     )  # fmt: skip
     o, o_s, lse = jax.jit(run)()
     expected, expected_lse = reference.forward(q, k, v, blocks, 128, 64)
-    both = expected.astype(jnp.float32) + reference.linear_attention(q, k, v, kernel, bias)
+    both = expected + reference.linear_attention(q, k, v, kernel, bias)
     assert_close(o, both, "bf16")
     assert_close(o_s, expected, "bf16")
     assert_close(lse[:, :, 0], expected_lse[:, :, 0], "float32")
