@@ -553,6 +553,8 @@ def main() -> int:
                     start = len(clock.samples)
                     answer = worker.ask("go", min(RUNS, end - time.time()))
                     answer |= clock.since(start)
+                    if "error" in answer and "ms" not in answer:
+                        worker.stop()  # what the GPU has refused once may stay broken
             row = {**job, "label": label(job), **answer}
             with take:
                 rows.append(row)
