@@ -1,5 +1,6 @@
-"""Tiles: warps and pipeline stages of each kernel for each family of GPUs, from `<op>/tiles.json`;
-nothing is searched at run time."""
+"""Tiles: warps and pipeline stages of each kernel for each family of GPUs, from `<op>/tiles.json`,
+and from `tiles.json` beside this file for kernels that several ops share; nothing is searched at
+run time."""
 
 from __future__ import annotations
 
@@ -10,14 +11,10 @@ from pathlib import Path
 
 import jax
 
-FAMILIES = {
-    8.0: "sm80",
-    8.9: "sm89",
-    9.0: "sm90",
-    10.0: "sm100",
-    12.0: "sm120",
-}  # from which compute capability on
+# from which compute capability on
+FAMILIES = {8.0: "sm80", 8.9: "sm89", 9.0: "sm90", 10.0: "sm100", 12.0: "sm120"}
 DEFAULT = "sm90"  # where no GPU is: interpret mode, and lowering on a CPU
+SHARED = "."  # in place of an op's folder: kernels that several ops share have their tiles here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +42,8 @@ def family() -> str:
 
 
 def tile(op: str, kernel: str, arch: str | None = None) -> Tile:
-    """The tile of a kernel of the folder `op`; arch is a family, by default that of the device at
-    hand."""
+    """The tile of a kernel of the folder `op`, or of `SHARED`; arch is a family, by default that of
+    the device at hand."""
     return Tile(**tiles(op)[kernel][arch or family()])
 
 

@@ -24,14 +24,8 @@ PACKAGES = (
     "av",
     "huggingface_hub",
 )
-PLUGINS = (
-    "jax-cuda",
-    "jax-rocm",
-    "jax-metal",
-    "jax-tpu",
-    "libtpu",
-    "nvidia-cudnn",
-)  # how names of device plugins begin
+# how names of device plugins begin
+PLUGINS = ("jax-cuda", "jax-rocm", "jax-metal", "jax-tpu", "libtpu", "nvidia-cudnn")
 CUDA_KERNELS = 8.0  # compute capability from which the CUDA kernels run: Ampere
 
 
@@ -70,37 +64,13 @@ def devices() -> list[dict[str, Any]]:
 
 def kernels(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every implementation of every op, whether the first device can run it, and why not."""
-    from pallas_kernels import (
-        flash_attention,
-        norm_modulate,
-        qk_prep,
-        sage_attention,
-        sparse_attention,
-        temporal_unfold,
-    )
-    from pallas_kernels.int8_matmul import SCHEMES
-    from tdjax.models.linear import LINEAR
+    from pallas_kernels.inventory import OPS, compiled
 
-    ops = {
-        "attention": flash_attention.IMPLS,
-        "sparse_linear_attention": sparse_attention.WHOLE,
-        "sage_sparse_linear_attention": sage_attention.WHOLE,
-        **{
-            f"linear {kind}": SCHEMES[layer.scheme].products
-            for kind, layer in LINEAR.items()
-            if kind != "float"
-        },
-        "norm": norm_modulate.NORM,
-        "gelu": norm_modulate.GELU,
-        "rms_norm_rope": qk_prep.ROPE,
-        "temporal_unfold": temporal_unfold.TAPS,
-    }
     device = found[0] if found else None
     return [
         {"op": op, "impl": impl, "why_not": why_not(impl, device)}
-        for op, impls in ops.items()
-        for impl in impls
-        if impl != "interpret"
+        for op in OPS
+        for impl in compiled(op)
     ]
 
 
@@ -146,7 +116,7 @@ def writable(path: Path) -> bool:
 
 
 def report() -> dict[str, Any]:
-    """All of it as JSON values. A backend that does not start is part of the report."""
+    """Returns all of it as JSON values. A backend that does not start is part of the report."""
     out: dict[str, Any] = {
         "system": platform.platform(),
         "cpus": os.cpu_count(),
@@ -179,28 +149,23 @@ def text(found: dict[str, Any]) -> str:
     ]
     for i, device in enumerate(found["devices"]):
         size = device["memory_bytes"]
-        facts = [device["platform"]]
-        facts += (
-            [f"compute capability {device['compute_capability']}"]
-            if device["compute_capability"]
-            else []
-        )
-        facts += [f"{size / GIB:.1f} GiB usable"] if size else []
-        lines.append(
-            f"{'devices' if i == 0 else '':10} {device['id']}: {device['kind']}"
-            f" ({', '.join(facts)})"
-        )
+        known = [device["platform"]]
+        if device["compute_capability"]:
+            known.append(f"compute capability {device['compute_capability']}")
+        if size:
+            known.append(f"{size / GIB:.1f} GiB usable")
+        name = f"{device['id']}: {device['kind']} ({', '.join(known)})"
+        lines.append(f"{'devices' if i == 0 else '':10} {name}")
     if found["error"]:
         lines.append(f"devices    none: {found['error']}")
     for i, row in enumerate(found["kernels"]):
         state = f"no: {row['why_not']}" if row["why_not"] else "yes"
         lines.append(f"{'kernels' if i == 0 else '':10} {row['op']} {row['impl']}: {state}")
     for i, (name, place) in enumerate(found["folders"].items()):
-        state = "" if place["writable"] else " (NOT writable)"
-        lines.append(
-            f"{'caches' if i == 0 else '':10} {name}:"
-            f" {place['path']}{'' if place['exists'] else ' (not there yet)'}{state}"
-        )
+        state = "" if place["exists"] else " (not there yet)"
+        if not place["writable"]:
+            state += " (NOT writable)"
+        lines.append(f"{'caches' if i == 0 else '':10} {name}: {place['path']}{state}")
     if found["hub_offline"]:
         lines.append("hub        offline (HF_HUB_OFFLINE)")
     lines += [
@@ -218,11 +183,8 @@ def selftest() -> int:
 
     device = jax.devices()[0]
     impl = "triton" if device.platform == "gpu" else "interpret"
-    print(
-        f"{device.device_kind}: kernels"
-        f" {'compiled' if impl == 'triton' else 'interpreted (no CUDA device)'}",
-        flush=True,
-    )
+    how = "compiled" if impl == "triton" else "interpreted (no CUDA device)"
+    print(f"{device.device_kind}: kernels {how}", flush=True)
     checks = list(selftest.run(impl))
     print(selftest.table(checks))
     return 0 if all(check.passed for check in checks) else 1

@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 import tdjax
 from tdjax.config import KINDS, Config, from_dict, to_dict
 from tdjax.errors import CheckpointError, UsageError
-from tdjax.models.norms import as_shapes
+from tdjax.models.abstract import as_shapes
 from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.models.wan_vae import VAE

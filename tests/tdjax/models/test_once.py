@@ -18,8 +18,20 @@ from tdjax.pipeline import compilation
 from tdjax.precision import FLOAT32
 from tdjax.sampling import few_step, unipc
 
-CFG = DiTConfig(dim=128, heads=2, ffn_dim=256, layers=2, in_channels=4, out_channels=4, freq_dim=16, text_dim=6, text_len=8,
-                attention="sla", sla=SLAConfig(topk=0.67, block_q=64, block_k=64), policy=FLOAT32)  # fmt: skip
+CFG = DiTConfig(
+    dim=128,
+    heads=2,
+    ffn_dim=256,
+    layers=2,
+    in_channels=4,
+    out_channels=4,
+    freq_dim=16,
+    text_dim=6,
+    text_len=8,
+    attention="sla",
+    sla=SLAConfig(topk=0.67, block_q=64, block_k=64),
+    policy=FLOAT32,
+)
 run = jax.jit(lambda model, *args: model(*args))
 
 

@@ -14,39 +14,35 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.int8_matmul.quantize import QTensor
-from pallas_kernels.int8_matmul.rounding import largest, narrow, row_scale
 from pallas_kernels.primitives import launch, load, store
+from pallas_kernels.quantized import QTensor
+from pallas_kernels.rounding import largest, narrow, row_scale
 from pallas_kernels.tuning import Tile
 
+__all__ = ["load_parts", "quantize_rows", "split", "store_parts", "store_quantized"]
 
-def quantize_rows(
-    x, dtype=jnp.int8, *, tile: Tile, interpret: bool, before=None
-) -> QTensor:  # [m k] float
-    """`channel.quantize_rows` of x, or of before(x, interpret) in float32."""
+
+def quantize_rows(x, dtype=jnp.int8, *, tile: Tile, interpret: bool, before=None) -> QTensor:
+    """`quantized.quantize_rows` of x [m k] float, or of before(x, interpret) in float32."""
     m, k = x.shape
     row, scalar = pl.BlockSpec((None, k), lambda i: (i, 0)), pl.BlockSpec((None,), lambda i: (i,))
     out = jax.ShapeDtypeStruct((m, k), dtype), jax.ShapeDtypeStruct((m,), jnp.float32)
-    kernel = partial(
-        quantize_kernel, parts=split(k, tile.warps), before=before, interpret=interpret
+    parts = split(k, tile.warps)
+    run = launch(
+        partial(quantize_kernel, parts=parts, before=before, interpret=interpret),
+        out,
+        (m,),
+        [row],
+        (row, scalar),
+        warps=tile.warps,
+        stages=tile.stages,
+        interpret=interpret,
     )
-    return QTensor(
-        *launch(
-            kernel,
-            out,
-            (m,),
-            [row],
-            (row, scalar),
-            warps=tile.warps,
-            stages=tile.stages,
-            interpret=interpret,
-        )(x)
-    )
+    return QTensor(*run(x))
 
 
-def quantize_kernel(
-    x_ref, values_ref, scale_ref, *, parts, before, interpret
-):  # x and values [k], scale []
+def quantize_kernel(x_ref, values_ref, scale_ref, *, parts, before, interpret):
+    """x and values [k], scale []."""
     xs = load_parts(x_ref, parts)
     if before is not None:
         xs = [before(x, interpret) for x in xs]
@@ -71,9 +67,8 @@ def store_parts(ref, xs, parts):
         store(ref.at[part], x.astype(ref.dtype))
 
 
-def store_quantized(
-    values_ref, scale_ref, xs, parts, interpret
-):  # values [k], scale [], float32 parts of a row
+def store_quantized(values_ref, scale_ref, xs, parts, interpret):
+    """A row quantised: float32 parts -> values [k], scale []."""
     factor, scale = row_scale(largest(xs), values_ref.dtype, interpret)
     store_parts(values_ref, [narrow(x * factor, values_ref.dtype, interpret) for x in xs], parts)
     store(scale_ref, scale)

@@ -11,9 +11,8 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.int8_matmul.channel import TOP
-from pallas_kernels.int8_matmul.quantize import FLOOR
 from pallas_kernels.primitives import inline
+from pallas_kernels.quantized import FLOOR, TOP
 
 FLOOR_BITS = int(np.float32(FLOOR).view(np.int32))
 PACK = """{
@@ -29,18 +28,18 @@ cvt.pack.sat.s8.s32.b32 $0, b, a, c;
 
 def total(xs):  # float32 arrays [...] -> []
     """The sum of all elements; arrays of one shape are added before the sum over their elements."""
-    return reduce(jnp.add, [x.sum() for x in by_shape(jnp.add, xs)])
+    return reduce(jnp.add, [x.sum() for x in _by_shape(jnp.add, xs)])
 
 
 def largest(xs):  # float32 arrays [...] -> []
     """max(|x|, FLOOR) of all elements. The maximum of the bits as integers: that of floats would
     pass over a NaN on a GPU."""
     bits = [lax.bitcast_convert_type(jnp.abs(x), jnp.int32) for x in xs]
-    top = reduce(jnp.maximum, [x.max() for x in by_shape(jnp.maximum, bits)])
+    top = reduce(jnp.maximum, [x.max() for x in _by_shape(jnp.maximum, bits)])
     return lax.bitcast_convert_type(jnp.maximum(top, FLOOR_BITS), jnp.float32)
 
 
-def by_shape(combine, xs) -> list:
+def _by_shape(combine, xs) -> list:
     """One array for each shape: its arrays combined."""
     return [
         reduce(combine, [x for x in xs if x.shape == shape])
@@ -50,9 +49,8 @@ def by_shape(combine, xs) -> list:
 
 def divide(x, y, interpret):  # float32 arrays of one shape
     """x / y rounded as in float32 arithmetic; the backend's own quotient is approximate."""
-    return inline(
-        "div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], jnp.float32, interpret, lambda x, y: x / y
-    )
+    quotient = "div.rn.f32 $0, $1, $2;"
+    return inline(quotient, "=f,f,f", [x, y], jnp.float32, interpret, lambda x, y: x / y)
 
 
 def row_scale(amax, dtype, interpret):  # float32 [] -> factor [1], scale []

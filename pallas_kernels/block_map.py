@@ -1,5 +1,5 @@
-"""The list of key blocks of each query block in three steps: pooling (kernel), scores (XLA), choice
-(kernel).
+"""The list of key blocks of each query block by kernels, in three steps: pooling (kernel), scores
+(XLA), choice (kernel). The specification is `blocking.block_map`.
 
 The scores are left to XLA: their operands are float32, which tensor cores would cut to TF32, and a
 row of scores is wider than the operands of one product in a kernel may be. They take 2 l^2 k /
@@ -16,55 +16,38 @@ from einops import rearrange
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels.blocking import scores_of_means, token_mean
 from pallas_kernels.primitives import blocks as count
 from pallas_kernels.primitives import launch, load, power_of_two, store
-from pallas_kernels.sparse_attention.reference import EXACT, counts
-from pallas_kernels.tuning import tile
+from pallas_kernels.tuning import SHARED, tile
+
+__all__ = ["block_map", "block_map_and_mean", "choose", "pool"]
 
 LEAST = jnp.iinfo(jnp.int32).min
 WIDEST = 2**13  # key blocks
 WARP = 2**11  # scores that a warp keeps in its registers
 
 
-def block_map(
-    q, k, chosen, block_q, block_k, *, interpret
-):  # q k [b l h k] -> int32 [b h q_blocks chosen], ascending
-    """The `chosen` key blocks of highest pooled score for each query block; ties go to the lowest
-    index. No gradient."""
-    return block_map_and_mean(q, k, chosen, block_q, block_k, interpret=interpret)[0]
+def block_map(q, k, chosen, block_q, block_k, means=None, *, interpret):
+    """See `blocking.block_map`."""
+    return block_map_and_mean(q, k, chosen, block_q, block_k, means, interpret=interpret)[0]
 
 
-def block_map_and_mean(
-    q, k, chosen, block_q, block_k, means=None, *, interpret
-):  # -> the block map, mean of k f32 [b h k]
-    """`block_map`, and the mean key that int8 keys take off, which comes with it for nothing.
-    means: of the blocks of q and k."""
+def block_map_and_mean(q, k, chosen, block_q, block_k, means=None, *, interpret):
+    """`block_map`, and the mean key f32 [b h k] that int8 keys take off, which comes with it for
+    nothing."""
     q, k, means = lax.stop_gradient((q, k, means))
-    queries, keys = means or (
-        pool(q, block_q, interpret=interpret),
-        pool(k, block_k, interpret=interpret),
-    )
-    mean = mean_of(keys, k.shape[1], block_k)
-    return choose(pooled_scores(queries, keys, mean), chosen, interpret=interpret), mean
-
-
-def mean_of(pooled, length, block):  # f32 [b h n k] -> f32 [b h k]
-    """The mean over all tokens from the means of their blocks."""
-    return jnp.einsum("bhnk,n->bhk", pooled, counts(length, block) / length, precision=EXACT)
-
-
-def pooled_scores(
-    queries, keys, mean
-):  # means of blocks f32 [b h i k], [b h j k], mean key f32 [b h k] -> f32 [b h i j]
-    """What `reference.pooled_scores` computes: the mean of k - mean(k) over a block is the block's
-    mean minus the mean."""
-    return jnp.einsum("bhik,bhjk->bhij", queries, keys - mean[:, :, None], precision=EXACT)
+    if means is None:
+        means = pool(q, block_q, interpret=interpret), pool(k, block_k, interpret=interpret)
+    queries, keys = means
+    mean = token_mean(keys, k.shape[1], block_k)
+    return choose(scores_of_means(queries, keys, mean), chosen, interpret=interpret), mean
 
 
 def pool(x, block, *, interpret):  # [b l h k] -> f32 [b h n k]
-    """The mean of each block of tokens; the tail block is averaged over its own length."""
+    """See `blocking.block_means`."""
     b, l, h, d = x.shape
-    at = tile("sparse_attention", "pool")
+    at = tile(SHARED, "pool")
     return launch(
         partial(pool_kernel, length=l),
         jax.ShapeDtypeStruct((b, h, count(l, block), d), jnp.float32),
@@ -94,7 +77,7 @@ def choose(scores, chosen, *, interpret):  # f32 [b h i j] -> int32 [b h i chose
             f"block_map: {n} key blocks; the kernel sorts out at most {WIDEST}; larger blocks or"
             " impl='reference' do it"
         )
-    width, at = power_of_two(n), tile("sparse_attention", "choose")
+    width, at = power_of_two(n), tile(SHARED, "choose")
     lists = launch(
         partial(choose_kernel, n=n, chosen=chosen),
         jax.ShapeDtypeStruct((b * h * i, chosen), jnp.int32),
@@ -125,9 +108,8 @@ def choose_kernel(scores_ref, list_ref, *, n, chosen):
 
     least = lax.fori_loop(0, 32, step, jnp.int32(LEAST))
     above, equal = image > least, image == least
-    seen = jnp.cumsum(
-        above.astype(jnp.int32) + (equal.astype(jnp.int32) << 16)
-    )  # both counts in one sum
+    both = above.astype(jnp.int32) + (equal.astype(jnp.int32) << 16)
+    seen = jnp.cumsum(both)  # both counts in one sum
     above_seen, equal_seen = seen & 0xFFFF, seen >> 16
     wanted = chosen - above.astype(jnp.int32).sum()
     keep = above | (equal & (equal_seen <= wanted))

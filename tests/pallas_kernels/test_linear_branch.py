@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from pallas_kernels.sparse_attention import linear, reference
+from pallas_kernels import linear_branch
 
-summaries = jax.jit(lambda k, v: linear.summaries(k, v, interpret=True))
+summaries = jax.jit(lambda k, v: linear_branch.summaries(k, v, interpret=True))
 
 
 def normal(seed, *shape):
@@ -15,7 +15,7 @@ def normal(seed, *shape):
 
 def expected(k, v):
     """float64 sums over phi rounded to the input dtype."""
-    phi = np.asarray(reference.feature(k), np.float64)
+    phi = np.asarray(linear_branch.feature(k), np.float64)
     return np.einsum("blhi,blhj->bhij", phi, np.asarray(v, np.float64)), phi.sum(1)
 
 
@@ -31,10 +31,10 @@ def test_sums_over_all_keys(tail):
 @pytest.mark.parametrize("programs, l", [(4, 330), (512, 3)])
 def test_any_number_of_chunks(monkeypatch, programs, l):
     """Programs of several products each, the last of them short, and more programs than keys."""
-    monkeypatch.setattr(linear, "PROGRAMS", programs)
+    monkeypatch.setattr(linear_branch, "PROGRAMS", programs)
     k, v = (jnp.asarray(normal(seed, 1, l, 2, 32) * 3, jnp.float32) for seed in range(2))
     for ours, theirs in zip(
-        jax.jit(lambda *kv: linear.summaries(*kv, interpret=True))(k, v),
+        jax.jit(lambda *kv: linear_branch.summaries(*kv, interpret=True))(k, v),
         expected(k, v),
         strict=True,
     ):
