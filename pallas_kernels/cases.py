@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import (
     linear_branch,
+    mosaic,
     norm_modulate,
     qk_prep,
     sage_attention,
@@ -120,6 +121,8 @@ def int8_operands(impl, q, k, v, blocks):
 
 
 def int8_loop(impl, operands, v, blocks):
+    if impl == "mosaic":
+        return mosaic.imported("sage_attention", "int8_attention")(*operands, v, blocks)
     options = {"interpret": False, "at": tile("sage_attention", kernel_name(BLOCK_Q))}
     return attend(sage_kernels.int8_scores, *operands, v, blocks, BLOCK_Q, BLOCK_K, **options)
 
@@ -265,7 +268,7 @@ TABLE = (
     ),
     Case(
         name="sage_sparse",
-        impls=("triton",),
+        impls=of("sage_sparse_attention", "reference"),
         workloads=sparse_shapes.SPARSE,
         run=int8_loop,
         exact=exactly(sparse),

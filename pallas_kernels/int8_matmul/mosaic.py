@@ -24,81 +24,50 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.int8_matmul.quantize import BLOCK, QTensor
-from pallas_kernels.mosaic import programs, refuse, swizzled, unavailable
+from pallas_kernels.mosaic import (
+    SLICE,
+    product_refusal,
+    programs,
+    refuse,
+    swizzled,
+    unavailable,
+)
+from pallas_kernels.quantized import QTensor
 
-__all__ = ["Tile", "TILES", "refusal", "row_product", "tile_for"]
+__all__ = ["SMALL", "Tile", "WIDE", "row_product", "tile_for"]
 
-SLICE = 128  # columns of the operands in one buffer of the ring: a row of it is 128 bytes
+WARPGROUPS = 2  # that multiply, one below the other
+ROWS = 64  # outputs of one warpgroup
+HEIGHT = WARPGROUPS * ROWS
 STRIPE = 64  # columns of the outputs in one store
 SLOTS = 2  # stores of a warpgroup under way
-REGISTERS = {1: 240, 2: 240, 3: 160}  # of a thread, by the number of warpgroups that multiply
-OPERANDS = (jnp.dtype(jnp.int8), jnp.dtype(jnp.float8_e4m3fn))
-OUTPUTS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+GROUP = 8  # tiles of rows that share a pass over the weight while it is in the cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """Sizes of the kernel.
 
-    rows, columns: outputs of one warpgroup; `warpgroups` of them lie side by side if `across`, else
-        one below the other.
+    columns: of the outputs of one program, whose rows are 128; a multiple of two stripes.
     stages: slices of the operands in the ring.
     cluster: programs that share the slices of the weight.
-    group: tiles of rows that share a pass over the weight while it is in the cache.
     """
 
-    rows: int = 64
-    columns: int = 256
-    warpgroups: int = 2
-    across: bool = False
-    stages: int = 4
-    cluster: int = 2
-    group: int = 8
-
-    @property
-    def height(self) -> int:
-        """Rows of outputs of one program."""
-        return self.rows * (1 if self.across else self.warpgroups)
-
-    @property
-    def width(self) -> int:
-        """Columns of outputs of one program."""
-        return self.columns * (self.warpgroups if self.across else 1)
+    columns: int
+    stages: int
+    cluster: int
 
 
-TILES = {
-    "wide": Tile(),
-    "square": Tile(rows=128, columns=128, across=True),
-    "small": Tile(columns=128, stages=6, cluster=1),
-}
+WIDE = Tile(columns=256, stages=4, cluster=2)
+SMALL = Tile(columns=128, stages=6, cluster=1)
 
 
 def tile_for(m: int, n: int, programs: int) -> Tile:
-    """Returns the tile for m x n outputs on so many programs: a small one where the others would
+    """Returns the tile for m x n outputs on so many programs: a small one where the other would
     leave multiprocessors without work."""
-    wide = TILES["wide"]
-    if pl.cdiv(m, wide.height) * pl.cdiv(n, wide.width) < programs:
-        return TILES["small"]
-    return wide
-
-
-def refusal(x: QTensor, weight: QTensor, out_dtype) -> str | None:
-    """Returns why the kernel does not take values [m k] and [n k] with a scale for each row; None
-    if it does. Where it runs is another question: `pallas_kernels.mosaic.unavailable`."""
-    (_, k), n = x.values.shape, weight.values.shape[0]
-    if x.values.dtype not in OPERANDS or weight.values.dtype != x.values.dtype:
-        return (
-            f"values are {x.values.dtype} and {weight.values.dtype}; allowed: both"
-            f" {' or both '.join(map(str, OPERANDS))}"
-        )
-    if jnp.dtype(out_dtype) not in OUTPUTS:
-        return f"the output is {jnp.dtype(out_dtype)}; allowed: {', '.join(map(str, OUTPUTS))}"
-    for name, size, step in (("k", k, BLOCK), ("n", n, 8)):
-        if size % step:
-            nearest = pl.cdiv(size, step) * step
-            return f"{name} is {size}; allowed: multiples of {step}; nearest: {nearest}"
-    return None
+    if pl.cdiv(m, HEIGHT) * pl.cdiv(n, WIDE.columns) < programs:
+        return SMALL
+    return WIDE
 
 
 def row_product(
@@ -108,19 +77,19 @@ def row_product(
 
     Values [m k] and [n k] int8 with int32 sums, or float8_e4m3fn with float32 sums; scales float32
     [m] and [n]; bias [n] or None. Raises ValueError for shapes, dtypes, devices and versions of jax
-    that the kernel does not take. See `channel.product` and `channel.fp8_product`.
+    that the kernel does not take. See `reference.row_product` and `reference.fp8_product`.
     """
     op = "product of 8-bit rows"
-    refuse(op, refusal(x, weight, out_dtype))
+    refuse(op, product_refusal(x.values, weight.values, out_dtype))
     refuse(op, unavailable())
     (m, k), n, number = x.values.shape, weight.values.shape[0], programs(interpret)
     tile = tile or tile_for(m, n, number)
-    tall = tile.height * tile.cluster
+    tall = HEIGHT * tile.cluster
     plan = _Plan(
         tile=tile,
         steps=k // SLICE,
         rows=pl.cdiv(m, tall),
-        columns=pl.cdiv(n, tile.width),
+        columns=pl.cdiv(n, tile.columns),
         clusters=max(number // tile.cluster, 1),
         accumulator=jnp.dtype(jnp.int32 if x.values.dtype == jnp.int8 else jnp.float32),
     )
@@ -149,19 +118,18 @@ class _Plan:
         return self.rows * self.columns
 
     def place(self, t):
-        """Returns row and column of the t-th tile: `group` tiles down, then one across."""
-        group = self.tile.group
-        first = lax.div(t, group * self.columns) * group
-        height = lax.min(self.rows - first, group)
-        t = lax.rem(t, group * self.columns)
+        """Returns row and column of the t-th tile: GROUP tiles down, then one across."""
+        first = lax.div(t, GROUP * self.columns) * GROUP
+        height = lax.min(self.rows - first, GROUP)
+        t = lax.rem(t, GROUP * self.columns)
         return first + lax.rem(t, height), lax.div(t, height)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Buffers:
-    """Shared memory. x [stages height k] and w [stages width k] are the ring, y [warpgroups slots
-    64 stripe] outputs on their way, vectors [2 width] the weight's scales and the bias of a tile;
-    a barrier for each: full ones complete with the copies, empty ones when all have read."""
+    """Shared memory. x [stages 128 k] and w [stages columns k] are the ring, y [warpgroups slots 64
+    stripe] outputs on their way, vectors [2 columns] the weight's scales and the bias of a tile; a
+    barrier for each: full ones complete with the copies, empty ones when all have read."""
 
     x: object
     w: object
@@ -177,20 +145,20 @@ def _launch(plan: _Plan, dtype, out, interpret):
     """Returns the kernel as a function of values, values, scales of whole tiles, scales, bias."""
     tile = plan.tile
     shared = lambda shape, dtype: plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
-    ring = {"num_arrivals": tile.warpgroups, "num_barriers": tile.stages}
+    ring = {"num_arrivals": WARPGROUPS, "num_barriers": tile.stages}
     if tile.cluster > 1:
         empty = plgpu.ClusterBarrier(collective_axes=("cluster",), **ring)
     else:
         empty = plgpu.Barrier(**ring)
     buffers = _Buffers(
-        x=shared((tile.stages, tile.height, SLICE), dtype),
-        w=shared((tile.stages, tile.width, SLICE), dtype),
-        y=shared((tile.warpgroups, SLOTS, 64, STRIPE), out.dtype),
-        vectors=plgpu.SMEM((2, tile.width), jnp.float32),
+        x=shared((tile.stages, HEIGHT, SLICE), dtype),
+        w=shared((tile.stages, tile.columns, SLICE), dtype),
+        y=shared((WARPGROUPS, SLOTS, ROWS, STRIPE), out.dtype),
+        vectors=plgpu.SMEM((2, tile.columns), jnp.float32),
         full=plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
         empty=empty,
         vectors_full=plgpu.Barrier(num_arrivals=2),
-        vectors_empty=plgpu.Barrier(num_arrivals=tile.warpgroups),
+        vectors_empty=plgpu.Barrier(num_arrivals=WARPGROUPS),
     )
     return plgpu.kernel(
         lambda *refs: _kernel(plan, refs[:5], refs[5], _Buffers(*refs[6:])),
@@ -200,7 +168,7 @@ def _launch(plan: _Plan, dtype, out, interpret):
         grid_names=("grid",),
         cluster=(tile.cluster,),
         cluster_names=("cluster",),
-        num_threads=tile.warpgroups + 1,
+        num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         # the barriers that Mosaic would add order what one warpgroup writes and another reads;
         # here each reads what it wrote itself, or waits for a barrier of its own
@@ -218,40 +186,35 @@ def _kernel(plan: _Plan, ins, y, buffers: _Buffers):
     def origin(i):
         """First row and column of this program's i-th tile."""
         row, column = plan.place(first + i * plan.clusters)
-        return (row * tile.cluster + lax.axis_index("cluster")) * tile.height, column * tile.width
+        return (row * tile.cluster + lax.axis_index("cluster")) * HEIGHT, column * tile.columns
 
-    pl.when(warpgroup < tile.warpgroups)(partial(_multiply, plan, mine, origin, ins[2], y, buffers))
-    pl.when(warpgroup == tile.warpgroups)(partial(_copy, plan, mine, origin, ins, buffers))
+    pl.when(warpgroup < WARPGROUPS)(partial(_multiply, plan, mine, origin, ins[2], y, buffers))
+    pl.when(warpgroup == WARPGROUPS)(partial(_copy, plan, mine, origin, ins, buffers))
 
 
 def _multiply(plan: _Plan, mine, origin, x_scale, y, buffers: _Buffers):
     """A warpgroup that multiplies: its part of each tile, from the ring to memory."""
     tile, stages, steps = plan.tile, plan.tile.stages, plan.steps
-    plgpu.set_max_registers(REGISTERS[tile.warpgroups], action="increase")
+    plgpu.set_max_registers(240, action="increase")
     for stage in range(stages):
         plgpu.barrier_arrive(buffers.empty.at[stage])
     plgpu.barrier_arrive(buffers.vectors_empty)
-    warpgroup = lax.axis_index("warpgroup")
-    row = 0 if tile.across else warpgroup * tile.rows
-    column = warpgroup * tile.columns if tile.across else 0
+    row = lax.axis_index("warpgroup") * ROWS
 
     @pl.loop(0, mine)
     def _(i):
         top, left = origin(i)
-        top, left = top + row, left + column
+        here = pl.ds(top + row, ROWS)
         by_row = plgpu.Layout.WGMMA.reduce(1)
-        scales = [
-            plgpu.load(x_scale.at[pl.ds(top + r, 64)], layout=by_row, optimized=False)
-            for r in range(0, tile.rows, 64)
-        ]
+        scale = plgpu.load(x_scale.at[here], layout=by_row, optimized=False)
 
         def products(total):
             def step(j, _):
                 t = i * steps + j
                 stage = lax.rem(t, stages)
                 plgpu.barrier_wait(buffers.full.at[stage])
-                w = buffers.w.at[stage, pl.ds(column, tile.columns)]
-                plgpu.wgmma(total, buffers.x.at[stage, pl.ds(row, tile.rows)], w.transpose((1, 0)))
+                w = buffers.w.at[stage].transpose((1, 0))
+                plgpu.wgmma(total, buffers.x.at[stage, pl.ds(row, ROWS)], w)
                 plgpu.wgmma_wait(1)  # all but the last: one is always under way
 
                 @pl.when(j > 0)
@@ -263,36 +226,33 @@ def _multiply(plan: _Plan, mine, origin, x_scale, y, buffers: _Buffers):
             plgpu.barrier_arrive(buffers.empty.at[lax.rem(i * steps + steps - 1, stages)])
             return total[...]
 
-        total = pl.run_scoped(products, plgpu.ACC((tile.rows, tile.columns), plan.accumulator))
+        total = pl.run_scoped(products, plgpu.ACC((ROWS, tile.columns), plan.accumulator))
         plgpu.barrier_wait(buffers.vectors_full)
-        _store(plan, i, total, scales, y, (top, left), column, buffers)
+        _store(total, scale, y, here, left, buffers)
         plgpu.barrier_arrive(buffers.vectors_empty)
 
     plgpu.wait_smem_to_gmem(0)
 
 
-def _store(plan: _Plan, i, total, scales, y, origin, column, buffers: _Buffers):
-    """The epilogue of a warpgroup's i-th tile: total [rows columns] scaled, rounded and stored in
+def _store(total, x_scale, y, rows, left, buffers: _Buffers):
+    """The epilogue of a warpgroup's tile: total [64 columns] scaled, rounded and stored in
     stripes."""
-    tile, warpgroup = plan.tile, lax.axis_index("warpgroup")
-    by_column, shape = plgpu.Layout.WGMMA.reduce(0), (64, STRIPE)
-    pieces = [(r, c) for c in range(0, tile.columns, STRIPE) for r in range(0, tile.rows, 64)]
-    for number, (r, c) in enumerate(pieces):
-        if r == 0:
-            of = lambda vector, c=c: lax.broadcast_in_dim(
-                plgpu.load(buffers.vectors.at[vector, pl.ds(column + c, STRIPE)], layout=by_column),
-                shape,
-                (1,),
+    warpgroup = lax.axis_index("warpgroup")
+    by_column, shape = plgpu.Layout.WGMMA.reduce(0), (ROWS, STRIPE)
+    for number, c in enumerate(range(0, total.shape[1], STRIPE)):
+        stripe, slot = pl.ds(c, STRIPE), number % SLOTS
+        scale, bias = (
+            lax.broadcast_in_dim(
+                plgpu.load(buffers.vectors.at[vector, stripe], layout=by_column), shape, (1,)
             )
-            scale, bias = of(0), of(1)
-        part = total[r : r + 64, c : c + STRIPE].astype(jnp.float32)
-        part = part * lax.broadcast_in_dim(scales[r // 64], shape, (0,)) * scale + bias
-        # slots go round from tile to tile too: the last stores of a tile may still be under way
-        slot = lax.rem(i * len(pieces) + number, SLOTS) if len(pieces) % SLOTS else number % SLOTS
+            for vector in (0, 1)
+        )
+        part = total[:, c : c + STRIPE].astype(jnp.float32)
+        part = part * lax.broadcast_in_dim(x_scale, shape, (0,)) * scale + bias
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
         buffers.y[warpgroup, slot] = part.astype(y.dtype)
         plgpu.commit_smem()
-        to = y.at[pl.ds(origin[0] + r, 64), pl.ds(origin[1] + c, STRIPE)]
+        to = y.at[rows, pl.ds(left + c, STRIPE)]
         plgpu.copy_smem_to_gmem(buffers.y.at[warpgroup, slot], to)
 
 
@@ -307,7 +267,7 @@ def _copy(plan: _Plan, mine, origin, ins, buffers: _Buffers):
     @pl.loop(0, mine)
     def _(i):
         top, left = origin(i)
-        rows, columns = pl.ds(top, tile.height), pl.ds(left, tile.width)
+        rows, columns = pl.ds(top, HEIGHT), pl.ds(left, tile.columns)
 
         def step(j, _):
             stage, at = lax.rem(i * steps + j, stages), pl.ds(j * SLICE, SLICE)

@@ -63,7 +63,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--impl",
         default="auto",
-        help="implementation of every op: auto, reference, triton; or of attention alone: cudnn",
+        help=(
+            "implementation of every op: auto, reference, triton; of sparse attention and 8-bit"
+            " linear layers: mosaic; of dense attention: cudnn"
+        ),
     )
     parser.add_argument(
         "--dtype",
