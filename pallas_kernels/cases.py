@@ -115,6 +115,8 @@ def int8_operands(impl, q, k, v, blocks):
     @jax.jit
     def make(q, k):
         mean = k.mean(1, dtype=jnp.float32)
+        if impl == "mosaic":
+            return mosaic.imported("sage_attention", "operands")(q, k, mean)[0]
         return sage_kernels.operands(q, k, mean, BLOCK_Q, BLOCK_K, interpret=False)
 
     return make(q, k), v, blocks
@@ -130,6 +132,8 @@ def int8_loop(impl, operands, v, blocks):
 def summaries(impl, q, k, v, *_):
     if impl == "triton":
         return linear_branch.summaries(k, v, interpret=False)
+    if impl == "mosaic":
+        return mosaic.imported("sparse_attention", "token_pass")(k, v, rounds=False)[1]
     phi = linear_branch.feature(k)
     product = jnp.einsum("blhi,blhj->bhij", phi, v, preferred_element_type=jnp.float32)
     return product, phi.sum(1, dtype=jnp.float32)
@@ -284,7 +288,7 @@ TABLE = (
     ),
     Case(
         name="summaries",
-        impls=("reference", "triton"),
+        impls=("reference", "triton", "mosaic"),
         workloads=sparse_shapes.SUMMARIES,
         run=summaries,
         exact=exactly(summaries),

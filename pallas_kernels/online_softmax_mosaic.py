@@ -77,10 +77,11 @@ def attend(
 
     q [b l h 128] and k [b s h 128] int8, or of v's dtype; v [b s h 128] bfloat16 or float16; blocks
     int32 [b h q_blocks chosen], ascending without repeats, or None for all of them.
-    scales: of int8 queries and keys, float32 [b h q_blocks] and [b h k_blocks].
-    bound: float32 [b h q_blocks], at least the magnitude of the scores of a block of queries over
-        1/sqrt(128), as logarithms to base 2; where it is at most `online_softmax.BOUND` no
-        maximum is looked for. None: it is looked for everywhere.
+    scales: of int8 queries and keys, float32 [b h 2*q_blocks], of every 64 queries, and [b h n], n
+        at least the number of blocks of keys.
+    bound: float32 [b h 2*q_blocks], at least the magnitude of the scores of 64 queries over
+        1/sqrt(128), as logarithms to base 2; where it is at most `online_softmax.BOUND` no maximum
+        is looked for. None: it is looked for everywhere.
     linear: None, or queries [b l h 128] and m [b h 128 128] in v.dtype, z [b h 128] and bias [128]
         in float32, which add phi(q) m / (phi(q) . z + eps) + bias to o before it is rounded.
     -> o [b l h 128]; if save: also o_s, the softmax part alone, and the natural logarithm of its
@@ -306,13 +307,19 @@ def _multiply(plan: _Plan, mine, place: Callable, refs) -> None:
         plgpu.barrier_wait(refs.q_full.at[lax.rem(i, tile.query_buffers)])
         run = partial(_attend_half, plan, i, at, refs)
         if plan.bounded:
-            bound = refs.bound[at]
+            bound = refs.bound[_half(at)]
             pl.when(bound <= BOUND)(partial(run, bound))
             pl.when(bound > BOUND)(partial(run, None))
         else:
             run(None)
 
     plgpu.wait_smem_to_gmem(0)
+
+
+def _half(at):
+    """Batch, head and number of this warpgroup's 64 queries of a block."""
+    b, h, n = at
+    return b, h, 2 * n + lax.axis_index("warpgroup")
 
 
 def _attend_half(plan: _Plan, i, at, refs, bound) -> None:
@@ -352,7 +359,7 @@ def _over_blocks(plan: _Plan, i, at, refs, queries, bound, o_sum):
         """What makes scores of the block of keys j logarithms to base 2."""
         if not plan.quantized:
             return LOG2E * WIDTH**-0.5
-        return refs.q_scale[at] * refs.k_scale[(*at[:2], j)]
+        return refs.q_scale[_half(at)] * refs.k_scale[(*at[:2], j)]
 
     def softmax(x, scale, state, exists):
         """Weights f32 [64 64] of scores x; the sums and what is subtracted, with these; and the

@@ -198,8 +198,8 @@ def _mosaic_cases():
         "channel linear": (("quantized_linear channel",), product("channel")),
         "fp8 linear": (("quantized_linear fp8",), product("fp8")),
     }
+    chosen = lambda impl: "reference" if impl == "reference" else "mosaic"
     for name, (ops, function) in checks.items():
-        chosen = lambda impl: "reference" if impl == "reference" else "mosaic"
         yield name + MOSAIC, ops, lambda impl, function=function: function(chosen(impl))
 
 
