@@ -8,7 +8,7 @@ from tolerances import assert_close
 
 import pallas_kernels.sparse_attention as op
 from pallas_kernels import flash_attention, gathering
-from pallas_kernels.sparse_attention import chosen_blocks, dense_map, reference
+from pallas_kernels.sparse_attention import chosen_blocks, dense_map
 
 SIZED = ("block_q", "block_k")
 attention = jax.jit(flash_attention.attention)
@@ -200,7 +200,7 @@ def test_derivatives_are_those_of_the_masked_softmax(monkeypatch, pieces):
     blocks = block_map(q, k, topk=0.4)
     out = normal(3, *q.shape)
     if pieces > 1:
-        monkeypatch.setattr(reference, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(gathering, "CHUNK_BYTES", 1)
 
     def derivatives(f):
         run = lambda *qkv: f(*qkv, blocks)

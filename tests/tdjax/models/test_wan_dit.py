@@ -407,3 +407,14 @@ def test_lowers_for_a_tpu_without_kernels(attention, linear):
     arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     traced = run.trace(model, arg(1, 5, 32, 32, 16), arg(1), arg(1, 512, 4096))
     assert "custom_call" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_a_profile_speaks_the_models_language():
+    model = abstract(DiTConfig(layers=2))
+    arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    lowered = run.trace(model, arg(1, 5, 32, 32, 16), arg(1), arg(1, 512, 4096)).lower()
+    text = lowered.as_text(debug_info=True)
+    for scope in ("patch_embed", "time", "text_embed", "head", "block/norm", "block/mlp"):
+        assert f"{scope}/" in text, scope
+    for attention in ("self_attention", "cross_attention"):
+        assert f"block/{attention}/core/" in text, attention

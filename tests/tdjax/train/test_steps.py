@@ -488,7 +488,7 @@ def test_kernels_with_declared_derivatives_can_be_distilled(monkeypatch):
     The whole step, with microbatches and both terms, is traced; the consistency term, which has the
     tangent, is also computed.
     """
-    monkeypatch.setitem(flash_attention.IMPLS, "opaque", opaque)
+    monkeypatch.setitem(flash_attention.IMPLEMENTATIONS["attention"], "opaque", opaque)
     data, teacher = clip(1, 4, 4), lambda impl: Teacher(dit(2, impl=impl), jnp.ones((4, 5)))
     config = rcm.RCMConfig(warmup=1, accumulate=2)
     student = dit(0, impl="opaque")
