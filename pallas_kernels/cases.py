@@ -310,7 +310,7 @@ TABLE = (
     ),
     Case(
         name="sla_gradient",
-        impls=of("sparse_linear_attention"),
+        impls=of("sparse_linear_attention", "mosaic"),  # whose derivatives are Triton's
         workloads=sparse_shapes.WORKLOADS,
         **pullback(sla),
     ),

@@ -72,8 +72,8 @@ def attention_refusal(width: int, block_q: int, block_k: int, dtype) -> str | No
     for name, (size, allowed) in sizes.items():
         if size != allowed:
             return f"{name} is {size}; allowed: {allowed}"
-    if dtype not in FLOATS:
-        return f"values are {dtype}; allowed: {', '.join(map(str, FLOATS))}"
+    if jnp.dtype(dtype) not in FLOATS:
+        return f"values are {jnp.dtype(dtype)}; allowed: {', '.join(map(str, FLOATS))}"
     return None
 
 
