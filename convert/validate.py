@@ -68,7 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="--against: beside it, relative to the value (default: 0 and 1e-2)",
     )
     p.add_argument(
-        "--impl", default="auto", help="kernels of attention: auto, reference, triton, interpret"
+        "--impl",
+        default="auto",
+        help="kernels of attention: auto, reference, triton, mosaic, interpret",
     )
     p.add_argument(
         "--heads", type=int, metavar="N", help="attention heads, where the head width is not 128"

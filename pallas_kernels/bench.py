@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import mosaic
 from pallas_kernels.cases import CASES, Case
 from pallas_kernels.workload import Workload
 
@@ -179,10 +180,12 @@ def refusal() -> str | None:
 def _wanted(args: argparse.Namespace) -> Iterator[tuple[Case, str, str]]:
     """(case, workload, impl) of every row that is asked for."""
     impls = args.impl.split(",") if args.impl else None
+    absent = [] if mosaic.faster(None) else ["mosaic", "channel+mosaic", "fp8+mosaic"]
     for case in (CASES[name] for name in args.op or CASES):
         for workload in case.workloads:
             for impl in case.impls:
-                if args.workload in workload and (impls is None or impl in impls):
+                asked = impl in impls if impls else impl not in absent
+                if asked and args.workload in workload:
                     yield case, workload, impl
 
 

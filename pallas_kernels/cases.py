@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import (
     linear_branch,
+    mosaic,
     norm_modulate,
     qk_prep,
     sage_attention,
@@ -114,12 +115,16 @@ def int8_operands(impl, q, k, v, blocks):
     @jax.jit
     def make(q, k):
         mean = k.mean(1, dtype=jnp.float32)
+        if impl == "mosaic":
+            return mosaic.imported("sage_attention", "operands")(q, k, mean)[0]
         return sage_kernels.operands(q, k, mean, BLOCK_Q, BLOCK_K, interpret=False)
 
     return make(q, k), v, blocks
 
 
 def int8_loop(impl, operands, v, blocks):
+    if impl == "mosaic":
+        return mosaic.imported("sage_attention", "int8_attention")(*operands, v, blocks)
     options = {"interpret": False, "at": tile("sage_attention", kernel_name(BLOCK_Q))}
     return attend(sage_kernels.int8_scores, *operands, v, blocks, BLOCK_Q, BLOCK_K, **options)
 
@@ -127,6 +132,8 @@ def int8_loop(impl, operands, v, blocks):
 def summaries(impl, q, k, v, *_):
     if impl == "triton":
         return linear_branch.summaries(k, v, interpret=False)
+    if impl == "mosaic":
+        return mosaic.imported("sparse_attention", "token_pass")(k, v, rounds=False)[1]
     phi = linear_branch.feature(k)
     product = jnp.einsum("blhi,blhj->bhij", phi, v, preferred_element_type=jnp.float32)
     return product, phi.sum(1, dtype=jnp.float32)
@@ -265,7 +272,7 @@ TABLE = (
     ),
     Case(
         name="sage_sparse",
-        impls=("triton",),
+        impls=of("sage_sparse_attention", "reference"),
         workloads=sparse_shapes.SPARSE,
         run=int8_loop,
         exact=exactly(sparse),
@@ -281,7 +288,7 @@ TABLE = (
     ),
     Case(
         name="summaries",
-        impls=("reference", "triton"),
+        impls=("reference", "triton", "mosaic"),
         workloads=sparse_shapes.SUMMARIES,
         run=summaries,
         exact=exactly(summaries),
@@ -303,7 +310,7 @@ TABLE = (
     ),
     Case(
         name="sla_gradient",
-        impls=of("sparse_linear_attention"),
+        impls=of("sparse_linear_attention", "mosaic"),  # whose derivatives are Triton's
         workloads=sparse_shapes.WORKLOADS,
         **pullback(sla),
     ),

@@ -19,7 +19,15 @@ from pallas_kernels.primitives import EXACT, LOG2E, dot, exp2, fma_exp2, launch,
 from pallas_kernels.primitives import blocks as count
 from pallas_kernels.tuning import SHARED, tile
 
-__all__ = ["EPS", "feature", "linear_attention", "operands", "rows_of_branch", "summaries"]
+__all__ = [
+    "EPS",
+    "feature",
+    "linear_attention",
+    "operand",
+    "operands",
+    "rows_of_branch",
+    "summaries",
+]
 
 EPS = 1e-5
 ROWS = 64  # keys in one product
@@ -48,9 +56,15 @@ def feature(x):  # float32 island
 def operands(q, k, v, proj_kernel, proj_bias, *, interpret):
     """-> phi(k)^T v f32 [b h k k] and the sum of phi(k) f32 [b h k], and the operand `linear` of
     `online_softmax.attend` made of them."""
-    product, total = summaries(k, v, interpret=interpret)
+    sums = summaries(k, v, interpret=interpret)
+    return sums, operand(q, sums, proj_kernel, proj_bias)
+
+
+def operand(q, sums, proj_kernel, proj_bias):
+    """Returns the operand `linear` of `online_softmax.attend` made of both sums of `summaries`."""
+    product, total = sums
     m = jnp.einsum("bhij,jo->bhio", product, proj_kernel, precision=EXACT)
-    return (product, total), (q, m.astype(q.dtype), total, proj_bias)
+    return q, m.astype(q.dtype), total, proj_bias
 
 
 def rows_of_branch(q, m, z, bias, interpret):

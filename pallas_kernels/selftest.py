@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import norm_modulate, qk_prep, sage_attention, sparse_attention
+from pallas_kernels import mosaic, norm_modulate, qk_prep, sage_attention, sparse_attention
 from pallas_kernels.flash_attention import attention
 from pallas_kernels.int8_matmul import (
     SCHEMES,
@@ -51,7 +51,13 @@ BOUNDS = {
     "norm, rotation and means": BF16,
     "int8 keys": INT8_MAP,
     "norm, SiLU and taps": BF16,
+    "sparse-linear attention (Mosaic)": BF16,
+    "with int8 scores (Mosaic)": BF16,
+    "dense with int8 scores (Mosaic)": BF16,
+    "channel linear (Mosaic)": BF16,
+    "fp8 linear (Mosaic)": BF16,
 }
+MOSAIC = " (Mosaic)"  # ends the name of a check of the same op's kernel for Hopper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,7 @@ def cases() -> Iterator[tuple[str, tuple[str, ...], Callable]]:
     yield from _attention_cases()
     yield from _linear_cases()
     yield from _row_cases()
+    yield from _mosaic_cases()
 
 
 def _attention_cases():
@@ -132,7 +139,7 @@ def _linear_cases():
 
 def _linear(x, weight, bias, scheme, impl):
     table = OPS[f"quantized_linear {scheme}"]
-    if impl not in table:  # of fp8 there is no kernel of ours
+    if impl not in table:  # of fp8 there is no Triton kernel
         impl = "reference" if impl == "interpret" else "xla"
     x = quantize_activations(x, scheme, impl="reference")
     weight = quantize_weight(weight, scheme)
@@ -172,6 +179,35 @@ def _row_cases():
     yield "norm, SiLU and taps", ("temporal_unfold",), lambda impl: unfold(impl=impl)
 
 
+def _mosaic_cases():
+    """What the kernels for Hopper take: heads 128 wide. They run for any impl but "reference"."""
+    q, k, v = (_normal(seed, 1, 200, 2, 128) for seed in range(3))
+    w, b = _normal(4, 128, 128, dtype=jnp.float32) / 11, _normal(5, 128, dtype=jnp.float32)
+    sla = partial(sparse_attention.sparse_linear_attention, q, k, v, w, b, topk=0.5)
+    sage = partial(sage_attention.sage_sparse_linear_attention, q, k, v, w, b, topk=0.5)
+    dense = partial(sage_attention.sage_attention, q, k, v)
+    operands = _normal(6, 200, 256), _normal(8, 384, 256), _normal(9, 384)
+
+    def product(scheme):
+        return lambda impl: _linear(*operands, scheme, impl)
+
+    checks = {
+        "sparse-linear attention": (("sparse_linear_attention",), lambda impl: sla(impl=impl)),
+        "with int8 scores": (("sage_sparse_linear_attention",), lambda impl: sage(impl=impl)),
+        "dense with int8 scores": (("sage_attention",), lambda impl: dense(impl=impl)),
+        "channel linear": (("quantized_linear channel",), product("channel")),
+        "fp8 linear": (("quantized_linear fp8",), product("fp8")),
+    }
+    chosen = lambda impl: "reference" if impl == "reference" else "mosaic"
+    for name, (ops, function) in checks.items():
+        yield name + MOSAIC, ops, lambda impl, function=function: function(chosen(impl))
+
+
+def _runs(name: str, impl: str) -> bool:
+    """Whether a check runs here: the kernels for Hopper are compiled there, and not interpreted."""
+    return not name.endswith(MOSAIC) or (impl == "triton" and bool(mosaic.faster(None)))
+
+
 def outputs(impl: str, names: Collection[str]) -> dict[str, tuple]:
     """{name: (the kernel's, the reference's)} of some cases, from one program that makes its own
     inputs."""
@@ -188,7 +224,7 @@ def run(impl: str, only: Collection[str] | None = None) -> Iterator[Check]:
     """Every case, or those named in `only`, with `impl`: "triton" on a GPU, "interpret"
     anywhere."""
     for name, bound in BOUNDS.items():
-        if only is not None and name not in only:
+        if (only is not None and name not in only) or not _runs(name, impl):
             continue
         try:
             yield Check(name, _distance(*outputs(impl, (name,))[name]), bound)
@@ -200,9 +236,10 @@ def run(impl: str, only: Collection[str] | None = None) -> Iterator[Check]:
 
 
 def together(impl: str, names: Collection[str]) -> list[Check]:
-    """The same of these cases from one program, which the persistent cache of compiled programs
-    keeps where it leaves out small ones. Where that does not run, case by case: what it fails in
-    has no name."""
+    """The same of these cases, with those of the same name for Hopper, from one program, which the
+    persistent cache of compiled programs keeps where it leaves out small ones. Where that does not
+    run, case by case: what it fails in has no name."""
+    names = {name for name in BOUNDS if name.removesuffix(MOSAIC) in names and _runs(name, impl)}
     try:
         found = outputs(impl, names)
         checks = [
@@ -226,8 +263,8 @@ def _distance(made, expected) -> float:
 
 
 def table(checks: list[Check]) -> str:
-    lines = [f"{'kernel':26} {'error':>9} {'bound':>9}"]
+    lines = [f"{'kernel':34} {'error':>9} {'bound':>9}"]
     for c in checks:
         verdict = "pass" if c.passed else f"FAIL {c.failure}"
-        lines.append(f"{c.name:26} {c.error:9.2e} {c.bound:9.2e}  {verdict}")
+        lines.append(f"{c.name:34} {c.error:9.2e} {c.bound:9.2e}  {verdict}")
     return "\n".join(lines)

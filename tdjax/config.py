@@ -124,8 +124,14 @@ class DiTConfig:
 
     @property
     def row_impl(self) -> str:
-        """`impl` of what is not attention: linear layers, norms, rotation."""
+        """`impl` of norms, rotation and quantisation. "mosaic" is a name of attention and of the
+        products of linear layers only: the rest is "auto"."""
         return self.impl if self.impl in IMPLS else "auto"
+
+    @property
+    def product_impl(self) -> str:
+        """`impl` of the products of linear layers."""
+        return "mosaic" if self.impl == "mosaic" else self.row_impl
 
     @property
     def embed_channels(self) -> int:

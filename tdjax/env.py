@@ -28,6 +28,7 @@ PACKAGES = (
 # how names of device plugins begin
 PLUGINS = ("jax-cuda", "jax-rocm", "jax-metal", "jax-tpu", "libtpu", "nvidia-cudnn")
 CUDA_KERNELS = 8.0  # compute capability from which the CUDA kernels run: Ampere
+HOPPER = 9.0  # compute capability of the Mosaic GPU kernels
 
 
 def versions() -> dict[str, str | None]:
@@ -90,6 +91,8 @@ def why_not(impl: str, device: dict[str, Any] | None) -> str | None:
             f"needs compute capability {CUDA_KERNELS} (Ampere) or newer; {device['kind']} has"
             f" {capability}"
         )
+    if impl == "mosaic" and float(capability) // 1 != HOPPER:
+        return f"needs compute capability {HOPPER} (Hopper); {device['kind']} has {capability}"
     return None
 
 

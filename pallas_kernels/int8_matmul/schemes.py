@@ -13,6 +13,7 @@ from pallas_kernels import quantized, rows, tuning
 from pallas_kernels.dispatch import implementations
 from pallas_kernels.int8_matmul import reference, triton
 from pallas_kernels.int8_matmul.quantize import BLOCK, quantize, tiles
+from pallas_kernels.mosaic import imported
 from pallas_kernels.quantized import ROW_SCHEMES, QTensor
 
 
@@ -22,7 +23,8 @@ class Scheme:
     out_dtype) -> [m n].
 
     Values [m k] of `dtype` have scales of shape `scale_shape((m, k))`; k is a multiple of
-    `k_multiple`. kernel: the product that "auto" takes on CUDA.
+    `k_multiple`. kernel: the product that "auto" takes on CUDA, but for Hopper, where it is
+    "mosaic" if there is one.
     """
 
     dtype: object
@@ -50,6 +52,9 @@ def _row_quantizers(dtype) -> dict[str, Callable]:
     return _quantizers(partial(quantized.quantize_rows, dtype=dtype), kernel)
 
 
+_MOSAIC = imported("int8_matmul", "row_product")
+
+
 def _rows_of(shape):
     return shape[:1]
 
@@ -68,7 +73,10 @@ SCHEMES: dict[str, Scheme] = {
         k_multiple=1,
         quantizers=_row_quantizers(ROW_SCHEMES["channel"]),
         products=implementations(
-            reference.row_product, triton.row_product, xla=reference.row_product
+            reference.row_product,
+            triton.row_product,
+            xla=reference.row_product,
+            mosaic=_MOSAIC,
         ),
     ),
     "fp8": Scheme(
@@ -76,7 +84,11 @@ SCHEMES: dict[str, Scheme] = {
         scale_shape=_rows_of,
         k_multiple=1,
         quantizers=_row_quantizers(ROW_SCHEMES["fp8"]),
-        products={"reference": reference.fp8_product, "xla": reference.fp8_product_xla},
+        products={
+            "reference": reference.fp8_product,
+            "xla": reference.fp8_product_xla,
+            "mosaic": _MOSAIC,
+        },
         kernel="xla",
     ),
 }

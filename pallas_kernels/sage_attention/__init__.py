@@ -2,8 +2,9 @@
 float ops. Forward only.
 
 Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels
-interpreted, for tests). "auto" is the kernels on CUDA, for the dtypes and sizes that they take, and
-the reference elsewhere.
+interpreted, for tests); of the attention ops also "mosaic" (Hopper, head width 128, blocks of 128
+queries and 64 keys). "auto" is the kernels on CUDA, Mosaic's where they run, for the dtypes and
+sizes that they take, and the reference elsewhere.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pallas_kernels.checks import (
 from pallas_kernels.derivatives import forward_only
 from pallas_kernels.dispatch import automatic, bound, choose, implementations
 from pallas_kernels.linear_branch import linear_attention
+from pallas_kernels.mosaic import attention_refusal, faster, imported
 from pallas_kernels.online_softmax import refusal
 from pallas_kernels.primitives import blocks as count
 from pallas_kernels.sage_attention import reference, triton
@@ -60,12 +62,20 @@ def _sum_of_branches(q, k, v, proj_kernel, proj_bias, means=None, *, chosen, blo
 
 IMPLEMENTATIONS = {
     "sage_sparse_linear_attention": implementations(
-        _sum_of_branches, triton.sage_sparse_linear_attention
+        _sum_of_branches,
+        triton.sage_sparse_linear_attention,
+        mosaic=imported("sage_attention", "sage_sparse_linear_attention"),
     ),
     "sage_sparse_attention": implementations(
-        reference.sage_sparse_attention, triton.sage_sparse_attention
+        reference.sage_sparse_attention,
+        triton.sage_sparse_attention,
+        mosaic=imported("sage_attention", "sage_sparse_attention"),
     ),
-    "sage_attention": implementations(_every_block, triton.sage_attention),
+    "sage_attention": implementations(
+        _every_block,
+        triton.sage_attention,
+        mosaic=imported("sage_attention", "sage_attention"),
+    ),
     "quantize_keys": implementations(reference.quantize_keys, triton.quantize_keys),
 }
 
@@ -74,7 +84,9 @@ def _run(name, impl, q, *args, block_q, block_k, **sizes):
     """The implementation called `impl`, on its arguments; "auto" by the dtype and sizes of q and
     the blocks."""
     table = bound(IMPLEMENTATIONS[name], block_q=block_q, block_k=block_k, **sizes)
-    auto = automatic(table, refusal(q.shape[-1], block_q, block_k, q.dtype))
+    sizes = q.shape[-1], block_q, block_k, q.dtype
+    fast = faster(attention_refusal(*sizes))
+    auto = automatic(table, refusal(*sizes), by_family=fast)
     return choose(name, impl, table, auto)(q, *args)
 
 

@@ -2,8 +2,10 @@
 branch over all keys.
 
 Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels
-interpreted, for tests). "auto" is the kernels on CUDA, for the dtypes and sizes that they take
-(`online_softmax.refusal`), and the reference elsewhere.
+interpreted, for tests); of the attention ops also "mosaic" (Hopper, head width 128, blocks of 128
+queries and 64 keys; derivatives are Triton's). "auto" is the kernels on CUDA, Mosaic's where they
+run, for the dtypes and sizes that they take (`online_softmax.refusal`,
+`mosaic.attention_refusal`), and the reference elsewhere.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from pallas_kernels.blocking import chosen_blocks, dense_map, pooled_scores
 from pallas_kernels.checks import check_attention, check_block_list, check_means
 from pallas_kernels.dispatch import automatic, bound, choose, implementations
 from pallas_kernels.linear_branch import linear_attention
+from pallas_kernels.mosaic import attention_refusal, faster, imported
 from pallas_kernels.online_softmax import refusal
 from pallas_kernels.sparse_attention import reference, triton
 
@@ -38,8 +41,16 @@ def _sum_of_branches(q, k, v, proj_kernel, proj_bias, means=None, *, chosen, blo
 
 
 IMPLEMENTATIONS = {
-    "sparse_linear_attention": implementations(_sum_of_branches, triton.sparse_linear_attention),
-    "sparse_attention": implementations(reference.sparse_attention, triton.sparse_attention),
+    "sparse_linear_attention": implementations(
+        _sum_of_branches,
+        triton.sparse_linear_attention,
+        mosaic=imported("sparse_attention", "sparse_linear_attention"),
+    ),
+    "sparse_attention": implementations(
+        reference.sparse_attention,
+        triton.sparse_attention,
+        mosaic=imported("sparse_attention", "sparse_attention"),
+    ),
     "block_map": implementations(blocking.block_map, block_map_kernels.block_map),
 }
 
@@ -48,7 +59,9 @@ def _run(name, impl, q, *args, block_q, block_k, **sizes):
     """The implementation called `impl`, on its arguments; "auto" by the dtype and sizes of q and
     the blocks."""
     table = bound(IMPLEMENTATIONS[name], block_q=block_q, block_k=block_k, **sizes)
-    auto = automatic(table, refusal(q.shape[-1], block_q, block_k, q.dtype))
+    sizes = q.shape[-1], block_q, block_k, q.dtype
+    fast = faster(attention_refusal(*sizes)) if "mosaic" in table else None
+    auto = automatic(table, refusal(*sizes), by_family=fast, derivative="triton")
     return choose(name, impl, table, auto)(q, *args)
 
 

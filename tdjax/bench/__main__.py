@@ -56,7 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--impl",
         default="auto",
-        help="implementation of every op: auto, reference, triton; or of attention alone: cudnn",
+        help=(
+            "implementation of every op: auto, reference, triton; of sparse attention and 8-bit"
+            " linear layers: mosaic; of dense attention: cudnn"
+        ),
     )
     parser.add_argument(
         "--dtype",

@@ -179,8 +179,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--impl",
         dest="attention_impl",
         default="auto",
-        choices=("auto", "reference", "triton", "cudnn"),
-        help="triton: every kernel of this package; never a silent fallback",
+        choices=("auto", "reference", "triton", "mosaic", "cudnn"),
+        help=(
+            "triton: every Triton kernel of this package; mosaic: those for Hopper; never a silent"
+            " fallback"
+        ),
     )
     speed.add_argument("--mesh", help="several devices for one video: sp=4, tp=2,sp=2")
     speed.add_argument(

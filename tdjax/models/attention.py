@@ -32,7 +32,8 @@ class DenseCore(nnx.Module):
     keys = queries
 
     def __call__(self, q, k, v, means=None):  # q [b l h k], k v [b s h k]
-        return over_heads(partial(attention, impl=self.cfg.impl), q, k, v)
+        impl = "auto" if self.cfg.impl == "mosaic" else self.cfg.impl  # which has no dense kernel
+        return over_heads(partial(attention, impl=impl), q, k, v)
 
 
 def _rotated(x, norm: RMSNorm, rope, cfg: DiTConfig):
@@ -120,7 +121,8 @@ class Attention(nnx.Module):
 
 def _square(cfg: DiTConfig, rngs: nnx.Rngs):
     """Makes linear layers of the width of the stream."""
-    return partial(LINEAR[cfg.linear], cfg.dim, cfg.dim, cfg.policy, rngs=rngs, impl=cfg.row_impl)
+    sizes = cfg.dim, cfg.dim, cfg.policy
+    return partial(LINEAR[cfg.linear], *sizes, rngs=rngs, impl=cfg.product_impl)
 
 
 class SelfAttention(Attention):

@@ -102,7 +102,7 @@ class Linear(nnx.Module):
 
 class QuantizedLinear(nnx.Module):
     """Linear of 8-bit weights [o i] on float x [b l i], or on activations that were quantised for
-    another layer of the class. impl: as in pallas_kernels.
+    another layer of the class. impl: as in pallas_kernels; "mosaic" is the product's alone.
 
     A subclass names its scheme of `pallas_kernels.int8_matmul` and its two leaves, values and
     scale.
@@ -153,13 +153,18 @@ class QuantizedLinear(nnx.Module):
     def rows(values, scale) -> QTensor:  # of Activations -> values [(b l) i]
         return QTensor(rearrange(values, "b l i -> (b l) i"), scale)
 
+    @property
+    def row_impl(self) -> str:
+        """`impl` of what is not the product."""
+        return "auto" if self.impl == "mosaic" else self.impl
+
     def quantize_input(self, x):
         """Returns x [b l i] as the layer reads it, quantised unless it is already."""
-        return x if isinstance(x, Activations) else self.quantized(x, self.impl)
+        return x if isinstance(x, Activations) else self.quantized(x, self.row_impl)
 
     def gelu_quantized(self, x):
         """Returns GELU (tanh form) of x [b l i], quantised."""
-        return self.quantized(jax.nn.gelu(x), self.impl)
+        return self.quantized(jax.nn.gelu(x), self.row_impl)
 
     @classmethod
     def residual_norm(cls, x, factor, shift, *, eps: float, residual=None, gate=None, impl: str):
@@ -188,6 +193,7 @@ class Int8Linear(QuantizedLinear):
     published -quant files."""
 
     scheme = "block128"
+    products: ClassVar = {"mosaic": "auto"}
     leaves = ("int8_weight", "scale")
     dequantize = staticmethod(dequantize)
 
@@ -211,7 +217,7 @@ class RowLinear(QuantizedLinear):
         return Activations(*over_tokens(quantize, x), x.dtype)
 
     def gelu_quantized(self, x):
-        gelu = partial(norm_modulate.gelu, scheme=self.scheme, impl=self.impl)
+        gelu = partial(norm_modulate.gelu, scheme=self.scheme, impl=self.row_impl)
         return Activations(*over_tokens(lambda x: _by_token(gelu(x), x), x), x.dtype)
 
     @classmethod
@@ -234,8 +240,7 @@ class Int8ChannelLinear(RowLinear):
 
 
 class FP8Linear(RowLinear):
-    """float8_e4m3fn. There is no kernel for its product: on a GPU XLA's is the tensor cores'
-    own."""
+    """float8_e4m3fn. There is no Triton kernel for its product: XLA's is the tensor cores' own."""
 
     scheme = "fp8"
     products = {"triton": "xla", "interpret": "reference"}

@@ -94,8 +94,8 @@ class Block(nnx.Module):
         self.self_attn = SelfAttention(cfg, rngs=rngs)
         self.norm3 = AffineNorm(cfg)
         self.cross_attn = CrossAttention(cfg, rngs=rngs)
-        self.up = linear(cfg.dim, cfg.ffn_dim, cfg.policy, rngs=rngs, impl=cfg.row_impl)
-        self.down = linear(cfg.ffn_dim, cfg.dim, cfg.policy, rngs=rngs, impl=cfg.row_impl)
+        self.up = linear(cfg.dim, cfg.ffn_dim, cfg.policy, rngs=rngs, impl=cfg.product_impl)
+        self.down = linear(cfg.ffn_dim, cfg.dim, cfg.policy, rngs=rngs, impl=cfg.product_impl)
         self.modulation = nnx.Param(_modulation(rngs, 6, cfg))
 
     @jax.named_scope("block")

@@ -1,11 +1,15 @@
 """Every Triton kernel at every tile of `tiles.json`, compiled ahead of time for five families of
-GPUs, on a machine without one.
+GPUs, and every Mosaic GPU kernel for Hopper, on a machine without one.
 
 Runs where the CUDA compiler wheels are installed: with JAX_PLATFORMS=cpu, `pytest
 tests/pallas_kernels/test_compile.py`.
 """
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import cuda_aot
@@ -57,8 +61,8 @@ def projection():
     return spec((128, 128), jnp.float32), spec((128,), jnp.float32)
 
 
-def sla(op, block_q=128, block_k=64):
-    return lambda *args: op(*args, topk=0.1, block_q=block_q, block_k=block_k, impl="triton")
+def sla(op, block_q=128, block_k=64, impl="triton"):
+    return lambda *args: op(*args, topk=0.1, block_q=block_q, block_k=block_k, impl=impl)
 
 
 def gradient(op, *sizes):
@@ -74,9 +78,9 @@ def weights(scheme, m, k, n):
     )
 
 
-def linear(scheme):
+def linear(scheme, impl="triton"):
     return lambda x, w, bias: quantized_linear(
-        x, w, bias, scheme=scheme, out_dtype=jnp.bfloat16, impl="triton"
+        x, w, bias, scheme=scheme, out_dtype=jnp.bfloat16, impl=impl
     )
 
 
@@ -143,6 +147,37 @@ def case(name, size):
     }[name]
 
 
+def mosaic_case(name):
+    """(function, arguments) of a case of MOSAIC."""
+    (l, d, f, _), sparse = SIZES["480p"], sparse_attention.sparse_linear_attention
+    sage = sage_attention.sage_sparse_linear_attention
+    bias = spec((f,), jnp.bfloat16)
+    return {
+        "sla": (sla(sparse, impl="mosaic"), (*qkv("480p"), *projection())),
+        "sagesla": (sla(sage, impl="mosaic"), (*qkv("480p"), *projection())),
+        "sage dense": (
+            lambda q, k, v: sage_attention.sage_attention(q, k, v, impl="mosaic"),
+            qkv("480p"),
+        ),
+        "channel": (linear("channel", "mosaic"), (*weights("channel", l, d, f), bias)),
+        "channel, few rows": (
+            linear("channel", "mosaic"),
+            (*weights("channel", 512, d, d), spec((d,), jnp.bfloat16)),
+        ),
+        "fp8": (linear("fp8", "mosaic"), (*weights("fp8", l, d, f), bias)),
+    }[name]
+
+
+# case -> kernels that must be in it, the ops of the inventory that they are, and bytes that all of
+# them may spill: float scores leave no registers for the paths that look for a maximum
+MOSAIC = {
+    "sla": (2, ("sparse_linear_attention", "sparse_attention"), 1304),
+    "sagesla": (3, ("sage_sparse_linear_attention", "sage_sparse_attention"), 0),
+    "sage dense": (3, ("sage_attention",), 0),
+    "channel": (1, ("quantized_linear channel",), 0),
+    "channel, few rows": (1, ("quantized_linear channel",), 0),
+    "fp8": (1, ("quantized_linear fp8",), 0),
+}
 # case -> kernels that must be in it, and the ops of the inventory that they are
 SLA = "sparse_linear_attention", "sparse_attention", "block_map"
 SAGE = "sage_sparse_linear_attention", "sage_sparse_attention", "quantize_keys"
@@ -210,9 +245,27 @@ def test_compiles(monkeypatch, name, arch):
         assert any(S8[arch] in kernel.ptx for kernel in found)
 
 
+@pytest.mark.skipif(cuda_aot.available() is not None, reason=str(cuda_aot.available()))
+@pytest.mark.parametrize("name", MOSAIC)
+def test_mosaic_compiles(tmp_path, name):
+    environment = os.environ | cuda_aot.mosaic_environment(tmp_path)
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, __file__, name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kernels = [cuda_aot.Compiled(**row) for row in json.loads(done.stdout.splitlines()[-1])]
+    for kernel in kernels:
+        print(f"{name}: {kernel.name} {kernel.registers} registers, {kernel.spills} spilled")
+        assert "wgmma" in kernel.ptx or "pass_over_tokens" in kernel.name
+        assert not kernel.serialized, kernel.name
+    assert len(kernels) == MOSAIC[name][0]
+    assert sum(kernel.spills for kernel in kernels) <= MOSAIC[name][2]
+
+
 def test_every_op_with_a_kernel_has_a_case():
-    compiled = {op for op, table in OPS.items() if "triton" in table}
-    assert {op for _, ops in CASES.values() for op in ops} == compiled
+    for impl, cases in {"triton": CASES, "mosaic": MOSAIC}.items():
+        compiled = {op for op, table in OPS.items() if impl in table}
+        assert {op for _, ops, *_ in cases.values() for op in ops} == compiled
 
 
 def test_every_tile_has_every_family():
@@ -220,3 +273,8 @@ def test_every_tile_has_every_family():
         for kernel, families in json.loads(path.read_text()).items():
             assert list(families) == list(cuda_aot.TARGETS), f"{path.parent.name}: {kernel}"
             assert all({"warps", "stages"} <= set(tile) for tile in families.values())
+
+
+if __name__ == "__main__":  # a process for `test_mosaic_compiles`
+    function, args = mosaic_case(sys.argv[1])
+    print(json.dumps([dataclasses.asdict(k) for k in cuda_aot.compile_mosaic(function, *args)]))

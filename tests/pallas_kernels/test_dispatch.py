@@ -1,11 +1,13 @@
+import dataclasses
 from types import SimpleNamespace
 
+import described
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import tuning
+from pallas_kernels import mosaic, tuning
 from pallas_kernels.dispatch import automatic, bound, choose, implementations, on_cuda
 from pallas_kernels.inventory import OPS
 
@@ -60,6 +62,28 @@ def test_auto_takes_another_kernel_on_a_family_of_gpus(monkeypatch):
     assert "stablehlo.tanh" in lowered(op)
     monkeypatch.setattr(tuning, "family", lambda: "sm80")
     assert "stablehlo.sine" in lowered(automatic(TABLE, None, by_family={"sm90": "mosaic"}))
+
+
+def test_a_described_gpu_is_the_one_that_is_compiled_for():
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("older versions of jax describe no GPU")
+    mesh = lambda kind: jax.sharding.AbstractMesh(
+        (), (), abstract_device=dataclasses.replace(described.H100, device_kind=kind)
+    )
+    kinds = {
+        "NVIDIA H200": "sm90",
+        "NVIDIA A100-SXM4-80GB": "sm80",
+        "NVIDIA GeForce RTX 4090": "sm89",
+        "NVIDIA B200": "sm100",
+        "NVIDIA RTX PRO 6000 Blackwell Server Edition": "sm120",
+    }
+    for kind, family in kinds.items():
+        with jax.sharding.use_abstract_mesh(mesh(kind)):
+            assert tuning.known_family() == tuning.family() == family
+            assert bool(mosaic.faster(None)) and (mosaic.unavailable() is None) == (
+                family == "sm90"
+            )
+    assert tuning.known_family() is None and tuning.family() == tuning.DEFAULT
 
 
 def test_implementations_by_name():

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import selftest
+from pallas_kernels import mosaic, selftest
 from pallas_kernels.inventory import OPS
 from tdjax import env
 
@@ -28,6 +28,22 @@ def test_two_real_cases(monkeypatch):
         and all(check.passed for check in together)
     )
     assert list(selftest.run("interpret", wanted)) == together and together[0].error > 0
+
+
+def test_kernels_for_hopper_are_checked_there(monkeypatch):
+    """With the checks of the same name, and only where they are compiled."""
+    made, right = [], {"channel linear": (1.0, 1.0), "channel linear (Mosaic)": (1.0, 1.0)}
+
+    def outputs(impl, names):
+        made.append(set(names))
+        return {name: right[name] for name in names}
+
+    monkeypatch.setattr(selftest, "outputs", outputs)
+    selftest.together("triton", {"channel linear"})
+    monkeypatch.setattr(mosaic, "faster", lambda reason: {"sm90": "mosaic"})
+    selftest.together("interpret", {"channel linear"})
+    selftest.together("triton", {"channel linear"})
+    assert made == [{"channel linear"}, {"channel linear"}, set(right)]
 
 
 def counted(monkeypatch, rows: dict, bounds: dict) -> list:

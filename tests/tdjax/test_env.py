@@ -47,6 +47,14 @@ def test_every_op_has_its_reference():
     assert all(row["why_not"] for row in rows if row["impl"] != "reference")
 
 
+def test_kernels_for_hopper_are_for_hopper():
+    card = {"platform": "gpu", "kind": "card"}
+    assert env.why_not("mosaic", card | {"compute_capability": "9.0"}) is None
+    for other in ("8.9", "10.0"):
+        reason = env.why_not("mosaic", card | {"compute_capability": other})
+        assert reason == f"needs compute capability 9.0 (Hopper); card has {other}"
+
+
 @pytest.mark.parametrize(
     "platform, capability, expected",
     [

@@ -94,6 +94,18 @@ LAUNCHED = {
 }
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older versions describe no GPU")
+def test_auto_lowers_mosaic_for_hopper():
+    """Ten products, two passes over tokens and the loop of attention; Triton's for the rest."""
+    arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    cfg = DiTConfig(attention="sagesla", linear="int8_channel")
+    model = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
+    args = arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096)
+    text = described.lower(described.trace(run, model, *args)).as_text()
+    called = Counter(re.findall(r"custom_call @([\w.$]+)", text))
+    assert called == {"mosaic_gpu_v2": 10 + 2 + 1, "__gpu$xla.gpu.triton": 10}
+
+
 @pytest.mark.parametrize("attention, linear", LAUNCHED)
 def test_kernels_lower_for_cuda_at_real_size(attention, linear):
     """The 1.3B model at 480p, without a GPU: the fast path holds exactly the kernels that it
