@@ -378,7 +378,7 @@ def test_quantised_at_load_and_back(model, pipe, tmp_path, capsys):
     assert "dequantised at load" in capsys.readouterr().err and back.config.linear == "float"
     assert 1e-5 < far(back) < 0.05
     tdjax.load(folder)
-    assert "running as W8A8 (--quant none dequantises at load)" in capsys.readouterr().err
+    assert "running as W8A8 (`quant` none dequantises at load)" in capsys.readouterr().err
     channel = tdjax.load(folder, quant="int8_channel")
     assert "int8 weights in the blocks, made int8_channel at load" in capsys.readouterr().err
     assert 1e-5 < far(channel) < 0.05
