@@ -4,19 +4,27 @@ safetensors."""
 from __future__ import annotations
 
 import argparse
-import sys
+import os
 from pathlib import Path
 
+from convert.cli import INTERRUPTED, check_target, finish
+from tdjax import cli
+from tdjax.cli import lora_pair
+from tdjax.errors import UsageError
+
 EPILOG = """\
-SRC   a .pth or .safetensors file, a shard index, a folder of shards, or a folder that this command wrote. Several files, or
-      a folder with a whole model, make DST a model folder: dit/ (or dit_high/ and dit_low/), vae/, text/, the tokenizer.
+SRC   a .pth or .safetensors file, a shard index, a folder of shards, or a folder that this command
+      wrote. Several files, or a folder with a whole model, make DST a model folder: dit/ (or
+      dit_high/ and dit_low/), vae/, text/, the tokenizer.
 DST   a folder in tdjax's layout, or NAME.safetensors to export under the published names.
 
-The kind, size, task, attention and quantisation are read from the keys. Only paths go to stdout, the report to stderr.
+The kind, size, task, attention and quantisation are read from the keys. Only paths go to stdout,
+the report to stderr.
 Exit codes: 0 ok, 2 usage, 3 the checkpoint is damaged or another model, 130 interrupted."""
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Every option of the command."""
     p = argparse.ArgumentParser(
         prog="python -m convert",
         description=__doc__,
@@ -28,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         "paths",
         metavar="SRC... DST",
         nargs="+",
+        type=cli.path,
         help="what to convert, and where to; with --merge only DST",
     )
     p.add_argument(
@@ -45,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--lora",
         action="append",
         default=[],
+        type=os.path.expanduser,
         metavar="FILE[:WEIGHT]",
         help="add a LoRA to the transformer; may be repeated",
     )
@@ -57,26 +67,31 @@ def build_parser() -> argparse.ArgumentParser:
         "--heads", type=int, metavar="N", help="attention heads, where the head width is not 128"
     )
     p.add_argument("--overwrite", action="store_true", help="replace DST")
-    p.add_argument("--no-hash", action="store_true", help="do not compute the sources' SHA-256")
+    p.add_argument("--no_hash", action="store_true", help="do not compute the sources' SHA-256")
     p.add_argument("--json", action="store_true", help="the report as one JSON line on stdout")
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
-    from convert.cli import run
-
-    args = build_parser().parse_intermixed_args(argv)
-    return run(lambda: convert(args))
+    """Exit codes: 0 ok, 2 usage, 3 checkpoint, 130 interrupted, 143 terminated."""
+    return cli.main(
+        lambda words: convert(build_parser().parse_intermixed_args(words)),
+        argv,
+        parser=build_parser,
+        interrupted=INTERRUPTED,
+    )
 
 
 def convert(args) -> int:
-    from convert.cli import finish, refuse_existing
+    """Converts one file or a whole model, and reports."""
     from convert.model import components, convert_model, convert_one
     from convert.report import text
 
-    *sources, target = (Path(p) for p in args.paths)
+    *sources, target = args.paths
     check(args, sources, target)
-    refuse_existing(target, args.overwrite)
+    merged = map(Path, args.merge.split(",")[:3] if args.merge else ())
+    loras = (Path(lora_pair(text)[0]) for text in args.lora)
+    check_target(target, args.overwrite, [*sources, *merged, *loras])
     parts = components(sources) if sources else {"dit": None}
     one = len(parts) == 1 and "tokenizer" not in parts
     reports = (
@@ -91,8 +106,6 @@ def convert(args) -> int:
 
 def check(args, sources: list[Path], target: Path) -> None:
     """Refuse contradictions before anything is opened."""
-    from tdjax.errors import UsageError
-
     if args.merge and sources:
         raise UsageError(
             f"--merge and a source ({sources[0]})",
@@ -120,4 +133,4 @@ def check(args, sources: list[Path], target: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

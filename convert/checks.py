@@ -16,7 +16,7 @@ LEVELS = ("keys", "values", "forward")
 SHOWN = 20
 
 
-def keys(args) -> tuple[dict, str, int]:
+def _keys(args) -> tuple[dict, str, int]:
     """Opening a checkpoint is the check: it raises with the full list."""
     leaves = open_leaves(args.checkpoint, **known(args))
     text = (
@@ -32,10 +32,10 @@ def keys(args) -> tuple[dict, str, int]:
     return facts, text + f", {leaves.facts['dropped']} dropped", 0
 
 
-def values(args) -> tuple[dict, str, int]:
+def _values(args) -> tuple[dict, str, int]:
     """Every value finite and, with --against, within atol + rtol |other| of the other file's."""
     ours = open_leaves(args.checkpoint, "float32", **known(args))
-    other = against(args, ours)
+    other = _against(args, ours)
     atol, rtol = args.atol or 0.0, args.rtol or 0.0
     bad, worst, not_finite = [], 0.0, []
     with reading(ours, args.checkpoint.name) as ours:
@@ -68,26 +68,26 @@ def values(args) -> tuple[dict, str, int]:
     return facts, "\n  ".join([total, *lines[:SHOWN], *more]), len(lines)
 
 
-def against(args, ours: Leaves) -> Leaves | None:
+def _against(args, ours: Leaves) -> Leaves | None:
     """The other file, checked to be the same network."""
     if args.against is None:
         return None
     other = open_leaves(args.against, "float32", **known(args))
     orbax.check_table(
-        shapes(ours),
-        shapes(other),
+        _shapes(ours),
+        _shapes(other),
         f"{args.against.name} is not the same network as {args.checkpoint.name}",
     )
     return other
 
 
-def shapes(leaves: Leaves) -> dict:
+def _shapes(leaves: Leaves) -> dict:
     return {name: (tuple(x.shape), x.dtype.name) for name, x in leaves.lazy.items()}
 
 
-def forward(args) -> tuple[dict, str, int]:
+def _forward(args) -> tuple[dict, str, int]:
     """The network on random input: finite, and with --against close to the other's output."""
-    a = output(args.checkpoint, args)
+    a = _output(args.checkpoint, args)
     finite = bool(np.isfinite(a).all())
     facts, text, failed = (
         {"finite": finite, "rms": float(np.sqrt(np.mean(a**2)))},
@@ -95,7 +95,7 @@ def forward(args) -> tuple[dict, str, int]:
         int(not finite),
     )
     if args.against is not None:
-        b = output(args.against, args)
+        b = _output(args.against, args)
         atol, rtol = (1e-2 if x is None else x for x in (args.atol, args.rtol))
         error = np.abs(a - b)
         close = bool((error <= atol + rtol * np.abs(b)).all())
@@ -109,7 +109,7 @@ def forward(args) -> tuple[dict, str, int]:
     return facts, text, failed
 
 
-def output(path, args) -> np.ndarray:
+def _output(path, args) -> np.ndarray:
     """The output of a checkpoint's network on small random input that depends on its sizes
     alone."""
     leaves = open_leaves(path, None, **known(args))
@@ -127,24 +127,24 @@ def output(path, args) -> np.ndarray:
             image,
             features,
         )
-        return np.asarray(applied(module, *inputs), np.float32)
+        return np.asarray(_applied(module, *inputs), np.float32)
     if isinstance(cfg, TextConfig):
         ids, mask = jnp.arange(8, dtype=jnp.int32)[None] % cfg.vocab, jnp.ones((1, 8), jnp.int32)
-        return np.asarray(applied(module, ids, mask).astype(jnp.float32))
+        return np.asarray(_applied(module, ids, mask).astype(jnp.float32))
     side = 2 * cfg.spatial
     video = jnp.tanh(normal(0, 1, 1 + cfg.temporal, side, side, 3))
-    return np.concatenate([np.asarray(x, np.float32).reshape(-1) for x in coded(module, video)])
+    return np.concatenate([np.asarray(x, np.float32).reshape(-1) for x in _coded(module, video)])
 
 
 @jax.jit  # one program for two checkpoints of the same config
-def applied(module, *inputs):
+def _applied(module, *inputs):
     return module(*inputs)
 
 
 @jax.jit
-def coded(vae, video):
+def _coded(vae, video):
     latents = vae.encode(video)
     return latents, vae.decode(latents)
 
 
-CHECKS = {"keys": keys, "values": values, "forward": forward}
+CHECKS = {"keys": _keys, "values": _values, "forward": _forward}

@@ -1,44 +1,22 @@
-"""What the three commands share: exit codes, progress on a terminal, one JSON line or text."""
+"""What the three commands share: their options for sources, progress on a terminal, one JSON line
+or text."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tdjax.errors import TdjaxError, UsageError
-
-INTERRUPTED = 130
-
-
-def run(command: Callable[[], int]) -> int:
-    """The command's exit code: 0 ok, 2 usage, 3 checkpoint mismatch, 130 interrupted. What, why and
-    fix go to stderr."""
-    try:
-        return command()
-    except TdjaxError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.exit_code
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written under the final name", file=sys.stderr)
-        return INTERRUPTED
+# What Ctrl-C leaves behind.
+INTERRUPTED = "nothing was written under the final name"
 
 
 def known(args) -> dict[str, int]:
     """Config fields given on the command line."""
     return {} if args.heads is None else {"heads": args.heads}
-
-
-def weighted(text: str) -> tuple[str, float]:
-    """FILE or FILE:0.8"""
-    path, colon, weight = text.rpartition(":")
-    if colon and re.fullmatch(r"-?\d+(\.\d*)?(e-?\d+)?", weight):
-        return path, float(weight)
-    return text, 1.0
 
 
 def bar(total: int, name: str):
@@ -86,15 +64,14 @@ def save(leaves, target: Path, naming: str | None, overwrite: bool) -> Path:
     )
 
 
-def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Before any work: a destination that exists is an error, not something to find out after an
-    hour."""
-    if target.exists() and not overwrite:
-        raise UsageError(
-            f"{target} exists",
-            "nothing is overwritten by itself",
-            "give another name, or --overwrite",
-        )
+def check_target(target: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
+    """Before any work: a destination that may not be written is an error, not something to find out
+    after an hour. Raises UsageError."""
+    from tdjax.checkpoints.folders import is_model
+    from tdjax.files import refuse_existing, refuse_inputs
+
+    refuse_existing(target, overwrite, owned=is_model)
+    refuse_inputs(target, inputs)
 
 
 def finish(args, facts: dict, text: str, written: list[Path]) -> int:

@@ -12,19 +12,19 @@ import einops
 import numpy as np
 
 from convert.leaves import Leaves
-from tdjax.checkpoints.orbax import written
 from tdjax.checkpoints.published import detect
 from tdjax.checkpoints.published.checkpoint import arrange
 from tdjax.checkpoints.published.rules import Row, invert
 from tdjax.checkpoints.published.tensor import DTYPE_NAMES
 from tdjax.config import DiTConfig, to_dict
 from tdjax.errors import CheckpointError
+from tdjax.files import written
 
 PUBLISHED = ("float", "int8")  # kinds of linear layers that have published names
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class _Piece:
     """One tensor of the file: which leaf and layer it is, how it is laid out, where it goes."""
 
     key: str
@@ -39,7 +39,7 @@ class Piece:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def pieces(leaves: Leaves, naming: str) -> list[Piece]:
+def pieces(leaves: Leaves, naming: str) -> list[_Piece]:
     """Every tensor of the exported file, those of one leaf together."""
     if getattr(leaves.config, "linear", "float") not in PUBLISHED:
         raise CheckpointError(
@@ -56,11 +56,11 @@ def pieces(leaves: Leaves, naming: str) -> list[Piece]:
             shape = lazy.shape[1:] if row.stacked else lazy.shape
             if row.layout:
                 shape = einops.rearrange(
-                    np.broadcast_to(np.int8(0), shape), row.inverse_layout, **sizes(row, leaves)
+                    np.broadcast_to(np.int8(0), shape), row.inverse_layout, **_sizes(row, leaves)
                 ).shape
-            out += [Piece(key, leaf, layer, row, tuple(shape), lazy.dtype) for layer, key in keys]
+            out += [_Piece(key, leaf, layer, row, tuple(shape), lazy.dtype) for layer, key in keys]
     except ValueError as e:
-        others = " or ".join(namings(leaves.kind))
+        others = " or ".join(_namings(leaves.kind))
         raise CheckpointError(
             f"{leaves.path.name} cannot be written under the {naming} names",
             str(e),
@@ -69,11 +69,11 @@ def pieces(leaves: Leaves, naming: str) -> list[Piece]:
     return out
 
 
-def namings(kind: str) -> list[str]:
+def _namings(kind: str) -> list[str]:
     return list(detect.NAMINGS[kind].ROWS)
 
 
-def sizes(row: Row, leaves: Leaves) -> dict[str, int]:
+def _sizes(row: Row, leaves: Leaves) -> dict[str, int]:
     """Lengths of axes that a layout joins: those of the patch."""
     if "(" not in row.layout or not isinstance(leaves.config, DiTConfig):
         return {}
@@ -97,7 +97,7 @@ def export(
     for p in order:
         offsets[p.key] = at
         at += p.nbytes
-    header = header_bytes(leaves, order, offsets)
+    header = _header_bytes(leaves, order, offsets)
     with written(Path(path), overwrite) as part, part.open("wb") as f:
         f.write(header)
         f.truncate(len(header) + at)
@@ -106,21 +106,21 @@ def export(
             for p in every:
                 if p.leaf == leaf:
                     f.seek(len(header) + offsets[p.key])
-                    f.write(restore(x, p, leaves).view(np.uint8).data)
+                    f.write(_restore(x, p, leaves).view(np.uint8).data)
             if progress:
                 progress(x.nbytes)
     return Path(path)
 
 
-def restore(x: np.ndarray, piece: Piece, leaves: Leaves) -> np.ndarray:
+def _restore(x: np.ndarray, piece: _Piece, leaves: Leaves) -> np.ndarray:
     """A leaf's layer in the orientation of the file, flat."""
     layer = x if piece.layer is None else x[piece.layer]
     return arrange(
-        layer, piece.row.inverse_layout, piece.dtype, **sizes(piece.row, leaves)
+        layer, piece.row.inverse_layout, piece.dtype, **_sizes(piece.row, leaves)
     ).reshape(-1)
 
 
-def header_bytes(leaves: Leaves, order: list[Piece], offsets: dict[str, int]) -> bytes:
+def _header_bytes(leaves: Leaves, order: list[_Piece], offsets: dict[str, int]) -> bytes:
     """Length and JSON header, padded with spaces to a multiple of eight. The config travels as text
     metadata."""
     config = json.dumps({"kind": leaves.kind, "config": to_dict(leaves.config)})

@@ -2,8 +2,7 @@
 every value compared.
 
 Files: arrays w/<PyTorch key>, in/..., mid/..., out/... and a JSON `config`, made by the official
-       code in float32. Sizes are
-taken from the file, so sets of other widths and seeds run as well.
+code in float32. Sizes are taken from the file, so sets of other widths and seeds run as well.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ class Held:
         return self.array
 
 
-class Golden:
+class _Golden:
     """The arrays and the config of one file."""
 
     def __init__(self, path):
@@ -143,19 +142,14 @@ class Golden:
         """The targets that no row has covered, each with the reason."""
         for key in self.arrays:
             if key.startswith(("out/", "mid/")) and key not in self.seen:
-                yield Row(
-                    key,
-                    note=(
-                        "not a target: " + NOT_A_TARGET[key]
-                        if key in NOT_A_TARGET
-                        else "not computed here"
-                    ),
-                )
+                known = key in NOT_A_TARGET
+                note = f"not a target: {NOT_A_TARGET[key]}" if known else "not computed here"
+                yield Row(key, note=note)
 
 
-def check_of(g: Golden):
+def _check_of(g: _Golden):
     """The function that runs a file of this kind, by a field of its config, or None."""
-    marks = {"num_layers": dit, "dim_mult": vae, "encoder_layers": text, "configs": sla_op}
+    marks = {"num_layers": dit, "dim_mult": _vae, "encoder_layers": _text, "configs": _sla_op}
     return next((check for mark, check in marks.items() if mark in g.config), None)
 
 
@@ -163,7 +157,7 @@ def files(path: Path) -> list[Path]:
     """A file, or those of a folder that can be run here."""
     if not path.is_dir():
         return [path]
-    found = [file for file in sorted(path.glob("*.npz")) if check_of(Golden(file)) is not None]
+    found = [file for file in sorted(path.glob("*.npz")) if _check_of(_Golden(file)) is not None]
     if not found:
         raise CheckpointError(
             f"{path} holds no golden vectors of a network",
@@ -176,8 +170,8 @@ def files(path: Path) -> list[Path]:
 def run(path, impl: str = "auto") -> list[Row]:
     """Every out/ and mid/ value of a file of golden vectors against ours. Raises CheckpointError
     for unknown formats."""
-    g = Golden(path)
-    check = check_of(g)
+    g = _Golden(path)
+    check = _check_of(g)
     if check is None:
         known = "transformers, sparse attention, VAE and umT5"
         raise CheckpointError(
@@ -189,11 +183,11 @@ def run(path, impl: str = "auto") -> list[Row]:
         return [*check(g, impl), *g.rest()]
 
 
-def channels_last(x):
+def _channels_last(x):
     return jnp.asarray(rearrange(x, "b c t h w -> b t h w c"))
 
 
-def dit(g: Golden, impl: str) -> Iterator[Row]:
+def dit(g: _Golden, impl: str) -> Iterator[Row]:
     """dit_*: text- and image-to-video, dense and SLA."""
     c = g.config
     known = {
@@ -206,10 +200,10 @@ def dit(g: Golden, impl: str) -> Iterator[Row]:
     if "sla_topk" in c:
         known["sla"] = SLAConfig(topk=c["sla_topk"], block_q=c["BLKQ"], block_k=c["BLKK"])
     model = g.module(patch=tuple(c["patch_size"]), **known)
-    image = channels_last(g["in/y"]) if "in/y" in g else None
+    image = _channels_last(g["in/y"]) if "in/y" in g else None
     features = jnp.asarray(g["in/clip"]) if "in/clip" in g else None
     inputs = (
-        channels_last(g["in/x"]),
+        _channels_last(g["in/x"]),
         jnp.asarray(g["in/timesteps"][:, 0]),
         jnp.asarray(g["in/crossattn_emb"]),
         image,
@@ -223,7 +217,7 @@ def dit(g: Golden, impl: str) -> Iterator[Row]:
     yield from g.compare(kind, {"v": rearrange(v, "b t h w c -> b c t h w")}, "out/")
 
 
-def sla_op(g: Golden, impl: str) -> Iterator[Row]:
+def _sla_op(g: _Golden, impl: str) -> Iterator[Row]:
     """sla_op: the sparse-linear attention alone, at several block sizes and shares."""
     qkv = tuple(jnp.asarray(g[f"in/{name}"]) for name in "qkv")
     proj = jnp.asarray(g["w/proj_l.weight"]).T, jnp.asarray(g["w/proj_l.bias"])
@@ -236,18 +230,18 @@ def sla_op(g: Golden, impl: str) -> Iterator[Row]:
         "sla", {"o_l_raw": linear(*qkv, *identity), "o_l": linear(*qkv, *proj)}, "mid/"
     )
     for c in g.config["configs"]:
-        scores, values = sparse_values(c, impl)(*qkv, *proj)
+        scores, values = _sparse_values(c, impl)(*qkv, *proj)
         yield from g.compare("sla", {"pooled_score": scores}, f"mid/{c['tag']}/")
         prefix = f"out/{c['tag']}/"
         yield from g.compare("sla", values if c["real_topk"] else {}, prefix)
         for key in [key for key in g.arrays if key.startswith(prefix) and key not in g.seen]:
-            reason = "bf16" if key.endswith("_bf16") else "empty" if not c["real_topk"] else None
-            if reason:
+            bf16 = key.endswith("_bf16")
+            if bf16 or not c["real_topk"]:
                 g.seen.add(key)
-                yield Row(key, note=f"not a target: {NOT_A_TARGET[reason]}")
+                yield Row(key, note=f"not a target: {NOT_A_TARGET['bf16' if bf16 else 'empty']}")
 
 
-def sparse_values(c: dict[str, Any], impl: str):
+def _sparse_values(c: dict[str, Any], impl: str):
     """A jitted function of q, k, v and the projection for one configuration: pooled scores, and the
     outputs by name."""
     size, topk = {"block_q": c["BLKQ"], "block_k": c["BLKK"]}, c["topk_ratio"]
@@ -265,7 +259,7 @@ def sparse_values(c: dict[str, Any], impl: str):
     return jax.jit(values)
 
 
-def vae(g: Golden, impl: str) -> Iterator[Row]:
+def _vae(g: _Golden, impl: str) -> Iterator[Row]:
     """vae_*: encoder and decoder at several numbers of frames."""
     known = {"mean": tuple(g.config["latent_mean"]), "std": tuple(g.config["latent_std"])}
     model = g.module(**known)
@@ -276,7 +270,7 @@ def vae(g: Golden, impl: str) -> Iterator[Row]:
         )
     )
     for case in sorted({key.split("/")[1] for key in g.arrays if key.startswith("in/")}):
-        video, latents = (channels_last(g[f"in/{case}/{name}"]) for name in ("video", "latent"))
+        video, latents = (_channels_last(g[f"in/{case}/{name}"]) for name in ("video", "latent"))
         inside, out = both(model, video, latents)
         yield from g.compare("vae", inside, f"mid/{case}/")
         yield from g.compare(
@@ -286,7 +280,7 @@ def vae(g: Golden, impl: str) -> Iterator[Row]:
         )
 
 
-def text(g: Golden, impl: str) -> Iterator[Row]:
+def _text(g: _Golden, impl: str) -> Iterator[Row]:
     """umt5_*: the encoder, with its position buckets and the bias of the outer queries."""
     model = g.module(text_len=g.config["text_len"])
     ids, mask = jnp.asarray(g["in/ids"]), jnp.asarray(g["in/mask"])

@@ -42,7 +42,7 @@ class Leaves:
         return self.facts.get("names") or NAMES[self.kind]
 
 
-def stored_as(cfg: Config, dtype: str | None) -> Config:
+def _stored_as(cfg: Config, dtype: str | None) -> Config:
     """The config with another storage dtype; compute follows it."""
     return (
         cfg
@@ -64,7 +64,7 @@ def open_leaves(path, dtype: str | None = None, **known) -> Leaves:
             f"first: python -m convert {path} FILE.safetensors",
         )
     kind, stored = orbax.checked(path)
-    cfg = stored_as(stored, dtype)
+    cfg = _stored_as(stored, dtype)
     shapes = targets(kind, cfg)
     read = lambda name, to: orbax.read(path, name).astype(to, copy=False)
     lazy = {
@@ -90,5 +90,6 @@ def open_leaves(path, dtype: str | None = None, **known) -> Leaves:
 
 
 def of_file(file: Checkpoint, dtype: str | None) -> Leaves:
-    cfg = stored_as(file.config, dtype)
+    """The leaves of an opened published file, in another storage dtype unless that is None."""
+    cfg = _stored_as(file.config, dtype)
     return Leaves(file.source.path, file.kind, cfg, file.lazy(cfg), file.facts(), file)

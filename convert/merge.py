@@ -43,12 +43,12 @@ def merge(base, diff_base, target, weight: float) -> tuple[dict[str, Any], dict[
             for c, found in ((diff_base, before), (target, after))
             if slot in found
         ]
-        if len(pair) == 2 and all(same_values(base.tensors[key].shape, t.shape) for t in pair):
-            out[key] = changed(base.tensors[key], functools.partial(add_difference, *pair, weight))
+        if len(pair) == 2 and all(_same_values(base.tensors[key].shape, t.shape) for t in pair):
+            out[key] = changed(base.tensors[key], functools.partial(_add_difference, *pair, weight))
         else:
             kept.append(key)
     copied = {
-        key_of(slot, base): target.tensors[key]
+        _key_of(slot, base): target.tensors[key]
         for slot, (_, key) in after.items()
         if slot not in ours
     }
@@ -70,18 +70,18 @@ def merge(base, diff_base, target, weight: float) -> tuple[dict[str, Any], dict[
     return out | copied, counts | {"kept_keys": sorted(kept)}
 
 
-def add_difference(diff_base, target, weight: float, x: np.ndarray) -> np.ndarray:
+def _add_difference(diff_base, target, weight: float, x: np.ndarray) -> np.ndarray:
     after, before = (t.read().astype(np.float32).reshape(x.shape) for t in (target, diff_base))
     return x + np.float32(weight) * (after - before)
 
 
-def same_values(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+def _same_values(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
     """Equal shapes, or a patch embedding once as a convolution and once flat: the order of values
     is the same."""
     return a == b or ({len(a), len(b)} == {2, 5} and a[0] == b[0] and np.prod(a) == np.prod(b))
 
 
-def key_of(slot: Slot, like) -> str:
+def _key_of(slot: Slot, like) -> str:
     """The name that a slot would have in a file like this one."""
     leaf, layer = slot
     try:

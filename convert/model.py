@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from convert import merge
-from convert.cli import bar, known, reading, save, weighted
+from convert.cli import bar, known, reading, save
 from convert.leaves import Leaves, of_file, open_leaves
 from tdjax.checkpoints import filenames, folders
-from tdjax.checkpoints.orbax import inspect, written
+from tdjax.checkpoints.folders import is_model
+from tdjax.checkpoints.orbax import inspect
 from tdjax.checkpoints.published import detect, lora
 from tdjax.checkpoints.published.checkpoint import Checkpoint, open_checkpoint
 from tdjax.checkpoints.published.files import open_source
+from tdjax.cli import lora_pair
 from tdjax.config import to_dict
 from tdjax.errors import CheckpointError, UsageError
+from tdjax.files import written
 
 TOKENIZERS = ("tokenizer.json", "spiece.model")
 FOLDERS = {"dit": "dit", "dit_low": "dit_low", "vae": "vae", "text": "text"}
@@ -26,11 +29,13 @@ def components(sources: list[Path]) -> dict[str, Path]:
     """{"dit" | "dit_low" | "vae" | "text" | "tokenizer": path} of one model, from its files or from
     a folder that holds them."""
     if len(sources) == 1:
-        inside = in_folder(sources[0]) if sources[0].is_dir() else {}
+        inside = _in_folder(sources[0]) if sources[0].is_dir() else {}
         return inside if len(inside) > 1 else {"one": next(iter(inside.values()), sources[0])}
     found: dict[str, list[Path]] = {}
     for path in sources:
-        found.setdefault("tokenizer" if path.name in TOKENIZERS else kind_of(path), []).append(path)
+        found.setdefault("tokenizer" if path.name in TOKENIZERS else _kind_of(path), []).append(
+            path
+        )
     many = {
         kind: paths for kind, paths in found.items() if len(paths) > (2 if kind == "dit" else 1)
     }
@@ -43,17 +48,17 @@ def components(sources: list[Path]) -> dict[str, Path]:
         )
     out = {kind: paths[0] for kind, paths in found.items()}
     if len(found.get("dit", ())) == 2:
-        out["dit"], out["dit_low"] = experts(found["dit"])
+        out["dit"], out["dit_low"] = _experts(found["dit"])
     return out
 
 
-def kind_of(path: Path) -> str:
+def _kind_of(path: Path) -> str:
     if (path / "manifest.json").is_file():
         return inspect(path)["kind"]
     return detect.kind_of(open_source(path).tensors, path.name)
 
 
-def experts(paths: list[Path]) -> tuple[Path, Path]:
+def _experts(paths: list[Path]) -> tuple[Path, Path]:
     """(high noise, low noise), which keys and shapes cannot tell: only names do."""
     by_name = {filenames.expert(folders.shown(path)): path for path in paths}
     if by_name.keys() != {"high", "low"}:
@@ -66,7 +71,7 @@ def experts(paths: list[Path]) -> tuple[Path, Path]:
     return by_name["high"], by_name["low"]
 
 
-def in_folder(folder: Path) -> dict[str, Path]:
+def _in_folder(folder: Path) -> dict[str, Path]:
     """The parts inside a folder. A folder of shards or a single file is one part, for the reader to
     open."""
     if (folder / "manifest.json").is_file():
@@ -81,7 +86,7 @@ def in_folder(folder: Path) -> dict[str, Path]:
 
 def convert_one(args, path: Path | None, target: Path) -> dict[str, Any]:
     """Convert a file, or the merge that --merge asks for; the report."""
-    leaves = merged(args) if path is None else opened(args, path)
+    leaves = _merged(args) if path is None else _opened(args, path)
     digest = None
     if leaves.file is not None and not args.no_hash:
         with bar(leaves.facts["bytes"], f"{leaves.path.name}: hash") as progress:
@@ -110,13 +115,13 @@ def convert_one(args, path: Path | None, target: Path) -> dict[str, Any]:
     }
 
 
-def opened(args, path: Path) -> Leaves:
+def _opened(args, path: Path) -> Leaves:
     """A source with the LoRA files of the command line, which only a transformer takes."""
-    lora = tuple(map(weighted, args.lora)) if args.lora and kind_of(path) == "dit" else ()
+    lora = tuple(map(lora_pair, args.lora)) if args.lora and _kind_of(path) == "dit" else ()
     return open_leaves(path, args.dtype, lora=lora, **known(args))
 
 
-def merged(args) -> Leaves:
+def _merged(args) -> Leaves:
     """--merge BASE,DIFF_BASE,TARGET[,W], then --lora on the result."""
     fields = args.merge.split(",")
     if len(fields) not in (3, 4):
@@ -142,7 +147,7 @@ def merged(args) -> Leaves:
     tensors, counts = merge.merge(base, diff_base, target, weight)
     found = detect.detect(tensors, base.name, base.source.metadata, **known(args))
     changes = [counts]
-    for file, w in map(weighted, args.lora):
+    for file, w in map(lora_pair, args.lora):
         tensors, counts = lora.add_lora(tensors, found, file, w)
         changes.append(counts)
     return of_file(Checkpoint(base.source, found, tensors, tuple(changes)), args.dtype)
@@ -157,7 +162,7 @@ def convert_model(args, parts: dict[str, Path], target: Path) -> list[dict[str, 
             "export them one by one",
         )
     reports = []
-    with written(target, args.overwrite) as part:
+    with written(target, args.overwrite, owned=is_model) as part:
         part.mkdir()
         for name, path in parts.items():
             if name == "tokenizer":

@@ -4,26 +4,27 @@ in 128 x 128 tiles, as published."""
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
 
+from convert.cli import INTERRUPTED, check_target, finish, known, reading, save
+from tdjax import cli
 from tdjax.config import LINEAR
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Every option of the command."""
     p = argparse.ArgumentParser(
         prog="python -m convert.quantize", description=__doc__, allow_abbrev=False
     )
     p.add_argument(
         "source",
         metavar="IN",
-        type=Path,
+        type=cli.path,
         help="a published transformer file, or a folder that python -m convert wrote",
     )
     p.add_argument(
         "target",
         metavar="OUT",
-        type=Path,
+        type=cli.path,
         help="a folder in our layout, or a .safetensors file under the published names",
     )
     p.add_argument(
@@ -46,17 +47,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from convert.cli import run
-
-    args = build_parser().parse_args(argv)
-    return run(lambda: quantize_file(args))
+    """Exit codes: 0 ok, 2 usage, 3 checkpoint, 130 interrupted, 143 terminated."""
+    return cli.main(
+        lambda words: quantize_file(build_parser().parse_args(words)),
+        argv,
+        parser=build_parser,
+        interrupted=INTERRUPTED,
+    )
 
 
 def quantize_file(args) -> int:
-    from convert.cli import finish, known, reading, save
+    """Writes the file with layers of 8 bits, and reports the error of each."""
     from convert.leaves import open_leaves
     from convert.quantized import error_table, quantized
 
+    check_target(args.target, args.overwrite, [args.source])
     before = open_leaves(args.source, **known(args))
     after, errors = quantized(before, args.quant)
     with reading(after, args.source.name) as after:
@@ -75,4 +80,4 @@ def quantize_file(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -20,7 +20,7 @@ NAMES = {"int8": "int8 block128"}  # of kinds in a manifest
 
 
 @partial(jax.jit, static_argnums=1)
-def layer(
+def _layer(
     kernel, linear: str
 ):  # [i o] -> values [o i], f32 scales, relative and largest error of the weight
     weight = Linear.unpacked(kernel)
@@ -34,26 +34,25 @@ def layer(
     )
 
 
-class Quantized:
+class _Quantized:
     """Values and scales of one stacked Linear; the second to be asked for does not compute
     again."""
 
     def __init__(self, kernel: Lazy, name: str, linear: str, dtype: np.dtype, errors: dict):
-        self.kernel, self.name, self.linear, self.dtype, self.errors, self.scale = (
-            kernel,
-            name,
-            linear,
-            dtype,
-            errors,
-            None,
-        )
+        self.kernel = kernel
+        self.name = name
+        self.linear = linear
+        self.dtype = dtype
+        self.errors = errors
+        self.scale: np.ndarray | None = None
 
     def weight(self) -> np.ndarray:
         kernel = self.kernel.read()
         n, i, o = kernel.shape
-        out, scales, relative, largest = np.empty((n, o, i), self.dtype), [], [], []
+        out = np.empty((n, o, i), self.dtype)
+        scales, relative, largest = [], [], []
         for index in range(n):
-            values, scale, rel, top = layer(kernel[index], self.linear)
+            values, scale, rel, top = _layer(kernel[index], self.linear)
             out[index] = values
             scales.append(np.asarray(scale))
             relative.append(float(rel))
@@ -89,7 +88,7 @@ def quantized(leaves: Leaves, linear: str = "int8") -> tuple[Leaves, dict]:
     for name in [n for n in lazy if n not in shapes]:
         stem = name.removesuffix(".kernel")
         values, scale = (shapes[f"{stem}.{last}"] for last in LINEAR[linear].leaves)
-        made = Quantized(lazy.pop(name), stem, linear, np.dtype(values.dtype), errors)
+        made = _Quantized(lazy.pop(name), stem, linear, np.dtype(values.dtype), errors)
         for last, shape, read in zip(
             LINEAR[linear].leaves, (values, scale), (made.weight, made.scales), strict=True
         ):

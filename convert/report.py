@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
+from typing import Any
 
-def text(report: dict) -> str:
-    """The report of one component in a few lines."""
-    lines = [f"{report['name']}: {report['what']}"]
-    lines.append(
-        f"  config      {', '.join(f'{k} {v}' for k, v in report['config'].items() if k in SHOWN)}"
+_SHOWN = (  # fields of a config
+    "dim",
+    "ffn_dim",
+    "layers",
+    "heads",
+    "in_channels",
+    "out_channels",
+    "image_dim",
+    "attention",
+    "linear",
+    "latent_channels",
+    "multipliers",
+    "res_blocks",
+    "temporal_down",
+    "vocab",
+    "attention_dim",
+)
+
+
+def text(report: dict[str, Any]) -> str:
+    """Returns the report of one component in a few lines."""
+    config = {name: value for name, value in report["config"].items() if name in _SHOWN}
+    counts = ", ".join(
+        f"{report[name]} {name}" for name in ("matched", "dropped", "missing", "unexpected")
     )
-    lines.append(
-        f"  tensors     {report['tensors']} in {report.get('files', 1)} file(s):"
-        f" {report['matched']} matched, {report['dropped']} dropped, {report['missing']} missing,"
-        f" {report['unexpected']} unexpected -> {report['leaves']} leaves"
-    )
+    dtypes = ", ".join(f"{n} {name}" for name, n in report.get("dtypes", {}).items())
+    read = f"{report['tensors']} in {report.get('files', 1)} file(s)"
+    lines = [
+        f"{report['name']}: {report['what']}",
+        f"  config      {_listed(config)}",
+        f"  tensors     {read}: {counts} -> {report['leaves']} leaves",
+    ]
     if report.get("stripped"):
-        lines.append(
-            "  prefixes   "
-            f" {', '.join(f'{name} {n} times' for name, n in report['stripped'].items())} taken off"
-        )
+        prefixes = ", ".join(f"{name} {n} times" for name, n in report["stripped"].items())
+        lines.append(f"  prefixes    {prefixes} taken off")
     if report.get("ignored"):
         lines.append(f"  ignored     {report['ignored']} entries that are not tensors")
     for change in report.get("changes", ()):
-        lines.append(
-            f"  changed     {', '.join(f'{k} {v}' for k, v in change.items() if k != 'kept_keys')}"
-        )
-    lines.append(
-        "  dtypes     "
-        f" {', '.join(f'{n} {name}' for name, n in report.get('dtypes', {}).items()) or 'as stored'}"
-        f" -> {report['param']}"
-    )
+        shown = {name: value for name, value in change.items() if name != "kept_keys"}
+        lines.append(f"  changed     {_listed(shown)}")
+    lines.append(f"  dtypes      {dtypes or 'as stored'} -> {report['param']}")
     lines.append(f"  bytes       {report['bytes']} -> {report['written']}")
     if report.get("sha256"):
         lines.append(f"  sha256      {report['sha256']}")
     return "\n".join(lines)
 
 
-SHOWN = (
-    "dim", "ffn_dim", "layers", "heads", "in_channels", "out_channels", "image_dim", "attention", "linear",
-    "latent_channels", "multipliers", "res_blocks", "temporal_down", "vocab", "attention_dim",
-)  # fmt: skip
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())

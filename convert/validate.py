@@ -4,19 +4,25 @@ FILE]`, or --golden FILE.npz."""
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
+
+from convert.cli import INTERRUPTED, finish
+from tdjax import cli
+from tdjax.errors import UsageError
 
 EPILOG = """\
-keys     every key of the file is claimed once and every leaf of the model filled, shapes and dtypes fit
-values   also every value is read and finite; with --against every leaf is compared with another file, whatever its layout
-forward  also the network runs on random input and its output is finite; with --against both outputs are compared
+keys     every key of the file is claimed once and every leaf of the model filled, shapes and
+         dtypes fit
+values   also every value is read and finite; with --against every leaf is compared with another
+         file, whatever its layout
+forward  also the network runs on random input and its output is finite; with --against both
+         outputs are compared
 --golden runs a file of golden vectors of the official code through our modules in float32
 
 Exit codes: 0 ok, 2 usage, 3 something is over tolerance, or a file is damaged or another model."""
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Every option of the command."""
     p = argparse.ArgumentParser(
         prog="python -m convert.validate",
         description=__doc__,
@@ -27,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "checkpoint",
         metavar="CKPT",
-        type=Path,
+        type=cli.path,
         nargs="?",
         help="a published file, or a folder that python -m convert wrote",
     )
@@ -39,13 +45,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--against",
-        type=Path,
+        type=cli.path,
         metavar="FILE",
         help="another file of the same weights, published or ours",
     )
     p.add_argument(
         "--golden",
-        type=Path,
+        type=cli.path,
         metavar="FILE",
         action="append",
         default=[],
@@ -62,7 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="--against: beside it, relative to the value (default: 0 and 1e-2)",
     )
     p.add_argument(
-        "--impl", default="auto", help="kernels of attention: auto, reference, triton, interpret"
+        "--impl",
+        default="auto",
+        help="kernels of attention: auto, reference, triton, mosaic, interpret",
     )
     p.add_argument(
         "--heads", type=int, metavar="N", help="attention heads, where the head width is not 128"
@@ -72,16 +80,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from convert.cli import run
-
-    args = build_parser().parse_args(argv)
-    return run(lambda: validate(args))
+    """Exit codes: 0 ok, 2 usage, 3 checkpoint, 130 interrupted, 143 terminated."""
+    return cli.main(
+        lambda words: validate(build_parser().parse_args(words)),
+        argv,
+        parser=build_parser,
+        interrupted=INTERRUPTED,
+    )
 
 
 def validate(args) -> int:
+    """Runs the golden vectors and the levels that were asked for; 3 where one fails."""
     from convert import checks, golden
-    from convert.cli import finish
-    from tdjax.errors import UsageError
 
     if not args.golden and args.checkpoint is None:
         raise UsageError(
@@ -114,4 +124,4 @@ def validate(args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

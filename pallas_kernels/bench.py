@@ -18,13 +18,16 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import mosaic
 from pallas_kernels.cases import CASES, Case
+from pallas_kernels.workload import Workload
 
 # Dense peak rates of data sheets: operations a second in bfloat16 and in 8 bits, bytes a second of
 # device memory.
@@ -65,29 +68,34 @@ def measure(case: Case, impl: str, workload: str, *, repeats: int, error: bool) 
     args = case.prepare(impl, *given) if case.prepare else given
     run = jax.jit(lambda *args: case.run(impl, *args)).lower(*args).compile()
     distance = relative(run(*args), jax.jit(case.exact)(*given)) if error else None
-    times = samples(lambda: run(*args), repeats)
+    times = _samples(lambda: run(*args), repeats)
     low, middle, high = np.percentile(times, (10, 50, 90))
-    peaks = next(
-        (
-            peaks
-            for name, peaks in PEAKS.items()
-            if re.search(rf"\b{name}\b", jax.devices()[0].device_kind)
-        ),
-        None,
-    )
-    share = case.eight_bit(impl)
-    least = (
-        None
-        if peaks is None
-        else max(work.flops * ((1 - share) / peaks[0] + share / peaks[1]), work.bytes / peaks[2])
-    )
+    least = _least_seconds(work, case.eight_bit(impl), jax.devices()[0].device_kind)
     return Row(
-        op=case.name, impl=impl, workload=workload, ms=middle, p10=low, p90=high, rate=work.flops / middle / 1e9,
-        bandwidth=work.bytes / middle / 1e6, bound=None if least is None else 1e3 * least / middle, error=distance,
-    )  # fmt: skip
+        op=case.name,
+        impl=impl,
+        workload=workload,
+        ms=middle,
+        p10=low,
+        p90=high,
+        rate=work.flops / middle / 1e9,
+        bandwidth=work.bytes / middle / 1e6,
+        bound=None if least is None else 1e3 * least / middle,
+        error=distance,
+    )
 
 
-def samples(call, repeats: int) -> list[float]:
+def _least_seconds(work: Workload, narrow: float, device: str) -> float | None:
+    """The least time that the peaks of a device allow, `narrow` of the operations done in 8 bits;
+    None for a device without an entry in PEAKS."""
+    for name, (wide, eight_bit, bandwidth) in PEAKS.items():
+        if re.search(rf"\b{name}\b", device):
+            seconds = work.flops * ((1 - narrow) / wide + narrow / eight_bit)
+            return max(seconds, work.bytes / bandwidth)
+    return None
+
+
+def _samples(call, repeats: int) -> list[float]:
     """Milliseconds for one call, `repeats` times."""
     jax.block_until_ready(call())
     start = time.perf_counter()
@@ -107,14 +115,14 @@ def relative(made, expected) -> float:
     """The largest relative L2 distance of any output, summed in float32 on the device."""
     worst = 0.0
     for a, e in zip(jax.tree.leaves(made), jax.tree.leaves(expected), strict=True):
-        squares = jax.jit(
-            lambda a, e: (
-                ((a.astype(jnp.float32) - e.astype(jnp.float32)) ** 2).sum()
-                / (e.astype(jnp.float32) ** 2).sum()
-            )
-        )
-        worst = max(worst, float(squares(a, e)) ** 0.5)
+        worst = max(worst, float(_squares(a, e)) ** 0.5)
     return worst
+
+
+@jax.jit
+def _squares(made, expected):
+    made, expected = made.astype(jnp.float32), expected.astype(jnp.float32)
+    return ((made - expected) ** 2).sum() / (expected**2).sum()
 
 
 def table(rows: list[Row]) -> str:
@@ -123,15 +131,11 @@ def table(rows: list[Row]) -> str:
         f" {'GB/s':>7} {'bound':>6} {'error':>9}"
     ]
     for r in rows:
-        bound, error = (
-            "" if r.bound is None else f"{r.bound:.0%}",
-            "" if r.error is None else f"{r.error:.2e}",
-        )
-        numbers = (
-            f"{r.ms:8.3f} {r.p10:8.3f} {r.p90:8.3f} {r.rate:7.1f} {r.bandwidth:7.0f} {bound:>6}"
-            f" {error:>9}"
-        )
-        lines.append(f"{r.op:22} {r.impl:14} {r.workload:20} {numbers}")
+        bound = "" if r.bound is None else f"{r.bound:.0%}"
+        error = "" if r.error is None else f"{r.error:.2e}"
+        times = f"{r.ms:8.3f} {r.p10:8.3f} {r.p90:8.3f}"
+        rates = f"{r.rate:7.1f} {r.bandwidth:7.0f} {bound:>6} {error:>9}"
+        lines.append(f"{r.op:22} {r.impl:14} {r.workload:20} {times} {rates}")
     return "\n".join(lines)
 
 
@@ -156,10 +160,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in args.op:
         if name not in CASES:
             near = difflib.get_close_matches(name, CASES, 1)
-            parser.error(
-                f"no op {name!r}; allowed: {', '.join(CASES)}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            parser.error(f"no op {name!r}; allowed: {', '.join(CASES)}{hint}")
     if args.repeats < 1:
         parser.error(f"--repeats is {args.repeats}; it must be at least 1")
     return args
@@ -175,6 +177,18 @@ def refusal() -> str | None:
     )
 
 
+def _wanted(args: argparse.Namespace) -> Iterator[tuple[Case, str, str]]:
+    """(case, workload, impl) of every row that is asked for."""
+    impls = args.impl.split(",") if args.impl else None
+    absent = [] if mosaic.faster(None) else ["mosaic", "channel+mosaic", "fp8+mosaic"]
+    for case in (CASES[name] for name in args.op or CASES):
+        for workload in case.workloads:
+            for impl in case.impls:
+                asked = impl in impls if impls else impl not in absent
+                if asked and args.workload in workload:
+                    yield case, workload, impl
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 ok, 1 a row could not be measured, 2 usage, or no GPU."""
     args = parse(sys.argv[1:] if argv is None else argv)
@@ -183,42 +197,28 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {reason}", file=sys.stderr)
         return 2
     device = jax.devices()[0]
-    facts = {
+    metadata = {
         "device": device.device_kind,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    print(", ".join(f"{name} {value}" for name, value in metadata.items()), flush=True)
     rows, failed = [], False
-    for case in [CASES[name] for name in args.op or CASES]:
-        for workload in [name for name in case.workloads if args.workload in name]:
-            for impl in [
-                impl for impl in case.impls if not args.impl or impl in args.impl.split(",")
-            ]:
-                try:
-                    row = measure(case, impl, workload, repeats=args.repeats, error=args.error)
-                except (
-                    ValueError,
-                    NotImplementedError,
-                    RuntimeError,
-                ) as reason:  # a row that a device cannot run; the others go on
-                    print(
-                        f"  {case.name} {impl} {workload}: {str(reason).splitlines()[0]}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    failed = True
-                    continue
-                rows.append(row)
-                print(
-                    f"  {row.op} {row.impl} {row.workload}: {row.ms:.3f} ms",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                if args.json:
-                    with args.json.open("a") as file:
-                        file.write(json.dumps({**facts, **dataclasses.asdict(row)}) + "\n")
+    for case, workload, impl in _wanted(args):
+        name = f"  {case.name} {impl} {workload}"
+        try:
+            row = measure(case, impl, workload, repeats=args.repeats, error=args.error)
+        except (ValueError, NotImplementedError, RuntimeError) as reason:
+            # a row that a device cannot run; the others go on
+            print(f"{name}: {str(reason).splitlines()[0]}", file=sys.stderr, flush=True)
+            failed = True
+            continue
+        rows.append(row)
+        print(f"{name}: {row.ms:.3f} ms", file=sys.stderr, flush=True)
+        if args.json:
+            with args.json.open("a") as file:
+                file.write(json.dumps({**metadata, **dataclasses.asdict(row)}) + "\n")
     print(table(rows))
     return 1 if failed else 0
 

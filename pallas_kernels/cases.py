@@ -10,24 +10,39 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import norm_modulate, qk_prep, sage_attention, sparse_attention
+from pallas_kernels import (
+    linear_branch,
+    mosaic,
+    norm_modulate,
+    qk_prep,
+    sage_attention,
+    sparse_attention,
+)
 from pallas_kernels.flash_attention import attention, cudnn
 from pallas_kernels.flash_attention import workloads as dense_shapes
-from pallas_kernels.int8_matmul import quantize_activations, quantize_weight, quantized_linear
+from pallas_kernels.int8_matmul import (
+    SCHEMES,
+    quantize_activations,
+    quantize_weight,
+    quantized_linear,
+)
 from pallas_kernels.int8_matmul import workloads as linear_shapes
+from pallas_kernels.inventory import compiled
 from pallas_kernels.norm_modulate import workloads as row_shapes
+from pallas_kernels.online_softmax import attend, kernel_name
 from pallas_kernels.qk_prep import workloads as prep_shapes
 from pallas_kernels.sage_attention import triton as sage_kernels
-from pallas_kernels.sage_attention import workloads as sage_shapes
-from pallas_kernels.sparse_attention import linear
+from pallas_kernels.sage_attention import workloads as key_shapes
 from pallas_kernels.sparse_attention import workloads as sparse_shapes
-from pallas_kernels.sparse_attention.forward import attend, kernel_name
 from pallas_kernels.temporal_unfold import temporal_unfold
-from pallas_kernels.temporal_unfold import workloads as tap_shapes
+from pallas_kernels.temporal_unfold import workloads as frame_shapes
 from pallas_kernels.tuning import tile
 from pallas_kernels.workload import Workload
 
+__all__ = ["CASES", "Case"]
+
 TOPK, BLOCK_Q, BLOCK_K = sparse_shapes.TOPK, sparse_shapes.BLOCK_Q, sparse_shapes.BLOCK_K
+BLOCKS = {"block_q": BLOCK_Q, "block_k": BLOCK_K}
 SELF = {name: work for name, work in dense_shapes.WORKLOADS.items() if "text" not in name}
 
 
@@ -71,23 +86,23 @@ def plainly(run: Callable) -> Callable:
 
 
 def sla(impl, *args):
-    return sparse_attention.sparse_linear_attention(
-        *args, topk=TOPK, block_q=BLOCK_Q, block_k=BLOCK_K, impl=impl
-    )
+    return sparse_attention.sparse_linear_attention(*args, topk=TOPK, **BLOCKS, impl=impl)
 
 
 def sagesla(impl, *args):
-    return sage_attention.sage_sparse_linear_attention(
-        *args, topk=TOPK, block_q=BLOCK_Q, block_k=BLOCK_K, impl=impl
-    )
+    return sage_attention.sage_sparse_linear_attention(*args, topk=TOPK, **BLOCKS, impl=impl)
 
 
 def sparse(impl, *args):
-    return sparse_attention.sparse_attention(*args, block_q=BLOCK_Q, block_k=BLOCK_K, impl=impl)
+    return sparse_attention.sparse_attention(*args, **BLOCKS, impl=impl)
 
 
 def block_map(impl, q, k, *_):
-    return sparse_attention.block_map(q, k, topk=TOPK, block_q=BLOCK_Q, block_k=BLOCK_K, impl=impl)
+    return sparse_attention.block_map(q, k, topk=TOPK, **BLOCKS, impl=impl)
+
+
+def sage_dense(impl, q, k, v):
+    return sage_attention.sage_attention(q, k, v, impl=impl)
 
 
 def dense(impl, q, k, v):
@@ -96,26 +111,32 @@ def dense(impl, q, k, v):
 
 def int8_operands(impl, q, k, v, blocks):
     """The operands of the loop alone: queries and keys already quantised."""
-    make = lambda q, k: sage_kernels.operands(
-        q, k, k.mean(1, dtype=jnp.float32), BLOCK_Q, BLOCK_K, interpret=False
-    )
-    return jax.jit(make)(q, k), v, blocks
+
+    @jax.jit
+    def make(q, k):
+        mean = k.mean(1, dtype=jnp.float32)
+        if impl == "mosaic":
+            return mosaic.imported("sage_attention", "operands")(q, k, mean)[0]
+        return sage_kernels.operands(q, k, mean, BLOCK_Q, BLOCK_K, interpret=False)
+
+    return make(q, k), v, blocks
 
 
 def int8_loop(impl, operands, v, blocks):
-    at = tile("sage_attention", kernel_name(BLOCK_Q))
-    return attend(
-        sage_kernels.int8_scores, *operands, v, blocks, BLOCK_Q, BLOCK_K, interpret=False, at=at
-    )
+    if impl == "mosaic":
+        return mosaic.imported("sage_attention", "int8_attention")(*operands, v, blocks)
+    options = {"interpret": False, "at": tile("sage_attention", kernel_name(BLOCK_Q))}
+    return attend(sage_kernels.int8_scores, *operands, v, blocks, BLOCK_Q, BLOCK_K, **options)
 
 
 def summaries(impl, q, k, v, *_):
     if impl == "triton":
-        return linear.summaries(k, v, interpret=False)
-    phi = sparse_attention.reference.feature(k)
-    return jnp.einsum("blhi,blhj->bhij", phi, v, preferred_element_type=jnp.float32), phi.sum(
-        1, dtype=jnp.float32
-    )
+        return linear_branch.summaries(k, v, interpret=False)
+    if impl == "mosaic":
+        return mosaic.imported("sparse_attention", "token_pass")(k, v, rounds=False)[1]
+    phi = linear_branch.feature(k)
+    product = jnp.einsum("blhi,blhj->bhij", phi, v, preferred_element_type=jnp.float32)
+    return product, phi.sum(1, dtype=jnp.float32)
 
 
 def pullback(run: Callable) -> dict[str, Callable]:
@@ -141,40 +162,35 @@ def tangent(impl, q, k, v):
 
 
 def linear_layer(impl, x, weight, bias):
-    """A linear layer with the quantisation of its activations; "channel+triton" is the product by
-    our kernel, "bf16" XLA's."""
-    if impl in ("bf16", "reference"):
+    """A linear layer with the quantisation of its activations, its `impl` one of LINEARS."""
+    if impl == "bf16":
         return x @ weight.T + bias
-    scheme, _, product = impl.partition("+")
-    kernel = "triton" if scheme == "block128" else product or "xla"
-    x8 = quantize_activations(x, scheme, impl="triton")
-    return quantized_linear(x8, weight, bias, scheme=scheme, out_dtype=jnp.bfloat16, impl=kernel)
+    x8 = quantize_activations(x, LINEARS[impl][0], impl="triton")
+    return product(impl, x8, weight, bias)
 
 
 def product(impl, x, weight, bias):
     """The product of activations that are quantised already."""
     if impl == "bf16":
         return x @ weight.T + bias
-    scheme, _, kernel = impl.partition("+")
-    kernel = "triton" if scheme == "block128" else kernel or "xla"
+    scheme, kernel = LINEARS[impl]
     return quantized_linear(x, weight, bias, scheme=scheme, out_dtype=jnp.bfloat16, impl=kernel)
 
 
 def quantised_weight(impl, x, weight, bias):
-    return (
-        (x, weight, bias)
-        if impl == "bf16"
-        else (x, jax.jit(partial(quantize_weight, scheme=impl.partition("+")[0]))(weight), bias)
-    )
+    if impl == "bf16":
+        return x, weight, bias
+    scheme, _ = LINEARS[impl]
+    return x, jax.jit(partial(quantize_weight, scheme=scheme))(weight), bias
 
 
 def quantised_both(impl, x, weight, bias):
     if impl == "bf16":
         return x, weight, bias
-    return (
-        quantize_activations(x, impl.partition("+")[0], impl="triton"),
-        *quantised_weight(impl, x, weight, bias)[1:],
-    )
+    scheme, _ = LINEARS[impl]
+    return quantize_activations(x, scheme, impl="triton"), *quantised_weight(impl, x, weight, bias)[
+        1:
+    ]
 
 
 def float_layer(x, weight, bias):
@@ -202,49 +218,169 @@ def prep(impl, *args):
 
 
 def keys(impl, *args):
-    return qk_prep.quantize_keys(*args, block=prep_shapes.BLOCK, impl=impl)
+    return sage_attention.quantize_keys(*args, block=key_shapes.BLOCK, impl=impl)
 
 
-def taps(impl, x, past, gain):
+def unfold(impl, x, past, gain):
     return temporal_unfold(x, past, gain, impl=impl)
 
 
-LINEARS = ("bf16", "block128", "channel", "channel+triton", "fp8")
+def linears() -> dict[str, tuple[str, str]]:
+    """Names of linear layers of 8 bits -> scheme and implementation of the product: "channel" is
+    XLA's product, "channel+triton" our kernel's; the first one of a scheme has its name alone."""
+    out = {}
+    for scheme, made in SCHEMES.items():
+        kernels = [name for name in made.products if name not in ("reference", "interpret")]
+        kernels.sort(key=lambda name: name != "xla")
+        out[scheme] = scheme, kernels[0]
+        out |= {f"{scheme}+{name}": (scheme, name) for name in kernels[1:]}
+    return out
+
+
+def of(op: str, *leave_out: str) -> tuple[str, ...]:
+    """The implementations of an op that run on a GPU."""
+    return tuple(name for name in compiled(op) if name not in leave_out)
+
+
+LINEARS = linears()
+LINEAR_IMPLS = ("bf16", *LINEARS)
 LINEAR_BITS = {"bf16": 0.0, "": 1.0}
-KERNEL = ("reference", "triton")
-CASES: dict[str, Case] = {
-    case.name: case
-    for case in (
-        Case(name="sla", impls=KERNEL, workloads=sparse_shapes.WORKLOADS, run=sla, exact=exactly(sla)),
-        Case(name="sagesla", impls=KERNEL, workloads=sage_shapes.WORKLOADS, run=sagesla, exact=exactly(sla), narrow={"": 0.5}),
-        Case(name="sparse", impls=("triton",), workloads=sparse_shapes.SPARSE, run=sparse, exact=exactly(sparse)),
-        Case(
-            name="sage_sparse", impls=("triton",), workloads=sage_shapes.SPARSE, run=int8_loop, exact=exactly(sparse),
-            prepare=int8_operands, narrow={"": 0.5},
-        ),
-        Case(name="block_map", impls=KERNEL, workloads=sparse_shapes.MAPS, run=block_map, exact=plainly(block_map)),
-        Case(name="summaries", impls=KERNEL, workloads=sparse_shapes.SUMMARIES, run=summaries, exact=exactly(summaries)),
-        Case(name="attention", impls=("cudnn", "triton"), workloads=dense_shapes.WORKLOADS, run=dense, exact=exactly(dense)),
-        Case(
-            name="sage_attention", impls=("triton",), workloads=sage_shapes.DENSE, narrow={"": 0.5}, exact=exactly(dense),
-            run=lambda impl, *args: sage_attention.sage_attention(*args, impl=impl),
-        ),
-        Case(name="sla_gradient", impls=KERNEL, workloads=sparse_shapes.WORKLOADS, **pullback(sla)),
-        Case(name="attention_gradient", impls=("cudnn", "triton"), workloads=SELF, **pullback(dense)),
-        Case(name="attention_tangent", impls=("cudnn+triton", "triton"), workloads=SELF, run=tangent, exact=exactly(tangent)),
-        Case(
-            name="linear", impls=LINEARS, workloads=linear_shapes.WORKLOADS, run=linear_layer, exact=float_layer,
-            prepare=quantised_weight, narrow=LINEAR_BITS,
-        ),
-        Case(
-            name="product", impls=LINEARS, workloads=linear_shapes.WORKLOADS, run=product, exact=float_layer,
-            prepare=quantised_both, narrow=LINEAR_BITS,
-        ),
-        Case(name="norm", impls=KERNEL, workloads=row_shapes.NORM, run=norm, exact=plainly(norm)),
-        Case(name="gelu", impls=KERNEL, workloads=row_shapes.GELU, run=gelu, exact=plainly(gelu)),
-        Case(name="quantize_rows", impls=KERNEL, workloads=row_shapes.QUANTIZE, run=rows, exact=plainly(rows)),
-        Case(name="qk_prep", impls=KERNEL, workloads=prep_shapes.WORKLOADS, run=prep, exact=exactly(prep)),
-        Case(name="temporal_unfold", impls=KERNEL, workloads=tap_shapes.WORKLOADS, run=taps, exact=exactly(taps)),
-        Case(name="quantize_keys", impls=KERNEL, workloads=prep_shapes.KEYS, run=keys, exact=plainly(keys)),
-    )
-}  # fmt: skip
+SCORES = {"": 0.5}  # int8 products of queries and keys, and float ones with the values
+DENSE = of("attention", "reference", "cudnn+triton")  # the reference takes minutes at these sizes
+TABLE = (
+    Case(
+        name="sla",
+        impls=of("sparse_linear_attention"),
+        workloads=sparse_shapes.WORKLOADS,
+        run=sla,
+        exact=exactly(sla),
+    ),
+    Case(
+        name="sagesla",
+        impls=of("sage_sparse_linear_attention"),
+        workloads=sparse_shapes.WORKLOADS,
+        run=sagesla,
+        exact=exactly(sla),
+        narrow=SCORES,
+    ),
+    Case(
+        name="sparse",
+        impls=of("sparse_attention", "reference"),
+        workloads=sparse_shapes.SPARSE,
+        run=sparse,
+        exact=exactly(sparse),
+    ),
+    Case(
+        name="sage_sparse",
+        impls=of("sage_sparse_attention", "reference"),
+        workloads=sparse_shapes.SPARSE,
+        run=int8_loop,
+        exact=exactly(sparse),
+        prepare=int8_operands,
+        narrow=SCORES,
+    ),
+    Case(
+        name="block_map",
+        impls=of("block_map"),
+        workloads=sparse_shapes.MAPS,
+        run=block_map,
+        exact=plainly(block_map),
+    ),
+    Case(
+        name="summaries",
+        impls=("reference", "triton", "mosaic"),
+        workloads=sparse_shapes.SUMMARIES,
+        run=summaries,
+        exact=exactly(summaries),
+    ),
+    Case(
+        name="attention",
+        impls=DENSE,
+        workloads=dense_shapes.WORKLOADS,
+        run=dense,
+        exact=exactly(dense),
+    ),
+    Case(
+        name="sage_attention",
+        impls=of("sage_attention", "reference"),
+        workloads=SELF,
+        run=sage_dense,
+        exact=exactly(dense),
+        narrow=SCORES,
+    ),
+    Case(
+        name="sla_gradient",
+        impls=of("sparse_linear_attention", "mosaic"),  # whose derivatives are Triton's
+        workloads=sparse_shapes.WORKLOADS,
+        **pullback(sla),
+    ),
+    Case(name="attention_gradient", impls=DENSE, workloads=SELF, **pullback(dense)),
+    Case(
+        name="attention_tangent",
+        impls=of("attention", "reference", "cudnn"),
+        workloads=SELF,
+        run=tangent,
+        exact=exactly(tangent),
+    ),
+    Case(
+        name="linear",
+        impls=LINEAR_IMPLS,
+        workloads=linear_shapes.WORKLOADS,
+        run=linear_layer,
+        exact=float_layer,
+        prepare=quantised_weight,
+        narrow=LINEAR_BITS,
+    ),
+    Case(
+        name="product",
+        impls=LINEAR_IMPLS,
+        workloads=linear_shapes.WORKLOADS,
+        run=product,
+        exact=float_layer,
+        prepare=quantised_both,
+        narrow=LINEAR_BITS,
+    ),
+    Case(
+        name="norm",
+        impls=of("norm"),
+        workloads=row_shapes.NORM,
+        run=norm,
+        exact=plainly(norm),
+    ),
+    Case(
+        name="gelu",
+        impls=of("gelu"),
+        workloads=row_shapes.GELU,
+        run=gelu,
+        exact=plainly(gelu),
+    ),
+    Case(
+        name="quantize_rows",
+        impls=of("quantize_activations channel", "xla"),
+        workloads=row_shapes.QUANTIZE,
+        run=rows,
+        exact=plainly(rows),
+    ),
+    Case(
+        name="qk_prep",
+        impls=of("rms_norm_rope_pool"),
+        workloads=prep_shapes.WORKLOADS,
+        run=prep,
+        exact=exactly(prep),
+    ),
+    Case(
+        name="temporal_unfold",
+        impls=of("temporal_unfold"),
+        workloads=frame_shapes.WORKLOADS,
+        run=unfold,
+        exact=exactly(unfold),
+    ),
+    Case(
+        name="quantize_keys",
+        impls=of("quantize_keys"),
+        workloads=key_shapes.KEYS,
+        run=keys,
+        exact=plainly(keys),
+    ),
+)
+CASES: dict[str, Case] = {case.name: case for case in TABLE}

@@ -15,9 +15,8 @@ def with_derivatives(forward: Callable, *, tangent: Callable, grad: Callable) ->
 
     forward(*args) -> (out, saved);  tangent(args, saved, tangents) -> tangent of out;  grad(args,
     saved, cotangent) -> cotangents of args. The tangent is a linear call whose transpose is `grad`.
-    Limits: no vmap of the gradient (ops have a batch axis), and no
-    second derivative: differentiating the arguments of a jvp or of a gradient raises
-                       NotImplementedError.
+    Limits: no vmap of the gradient (ops have a batch axis), and no second derivative:
+    differentiating the arguments of a jvp or of a gradient raises NotImplementedError.
     """
 
     @jax.custom_jvp
@@ -25,7 +24,7 @@ def with_derivatives(forward: Callable, *, tangent: Callable, grad: Callable) ->
         return forward(*args)[0]
 
     def rule(args, tangents):
-        args = once(*args)
+        args = _once(*args)
         out, saved = forward(*args)
         live = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
 
@@ -68,4 +67,4 @@ def forward_only(function: Callable, reason: str) -> Callable:
     return op
 
 
-once = forward_only(lambda *args: args, SECOND)
+_once = forward_only(lambda *args: args, SECOND)

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the launch, and arithmetic that Triton does not find by itself.
+"""What all kernels share: the launch, and arithmetic that Triton does not find by itself.
 
 Each arithmetic helper takes `interpret`: inline assembly has no interpreter, so there the same
 function is plain jax.
@@ -14,6 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 LOG2E = 1.4426950408889634
+# float32 operands are multiplied as float32; narrower ones are not affected
+EXACT = jax.lax.Precision.HIGHEST
 
 
 def launch(
@@ -57,14 +59,9 @@ def power_of_two(n: int) -> int:
 def dot(a, b, dims, dtype=jnp.float32):
     """a and b multiplied over `dims` (one axis of each), summed in `dtype`; float32 operands are
     not cut to TF32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((dims[0],), (dims[1],)), ((), ())),
-        precision=precision,
-        preferred_element_type=dtype,
-    )
+    precision = EXACT if a.dtype == jnp.float32 else None
+    contracted = (((dims[0],), (dims[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, contracted, precision=precision, preferred_element_type=dtype)
 
 
 def inline(
@@ -116,11 +113,9 @@ def reciprocal(x, interpret):  # float32
 
 def load(ref, mask=None):
     """ref[...], with zeros where `mask` is false."""
-    return (
-        plgpu.load(ref)
-        if mask is None
-        else plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
-    )
+    if mask is None:
+        return plgpu.load(ref)
+    return plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
 
 
 def store(ref, value, mask=None):

@@ -4,8 +4,34 @@ video."""
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tdjax.config import DiTConfig, SamplerConfig, SLAConfig, TextConfig, VAEConfig, VideoSize
+    from tdjax.errors import TdjaxError
+    from tdjax.pipeline.load import load
+    from tdjax.pipeline.pipeline import Pipeline
+    from tdjax.pipeline.result import Result
+    from tdjax.precision import Policy
+    from tdjax.presets import PRESETS
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "load",
+    "Pipeline",
+    "Result",
+    "PRESETS",
+    "DiTConfig",
+    "SLAConfig",
+    "SamplerConfig",
+    "TextConfig",
+    "VAEConfig",
+    "VideoSize",
+    "Policy",
+    "TdjaxError",
+    "__version__",
+]
 
 # Public names by the module that owns them. They are imported on first use (PEP 562), so that
 # `import tdjax` costs nothing and starts no device.
@@ -13,7 +39,7 @@ _PUBLIC = {
     "load": "tdjax.pipeline.load",
     "Pipeline": "tdjax.pipeline.pipeline",
     "Result": "tdjax.pipeline.result",
-    "PRESETS": "tdjax.config",
+    "PRESETS": "tdjax.presets",
     "DiTConfig": "tdjax.config",
     "SLAConfig": "tdjax.config",
     "SamplerConfig": "tdjax.config",
@@ -23,7 +49,6 @@ _PUBLIC = {
     "Policy": "tdjax.precision",
     "TdjaxError": "tdjax.errors",
 }
-__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str):

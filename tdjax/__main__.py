@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from tdjax.errors import leave
+from tdjax.cli import run
 
 COMMANDS = {
     "generate": ("tdjax.generate.__main__", "prompt or image to video"),
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def command() -> None:
     """The console script."""
-    leave(main())
+    run(main)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
-import sys
 import time
 from pathlib import Path
 
+from tdjax import cli
+from tdjax.checkpoints.folders import is_model
 from tdjax.checkpoints.locate import cache_folder
-from tdjax.errors import TdjaxError, UsageError
+from tdjax.errors import UsageError
 from tdjax.text.prompt_cache import FOLDER, SUFFIX, PromptCache, prompt_of
 
 KINDS = {
@@ -21,33 +23,40 @@ KINDS = {
 MIB = 2**20
 
 
+# Names that JAX gives to compiled programs, and XLA to folders of what it tunes on a GPU.
+_PROGRAM = re.compile(r".+-[0-9a-f]{64}-(cache|atime)")
+_TUNED = "xla_gpu_*/**/*"
+_PROMPT = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
+
+
 def contents(root: Path) -> dict[str, list[Path]]:
-    """What each kind consists of: files of `compiled` and `prompts`, and every model folder beside
-    them. Nothing else is ours."""
-    inside = lambda name: sorted(p for p in (root / name).rglob("*") if p.is_file())
-    models = [
-        p
-        for p in sorted(root.glob("*"))
-        if p.is_dir() and p.name not in ("compiled", FOLDER) and is_weights(p)
-    ]
-    return {"weights": models, "compiled": inside("compiled"), "prompts": inside(FOLDER)}
+    """What each kind consists of: programs in `compiled`, embeddings in `prompts`, and the model
+    folders beside them. Nothing else is tdjax's, whatever its name: the cache may be a folder that
+    holds other things. Links are neither listed nor followed."""
+    compiled, prompts = root / "compiled", root / FOLDER
+    programs = [p for p in _files(compiled, "*") if _PROGRAM.fullmatch(p.name)]
+    embeddings = [p for p in _files(prompts, "*") if _PROMPT.fullmatch(p.name)]
+    models = [p for p in root.glob("*") if is_model(p)]
+    return {
+        "weights": sorted(models),
+        "compiled": sorted([*programs, *_files(compiled, _TUNED)]),
+        "prompts": sorted(embeddings),
+    }
 
 
-def is_weights(folder: Path) -> bool:
-    """A model folder, or one component of it, in tdjax's own layout."""
-    return (
-        (folder / "model.json").is_file()
-        or (folder / "manifest.json").is_file()
-        or any(folder.glob("*/manifest.json"))
-    )
+def _files(folder: Path, pattern: str) -> list[Path]:
+    if folder.is_symlink():
+        return []
+    return [p for p in folder.glob(pattern) if p.is_file() and not p.is_symlink()]
 
 
-def size(path: Path) -> int:
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return sum(p.stat().st_size for p in files)
 
 
-def age(path: Path) -> float:
+def _age(path: Path) -> float:
     """Days since the last use of an entry that is touched when used, else since it was written."""
     return (time.time() - path.stat().st_mtime) / 86400
 
@@ -56,7 +65,7 @@ def listing(root: Path) -> dict:
     """All of it as JSON values."""
     found = contents(root)
     kinds = {
-        kind: {"entries": len(paths), "bytes": sum(map(size, paths))}
+        kind: {"entries": len(paths), "bytes": sum(map(_size, paths))}
         for kind, paths in found.items()
     }
     kinds["weights"]["names"] = [p.name for p in found["weights"]]
@@ -68,7 +77,8 @@ def listing(root: Path) -> dict:
     return {"folder": str(root), "kinds": kinds, "prompts": prompts}
 
 
-def table(found: dict, shown: int) -> str:
+def _table(found: dict, shown: int) -> str:
+    """The listing for people, with so many prompts at most."""
     lines = [f"folder     {found['folder']}"]
     for kind, row in found["kinds"].items():
         names = f": {', '.join(row['names'])}" if row.get("names") else ""
@@ -102,8 +112,8 @@ def remove(root: Path, what: list[str], older_than: float) -> tuple[int, int]:
                     f"kinds are {kinds}; or the name of a model folder, or a prompt's key",
                     "see ls",
                 )
-        chosen += [p for p in paths if p not in chosen and age(p) >= older_than]
-    freed = sum(map(size, chosen))
+        chosen += [p for p in paths if p not in chosen and _age(p) >= older_than]
+    freed = sum(map(_size, chosen))
     for path in chosen:
         if path.is_dir():
             shutil.rmtree(path)
@@ -112,9 +122,9 @@ def remove(root: Path, what: list[str], older_than: float) -> tuple[int, int]:
     return len(chosen), freed
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tdjax.cache", description=__doc__.splitlines()[0]
+        prog="python -m tdjax.cache", description=(__doc__ or "").partition("\n\n")[0]
     )
     commands = parser.add_subparsers(dest="command", required=True)
     ls = commands.add_parser("ls", help="entries and bytes of each kind")
@@ -128,35 +138,32 @@ def main(argv: list[str] | None = None) -> int:
     )
     rm.add_argument(
         "--older_than",
-        "--older-than",
         type=float,
         default=0.0,
         metavar="DAYS",
         help="only what was not used for so long",
     )
-    args, root = parser.parse_args(argv), cache_folder()
-    try:
-        if args.command == "ls":
-            found = listing(root)
-            print(
-                json.dumps(found, indent=1)
-                if args.json
-                else table(found, len(found["prompts"]) if args.all else 10)
-            )
-        else:
-            count, freed = remove(root, args.what, args.older_than)
-            print(f"removed {count} entries, {freed / MIB:.1f} MiB")
-    except TdjaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(
-            f"error: {error.filename}: {error.strerror}\nthe file system refused it",
-            file=sys.stderr,
-        )
-        return 2
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 ok, 2 usage, 130 interrupted."""
+    return cli.main(_command, argv, parser=build_parser, interrupted="what was removed is gone")
+
+
+def _command(argv: list[str]) -> int:
+    args, root = build_parser().parse_args(argv), cache_folder()
+    if args.command == "rm":
+        count, freed = remove(root, args.what, args.older_than)
+        print(f"removed {count} entries, {freed / MIB:.1f} MiB")
+        return 0
+    found = listing(root)
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print(_table(found, len(found["prompts"]) if args.all else 10))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -1,5 +1,5 @@
-"""Frozen dataclasses and PRESETS. All validation of numbers happens here, in `__post_init__`, and
-nowhere else."""
+"""Frozen dataclasses of networks, sizes and samplers. All validation of numbers happens here, in
+`__post_init__`, and nowhere else."""
 
 from __future__ import annotations
 
@@ -11,23 +11,10 @@ from tdjax.errors import UsageError
 from tdjax.precision import Policy
 
 ATTENTION = ("dense", "sla", "sagesla")
-LINEAR = (
-    "float",
-    "int8",
-    "int8_channel",
-    "fp8",
-)  # int8: tiles of 128 x 128, as published; the last two: tokens x output channels
-QUANT = (
-    "auto",
-    "none",
-    *LINEAR[1:],
-)  # what a load may ask for: as stored, float, or one of the others
-IMPLS = (
-    "auto",
-    "reference",
-    "triton",
-    "interpret",
-)  # of every op; other names are implementations of attention alone
+# int8: tiles of 128 x 128, as published; the last two: tokens x output channels.
+LINEAR = ("float", "int8", "int8_channel", "fp8")
+# Implementations of every op; other names are implementations of attention alone.
+IMPLS = ("auto", "reference", "triton", "interpret")
 
 
 def positive(config, *names):
@@ -67,17 +54,23 @@ class DiTConfig:
     ffn_dim: int = 8960
     layers: int = 30
     heads: int = 12
-    in_channels: int = 16  # 36 for image-to-video: 16 noise + 4 mask + 16 latents of the image
+    in_channels: int = dataclasses.field(
+        default=16,
+        metadata={"help": "36 for image-to-video: 16 noise + 4 mask + 16 latents of the image"},
+    )
     out_channels: int = 16
     patch: tuple[int, int, int] = (1, 2, 2)
     freq_dim: int = 256
     text_dim: int = 4096
     text_len: int = 512
-    image_dim: int | None = (
-        None  # width of the image features (Wan2.1 I2V: 1280); None: no image branch
+    image_dim: int | None = None  # width of image features (Wan2.1 I2V: 1280); None: no branch
+    coordinates: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "three constant channels with the place in the clip: small models do not learn"
+            " it from rotation"
+        },
     )
-    # three constant channels with the place in the clip: small models do not learn it from rotation
-    coordinates: bool = False
     eps: float = 1e-6
     attention: str = "dense"
     linear: str = "float"
@@ -86,8 +79,12 @@ class DiTConfig:
     remat: bool = True
     impl: str = "auto"  # which kernels compute: an `impl` of pallas_kernels
     sla: SLAConfig = SLAConfig()
-    round_time: bool = (
-        True  # timestep rounded to bfloat16 before the sinusoid, as all published weights expect
+    round_time: bool = dataclasses.field(
+        default=True,
+        metadata={
+            "help": "timestep rounded to bfloat16 before the sinusoid, as all published weights"
+            " expect"
+        },
     )
     policy: Policy = Policy()
 
@@ -127,8 +124,14 @@ class DiTConfig:
 
     @property
     def row_impl(self) -> str:
-        """`impl` of what is not attention: linear layers, norms, rotation."""
+        """`impl` of norms, rotation and quantisation. "mosaic" is a name of attention and of the
+        products of linear layers only: the rest is "auto"."""
         return self.impl if self.impl in IMPLS else "auto"
+
+    @property
+    def product_impl(self) -> str:
+        """`impl` of the products of linear layers."""
+        return "mosaic" if self.impl == "mosaic" else self.row_impl
 
     @property
     def embed_channels(self) -> int:
@@ -368,38 +371,38 @@ class VideoSize:
 class SamplerConfig:
     """Few-step (rCM) sampling, or the teacher's many guided steps.
 
-    mode: "sde" (fresh noise at every step) or "ode" for distilled weights; "unipc" or "euler" for
-          undistilled ones.
-    mid:  TrigFlow times between the first and the last, of which the first steps-1 are used. rCM
-          only.
+    sampler: "sde" (fresh noise at every step) or "ode" for distilled weights; "unipc" or "euler"
+             for undistilled ones.
+    mid_t:   TrigFlow times between the first and the last, of which the first num_steps-1 are used.
+             rCM only.
     """
 
-    steps: int = 4
-    mode: str = "sde"
+    num_steps: int = 4
+    sampler: str = "sde"
     sigma_max: float = 80.0
-    mid: tuple[float, ...] = (1.5, 1.4, 1.0)
-    boundary: float = (
-        0.9  # two-expert models: the low-noise expert takes over at the first time below this
-    )
+    mid_t: tuple[float, ...] = (1.5, 1.4, 1.0)
+    boundary: float = 0.9  # two experts: the low-noise one takes over at the first time below this
     shift: float = 5.0  # teacher only
-    guidance: float = 1.0  # teacher only; distilled weights have guidance built in
+    guidance_scale: float = 1.0  # teacher only; distilled weights have guidance built in
 
     def __post_init__(self):
-        if self.mode not in ("sde", "ode", "unipc", "euler"):
+        if self.sampler not in ("sde", "ode", "unipc", "euler"):
             raise UsageError(
-                f"sampler is {self.mode!r}",
+                f"sampler is {self.sampler!r}",
                 "allowed: sde, ode (distilled weights), unipc, euler (teacher)",
             )
-        if self.steps < 1:
-            raise UsageError(f"num_steps is {self.steps}", "at least one step is needed", "use 4")
-        if self.few_step and self.steps > len(self.mid) + 1:
+        if self.num_steps < 1:
             raise UsageError(
-                f"num_steps is {self.steps}",
-                f"distilled weights take 1 to {len(self.mid) + 1} steps with the mid times"
-                f" {', '.join(map(str, self.mid))}",
-                f"use {len(self.mid) + 1}, or give {self.steps - 1} mid times (--mid_t)",
+                f"num_steps is {self.num_steps}", "at least one step is needed", "use 4"
             )
-        for name in ("boundary", "shift", "guidance"):
+        if self.few_step and self.num_steps > len(self.mid_t) + 1:
+            raise UsageError(
+                f"num_steps is {self.num_steps}",
+                f"distilled weights take 1 to {len(self.mid_t) + 1} steps with the mid times"
+                f" {', '.join(map(str, self.mid_t))}",
+                f"use {len(self.mid_t) + 1}, or give {self.num_steps - 1} mid times (mid_t)",
+            )
+        for name in ("boundary", "shift", "guidance_scale"):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0 or (name == "shift" and value == 0):
                 raise UsageError(
@@ -414,118 +417,41 @@ class SamplerConfig:
                 "use 80 (text) or 200 (image)",
             )
         if self.few_step:
-            times = (math.atan(self.sigma_max), *self.mid[: self.steps - 1], 0.0)
-            if not all(a > b for a, b in zip(times, times[1:], strict=False)):
-                raise UsageError(
-                    f"mid times are {', '.join(map(str, self.mid))}",
-                    f"they must fall from {times[0]:.4f} (arctan of sigma_max {self.sigma_max:g})"
-                    " to 0",
-                    "the published ones are 1.5 1.4 1.0",
-                )
-            if self.guidance != 1.0:
-                raise UsageError(
-                    f"guidance_scale is {self.guidance:g}",
-                    "distilled weights have guidance built in: it is not applied again",
-                    "leave it at 1, or use --sampler unipc with undistilled weights",
-                )
+            self._check_few_step()
+
+    def _check_few_step(self):
+        times = (math.atan(self.sigma_max), *self.mid_t[: self.num_steps - 1], 0.0)
+        if not all(a > b for a, b in zip(times, times[1:], strict=False)):
+            raise UsageError(
+                f"mid times are {', '.join(map(str, self.mid_t))}",
+                f"they must fall from {times[0]:.4f} (arctan of sigma_max {self.sigma_max:g}) to 0",
+                "the published ones are 1.5 1.4 1.0",
+            )
+        if self.guidance_scale != 1.0:
+            raise UsageError(
+                f"guidance_scale is {self.guidance_scale:g}",
+                "distilled weights have guidance built in: it is not applied again",
+                "leave it at 1, or use `sampler` unipc with undistilled weights",
+            )
 
     @property
     def few_step(self) -> bool:
         """Whether this is sampling of distilled weights."""
-        return self.mode in ("sde", "ode")
-
-
-T2V_SAMPLER = SamplerConfig()
-I2V_SAMPLER = SamplerConfig(sigma_max=200.0)
-TEACHER_SAMPLER = SamplerConfig(steps=50, mode="unipc", sigma_max=5000.0, shift=5.0, guidance=5.0)
-
-WAN_1_3B = DiTConfig()
-WAN_14B = DiTConfig(dim=5120, ffn_dim=13824, layers=40, heads=40)
-WAN_A14B_I2V = dataclasses.replace(WAN_14B, in_channels=36)
-WAN_14B_I2V = dataclasses.replace(WAN_14B, in_channels=36, image_dim=1280)
-WAN_VAE = VAEConfig()
-UMT5_XXL = TextConfig()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Preset:
-    """One released model: where its files are and how it is sampled. `dit` is (file,) or (high
-    noise, low noise)."""
-
-    repo: str  # hub id of the transformer
-    dit: tuple[str, ...]
-    config: DiTConfig
-    resolution: str
-    sampler: SamplerConfig = T2V_SAMPLER
-    base_repo: str = (
-        "Wan-AI/Wan2.1-T2V-1.3B"  # hub id of the VAE, the text encoder and the tokenizer
-    )
-    vae: str = "Wan2.1_VAE.pth"
-    text: str = "models_t5_umt5-xxl-enc-bf16.pth"
-    tokenizer: str = "google/umt5-xxl"
+        return self.sampler in ("sde", "ode")
 
     @property
-    def distilled(self) -> bool:
-        return self.sampler.few_step
+    def guided(self) -> bool:
+        """Whether every step also runs on the negative prompt."""
+        return self.guidance_scale != 1.0
 
 
-def turbo(name: str, config: DiTConfig, resolution: str) -> dict[str, Preset]:
-    """The two presets of one distilled text-to-video model: as published, and its int8 (`-quant`)
-    file."""
-    sla, int8 = (
-        dataclasses.replace(config, attention="sla"),
-        dataclasses.replace(config, attention="sla", linear="int8"),
-    )
-    repo = f"TurboDiffusion/{name}"
+_EARLIER = {"steps": "num_steps", "mode": "sampler", "mid": "mid_t", "guidance": "guidance_scale"}
+
+
+def sampler_changes(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a SamplerConfig that a model's own folder sets (model.json), by the
+    names that they have now: folders written by tdjax 0.1 say steps, mode, mid and guidance."""
     return {
-        name.lower(): Preset(repo=repo, dit=(f"{name}.pth",), config=sla, resolution=resolution),
-        f"{name.lower()}-quant": Preset(
-            repo=repo, dit=(f"{name}-quant.pth",), config=int8, resolution=resolution
-        ),
+        _EARLIER.get(name, name): tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
     }
-
-
-def turbo_i2v(suffix: str, linear: str) -> Preset:
-    return Preset(
-        repo="TurboDiffusion/TurboWan2.2-I2V-A14B-720P",
-        dit=(
-            f"TurboWan2.2-I2V-A14B-high-720P{suffix}.pth",
-            f"TurboWan2.2-I2V-A14B-low-720P{suffix}.pth",
-        ),
-        config=dataclasses.replace(WAN_A14B_I2V, attention="sla", linear=linear),
-        resolution="720p",
-        sampler=I2V_SAMPLER,
-    )
-
-
-PRESETS: dict[str, Preset] = {
-    **turbo("TurboWan2.1-T2V-1.3B-480P", WAN_1_3B, "480p"),
-    **turbo("TurboWan2.1-T2V-14B-480P", WAN_14B, "480p"),
-    **turbo("TurboWan2.1-T2V-14B-720P", WAN_14B, "720p"),
-    "turbowan2.2-i2v-a14b-720p": turbo_i2v("", "float"),
-    "turbowan2.2-i2v-a14b-720p-quant": turbo_i2v("-quant", "int8"),
-    "wan2.1-t2v-1.3b": Preset(
-        repo="Wan-AI/Wan2.1-T2V-1.3B",
-        dit=("diffusion_pytorch_model.safetensors",),
-        config=WAN_1_3B,
-        resolution="480p",
-        sampler=TEACHER_SAMPLER,
-    ),
-    "wan2.1-t2v-14b": Preset(
-        repo="Wan-AI/Wan2.1-T2V-14B",
-        dit=("diffusion_pytorch_model.safetensors.index.json",),
-        config=WAN_14B,
-        resolution="720p",
-        sampler=TEACHER_SAMPLER,
-    ),
-    "wan2.2-i2v-a14b": Preset(
-        repo="Wan-AI/Wan2.2-I2V-A14B",
-        dit=(
-            "high_noise_model/diffusion_pytorch_model.safetensors.index.json",
-            "low_noise_model/diffusion_pytorch_model.safetensors.index.json",
-        ),
-        config=WAN_A14B_I2V,
-        resolution="720p",
-        sampler=dataclasses.replace(TEACHER_SAMPLER, steps=40, guidance=3.5),
-    ),
-}

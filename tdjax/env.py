@@ -7,10 +7,11 @@ import argparse
 import json
 import os
 import platform
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from tdjax import cli
 
 GIB = 2**30
 PACKAGES = (
@@ -24,15 +25,10 @@ PACKAGES = (
     "av",
     "huggingface_hub",
 )
-PLUGINS = (
-    "jax-cuda",
-    "jax-rocm",
-    "jax-metal",
-    "jax-tpu",
-    "libtpu",
-    "nvidia-cudnn",
-)  # how names of device plugins begin
+# how names of device plugins begin
+PLUGINS = ("jax-cuda", "jax-rocm", "jax-metal", "jax-tpu", "libtpu", "nvidia-cudnn")
 CUDA_KERNELS = 8.0  # compute capability from which the CUDA kernels run: Ampere
+HOPPER = 9.0  # compute capability of the Mosaic GPU kernels
 
 
 def versions() -> dict[str, str | None]:
@@ -70,37 +66,13 @@ def devices() -> list[dict[str, Any]]:
 
 def kernels(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every implementation of every op, whether the first device can run it, and why not."""
-    from pallas_kernels import (
-        flash_attention,
-        norm_modulate,
-        qk_prep,
-        sage_attention,
-        sparse_attention,
-        temporal_unfold,
-    )
-    from pallas_kernels.int8_matmul import SCHEMES
-    from tdjax.models.linear import LINEAR
+    from pallas_kernels.inventory import OPS, compiled
 
-    ops = {
-        "attention": flash_attention.IMPLS,
-        "sparse_linear_attention": sparse_attention.WHOLE,
-        "sage_sparse_linear_attention": sage_attention.WHOLE,
-        **{
-            f"linear {kind}": SCHEMES[layer.scheme].products
-            for kind, layer in LINEAR.items()
-            if kind != "float"
-        },
-        "norm": norm_modulate.NORM,
-        "gelu": norm_modulate.GELU,
-        "rms_norm_rope": qk_prep.ROPE,
-        "temporal_unfold": temporal_unfold.TAPS,
-    }
     device = found[0] if found else None
     return [
         {"op": op, "impl": impl, "why_not": why_not(impl, device)}
-        for op, impls in ops.items()
-        for impl in impls
-        if impl != "interpret"
+        for op in OPS
+        for impl in compiled(op)
     ]
 
 
@@ -119,6 +91,8 @@ def why_not(impl: str, device: dict[str, Any] | None) -> str | None:
             f"needs compute capability {CUDA_KERNELS} (Ampere) or newer; {device['kind']} has"
             f" {capability}"
         )
+    if impl == "mosaic" and float(capability) // 1 != HOPPER:
+        return f"needs compute capability {HOPPER} (Hopper); {device['kind']} has {capability}"
     return None
 
 
@@ -146,7 +120,7 @@ def writable(path: Path) -> bool:
 
 
 def report() -> dict[str, Any]:
-    """All of it as JSON values. A backend that does not start is part of the report."""
+    """Returns all of it as JSON values. A backend that does not start is part of the report."""
     out: dict[str, Any] = {
         "system": platform.platform(),
         "cpus": os.cpu_count(),
@@ -179,28 +153,23 @@ def text(found: dict[str, Any]) -> str:
     ]
     for i, device in enumerate(found["devices"]):
         size = device["memory_bytes"]
-        facts = [device["platform"]]
-        facts += (
-            [f"compute capability {device['compute_capability']}"]
-            if device["compute_capability"]
-            else []
-        )
-        facts += [f"{size / GIB:.1f} GiB usable"] if size else []
-        lines.append(
-            f"{'devices' if i == 0 else '':10} {device['id']}: {device['kind']}"
-            f" ({', '.join(facts)})"
-        )
+        known = [device["platform"]]
+        if device["compute_capability"]:
+            known.append(f"compute capability {device['compute_capability']}")
+        if size:
+            known.append(f"{size / GIB:.1f} GiB usable")
+        name = f"{device['id']}: {device['kind']} ({', '.join(known)})"
+        lines.append(f"{'devices' if i == 0 else '':10} {name}")
     if found["error"]:
         lines.append(f"devices    none: {found['error']}")
     for i, row in enumerate(found["kernels"]):
         state = f"no: {row['why_not']}" if row["why_not"] else "yes"
         lines.append(f"{'kernels' if i == 0 else '':10} {row['op']} {row['impl']}: {state}")
     for i, (name, place) in enumerate(found["folders"].items()):
-        state = "" if place["writable"] else " (NOT writable)"
-        lines.append(
-            f"{'caches' if i == 0 else '':10} {name}:"
-            f" {place['path']}{'' if place['exists'] else ' (not there yet)'}{state}"
-        )
+        state = "" if place["exists"] else " (not there yet)"
+        if not place["writable"]:
+            state += " (NOT writable)"
+        lines.append(f"{'caches' if i == 0 else '':10} {name}: {place['path']}{state}")
     if found["hub_offline"]:
         lines.append("hub        offline (HF_HUB_OFFLINE)")
     lines += [
@@ -218,17 +187,14 @@ def selftest() -> int:
 
     device = jax.devices()[0]
     impl = "triton" if device.platform == "gpu" else "interpret"
-    print(
-        f"{device.device_kind}: kernels"
-        f" {'compiled' if impl == 'triton' else 'interpreted (no CUDA device)'}",
-        flush=True,
-    )
+    how = "compiled" if impl == "triton" else "interpreted (no CUDA device)"
+    print(f"{device.device_kind}: kernels {how}", flush=True)
     checks = list(selftest.run(impl))
     print(selftest.table(checks))
     return 0 if all(check.passed for check in checks) else 1
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tdjax.env",
         description="Versions, devices, kernels and caches of this machine.",
@@ -239,7 +205,16 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="run every kernel against its reference (a minute; exit code 1 if one fails)",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 ok, 1 a device or a kernel fails, 2 usage, 130 interrupted."""
+    return cli.main(_command, argv, parser=build_parser)
+
+
+def _command(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
     if args.selftest:
         return selftest()
     found = report()
@@ -248,4 +223,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -1,12 +1,11 @@
 """The errors a user can meet. Each says what happened, why, and what to do; each has the exit code
-of the commands."""
+of the commands.
+
+Messages speak of arguments: `num_frames`, or, where the name is a common word as well, the same
+between backticks. A command shows those that it has as options (tdjax.cli.spelled).
+"""
 
 from __future__ import annotations
-
-import difflib
-import os
-import sys
-from pathlib import Path
 
 
 class TdjaxError(Exception):
@@ -46,18 +45,3 @@ class NotFinite(TdjaxError):
     """A network or the sampler returned NaN or infinity."""
 
     exit_code = 5
-
-
-def near_files(path: Path) -> str:
-    """The names beside a missing file that are most like it, as the last line of an error."""
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, 3)
-    return f"in {path.parent} there is: {', '.join(near)}" if near else "check the path"
-
-
-def leave(code: int) -> None:
-    """Exit a command with its code, at once: files are closed by then, taking the libraries down in
-    order takes most of a second, and after a failure threads may still be compiling or loading."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

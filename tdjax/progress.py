@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 GIB = 2**30
@@ -25,9 +26,9 @@ def host_peak_bytes() -> int | None:
 
 
 def reset_host_peak() -> None:
-    with contextlib.suppress(
-        OSError
-    ):  # not Linux, or a sandbox without the file: the peak then covers the whole process
+    """Begins the system's counter anew; where it cannot be (not Linux, or a sandbox without the
+    file), the peak covers the whole process."""
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -42,12 +43,16 @@ def device_bytes() -> tuple[int, int] | None:
 
 @dataclasses.dataclass
 class Stage:
+    """One row of the table: seconds, and bytes that were in use at most.
+
+    device_peak: since the process began, as the backend's counter cannot be reset. host_peak:
+                 within the stage.
+    """
+
     name: str
     seconds: float
-    device_peak: int | None = (
-        None  # highest since the process began: the backend's counter cannot be reset
-    )
-    host_peak: int | None = None  # highest within the stage
+    device_peak: int | None = None
+    host_peak: int | None = None
 
 
 class Stages:
@@ -59,11 +64,12 @@ class Stages:
         self.begun = time.perf_counter()
         self.line_open = False  # a stage's name stands on the terminal, without its time
 
-    def __call__(self, name: str):
-        return self.stage(name)
+    def __call__(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Times what runs within, as a row of that name."""
+        return self._stage(name)
 
     @contextlib.contextmanager
-    def stage(self, name: str):
+    def _stage(self, name: str) -> Iterator[None]:
         if self.show:
             print(f"  {name} ...", end="", flush=True, file=sys.stderr)
             self.line_open = True
@@ -80,14 +86,14 @@ class Stages:
         device = device_bytes()
         self.rows.append(Stage(name, seconds, device[1] if device else None, host_peak_bytes()))
         if self.show:
-            print(
-                f"{chr(13) if self.line_open else ''}  {name}: {seconds:.1f} s   ", file=sys.stderr
-            )
+            back = "\r" if self.line_open else ""
+            print(f"{back}  {name}: {seconds:.1f} s   ", file=sys.stderr)
         self.line_open = False
 
     def note(self, text: str) -> None:
         """One line on stderr that a user should see even in a log file."""
-        print(f"{chr(10) if self.line_open else ''}tdjax: {text}", file=sys.stderr)
+        ended = "\n" if self.line_open else ""
+        print(f"{ended}tdjax: {text}", file=sys.stderr)
         self.line_open = False
 
     def seconds(self, first: int = 0) -> dict[str, float]:
@@ -105,13 +111,11 @@ class Stages:
         table = Table("stage", "seconds", "device peak so far", "host peak")
         size = lambda n: "-" if n is None else f"{n / GIB:.2f} GiB"
         for row in self.rows:
-            table.add_row(
-                row.name, f"{row.seconds:.3f}", size(row.device_peak), size(row.host_peak)
-            )
+            peaks = size(row.device_peak), size(row.host_peak)
+            table.add_row(row.name, f"{row.seconds:.3f}", *peaks)
         table.add_row("sum of the stages", f"{sum(r.seconds for r in self.rows):.3f}", "", "")
-        clock = (
-            time.perf_counter() - self.begun
-        )  # more than the sum: programs are compiled and files read beside and between stages
+        # More than the sum: programs are compiled and files read beside and between stages.
+        clock = time.perf_counter() - self.begun
         table.add_row("by the clock", f"{clock:.3f}", "", "")
         once = ("load", "compile")
         again = sum(r.seconds for r in self.rows if not r.name.startswith(once))

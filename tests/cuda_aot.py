@@ -1,11 +1,16 @@
 """Ahead-of-time compilation for GPUs that are only described: runs on a machine without one.
 
+Of a Triton kernel XLA writes the PTX, which ptxas takes here. A Mosaic GPU kernel is compiled by
+its own backend, in a process of its own: what it writes is asked for by variables of the
+environment that are read once.
+
 Needs jax 0.11 or newer, the CUDA plugin (jax-cuda13-plugin, jax-cuda13-pjrt) and ptxas
 (nvidia-cuda-nvcc).
 """
 
 import dataclasses
 import importlib.util
+import os
 import re
 import subprocess
 import tempfile
@@ -32,6 +37,9 @@ PTXAS_ARCH = {
     "sm100": "sm_100a",
     "sm120": "sm_120a",
 }
+# what ptxas says where wgmma instructions wait for each other
+WAITS = ("C7510", "C7511", "C7514")
+MOSAIC_WAITS = ("C7510", "C7511", "C7512", "C7513", "C7514")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +98,29 @@ def compile_for(arch: str, function, *args) -> list[Compiled]:
         ]
 
 
+def compile_mosaic(function, *args) -> list[Compiled]:
+    """The Mosaic GPU kernels of jit(function)(*args), compiled for sm90; in a process for which
+    `mosaic_environment` was set before jax was imported."""
+    folder = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    for path in folder.iterdir():
+        path.unlink()
+    sharding = NamedSharding(mesh("sm90"), PartitionSpec())
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
+    with jax.set_mesh(mesh("sm90")):
+        lowered = jax.jit(function).lower(*args)
+        lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})
+    return [
+        _read(path.stem, 0, path.read_text(), path.with_suffix(".ptx"), MOSAIC_WAITS)
+        for path in sorted(folder.glob("*.ptxas"))
+    ]
+
+
+def mosaic_environment(folder) -> dict[str, str]:
+    """Variables by which Mosaic GPU writes PTX and the log of ptxas to a folder."""
+    wanted = ("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS")
+    return {"MOSAIC_GPU_DUMP_TO": str(folder), **dict.fromkeys(wanted, "1")}
+
+
 def launched(folder: Path) -> list[tuple[str, int]]:
     """Name and bytes of shared memory of every pallas_call among the compiled program's kernels."""
     (metadata,) = folder.glob("*thunk_metadata.txt")
@@ -109,8 +140,13 @@ def assembled(name: str, shared: int, folder: Path, arch: str) -> Compiled:
     command = [f"{where}/bin/ptxas", *options, str(path)]
     log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     part = log.split(f"Compiling entry function '{name}'")[1].split("Compiling entry function")[0]
-    number = lambda pattern: int(m.group(1)) if (m := re.search(pattern, part)) else 0
+    return _read(name, shared, part, path, WAITS)
+
+
+def _read(name: str, shared: int, log: str, ptx: Path, waits: tuple[str, ...]) -> Compiled:
+    """What ptxas says of a kernel in its log."""
+    number = lambda pattern: int(m.group(1)) if (m := re.search(pattern, log)) else 0
     spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
-    serialized = any(code in log for code in ("C7510", "C7511", "C7514"))
+    serialized = any(code in log for code in waits)
     registers = number(r"Used (\d+) registers")
-    return Compiled(name, registers, spills, shared, serialized, path.read_text())
+    return Compiled(name, registers, spills, shared, serialized, ptx.read_text())

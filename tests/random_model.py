@@ -57,7 +57,7 @@ def random_leaves(kind: str, cfg, seed: int) -> dict[str, np.ndarray]:
     """Weights that keep variance: kernels and embeddings by their fan-in, unit norms, zero biases.
     Drawn by numpy on the host."""
     rng, out = np.random.default_rng(seed), {}
-    for name, leaf in orbax.names(orbax.abstract(kind, cfg)).items():
+    for name, leaf in orbax.named_leaves(orbax.abstract(kind, cfg)).items():
         if name.endswith("scale"):
             value = np.ones(leaf.shape)
         elif name.endswith("bias") and not name.endswith("relative_bias"):

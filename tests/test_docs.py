@@ -25,9 +25,10 @@ import tdjax.cache
 import tdjax.env
 import tdjax.train.__main__
 import tdjax.train.tiny.__main__
+from tdjax import cli
+from tdjax.cli import hyphens
 from tdjax.generate import __main__ as generate
 from tdjax.generate import arguments
-from tdjax.generate.arguments import hyphens
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -72,7 +73,7 @@ def is_command(line: str) -> bool:
 
 
 def read_generate(argv):
-    early = arguments.parse(argv)
+    early = arguments.parse(hyphens(argv))
     for name in ("image_path", "prompt_file", "prompt_embeds", "latents"):
         setattr(early, name, None)  # the files need not be here
     generate.check_early(early)
@@ -92,7 +93,7 @@ def read_tiny(argv):
 
 
 def read_convert(argv):
-    args = convert.__main__.build_parser().parse_intermixed_args(argv)
+    args = convert.__main__.build_parser().parse_intermixed_args(hyphens(argv))
     *sources, target = (Path(path) for path in args.paths)
     convert.__main__.check(args, sources, target)
 
@@ -245,6 +246,8 @@ def test_quoted_messages_are_in_the_source():
         for node in ast.walk(ast.parse(path.read_text()))
         if (text := template(node))
     }
+    options = cli.options(arguments.build_parser(), generate.NAMES)
+    strings |= {cli.spelled(text, options) for text in strings}
     quotes = [
         q
         for line in (ROOT / "docs/troubleshooting.md").read_text().splitlines()

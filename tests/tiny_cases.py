@@ -21,9 +21,11 @@ from tdjax.train.tiny import configs, work
 from tdjax.train.tiny.data import captions, clips, encoded
 from tdjax.train.tiny.data.encoded import Data
 from tdjax.train.tiny.data.tokenizer import build
-from tdjax.train.tiny.stages import distil
+from tdjax.train.tiny.stages import sla
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# Half of the usual time of compiling goes into fused loops.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 TEXT = TextConfig(
     vocab=256, dim=16, attention_dim=16, ffn_dim=16, heads=1, layers=1, text_len=32, policy=FLOAT32
@@ -69,7 +71,7 @@ def shades(tokenizer) -> Data:
 def dit(cfg=DIT, seed: int = 0) -> DiT:
     """A network whose output is not zero."""
     model = jit(lambda key: DiT(cfg, rngs=nnx.Rngs(key)))(jax.random.key(seed))
-    leaves = orbax.names(model)
+    leaves = orbax.named_leaves(model)
     leaves["head.proj.kernel"] = 0.1 * jax.random.normal(
         jax.random.key(seed + 1), leaves["head.proj.kernel"].shape
     )
@@ -105,7 +107,5 @@ def finished_run(folder, **stages) -> work.Run:
     for name in ("teacher", "student"):
         work.export(run, name, "dit", dense, PACKED.dit, steps=5, step=7)
     for name in ("sla", "merged"):
-        work.export(
-            run, name, "dit", distil.sparse(dense, PACKED.sla, "float32"), PACKED.sla, steps=4
-        )
+        work.export(run, name, "dit", sla.sparse(dense, PACKED.sla, "float32"), PACKED.sla, steps=4)
     return run

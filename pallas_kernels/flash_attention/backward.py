@@ -23,10 +23,8 @@ def rowsum(g, o):  # [b l h k] twice -> float32 [b h l]
     return rearrange((g.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1), "b l h -> b h l")
 
 
-def query_gradient(
-    q, k, v, g, lse, delta, *, scale, tile, interpret
-):  # q g [b l h k], k v [b s h k], lse delta [b h l]
-    """dq [b l h k]."""
+def query_gradient(q, k, v, g, lse, delta, *, scale, tile, interpret):
+    """dq [b l h k] of q g [b l h k], k v [b s h k], lse delta [b h l]."""
     b, l, h, _ = q.shape
     return launch(
         partial(query_kernel, l=l, s=k.shape[1], scale=scale, tile=tile, interpret=interpret),
@@ -59,10 +57,8 @@ def query_kernel(
     store(dq_ref, dq.astype(dq_ref.dtype), None if mask is None else mask[:, None])
 
 
-def key_gradient(
-    q, k, v, g, lse, delta, *, scale, tile, interpret
-):  # q g [b l h k], k v [b s h k], lse delta [b h l]
-    """dk, dv [b s h k]."""
+def key_gradient(q, k, v, g, lse, delta, *, scale, tile, interpret):
+    """dk, dv [b s h k] of q g [b l h k], k v [b s h k], lse delta [b h l]."""
     b, s, h, _ = k.shape
     return launch(
         partial(key_kernel, l=q.shape[1], s=s, scale=scale, tile=tile, interpret=interpret),

@@ -15,11 +15,9 @@ from pallas_kernels.primitives import LOG2E, blocks, dot, exp2, fma, fma_exp2, l
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
-def forward(
-    q, k, v, *, scale, tile, interpret
-):  # q [b l h k], k v [b s h k] -> o [b l h k], lse float32 [b h l]
+def forward(q, k, v, *, scale, tile, interpret):
     """softmax(scale q k^T) v, and the base-2 logarithm of the softmax's denominator: log2 sum
-    exp(scale q k^T)."""
+    exp(scale q k^T): q [b l h k], k v [b s h k] -> o [b l h k], lse float32 [b h l]."""
     b, l, h, _ = q.shape
     out = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((b, h, l), jnp.float32)
     return launch(
@@ -34,9 +32,8 @@ def forward(
     )(q, k, v)
 
 
-def forward_kernel(
-    q_ref, k_ref, v_ref, o_ref, lse_ref, *, l, s, scale, tile, interpret
-):  # q o [Q k], k v [s k], lse [Q]
+def forward_kernel(q_ref, k_ref, v_ref, o_ref, lse_ref, *, l, s, scale, tile, interpret):
+    """q o [Q k], k v [s k], lse [Q]."""
     mask = inside(pl.program_id(0), tile.q, l)
     q = own(q_ref, mask)
 

@@ -3,14 +3,17 @@ chunks of queries."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
-EXACT = (
-    lax.Precision.HIGHEST
-)  # float32 operands are multiplied as float32; narrower ones are not affected
+from pallas_kernels.primitives import EXACT
+
+__all__ = ["attention"]
+
 SCORE_BYTES = 2**30  # float32 scores held at a time
 
 
@@ -34,13 +37,9 @@ def attention(q, k, v, *, scale=None):  # q [b l h k], k v [b s h k]
 
 
 def attend(q, k, v, scale):  # float32 island
-    s = scale * jnp.einsum(
-        "blhk,bshk->bhls", q, k, preferred_element_type=jnp.float32, precision=EXACT
-    )
-    p = jnp.exp(
-        s - lax.stop_gradient(s.max(-1, keepdims=True))
-    )  # the result does not depend on what is subtracted
-    o = jnp.einsum(
-        "bhls,bshk->blhk", p.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=EXACT
-    )
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32, precision=EXACT)
+    s = scale * product("blhk,bshk->bhls", q, k)
+    # the result does not depend on what is subtracted
+    p = jnp.exp(s - lax.stop_gradient(s.max(-1, keepdims=True)))
+    o = product("bhls,bshk->blhk", p.astype(v.dtype), v)
     return (o / rearrange(p.sum(-1), "b h l -> b l h 1")).astype(q.dtype)

@@ -18,15 +18,13 @@ from pallas_kernels.flash_attention.spans import block_of, inside, own, rows, sw
 from pallas_kernels.primitives import LOG2E, blocks, dot, fma, fma_exp2, launch, store
 
 
-def tangent(
-    q, k, v, o, lse, tq, tk, tv, *, scale, tile, interpret
-):  # q o tq [b l h k], k v tk tv [b s h k] -> [b l h k]
+def tangent(q, k, v, o, lse, tq, tk, tv, *, scale, tile, interpret):
     """The tangent of o: sum_s p tv + p (tx - mu) v, with p = softmax(x), x = scale q k^T, mu =
-    sum_s p tx; lse is base 2.
+    sum_s p tx; lse is base 2. q o tq [b l h k], k v tk tv [b s h k] -> [b l h k].
 
     Any number may be taken from a row of tx, since mu moves with it. Here it is the row's mean, for
     accuracy: p tx is rounded to the operands' type, and what all keys have in common would drown
-              the rest.
+    the rest.
     """
     mean = lambda x: x.mean(1, dtype=jnp.float32)  # [b h k]
     l, s, h = q.shape[1], k.shape[1], q.shape[2]
@@ -48,25 +46,9 @@ def tangent(
     )(q, tq, o, lse, k, tk, v, tv, mean(k), mean(tk))
 
 
-def tangent_kernel(
-    q_ref,
-    tq_ref,
-    o_ref,
-    lse_ref,
-    k_ref,
-    tk_ref,
-    v_ref,
-    tv_ref,
-    mean_ref,
-    tmean_ref,
-    to_ref,
-    *,
-    l,
-    s,
-    scale,
-    tile,
-    interpret,
-):  # q tq o to [Q k], lse [Q], k tk v tv [s k], means [k]
+def tangent_kernel(*refs, l, s, scale, tile, interpret):
+    """q tq o to [Q k], lse [Q], k tk v tv [s k], means of k and tk [k]."""
+    q_ref, tq_ref, o_ref, lse_ref, k_ref, tk_ref, v_ref, tv_ref, mean_ref, tmean_ref, to_ref = refs
     mask = inside(pl.program_id(0), tile.q, l)
     q, tq, lse = own(q_ref, mask), own(tq_ref, mask), own(lse_ref, mask)
     wide = lambda x: x.astype(jnp.float32)

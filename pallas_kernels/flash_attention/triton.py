@@ -31,11 +31,9 @@ FLOAT32 = Tile(q=32, k=32, warps=4, stages=2)  # interpreter only
 def tile(kernel: str, dtype, arch: str | None = None) -> Tile:
     """The tile of one of the four kernels: forward, tangent, query_gradient, key_gradient; arch as
     in tuning.tile."""
-    return (
-        FLOAT32
-        if dtype == jnp.float32
-        else Tile(**tuning.tiles("flash_attention")[kernel][arch or tuning.family()])
-    )
+    if dtype == jnp.float32:
+        return FLOAT32
+    return Tile(**tuning.tiles("flash_attention")[kernel][arch or tuning.family()])
 
 
 def refusal(q, scale, interpret: bool = False) -> str | None:
@@ -44,9 +42,8 @@ def refusal(q, scale, interpret: bool = False) -> str | None:
     if q.dtype != jnp.bfloat16 and not (interpret and q.dtype == jnp.float32):
         return f"the Triton kernels take bfloat16, not {q.dtype}"
     if q.shape[-1] not in WIDTHS:
-        return (
-            f"the Triton kernels take head widths {', '.join(map(str, WIDTHS))}, not {q.shape[-1]}"
-        )
+        widths = ", ".join(map(str, WIDTHS))
+        return f"the Triton kernels take head widths {widths}, not {q.shape[-1]}"
     if scale is not None and scale <= 0:
         return f"the Triton kernels take a positive scale, not {scale}"
     return None

@@ -7,8 +7,9 @@ fp8       float8_e4m3fn, scales as in channel
 An activation is quantised once and multiplied with every weight that reads it. impl: "auto" (on
 CUDA, for widths that are multiples of 128, the kernels, and XLA's product of float8 operands;
 elsewhere the reference), "reference", "xla" (channel: the reference; fp8: float8 operands),
-"triton", "interpret". A tile (block128) or row (channel, fp8) with a NaN or an infinity gives
-outputs that are not finite.
+"triton", "interpret"; of the products of channel and fp8 also "mosaic", which is what "auto" takes
+on Hopper. A tile (block128) or row (channel, fp8) with a NaN or an infinity gives outputs that are
+not finite.
 """
 
 from __future__ import annotations
@@ -18,18 +19,15 @@ import difflib
 import jax.numpy as jnp
 
 from pallas_kernels.derivatives import forward_only
-from pallas_kernels.dispatch import choose
-from pallas_kernels.int8_matmul.channel import (
-    dequantize_rows,
-    quantize_channels,
-    quantize_rows,
-    rescale,
-)
-from pallas_kernels.int8_matmul.quantize import BLOCK, QTensor, dequantize, quantize, tiles
+from pallas_kernels.dispatch import automatic, bound, choose
+from pallas_kernels.int8_matmul.quantize import BLOCK, dequantize, quantize, tiles
 from pallas_kernels.int8_matmul.schemes import SCHEMES, Scheme
+from pallas_kernels.mosaic import faster, product_refusal
+from pallas_kernels.quantized import QTensor, dequantize_rows, quantize_rows
 
 __all__ = [
     "BLOCK",
+    "IMPLEMENTATIONS",
     "QTensor",
     "SCHEMES",
     "Scheme",
@@ -38,44 +36,34 @@ __all__ = [
     "int8_linear",
     "quantize",
     "quantize_activations",
-    "quantize_channels",
     "quantize_rows",
     "quantize_weight",
     "quantized_linear",
-    "rescale",
     "tiles",
 ]
 
-IMPLS = SCHEMES["block128"].products
+IMPLEMENTATIONS = {
+    **{f"quantized_linear {name}": scheme.products for name, scheme in SCHEMES.items()},
+    **{f"quantize_activations {name}": scheme.quantizers for name, scheme in SCHEMES.items()},
+}
 NO_DERIVATIVE = (
     "{} is forward only: rounding to 8 bits has no useful derivative. Differentiate the float"
     ' weights: with_linear(model, "float"), or load the checkpoint that is not quantised.'
 )
 
 
-def int8_linear(
-    x, weight: QTensor, bias=None, *, impl: str = "auto"
-):  # x [m k] float, weight [n k] -> [m n] of x.dtype
+def int8_linear(x, weight: QTensor, bias=None, *, impl: str = "auto"):
     """x W^T + bias in the block128 scheme: x quantised like the weight, float32 sums in the order
     of k.
 
     x [m k] float, weight int8 [n k] with float32 scales [ceil(n/128) k/128], bias [n] or None -> [m
-    n] of x.dtype. Forward only.
-    Raises ValueError where k is not a multiple of 128, or shapes do not fit. Source:
-        thu-ml/TurboDiffusion turbodiffusion/ops.
-    The sum is rounded to x.dtype before the bias is added, as in the published kernels: two
-    roundings.
+    n] of x.dtype. Forward only. Raises ValueError where k is not a multiple of 128, or shapes do
+    not fit. Source: thu-ml/TurboDiffusion turbodiffusion/ops. The sum is rounded to x.dtype before
+    the bias is added, as in the published kernels: two roundings.
     """
-    check("int8_linear", SCHEMES["block128"], x, weight, bias)
-    return linear(
-        "int8_linear",
-        quantize_in("int8_linear", x, "block128", impl),
-        weight,
-        bias,
-        "block128",
-        x.dtype,
-        impl,
-    )
+    op, scheme = "int8_linear", SCHEMES["block128"]
+    _check(op, scheme, x, weight, bias)
+    return _linear(op, _quantize(op, x, scheme, impl), weight, bias, scheme, x.dtype, impl)
 
 
 def quantize_activations(x, scheme: str, *, impl: str = "auto") -> QTensor:  # [m k] float
@@ -83,56 +71,60 @@ def quantize_activations(x, scheme: str, *, impl: str = "auto") -> QTensor:  # [
     ValueError)."""
     if x.ndim != 2:
         raise ValueError(f"quantize_activations: x {x.shape}; expected [m k]")
-    check_k("quantize_activations", named(scheme), x.shape[1])
-    return quantize_in("quantize_activations", x, scheme, impl)
+    _check_k("quantize_activations", _named(scheme), x.shape[1])
+    return _quantize("quantize_activations", x, SCHEMES[scheme], impl)
 
 
 def quantize_weight(weight, scheme: str) -> QTensor:  # [n k] float
     """A float weight [n k], one row for each output channel, in the scheme: values [n k] of 8 bits,
     and their scales."""
-    return named(scheme).quantize_weight(weight)
+    return _named(scheme).quantize_weight(weight)
 
 
 def quantized_linear(
     x: QTensor, weight: QTensor, bias=None, *, scheme: str, out_dtype, impl: str = "auto"
-):  # [m k], [n k] -> [m n]
-    """x W^T + bias of quantised activations. Weights concatenated along n, scales and biases alike,
-    give concatenated outputs.
+):
+    """x W^T + bias of quantised activations: [m k], [n k] -> [m n]. Weights concatenated along n,
+    scales and biases alike, give concatenated outputs.
 
     channel and fp8 round once, after the bias; block128 before and after it, as in the published
     kernels. In block128 a weight that is not the last one concatenated must have a multiple of 128
     rows.
     """
-    check("quantized_linear", named(scheme), x.values, weight, bias, x.scale)
-    return linear("quantized_linear", x, weight, bias, scheme, out_dtype, impl)
+    _check("quantized_linear", _named(scheme), x.values, weight, bias, x.scale)
+    return _linear("quantized_linear", x, weight, bias, SCHEMES[scheme], out_dtype, impl)
 
 
-def quantize_in(op, x, scheme, impl):
-    return forward_only(chosen(op, impl, SCHEMES[scheme].quantizers), NO_DERIVATIVE.format(op))(x)
+def _quantize(op, x, scheme, impl):
+    auto = automatic(scheme.quantizers, _refusal(x.shape[1]))
+    return forward_only(choose(op, impl, scheme.quantizers, auto), NO_DERIVATIVE.format(op))(x)
 
 
-def linear(op, x, weight, bias, scheme, out_dtype, impl):
-    product = chosen(op, impl, SCHEMES[scheme].products)
-    run = lambda x, weight, bias: product(x, weight, bias, jnp.dtype(out_dtype))
-    return forward_only(run, NO_DERIVATIVE.format(op))(x, weight, bias)
+def _linear(op, x, weight, bias, scheme, out_dtype, impl):
+    table = bound(scheme.products, out_dtype=jnp.dtype(out_dtype))
+    fast = None
+    if "mosaic" in table:
+        fast = faster(product_refusal(x.values, weight.values, out_dtype))
+    refusal = _refusal(x.values.shape[1])
+    auto = automatic(table, refusal, kernel=scheme.kernel, by_family=fast)
+    run = forward_only(choose(op, impl, table, auto), NO_DERIVATIVE.format(op))
+    return run(x, weight, bias)
 
 
-def chosen(op, impl, table):
-    named = {name: function for name, function in table.items() if name != "auto"}
-    return choose(op, impl, named, table["auto"])
+def _refusal(k) -> str | None:
+    """Why the kernels do not take rows of this width: they are read by whole warps."""
+    return f"k is {k}, no multiple of {BLOCK}" if k % BLOCK else None
 
 
-def named(scheme: str) -> Scheme:
+def _named(scheme: str) -> Scheme:
     if scheme not in SCHEMES:
         near = difflib.get_close_matches(scheme, SCHEMES, 1)
-        raise ValueError(
-            f"scheme is {scheme!r}; allowed:"
-            f" {', '.join(SCHEMES)}{f'; did you mean {near[0]!r}?' if near else ''}"
-        )
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"scheme is {scheme!r}; allowed: {', '.join(SCHEMES)}{hint}")
     return SCHEMES[scheme]
 
 
-def check_k(op, scheme, k):
+def _check_k(op, scheme, k):
     step = scheme.k_multiple
     if k % step:
         low = k // step * step
@@ -143,14 +135,14 @@ def check_k(op, scheme, k):
         )
 
 
-def check(op, scheme, x, weight, bias, x_scale=None):
+def _check(op, scheme, x, weight, bias, x_scale=None):
     """Raise ValueError unless x [m k] and weight [n k] fit each other and the scheme, and bias is
     [n]."""
     if x.ndim != 2 or weight.values.ndim != 2 or x.shape[1] != weight.values.shape[1]:
         raise ValueError(
             f"{op}: x {x.shape}, weight {weight.values.shape}; expected [m k] and [n k]"
         )
-    check_k(op, scheme, x.shape[1])
+    _check_k(op, scheme, x.shape[1])
     for name, values, scale in (("weight", *weight), ("x", x, x_scale)):
         expected = scheme.scale_shape(values.shape)
         if scale is not None and (values.dtype != scheme.dtype or scale.shape != expected):

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
+from pallas_kernels.quantized import FLOOR, QTensor
+
 BLOCK = 128
-FLOOR = 1e-8  # least amax of a block
-
-
-class QTensor(NamedTuple):
-    """Values [m k] of 8 bits and float32 scales: of each tile [ceil(m/128) ceil(k/128)] in
-    block128, of each row [m] otherwise."""
-
-    values: object
-    scale: object
 
 
 def tiles(shape) -> tuple[int, int]:
-    """Number of tiles of 128 x 128 of a matrix [m k] in each direction, the last ones cut:
-    (ceil(m/128), ceil(k/128))."""
+    """Returns the number of tiles of 128 x 128 of a matrix [m k] in each direction, the last ones
+    cut: (ceil(m/128), ceil(k/128))."""
     return math.ceil(shape[0] / BLOCK), math.ceil(shape[1] / BLOCK)
 
 
@@ -38,9 +30,8 @@ def quantize(x) -> QTensor:  # [m k] float
     padded = jnp.pad(x.astype(jnp.float32), ((0, rows * BLOCK - m), (0, columns * BLOCK - k)))
     tile = rearrange(padded, "(r m) (c k) -> r m c k", m=BLOCK, k=BLOCK)
     amax = jnp.maximum(jnp.abs(tile).max((1, 3)), FLOOR)
-    values = jnp.clip(jnp.round(tile * rearrange(128 / amax, "r c -> r 1 c 1")), -128, 127).astype(
-        jnp.int8
-    )
+    values = jnp.round(tile * rearrange(128 / amax, "r c -> r 1 c 1"))
+    values = jnp.clip(values, -128, 127).astype(jnp.int8)
     return QTensor(rearrange(values, "r m c k -> (r m) (c k)")[:m, :k], amax / 128)
 
 

@@ -13,39 +13,40 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.int8_matmul.quantize import BLOCK, QTensor, tiles
-from pallas_kernels.int8_matmul.rounding import divide, largest, narrow, rounded
+from pallas_kernels.int8_matmul.quantize import BLOCK, tiles
 from pallas_kernels.primitives import blocks, dot, fma, launch, load, store
-from pallas_kernels.tuning import Tile
+from pallas_kernels.quantized import QTensor
+from pallas_kernels.rounding import divide, largest, narrow, rounded
+from pallas_kernels.tuning import tile
+
+__all__ = ["block_product", "quantize", "row_product", "swizzled"]
 
 HALF = BLOCK // 2
 GROUP = 8  # tiles of rows that share a pass over the weight while it is in the cache
 
 
-def quantize(x, *, tile: Tile, interpret: bool) -> QTensor:  # [m k] float
+def quantize(x, *, interpret: bool) -> QTensor:  # [m k] float
     """`quantize.quantize`: one program for a tile."""
-    (m, k), shape = x.shape, tiles(x.shape)
+    (m, k), shape, at = x.shape, tiles(x.shape), tile("int8_matmul", "quantize")
     spec = pl.BlockSpec((BLOCK, BLOCK), lambda c, r: (r, c))
     out = jax.ShapeDtypeStruct((m, k), jnp.int8), jax.ShapeDtypeStruct(shape, jnp.float32)
     kernel = partial(quantize_kernel, shape=(m, k), interpret=interpret)
     specs = (spec, pl.BlockSpec((None, None), lambda c, r: (r, c)))
-    return QTensor(
-        *launch(
-            kernel,
-            out,
-            shape[::-1],
-            [spec],
-            specs,
-            warps=tile.warps,
-            stages=tile.stages,
-            interpret=interpret,
-        )(x)
+    run = launch(
+        kernel,
+        out,
+        shape[::-1],
+        [spec],
+        specs,
+        warps=at.warps,
+        stages=at.stages,
+        interpret=interpret,
     )
+    return QTensor(*run(x))
 
 
-def quantize_kernel(
-    x_ref, values_ref, scale_ref, *, shape, interpret
-):  # x and values [128 128], scale []
+def quantize_kernel(x_ref, values_ref, scale_ref, *, shape, interpret):
+    """x and values [128 128], scale []."""
     mask = inside(pl.program_id(1), pl.program_id(0), shape, x_ref.shape)
     x = load(x_ref, mask).astype(jnp.float32)
     amax = largest([x])
@@ -54,25 +55,22 @@ def quantize_kernel(
     store(scale_ref, amax * (1 / 128))
 
 
-def block_product(
-    x: QTensor, weight: QTensor, bias, out_dtype, *, tile: Tile, interpret: bool
-):  # [m k], [n k] -> [m n]
-    """Sum over the blocks of k, in order, of float32(int32 dot) * (scale_x * scale_weight);
-    rounded, and again with the bias."""
+def block_product(x: QTensor, weight: QTensor, bias, out_dtype, *, interpret: bool):
+    """Values [m k], [n k] -> [m n]. Sum over the blocks of k, in order, of float32(int32 dot) *
+    (scale_x * scale_weight); rounded, and again with the bias."""
     bias = None if bias is None else bias.astype(out_dtype)
     columns = x.scale.shape[1]
     scales = (
         pl.BlockSpec((None, columns), lambda i, j: (i * HALF // BLOCK, 0)),
         pl.BlockSpec((None, columns), lambda i, j: (j, 0)),
     )
-    return product(block_kernel, x, weight, bias, out_dtype, HALF, scales, tile, interpret)
+    at = tile("int8_matmul", "block_product")
+    return product(block_kernel, x, weight, bias, out_dtype, HALF, scales, at, interpret)
 
 
-def row_product(
-    x: QTensor, weight: QTensor, bias, out_dtype, *, tile: Tile, interpret: bool
-):  # [m k], [n k] -> [m n]
-    """float32(int32 dot) * scale_x * scale_weight + bias, rounded once. Raises ValueError unless k
-    is a multiple of 128."""
+def row_product(x: QTensor, weight: QTensor, bias, out_dtype, *, interpret: bool):
+    """Values [m k], [n k] -> [m n]. float32(int32 dot) * scale_x * scale_weight + bias, rounded
+    once. Raises ValueError unless k is a multiple of 128."""
     k = x.values.shape[1]
     if k % BLOCK:
         raise ValueError(
@@ -80,16 +78,17 @@ def row_product(
             f' {blocks(k, BLOCK) * BLOCK}; impl="xla" takes any'
         )
     scales = pl.BlockSpec((BLOCK,), lambda i, j: (i,)), pl.BlockSpec((BLOCK,), lambda i, j: (j,))
-    return product(row_kernel, x, weight, bias, out_dtype, BLOCK, scales, tile, interpret)
+    at = tile("int8_matmul", "row_product")
+    return product(row_kernel, x, weight, bias, out_dtype, BLOCK, scales, at, interpret)
 
 
-def product(kernel: Callable, x, weight, bias, out_dtype, rows, scales, tile, interpret):
+def product(kernel: Callable, x, weight, bias, out_dtype, rows, scales, at, interpret):
     """The launch that both kernels share: outputs of `rows` x 128; index maps of the scales take
     the place (i, j) of a tile."""
     (m, k), n = x.values.shape, weight.values.shape[0]
     grid = blocks(m, rows), blocks(n, BLOCK)
     place = partial(swizzled, grid=grid)
-    at = lambda spec: pl.BlockSpec(spec.block_shape, lambda p: spec.index_map(*place(p)))
+    placed = lambda spec: pl.BlockSpec(spec.block_shape, lambda p: spec.index_map(*place(p)))
     args = [x.values, weight.values, x.scale, weight.scale]
     specs = [
         pl.BlockSpec((rows, k), lambda i, j: (i, 0)),
@@ -103,10 +102,10 @@ def product(kernel: Callable, x, weight, bias, out_dtype, rows, scales, tile, in
         partial(kernel, place=place, shape=(m, n), interpret=interpret),
         jax.ShapeDtypeStruct((m, n), out_dtype),
         (grid[0] * grid[1],),
-        [at(spec) for spec in specs],
+        [placed(spec) for spec in specs],
         pl.BlockSpec((rows, BLOCK), place),
-        warps=tile.warps,
-        stages=tile.stages,
+        warps=at.warps,
+        stages=at.stages,
         interpret=interpret,
     )(*args)
 
@@ -120,9 +119,8 @@ def swizzled(p, grid):
     return first + p % height, p // height
 
 
-def block_kernel(
-    x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret
-):  # x [64 k], w [128 k], scales [k/128], bias [128]
+def block_kernel(x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret):
+    """x [64 k], w [128 k], scales [k/128], bias [128]."""
     (i, j), (*bias, y_ref) = place(pl.program_id(0)), rest
 
     def step(c, total):
@@ -135,17 +133,13 @@ def block_kernel(
     store(y_ref, total.astype(y_ref.dtype), inside(i, j, shape, y_ref.shape))
 
 
-def row_kernel(
-    x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret
-):  # x w [128 k], scales and bias [128]
+def row_kernel(x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret):
+    """x w [128 k], scales and bias [128]."""
     (i, j), (*bias, y_ref) = place(pl.program_id(0)), rest
     step = lambda c, total: total + tile_dot(x_ref, w_ref, c, (i, j), shape)
     total = lax.fori_loop(0, x_ref.shape[1] // BLOCK, step, jnp.zeros(y_ref.shape, jnp.int32))
-    y = (
-        total.astype(jnp.float32)
-        * vector(xs_ref, i, shape[0])[:, None]
-        * vector(ws_ref, j, shape[1])[None, :]
-    )
+    y = total.astype(jnp.float32) * vector(xs_ref, i, shape[0])[:, None]
+    y = y * vector(ws_ref, j, shape[1])[None, :]
     if bias:
         y = y + vector(bias[0], j, shape[1])[None, :]
     store(y_ref, y.astype(y_ref.dtype), inside(i, j, shape, y_ref.shape))
@@ -154,14 +148,12 @@ def row_kernel(
 def tile_dot(x_ref, w_ref, c, place, shape):  # -> int32 [rows 128]
     """The products over block c of k; rows past the end are zeros."""
     columns = pl.ds(c * BLOCK, BLOCK)
-    x, w = (
-        load(
-            ref.at[:, columns],
-            None if (rows := along(i, size, ref.shape[0])) is None else rows[:, None],
-        )
-        for ref, i, size in zip((x_ref, w_ref), place, shape, strict=True)
-    )
-    return dot(x, w, (1, 1), jnp.int32)
+    operands = []
+    for ref, i, size in zip((x_ref, w_ref), place, shape, strict=True):
+        rows = along(i, size, ref.shape[0])
+        mask = None if rows is None else rows[:, None]
+        operands.append(load(ref.at[:, columns], mask))
+    return dot(*operands, (1, 1), jnp.int32)
 
 
 def vector(ref, i, size):  # -> float32
@@ -176,8 +168,8 @@ def along(i, size: int, block: int):  # -> bool [block] or None
 def inside(i, j, shape, block):  # -> bool, broadcast against a tile of the shape `block`, or None
     """Which elements of tile (i, j) exist; None if every tile is full."""
     rows, columns = along(i, shape[0], block[0]), along(j, shape[1], block[1])
-    if rows is None or columns is None:
-        return (
-            rows[:, None] if rows is not None else columns[None, :] if columns is not None else None
-        )
+    if rows is None:
+        return None if columns is None else columns[None, :]
+    if columns is None:
+        return rows[:, None]
     return rows[:, None] & columns[None, :]

@@ -10,21 +10,22 @@ A row with a NaN or an infinity gets a scale that is not finite; other rows are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from einops import rearrange
 
 from pallas_kernels.derivatives import forward_only
-from pallas_kernels.dispatch import automatic, choose
-from pallas_kernels.int8_matmul import SCHEMES, QTensor
+from pallas_kernels.dispatch import automatic, bound, choose, implementations
 from pallas_kernels.norm_modulate import reference, triton
-from pallas_kernels.tuning import tile
+from pallas_kernels.quantized import ROW_SCHEMES, QTensor
 
-__all__ = ["Normed", "gelu", "norm"]
+__all__ = ["IMPLEMENTATIONS", "Normed", "gelu", "norm"]
 
-ROW_SCHEMES = {name: scheme.dtype for name, scheme in SCHEMES.items() if name != "block128"}
+IMPLEMENTATIONS = {
+    "norm": implementations(reference.norm, triton.norm),
+    "gelu": implementations(reference.gelu, triton.gelu),
+}
 NO_DERIVATIVE = (
     "norm_modulate.{} is forward only where it quantises or runs a kernel. Differentiate the float"
     ' model: with_linear(model, "float"), impl="auto" or "reference" and no scheme.'
@@ -60,70 +61,38 @@ def norm(
     and, from float32 again, to 8 bits (`scheme`). factor is 1 + scale of a modulation, or the
     weight of a norm with parameters; the variance is the true one.
     """
-    b, _, d = check("norm", x, floats, scheme)
-    if (
-        y is not None
-        and (y.shape != x.shape or y.dtype != x.dtype)
-        or gate is not None
-        and y is None
-    ):
+    b, _, d = _check("norm", x, floats, scheme)
+    unlike_x = y is not None and (y.shape != x.shape or y.dtype != x.dtype)
+    if unlike_x or (gate is not None and y is None):
         given = "no y" if y is None else f"y {y.dtype} {y.shape}"
         raise ValueError(
             f"norm: x {x.dtype} {x.shape}, {given}; expected y of the shape and dtype of x, and a"
             " gate only with y"
         )
-    vectors = [
-        sample_rows(name, a, b, d)
-        for name, a in (("gate", gate), ("factor", factor), ("shift", shift))
-    ]
-    run = named("norm", impl, NORM, d, eps=eps, floats=floats, dtype=ROW_SCHEMES.get(scheme))
+    named = (("gate", gate), ("factor", factor), ("shift", shift))
+    vectors = [_sample_rows(name, a, b, d) for name, a in named]
+    run = _chosen("norm", impl, d, eps=eps, floats=floats, dtype=ROW_SCHEMES.get(scheme))
     if impl not in ("auto", "reference") or scheme:
         run = forward_only(run, NO_DERIVATIVE.format("norm"))
     return Normed(*run(x, y, *vectors))
 
 
-def gelu(
-    x, *, scheme: str, impl: str = "auto"
-) -> QTensor:  # [b l d] -> values [(b l) d], scale [(b l)]
-    """GELU (tanh form) of x, quantised by row from float32."""
-    _, _, d = check("gelu", x, False, scheme)
-    return forward_only(
-        named("gelu", impl, GELU, d, dtype=ROW_SCHEMES[scheme]), NO_DERIVATIVE.format("gelu")
-    )(x)
+def gelu(x, *, scheme: str, impl: str = "auto") -> QTensor:
+    """GELU (tanh form) of x [b l d], quantised by row from float32: values [(b l) d], scale [(b
+    l)]."""
+    _, _, d = _check("gelu", x, False, scheme)
+    run = _chosen("gelu", impl, d, dtype=ROW_SCHEMES[scheme])
+    return forward_only(run, NO_DERIVATIVE.format("gelu"))(x)
 
 
-def named(name: str, impl: str, impls: dict[str, Callable], width: int, **options) -> Callable:
+def _chosen(name: str, impl: str, width: int, **options) -> Callable:
     """The implementation called `impl`; differentiated, "auto" is the reference."""
-    ready = {key: partial(function, **options) for key, function in impls.items()}
+    table = bound(IMPLEMENTATIONS[name], **options)
     refusal = f"width {width} is not a multiple of 128" if width % 128 else None
-    return choose(
-        name,
-        impl,
-        ready,
-        automatic(ready["triton"], ready["reference"], refusal, derivative=ready["reference"]),
-    )
+    return choose(name, impl, table, automatic(table, refusal, derivative="reference"))
 
 
-def kernel(function: Callable, name: str, interpret: bool) -> Callable:
-    """A kernel with the tile of the device at hand, looked up when it is called."""
-    return lambda *args, **options: function(
-        *args, **options, tile=tile("norm_modulate", name), interpret=interpret
-    )
-
-
-NORM = {
-    "reference": reference.norm,
-    "triton": kernel(triton.norm, "norm", False),
-    "interpret": kernel(triton.norm, "norm", True),
-}
-GELU = {
-    "reference": reference.gelu,
-    "triton": kernel(triton.gelu, "gelu", False),
-    "interpret": kernel(triton.gelu, "gelu", True),
-}
-
-
-def check(op, x, floats, scheme):
+def _check(op, x, floats, scheme):
     """Raise ValueError unless x is [b l d] and an output is asked for; -> (b, l, d)."""
     if x.ndim != 3:
         raise ValueError(f"{op}: x {x.shape}; expected [b l d]")
@@ -135,7 +104,7 @@ def check(op, x, floats, scheme):
     return x.shape
 
 
-def sample_rows(name, a, b, d):  # [d] or [1 or b, 1, d] -> float32 [1 or b, d]
+def _sample_rows(name, a, b, d):  # [d] or [1 or b, 1, d] -> float32 [1 or b, d]
     if a is None:
         return None
     if a.shape not in {(d,), (1, 1, d), (b, 1, d)}:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
-from pallas_kernels.int8_matmul.channel import quantize_rows
-from pallas_kernels.int8_matmul.quantize import QTensor
+from pallas_kernels.quantized import QTensor, quantize_rows
+
+__all__ = ["gelu", "norm"]
 
 
 def norm(x, y, gate, factor, shift, *, eps, floats, dtype):
@@ -24,15 +25,15 @@ def norm(x, y, gate, factor, shift, *, eps, floats, dtype):
     h = h - h.mean(-1, keepdims=True)
     h = h * lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)
     h = h * factor[:, None] + shift[:, None]
-    return x, h.astype(x.dtype) if floats else None, flat(h, dtype) if dtype else None
+    q = flat(h, dtype) if dtype else None
+    return x, h.astype(x.dtype) if floats else None, q
 
 
 def stream(x, y, gate):
     total = y.astype(jnp.float32) if gate is None else y.astype(jnp.float32) * gate[:, None]
     total, info = x.astype(jnp.float32) + total, jnp.finfo(x.dtype)
-    return lax.reduce_precision(total, info.nexp, info.nmant).astype(
-        x.dtype
-    )  # a cast alone may be fused away before the norm
+    # a cast alone may be fused away before the norm
+    return lax.reduce_precision(total, info.nexp, info.nmant).astype(x.dtype)
 
 
 def gelu(x, *, dtype) -> QTensor:  # [b l d] -> values [(b l) d], scale [(b l)]

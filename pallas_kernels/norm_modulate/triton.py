@@ -12,71 +12,54 @@ from einops import rearrange
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.int8_matmul.quantize import QTensor
-from pallas_kernels.int8_matmul.rounding import rounded, total
-from pallas_kernels.int8_matmul.rows import (
-    load_parts,
-    quantize_rows,
-    split,
-    store_parts,
-    store_quantized,
-)
 from pallas_kernels.primitives import LOG2E, exp2, fma, launch, reciprocal
-from pallas_kernels.tuning import Tile
+from pallas_kernels.quantized import QTensor
+from pallas_kernels.rounding import rounded, total
+from pallas_kernels.rows import load_parts, quantize_rows, split, store_parts, store_quantized
+from pallas_kernels.tuning import tile
+
+__all__ = ["gelu", "norm"]
 
 GELU = -2 * LOG2E * math.sqrt(2 / math.pi)  # gelu(x) = x / (1 + 2^(GELU (x + 0.044715 x^3)))
 
 
-def norm(x, y, gate, factor, shift, *, eps, floats, dtype, tile: Tile, interpret: bool):
+def norm(x, y, gate, factor, shift, *, eps, floats, dtype, interpret: bool):
     """`reference.norm`; the grid is (rows of a sample, samples)."""
-    b, l, d = x.shape
+    (b, l, d), at = x.shape, tile("norm_modulate", "norm")
     row = lambda a: pl.BlockSpec(
         (None, None, *a.shape[2:]), lambda i, b: (b, i) + (0,) * (a.ndim - 2)
     )
     sample = lambda a: pl.BlockSpec((None, d), lambda i, b: (b if a.shape[0] > 1 else 0, 0))
     ins = {"x": x, "y": y, "gate": gate, "factor": factor, "shift": shift}
     ins = {name: a for name, a in ins.items() if a is not None}
-    outs = {
-        "stream": y is not None and x.dtype,
-        "h": floats and x.dtype,
-        "values": dtype,
-        "scale": dtype and jnp.float32,
-    }
-    outs = {
-        name: jax.ShapeDtypeStruct((b, l) if name == "scale" else x.shape, kind)
-        for name, kind in outs.items()
-        if kind
-    }
+    outs = {}
+    if y is not None:
+        outs["stream"] = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    if floats:
+        outs["h"] = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    if dtype:
+        outs["values"] = jax.ShapeDtypeStruct(x.shape, dtype)
+        outs["scale"] = jax.ShapeDtypeStruct((b, l), jnp.float32)
+    options = {"eps": eps, "interpret": interpret}
     result = launch(
-        partial(
-            norm_kernel,
-            names=(*ins, *outs),
-            parts=split(d, tile.warps),
-            eps=eps,
-            interpret=interpret,
-        ),
+        partial(norm_kernel, names=(*ins, *outs), parts=split(d, at.warps), **options),
         list(outs.values()),
         (l, b),
         [row(a) if a.ndim == 3 else sample(a) for a in ins.values()],
         [row(a) for a in outs.values()],
-        warps=tile.warps,
-        stages=tile.stages,
+        warps=at.warps,
+        stages=at.stages,
         interpret=interpret,
     )(*ins.values())
-    out = dict(zip(outs, result, strict=True))
-    q = (
-        QTensor(
-            rearrange(out["values"], "b l d -> (b l) d"), rearrange(out["scale"], "b l -> (b l)")
-        )
-        if dtype
-        else None
-    )
+    out, q = dict(zip(outs, result, strict=True)), None
+    if dtype:
+        values = rearrange(out["values"], "b l d -> (b l) d")
+        q = QTensor(values, rearrange(out["scale"], "b l -> (b l)"))
     return out.get("stream", x), out.get("h"), q
 
 
-def norm_kernel(
-    *refs, names, parts, eps, interpret
-):  # x y stream h values [d], gate factor shift [d], scale []
+def norm_kernel(*refs, names, parts, eps, interpret):
+    """x y stream h values [d], gate factor shift [d], scale []."""
     refs = dict(zip(names, refs, strict=True))
     d = refs["x"].shape[0]
     xs = load_parts(refs["x"], parts)
@@ -89,9 +72,8 @@ def norm_kernel(
     mean = total(xs) * (1 / d)
     xs = [x - mean for x in xs]
     deviation = lax.rsqrt(total([x * x for x in xs]) * (1 / d) + eps)
-    affine = zip(
-        xs, load_parts(refs["factor"], parts), load_parts(refs["shift"], parts), strict=True
-    )
+    factors, shifts = load_parts(refs["factor"], parts), load_parts(refs["shift"], parts)
+    affine = zip(xs, factors, shifts, strict=True)
     xs = [fma(x * deviation, factor, shift, interpret) for x, factor, shift in affine]
     if "h" in refs:
         store_parts(refs["h"], xs, parts)
@@ -99,11 +81,10 @@ def norm_kernel(
         store_quantized(refs["values"], refs["scale"], xs, parts, interpret)
 
 
-def gelu(x, *, dtype, tile: Tile, interpret: bool) -> QTensor:  # [b l d]
+def gelu(x, *, dtype, interpret: bool) -> QTensor:  # [b l d]
     """`reference.gelu`."""
-    return quantize_rows(
-        rearrange(x, "b l d -> (b l) d"), dtype, before=gelu_tanh, tile=tile, interpret=interpret
-    )
+    rows, at = rearrange(x, "b l d -> (b l) d"), tile("norm_modulate", "gelu")
+    return quantize_rows(rows, dtype, before=gelu_tanh, tile=at, interpret=interpret)
 
 
 def gelu_tanh(x, interpret):  # float32

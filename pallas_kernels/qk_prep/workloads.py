@@ -32,18 +32,4 @@ def rows(l: int, h: int) -> Workload:
     )
 
 
-def keys(l: int, h: int) -> Workload:
-    """Arguments of `quantize_keys` with block 64: keys with a mean to take off, and that mean."""
-
-    def make(key):
-        key_k, key_mean = jax.random.split(key)
-        mean = 3 * jax.random.normal(key_mean, (1, h, WIDTH))
-        k = (jax.random.normal(key_k, (1, l, h, WIDTH)) + mean[:, None]).astype(jnp.bfloat16)
-        return k, k.mean(1, dtype=jnp.float32)
-
-    elements = l * h * WIDTH
-    return Workload(make, flops=4 * elements, bytes=3 * elements + 4 * h * (WIDTH + -(-l // BLOCK)))
-
-
 WORKLOADS = {name: rows(*shape) for name, shape in SHAPES.items()}
-KEYS = {name: keys(*shape) for name, shape in SHAPES.items()}

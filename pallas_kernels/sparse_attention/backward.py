@@ -21,6 +21,8 @@ from pallas_kernels.primitives import blocks as count
 from pallas_kernels.sparse_attention.transpose import transpose
 from pallas_kernels.tuning import tile
 
+__all__ = ["backward"]
+
 # queries for each warp in the gradient of queries: as many as one tensor instruction gives it
 WARP_ROWS = 16
 # keys, and in the gradient of keys also queries, taken at a time; more need more registers or
@@ -32,45 +34,21 @@ def backward(q, k, v, blocks, o, lse, do, block_q, block_k, *, interpret):
     """dq, dk, dv [b l h k] of `reference.sparse_attention`, whose o it was; do is the cotangent of
     o.
 
-    blocks: int32 [b h q_blocks chosen], ascending; lse: natural logarithm of the normalisers,
-            float32 [b h q_blocks block_q].
+    blocks: int32 [b h q_blocks chosen], ascending; lse: natural logarithm of the normalisers, f32
+    [b h q_blocks block_q].
     """
     lse = rearrange(lse, "b h i m -> b h (i m)")
-    dq, delta = query_side(
-        q,
-        k,
-        v,
-        blocks,
-        o,
-        lse,
-        do,
-        block_q,
-        block_k,
-        tile("sparse_attention", f"dq_q{block_q}"),
-        interpret,
-    )
+    at = tile("sparse_attention", f"dq_q{block_q}")
+    dq, delta = query_side(q, k, v, blocks, o, lse, do, block_q, block_k, at, interpret)
     columns = transpose(blocks, count(k.shape[1], block_k))
-    dk, dv = key_side(
-        q,
-        k,
-        v,
-        columns,
-        lse,
-        delta,
-        do,
-        block_q,
-        block_k,
-        tile("sparse_attention", "dkdv"),
-        interpret,
-    )
+    at = tile("sparse_attention", "dkdv")
+    dk, dv = key_side(q, k, v, columns, lse, delta, do, block_q, block_k, at, interpret)
     return dq, dk, dv
 
 
-def query_side(
-    q, k, v, blocks, o, lse, do, block_q, block_k, at, interpret
-):  # lse f32 [b h (q_blocks block_q)]
+def query_side(q, k, v, blocks, o, lse, do, block_q, block_k, at, interpret):
     """dq [b l h k], and delta f32 [b h (q_blocks block_q)], which is not written past the last
-    query."""
+    query. lse f32 [b h (q_blocks block_q)]."""
     rows = min(block_q, WARP_ROWS * at.warps)
     (b, l, h, d), chosen = q.shape, blocks.shape[3]
     own = pl.BlockSpec((None, rows, None, d), lambda i, g: (g // h, i, g % h, 0))
@@ -139,10 +117,9 @@ def query_kernel(
     store(dq_ref, (scale * dq).astype(dq_ref.dtype), here[:, None])
 
 
-def key_side(
-    q, k, v, columns, lse, delta, do, block_q, block_k, at, interpret
-):  # lse delta f32 [b h (q_blocks block_q)]
-    """dk, dv [b l h k], zeros where no query chose a key; columns: the lists of `transpose`."""
+def key_side(q, k, v, columns, lse, delta, do, block_q, block_k, at, interpret):
+    """dk, dv [b l h k], zeros where no query chose a key; columns: the lists of `transpose`; lse
+    and delta f32 [b h (q_blocks block_q)]."""
     whole = lambda x: pl.BlockSpec(x.shape, lambda i: (0,) * x.ndim)
     args = columns, q, do, lse, delta, k, v
     return launch(
@@ -201,9 +178,8 @@ def key_kernel(
         return dk + dot(ds.astype(q.dtype), q, (1, 0)), dv + dot(p.astype(do.dtype), do, (1, 0))
 
     zero = jnp.zeros(k.shape, jnp.float32)
-    dk, dv = lax.fori_loop(
-        columns.start[column] * times, columns.start[column + 1] * times, add, (zero, zero)
-    )
+    begin, end = columns.start[column] * times, columns.start[column + 1] * times
+    dk, dv = lax.fori_loop(begin, end, add, (zero, zero))
     store(at(dk_ref), (scale * dk).astype(dk_ref.dtype), inside)
     store(at(dv_ref), dv.astype(dv_ref.dtype), inside)
 

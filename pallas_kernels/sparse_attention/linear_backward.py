@@ -20,11 +20,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.primitives import LOG2E, dot, fma_exp2, launch, load, store
+from pallas_kernels.linear_branch import EPS
+from pallas_kernels.primitives import EXACT, LOG2E, dot, fma_exp2, launch, load, store
 from pallas_kernels.primitives import blocks as count
 from pallas_kernels.sparse_attention.backward import backward
-from pallas_kernels.sparse_attention.reference import EPS, EXACT
 from pallas_kernels.tuning import tile
+
+__all__ = ["grad", "linear_backward"]
 
 ROWS = 64  # tokens that a program takes at a time
 PROGRAMS = 512  # about as many programs sum over the queries, each over a chunk of one head
@@ -36,9 +38,8 @@ def grad(args, saved, do, block_q, block_k, *, interpret):
     block list has none.
 
     args: q k v [b l h k], proj_kernel [k k], proj_bias [k], blocks int32 [b h q_blocks chosen];
-          saved: o of the sparse branch
-    alone [b l h k], its lse f32 [b h q_blocks block_q], and `linear.summaries` f32 [b h k k], [b h
-    k]; do [b l h k].
+    saved: o of the sparse branch alone [b l h k], its lse f32 [b h q_blocks block_q], and
+    `linear_branch.summaries` f32 [b h k k], [b h k]; do [b l h k].
     """
     q, k, v, proj_kernel, proj_bias, blocks = args
     o, lse, product, total = saved
@@ -54,9 +55,8 @@ def linear_backward(q, k, v, product, total, proj_kernel, do, near, *, interpret
     float32.
 
     near: the gradients of the sparse branch, to which these are added in float32; product, total:
-          phi(k)^T v and the sum of phi(k)
-    in float32, from `linear.summaries`. Sums over the sequence are float32, by chunks that XLA adds
-    up: no result depends on timing.
+    phi(k)^T v and the sum of phi(k) in float32, from `linear_branch.summaries`. Sums over the
+    sequence are float32, by chunks that XLA adds up: no result depends on timing.
     """
     product_of = partial(jnp.einsum, precision=EXACT)
     m = product_of("bhij,jo->bhio", product, proj_kernel).astype(q.dtype)
@@ -140,9 +140,8 @@ def query_sums_kernel(
         q, do = (load(ref.at[rows], inside[:, None]) for ref in (q_ref, do_ref))
         phi = feature(q, interpret)
         phi = (phi * (1 / (phi * z).sum(1, keepdims=True))).astype(do.dtype)
-        t = jnp.broadcast_to(
-            load(t_ref.at[rows], inside).astype(do.dtype)[:, None], (ROWS, COLUMNS)
-        )
+        t = load(t_ref.at[rows], inside).astype(do.dtype)
+        t = jnp.broadcast_to(t[:, None], (ROWS, COLUMNS))
         ones = jnp.ones((ROWS, COLUMNS), do.dtype)
         return dm + dot(phi, do, (0, 0)), dz - dot(phi, t, (0, 0)), dbias + dot(do, ones, (0, 0))
 
@@ -153,10 +152,8 @@ def query_sums_kernel(
     store(dbias_ref, dbias.max(1))
 
 
-def key_side(
-    k, v, dproduct, dz, near_k, near_v, *, interpret
-):  # dproduct [b h k k] in k.dtype, dz f32 [b h k]
-    """near_k + dk, near_v + dv [b l h k]."""
+def key_side(k, v, dproduct, dz, near_k, near_v, *, interpret):
+    """near_k + dk, near_v + dv [b l h k] of dproduct [b h k k] in k.dtype, dz f32 [b h k]."""
     b, l, h, d = k.shape
     tokens = pl.BlockSpec((None, ROWS, None, d), lambda i, g: (g // h, i, g % h, 0))
     head = lambda *shape: pl.BlockSpec(
@@ -182,9 +179,8 @@ def key_kernel(
     inside = (pl.program_id(0) * ROWS + jnp.arange(ROWS) < length)[:, None]
     dproduct = load(dproduct_ref)
     phi = feature(load(k_ref, inside), interpret)
-    dv = dot(phi.astype(k_ref.dtype), dproduct, (1, 0)) + load(near_v_ref, inside).astype(
-        jnp.float32
-    )
+    dv = dot(phi.astype(k_ref.dtype), dproduct, (1, 0))
+    dv = dv + load(near_v_ref, inside).astype(jnp.float32)
     store(dv_ref, dv.astype(dv_ref.dtype), inside)
     u = dot(load(v_ref, inside), dproduct, (1, 1)) + load(dz_ref)[None]
     dk = phi * (u - (phi * u).sum(1, keepdims=True)) + load(near_k_ref, inside).astype(jnp.float32)

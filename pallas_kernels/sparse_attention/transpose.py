@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+__all__ = ["Columns", "transpose"]
+
 LONG = 4  # a list is long if it has this many times the mean length
 
 
@@ -25,9 +27,8 @@ class Columns:
     the other.
 
     queries: int32 [(b h q_blocks chosen)], query blocks, ascending within a list; those of c are
-             queries[start[c] : start[c + 1]];
-    start: int32 [(b h k_blocks) + 1]; order: int32 [(b h k_blocks)], the order in which the c
-           should be worked through.
+    queries[start[c] : start[c + 1]]. start: int32 [(b h k_blocks) + 1]. order: int32 [(b h
+    k_blocks)], the order in which the c should be worked through.
     """
 
     queries: jax.Array
@@ -35,10 +36,9 @@ class Columns:
     order: jax.Array
 
 
-def transpose(
-    blocks, k_blocks: int
-) -> Columns:  # int32 [b h q_blocks chosen], no repeats within a list
-    """The lists of all key blocks. Raises ValueError where a pair does not fit into an int32."""
+def transpose(blocks, k_blocks: int) -> Columns:
+    """The lists of all key blocks, of lists int32 [b h q_blocks chosen] without repeats. Raises
+    ValueError where a pair does not fit into an int32."""
     b, h, q_blocks, _ = blocks.shape
     columns = b * h * k_blocks
     if columns * q_blocks >= 2**31:
@@ -53,19 +53,19 @@ def transpose(
         (column * q_blocks + jnp.arange(q_blocks, dtype=jnp.int32)[:, None]).reshape(-1),
         is_stable=False,
     )
-    length = (
-        jnp.zeros(columns, jnp.int32).at[column.reshape(-1)].add(1)
-    )  # whole numbers: the order of additions does not matter
+    # whole numbers: the order of additions does not matter
+    length = jnp.zeros(columns, jnp.int32).at[column.reshape(-1)].add(1)
     start = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(length)])
     return Columns(pairs % q_blocks, start, balanced(length.reshape(b * h, k_blocks), q_blocks))
 
 
-def balanced(
-    length, q_blocks: int
-):  # int32 [heads k_blocks] -> int32 [heads k_blocks], a permutation of their numbers
-    """Head by head, because the queries of one head stay in the cache, and the longest list of a
-    head first, so that short ones fill the gaps at its end. Long lists go before everything: one
-    that starts in the last head would run on alone.
+def balanced(length, q_blocks: int):
+    """The order of all lists, from their lengths int32 [heads k_blocks]: a permutation of their
+    numbers int32 [(heads k_blocks)].
+
+    Head by head, because the queries of one head stay in the cache, and the longest list of a head
+    first, so that short ones fill the gaps at its end. Long lists go before everything: one that
+    starts in the last head would run on alone.
     """
     heads, k_blocks = length.shape
     long = length * k_blocks > LONG * length.sum(1, keepdims=True)

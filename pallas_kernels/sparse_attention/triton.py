@@ -4,14 +4,13 @@ device, for tests."""
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
+from pallas_kernels.block_map import block_map
 from pallas_kernels.derivatives import with_derivatives
+from pallas_kernels.linear_branch import linear_attention, operands
 from pallas_kernels.sparse_attention import linear_backward, reference
 from pallas_kernels.sparse_attention.backward import backward
-from pallas_kernels.sparse_attention.block_map import block_map_and_mean
 from pallas_kernels.sparse_attention.forward import forward
-from pallas_kernels.sparse_attention.linear import summaries
 
 
 def sparse_attention(q, k, v, blocks, block_q, block_k, *, interpret):
@@ -43,13 +42,9 @@ def sparse_linear_attention(
 
     def run(args, save):
         q, k, v, proj_kernel, proj_bias, blocks = args
-        sums, linear = summed(q, k, v, proj_kernel, proj_bias, interpret=interpret)
-        return (
-            forward(
-                q, k, v, blocks, block_q, block_k, linear=linear, save=save, interpret=interpret
-            ),
-            sums,
-        )
+        sums, linear = operands(q, k, v, proj_kernel, proj_bias, interpret=interpret)
+        options = {"linear": linear, "save": save, "interpret": interpret}
+        return forward(q, k, v, blocks, block_q, block_k, **options), sums
 
     def saving(*args):
         (o, o_s, lse), sums = run(args, True)
@@ -57,26 +52,14 @@ def sparse_linear_attention(
 
     def tangent(args, saved, tangents):
         near = lambda *qkv: reference.forward(*qkv, args[5], block_q, block_k)[0]
-        return jax.jvp(
-            lambda *a: near(*a[:3]) + reference.linear_attention(*a), args[:5], tangents[:5]
-        )[1]
+        whole = lambda *given: near(*given[:3]) + linear_attention(*given)
+        return jax.jvp(whole, args[:5], tangents[:5])[1]
 
     def grad(args, saved, do):
         return linear_backward.grad(args, saved, do, block_q, block_k, interpret=interpret)
 
     op = jax.custom_jvp(lambda *args: run(args, False)[0])
-    op.defjvp(
-        lambda args, tangents: jax.jvp(
-            with_derivatives(saving, tangent=tangent, grad=grad), args, tangents
-        )
-    )
-    blocks, _ = block_map_and_mean(q, k, chosen, block_q, block_k, means, interpret=interpret)
+    differentiable = with_derivatives(saving, tangent=tangent, grad=grad)
+    op.defjvp(lambda args, tangents: jax.jvp(differentiable, args, tangents))
+    blocks = block_map(q, k, chosen, block_q, block_k, means, interpret=interpret)
     return op(q, k, v, proj_kernel, proj_bias, blocks)
-
-
-def summed(q, k, v, proj_kernel, proj_bias, *, interpret):
-    """-> phi(k)^T v f32 [b h k k] and the sum of phi(k) f32 [b h k], and the operand `linear` of
-    `forward.attend` made of them."""
-    product, total = summaries(k, v, interpret=interpret)
-    m = jnp.einsum("bhij,jo->bhio", product, proj_kernel, precision=reference.EXACT)
-    return (product, total), (q, m.astype(q.dtype), total, proj_bias)

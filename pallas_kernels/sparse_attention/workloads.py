@@ -21,19 +21,19 @@ def tokens(l: int, h: int, key):
     )
 
 
-def chosen(l: int) -> int:
+def _chosen(l: int) -> int:
     return int(TOPK * -(-l // BLOCK_K))
 
 
-def with_lists(l: int, h: int, key):
+def _with_lists(l: int, h: int, key):
     """Arguments of `sparse_attention` and `sage_sparse_attention`: q k v, and random lists of key
     blocks."""
     key_tokens, key_lists = jax.random.split(key)
     scores = jax.random.uniform(key_lists, (1, h, -(-l // BLOCK_Q), -(-l // BLOCK_K)))
-    return *tokens(l, h, key_tokens), jnp.sort(jax.lax.top_k(scores, chosen(l))[1], -1)
+    return *tokens(l, h, key_tokens), jnp.sort(jax.lax.top_k(scores, _chosen(l))[1], -1)
 
 
-def with_projection(l: int, h: int, key):
+def _with_projection(l: int, h: int, key):
     """Arguments of `sparse_linear_attention` and `sage_sparse_linear_attention` with topk 0.1."""
     key_tokens, key_proj = jax.random.split(key)
     return (
@@ -45,7 +45,7 @@ def with_projection(l: int, h: int, key):
 
 def sparse(l: int, h: int) -> float:
     """Operations of both products over the chosen blocks."""
-    return 4.0 * h * WIDTH * -(-l // BLOCK_Q) * BLOCK_Q * chosen(l) * BLOCK_K
+    return 4.0 * h * WIDTH * -(-l // BLOCK_Q) * BLOCK_Q * _chosen(l) * BLOCK_K
 
 
 def once(l: int, h: int) -> float:
@@ -54,14 +54,14 @@ def once(l: int, h: int) -> float:
 
 
 SPARSE = {
-    name: Workload(partial(with_lists, *at), flops=sparse(*at), bytes=once(*at))
+    name: Workload(partial(_with_lists, *at), flops=sparse(*at), bytes=once(*at))
     for name, at in SHAPES.items()
 }
 
 
 def part(l: int, h: int, flops: float) -> Workload:
     """A step of the whole op that reads two of q, k and v."""
-    return Workload(partial(with_projection, l, h), flops=flops, bytes=4.0 * l * h * WIDTH)
+    return Workload(partial(_with_projection, l, h), flops=flops, bytes=4.0 * l * h * WIDTH)
 
 
 MAPS = {
@@ -72,7 +72,7 @@ SUMMARIES = {name: part(l, h, 2.0 * l * h * WIDTH**2) for name, (l, h) in SHAPES
 # the linear branch adds phi(k)^T v and phi(q) m; the map's scores are too few to count
 WORKLOADS = {
     name: Workload(
-        partial(with_projection, l, h),
+        partial(_with_projection, l, h),
         flops=sparse(l, h) + 4.0 * l * h * WIDTH**2,
         bytes=once(l, h),
     )

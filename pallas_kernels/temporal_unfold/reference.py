@@ -11,9 +11,8 @@ import jax.numpy as jnp
 def unit_norm(x, gain):  # [... c], [c] -> f32 [... c]
     """Unit length over channels times sqrt(c) times the gain."""
     x = x.astype(jnp.float32)
-    length = jnp.sqrt(
-        jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24)
-    )  # with a derivative at zero too
+    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    length = jnp.sqrt(jnp.maximum(squares, 1e-24))  # with a derivative at zero too
     return x / length * math.sqrt(x.shape[-1]) * gain.astype(x.dtype)
 
 

@@ -16,9 +16,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.int8_matmul.rows import load_parts, split
 from pallas_kernels.primitives import LOG2E, exp2, launch, load, power_of_two, reciprocal, store
-from pallas_kernels.tuning import Tile
+from pallas_kernels.rows import load_parts, split
+from pallas_kernels.tuning import tile
+
+__all__ = ["refusal", "temporal_unfold"]
 
 FRAMES = 8  # of a chunk at most: a program holds them all in registers
 ELEMENTS = 2048  # of a frame that a program owns, at most
@@ -33,16 +35,14 @@ def refusal(frames: int, pixels: int, channels: int) -> str | None:
     return None if pixels % 16 == 0 else f"{pixels} pixels are not a multiple of 16"
 
 
-def temporal_unfold(
-    x, past, gain, *, tile: Tile, interpret: bool
-):  # [b t n c], [b 2 n c], [c] -> [b t n 3c], [b 2 n c]
-    b, t, n, c = x.shape
+def temporal_unfold(x, past, gain, *, interpret: bool):
+    """`reference.temporal_unfold`. ValueError for shapes that the kernel does not take."""
+    (b, t, n, c), at = x.shape, tile("temporal_unfold", "unfold")
     reason = refusal(t, n, c)
     if reason:
         raise ValueError(f"temporal_unfold: {reason}; use impl='reference'")
-    size = math.gcd(
-        n, power_of_two(ELEMENTS // c + 1) // 2
-    )  # a power of two that divides n: no pixel is masked
+    # a power of two that divides n: no pixel is masked
+    size = math.gcd(n, power_of_two(ELEMENTS // c + 1) // 2)
     pixels = lambda frames, width: pl.BlockSpec(
         (None, frames, size, width), lambda i, b: (b, 0, i, 0)
     )
@@ -53,24 +53,22 @@ def temporal_unfold(
     }
     ins = {name: given for name, given in ins.items() if given[0] is not None}
     shape = lambda frames, width: jax.ShapeDtypeStruct((b, frames, n, width), x.dtype)
+    names, parts = (*ins, "wide", "next"), split(c, at.warps)
     return launch(
-        partial(
-            kernel, names=(*ins, "wide", "next"), parts=split(c, tile.warps), interpret=interpret
-        ),
+        partial(unfold_kernel, names=names, parts=parts, interpret=interpret),
         [shape(t, 3 * c), shape(2, c)],
         (n // size, b),
         [spec for _, spec in ins.values()],
         [pixels(t, 3 * c), pixels(2, c)],
-        warps=tile.warps,
-        stages=tile.stages,
+        warps=at.warps,
+        stages=at.stages,
         interpret=interpret,
         input_output_aliases={} if past is None else {1: 1},
     )(*(given for given, _ in ins.values()))
 
 
-def kernel(
-    *refs, names, parts, interpret
-):  # x [t p c], past [2 p c], gain [c] -> wide [t p 3c], next [2 p c]
+def unfold_kernel(*refs, names, parts, interpret):
+    """x [t p c], past [2 p c], gain [c] -> wide [t p 3c], next [2 p c]."""
     refs = dict(zip(names, refs, strict=True))
     t, p, c = refs["x"].shape
     read = lambda name, frame: [load(refs[name].at[np.int32(frame), :, part]) for part in parts]
@@ -82,27 +80,22 @@ def kernel(
     else:
         before = [[jnp.zeros((p, part.size), refs["x"].dtype) for part in parts]] * 2
     gains = load_parts(refs["gain"], parts) if "gain" in refs else None
-    for frame, xs in enumerate(frames):
-        ys = (
-            xs
-            if gains is None
-            else [y.astype(refs["wide"].dtype) for y in activated(xs, gains, c, interpret)]
-        )
+    wide = refs["wide"]
+    for frame, ys in enumerate(frames):
+        if gains is not None:
+            ys = [y.astype(wide.dtype) for y in activated(ys, gains, c, interpret)]
         for tap, values in enumerate((*before, ys)):
             for part, value in zip(parts, values, strict=True):
-                store(
-                    refs["wide"].at[np.int32(frame), :, pl.ds(tap * c + part.start, part.size)],
-                    value,
-                )
+                columns = pl.ds(tap * c + part.start, part.size)
+                store(wide.at[np.int32(frame), :, columns], value)
         before = [before[1], ys]
     for frame, values in enumerate(before):
         for part, value in zip(parts, values, strict=True):
             store(refs["next"].at[np.int32(frame), :, part], value)
 
 
-def activated(
-    xs, gains, c, interpret
-):  # parts [p ..], [..] -> float32 parts: silu(unit_norm(x, gain))
+def activated(xs, gains, c, interpret):
+    """silu(unit_norm(x, gain)): parts [p ..], [..] -> float32 parts."""
     xs = [x.astype(jnp.float32) for x in xs]
     squares = reduce(jnp.add, [(x * x).sum(1, keepdims=True) for x in xs])
     factor = math.sqrt(c) * lax.rsqrt(jnp.maximum(squares, 1e-24))

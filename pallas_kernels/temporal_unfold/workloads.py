@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from pallas_kernels.workload import Workload
 
 
-def taps(t: int, h: int, w: int, c: int) -> Workload:
-    """x, past, gain of `temporal_unfold`. A caller that keeps `past`, as a bench does, has it copied in
-    this time."""
+def frames(t: int, h: int, w: int, c: int) -> Workload:
+    """x, past, gain of `temporal_unfold`. A caller that keeps `past`, as a bench does, has it
+    copied in this time."""
 
     def make(key):
         keys = jax.random.split(key, 3)
@@ -26,4 +26,4 @@ def taps(t: int, h: int, w: int, c: int) -> Workload:
     )
 
 
-WORKLOADS = {"wan_vae_480p": taps(4, 480, 832, 96), "wan_vae_720p": taps(4, 720, 1280, 96)}
+WORKLOADS = {"wan_vae_480p": frames(4, 480, 832, 96), "wan_vae_720p": frames(4, 720, 1280, 96)}

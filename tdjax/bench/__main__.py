@@ -20,19 +20,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tdjax.config import (
-    ATTENTION,
-    LINEAR,
-    PRESETS,
-    TEACHER_SAMPLER,
-    DiTConfig,
-    TextConfig,
-    VAEConfig,
-    VideoSize,
-)
-from tdjax.errors import TdjaxError, UsageError
+from tdjax import cli
+from tdjax.config import ATTENTION, LINEAR, DiTConfig, TextConfig, VAEConfig, VideoSize
+from tdjax.errors import UsageError
 from tdjax.media.resolution import choose_size
 from tdjax.precision import FLOATS, Policy
+from tdjax.presets import PRESETS, TEACHER_SAMPLER
 from tdjax.progress import GIB, device_bytes, host_peak_bytes
 
 if TYPE_CHECKING:
@@ -41,9 +34,9 @@ if TYPE_CHECKING:
 STAGES = ("text", "vae", "dit", "e2e")
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tdjax.bench", description=__doc__.splitlines()[0]
+        prog="python -m tdjax.bench", description=(__doc__ or "").partition("\n\n")[0]
     )
     parser.add_argument(
         "--model",
@@ -53,8 +46,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="or demo",
     )
     parser.add_argument("--size", help="480p, 720p or WIDTHxHEIGHT; default: the preset's")
-    parser.add_argument("--num_frames", "--num-frames", type=int, help="default 81 (demo: 33)")
-    parser.add_argument("--num_steps", "--num-steps", type=int, default=4)
+    parser.add_argument("--num_frames", type=int, help="default 81 (demo: 33)")
+    parser.add_argument("--num_steps", type=int, default=4)
     parser.add_argument("--stage", choices=("all", *STAGES), default="all")
     parser.add_argument(
         "--attention", default="dense,sla,sagesla", help="comma list of " + ", ".join(ATTENTION)
@@ -63,7 +56,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--impl",
         default="auto",
-        help="implementation of every op: auto, reference, triton; or of attention alone: cudnn",
+        help=(
+            "implementation of every op: auto, reference, triton; of sparse attention and 8-bit"
+            " linear layers: mosaic; of dense attention: cudnn"
+        ),
     )
     parser.add_argument(
         "--dtype",
@@ -87,7 +83,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="also time runs from prompt to mp4, written into FOLDER (stage e2e)",
     )
     parser.add_argument("--json", metavar="FILE", help="append one JSON line for each row")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    return build_parser().parse_args(argv)
 
 
 def chosen(text: str, allowed: tuple[str, ...], flag: str) -> list[str]:
@@ -107,29 +107,25 @@ def configs(args) -> tuple[DiTConfig, VAEConfig, TextConfig, VideoSize]:
     if args.model == "demo":
         from tdjax.train.tiny import configs as demo
 
-        dit, vae, text, size = demo.DIT_SLA, demo.VAE, demo.TEXT, demo.SIZE
+        dit, vae, text = demo.DIT_SLA, demo.VAE, demo.TEXT
+        size = demo.SIZE
     else:
         preset = PRESETS[args.model]
-        dit, vae, text, size = (
-            preset.config,
-            VAEConfig(),
-            TextConfig(),
-            choose_size(resolution=args.size or preset.resolution),
-        )
+        dit, vae, text = preset.config, VAEConfig(), TextConfig()
+        size = choose_size(resolution=args.size or preset.resolution)
     if args.model == "demo" and args.size:
         raise UsageError(
             "--size with --model demo", "the demo model makes 64x64", "leave --size away"
         )
     if args.dtype:
         policy = Policy(param=args.dtype, compute=args.dtype)
-        dit, vae, text = (dataclasses.replace(cfg, policy=policy) for cfg in (dit, vae, text))
+        dit = dataclasses.replace(dit, policy=policy)
+        vae = dataclasses.replace(vae, policy=policy)
+        text = dataclasses.replace(text, policy=policy)
     vae = dataclasses.replace(vae, impl="reference" if args.impl == "reference" else "auto")
-    return (
-        dit,
-        vae,
-        text,
-        dataclasses.replace(size, frames=args.num_frames) if args.num_frames else size,
-    )
+    if args.num_frames:
+        size = dataclasses.replace(size, frames=args.num_frames)
+    return dit, vae, text, size
 
 
 def machine() -> dict[str, str]:
@@ -173,10 +169,8 @@ def table(rows: list[Row]) -> str:
     )
     lines = [f"{'stage':11} {'what':{wide}} {numbers}"]
     for r in rows:
-        error, psnr = (
-            "" if r.error is None else f"{r.error:.2e}",
-            "" if r.psnr is None else f"{r.psnr:.1f} dB",
-        )
+        error = "" if r.error is None else f"{r.error:.2e}"
+        psnr = "" if r.psnr is None else f"{r.psnr:.1f} dB"
         compile_s = "" if r.compile_s is None else f"{r.compile_s:.1f}"
         memory = f"{r.weights / GIB:6.2f} GiB {r.working / GIB:6.2f} GiB"
         numbers = (
@@ -192,7 +186,7 @@ def conclusions(rows: list[Row], steps: int) -> list[str]:
     for row in rows:
         if row.ratio is not None:
             seconds = steps * row.ms / 1e3
-            original = f"original {TEACHER_SAMPLER.steps} steps {row.ratio * seconds:.1f} s"
+            original = f"original {TEACHER_SAMPLER.num_steps} steps {row.ratio * seconds:.1f} s"
             lines.append(
                 f"{original}; {row.what}: {steps} step{'s' * (steps > 1)} {seconds:.2f} s,"
                 f" {row.ratio:.0f}x"
@@ -213,16 +207,11 @@ def run(args) -> int:
         raise UsageError(
             "--repeats and --num_steps", "both must be at least 1", "use --repeats 20 --num_steps 4"
         )
-    args.attention, args.linear = (
-        chosen(args.attention, ATTENTION, "attention"),
-        chosen(args.linear, LINEAR, "linear"),
-    )
+    args.attention = chosen(args.attention, ATTENTION, "attention")
+    args.linear = chosen(args.linear, LINEAR, "linear")
     facts = machine()
-    print(
-        f"{args.model}, {size.frames} frames of {size.width}x{size.height}, "
-        + ", ".join(f"{k} {v}" for k, v in facts.items()),
-        flush=True,
-    )
+    told = ", ".join(f"{k} {v}" for k, v in facts.items())
+    print(f"{args.model}, {size.frames} frames of {size.width}x{size.height}, {told}", flush=True)
     rows, made = [], sources(args)
     try:
         for stage in STAGES if args.stage == "all" else (args.stage,):
@@ -230,13 +219,9 @@ def run(args) -> int:
                 rows.append(with_peaks(row, (rows[-1].host_peak or 0) if rows else 0))
                 print(f"  {row.stage}, {row.what}: {row.ms:.2f} ms", file=sys.stderr, flush=True)
                 if args.json:
+                    line = {"model": args.model, **facts, **dataclasses.asdict(rows[-1])}
                     with Path(args.json).open("a") as file:
-                        file.write(
-                            json.dumps(
-                                {"model": args.model, **facts, **dataclasses.asdict(rows[-1])}
-                            )
-                            + "\n"
-                        )
+                        file.write(json.dumps(line) + "\n")
     finally:  # what was measured before a stage failed is not lost
         if rows:
             print(table(rows), *conclusions(rows, args.num_steps), sep="\n")
@@ -244,13 +229,11 @@ def run(args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes as `tdjax.generate`: 0 ok, 2 usage."""
-    try:
-        return run(parse(sys.argv[1:] if argv is None else argv))
-    except TdjaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    """Exit codes as those of tdjax.generate: 0 ok, 2 usage, 130 interrupted."""
+    return cli.main(
+        lambda words: run(parse(words)), argv, parser=build_parser, interrupted="rows above stand"
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.run(main)

@@ -18,18 +18,19 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tdjax.bench.stages import Row, host_peak, label, random_weights, row_of, timed, variants
 from tdjax.checkpoints.locate import Located
+from tdjax.cli import WORTH_KEEPING
 from tdjax.config import DiTConfig, TextConfig, VAEConfig, VideoSize, to_dict
 from tdjax.errors import UsageError
 from tdjax.media.video import Writer
 from tdjax.pipeline import memory
-from tdjax.pipeline.compilation import WORTH_KEEPING
-from tdjax.pipeline.components import Part
-from tdjax.pipeline.conditioning import Tokens
+from tdjax.pipeline.components import Component, PlannedComponent
+from tdjax.pipeline.options import PipelineOptions
 from tdjax.pipeline.pipeline import Pipeline
 from tdjax.pipeline.result import Result
 from tdjax.progress import Stages
+from tdjax.text.tokenizer import Tokens
 
-# The part that runs in a stage of the pipeline, and the stage's programs.
+# The component that runs in a stage of the pipeline, and the stage's programs.
 USES = {
     "text": ("text", ("encode_text",)),
     "vae encode": ("vae", ("encode_first", "encode_later")),
@@ -38,10 +39,10 @@ USES = {
 }
 
 
-class RandomPart(Part):
-    """A part without files: loading it draws its weights."""
+class RandomComponent(PlannedComponent):
+    """A component without files: loading it draws its weights."""
 
-    def read(self):
+    def read(self) -> Any:
         return jax.block_until_ready(random_weights(self.abstract()))
 
     def fingerprint(self) -> dict:
@@ -57,9 +58,9 @@ def e2e_rows(
     Two experts are represented by one of them for all steps: they are alike, run the same program,
     and need not both fit.
     """
-    shared = {
-        "vae": RandomPart.planned("vae", vae, "vae"),
-        "text": RandomPart.planned("text", text, "text"),
+    shared: dict[str, Component] = {
+        "vae": RandomComponent("vae", "vae", vae),
+        "text": RandomComponent("text", "text", text),
     }
     call: dict[str, Any] = {"num_steps": args.num_steps}
     if dit.task == "i2v":
@@ -78,16 +79,16 @@ def e2e_rows(
     for pipe in pipes:
         yield from run_rows(pipe, call, args)
         pipe.free("dit")
-    for part in shared.values():
-        part.free()
+    for component in shared.values():
+        component.free()
 
 
-def opened(cfg: DiTConfig, shared: dict[str, Part], size: VideoSize, name: str) -> Pipeline:
+def opened(cfg: DiTConfig, shared: dict[str, Component], size: VideoSize, name: str) -> Pipeline:
     """A pipeline without files, tokenizer and prompt cache, whose text encoder and VAE others
     share."""
     located = Located(name=name, layout="published", preset=None, facts=to_dict(size))
-    parts = {"dit": RandomPart.planned("dit", cfg, "dit"), **shared}
-    return Pipeline(located, parts, mesh=None, low_memory=False, stages=Stages(show=False))
+    components = {"dit": RandomComponent("dit", "dit", cfg), **shared}
+    return Pipeline(located, components, PipelineOptions(), stages=Stages(show=False))
 
 
 # -- compiling -------------------------------------------------------------------------------------
@@ -103,21 +104,16 @@ def compiled(make: Callable[[], Pipeline], call: dict) -> tuple[Pipeline, float,
     with empty_cache():
         for pipe in (first := make(), make()):
             request = pipe.request("bench", **call)
-            if not pipe.keep(request):
+            plan = pipe.plan(request)
+            if not plan.keep_resident:
                 raise UsageError(
                     "stage e2e with weights that do not stay on the device",
-                    memory.table(pipe.plan(request), memory.memory_limit()),
-                    "use --linear int8, or --stage text, vae or dit, which hold one part at a time",
+                    plan.table(),
+                    "use --linear int8, or --stage text, vae or dit, which hold one component each",
                 )
             jax.clear_caches()
             start = time.perf_counter()
-            for ahead in (
-                pipe.programs.ahead(),
-                contextlib.nullcontext(),
-            ):  # asked for together, then waited for
-                with ahead:
-                    pipe.text.program()
-                    pipe.later_programs(request, (False,))
+            pipe.compile(request, plan, (False,))
             seconds.append(time.perf_counter() - start)
     return first, *seconds
 
@@ -143,15 +139,15 @@ def empty_cache():
 
 
 def counted_memory(pipe: Pipeline, *stages: str) -> dict[str, int | None]:
-    """Of these stages (or of all): bytes of the weights, and of the largest program beside its own
+    """Bytes of the weights of these stages (or of all), and of the largest program beside its own
     weights."""
     counted = pipe.memory()
     weights, working = {}, []
-    for part, functions in (USES[name] for name in stages or USES):
+    for name, functions in (USES[stage] for stage in stages or USES):
         used = [counted[function] for function in functions if function in counted]
         if used:
-            weights[part] = memory.weight_bytes(part, pipe.parts[part].config)
-            working.append(max(used) - weights[part])
+            weights[name] = memory.weight_bytes(name, pipe.components[name].config)
+            working.append(max(used) - weights[name])
     return {
         "weights": sum(weights.values()),
         "working": max(working),
@@ -165,9 +161,9 @@ def counted_memory(pipe: Pipeline, *stages: str) -> dict[str, int | None]:
 def run_rows(pipe: Pipeline, call: dict, args) -> Iterator[Row]:
     """Each stage by the pipeline's own clock, and the whole by the wall's; every run has another
     seed."""
-    for name, part in pipe.parts.items():
+    for name, component in pipe.components.items():
         with pipe.stages(f"random weights of {name}"):
-            part.load()
+            component.load()
     seeds, kind = itertools.count(), label(pipe.config)
     clip(pipe, call, next(seeds))  # the warm-up, in which kernels are checked too
     first = len(pipe.stages.rows)
@@ -189,7 +185,8 @@ def run_rows(pipe: Pipeline, call: dict, args) -> Iterator[Row]:
 def clip(pipe: Pipeline, call: dict, seed: int, **more) -> Result:
     """Tokens of a prompt, as many as there may be, to uint8 frames on the host."""
     ones = np.ones((1, pipe.text_len), np.int32)
-    embeds = pipe.encode_text(pipe.request("bench", **call), Tokens(ones, ones))
+    plan = pipe.plan(pipe.request("bench", **call))
+    embeds = pipe.text_encoding.encode(Tokens(ones, ones), plan)
     return pipe(prompt_embeds=embeds, seed=seed, **call, **more)
 
 

@@ -8,33 +8,37 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tdjax.checkpoints import orbax
-from tdjax.config import TEACHER_SAMPLER, DiTConfig, SamplerConfig, TextConfig, VAEConfig, VideoSize
+from tdjax.config import DiTConfig, SamplerConfig, TextConfig, VAEConfig, VideoSize
 from tdjax.models.linear import LINEAR
 from tdjax.models.wan_dit import with_linear
 from tdjax.parallel.sharding import leaf_name
 from tdjax.pipeline import compilation, memory
-from tdjax.pipeline.components import Part
-from tdjax.pipeline.vae_coding import Coder
+from tdjax.pipeline.compilation import Program
+from tdjax.pipeline.components import Component, PlannedComponent
+from tdjax.pipeline.vae_coding import VAECoding
 from tdjax.pipeline.vae_tiling import tiling
 from tdjax.precision import FLOAT32
+from tdjax.presets import TEACHER_SAMPLER
 from tdjax.progress import Stages
-from tdjax.sampling import few_step, flow, unipc
+from tdjax.sampling import few_step, schedules, unipc
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measurement. Milliseconds of one call: median, 10th and 90th percentile; bytes by XLA's
-    count; error: relative L2 of the
-    latents, psnr: dB of the frames that one VAE makes of them.
+    """One measurement.
 
+    ms, p10, p90: milliseconds of one call: median, 10th and 90th percentile.
+    weights, working: bytes by XLA's count.
+    error: relative L2 of the latents; psnr: dB of the frames that one VAE makes of them.
     ratio: how many times as long the original's 50 guided steps take as all steps of this row.
-           Peaks: of the process, so far.
+    device_peak, host_peak: of the process, so far.
     """
 
     stage: str
@@ -62,13 +66,11 @@ def random_weights(module, seed: int = 0):
     """Values that keep variance, drawn on the device leaf by leaf: kernels by their fan-in, unit
     scales, zero biases."""
     scale_of = {kind.leaves[1]: kind.leaves[0] for kind in LINEAR.values() if len(kind.leaves) > 1}
-    shapes = {name: leaf.shape for name, leaf in orbax.names(module).items()}
+    shapes = {name: leaf.shape for name, leaf in orbax.named_leaves(module).items()}
 
     def draw(path, leaf):
-        name, key = (
-            leaf_name(path),
-            jax.random.fold_in(jax.random.key(seed), math.prod(leaf.shape) % 2**31),
-        )
+        name = leaf_name(path)
+        key = jax.random.fold_in(jax.random.key(seed), math.prod(leaf.shape) % 2**31)
         stem, _, last = name.rpartition(".")
         values = f"{stem}.{scale_of.get(last)}"
         if leaf.dtype.itemsize == 1:  # deviation 32: of int8 and of float8 alike
@@ -105,49 +107,33 @@ def row_of(stage: str, what: str, times: list[float], **facts) -> Row:
 
 def measure(
     stage: str, what: str, function, module, *args, repeats: int, per: int = 1
-) -> tuple[Row, object]:
-    """Compile, warm up, time `repeats` calls of function(module, *args); times are divided by
-    `per`. -> (row, last output)"""
+) -> tuple[Row, Any]:
+    """Compiles, warms up and times `repeats` calls of function(module, *args); times are divided by
+    `per`. Returns (row, last output)."""
     start = time.perf_counter()
     run = jax.jit(function).lower(module, *args).compile()
     compile_s = time.perf_counter() - start
     call = lambda: jax.block_until_ready(run(module, *args))
     out = call()
     times = [ms / per for ms in timed(call, repeats)]
-    counted, weights = run.memory_analysis(), memory.module_bytes(module)
-    total = (
-        counted.argument_size_in_bytes + counted.output_size_in_bytes + counted.temp_size_in_bytes
-    )
-    return (
-        row_of(stage, what, times, compile_s=compile_s, weights=weights, working=total - weights),
-        out,
-    )
+    weights = memory.module_bytes(module)
+    counted: Any = run.memory_analysis()
+    inputs, outputs = counted.argument_size_in_bytes, counted.output_size_in_bytes
+    working = inputs + outputs + counted.temp_size_in_bytes - weights
+    row = row_of(stage, what, times, compile_s=compile_s, weights=weights, working=working)
+    return row, out
 
 
 def text_rows(cfg: TextConfig, repeats: int) -> Iterator[Row]:
     ids = jnp.ones((1, cfg.text_len), jnp.int32)
     encoder = random_weights(orbax.abstract("text", cfg))
-    yield measure(
-        "text",
-        f"{cfg.text_len} tokens",
-        compilation.encode_text,
-        encoder,
-        ids,
-        ids,
-        repeats=repeats,
-    )[0]
+    what = f"{cfg.text_len} tokens"
+    yield measure("text", what, compilation.encode_text, encoder, ids, ids, repeats=repeats)[0]
     block = jax.tree.map(lambda leaf: leaf[0], encoder.blocks)
     del encoder
     x = jnp.zeros((1, cfg.text_len, cfg.dim), cfg.policy.compute_dtype)
-    yield measure(
-        "text",
-        f"one layer of {cfg.layers}, streamed",
-        compilation.text_layer,
-        block,
-        x,
-        ids,
-        repeats=repeats,
-    )[0]
+    what = f"one layer of {cfg.layers}, streamed"
+    yield measure("text", what, compilation.text_layer, block, x, ids, repeats=repeats)[0]
 
 
 # -- VAE -------------------------------------------------------------------------------------------
@@ -156,54 +142,54 @@ def text_rows(cfg: TextConfig, repeats: int) -> Iterator[Row]:
 def vae_rows(cfg: VAEConfig, size: VideoSize, repeats: int) -> Iterator[Row]:
     """Whole clips chunk by chunk, their latents and frames arriving on the host, as the pipeline
     runs them."""
-    part = Part.planned("vae", cfg, "vae")
-    vae, clip = random_weights(part.abstract()), f"{size.frames} frame" + "s" * (size.frames > 1)
+    component = PlannedComponent("vae", "vae", cfg)
+    vae = random_weights(component.abstract())
+    clip = f"{size.frames} frame" + "s" * (size.frames > 1)
     image = np.zeros((1, 1, size.height, size.width, 3), np.float32)
     latents = np.random.default_rng(0).standard_normal(
         (1, *size.latent_grid, cfg.latent_channels), np.float32
     )
 
-    def encode(coder: Coder) -> None:
-        coder.encode(vae, image, size)
+    def encode(coding: VAECoding) -> None:
+        coding.encode(vae, image, size)
 
-    def decode(coder: Coder, tiled: bool = False) -> None:
-        for _ in coder.decode(vae, latents, "uint8", tiled):
+    def decode(coding: VAECoding, tiled: bool = False) -> None:
+        for _ in coding.decode(vae, latents, "uint8", tiled):
             pass
 
-    yield clip_row("vae encode", clip, part, lambda coder: coder.encoder(size), encode, repeats)
-    yield clip_row(
-        "vae decode",
-        clip,
-        part,
-        lambda coder: coder.decoder(latents.shape, "uint8"),
-        decode,
-        repeats,
-    )
+    row = functools.partial(clip_row, component=component, repeats=repeats)
+    yield row("vae encode", clip, programs=lambda coding: coding.encoder(size), run=encode)
+    decoder = lambda coding: coding.decoder(latents.shape, "uint8")
+    yield row("vae decode", clip, programs=decoder, run=decode)
     tiles = tiling(*latents.shape[2:4])
     if len(tiles.corners) > 1:
         height, width = (n * cfg.spatial for n in tiles.size)
-        make = lambda coder: coder.decoder(latents.shape, "uint8", tiled=True)
-        yield clip_row(
-            "vae decode",
-            f"{clip}, tiles of {width}x{height}",
-            part,
-            make,
-            lambda coder: decode(coder, True),
-            repeats,
-        )
+        what = f"{clip}, tiles of {width}x{height}"
+        decoder = lambda coding: coding.decoder(latents.shape, "uint8", tiled=True)
+        in_tiles = lambda coding: decode(coding, True)
+        yield row("vae decode", what, programs=decoder, run=in_tiles)
 
 
-def clip_row(stage: str, what: str, part: Part, make: Callable, run: Callable, repeats: int) -> Row:
-    """make(coder) compiles both programs, run(coder) takes a clip through them."""
+def clip_row(
+    stage: str,
+    what: str,
+    *,
+    component: Component,
+    programs: Callable[[VAECoding], list[Program]],
+    run: Callable[[VAECoding], None],
+    repeats: int,
+) -> Row:
+    """programs(coding) are those that run(coding) takes a clip through."""
     stages = Stages(show=False)
-    coder = Coder(compilation.Programs(), part, stages)
+    coding = VAECoding(compilation.Programs(stages), component, stages)
     start = time.perf_counter()
-    make(coder)
+    for program in programs(coding):
+        program.wait()
     compile_s = time.perf_counter() - start
-    run(coder)
-    weights = memory.module_bytes(part.abstract())
-    working = max(coder.compiled.memory().values()) - weights
-    times = timed(lambda: run(coder), repeats)
+    run(coding)
+    weights = memory.module_bytes(component.abstract())
+    working = max(coding.compiler.memory().values()) - weights
+    times = timed(lambda: run(coding), repeats)
     return row_of(
         stage,
         what,
@@ -236,47 +222,55 @@ def variants(cfg: DiTConfig, args) -> list[DiTConfig]:
 def dit_rows(cfg: DiTConfig, vae: VAEConfig, size: VideoSize, args) -> Iterator[Row]:
     """One row for each of `variants`: a whole loop of steps in one program, given per step. The
     original comes first: others are compared with it."""
-    original, decode = None, decoder(vae) if args.error else None
+    original = None
+    decode = decoder(vae) if args.error else None
     if args.teacher:
         dense = dataclasses.replace(cfg, attention="dense", linear="float", impl=args.impl)
-        original = denoise_row(dense, size, dataclasses.replace(TEACHER_SAMPLER, steps=1), args)
+        original = denoise_row(dense, size, dataclasses.replace(TEACHER_SAMPLER, num_steps=1), args)
         yield original
     for changed in variants(cfg, args):
-        row = denoise_row(changed, size, SamplerConfig(steps=args.num_steps), args, decode)
-        ratio = (
-            None
-            if original is None
-            else TEACHER_SAMPLER.steps * original.ms / (args.num_steps * row.ms)
-        )
-        yield dataclasses.replace(row, ratio=ratio)
+        row = denoise_row(changed, size, SamplerConfig(num_steps=args.num_steps), args, decode)
+        if original is not None:
+            whole = TEACHER_SAMPLER.num_steps * original.ms
+            row = dataclasses.replace(row, ratio=whole / (args.num_steps * row.ms))
+        yield row
 
 
 def denoise_row(
-    cfg: DiTConfig, size: VideoSize, schedule: SamplerConfig, args, decode: Callable | None = None
+    cfg: DiTConfig, size: VideoSize, sampler: SamplerConfig, args, decode: Callable | None = None
 ) -> Row:
     """decode: if the error is asked for, see `decoder`."""
     shape = (1, *size.latent_grid, cfg.out_channels)
-    noise = compilation.start_noise(jax.random.key(1), schedule.steps, shape)
+    noise = compilation.start_noise(jax.random.key(1), sampler.num_steps, shape)
     text = jax.random.normal(jax.random.key(2), (1, cfg.text_len, cfg.text_dim)).astype(
         cfg.policy.compute_dtype
     )
     image = jnp.zeros((*shape[:-1], cfg.condition_channels)) if cfg.condition_channels else None
     model = random_weights(orbax.abstract("dit", cfg))
-    if schedule.few_step:
-        times = jnp.asarray(flow.times(schedule))
+    if sampler.few_step:
+        times = jnp.asarray(schedules.times(sampler))
         state, rows = few_step.start(noise[0], times), (few_step.injected(noise), times)
-        run = lambda model, *a: compilation.denoise(model, *a, mode=schedule.mode)
+        run = lambda model, *a: compilation.denoise(model, *a, sampler=sampler.sampler)
         what = label(cfg)
     else:
-        state, rows = (
-            few_step.teacher_start(noise[0]),
-            jax.tree.map(jnp.asarray, unipc.rows(schedule)),
-        )
+        state = few_step.teacher_start(noise[0])
+        rows = jax.tree.map(jnp.asarray, unipc.step_coefficients(sampler))
         text = jnp.concatenate([text, text])
-        run = lambda model, *a: compilation.denoise_guided(model, *a, guidance=schedule.guidance)
+        run = lambda model, *a: compilation.denoise_guided(
+            model, *a, guidance_scale=sampler.guidance_scale
+        )
         what = "original step: dense, float, guided"
     row, (out, _) = measure(
-        "step", what, run, model, state, text, image, rows, repeats=args.repeats, per=schedule.steps
+        "step",
+        what,
+        run,
+        model,
+        state,
+        text,
+        image,
+        rows,
+        repeats=args.repeats,
+        per=sampler.num_steps,
     )
     if decode is None:
         return row
@@ -291,12 +285,10 @@ def denoise_row(
 def decoder(cfg: VAEConfig) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
     """Latents f32 [1 t h w c] -> chunks of frames f32 [t H W 3] in [0, 1], by a VAE with random
     weights: what it makes of differences ranks variants, and says little of a real video."""
-    part = Part.planned("vae", cfg, "vae")
-    vae, coder = (
-        random_weights(part.abstract()),
-        Coder(compilation.Programs(), part, Stages(show=False)),
-    )
-    return lambda latents: (frames for frames, _ in coder.decode(vae, latents, "float"))
+    component, stages = PlannedComponent("vae", "vae", cfg), Stages(show=False)
+    vae = random_weights(component.abstract())
+    coding = VAECoding(compilation.Programs(stages), component, stages)
+    return lambda latents: (frames for frames, _ in coding.decode(vae, latents, "float"))
 
 
 def psnr(chunks: Iterator[np.ndarray], others: Iterator[np.ndarray]) -> float:
@@ -320,7 +312,7 @@ def in_float32(model, cfg: DiTConfig):
     exact = dataclasses.replace(
         cfg, attention=attention, linear="float", impl="reference", policy=FLOAT32
     )
-    leaves = orbax.names(with_linear(model, "float"))
+    leaves = orbax.named_leaves(with_linear(model, "float"))
     return orbax.assemble(
         orbax.abstract("dit", exact),
         {name: leaf.astype(jnp.float32) for name, leaf in leaves.items()},

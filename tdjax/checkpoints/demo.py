@@ -20,7 +20,7 @@ def folder() -> Path:
             f"the embedded demo model is not in this installation: {PACKAGED} has no"
             f" {', '.join(missing)}",
             "it is package data of less than 10 MB, and this copy of tdjax was made without it",
-            "install tdjax again; or train it (python -m tdjax.train.tiny) and give --model"
-            " runs/tiny/demo; or give another --model",
+            "install tdjax again; or train it (python -m tdjax.train.tiny) and give `model`"
+            " runs/tiny/demo; or give another `model`",
         )
     return PACKAGED

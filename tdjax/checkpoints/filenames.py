@@ -9,20 +9,29 @@ from __future__ import annotations
 import re
 from pathlib import PurePath
 
-from tdjax.config import PRESETS
 from tdjax.errors import CheckpointError
+from tdjax.presets import PRESETS
 
 WEIGHTS = (".pth", ".pt", ".safetensors", ".safetensors.index.json")
 # Names of each part, best first. A name without a suffix is a folder: ours (manifest.json) or
 # diffusers' (config.json).
 COMPONENTS = {
     "vae": ("vae", "Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors", "wan_2.1_vae.safetensors"),
-    "text": ("text", "text_encoder", "models_t5_umt5-xxl-enc-bf16.pth", "models_t5_umt5-xxl-enc-bf16.safetensors"),
-    "tokenizer": (
-        "tokenizer.json", "tokenizer/tokenizer.json", "google/umt5-xxl/tokenizer.json",
-        "spiece.model", "tokenizer/spiece.model", "google/umt5-xxl/spiece.model",
+    "text": (
+        "text",
+        "text_encoder",
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        "models_t5_umt5-xxl-enc-bf16.safetensors",
     ),
-}  # fmt: skip
+    "tokenizer": (
+        "tokenizer.json",
+        "tokenizer/tokenizer.json",
+        "google/umt5-xxl/tokenizer.json",
+        "spiece.model",
+        "tokenizer/spiece.model",
+        "google/umt5-xxl/spiece.model",
+    ),
+}
 LIKELY = {
     "vae": re.compile(r"(^|[^a-z])vae([^a-z]|$)"),
     "text": re.compile(r"(^|[^a-z])u?m?t5([^a-z0-9]|$)"),

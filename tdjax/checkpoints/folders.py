@@ -12,8 +12,13 @@ from typing import Any
 
 from tdjax.checkpoints import filenames
 from tdjax.checkpoints.hub import Repo
-from tdjax.config import PRESETS
+from tdjax.config import KINDS
 from tdjax.errors import CheckpointError
+from tdjax.presets import PRESETS
+
+# What a model folder of tdjax holds: checkpoints under these names, and files.
+MODEL_FOLDERS = ("dit", "dit_high", "dit_low", "vae", "text")
+MODEL_FILES = {"model.json", "tokenizer.json", "spiece.model", "MODEL_CARD.md"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Found:
 
 
 def slots(dits: tuple) -> dict:
+    """{"dit": the first, "dit_low": the second} of one transformer or two experts."""
     return dict(zip(("dit", "dit_low"), dits, strict=False))
 
 
@@ -70,21 +76,21 @@ def absolute(path: str | Path) -> Path:
 def local(path: Path) -> Found:
     """A file or a folder, with the parts that lie beside it, in it, or one folder up."""
     path = absolute(path)
-    found = one_file(path) if path.is_file() else folder(path)
+    found = _one_file(path) if path.is_file() else folder(path)
     for place in found.looked:
-        names = nearby(place)
+        names = _nearby(place)
         for part in filenames.COMPONENTS:
             name = filenames.component(names, part)
             if name and part not in found.parts:
                 found.parts[part] = place / name
     dit = found.parts.get("dit")
     found.preset = found.facts.get("preset") or (
-        dit and (alias_of_source(dit) or filenames.alias_of_path(dit))
+        dit and (_alias_of_source(dit) or filenames.alias_of_path(dit))
     )
     return found
 
 
-def read_json(path: Path) -> dict:
+def _read_json(path: Path) -> dict:
     """A table of a model folder; CheckpointError where it is damaged."""
     try:
         values = json.loads(path.read_text())
@@ -99,7 +105,7 @@ def read_json(path: Path) -> dict:
     return values
 
 
-def one_file(path: Path) -> Found:
+def _one_file(path: Path) -> Found:
     if not path.name.endswith(filenames.WEIGHTS):
         allowed = ", ".join(filenames.WEIGHTS)
         raise CheckpointError(
@@ -114,7 +120,8 @@ def one_file(path: Path) -> Found:
 
 
 def folder(path: Path) -> Found:
-    names = listing(path)
+    """A component or a model folder of tdjax, or a folder of published files."""
+    names = _listing(path)
     if "manifest.json" in names:  # one component of ours: `<model>/dit`
         dits = experts(path.name, lambda name: (path.parent / name / "manifest.json").is_file())
         return Found(
@@ -127,9 +134,9 @@ def folder(path: Path) -> Found:
     if (
         layout == "published" and len(dits) == 1
     ):  # the other expert may be in the folder beside this one
-        found = one_file(path / dits[0])
+        found = _one_file(path / dits[0])
         return dataclasses.replace(found, name=path.name, looked=[path, path.parent])
-    facts = read_json(path / "model.json") if "model.json" in names else {}
+    facts = _read_json(path / "model.json") if "model.json" in names else {}
     looked = [path, path.parent] if layout == "published" else [path]
     return Found(
         name=path.name,
@@ -145,7 +152,7 @@ def entry(path: Path) -> Path:
     folder."""
     if path.is_file() or (path / "manifest.json").is_file():
         return path
-    _, dits = filenames.transformers(listing(path), str(path))
+    _, dits = filenames.transformers(_listing(path), str(path))
     if len(dits) != 1:
         raise CheckpointError(
             f"{path} is a folder with {len(dits)} transformers",
@@ -155,7 +162,7 @@ def entry(path: Path) -> Path:
     return path / dits[0]
 
 
-def listing(root: Path) -> list[str]:
+def _listing(root: Path) -> list[str]:
     """Names of files in a folder and one level below it, hidden ones left out."""
     files = (
         p.relative_to(root).as_posix() for p in [*root.glob("*"), *root.glob("*/*")] if p.is_file()
@@ -163,7 +170,7 @@ def listing(root: Path) -> list[str]:
     return sorted(n for n in files if not n.startswith(".") and "/." not in n)
 
 
-def nearby(root: Path) -> list[str]:
+def _nearby(root: Path) -> list[str]:
     """Names of files in a folder, and those of known parts below it: enough to find a part, also
     where the folder is / or home."""
     known = [
@@ -176,12 +183,45 @@ def nearby(root: Path) -> list[str]:
     return files + [name for name in known if "/" in name and (root / name).is_file()]
 
 
-def alias_of_source(dit: Path) -> str | None:
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint that tdjax wrote, of any version, and holds nothing else."""
+    if folder.is_symlink() or {p.name for p in folder.iterdir()} != {"manifest.json", "params"}:
+        return False
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (
+        isinstance(found, dict)
+        and str(found.get("converter", "")).startswith("tdjax ")
+        and isinstance(found.get("leaves"), dict)
+        and found.get("kind") in KINDS
+    )
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, or a model folder, that tdjax wrote and holds nothing
+    else: checkpoints under the names of components, a tokenizer, model.json."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    if is_checkpoint(folder):
+        return True
+    inside = list(folder.iterdir())
+    parts = [path for path in inside if path.is_dir()]
+    files = {path.name for path in inside if not path.is_dir()}
+    return (
+        bool(parts)
+        and files <= MODEL_FILES
+        and all(part.name in MODEL_FOLDERS and is_checkpoint(part) for part in parts)
+    )
+
+
+def _alias_of_source(dit: Path) -> str | None:
     """The preset that a converted checkpoint came from, by the source name in its manifest."""
     manifest = dit / "manifest.json"
     if not manifest.is_file():
         return None
-    source = read_json(manifest).get("source") or {}
+    source = _read_json(manifest).get("source") or {}
     return filenames.alias_of_path(Path(str(source.get("name", ""))))
 
 

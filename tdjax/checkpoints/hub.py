@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import errno
 import json
 import sys
 from pathlib import Path
 
 from tdjax.errors import CheckpointError
+from tdjax.files import near
 
 INDEX = ".safetensors.index.json"
 
 
-def say(text: str) -> None:
+def _say(text: str) -> None:
     print(f"tdjax: {text}", file=sys.stderr)
 
 
@@ -63,7 +63,7 @@ class Repo:
             )
         from huggingface_hub import HfApi
 
-        with explained(self):
+        with _explained(self):
             return HfApi().list_repo_files(self.id, revision=self.revision)
 
     def snapshot(self) -> Path | None:
@@ -88,7 +88,7 @@ class Repo:
         """
         root = self.fetch_named(names)
         shards = [
-            shard for name in names if name.endswith(INDEX) for shard in shards_of(root, name)
+            shard for name in names if name.endswith(INDEX) for shard in _shards_of(root, name)
         ]
         return self.fetch_named([*names, *shards]) if shards else root
 
@@ -101,36 +101,38 @@ class Repo:
 
     def download(self, names: list[str], missing: list[str]) -> Path:
         if self.is_offline:
-            raise absent(
+            raise _absent(
                 self,
                 missing,
-                "this run is offline (--offline or HF_HUB_OFFLINE), and the cache does not hold it",
+                "this run is offline (`offline` or HF_HUB_OFFLINE), and the cache does not hold it",
             )
         from huggingface_hub import HfApi, constants, snapshot_download
 
-        with explained(self):
+        with _explained(self):
             sizes = {
                 info.path: info.size
                 for info in HfApi().get_paths_info(self.id, missing, revision=self.revision)
             }
         if len(sizes) < len(missing):
-            raise absent(
+            raise _absent(
                 self,
                 [name for name in missing if name not in sizes],
                 "the repository has no such file",
             )
-        say(f"downloading {gigabytes(sum(sizes.values()))} from {self} to {constants.HF_HUB_CACHE}")
+        _say(
+            f"downloading {gigabytes(sum(sizes.values()))} from {self} to {constants.HF_HUB_CACHE}"
+        )
         for name, size in sizes.items():
-            say(f"  {gigabytes(size):>9}  {name}")
-        with explained(self):
+            _say(f"  {gigabytes(size):>9}  {name}")
+        with _explained(self):
             root = Path(snapshot_download(self.id, revision=self.revision, allow_patterns=names))
         gone = [name for name in names if not (root / name).is_file()]
         if gone:
-            raise absent(self, gone, "the download did not bring it")
+            raise _absent(self, gone, "the download did not bring it")
         return root
 
 
-def shards_of(root: Path, index: str) -> list[str]:
+def _shards_of(root: Path, index: str) -> list[str]:
     """Repository names of the shards that an index (a repository name) lists."""
     try:
         files = sorted(set(json.loads((root / index).read_text())["weight_map"].values()))
@@ -145,33 +147,29 @@ def shards_of(root: Path, index: str) -> list[str]:
 
 
 def gigabytes(size: int) -> str:
+    """Bytes for people: "1.50 GB", "20.0 MB"."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
-def absent(repo: Repo, names: list[str], why: str) -> CheckpointError:
+def _absent(repo: Repo, names: list[str], why: str) -> CheckpointError:
     """A file that cannot be had, with the names that come closest."""
     have = repo.names()
     near = {match for name in names for match in close(name, have)}
     fix = f"close names there: {', '.join(sorted(near))}" if near else f"see {repo.page}"
     if repo.is_offline:
         held = f"; the cache holds close names: {', '.join(sorted(near))}" if near else ""
-        fix = f"run once without --offline, or copy the file and give its path{held}"
+        fix = f"run once without `offline`, or copy the file and give its path{held}"
     return CheckpointError(f"hub repository {repo}: {', '.join(names)} is not available", why, fix)
 
 
 def close(name: str, others: list[str], count: int = 3) -> list[str]:
     """Names near to `name`: by their spelling without case, the file's own name first."""
     lower = {other.rpartition("/")[2].lower(): other for other in others}
-    return [
-        lower[match]
-        for match in difflib.get_close_matches(
-            name.rpartition("/")[2].lower(), list(lower), count, 0.6
-        )
-    ]
+    return [lower[match] for match in near(name.rpartition("/")[2].lower(), lower, count)]
 
 
 @contextlib.contextmanager
-def explained(repo: Repo):
+def _explained(repo: Repo):
     """Errors of the hub as CheckpointError: what was asked for, why it failed, what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -188,19 +186,22 @@ def explained(repo: Repo):
         yield
     except GatedRepoError as error:
         raise CheckpointError(
-            f"hub repository {repo} is gated", "its owner asks for an account that accepted the terms",
+            f"hub repository {repo} is gated",
+            "its owner asks for an account that accepted the terms",
             f"accept them at {page}, then `hf auth login` or set HF_TOKEN",
-        ) from error  # fmt: skip
+        ) from error
     except RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"hub repository {repo} was not found", "there is none of this name, or it is private and no token with access is set",
+            f"hub repository {repo} was not found",
+            "there is none of this name, or it is private and no token with access is set",
             f"check the id at {page}; for a private one `hf auth login` or set HF_TOKEN",
-        ) from error  # fmt: skip
+        ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(
-            f"hub repository {repo.id} has no revision {repo.revision!r}", "a branch, tag or full commit hash was expected",
-            f"see {page}/commits/main, or leave --revision away",
-        ) from error  # fmt: skip
+            f"hub repository {repo.id} has no revision {repo.revision!r}",
+            "a branch, tag or full commit hash was expected",
+            f"see {page}/commits/main, or leave `revision` away",
+        ) from error
     except HFValidationError as error:
         raise CheckpointError(
             f"{repo.id!r} is no hub id",
@@ -217,6 +218,8 @@ def explained(repo: Repo):
             ) from error
         lines = str(error).splitlines() or [""]
         raise CheckpointError(
-            f"hub repository {repo} cannot be read", f"{type(error).__name__}: {lines[0]}",
-            "check the connection and try again (downloads resume); files that are on this machine can be given as paths",
-        ) from error  # fmt: skip
+            f"hub repository {repo} cannot be read",
+            f"{type(error).__name__}: {lines[0]}",
+            "check the connection and try again (downloads resume); files that are on this"
+            " machine can be given as paths",
+        ) from error

@@ -6,21 +6,33 @@ Nothing here opens weights: what a file really holds is read, and checked, where
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import filecmp
+import functools
 import os
 import re
+import stat
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from tdjax.checkpoints import filenames
 from tdjax.checkpoints.folders import Found, Remote, absolute, entry, experts, local, shown, slots
 from tdjax.checkpoints.hub import Repo, close
-from tdjax.config import PRESETS, Preset
 from tdjax.errors import CheckpointError, UsageError
+from tdjax.presets import PRESETS, Preset
 
 PARTS = ("dit", "vae", "text", "tokenizer")
+PATHS = (  # arguments that give a component's own file
+    "dit_path",
+    "high_noise_model_path",
+    "low_noise_model_path",
+    "vae_path",
+    "text_encoder_path",
+    "tokenizer_path",
+)
 TITLES = {
     "dit": "transformer",
     "dit_low": "low-noise expert",
@@ -28,10 +40,13 @@ TITLES = {
     "text": "text encoder",
     "tokenizer": "tokenizer",
 }
-FLAGS = {
-    "dit": "--dit_path", "dit_low": "--low_noise_model_path", "vae": "--vae_path",
-    "text": "--text_encoder_path", "tokenizer": "--tokenizer_path",
-}  # fmt: skip
+ARGUMENTS = {
+    "dit": "dit_path",
+    "dit_low": "low_noise_model_path",
+    "vae": "vae_path",
+    "text": "text_encoder_path",
+    "tokenizer": "tokenizer_path",
+}
 UNWANTED = (
     ".bin",
     ".msgpack",
@@ -84,7 +99,7 @@ def locate(
     """
     if dit_path and (high_noise_model_path or low_noise_model_path):
         raise UsageError(
-            "--dit_path and an expert path",
+            "dit_path and an expert path",
             "both give the transformer",
             "give one file, or the two experts",
         )
@@ -95,19 +110,21 @@ def locate(
         "text": text_encoder_path,
         "tokenizer": tokenizer_path,
     }
-    own = {name: existing(absolute(path), FLAGS[name]) for name, path in given.items() if path}
+    own = {name: _existing(absolute(path), ARGUMENTS[name]) for name, path in given.items() if path}
     if model is None or str(model) in ("", "demo"):
         if "dit" not in own:
             raise UsageError(
                 "no model",
                 "a transformer is needed beside the other files",
-                "give --model, or --dit_path FILE",
+                "give `model`, or dit_path FILE",
             )
         found = local(own["dit"])
     else:
-        found = find(str(model), revision, offline)
+        found = _find(str(model), revision, offline)
         if "dit" in own:
-            found = with_transformer(found, local(own["dit"]), keep_low=bool(high_noise_model_path))
+            found = _with_transformer(
+                found, local(own["dit"]), keep_low=bool(high_noise_model_path)
+            )
     if high_noise_model_path:  # as given, even if their names say the opposite
         high, pair = entry(own["dit"]), [found.parts.get("dit"), found.parts.get("dit_low")]
         found.parts["dit"] = high
@@ -118,11 +135,11 @@ def locate(
         for name, path in own.items()
         if name != "dit"
     }
-    warnings = swapped(own.get("dit") if high_noise_model_path else None, own.get("dit_low"))
+    warnings = _swapped(own.get("dit") if high_noise_model_path else None, own.get("dit_low"))
     if (
         "tokenizer" not in found.parts and "tokenizer" in parts
     ):  # small, and the official folder of weights has none
-        found.parts |= base_parts(Preset, Repo(Preset.base_repo, None, offline), only="tokenizer")
+        found.parts |= _base_parts(Preset, Repo(Preset.base_repo, None, offline), only="tokenizer")
     alone = (
         dit_path is not None
         and "dit_low" not in found.parts
@@ -132,15 +149,15 @@ def locate(
         warnings.append(
             f"{shown(own['dit'])} is one expert of two, given by itself: every step runs through it"
         )
-    paths = gather(found, parts, alone=alone)
+    paths = _gather(found, parts, alone=alone)
     dits = tuple(paths[name] for name in ("dit", "dit_low") if name in paths)
-    if len(dits) == 2 and same(*dits):
+    if len(dits) == 2 and _same(*dits):
         raise CheckpointError(
             f"the high-noise and the low-noise expert are the same weights: {dits[0]} and"
             f" {dits[1]}",
             "Wan2.2 A14B has two different transformers",
-            "give the file named high as --high_noise_model_path, the one named low as"
-            " --low_noise_model_path",
+            "give the file named high as high_noise_model_path, the one named low as"
+            " low_noise_model_path",
         )
     return Located(
         name=found.name,
@@ -156,25 +173,40 @@ def locate(
 
 def cache_folder() -> Path:
     """Where tdjax keeps its own files: TDJAX_CACHE, or tdjax below the platform's cache folder of
-    this user."""
+    this user. A user without a home folder, such as a bare number in a container, gets a private
+    one below the system's folder for temporary files."""
     if os.environ.get("TDJAX_CACHE"):
-        return Path(os.environ["TDJAX_CACHE"]).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "tdjax"
+        return Path(os.path.expanduser(os.environ["TDJAX_CACHE"]))
+    home = Path(os.path.expanduser("~"))
     if sys.platform == "win32":
-        return (
-            Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-            / "tdjax"
-            / "Cache"
-        )
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdjax"
+        local = os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"
+        return Path(local) / "tdjax" / "Cache"
+    if os.environ.get("XDG_CACHE_HOME") and sys.platform != "darwin":
+        return Path(os.environ["XDG_CACHE_HOME"]) / "tdjax"
+    if not home.is_absolute():
+        return _private_folder()
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "tdjax"
+
+
+@functools.cache
+def _private_folder() -> Path:
+    """tdjax-UID below the system's folder for temporary files, or another one for this process
+    where that name is somebody else's: compiled programs are run as they are found."""
+    folder = Path(tempfile.gettempdir()) / f"tdjax-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    facts = folder.lstat()
+    private = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
+    if private and not facts.st_mode & 0o022:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="tdjax-"))
 
 
 # What a name is
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def find(model: str, revision: str | None, offline: bool) -> Found:
+def _find(model: str, revision: str | None, offline: bool) -> Found:
     """A path that exists, else a preset, else a hub id; else an error that says what came close."""
     path = Path(model).expanduser()
     if path.exists():
@@ -188,9 +220,9 @@ def find(model: str, revision: str | None, offline: bool) -> Found:
         3 if is_file else 2
     )
     if is_id and not Path(segments[0]).is_dir():
-        return on_hub(Repo("/".join(segments[:2]), revision, offline), "/".join(segments[2:]))
+        return _on_hub(Repo("/".join(segments[:2]), revision, offline), "/".join(segments[2:]))
     if is_file or "/" in model or "\\" in model or model.startswith((".", "~")):
-        return local(existing(path, "--model"))
+        return local(_existing(path, "`model`"))
     near = close(model, list(PRESETS))
     raise UsageError(
         f"unknown model {model!r}" + (f"; did you mean {near[0]}?" if near else ""),
@@ -199,7 +231,7 @@ def find(model: str, revision: str | None, offline: bool) -> Found:
     )
 
 
-def existing(path: Path, flag: str) -> Path:
+def _existing(path: Path, argument: str) -> Path:
     """The path, or an error with the names in its folder that come close."""
     if path.exists():
         return path
@@ -211,8 +243,8 @@ def existing(path: Path, flag: str) -> Path:
         else f"nearest folder that exists: {parent.resolve()}"
     )
     alias = filenames.alias_of(path.name.removesuffix(".pth"))
-    fix = f"to download it: --model {alias}" if alias else "check the path"
-    raise CheckpointError(f"{path} does not exist (given as {flag})", why, fix)
+    fix = f"to download it: {alias} as `model`" if alias else "check the path"
+    raise CheckpointError(f"{path} does not exist (given as {argument})", why, fix)
 
 
 def published(alias: str, revision: str | None, offline: bool) -> Found:
@@ -221,10 +253,10 @@ def published(alias: str, revision: str | None, offline: bool) -> Found:
     repo = Repo(preset.repo, revision, offline)
     base = repo if preset.base_repo == preset.repo else Repo(preset.base_repo, None, offline)
     dits = {slot: Remote(repo, file, (file,)) for slot, file in slots(preset.dit).items()}
-    return Found(name=alias, preset=alias, parts=dits | base_parts(preset, base))
+    return Found(name=alias, preset=alias, parts=dits | _base_parts(preset, base))
 
 
-def base_parts(preset, repo: Repo, only: str | None = None) -> dict[str, Remote]:
+def _base_parts(preset, repo: Repo, only: str | None = None) -> dict[str, Remote]:
     """VAE, text encoder and tokenizer of a preset (or of the class: Wan2.1's). Of the two forms of
     the tokenizer either will do."""
     forms = [f"{preset.tokenizer}/tokenizer.json", f"{preset.tokenizer}/spiece.model"]
@@ -235,15 +267,15 @@ def base_parts(preset, repo: Repo, only: str | None = None) -> dict[str, Remote]
     }
 
 
-def on_hub(repo: Repo, file: str) -> Found:
+def _on_hub(repo: Repo, file: str) -> Found:
     """Any other repository: its files are recognised by name; parts that it lacks are those of
     Wan2.1."""
     names = repo.names()
     if not names and repo.is_offline:
         raise CheckpointError(
             f"hub repository {repo} is not in the cache",
-            "this run is offline (--offline or HF_HUB_OFFLINE)",
-            "run once without --offline, or give the path of a local copy",
+            "this run is offline (`offline` or HF_HUB_OFFLINE)",
+            "run once without `offline`, or give the path of a local copy",
         )
     if file and file not in names:
         near = close(file, names)
@@ -257,14 +289,14 @@ def on_hub(repo: Repo, file: str) -> Found:
     else:
         layout, dits = filenames.transformers(names, repo.id)
     own = slots(dits) | {part: filenames.component(names, part) for part in filenames.COMPONENTS}
-    parts = base_parts(Preset, Repo(Preset.base_repo, None, repo.offline)) | {
-        part: remote(repo, name, names) for part, name in own.items() if name
+    parts = _base_parts(Preset, Repo(Preset.base_repo, None, repo.offline)) | {
+        part: _remote(repo, name, names) for part, name in own.items() if name
     }
     alias = filenames.alias_of_path(Path(repo.id) / dits[0]) if dits else None
     return Found(name=repo.id.split("/")[1], layout=layout, preset=alias, parts=parts)
 
 
-def remote(repo: Repo, name: str, names: list[str]) -> Remote:
+def _remote(repo: Repo, name: str, names: list[str]) -> Remote:
     files = (
         (name,)
         if name in names
@@ -274,10 +306,10 @@ def remote(repo: Repo, name: str, names: list[str]) -> Remote:
 
 
 # Overrides and checks
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def with_transformer(found: Found, own: Found, *, keep_low: bool) -> Found:
+def _with_transformer(found: Found, own: Found, *, keep_low: bool) -> Found:
     """The model with the transformer of another; its name and preset are the other's where that has
     a known name.
 
@@ -293,7 +325,7 @@ def with_transformer(found: Found, own: Found, *, keep_low: bool) -> Found:
     )
 
 
-def swapped(high: Path | None, low: Path | None) -> list[str]:
+def _swapped(high: Path | None, low: Path | None) -> list[str]:
     """Warnings about experts whose names say the opposite of how they were given. Keys and shapes
     cannot tell them apart."""
     wrong = [
@@ -305,17 +337,14 @@ def swapped(high: Path | None, low: Path | None) -> list[str]:
     return (
         [
             *wrong,
-            (
-                "if the video is noise or mush, swap --high_noise_model_path and"
-                " --low_noise_model_path"
-            ),
+            ("if the video is noise or mush, swap high_noise_model_path and low_noise_model_path"),
         ]
         if wrong
         else []
     )
 
 
-def gather(found: Found, parts: tuple[str, ...], *, alone: bool) -> dict[str, Path]:
+def _gather(found: Found, parts: tuple[str, ...], *, alone: bool) -> dict[str, Path]:
     """Local paths of all parts. Those asked for are downloaded; one error lists all that are
     missing. alone: one expert will do."""
     paths = {name: part for name, part in found.parts.items() if isinstance(part, Path)}
@@ -348,14 +377,14 @@ def gather(found: Found, parts: tuple[str, ...], *, alone: bool) -> dict[str, Pa
         expected = filenames.swap_expert(shown(dit))
         missing.append(
             f"{other}-noise expert: looked for {expected} in {dit.parent.parent}; or give"
-            f" --{other}_noise_model_path"
+            f" {other}_noise_model_path"
         )
     if missing:
         raise CheckpointError(
             f"{found.name}: {len(missing)} part{'s' if len(missing) > 1 else ''} missing",
             "\n".join(missing),
             "put the files there or give their paths"
-            + ("" if found.looked else "; or run once without --offline"),
+            + ("" if found.looked else "; or run once without `offline`"),
         )
     return paths
 
@@ -371,10 +400,10 @@ def describe(found: Found, name: str) -> str:
     names = ", ".join(filenames.COMPONENTS.get(name, (*filenames.WEIGHTS, "transformer/", "dit/")))
     places = " and ".join(map(str, found.looked)) or "the hub repository"
     home = f"; published as {home[1]} in https://huggingface.co/{home[0]}" if home else ""
-    return f"{TITLES[name]}: looked in {places} for {names}{home}; or give {FLAGS[name]}"
+    return f"{TITLES[name]}: looked in {places} for {names}{home}; or give {ARGUMENTS[name]}"
 
 
-def same(a: Path, b: Path) -> bool:
+def _same(a: Path, b: Path) -> bool:
     """Whether two files hold the same bytes. Different weights of one size part within the first
     tensor, so this is quick."""
     if a.samefile(b):

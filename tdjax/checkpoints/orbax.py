@@ -15,8 +15,6 @@ import json
 import logging
 import math
 import os
-import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import tdjax
+from tdjax.checkpoints.folders import is_model
 from tdjax.config import KINDS, Config, from_dict, to_dict
-from tdjax.errors import CheckpointError, UsageError
-from tdjax.models.norms import as_shapes
+from tdjax.errors import CheckpointError
+from tdjax.files import written
+from tdjax.models.abstract import as_shapes
 from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.models.wan_vae import VAE
@@ -95,7 +95,7 @@ async def all_of(tasks) -> list:
     return [item for result in done for item in result]
 
 
-class Sizes(ocp.type_handlers.NumpyHandler):
+class _Sizes(ocp.type_handlers.NumpyHandler):
     """Tells shapes and dtypes, leaf by leaf."""
 
     async def metadata(self, infos):
@@ -103,7 +103,7 @@ class Sizes(ocp.type_handlers.NumpyHandler):
         return await all_of([one([info]) for info in infos])
 
 
-class InGroups(ocp.type_handlers.ArrayHandler):
+class _InGroups(ocp.type_handlers.ArrayHandler):
     """Reads leaves in groups of bounded size."""
 
     async def deserialize(self, infos, args=None):
@@ -133,10 +133,10 @@ def quiet():
 
 
 # Names
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def names(module) -> dict[str, Any]:
+def named_leaves(module) -> dict[str, Any]:
     """{leaf name: array, ShapeDtypeStruct, sharding or whatever stands there}, in the order of
     jax.tree.leaves."""
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(module)}
@@ -151,7 +151,7 @@ def abstract(kind: str, cfg: Config):
 def assemble(abstract_module, arrays: dict[str, Any]):
     """Put arrays into the places that an abstract module names. Raises CheckpointError with every
     difference."""
-    expected = table(names(abstract_module))
+    expected = table(named_leaves(abstract_module))
     check_table(expected, table(arrays), "these weights do not fill the model")
     return jax.tree.unflatten(
         jax.tree.structure(abstract_module), [arrays[name] for name in expected]
@@ -178,50 +178,7 @@ def check_table(expected: dict, got: dict, what: str) -> None:
 
 
 # Writing
-# -------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def written(target: Path, overwrite: bool = False):
-    """A temporary sibling to write to, renamed to `target` on success and removed otherwise:
-    `target` is never half there."""
-    target = Path(os.path.abspath(target))
-    if target.exists() and not overwrite:
-        raise UsageError(
-            f"{target} exists",
-            "nothing is overwritten by itself",
-            "give another name, or --overwrite",
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(target)
-    part = target.with_name(f".{target.name}.{socket.gethostname()}-{os.getpid()}.part")
-    remove(part)
-    try:
-        yield part
-        if target.exists():
-            old = part.with_suffix(".old")
-            os.replace(target, old)
-            os.replace(part, target)
-            remove(old)
-        else:
-            os.replace(part, target)
-    finally:
-        remove(part)
-
-
-def remove_abandoned(target: Path) -> None:
-    """Delete what killed runs on this host left beside `target`."""
-    for part in target.parent.glob(f".{target.name}.{socket.gethostname()}-*.part"):
-        pid = part.name.removesuffix(".part").rpartition("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
-            remove(part)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+# --------------------------------------------------------------------------------------------------
 
 
 def save(
@@ -241,8 +198,10 @@ def save(
     Raises CheckpointError with every leaf that differs, UsageError where the folder exists and
         overwrite is not given.
     """
-    leaves = module_or_leaves if isinstance(module_or_leaves, dict) else names(module_or_leaves)
-    expected = table(names(abstract(kind, cfg)))
+    leaves = module_or_leaves
+    if not isinstance(leaves, dict):
+        leaves = named_leaves(module_or_leaves)
+    expected = table(named_leaves(abstract(kind, cfg)))
     check_table(expected, table(leaves), f"these leaves are not a {kind} of this config")
     lazy = {
         n: (
@@ -260,7 +219,7 @@ def save(
         "converter": f"tdjax {tdjax.__version__}",
         "leaves": {name: [list(shape), dtype] for name, (shape, dtype) in expected.items()},
     }
-    with written(Path(folder), overwrite) as part, quiet():
+    with written(folder, overwrite, owned=is_model) as part, quiet():
         part.mkdir()
         registry = ocp.type_handlers.create_type_handler_registry(
             (Lazy, InTurn(deepcopy_host_arrays=False))
@@ -278,7 +237,7 @@ def save(
 
 
 # Reading
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def inspect(folder) -> dict[str, Any]:
@@ -288,7 +247,7 @@ def inspect(folder) -> dict[str, Any]:
     file = folder / "manifest.json"
     if not file.is_file():
         raise CheckpointError(
-            f"{folder} is not a tdjax checkpoint: it has no manifest.json", *why_not(folder)
+            f"{folder} is not a tdjax checkpoint: it has no manifest.json", *_why_not(folder)
         )
     try:
         manifest = json.loads(file.read_text())
@@ -317,7 +276,7 @@ def inspect(folder) -> dict[str, Any]:
     return manifest
 
 
-def why_not(folder: Path) -> tuple[str, str]:
+def _why_not(folder: Path) -> tuple[str, str]:
     """The second and third line of the message about a folder without manifest."""
     if not folder.exists():
         close = sorted(p.name for p in folder.parent.iterdir()) if folder.parent.is_dir() else []
@@ -340,6 +299,7 @@ def why_not(folder: Path) -> tuple[str, str]:
 
 
 def config_of(manifest: dict[str, Any]) -> Config:
+    """The config in a manifest. Raises CheckpointError for fields that are not known."""
     try:
         return from_dict(KINDS[manifest["kind"]], manifest["config"])
     except (ValueError, TypeError) as e:
@@ -357,12 +317,12 @@ def checked(folder) -> tuple[str, Config]:
     kind, cfg = manifest["kind"], config_of(manifest)
     listed = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
     check_table(
-        table(names(abstract(kind, cfg))),
+        table(named_leaves(abstract(kind, cfg))),
         listed,
         f"{folder / 'manifest.json'} does not describe its own config",
     )
-    stored = readable(
-        folder, lambda reader: described(reader.metadata(params(folder)).item_metadata)
+    stored = _readable(
+        folder, lambda reader: _described(reader.metadata(_params(folder)).item_metadata)
     )
     check_table(
         listed, table(stored), f"{folder / 'params'} does not hold what manifest.json lists"
@@ -370,7 +330,7 @@ def checked(folder) -> tuple[str, Config]:
     return kind, cfg
 
 
-def described(metadata) -> dict[str, Any]:
+def _described(metadata) -> dict[str, Any]:
     """{leaf name: what has its shape and dtype}; Orbax gives None for a folder whose description it
     cannot read."""
     if metadata is None:
@@ -378,15 +338,15 @@ def described(metadata) -> dict[str, Any]:
     return metadata.tree
 
 
-def params(folder: Path) -> str:
+def _params(folder: Path) -> str:
     """The path of the arrays; Orbax wants it absolute."""
     return os.path.abspath(folder / "params")
 
 
-def readable(folder: Path, action: Callable[[ocp.Checkpointer], Any]):
+def _readable(folder: Path, action: Callable[[ocp.Checkpointer], Any]):
     """action(reader), where whatever Orbax and TensorStore raise becomes one CheckpointError."""
     registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, InGroups()), (np.ndarray, Sizes())
+        (jax.Array, _InGroups()), (np.ndarray, _Sizes())
     )
     try:
         with (
@@ -416,7 +376,7 @@ def restore(folder, sharding=None, config: Config | None = None):
     folder = Path(folder)
     kind, stored = checked(folder)
     module = abstract(kind, config or stored)
-    wanted = names(module)
+    wanted = named_leaves(module)
     have = {name: tuple(shape) for name, (shape, _) in inspect(folder)["leaves"].items()}
     unused = {
         name
@@ -437,7 +397,7 @@ def restore(folder, sharding=None, config: Config | None = None):
     )
     args = {name: how(x, where[name]) for name, x in wanted.items()}
     request = ocp.args.PyTreeRestore(item=dict(wanted), restore_args=args, partial_restore=True)
-    arrays = readable(folder, lambda reader: reader.restore(params(folder), args=request))
+    arrays = _readable(folder, lambda reader: reader.restore(_params(folder), args=request))
     return config or stored, assemble(module, arrays)
 
 
@@ -448,13 +408,13 @@ def placements(leaves: dict[str, Any], sharding) -> dict[str, Any]:
         sharding = jax.sharding.SingleDeviceSharding(sharding or jax.local_devices()[0])
     if isinstance(sharding, jax.sharding.Sharding):
         return dict.fromkeys(leaves, sharding)
-    return sharding if isinstance(sharding, dict) else names(sharding)
+    return sharding if isinstance(sharding, dict) else named_leaves(sharding)
 
 
 def read(folder, name: str) -> np.ndarray:
     """One leaf, on the host, as stored."""
     as_array = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
     request = ocp.args.PyTreeRestore(item={name: 0}, restore_args=as_array, partial_restore=True)
-    return readable(
-        Path(folder), lambda reader: reader.restore(params(Path(folder)), args=request)
+    return _readable(
+        Path(folder), lambda reader: reader.restore(_params(Path(folder)), args=request)
     )[name]

@@ -4,43 +4,44 @@ everything cheap is checked."""
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import re
-import secrets
 import sys
 from pathlib import Path
 
-from tdjax.config import PRESETS, SamplerConfig, SLAConfig, VideoSize
-from tdjax.errors import CheckpointError, TdjaxError, UsageError, leave, near_files
+from tdjax import cli
+from tdjax.checkpoints.locate import PATHS
+from tdjax.config import SamplerConfig, SLAConfig, VideoSize
+from tdjax.errors import CheckpointError, TdjaxError, UsageError
+from tdjax.files import near_files, refuse_existing
 from tdjax.generate import outputs
-from tdjax.generate.arguments import OFFICIAL_MODELS, PATHS, Job, parse, read_jobs
+from tdjax.generate.arguments import OFFICIAL_MODELS, build_parser, parse
+from tdjax.generate.jobs import Job, drawn_seed, read_jobs, standard_input
 from tdjax.media.resolution import choose_size
+from tdjax.presets import PRESETS
+from tdjax.progress import Stages
+from tdjax.text.characters import repaired
+
+# Arguments of the library that the command calls otherwise.
+NAMES = {"image": "image_path", "attention": "attention_type", "impl": "attention_impl"}
+
+
+class CommandStages(Stages):
+    """Stages whose notes, which the library writes, speak of the command's options."""
+
+    def note(self, text: str) -> None:
+        super().note(_spelled(text))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 ok, 2 usage, 3 checkpoint, 4 out of memory, 5 not finite, 130 interrupted."""
-    try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        check_early(args)
-        return run(args)
-    except TdjaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"error: {where}{error.strerror or error}\nthe file system refused it\ngive another"
-            " path",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted: nothing was left half-written; the same command starts again",
-            file=sys.stderr,
-        )
-        return 130
+    """Exit codes: 0 ok, 2 usage, 3 checkpoint, 4 out of memory, 5 not finite, 130 interrupted, 143
+    terminated."""
+    return cli.main(_command, argv, parser=build_parser, names=NAMES)
+
+
+def _command(argv: list[str]) -> int:
+    args = parse(argv)
+    check_early(args)
+    return run(args)
 
 
 def check_early(args) -> None:
@@ -60,17 +61,15 @@ def check_early(args) -> None:
     )
     if args.sla_topk is not None:
         SLAConfig(topk=args.sla_topk)
-    known = (
-        PRESETS[args.model.lower()].sampler if args.model.lower() in PRESETS else SamplerConfig()
-    )
-    if args.sampler in ("sde", "ode") or (
-        args.sampler is None and known.few_step and not local_files(args)
-    ):
+    preset = PRESETS.get(args.model.lower())
+    known = preset.sampler if preset else SamplerConfig()
+    few_step = args.sampler is None and known.few_step and not _local_files(args)
+    if args.sampler in ("sde", "ode") or few_step:
         steps = len(args.mid_t) + 1 if args.mid_t and args.num_steps is None else args.num_steps
         changes = {
-            "steps": steps,
+            "num_steps": steps,
             "sigma_max": args.sigma_max,
-            "mid": args.mid_t and tuple(args.mid_t),
+            "mid_t": args.mid_t and tuple(args.mid_t),
             "boundary": args.boundary,
         }
         SamplerConfig(**{name: value for name, value in changes.items() if value is not None})
@@ -78,35 +77,44 @@ def check_early(args) -> None:
         raise UsageError(
             f"--num_samples is {args.num_samples}", "at least one video is made", "use 1"
         )
-    for path in (args.image_path, args.latents, args.prompt_embeds, args.prompt_file):
-        if path and not Path(path).is_file():
-            raise UsageError(
-                f"{path} does not exist", "it was given on the command line", near_files(Path(path))
-            )
-    if args.prompt_embeds and (args.prompt or args.prompt_file or args.serve):
-        raise UsageError(
-            "--prompt_embeds beside a prompt", "the embeddings are the prompt", "give one of them"
-        )
+    _check_inputs(args)
     if args.save_path and args.save_path.endswith(".safetensors") and args.format is None:
         args.format = "latents"
     if args.grid and args.format == "latents":
         raise UsageError("--grid with latents", "a grid is made of pixels", "leave --grid away")
     outputs.check_template(args.save_path or outputs.DEFAULT, args.format)
+    if args.save_prompt_embeds:
+        refuse_existing(Path(args.save_prompt_embeds), args.overwrite)
     if args.save_path and not args.prompt_file and not args.overwrite and "{" not in args.save_path:
         for path in outputs.targets(args, "", Job(prompt="", seed=args.seed)):
-            if path.exists():
-                raise UsageError(
-                    f"{path} exists",
-                    "nothing is overwritten by itself",
-                    "give another name, or --overwrite",
-                )
+            refuse_existing(path, overwrite=False)
 
 
-def not_downloaded(args) -> bool:
+def _check_inputs(args) -> None:
+    """Raises UsageError for inputs that are not there, or contradict each other."""
+    for path in (args.latents, args.prompt_embeds):
+        if path and not Path(path).is_file():
+            raise _absent(path)
+    for path in (args.image_path, args.prompt_file):  # pipes will do; an address is told later
+        plain = path and path != "-" and "://" not in path
+        if plain and (not Path(path).exists() or Path(path).is_dir()):
+            raise _absent(path)
+    if args.prompt_embeds and (args.prompt or args.prompt_file or args.serve):
+        raise UsageError(
+            "--prompt_embeds beside a prompt", "the embeddings are the prompt", "give one of them"
+        )
+
+
+def _absent(path: str) -> UsageError:
+    what = "is a folder" if Path(path).is_dir() else "does not exist"
+    return UsageError(f"{path} {what}", "it was given on the command line", near_files(Path(path)))
+
+
+def _not_downloaded(args) -> bool:
     """Whether a preset's files would have to be fetched first."""
     from tdjax.checkpoints.locate import locate
 
-    if args.model.lower() not in PRESETS or local_files(args):
+    if args.model.lower() not in PRESETS or _local_files(args):
         return False
     try:
         locate(args.model, revision=args.revision, offline=True)
@@ -115,59 +123,26 @@ def not_downloaded(args) -> bool:
     return False
 
 
-def local_files(args) -> bool:
+def _local_files(args) -> bool:
     """Whether the weights' kind (distilled or not) is known only once they are opened."""
     return Path(args.model).exists() or any(getattr(args, name) for name in PATHS)
 
 
 def run(args) -> int:
-    cache_note = set_compile_cache(args)
-    import jax
+    """Opens the model and does what the command asks for; the exit code."""
+    cache_note = cli.set_compile_cache(args.compile_cache_dir)
+    from tdjax.pipeline.load import open_pipeline, plan_pipeline
+    from tdjax.pipeline.options import PipelineOptions
 
-    import tdjax
-    from tdjax.checkpoints.locate import Located
-    from tdjax.pipeline.components import planned_parts
-    from tdjax.pipeline.pipeline import Pipeline
-    from tdjax.progress import Stages
-
-    show = False if args.quiet else True if args.verbose else None
-    stages = Stages(show)
+    stages = CommandStages(False if args.quiet else args.verbose or None)
     if cache_note:
         stages.note(cache_note)
     with stages("start device"):
-        jax.default_backend()
+        cli.start_jax()
         text_device = text_encoder_device(args)
-    if args.dry_run and not_downloaded(args):
-        preset = PRESETS[args.model.lower()]
-        located = Located(
-            name=args.model.lower(),
-            layout="published",
-            preset=args.model.lower(),
-            distilled=preset.distilled,
-        )
-        options = {
-            "attention": args.attention_type,
-            "quant": args.quant,
-            "topk": args.sla_topk,
-            "dtype": args.dtype,
-        }
-        parts = planned_parts(preset, note=stages.note, **options)
-        pipe = Pipeline(
-            located,
-            parts,
-            mesh=args.mesh,
-            low_memory=args.low_memory,
-            stages=stages,
-            text_encoder_device=text_device,
-            vae=args.vae,
-        )
-        check_model(args, pipe)
-        stages.note(f"{args.model} is not downloaded: this plan comes from its preset")
-        return dry_run(args, pipe, read_jobs(args, "dry run"))
-    pipe = tdjax.load(
-        args.model,
+    options = PipelineOptions(
         attention=args.attention_type,
-        attention_impl=args.attention_impl,
+        impl=args.attention_impl,
         quant=args.quant,
         dtype=args.dtype,
         vae_dtype=args.vae_dtype,
@@ -178,21 +153,30 @@ def run(args) -> int:
         text_encoder_device=text_device,
         vae=args.vae,
         prompt_cache=args.prompt_cache == "on",
-        lora=lora_weights(args.lora),
-        lora_high=lora_weights(args.lora_high),
-        lora_low=lora_weights(args.lora_low),
+        lora=tuple(map(cli.lora_pair, args.lora)),
+        lora_high=tuple(map(cli.lora_pair, args.lora_high)),
+        lora_low=tuple(map(cli.lora_pair, args.lora_low)),
+    )
+    if args.dry_run and _not_downloaded(args):
+        pipe = plan_pipeline(args.model.lower(), options, stages=stages)
+        _check_model(args, pipe)
+        stages.note(f"{args.model} is not downloaded: this plan comes from its preset")
+        return dry_run(args, pipe, read_jobs(args, "dry run", stages.note))
+    pipe = open_pipeline(
+        args.model,
+        options,
+        {name: getattr(args, name) for name in PATHS},
         revision=args.revision,
         offline=args.offline,
         stages=stages,
-        **{name: getattr(args, name) for name in PATHS},
     )
-    check_model(args, pipe)
+    _check_model(args, pipe)
     if args.model == "demo" and not any(getattr(args, name) for name in PATHS):
         stages.note(f"the embedded demo model, {pipe.size}; --model gives another")
     if args.seed < 0:
-        args.seed = secrets.randbelow(2**31)
+        args.seed = drawn_seed()
         stages.note(f"seed {args.seed}")
-    jobs = read_jobs(args, pipe.default_prompt(secrets.randbelow(2**31)))
+    jobs = read_jobs(args, pipe.default_prompt(drawn_seed()), stages.note)
     if args.prompt is None and jobs[0].prompt and not args.prompt_file and not args.serve:
         stages.note(
             f'no prompt was given, this one is drawn: --prompt "{jobs[0].prompt}" --seed'
@@ -203,8 +187,8 @@ def run(args) -> int:
     if args.dry_run:
         return dry_run(args, pipe, jobs)
     if args.warmup:
-        pipe.warmup(**call_arguments(args, jobs[0]))
-        return report(args, pipe)
+        pipe.warmup(**_call_arguments(args, jobs[0]))
+        return _report(args, pipe)
     if not jobs[0].prompt and not args.prompt_embeds:
         raise UsageError(
             "no prompt",
@@ -222,21 +206,37 @@ def run(args) -> int:
                 args.overwrite,
             )
         )
-        return report(args, pipe)
+        return _report(args, pipe)
     for job in jobs:  # every row is checked before the first one runs
         try:
-            pipe.request(job.prompt, **call_arguments(args, job))
+            pipe.request(job.prompt, **_call_arguments(args, job))
         except TdjaxError as error:
             error.args = (f"row {job.row}: {error}" if args.prompt_file else str(error),)
             raise
-    return run_jobs(args, pipe, outputs.assign(args, pipe.name, jobs, stages.note))
+    return _run_jobs(args, pipe, outputs.assign(args, pipe.name, jobs, stages.note))
 
 
-PASSED = ("negative_prompt", "fit", "resolution", "aspect_ratio", "width", "height", "num_steps", "sigma_max", "mid_t", "sampler",
-          "boundary", "shift", "guidance_scale", "num_samples", "fps", "check")  # fmt: skip
+PASSED = (
+    "negative_prompt",
+    "fit",
+    "resolution",
+    "aspect_ratio",
+    "width",
+    "height",
+    "num_steps",
+    "sigma_max",
+    "mid_t",
+    "sampler",
+    "boundary",
+    "shift",
+    "guidance_scale",
+    "num_samples",
+    "fps",
+    "check",
+)
 
 
-def call_arguments(args, job: Job) -> dict:
+def _call_arguments(args, job: Job) -> dict:
     """The arguments of the pipeline's call; None means the model's default."""
     out = {name: getattr(args, name) for name in PASSED}
     out |= {"seed": job.seed, "image": job.image, "num_frames": job.num_frames}
@@ -253,7 +253,7 @@ def call_arguments(args, job: Job) -> dict:
     return {k: v for k, v in out.items() if v is not None}
 
 
-def run_jobs(args, pipe, todo: list[tuple[Job, list[Path]]]) -> int:
+def _run_jobs(args, pipe, todo: list[tuple[Job, list[Path]]]) -> int:
     """All prompts through the text encoder first, so that it is loaded once and gone before the
     transformer comes."""
     embeds = {}
@@ -261,16 +261,16 @@ def run_jobs(args, pipe, todo: list[tuple[Job, list[Path]]]) -> int:
         prompts = sorted({job.prompt for job, _ in todo})
         embeds = dict(zip(prompts, pipe.embed(prompts), strict=True))
     for job, paths in todo:
-        arguments = call_arguments(args, job)
+        arguments = _call_arguments(args, job)
         if job.prompt in embeds:
             arguments["prompt_embeds"] = embeds[job.prompt][None]
-        make(args, pipe, job, paths, arguments)
+        _make(args, pipe, job, paths, arguments)
     if args.profile and todo:
         import jax
 
         with jax.profiler.trace(args.profile):
-            pipe(todo[-1][0].prompt, **call_arguments(args, todo[-1][0]))
-    return report(args, pipe)
+            pipe(todo[-1][0].prompt, **_call_arguments(args, todo[-1][0]))
+    return _report(args, pipe)
 
 
 def text_encoder_device(args) -> str:
@@ -282,13 +282,13 @@ def text_encoder_device(args) -> str:
     return "stream" if args.text_encoder_device == "auto" and once else args.text_encoder_device
 
 
-def make(args, pipe, job: Job, paths: list[Path], arguments: dict) -> None:
+def _make(args, pipe, job: Job, paths: list[Path], arguments: dict) -> None:
     """One job from prompt to complete files."""
     with outputs.Files(args, pipe, job, paths, arguments) as files:
         files.finish(pipe(job.prompt, **arguments, **files.listen))
 
 
-def check_model(args, pipe) -> None:
+def _check_model(args, pipe) -> None:
     if args.task != "auto" and args.task != pipe.task:
         raise UsageError(
             f"--task {args.task}, but these are {pipe.task} weights",
@@ -310,20 +310,18 @@ def check_model(args, pipe) -> None:
 
 
 def dry_run(args, pipe, jobs: list[Job]) -> int:
+    """Prints what would be made and the memory of each stage; loads nothing."""
     import numpy as np
-
-    from tdjax.pipeline import memory
 
     image = (
         {"image": np.zeros((1080, 1920, 3), np.uint8)}
         if pipe.task == "i2v" and not jobs[0].image
         else {}
     )
-    request = pipe.request(jobs[0].prompt or "dry run", **(call_arguments(args, jobs[0]) | image))
+    request = pipe.request(jobs[0].prompt or "dry run", **(_call_arguments(args, jobs[0]) | image))
     for line in pipe.warnings(request):
         pipe.stages.note(line)
-    plans, limit = pipe.plan(request), memory.memory_limit()
-    c = pipe.config
+    plan, c = pipe.plan(request), pipe.config
     lines = [
         (
             f"model      {pipe.name} ({pipe.task}, {c.layers} layers of width {c.dim}),"
@@ -338,23 +336,26 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
         f"linears    {c.linear}",
         f"size       {request.size}: {request.size.tokens(c.patch)} tokens",
         (
-            f"sampler    {request.sampler.mode}, {request.sampler.steps} steps, sigma_max"
+            f"sampler    {request.sampler.sampler}, {request.sampler.num_steps} steps, sigma_max"
             f" {request.sampler.sigma_max:g}"
         ),
-        f"weights    {'stay on the device' if pipe.keep(request) else 'freed after each stage'}",
+        f"weights    {'stay on the device' if plan.keep_resident else 'freed after each stage'}",
         (
             f"videos     {len(jobs) * args.num_samples}, first"
             f" {outputs.targets(args, pipe.name, jobs[0])[0]}"
         ),
         "",
-        memory.table(plans, limit),
+        plan.table(),
     ]
     if args.json:
         print(
             json.dumps(
                 {
-                    "plan": [dataclasses.asdict(p) for p in plans],
-                    "limit": limit,
+                    "plan": [
+                        {"name": stage.name, "weights": stage.weights, "working": stage.working}
+                        for stage in plan.stages
+                    ],
+                    "limit": plan.limit,
                     "tokens": request.size.tokens(c.patch),
                 }
             )
@@ -368,99 +369,84 @@ def serve(args, pipe) -> int:
     """One prompt a line; `:set OPTION VALUE` changes an option of the command, `:quit` ends."""
     pipe.stages.note("serving: one prompt a line; ':set seed 3' changes an option; ':quit' ends")
     words: list[str] = []
-    for line in sys.stdin:
+    for line in standard_input():
         line = line.strip()
         if line == ":quit":
             break
         try:
             if line.startswith(":"):
-                command, *setting = line.split()
-                if command != ":set" or len(setting) < 2:
-                    raise UsageError(
-                        f"{line!r} is no command",
-                        ":set OPTION VALUE, or :quit",
-                        "a prompt does not begin with a colon",
-                    )
-                words = checked_setting(words, setting)
+                words = [*words, *_setting(words, line)]
             elif line:
-                now = parse_setting(args, words)
-                job = Job(
-                    prompt=line, seed=now.seed, image=now.image_path, num_frames=now.num_frames
-                )
-                pipe.request(line, **call_arguments(now, job))
-                ((_, paths),) = outputs.assign(now, pipe.name, [job], pipe.stages.note)
-                make(now, pipe, job, paths, call_arguments(now, job))
-        except (
-            TdjaxError,
-            OSError,
-        ) as error:  # a bad line must not end the session that holds the weights
-            print(f"error: {error}", file=sys.stderr)
-    return report(args, pipe)
+                _serve_prompt(_parse_settings(args, words), pipe, line)
+        except Exception as error:  # a bad line must not end the session that holds the weights
+            known = isinstance(error, TdjaxError | OSError)
+            text = str(error) if known else f"{type(error).__name__}: {error}"
+            print(f"error: {_spelled(text)}", file=sys.stderr)
+    return _report(args, pipe)
 
 
-def checked_setting(words: list[str], setting: list[str]) -> list[str]:
-    """The words of earlier settings with a new one, if the command line would take it."""
-    new = [*words, f"--{setting[0]}", *setting[1:]]
+def _serve_prompt(args, pipe, line: str) -> None:
+    prompt = repaired(line)
+    if prompt != line:
+        pipe.stages.note("the line was not UTF-8: U+FFFD stands for what was not")
+    if args.seed < 0:
+        args.seed = drawn_seed()
+        pipe.stages.note(f"seed {args.seed}")
+    job = Job(prompt=prompt, seed=args.seed, image=args.image_path, num_frames=args.num_frames)
+    pipe.request(prompt, **_call_arguments(args, job))
+    ((_, paths),) = outputs.assign(args, pipe.name, [job], pipe.stages.note)
+    _make(args, pipe, job, paths, _call_arguments(args, job))
+
+
+def _setting(words: list[str], line: str) -> list[str]:
+    """`:set OPTION VALUE` as words of the command line, if the command would take them. The rest of
+    the line is the value, with blanks or between quotes, unless the option takes several."""
+    command, _, rest = line.partition(" ")
+    name, _, value = rest.strip().partition(" ")
+    value = value.strip()
+    if command != ":set" or not value:
+        raise UsageError(
+            f"{line!r} is no command",
+            ":set OPTION VALUE, or :quit",
+            "a prompt does not begin with a colon",
+        )
+    option = cli.hyphens([f"--{name}"])[0]
+    several = any(
+        option in action.option_strings and action.nargs == "+"
+        for action in build_parser()._actions
+    )
+    if value[0] in "'\"" and value[0] == value[-1] and len(value) > 1:
+        value = value[1:-1]
+    new = [option, *value.split()] if several else [f"{option}={value}"]
     try:
-        check_early(parse(new))
+        check_early(parse([*words, *new]))
     except SystemExit as error:  # argparse has said what is wrong
         raise UsageError(
-            f":set {' '.join(setting)} was not taken",
-            "options and values are those of the command line",
+            f"{line} was not taken", "options and values are those of the command line"
         ) from error
     return new
 
 
-def parse_setting(args, words: list[str]):
+def _parse_settings(args, words: list[str]) -> argparse.Namespace:
     """The command's own options with the session's settings over them."""
     given = parse(words)
-    named = {
-        word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")
-    }
+    default = parse([])
+    said = {word.partition("=")[0] for word in words}
+    named = {a.dest for a in build_parser()._actions if said & set(a.option_strings)}
+    # also what a synonym stands for, such as the sampler of --ode
+    named |= {name for name, value in vars(given).items() if value != getattr(default, name)}
     return argparse.Namespace(**(vars(args) | {name: getattr(given, name) for name in named}))
 
 
-def report(args, pipe) -> int:
+def _spelled(message: str) -> str:
+    return cli.spelled(message, cli.options(build_parser(), NAMES))
+
+
+def _report(args, pipe) -> int:
     if args.timings:
         print(pipe.stages.table(), file=sys.stderr)
     return 0
 
 
-def lora_weights(values: list[str]) -> tuple[tuple[str, float], ...]:
-    """FILE or FILE:0.8"""
-    out = []
-    for value in values:
-        match = re.fullmatch(r"(.+):(-?\d+\.?\d*(?:e-?\d+)?)", value)
-        out.append((match[1], float(match[2])) if match else (value, 1.0))
-    return tuple(out)
-
-
-def set_compile_cache(args) -> str | None:
-    """Persistent compile cache, on by default; a folder that cannot be written costs a line, not
-    the run."""
-    from tdjax.checkpoints.locate import cache_folder
-
-    if args.compile_cache_dir == "none":
-        return None
-    folder = Path(args.compile_cache_dir) if args.compile_cache_dir else cache_folder() / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{secrets.token_hex(4)}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        return (
-            f"compile cache {folder} is not writable ({error.strerror}): going on without;"
-            " --compile_cache_dir DIR chooses another"
-        )
-    import jax
-
-    from tdjax.pipeline.compilation import WORTH_KEEPING
-
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
-    return None
-
-
 if __name__ == "__main__":
-    leave(main())
+    cli.run(main)

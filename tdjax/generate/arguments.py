@@ -4,26 +4,16 @@ Imports no jax."""
 from __future__ import annotations
 
 import argparse
-import csv
-import dataclasses
-import difflib
-import io
 import json
-import re
-import sys
+import os
 import tomllib
 from pathlib import Path
+from typing import Any
 
+from tdjax import cli
 from tdjax.errors import UsageError
+from tdjax.files import near
 
-PATHS = (
-    "dit_path",
-    "high_noise_model_path",
-    "low_noise_model_path",
-    "vae_path",
-    "text_encoder_path",
-    "tokenizer_path",
-)
 FORMATS = ("mp4", "webm", "mkv", "gif", "png", "npy", "latents")
 # Class names that the official scripts take as --model, beside a checkpoint path.
 OFFICIAL_MODELS = {
@@ -31,9 +21,11 @@ OFFICIAL_MODELS = {
     "wan2.1-14b": ("t2v", 5120),
     "wan2.2-a14b": ("i2v", 5120),
 }
+_PATH = os.path.expanduser  # a path that stays a word, because it may be - or a template
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Every option of the command."""
     p = argparse.ArgumentParser(
         prog="python -m tdjax.generate",
         description=(
@@ -62,9 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
         ("vae_path", "Wan2.1_VAE.pth"),
         ("text_encoder_path", "models_t5_umt5-xxl-enc-bf16.pth"),
         ("tokenizer_path", "folder or file: tokenizer.json or spiece.model"),
-        ("revision", "hub revision"),
     ):
-        what.add_argument(f"--{name}", metavar="PATH" if "path" in name else "REV", help=text)
+        what.add_argument(f"--{name}", metavar="PATH", type=_PATH, help=text)
+    what.add_argument("--revision", metavar="REV", help="hub revision")
     what.add_argument(
         "--offline", action="store_true", help="never ask the hub; use what is in its cache"
     )
@@ -74,7 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
         ("lora_low", "low-noise expert only"),
     ):
         what.add_argument(
-            f"--{name}", action="append", default=[], metavar="FILE[:WEIGHT]", help=text
+            f"--{name}",
+            action="append",
+            default=[],
+            type=_PATH,
+            metavar="FILE[:WEIGHT]",
+            help=text,
         )
 
     prompt = p.add_argument_group("prompt and image")
@@ -89,15 +86,23 @@ def build_parser() -> argparse.ArgumentParser:
     prompt.add_argument(
         "--prompt_file",
         metavar="FILE",
-        help=".txt (one a line), .csv or .jsonl with prompt, seed, image, num_frames, out; resumes",
+        type=_PATH,
+        help=(
+            ".txt (one a line), .csv, .tsv, .json or .jsonl with prompt, seed, image, num_frames,"
+            " out; - for standard input; resumes"
+        ),
     )
     prompt.add_argument(
         "--prompt_embeds",
         metavar="FILE",
+        type=_PATH,
         help=".safetensors written by --save_prompt_embeds; the text encoder is not loaded",
     )
     prompt.add_argument(
-        "--save_prompt_embeds", metavar="FILE", help="write the prompt's embeddings and stop"
+        "--save_prompt_embeds",
+        metavar="FILE",
+        type=_PATH,
+        help="write the prompt's embeddings and stop",
     )
     prompt.add_argument(
         "--prompt_cache",
@@ -105,7 +110,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="on",
         help="keep embeddings of prompts on disk (python -m tdjax.cache)",
     )
-    prompt.add_argument("--image_path", metavar="FILE", help="first frame (image-to-video)")
+    prompt.add_argument(
+        "--image_path", metavar="FILE", type=_PATH, help="first frame (image-to-video)"
+    )
     prompt.add_argument(
         "--fit",
         choices=("crop", "pad", "stretch", "adaptive"),
@@ -151,11 +158,15 @@ def build_parser() -> argparse.ArgumentParser:
     sampler.add_argument("--seed", type=int, default=0, help="-1 draws one and prints it")
     sampler.add_argument("--num_samples", type=int, default=1, help="one file each")
     sampler.add_argument("--grid", action="store_true", help="one tiled file for all samples")
-    sampler.add_argument("--latents", metavar="FILE.npy", help="start noise [1 t h w c]")
+    sampler.add_argument(
+        "--latents", metavar="FILE.npy", type=_PATH, help="start noise [1 t h w c]"
+    )
 
     speed = p.add_argument_group("speed and memory")
     speed.add_argument(
         "--attention_type",
+        "--attention",
+        dest="attention_type",
         choices=("auto", "original", "dense", "sla", "sagesla"),
         default="auto",
         help=(
@@ -165,9 +176,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     speed.add_argument(
         "--attention_impl",
+        "--impl",
+        dest="attention_impl",
         default="auto",
-        choices=("auto", "reference", "triton", "cudnn"),
-        help="triton: every kernel of this package; never a silent fallback",
+        choices=("auto", "reference", "triton", "mosaic", "cudnn"),
+        help=(
+            "triton: every Triton kernel of this package; mosaic: those for Hopper; never a silent"
+            " fallback"
+        ),
     )
     speed.add_argument("--mesh", help="several devices for one video: sp=4, tp=2,sp=2")
     speed.add_argument(
@@ -215,15 +231,17 @@ def build_parser() -> argparse.ArgumentParser:
     speed.add_argument(
         "--compile_cache_dir",
         metavar="DIR",
+        type=_PATH,
         help="persistent compile cache (default: user cache); none turns it off",
     )
 
     out = p.add_argument_group("output")
     out.add_argument(
         "--save_path",
+        type=_PATH,
         help=(
             "default output/{model}_{seed}_{index}.mp4; fields model, seed, index, prompt_slug,"
-            " date"
+            " date, row"
         ),
     )
     out.add_argument("--format", choices=FORMATS, help="default: from the suffix of --save_path")
@@ -247,7 +265,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--timings", action="store_true", help="table of seconds and memory for each stage"
     )
     look.add_argument("--warmup", action="store_true", help="compile and stop")
-    look.add_argument("--profile", metavar="DIR", help="jax profiler trace of a second, warm run")
+    look.add_argument(
+        "--profile", metavar="DIR", type=_PATH, help="jax profiler trace of a second, warm run"
+    )
     look.add_argument("--check", choices=("finite", "none"), default="finite")
     look.add_argument(
         "--serve",
@@ -255,7 +275,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="read prompts from standard input, one a line, with the model resident",
     )
     look.add_argument(
-        "--config", metavar="FILE", help=".toml or .json of these names; the command line wins"
+        "--config",
+        metavar="FILE",
+        type=_PATH,
+        help=".toml or .json of these names; the command line wins",
     )
     look.add_argument("-q", "--quiet", action="store_true", help="no progress")
     look.add_argument(
@@ -264,41 +287,29 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
-def hyphens(argv: list[str]) -> list[str]:
-    """--num-steps=4 -> --num_steps=4"""
-    out = []
-    for word in argv:
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            word = "--" + name[2:].replace("-", "_") + equals + value
-        out.append(word)
-    return out
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """Arguments, with a config file under them and the official synonyms resolved. Raises
     UsageError."""
-    parser, argv = build_parser(), hyphens(argv)
-    names = {a.dest for a in parser._actions}
-    early, _ = argparse.ArgumentParser(add_help=False, allow_abbrev=False), None
-    early.add_argument("--config")
+    parser = build_parser()
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=os.path.expanduser)
     config = early.parse_known_args(argv)[0].config
     if config:
-        argv = [*read_config(Path(config), parser), *argv]
+        argv = [*_config_words(Path(config), parser), *argv]
+    known = cli.options(parser)
     for word in argv:
         name = word.partition("=")[0]
-        if name.startswith("--") and name[2:] and name[2:] not in names:
-            near = difflib.get_close_matches(name[2:], names, 1)
+        if name.startswith("--") and name[2:] and name[2:] not in known:
+            close = near(name[2:], known)
             raise UsageError(
                 f"unknown option {name}",
                 "see python -m tdjax.generate --help",
-                f"did you mean --{near[0]}?" if near else "",
+                f"did you mean --{close[0]}?" if close else "",
             )
-    args = parser.parse_args(argv)
-    return synonyms(args)
+    return _with_synonyms(parser.parse_args(argv))
 
 
-def synonyms(args: argparse.Namespace) -> argparse.Namespace:
+def _with_synonyms(args: argparse.Namespace) -> argparse.Namespace:
     """--ode, --quant_linear, --adaptive_resolution, --seconds and the official --model names,
     checked for contradictions."""
     for flag, name, value in (
@@ -344,11 +355,11 @@ def synonyms(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def read_config(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+def _config_words(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     """A file of option names as words of the command line, so that they are checked like it."""
     try:
-        text = path.read_text()
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        text = path.read_text(encoding="utf-8-sig")
+        values = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
         if not isinstance(values, dict):
             raise ValueError("it is not a table of names and values")
     except (OSError, ValueError) as error:
@@ -357,115 +368,35 @@ def read_config(path: Path, parser: argparse.ArgumentParser) -> list[str]:
             str(error),
             "it is TOML (.toml) or JSON of option names",
         ) from error
-    options, words = {a.dest: a for a in parser._actions}, []
+    actions = {
+        option[2:]: action
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    }
+    words = []
     for name, value in values.items():
-        dest = name.replace("-", "_")
-        if dest not in options:
-            near = difflib.get_close_matches(dest, options, 1)
-            fix = f"did you mean {near[0]!r}?" if near else ""
+        option = name.replace("-", "_")
+        if option not in actions:
+            close = near(option, actions)
             raise UsageError(
-                f"{path}: unknown name {name!r}", "names are those of the options", fix
+                f"{path}: unknown name {name!r}",
+                "names are those of the options",
+                f"did you mean {close[0]!r}?" if close else "",
             )
-        if options[dest].nargs == 0:
-            if not isinstance(value, bool):
-                raise UsageError(
-                    f"{path}: {name} is {value!r}", "it is a switch: true or false", "write true"
-                )
-            words += [f"--{dest}"] if value else []
-        elif options[dest].nargs == "+":
-            words += [f"--{dest}", *map(str, value if isinstance(value, list) else [value])]
-        else:
-            words += [
-                f"--{dest}={item}" for item in (value if isinstance(value, list) else [value])
-            ]
+        words += _option_words(path, option, actions[option].nargs, value)
     return words
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """One video request: a row of a prompt file, or the command line itself."""
-
-    prompt: str | None
-    seed: int
-    image: str | None = None
-    num_frames: int | None = None
-    out: str | None = None
-    row: int = 1
-
-
-def read_jobs(args: argparse.Namespace, default_prompt: str | None = None) -> list[Job]:
-    """The prompt file's rows, or one job from the command line."""
-    own = Job(
-        prompt=args.prompt,
-        seed=args.seed,
-        image=args.image_path,
-        num_frames=args.num_frames,
-        out=args.save_path,
-    )
-    if args.prompt_file:
-        if args.prompt:
-            raise UsageError("--prompt and --prompt_file", "both give the text", "give one of them")
-        return read_prompt_file(Path(args.prompt_file), own)
-    if args.prompt == "-":
-        own = dataclasses.replace(own, prompt=sys.stdin.read().strip())
-    if own.prompt is None and not args.prompt_embeds and default_prompt:
-        own = dataclasses.replace(own, prompt=default_prompt)
-    return [own]
-
-
-def read_prompt_file(path: Path, own: Job) -> list[Job]:
-    columns = [f.name for f in dataclasses.fields(Job) if f.name != "row"]
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        lines = text.splitlines()
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in lines if line.strip()]
-        else:
-            rows = [
-                {"prompt": line.strip()}
-                for line in lines
-                if line.strip() and not line.startswith("#")
-            ]
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"--prompt_file {path} cannot be read",
-            str(error),
-            ".txt (one prompt a line), .csv or .jsonl",
-        ) from error
-    jobs = []
-    for number, row in enumerate(rows, 1):
-        wrong = None if isinstance(row, dict) else "not a table row"
-        if wrong is None:
-            unknown = [k for k in row if k not in columns]
-            wrong = (
-                f"unknown column {unknown[0]!r}"
-                if unknown
-                else None
-                if row.get("prompt")
-                else "no prompt"
-            )
-        if wrong is None:
-            values = {k: str(v) for k, v in row.items() if v not in (None, "")}
-            wrong = next(
-                (
-                    f"{k} is {values[k]!r}"
-                    for k in ("seed", "num_frames")
-                    if not re.fullmatch(r"-?\d+", values.get(k, "0"))
-                ),
-                None,
-            )
-        if wrong:
+def _option_words(path: Path, option: str, nargs: int | str | None, value: Any) -> list[str]:
+    """One entry of a config file as words of the command line."""
+    values = value if isinstance(value, list) else [value]
+    if nargs == 0:
+        if not isinstance(value, bool):
             raise UsageError(
-                f"{path}, row {number}: {wrong}",
-                f"columns are {', '.join(columns)}; seed and num_frames are whole numbers",
-                "only prompt is needed",
+                f"{path}: {option} is {value!r}", "it is a switch: true or false", "write true"
             )
-        numbers = {k: int(values[k]) for k in ("seed", "num_frames") if k in values}
-        jobs.append(dataclasses.replace(own, row=number, **(values | numbers)))
-    if not jobs:
-        raise UsageError(
-            f"{path} holds no prompts", "it is empty, or only comments", "one prompt a line"
-        )
-    return jobs
+        return [f"--{option}"] if value else []
+    if nargs == "+":
+        return [f"--{option}", *map(str, values)]
+    return [f"--{option}={item}" for item in values]

@@ -7,10 +7,11 @@ import dataclasses
 import datetime
 import json
 import re
+import string
 from pathlib import Path
 
 from tdjax.errors import UsageError
-from tdjax.generate.arguments import Job
+from tdjax.generate.jobs import Job
 from tdjax.media.video import Writer
 from tdjax.pipeline.result import check_save, sidecar, write_json
 
@@ -21,17 +22,21 @@ FIELDS = ("model", "seed", "index", "prompt_slug", "date", "row")
 SUFFIX = {"png": "", "latents": ".safetensors"}
 
 
-def template(args, job: Job) -> str:
-    return job.out or args.save_path or (DEFAULT_ROWS if args.prompt_file else DEFAULT)
+def template(args) -> str:
+    """The template of the command's file names. A row's `out` is a name as it stands, not one."""
+    return args.save_path or (DEFAULT_ROWS if args.prompt_file else DEFAULT)
 
 
 def check_template(text: str, given_format: str | None) -> None:
-    """Unknown fields, and a suffix that contradicts --format."""
+    """Raises UsageError for unknown fields, and for a suffix that contradicts --format."""
     try:
-        path = Path(text.format(**dict.fromkeys(FIELDS, "x")))
+        path = Path(_filled(text, "model", Job(prompt="prompt", seed=0), 0))
     except (KeyError, IndexError, ValueError) as error:
+        why = str(error).strip("'\"")
         raise UsageError(
-            f"--save_path {text}: unknown field {error}", f"fields are {', '.join(FIELDS)}"
+            f"--save_path {text}: {why}",
+            f"fields are {', '.join(FIELDS)}, with a format such as {{index:03d}}",
+            "{{ and }} stand for braces in the name",
         ) from error
     suffix = given_format and SUFFIX.get(given_format, f".{given_format}")
     if given_format and text not in (DEFAULT, DEFAULT_ROWS) and path.suffix not in ("", suffix):
@@ -42,35 +47,49 @@ def check_template(text: str, given_format: str | None) -> None:
         )
 
 
-def one(args, name: str, job: Job, index: int, count: int) -> Path:
-    """The path of one sample."""
-    text = template(args, job)
+def _names(text: str) -> set[str]:
+    """The fields of a template. Raises ValueError for a brace that is not closed."""
+    return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+
+
+def _filled(text: str, model: str, job: Job, index: int) -> str:
+    """The template with its fields. Raises KeyError for an unknown one, ValueError for a format
+    that its kind of value does not have."""
     slug = re.sub(r"\W+", "-", (job.prompt or "embeds").lower()).strip("-")[:40]
-    fields = {
-        "model": name,
+    values = {
+        "model": model,
         "seed": job.seed,
         "index": index,
         "prompt_slug": slug,
         "date": datetime.date.today(),
         "row": job.row,
     }
-    path = Path(text.format(**fields))
+    if unknown := sorted(_names(text) - values.keys()):
+        raise KeyError(f"unknown field {{{unknown[0]}}}")
+    return text.format(**values)
+
+
+def _path(args, model: str, job: Job, index: int, count: int) -> Path:
+    """The path of one sample."""
+    text = template(args)
+    path = Path(job.out or _filled(text, model, job, index))
     if args.format:
         path = path.with_suffix(SUFFIX.get(args.format, f".{args.format}"))
-    return path.with_stem(f"{path.stem}_{index}") if count > 1 and "{index}" not in text else path
+    numbered = job.out is None and "index" in _names(text)
+    return path if numbered or count == 1 else path.with_stem(f"{path.stem}_{index}")
 
 
 def targets(args, name: str, job: Job) -> list[Path]:
     """All files of a job, one a sample, or the tiled one. A default name that is taken gives way:
     demo_0_0-2.mp4."""
     count = 1 if args.grid else args.num_samples
-    paths = [one(args, name, job, index, count) for index in range(count)]
-    if args.overwrite or args.prompt_file or template(args, job) != DEFAULT:
+    paths = [_path(args, name, job, index, count) for index in range(count)]
+    if args.overwrite or args.prompt_file or template(args) != DEFAULT:
         return paths
-    return [unused(path) for path in paths]
+    return [_unused(path) for path in paths]
 
 
-def unused(path: Path) -> Path:
+def _unused(path: Path) -> Path:
     number, candidate = 1, path
     while candidate.exists() or sidecar(candidate).exists():
         number += 1
@@ -95,10 +114,8 @@ def assign(args, name: str, jobs: list[Job], note) -> list[tuple[Job, list[Path]
         if args.prompt_file and not args.overwrite and all(path.exists() for path in paths):
             note(f"{', '.join(map(str, paths))} is there already: skipped")
             continue
+        again = args.overwrite or bool(args.prompt_file)  # an interrupted row is made anew, whole
         for path in paths:
-            again = args.overwrite or bool(
-                args.prompt_file
-            )  # an interrupted row is made anew, whole
             check_save(
                 path, fps=args.fps, crf=args.crf, metadata=args.metadata == "on", overwrite=again
             )
@@ -117,11 +134,10 @@ class Files:
     def __init__(self, args, pipe, job: Job, paths: list[Path], arguments: dict):
         self.args, self.stages, self.paths = args, pipe.stages, paths
         self.options = {"crf": args.crf, "overwrite": args.overwrite or bool(args.prompt_file)}
-        self.facts = pipe.facts(pipe.request(job.prompt, **arguments))
+        self.facts = pipe.metadata(pipe.request(job.prompt, **arguments))
         self.writers: dict[int, Writer] = {}
-        whole = args.grid or any(
-            path.suffix == ".safetensors" for path in paths
-        )  # made of what is there at the end only
+        # a grid and latents are made of what is there at the end only
+        whole = args.grid or any(path.suffix == ".safetensors" for path in paths)
         self.listen = {} if whole else {"on_frames": self.take}
 
     def __enter__(self):
@@ -133,13 +149,10 @@ class Files:
 
     def take(self, index: int, frames) -> None:
         if index not in self.writers:
-            facts = (
-                json.dumps({**self.facts, "index": index, "fps": self.args.fps})
-                if self.args.metadata == "on"
-                else None
-            )
+            facts = json.dumps({**self.facts, "index": index, "fps": self.args.fps})
+            metadata = facts if self.args.metadata == "on" else None
             self.writers[index] = Writer(
-                self.paths[index], fps=self.args.fps, metadata=facts, **self.options
+                self.paths[index], fps=self.args.fps, metadata=metadata, **self.options
             )
         self.writers[index].put(frames)
 
@@ -147,15 +160,14 @@ class Files:
         """Complete every file; each path on stdout once it is there."""
         metadata = self.args.metadata == "on"
         if self.args.grid:
-            result = tiled(result)
+            result = _tiled(result)
         for index, path in enumerate(self.paths):
             with self.stages("write"):
                 if self.listen:
                     self.writers[index].close()
                     if metadata:
-                        write_json(
-                            sidecar(path), {**result.metadata, "index": index, "fps": self.args.fps}
-                        )
+                        facts = {**result.metadata, "index": index, "fps": self.args.fps}
+                        write_json(sidecar(path), facts)
                 else:
                     result.save(path, index=index, metadata=metadata, **self.options)
             line = {
@@ -167,7 +179,7 @@ class Files:
             print(json.dumps(line) if self.args.json else path, flush=True)
 
 
-def tiled(result):
+def _tiled(result):
     """All samples side by side, as the official scripts write them."""
     from einops import rearrange
 

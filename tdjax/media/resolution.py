@@ -3,7 +3,6 @@ usable before jax is imported."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 
@@ -12,6 +11,7 @@ from PIL import Image
 
 from tdjax.config import VIDEO_SIZES, VideoSize
 from tdjax.errors import UsageError
+from tdjax.files import near
 
 FITS = ("crop", "pad", "stretch", "adaptive")
 TRAINED = ("480p", "720p")
@@ -58,7 +58,7 @@ def choose_size(
     16:9. With fit="adaptive" that size only gives the area, and the image its proportions; the area
     is then the one of 16:9, whatever the image, as in the published script.
     """
-    check_fit(fit, image_size)
+    _check_fit(fit, image_size)
     if (width is None) != (height is None):
         given, missing = ("width", "height") if height is None else ("height", "width")
         raise UsageError(
@@ -75,17 +75,19 @@ def choose_size(
     base = (
         (width, height)
         if width is not None
-        else table_size(resolution or TRAINED[0], aspect_ratio, image_size, fit)
+        else _table_size(resolution or TRAINED[0], aspect_ratio, image_size, fit)
     )
     if fit == "adaptive":
-        base = checked_adaptive(image_size, base)
+        base = _checked_adaptive(image_size, base)
     return VideoSize(frames=num_frames, width=base[0], height=base[1])
 
 
-def check_fit(fit: str, image_size: tuple[int, int] | None) -> None:
+def _check_fit(fit: str, image_size: tuple[int, int] | None) -> None:
     if fit not in FITS:
         raise UsageError(
-            f"fit is {fit!r}", f"allowed: {', '.join(FITS)}", f"nearest: {closest(fit, FITS)}"
+            f"fit is {fit!r}",
+            f"allowed: {', '.join(FITS)}",
+            f"nearest: {near(fit, FITS, cutoff=0)[0]}",
         )
     if fit == "adaptive" and image_size is None:
         raise UsageError(
@@ -95,7 +97,7 @@ def check_fit(fit: str, image_size: tuple[int, int] | None) -> None:
         )
 
 
-def table_size(
+def _table_size(
     resolution: str, aspect_ratio: str | None, image_size: tuple[int, int] | None, fit: str
 ) -> tuple[int, int]:
     """(width, height) of the table."""
@@ -103,7 +105,7 @@ def table_size(
         raise UsageError(
             f"resolution is {resolution!r}",
             f"allowed: {', '.join(VIDEO_SIZES)}",
-            f"nearest: {nearest_resolution(resolution)}",
+            f"nearest: {_nearest_resolution(resolution)}",
         )
     table = VIDEO_SIZES[resolution]
     if aspect_ratio is None:
@@ -113,17 +115,18 @@ def table_size(
             else nearest_aspect(resolution, image_size[0] / image_size[1])
         )
     if aspect_ratio not in table:
-        ratio = parse_ratio(aspect_ratio)
-        near = nearest_aspect(resolution, ratio) if ratio else closest(aspect_ratio, table)
+        ratio = _parse_ratio(aspect_ratio)
+        by_name = near(aspect_ratio, table, cutoff=0)[0]
+        nearest = nearest_aspect(resolution, ratio) if ratio else by_name
         raise UsageError(
             f"aspect_ratio is {aspect_ratio!r}",
             f"allowed at {resolution}: {', '.join(table)} (width:height)",
-            f"nearest: {near}",
+            f"nearest: {nearest}",
         )
     return table[aspect_ratio]
 
 
-def checked_adaptive(image_size: tuple[int, int], base: tuple[int, int]) -> tuple[int, int]:
+def _checked_adaptive(image_size: tuple[int, int], base: tuple[int, int]) -> tuple[int, int]:
     size = adaptive_size(image_size, math.prod(base))
     if min(size) < MULTIPLE:
         raise UsageError(
@@ -135,26 +138,21 @@ def checked_adaptive(image_size: tuple[int, int], base: tuple[int, int]) -> tupl
     return size
 
 
-def nearest_resolution(text: str) -> str:
+def _nearest_resolution(text: str) -> str:
     """By number of lines where the text holds a number ("1080p" -> "720p"), else by spelling."""
     digits = re.search(r"\d+", text)
     if not digits:
-        return closest(text, VIDEO_SIZES)
+        return near(text, VIDEO_SIZES, cutoff=0)[0]
     return min(TRAINED, key=lambda name: abs(int(name[:-1]) - int(digits[0])))
 
 
-def parse_ratio(text: str) -> float | None:
+def _parse_ratio(text: str) -> float | None:
     """ "16:9", "16x9", "16/9", "1.78" -> width / height, or None."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)(?:\s*[:x/]\s*(\d+(?:\.\d+)?))?\s*", text)
     if not match:
         return None
     top, bottom = float(match[1]), float(match[2] or 1)
     return top / bottom if top and bottom else None
-
-
-def closest(text: str, allowed) -> str:
-    allowed = list(allowed)
-    return (difflib.get_close_matches(text, allowed, 1, 0.0) or allowed)[0]
 
 
 def size_notes(size: VideoSize, resolution: str | None = None) -> list[str]:
@@ -171,10 +169,10 @@ def size_notes(size: VideoSize, resolution: str | None = None) -> list[str]:
         away = lambda pair: math.hypot(
             math.log(pair[0] / size.width), math.log(pair[1] / size.height)
         )
-        near = min(trained, key=away)
+        width, height = min(trained, key=away)
         notes.append(
             f"{size.width}x{size.height} is not a size the published models were trained at"
-            f" (nearest {near[0]}x{near[1]}): quality can differ, and it compiles once more"
+            f" (nearest {width}x{height}): quality can differ, and it compiles once more"
         )
     return notes
 
@@ -190,7 +188,7 @@ def fit_image(
     stretch:  each side by itself; adaptive too, since the size then has the image's proportions
               already.
     """
-    check_fit(fit, image.shape[1::-1])
+    _check_fit(fit, image.shape[1::-1])
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise ValueError(f"fit_image takes uint8 [H W 3], got {image.dtype} {image.shape}")
     source, target = Image.fromarray(image), (size.width, size.height)

@@ -1,15 +1,11 @@
-"""Video files and images: frames in, one complete file out; and back again. Knows arrays and files,
-nothing of models."""
+"""Video files: frames in, one complete file out; and back again. Knows arrays and files, nothing of
+models."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 import queue
 import re
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -19,9 +15,11 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from einops import rearrange
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from tdjax.errors import UsageError
+from tdjax.files import refuse_existing, written
+from tdjax.media.image import read_image
 
 BT709 = 1  # the code of this colour matrix, of its primaries and of its transfer curve in ffmpeg
 FRAME_NAME = re.compile(r"\d{5}\.png")
@@ -72,20 +70,20 @@ def write(
     """
     path = Path(path)
     check_target(path, fps, crf, overwrite)
-    images = each_frame([frames] if isinstance(frames, np.ndarray) else frames)
-    with partial(path) as part:
+    images = _each_frame([frames] if isinstance(frames, np.ndarray) else frames)
+    with written(path, overwrite, owned=is_frames) as part:
         if path.suffix in CODECS:
             encode(part, images, CODECS[path.suffix], fps, crf, metadata)
         elif path.suffix == ".gif":
-            write_gif(part, images, fps, metadata)
+            _write_gif(part, images, fps, metadata)
         elif path.suffix == ".npy":
             np.save(part, np.stack(list(images)))
         elif path.suffix == ".png":
-            save_single(part, images, metadata)
+            _save_single(part, images, metadata)
         else:
             part.mkdir()
             for i, image in enumerate(images):
-                save_png(part / f"{i:05d}.png", image, metadata if i == 0 else None)
+                _save_png(part / f"{i:05d}.png", image, metadata if i == 0 else None)
     return path
 
 
@@ -140,20 +138,7 @@ def check_target(path: Path, fps: float, crf: int, overwrite: bool) -> None:
             f"allowed: {allowed}, or none for a folder of PNG files",
             "use .mp4",
         )
-    if path.exists() and not overwrite:
-        raise UsageError(
-            f"{path} exists",
-            "nothing is overwritten by itself",
-            "give another name, or --overwrite",
-        )
-    if path.is_dir() and (
-        path.suffix or any(not FRAME_NAME.fullmatch(p.name) for p in path.iterdir())
-    ):
-        raise UsageError(
-            f"{path} is a folder that holds other things",
-            "only a folder of numbered PNG files is replaced",
-            "give another name",
-        )
+    refuse_existing(path, overwrite, owned=is_frames)
     if not 0 < fps <= 1000:
         raise UsageError(
             f"fps is {fps}", "it must be positive and at most 1000", "the models were trained at 16"
@@ -177,23 +162,13 @@ def check_target(path: Path, fps: float, crf: int, overwrite: bool) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def partial(path: Path) -> Iterator[Path]:
-    """A hidden sibling that becomes `path` when the block ends well and vanishes when it does
-    not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    part = folder / path.name  # keeps the suffix, by which ffmpeg and numpy choose the format
-    try:
-        yield part
-        if path.is_dir():  # only with overwrite; a full folder cannot be replaced in one step
-            path.rename(folder / "replaced")
-        os.replace(part, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def is_frames(folder: Path) -> bool:
+    """Whether a folder is one of frames as `write` makes it: numbered PNG files, nothing else."""
+    names = [p.name for p in folder.iterdir()]
+    return not folder.suffix and all(FRAME_NAME.fullmatch(name) for name in names)
 
 
-def each_frame(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+def _each_frame(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Chunks [t H W 3] -> frames [H W 3], all checked to be uint8 of one size; at least one."""
     size, count = None, 0
     for chunk in chunks:
@@ -209,7 +184,7 @@ def each_frame(chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         raise ValueError("there are no frames to write")
 
 
-def even(image: np.ndarray) -> np.ndarray:  # [H W 3] -> both sides even
+def _even(image: np.ndarray) -> np.ndarray:  # [H W 3] -> both sides even
     return np.pad(image, [(0, n % 2) for n in image.shape[:2]] + [(0, 0)], mode="edge")
 
 
@@ -227,8 +202,8 @@ def encode(
             container.metadata["comment"] = metadata
         stream = None
         for i, image in enumerate(images):
-            image = even(image) if codec.pixels == "yuv420p" else np.ascontiguousarray(image)
-            stream = stream or open_stream(container, image.shape, codec, rate, crf)
+            image = _even(image) if codec.pixels == "yuv420p" else np.ascontiguousarray(image)
+            stream = stream or _open_stream(container, image.shape, codec, rate, crf)
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
             if codec.pixels == "yuv420p":
                 frame = frame.reformat(
@@ -241,7 +216,7 @@ def encode(
         container.mux(stream.encode())
 
 
-def open_stream(container, shape: tuple[int, ...], codec: Codec, rate: Fraction, crf: int):
+def _open_stream(container, shape: tuple[int, ...], codec: Codec, rate: Fraction, crf: int):
     stream = container.add_stream(codec.encoder, rate=rate, options=dict(codec.options))
     stream.height, stream.width = shape[:2]
     stream.pix_fmt = codec.pixels
@@ -254,7 +229,7 @@ def open_stream(container, shape: tuple[int, ...], codec: Codec, rate: Fraction,
     return stream
 
 
-def write_gif(part: Path, images: Iterator[np.ndarray], fps: float, metadata: str | None) -> None:
+def _write_gif(part: Path, images: Iterator[np.ndarray], fps: float, metadata: str | None) -> None:
     """One palette for all frames and an ordered dither, which stands still where the picture does.
     Loops for ever."""
     clip = np.stack(list(images))
@@ -264,7 +239,7 @@ def write_gif(part: Path, images: Iterator[np.ndarray], fps: float, metadata: st
         sample - np.asarray(palette.convert("RGB"), np.float32)
     )  # sqrt(12): of uniform levels, their distance
     rows, columns = (-(-n // 8) for n in clip.shape[1:3])
-    offset = (step * np.tile(bayer(8), (rows, columns)))[: clip.shape[1], : clip.shape[2], None]
+    offset = (step * np.tile(_bayer(8), (rows, columns)))[: clip.shape[1], : clip.shape[2], None]
     dithered = (np.clip(np.round(image + offset), 0, 255).astype(np.uint8) for image in clip)
     pages = [
         Image.fromarray(image).quantize(palette=palette, dither=Image.Dither.NONE)
@@ -280,7 +255,7 @@ def write_gif(part: Path, images: Iterator[np.ndarray], fps: float, metadata: st
     )
 
 
-def bayer(size: int) -> np.ndarray:  # [size size] in -0.5..0.5; size is a power of two
+def _bayer(size: int) -> np.ndarray:  # [size size] in -0.5..0.5; size is a power of two
     """Thresholds of ordered dithering, spread as evenly as possible (Bayer 1973)."""
     matrix = np.zeros((1, 1))
     while len(matrix) < size:
@@ -288,14 +263,14 @@ def bayer(size: int) -> np.ndarray:  # [size size] in -0.5..0.5; size is a power
     return (matrix + 0.5) / size**2 - 0.5
 
 
-def save_png(path: Path, image: np.ndarray, metadata: str | None = None) -> None:
+def _save_png(path: Path, image: np.ndarray, metadata: str | None = None) -> None:
     info = PngImagePlugin.PngInfo()
     if metadata is not None:
         info.add_itxt("Comment", metadata)
     Image.fromarray(image).save(path, pnginfo=info, compress_level=4)
 
 
-def save_single(part: Path, images: Iterator[np.ndarray], metadata: str | None) -> None:
+def _save_single(part: Path, images: Iterator[np.ndarray], metadata: str | None) -> None:
     image = next(images)
     if next(images, None) is not None:
         name = part.stem
@@ -304,52 +279,7 @@ def save_single(part: Path, images: Iterator[np.ndarray], metadata: str | None) 
             "a .png file holds one",
             f"use {name} (a folder) or {name}.mp4",
         )
-    save_png(part, image, metadata)
-
-
-def read_image(path: str | Path) -> np.ndarray:  # uint8 [H W 3]
-    """An image as RGB: turned as its EXIF orientation says, laid on white where it is transparent,
-    first frame if animated."""
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(
-            f"image {path} {'is a folder' if path.is_dir() else 'does not exist'}",
-            "a file was expected",
-            "check --image_path",
-        )
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-                image = Image.fromarray(
-                    (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                )
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.asarray(image.convert("RGB"))
-    except UnidentifiedImageError as error:
-        raise UsageError(
-            f"{path} is not an image",
-            "its content is of no format that Pillow reads",
-            "use PNG, JPEG or WebP",
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise UsageError(
-            f"image {path} is too large",
-            str(error),
-            "make it smaller first: the video has 1280x720 pixels at most",
-        ) from error
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-    ) as error:  # what Pillow raises for files cut short or damaged
-        raise UsageError(
-            f"image {path} cannot be read",
-            f"it is cut short or damaged: {error}",
-            "save or download it again",
-        ) from error
+    _save_png(part, image, metadata)
 
 
 def read_video(path: str | Path) -> np.ndarray:  # uint8 [T H W 3]
@@ -374,14 +304,14 @@ def read_video(path: str | Path) -> np.ndarray:  # uint8 [T H W 3]
         return read_image(path)[None]
     try:
         with av.open(str(path)) as container:
-            return np.stack([frame.to_ndarray() for frame in as_rgb(container)])
+            return np.stack([frame.to_ndarray() for frame in _as_rgb(container)])
     except (av.error.FFmpegError, IndexError, ValueError) as error:
         raise UsageError(
             f"{path} cannot be read as a video", str(error), "check the file with another player"
         ) from error
 
 
-def as_rgb(container) -> Iterator[av.VideoFrame]:
+def _as_rgb(container) -> Iterator[av.VideoFrame]:
     """Decoded frames in rgb24, rounded properly: the library's default conversion is darker by
     about one step of 255."""
     graph = None
@@ -400,18 +330,3 @@ def as_rgb(container) -> Iterator[av.VideoFrame]:
             graph.configure()
         graph.push(frame)
         yield graph.pull()
-
-
-def contact_sheet(
-    frames: np.ndarray, columns: int = 4, gap: int = 2
-) -> np.ndarray:  # uint8 [T H W 3] -> uint8 [H' W' 3]
-    """Frames row by row in one image, with black between them and in the cells that stay empty."""
-    if columns < 1 or len(frames) == 0:
-        raise ValueError(
-            f"contact_sheet needs frames and at least one column, got {len(frames)} and {columns}"
-        )
-    columns = min(columns, len(frames))
-    cells = np.pad(frames, ((0, -len(frames) % columns), (0, gap), (0, gap), (0, 0)))
-    return rearrange(cells, "(r k) h w c -> (r h) (k w) c", k=columns)[
-        : -gap or None, : -gap or None
-    ]

@@ -25,27 +25,25 @@ class DenseCore(nnx.Module):
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
 
-    def queries(
-        self, x, norm: RMSNorm, rope
-    ):  # [b l d] -> [b l h k] normed and rotated, and what the core needs beside them
-        return rotated(x, norm, rope, self.cfg), None
+    def queries(self, x, norm: RMSNorm, rope):
+        """[b l d] -> [b l h k] normed and rotated, and what the core needs beside them."""
+        return _rotated(x, norm, rope, self.cfg), None
 
     keys = queries
 
     def __call__(self, q, k, v, means=None):  # q [b l h k], k v [b s h k]
-        return over_heads(partial(attention, impl=self.cfg.impl), q, k, v)
+        impl = "auto" if self.cfg.impl == "mosaic" else self.cfg.impl  # which has no dense kernel
+        return over_heads(partial(attention, impl=impl), q, k, v)
 
 
-def rotated(
-    x, norm: RMSNorm, rope, cfg: DiTConfig
-):  # x [b l d], rope (cos, sin) [l k/2] -> [b l h k]
-    """RMS norm over all heads and rotation, tokens divided over the mesh."""
+def _rotated(x, norm: RMSNorm, rope, cfg: DiTConfig):
+    """RMS norm over all heads and rotation, tokens divided over the mesh: x [b l d], rope (cos,
+    sin) [l k/2] -> [b l h k]."""
     run = partial(rms_norm_rope, eps=norm.eps, impl=cfg.row_impl)
     tables = (rearrange(table, "l k -> 1 l k") for table in rope)
     weight = rearrange(norm.scale[...], "d -> 1 1 d")
-    return over_tokens(
-        lambda x, weight, cos, sin: run(x, weight[0, 0], cos[0], sin[0]), x, weight, *tables
-    )
+    op = lambda x, weight, cos, sin: run(x, weight[0, 0], cos[0], sin[0])
+    return over_tokens(op, x, weight, *tables)
 
 
 class SLACore(nnx.Module):
@@ -60,32 +58,29 @@ class SLACore(nnx.Module):
             cfg.head_dim, cfg.head_dim, FLOAT32, rngs=rngs, init=jax.nn.initializers.zeros
         )
 
-    def queries(
-        self, x, norm: RMSNorm, rope
-    ):  # [b l d] -> [b l h k], means of its blocks f32 [b h n k]
-        return self.pooled(x, norm, rope, self.cfg.sla.block_q)
+    def queries(self, x, norm: RMSNorm, rope):
+        """[b l d] -> [b l h k] normed and rotated, and the means of its blocks f32 [b h n k]."""
+        return self._pooled(x, norm, rope, self.cfg.sla.block_q)
 
     def keys(self, x, norm: RMSNorm, rope):
-        return self.pooled(x, norm, rope, self.cfg.sla.block_k)
+        return self._pooled(x, norm, rope, self.cfg.sla.block_k)
 
-    def pooled(self, x, norm, rope, block):
+    def _pooled(self, x, norm, rope, block):
         # blocks may lie across devices: the core, which sees every token, takes the means itself
         if mesh_sizes():
-            return rotated(x, norm, rope, self.cfg), None
-        return rms_norm_rope_pool(
-            x, norm.scale[...], *rope, eps=norm.eps, block=block, impl=self.cfg.row_impl
-        )
+            return _rotated(x, norm, rope, self.cfg), None
+        sizes = {"eps": norm.eps, "block": block, "impl": self.cfg.row_impl}
+        return rms_norm_rope_pool(x, norm.scale[...], *rope, **sizes)
 
-    def __call__(
-        self, q, k, v, means=None
-    ):  # [b l h k], means of the blocks of q and of k, if they are at hand
+    def __call__(self, q, k, v, means=None):
+        """[b l h k] -> [b l h k]; means: those of the blocks of q and of k, if they are at hand."""
         sla = self.cfg.sla
-        run = partial(
-            self.op, topk=sla.topk, block_q=sla.block_q, block_k=sla.block_k, impl=self.cfg.impl
-        )
+        sizes = {"topk": sla.topk, "block_q": sla.block_q, "block_k": sla.block_k}
+        run = partial(self.op, **sizes, impl=self.cfg.impl)
+        proj = self.proj.kernel[...], self.proj.bias[...]
         if means is not None:
-            return run(q, k, v, self.proj.kernel[...], self.proj.bias[...], means=means)
-        return over_heads(run, q, k, v, self.proj.kernel[...], self.proj.bias[...])
+            return run(q, k, v, *proj, means=means)
+        return over_heads(run, q, k, v, *proj)
 
 
 class SageSLACore(SLACore):
@@ -102,13 +97,13 @@ class Attention(nnx.Module):
     together."""
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
-        linear = square(cfg, rngs)
+        linear = _square(cfg, rngs)
         self.cfg = cfg
         self.q, self.k, self.v, self.o = linear(), linear(), linear(), linear()
         self.norm_q = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
         self.norm_k = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
 
-    def queries(self, x):  # [b l d], float or ready for q -> [b l h k]
+    def queries(self, x):  # [b l d], float or quantised for q -> [b l h k]
         return self.heads(self.norm_q(self.q(x)))
 
     def keys(self, x):
@@ -124,9 +119,10 @@ class Attention(nnx.Module):
         return self.o(rearrange(x, "b l h k -> b l (h k)"))
 
 
-def square(cfg: DiTConfig, rngs: nnx.Rngs):
+def _square(cfg: DiTConfig, rngs: nnx.Rngs):
     """Makes linear layers of the width of the stream."""
-    return partial(LINEAR[cfg.linear], cfg.dim, cfg.dim, cfg.policy, rngs=rngs, impl=cfg.row_impl)
+    sizes = cfg.dim, cfg.dim, cfg.policy
+    return partial(LINEAR[cfg.linear], *sizes, rngs=rngs, impl=cfg.product_impl)
 
 
 class SelfAttention(Attention):
@@ -136,13 +132,16 @@ class SelfAttention(Attention):
         super().__init__(cfg, rngs=rngs)
         self.core = SELF_ATTENTION[cfg.attention](cfg, rngs=rngs)
 
-    def __call__(self, x, rope):  # x [b l d], float or ready for q; rope (cos, sin) [l k/2]
-        x = self.q.ready(x)
-        q, q_means = self.core.queries(self.q(x), self.norm_q, rope)
-        k, k_means = self.core.keys(self.k(x), self.norm_k, rope)
-        return self.merge(
-            self.core(q, k, self.values(x), None if q_means is None else (q_means, k_means))
-        )
+    @jax.named_scope("self_attention")
+    def __call__(self, x, rope):  # x [b l d], float or quantised for q; rope (cos, sin) [l k/2]
+        x = self.q.quantize_input(x)
+        with jax.named_scope("queries_and_keys"):
+            q, q_means = self.core.queries(self.q(x), self.norm_q, rope)
+            k, k_means = self.core.keys(self.k(x), self.norm_k, rope)
+        means = None if q_means is None else (q_means, k_means)
+        with jax.named_scope("core"):
+            y = self.core(q, k, self.values(x), means)
+        return self.merge(y)
 
 
 class TextKV(NamedTuple):
@@ -163,29 +162,27 @@ class CrossAttention(Attention):
         super().__init__(cfg, rngs=rngs)
         self.core = DenseCore(cfg, rngs=rngs)
         if cfg.image_dim:
-            linear = square(cfg, rngs)
+            linear = _square(cfg, rngs)
             self.k_img, self.v_img = linear(), linear()
             self.norm_k_img = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
 
-    def text_kv(
-        self, text, features=None
-    ) -> TextKV:  # text [b s d], features [b 257 d], float or ready for k
-        """What every step of a prompt reads alike."""
-        text = self.k.ready(text)
+    def text_kv(self, text, features=None) -> TextKV:
+        """What every step of a prompt reads alike: text [b s d], features [b 257 d], float or
+        quantised for k."""
+        text = self.k.quantize_input(text)
         kv = TextKV(self.keys(text), self.values(text))
         if features is not None:
-            features = self.k_img.ready(features)
-            kv = kv._replace(
-                k_img=self.heads(self.norm_k_img(self.k_img(features))),
-                v_img=self.heads(self.v_img(features)),
-            )
-        return jax.tree.map(
-            lambda x: constrain(x, "batch", None, "head", None), kv
-        )  # as attention wants them
+            features = self.k_img.quantize_input(features)
+            k_img = self.heads(self.norm_k_img(self.k_img(features)))
+            kv = kv._replace(k_img=k_img, v_img=self.heads(self.v_img(features)))
+        # as attention wants them
+        return jax.tree.map(lambda x: constrain(x, "batch", None, "head", None), kv)
 
-    def __call__(self, x, kv: TextKV):  # x [b l d], float or ready for q
+    @jax.named_scope("cross_attention")
+    def __call__(self, x, kv: TextKV):  # x [b l d], float or quantised for q
         q = self.queries(x)
-        y = self.core(q, kv.k, kv.v)
-        if kv.k_img is not None:
-            y = y + self.core(q, kv.k_img, kv.v_img)
+        with jax.named_scope("core"):
+            y = self.core(q, kv.k, kv.v)
+            if kv.k_img is not None:
+                y = y + self.core(q, kv.k_img, kv.v_img)
         return self.merge(y)

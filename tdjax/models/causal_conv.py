@@ -12,11 +12,9 @@ from pallas_kernels.temporal_unfold import norm_silu, temporal_unfold
 from tdjax.config import VAEConfig
 
 
-def conv2d(
-    x, kernel, bias, stride: int = 1, plus=None
-):  # x [b t h w i], kernel [h w i o], bias [o], plus [b t h w o] -> [b t h w o]
-    """The same 2-D convolution of every frame. Odd kernels, zeros outside; stride 2 needs even h
-    and w. plus: what else is added.
+def conv2d(x, kernel, bias, stride: int = 1, plus=None):
+    """The same 2-D convolution of every frame: x [b t h w i], kernel [h w i o], bias [o] -> [b t h
+    w o]. Odd kernels, zeros outside; stride 2 needs even h and w. plus: what else is added.
 
     "SAME" is then what the network was trained with: one zero on every side at stride 1, one zero
     at the right and bottom only at stride 2. Frames are images until all is added: so cuDNN does it
@@ -26,16 +24,13 @@ def conv2d(
         y = jnp.einsum("bthwi,io->bthwo", x, kernel[0, 0]) + bias
         return y if plus is None else y + plus
     b, layout = x.shape[0], ("NHWC", "HWIO", "NHWC")
-    y = (
-        lax.conv_general_dilated(
-            images(x), kernel, (stride, stride), "SAME", dimension_numbers=layout
-        )
-        + bias
-    )
-    return rearrange(y if plus is None else y + images(plus), "(b t) h w o -> b t h w o", b=b)
+    strides = stride, stride
+    y = lax.conv_general_dilated(_images(x), kernel, strides, "SAME", dimension_numbers=layout)
+    y = y + bias
+    return rearrange(y if plus is None else y + _images(plus), "(b t) h w o -> b t h w o", b=b)
 
 
-def images(x):  # [b t h w c] -> [(b t) h w c]
+def _images(x):  # [b t h w c] -> [(b t) h w c]
     return rearrange(x, "b t h w c -> (b t) h w c")
 
 
@@ -47,45 +42,38 @@ def conv2d_upsampled(x, kernel, bias):  # x [b t h w i], kernel [3 3 i o], bias 
     sum is one tap. So there are four kernels of 2 x 2 taps, one for each place in a 2 x 2 block of
     the output: 16 products where there were 36.
     """
-    rows = folded(kernel.astype(jnp.float32))
-    kernel = rearrange(folded(jnp.moveaxis(rows, 2, 0)), "q b p a i o -> a b i (p q o)").astype(
-        kernel.dtype
-    )
-    b = x.shape[0]
-    y = lax.conv_general_dilated(
-        images(x), kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    y = interleaved(rearrange(y + jnp.tile(bias, 4), "n h w (p q o) -> n h w p q o", p=2, q=2))
+    rows = _folded(kernel.astype(jnp.float32))
+    taps = rearrange(_folded(jnp.moveaxis(rows, 2, 0)), "q b p a i o -> a b i (p q o)")
+    b, layout, pads = x.shape[0], ("NHWC", "HWIO", "NHWC"), ((1, 1), (1, 1))
+    taps = taps.astype(kernel.dtype)
+    y = lax.conv_general_dilated(_images(x), taps, (1, 1), pads, dimension_numbers=layout)
+    y = _interleaved(rearrange(y + jnp.tile(bias, 4), "n h w (p q o) -> n h w p q o", p=2, q=2))
     return rearrange(y, "(b t) h p w q o -> b t (h p) (w q) o", b=b)
 
 
 @jax.custom_jvp
-def interleaved(y):  # [n h+1 w+1 2 2 o] -> [n h 2 w 2 o]
+def _interleaved(y):  # [n h+1 w+1 2 2 o] -> [n h 2 w 2 o]
     """Each place of its kernel's output. XLA moves an element at a time: words of two 16-bit
     numbers take half the time."""
     if y.dtype.itemsize != 2 or y.shape[-1] % 2:
-        return placed(y)
-    words = placed(
-        lax.bitcast_convert_type(rearrange(y, "... (o two) -> ... o two", two=2), jnp.uint32)
-    )
+        return _placed(y)
+    pairs = rearrange(y, "... (o two) -> ... o two", two=2)
+    words = _placed(lax.bitcast_convert_type(pairs, jnp.uint32))
     return rearrange(lax.bitcast_convert_type(words, y.dtype), "... o two -> ... (o two)")
 
 
-interleaved.defjvp(
-    lambda primals, tangents: (interleaved(*primals), placed(*tangents))
-)  # words have no derivative
+# words have no derivative
+_interleaved.defjvp(lambda primals, tangents: (_interleaved(*primals), _placed(*tangents)))
 
 
-def placed(y):
+def _placed(y):
     h, w = (n - 1 for n in y.shape[1:3])
-    rows = [
-        jnp.stack([y[:, p : p + h, q : q + w, p, q] for q in range(2)], axis=3) for p in range(2)
-    ]
-    return jnp.stack(rows, axis=2)
+    row = lambda p: jnp.stack([y[:, p : p + h, q : q + w, p, q] for q in range(2)], axis=3)
+    return jnp.stack([row(0), row(1)], axis=2)
 
 
-def folded(taps):  # [3 ...] -> [2 2 ...]
-    """Of an output at each of two places, the taps upon the two inputs that it sees."""
+def _folded(taps):  # [3 ...] -> [2 2 ...]
+    """The taps upon the two inputs that an output at each of two places sees."""
     first, middle, last = taps
     return jnp.stack([jnp.stack([first, middle + last]), jnp.stack([first + middle, last])])
 
@@ -97,17 +85,14 @@ class Conv(nnx.Module):
     def __init__(
         self, size: tuple[int, ...], inputs: int, outputs: int, cfg: VAEConfig, *, rngs: nnx.Rngs
     ):
-        init = jax.nn.initializers.lecun_normal()
-        self.kernel = nnx.Param(
-            init(rngs.params(), (*size, inputs, outputs), cfg.policy.param_dtype)
-        )
-        self.bias = nnx.Param(jnp.zeros((outputs,), cfg.policy.param_dtype))
+        init, dtype = jax.nn.initializers.lecun_normal(), cfg.policy.param_dtype
+        self.kernel = nnx.Param(init(rngs.params(), (*size, inputs, outputs), dtype))
+        self.bias = nnx.Param(jnp.zeros((outputs,), dtype))
 
     def __call__(self, x, stride: int = 1):  # [b t h w i] -> [b t h/stride w/stride o]
         kernel = self.kernel[...].astype(x.dtype)
-        return conv2d(
-            x, kernel[0] if kernel.ndim == 5 else kernel, self.bias[...].astype(x.dtype), stride
-        )
+        kernel = kernel[0] if kernel.ndim == 5 else kernel
+        return conv2d(x, kernel, self.bias[...].astype(x.dtype), stride)
 
     def upsampled(self, x):  # [b t h w i] -> [b t 2h 2w o]
         """The convolution of every pixel repeated 2 x 2; of kernels 3 x 3."""
@@ -129,24 +114,21 @@ class CausalConv(Conv):
         super().__init__(size, inputs, outputs, cfg, rngs=rngs)
         self.impl = cfg.impl
 
-    def __call__(
-        self, x, past=None, gain=None, plus=None
-    ):  # [b t h w i], [b 2 h w i], [i], [b t h w o] -> [b t h w o], the next past
-        """Of x, or of silu(unit_norm(x, gain)). `past` is what it is of in the two frames before;
-        None: x is the beginning, the past is
-        zeros. plus: what is added to the output."""
+    def __call__(self, x, past=None, gain=None, plus=None):
+        """Returns the convolution [b t h w o] of x [b t h w i], or of silu(unit_norm(x, gain)), and
+        the next past.
+
+        past [b 2 h w i]: what is convolved of the two frames before; None: x is the beginning, the
+        past is zeros. gain [i]; plus [b t h w o]: what is added to the output.
+        """
         wide, past = temporal_unfold(x, past, gain, impl=self.impl)
         return self.of_taps(wide, plus), past
 
     def halving(self, x, past):  # [b t h w i], [b 1 h w i] -> [b t/2 h w o], the next past
         """Every second output, from the one that sees the frame before x and the first two of x."""
         x = jnp.concatenate([past, x], axis=1)
-        return (
-            self.of_taps(
-                jnp.concatenate([x[:, i : i + x.shape[1] - 2 : 2] for i in range(3)], axis=-1)
-            ),
-            x[:, -1:],
-        )
+        taps = [x[:, i : i + x.shape[1] - 2 : 2] for i in range(3)]
+        return self.of_taps(jnp.concatenate(taps, axis=-1)), x[:, -1:]
 
     def of_taps(self, wide, plus=None):  # [b t h w 3i], [b t h w o] -> [b t h w o]
         kernel = rearrange(self.kernel[...].astype(wide.dtype), "t h w i o -> h w (t i) o")
@@ -161,14 +143,11 @@ class NarrowCausalConv(CausalConv):
     of the taps.
     """
 
-    def __call__(
-        self, x, past=None, gain=None
-    ):  # [b t h w i], [b 2 h w 3o], [i] -> [b t h w o], the next past
+    def __call__(self, x, past=None, gain=None):
+        """[b t h w i], past [b 2 h w 3o], gain [i] -> [b t h w o], the next past."""
         y = x if gain is None else norm_silu(x, gain)
-        kernel, bias = (
-            rearrange(self.kernel[...].astype(x.dtype), "t h w i o -> h w i (t o)"),
-            self.bias[...].astype(jnp.float32),
-        )
+        kernel = rearrange(self.kernel[...].astype(x.dtype), "t h w i o -> h w i (t o)")
+        bias = self.bias[...].astype(jnp.float32)
         y = conv2d(y, kernel, jnp.zeros(kernel.shape[-1], x.dtype))
         y = jnp.concatenate([zero_past(y) if past is None else past, y], axis=1)
         taps = enumerate(jnp.split(y.astype(jnp.float32), 3, axis=-1))

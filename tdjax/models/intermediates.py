@@ -22,14 +22,14 @@ from tdjax.models.attention import SLACore
 from tdjax.models.linear import Activations
 from tdjax.models.norms import sinusoid
 from tdjax.models.rope import angles, over_grid, rope
-from tdjax.models.wan_dit import DiT, gated
+from tdjax.models.wan_dit import DiT, gated_residual
 
 
 def intermediates(model: DiT, x, timestep, text, image=None, features=None) -> dict[str, jax.Array]:
     """The arguments of `DiT.__call__` -> {key: array}, among them "v", the output [b t h w c]."""
     model.check(x=x, timestep=timestep, text=text, image=image, features=features)
     cfg, grid = model.cfg, model.grid(x)
-    out = around(model, x, timestep, text, image, features)
+    out = _around(model, x, timestep, text, image, features)
     table, kvs = rope(grid, cfg.head_dim), model.text_kv(text, features)
     h = out["patch_embed"]
     for i in range(cfg.layers):
@@ -42,7 +42,7 @@ def intermediates(model: DiT, x, timestep, text, image=None, features=None) -> d
     return out | {"v": model.unpatchify(out["head_out"], grid)}
 
 
-def around(model, x, timestep, text, image, features):
+def _around(model, x, timestep, text, image, features):
     """What is computed before the blocks."""
     grid = model.grid(x)
     e, e0 = model.time(timestep)
@@ -63,25 +63,23 @@ def around(model, x, timestep, text, image, features):
 
 def inside(block, x, e, kv, table):
     """One block: the steps of `Block.__call__`, each value kept."""
-    shift1, scale1, gate1, shift2, scale2, gate2 = block.six(e)
-    attn, eps, out = block.self_attn, block.cfg.eps, {}
-    x, h = attn.q.normed(x, 1 + scale1, shift1, eps=eps)
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.modulations(e)
+    attn, out = block.self_attn, {}
+    x, h = block.norm1(x, scale1, shift1)
     out["self_attn_in"] = floats(attn.q, h)
     out["q_norm"], out["k_norm"] = attn.queries(h), attn.keys(h)
     out["q_rope"], _ = attn.core.queries(attn.q(h), attn.norm_q, table)
     out["k_rope"], _ = attn.core.keys(attn.k(h), attn.norm_k, table)
     if isinstance(attn.core, SLACore):
-        out |= sparse_linear(attn.core, out["q_rope"], out["k_rope"], attn.values(h))
+        out |= _sparse_linear(attn.core, out["q_rope"], out["k_rope"], attn.values(h))
     y = out["self_attn_out"] = attn(h, table)
-    x, h = block.cross_attn.q.normed(
-        x, block.norm3.scale[...], block.norm3.bias[...], y=y, gate=gate1, eps=block.norm3.eps
-    )
+    x, h = block.norm3(x, residual=y, gate=gate1)
     out["after_self_attn"], out["cross_attn_in"] = x, floats(block.cross_attn.q, h)
     y = out["cross_attn_out"] = block.cross_attn(h, kv)
-    x, h = block.up.normed(x, 1 + scale2, shift2, y=y, eps=eps)
+    x, h = block.norm2(x, scale2, shift2, residual=y)
     out["after_cross_attn"], out["ffn_in"] = x, floats(block.up, h)
     out["ffn_out"] = block.mlp(h)
-    return out | {"out": gated(x, out["ffn_out"], gate2)}
+    return out | {"out": gated_residual(x, out["ffn_out"], gate2)}
 
 
 def floats(layer, h):  # what `layer` reads -> [b l d]
@@ -91,7 +89,7 @@ def floats(layer, h):  # what `layer` reads -> [b l d]
     return layer.dequantize(layer.rows(h.values, h.scale)).reshape(h.values.shape).astype(h.dtype)
 
 
-def sparse_linear(core, q, k, v):
+def _sparse_linear(core, q, k, v):
     """The parts of sparse-linear attention, by the float ops; q k v [b l h k]."""
     sla = core.cfg.sla
     sizes = {"block_q": sla.block_q, "block_k": sla.block_k}

@@ -1,8 +1,8 @@
 """Linear layers, float and of 8 bits, and how each kind reads its input: quantised once for all
 layers that read it.
 
-A block never asks of what kind its layers are. It asks a layer for its input (`ready`, `normed`,
-`gelu`) and gives what it gets to every layer that reads the same.
+A block never asks of what kind its layers are. The kind makes the input (`quantize_input`,
+`residual_norm`, `gelu_quantized`), and every layer of the kind reads it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ from pallas_kernels.int8_matmul import (
     quantize_weight,
     quantized_linear,
 )
+from pallas_kernels.primitives import EXACT
 from tdjax.parallel.sharding import over_channels, over_tokens
 from tdjax.precision import Policy
 
-EXACT = (
-    lax.Precision.HIGHEST
-)  # float32 operands are multiplied as float32; narrower ones are not affected
 xavier = jax.nn.initializers.xavier_uniform()
 
 
@@ -43,42 +41,19 @@ class Activations(NamedTuple):
     dtype: Any
 
 
-class Reader(nnx.Module):
-    """What comes before a product, in the form that the layer reads. impl: as in pallas_kernels."""
-
-    impl: str
-
-    def ready(self, x):  # [b l i]
-        """x as the layer reads it."""
-        return x
-
-    def normed(
-        self, x, factor, shift, *, eps: float, y=None, gate=None
-    ):  # x y [b l i]; factor, shift, gate [i] or [b 1 i]
-        """(x + y gate, its layer norm times factor plus shift, ready)."""
-        stream, h = over_rows(
-            lambda out: (out.x, out.h), x, factor, shift, y, gate, eps=eps, impl=self.impl
-        )
-        return stream, self.ready(h)
-
-    def gelu(self, x):  # [b l i]
-        """GELU (tanh form) of x, ready."""
-        return self.ready(jax.nn.gelu(x))
-
-
-def over_rows(pick, x, factor, shift, y, gate, **options):
+def _residual_norm(pick, x, factor, shift, residual, gate, **options):
     """pick(norm_modulate.norm(...)), tokens divided over the mesh."""
 
     def norm(x, factor, shift, y=None, gate=None):
         return pick(norm_modulate.norm(x, factor, shift, y=y, gate=gate, **options))
 
     vectors = lambda a: a if a is None or a.ndim == 3 else rearrange(a, "i -> 1 1 i")
-    arrays = x, vectors(factor), vectors(shift), y, vectors(gate)
+    arrays = x, vectors(factor), vectors(shift), residual, vectors(gate)
     return over_tokens(norm, *(a for a in arrays if a is not None))
 
 
-class Linear(Reader):
-    """x [... i] -> x kernel + bias [... o], in x.dtype."""
+class Linear(nnx.Module):
+    """x [... i] -> x kernel + bias [... o], in x.dtype. impl: as in pallas_kernels."""
 
     leaves: ClassVar = ("kernel",)
 
@@ -101,6 +76,21 @@ class Linear(Reader):
         y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=EXACT)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
+    def quantize_input(self, x):  # [b l i]
+        """Returns x as the layer reads it: here as it is."""
+        return x
+
+    def gelu_quantized(self, x):  # [b l i]
+        """Returns GELU (tanh form) of x as the layer reads it."""
+        return jax.nn.gelu(x)
+
+    @classmethod
+    def residual_norm(cls, x, factor, shift, *, eps: float, residual=None, gate=None, impl: str):
+        """Returns x + residual gate, and its layer norm times factor plus shift as layers of this
+        kind read it: x and residual [b l i]; factor, shift and gate [i] or [b 1 i]."""
+        pick = lambda out: (out.x, out.h)
+        return _residual_norm(pick, x, factor, shift, residual, gate, eps=eps, impl=impl)
+
     @classmethod
     def unpacked(cls, kernel):  # [i o] -> float32 [o i]
         return rearrange(kernel.astype(jnp.float32), "i o -> o i")
@@ -110,9 +100,9 @@ class Linear(Reader):
         return (rearrange(weight, "o i -> i o").astype(dtype),)
 
 
-class QuantizedLinear(Reader):
-    """Linear of 8-bit weights [o i] on float x [b l i], or on activations that another layer of the
-    class made ready.
+class QuantizedLinear(nnx.Module):
+    """Linear of 8-bit weights [o i] on float x [b l i], or on activations that were quantised for
+    another layer of the class. impl: as in pallas_kernels; "mosaic" is the product's alone.
 
     A subclass names its scheme of `pallas_kernels.int8_matmul` and its two leaves, values and
     scale.
@@ -121,9 +111,8 @@ class QuantizedLinear(Reader):
     scheme: ClassVar[str]
     leaves: ClassVar = ("weight", "weight_scale")
     dequantize = staticmethod(dequantize_rows)
-    products: ClassVar[
-        dict[str, str]
-    ] = {}  # impl -> impl of the product, where the scheme has no kernel for it
+    # impl -> impl of the product, where the scheme has no kernel for it
+    products: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,
@@ -143,17 +132,16 @@ class QuantizedLinear(Reader):
         self.bias = nnx.Param(jnp.zeros(o, policy.param_dtype)) if bias else None
 
     def __call__(self, x):
-        x = self.ready(x)
-        weights = [getattr(self, name)[...] for name in self.leaves] + (
-            [] if self.bias is None else [self.bias[...]]
-        )
+        x = self.quantize_input(x)
+        weights = [getattr(self, name)[...] for name in self.leaves]
+        if self.bias is not None:
+            weights.append(self.bias[...])
         return self.divided(partial(self.product, dtype=x.dtype), x.values, x.scale, *weights)
 
     def product(self, values, scale, weight, weight_scale, bias=None, *, dtype):  # -> [b l o]
         weight, impl = QTensor(weight, weight_scale), self.products.get(self.impl, self.impl)
-        y = quantized_linear(
-            self.rows(values, scale), weight, bias, scheme=self.scheme, out_dtype=dtype, impl=impl
-        )
+        options = {"scheme": self.scheme, "out_dtype": dtype, "impl": impl}
+        y = quantized_linear(self.rows(values, scale), weight, bias, **options)
         return rearrange(y, "(b l) o -> b l o", b=values.shape[0])
 
     @staticmethod
@@ -165,12 +153,31 @@ class QuantizedLinear(Reader):
     def rows(values, scale) -> QTensor:  # of Activations -> values [(b l) i]
         return QTensor(rearrange(values, "b l i -> (b l) i"), scale)
 
-    def ready(self, x):
-        return x if isinstance(x, Activations) else Activations(*self.quantize(x), x.dtype)
+    @property
+    def row_impl(self) -> str:
+        """`impl` of what is not the product."""
+        return "auto" if self.impl == "mosaic" else self.impl
 
-    def quantize(self, x):  # [b l i] -> values and scale of Activations
-        rows = quantize_activations(rearrange(x, "b l i -> (b l) i"), self.scheme, impl=self.impl)
-        return rearrange(rows.values, "(b l) i -> b l i", b=x.shape[0]), rows.scale
+    def quantize_input(self, x):
+        """Returns x [b l i] as the layer reads it, quantised unless it is already."""
+        return x if isinstance(x, Activations) else self.quantized(x, self.row_impl)
+
+    def gelu_quantized(self, x):
+        """Returns GELU (tanh form) of x [b l i], quantised."""
+        return self.quantized(jax.nn.gelu(x), self.row_impl)
+
+    @classmethod
+    def residual_norm(cls, x, factor, shift, *, eps: float, residual=None, gate=None, impl: str):
+        """See `Linear.residual_norm`; the norm is quantised."""
+        pick = lambda out: (out.x, out.h)
+        x, h = _residual_norm(pick, x, factor, shift, residual, gate, eps=eps, impl=impl)
+        return x, cls.quantized(h, impl)
+
+    @classmethod
+    def quantized(cls, x, impl: str) -> Activations:  # [b l i]
+        rows = quantize_activations(rearrange(x, "b l i -> (b l) i"), cls.scheme, impl=impl)
+        values = rearrange(rows.values, "(b l) i -> b l i", b=x.shape[0])
+        return Activations(values, rows.scale, x.dtype)
 
     @classmethod
     def unpacked(cls, values, scale):  # -> float32 [o i]
@@ -186,6 +193,7 @@ class Int8Linear(QuantizedLinear):
     published -quant files."""
 
     scheme = "block128"
+    products: ClassVar = {"mosaic": "auto"}
     leaves = ("int8_weight", "scale")
     dequantize = staticmethod(dequantize)
 
@@ -200,34 +208,28 @@ class RowLinear(QuantizedLinear):
     def rows(values, scale):
         return QTensor(rearrange(values, "b l i -> (b l) i"), rearrange(scale, "b l -> (b l)"))
 
-    def quantize(self, x):
-        return over_tokens(
-            lambda x: by_token(
-                quantize_activations(rearrange(x, "b l i -> (b l) i"), self.scheme, impl=self.impl),
-                x,
-            ),
-            x,
-        )
+    @classmethod
+    def quantized(cls, x, impl):
+        def quantize(x):
+            rows = rearrange(x, "b l i -> (b l) i")
+            return _by_token(quantize_activations(rows, cls.scheme, impl=impl), x)
 
-    def normed(self, x, factor, shift, *, eps, y=None, gate=None):
-        options = {"eps": eps, "floats": False, "scheme": self.scheme, "impl": self.impl}
-        stream, *h = over_rows(
-            lambda out: (out.x, *by_token(out.q, out.x)), x, factor, shift, y, gate, **options
-        )
+        return Activations(*over_tokens(quantize, x), x.dtype)
+
+    def gelu_quantized(self, x):
+        gelu = partial(norm_modulate.gelu, scheme=self.scheme, impl=self.row_impl)
+        return Activations(*over_tokens(lambda x: _by_token(gelu(x), x), x), x.dtype)
+
+    @classmethod
+    def residual_norm(cls, x, factor, shift, *, eps, residual=None, gate=None, impl):
+        options = {"eps": eps, "floats": False, "scheme": cls.scheme, "impl": impl}
+        pick = lambda out: (out.x, *_by_token(out.q, out.x))
+        stream, *h = _residual_norm(pick, x, factor, shift, residual, gate, **options)
         return stream, Activations(*h, x.dtype)
 
-    def gelu(self, x):
-        return Activations(
-            *over_tokens(
-                lambda x: by_token(norm_modulate.gelu(x, scheme=self.scheme, impl=self.impl), x), x
-            ),
-            x.dtype,
-        )
 
-
-def by_token(
-    rows: QTensor, x
-):  # values [(b l) i], scale [(b l)]; x [b l i] -> values [b l i], scale [b l]
+def _by_token(rows: QTensor, x):
+    """values [(b l) i], scale [(b l)] -> values [b l i], scale [b l], for the b of x [b l i]."""
     return tuple(rearrange(a, "(b l) ... -> b l ...", b=x.shape[0]) for a in rows)
 
 
@@ -238,8 +240,7 @@ class Int8ChannelLinear(RowLinear):
 
 
 class FP8Linear(RowLinear):
-    """float8_e4m3fn. There is no kernel for its product: on a GPU XLA's is the tensor cores'
-    own."""
+    """float8_e4m3fn. There is no Triton kernel for its product: XLA's is the tensor cores' own."""
 
     scheme = "fp8"
     products = {"triton": "xla", "interpret": "reference"}

@@ -1,12 +1,9 @@
-"""Norms and the time sinusoid, shared by the networks (float32 inside, one rounding at the end),
-and modules as shapes."""
+"""Norms and the time sinusoid, shared by the networks: float32 inside, one rounding at the end."""
 
 from __future__ import annotations
 
-import functools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -14,20 +11,6 @@ from flax import nnx
 from jax import lax
 
 from tdjax.precision import Policy
-
-
-class OneKey:
-    """In place of nnx.Rngs where numbers do not matter: making a key for every layer takes longer
-    than the rest of a constructor."""
-
-    def params(self):
-        return jax.random.key(0)
-
-
-@functools.cache
-def as_shapes(module: type[nnx.Module], cfg):
-    """The module of a class and config with shapes in place of arrays; nothing is allocated."""
-    return jax.eval_shape(lambda: module(cfg, rngs=OneKey()))
 
 
 class RMSNorm(nnx.Module):
@@ -77,8 +60,8 @@ def sinusoid(t, width: int, period: float = 10000.0):  # t f32 [b] in 0..4095 ->
     """
     half = width // 2
     turns = period ** (-np.arange(half) / half) / (2 * math.pi)
-    high = leading(turns)
-    middle = leading(turns - high)
+    high = _leading(turns)
+    middle = _leading(turns - high)
     low = turns - high - middle
     high, middle, low, turns = (x.astype(np.float32) for x in (high, middle, low, turns))
     t = rearrange(t.astype(jnp.float32), "b -> b 1")
@@ -89,7 +72,7 @@ def sinusoid(t, width: int, period: float = 10000.0):  # t f32 [b] in 0..4095 ->
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
 
 
-def leading(x: np.ndarray) -> np.ndarray:
+def _leading(x: np.ndarray) -> np.ndarray:
     """x cut to its 12 leading bits, so that its product with a whole number below 4096 is exact in
     float32."""
     mantissa, exponent = np.frexp(x)

@@ -15,7 +15,7 @@ def widths(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def axis_angles(positions: int, width: int) -> np.ndarray:  # float64 [positions width/2]
+def _axis_angles(positions: int, width: int) -> np.ndarray:  # float64 [positions width/2]
     """position * 10000^(-2j/width); computed on the host, exact to the last float32 bit."""
     return np.arange(positions)[:, None] * 10000.0 ** (-np.arange(0, width, 2) / width)
 
@@ -33,7 +33,7 @@ def over_grid(tables, grid: tuple[int, int, int]):  # three f32 [n width/2] -> [
 
 def angles(grid: tuple[int, int, int], head_dim: int) -> list[np.ndarray]:
     """float64 angles of the three axes."""
-    return [axis_angles(n, d) for n, d in zip(grid, widths(head_dim), strict=True)]
+    return [_axis_angles(n, d) for n, d in zip(grid, widths(head_dim), strict=True)]
 
 
 def rope(grid: tuple[int, int, int], head_dim: int):  # -> cos, sin f32 [l head_dim/2]

@@ -2,8 +2,7 @@
 attention scaling.
 
 Source: arXiv:2304.09151 (umT5), arXiv:1910.10683 section 2.1 (T5); Wan-Video/Wan2.1
-        wan/modules/t5.py for what Wan does
-with it (rows after the prompt's end become zeros).
+wan/modules/t5.py for what Wan does with it (rows after the prompt's end become zeros).
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
+from pallas_kernels.primitives import EXACT
 from tdjax.config import TextConfig
-from tdjax.models.linear import EXACT, Linear
+from tdjax.models.linear import Linear
 from tdjax.models.norms import RMSNorm
 
 
@@ -34,11 +34,8 @@ def relative_bucket(rel: np.ndarray, buckets: int, max_distance: int) -> np.ndar
     exact = half // 2
     distance = np.abs(rel)
     scale = np.float32(math.log(max_distance / exact))
-    log = (
-        np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
-        / scale
-        * np.float32(half - exact)
-    )
+    log = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    log = log / scale * np.float32(half - exact)
     far = np.minimum(exact + np.trunc(log).astype(np.int32), half - 1)
     return (np.where(rel > 0, half, 0) + np.where(distance < exact, distance, far)).astype(np.int32)
 
@@ -50,19 +47,16 @@ def relative_positions(length: int) -> np.ndarray:
 
 def position_bias(table, cfg: TextConfig, length: int):  # table [buckets h] -> [h s s] (query, key)
     """Relative-position bias of one layer."""
-    by_distance = table[
-        relative_bucket(relative_positions(length), cfg.buckets, cfg.max_distance)
-    ]  # [2s-1 h]
+    rows = relative_bucket(relative_positions(length), cfg.buckets, cfg.max_distance)
+    by_distance = table[rows]  # [2s-1 h]
     position = jnp.arange(length)
     rel = position[None, :] - position[:, None]
     return rearrange(by_distance[rel + length - 1], "q k h -> h q k")
 
 
-def masked_softmax(
-    logits, bias, mask, island
-):  # logits [b h q k], bias [h q k], mask [b k] -> [b h q k] in island
-    """Float32 island. The mask overwrites the bias with the lowest finite number, so a row without
-    any key stays finite."""
+def _masked_softmax(logits, bias, mask, island):
+    """Float32 island: logits [b h q k], bias [h q k], mask [b k] -> [b h q k] in island. The mask
+    overwrites the bias with the lowest finite number, so a row without any key stays finite."""
     lowest = jnp.finfo(island).min
     bias = jnp.where(mask[:, None, None, :] > 0, bias.astype(island)[None], lowest)
     return jax.nn.softmax(logits.astype(island) + bias, axis=-1)
@@ -71,9 +65,8 @@ def masked_softmax(
 def linear(i: int, o: int, cfg: TextConfig, rngs: nnx.Rngs, std: float | None = None) -> Linear:
     """A Linear without bias, started as T5 is (the deviation of q stands in for the missing
     attention scale)."""
-    return Linear(
-        i, o, cfg.policy, bias=False, rngs=rngs, init=jax.nn.initializers.normal(std or i**-0.5)
-    )
+    init = jax.nn.initializers.normal(std or i**-0.5)
+    return Linear(i, o, cfg.policy, bias=False, rngs=rngs, init=init)
 
 
 class Embedding(nnx.Module):
@@ -101,14 +94,11 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x, bias, mask):  # x [b s d], bias [h s s], mask [b s] -> [b s d]
         island = self.cfg.policy.island_dtype
-        q, k, v = (
-            rearrange(p(x), "b s (h k) -> b s h k", h=self.cfg.heads)
-            for p in (self.q, self.k, self.v)
-        )
-        logits = jnp.einsum(
-            "b q h k, b s h k -> b h q s", q, k, precision=EXACT, preferred_element_type=island
-        )
-        weights = masked_softmax(logits, bias, mask, island).astype(x.dtype)
+        heads = lambda y: rearrange(y, "b s (h k) -> b s h k", h=self.cfg.heads)
+        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+        options = {"precision": EXACT, "preferred_element_type": island}
+        logits = jnp.einsum("b q h k, b s h k -> b h q s", q, k, **options)
+        weights = _masked_softmax(logits, bias, mask, island).astype(x.dtype)
         out = jnp.einsum("b h q s, b s h k -> b q h k", weights, v, precision=EXACT)
         return self.o(rearrange(out, "b s h k -> b s (h k)"))
 
@@ -157,9 +147,8 @@ class UMT5(nnx.Module):
         text mask and attends to those rows."""
         return without_padding(self.encode(ids, mask), mask)
 
-    def encode(
-        self, ids, mask
-    ):  # -> [b s d] at all positions, those after the prompt's end included
+    def encode(self, ids, mask):
+        """The features [b s d] at all positions, those after the prompt's end included."""
         step = lambda x, block: (block(x, mask), None)
         x = self.embed(ids).astype(self.cfg.policy.compute_dtype)
         return self.norm(lax.scan(jax.checkpoint(step), x, self.blocks)[0])

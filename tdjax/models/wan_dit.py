@@ -18,9 +18,10 @@ from flax import nnx
 from jax import lax
 
 from tdjax.config import DiTConfig
+from tdjax.models.abstract import as_shapes
 from tdjax.models.attention import CrossAttention, SelfAttention, TextKV
 from tdjax.models.linear import LINEAR, Linear, converted
-from tdjax.models.norms import LayerNorm, as_shapes, modulate, sinusoid
+from tdjax.models.norms import LayerNorm, modulate, sinusoid
 from tdjax.models.rope import rope
 from tdjax.parallel.sharding import constrain, leaf_name
 from tdjax.precision import Policy
@@ -53,44 +54,75 @@ class ImageEmbed(nnx.Module):
         return self.norm_out(self.down(jax.nn.gelu(self.up(self.norm_in(x)), approximate=False)))
 
 
+class ModulatedNorm(nnx.Module):
+    """The residual sum and the layer norm that follows it, in one pass: (x + residual gate, its
+    norm times 1 + scale plus shift, as the block's linear layers read it)."""
+
+    def __init__(self, cfg: DiTConfig):
+        self.cfg = cfg
+
+    @jax.named_scope("norm")
+    def __call__(self, x, scale, shift, *, residual=None, gate=None):
+        """x and residual [b l d], the others f32 [b 1 d] -> [b l d] twice, the second perhaps
+        quantised."""
+        cfg = self.cfg
+        options = {"eps": cfg.eps, "residual": residual, "gate": gate, "impl": cfg.row_impl}
+        return LINEAR[cfg.linear].residual_norm(x, 1 + scale, shift, **options)
+
+
+class AffineNorm(LayerNorm):
+    """`ModulatedNorm` with a scale and a bias of its own."""
+
+    def __init__(self, cfg: DiTConfig):
+        super().__init__(cfg.dim, cfg.eps, cfg.policy)
+        self.cfg = cfg
+
+    @jax.named_scope("norm")
+    def __call__(self, x, *, residual=None, gate=None):
+        cfg = self.cfg
+        options = {"eps": cfg.eps, "residual": residual, "gate": gate, "impl": cfg.row_impl}
+        return LINEAR[cfg.linear].residual_norm(x, self.scale[...], self.bias[...], **options)
+
+
 class Block(nnx.Module):
-    """Modulated self-attention, cross-attention, modulated MLP; a residual sum is one pass with the
-    norm that follows it."""
+    """Modulated self-attention, cross-attention, modulated MLP (Wan, arXiv 2503.20314)."""
 
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         linear = LINEAR[cfg.linear]
         self.cfg = cfg
+        self.norm1, self.norm2 = ModulatedNorm(cfg), ModulatedNorm(cfg)
         self.self_attn = SelfAttention(cfg, rngs=rngs)
-        self.norm3 = LayerNorm(cfg.dim, cfg.eps, cfg.policy)
+        self.norm3 = AffineNorm(cfg)
         self.cross_attn = CrossAttention(cfg, rngs=rngs)
-        self.up = linear(cfg.dim, cfg.ffn_dim, cfg.policy, rngs=rngs, impl=cfg.row_impl)
-        self.down = linear(cfg.ffn_dim, cfg.dim, cfg.policy, rngs=rngs, impl=cfg.row_impl)
-        self.modulation = nnx.Param(modulation(rngs, 6, cfg))
+        self.up = linear(cfg.dim, cfg.ffn_dim, cfg.policy, rngs=rngs, impl=cfg.product_impl)
+        self.down = linear(cfg.ffn_dim, cfg.dim, cfg.policy, rngs=rngs, impl=cfg.product_impl)
+        self.modulation = nnx.Param(_modulation(rngs, 6, cfg))
 
+    @jax.named_scope("block")
     def __call__(self, x, e, kv: TextKV, rope):  # x [b l d], e f32 [b 6 d]
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.six(e)
-        x, h = self.self_attn.q.normed(x, 1 + scale1, shift1, eps=self.cfg.eps)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulations(e)
+        x, h = self.norm1(x, scale1, shift1)
         y = self.self_attn(h, rope)
-        x, h = self.cross_attn.q.normed(
-            x, self.norm3.scale[...], self.norm3.bias[...], y=y, gate=gate1, eps=self.norm3.eps
-        )
+        x, h = self.norm3(x, residual=y, gate=gate1)
         y = self.cross_attn(h, kv)
-        x, h = self.up.normed(x, 1 + scale2, shift2, y=y, eps=self.cfg.eps)
-        return gated(x, self.mlp(h), gate2)
+        x, h = self.norm2(x, scale2, shift2, residual=y)
+        return gated_residual(x, self.mlp(h), gate2)
 
-    def six(self, e):  # f32 [b 6 d] -> six of [b 1 d]
+    def modulations(self, e):
+        """f32 [b 6 d] -> shift, scale and gate of self-attention, then of the MLP, [b 1 d] each."""
         return rearrange(self.modulation[...].astype(jnp.float32) + e, "b m d -> m b 1 d")
 
+    @jax.named_scope("mlp")
     def mlp(self, x):
-        return self.down(self.down.gelu(self.up(x)))
+        return self.down(self.down.gelu_quantized(self.up(x)))
 
 
-def gated(x, y, gate):  # x y [b l d], gate f32 [b 1 d]
+def gated_residual(x, y, gate):  # x y [b l d], gate f32 [b 1 d]
     """x + y gate, the gate in the dtype of the stream."""
     return x + y * gate.astype(x.dtype)
 
 
-def modulation(rngs, rows, cfg):
+def _modulation(rngs, rows, cfg):
     return jax.random.normal(rngs.params(), (rows, cfg.dim), cfg.policy.param_dtype) * cfg.dim**-0.5
 
 
@@ -100,23 +132,17 @@ class Head(nnx.Module):
     def __init__(self, cfg: DiTConfig, *, rngs: nnx.Rngs):
         kt, kh, kw = cfg.patch
         self.cfg = cfg
-        self.proj = Linear(
-            cfg.dim,
-            kt * kh * kw * cfg.out_channels,
-            cfg.policy,
-            rngs=rngs,
-            init=jax.nn.initializers.zeros,
-        )
-        self.modulation = nnx.Param(modulation(rngs, 2, cfg))
+        outputs, zeros = kt * kh * kw * cfg.out_channels, jax.nn.initializers.zeros
+        self.proj = Linear(cfg.dim, outputs, cfg.policy, rngs=rngs, init=zeros)
+        self.modulation = nnx.Param(_modulation(rngs, 2, cfg))
 
+    @jax.named_scope("head")
     def __call__(self, x, e):  # x [b l d], e f32 [b d] -> f32 [b l (kt kh kw c)]
         return self.proj(self.norm(x, e))
 
     def norm(self, x, e):  # -> f32 [b l d]
-        shift, scale = rearrange(
-            self.modulation[...].astype(jnp.float32) + rearrange(e, "b d -> b 1 d"),
-            "b m d -> m b 1 d",
-        )
+        table = self.modulation[...].astype(jnp.float32) + rearrange(e, "b d -> b 1 d")
+        shift, scale = rearrange(table, "b m d -> m b 1 d")
         return modulate(x.astype(jnp.float32), scale, shift, self.cfg.eps)
 
 
@@ -134,9 +160,8 @@ class DiT(nnx.Module):
         if cfg.image_dim:
             self.image_embed = ImageEmbed(cfg, rngs=rngs)
         keys = jax.random.split(rngs.params(), cfg.layers)
-        self.blocks = jax.vmap(lambda key: Block(cfg, rngs=nnx.Rngs(key)))(
-            keys
-        )  # every leaf gains a layer axis
+        # every leaf gains a layer axis
+        self.blocks = jax.vmap(lambda key: Block(cfg, rngs=nnx.Rngs(key)))(keys)
         self.head = Head(cfg, rngs=rngs)
 
     def __call__(self, x, timestep, text, image=None, features=None):
@@ -152,9 +177,8 @@ class DiT(nnx.Module):
         [n b s h k]."""
         self.check(text=text, features=features)
         context = self.context(text, features)
-        return lax.scan(
-            lambda _, attn: (None, attn.text_kv(*context)), None, self.blocks.cross_attn
-        )[1]
+        step = lambda _, attn: (None, attn.text_kv(*context))
+        return lax.scan(step, None, self.blocks.cross_attn)[1]
 
     def velocity(self, x, timestep, kv: TextKV, image=None):
         """`__call__` on text whose keys and values are at hand: x f32 [b t h w c], timestep f32 [b]
@@ -175,17 +199,18 @@ class DiT(nnx.Module):
         # Kept activations of a loop are copied into a stack and out of it again; blocks written out
         # one by one hand them over.
         step, unroll = (jax.checkpoint(step), 1) if self.cfg.remat else (step, self.cfg.layers)
-        x = lax.scan(
-            step, self.between(self.patchify(x, image)), (self.blocks, kvs), unroll=unroll
-        )[0]
+        x = self.between(self.patchify(x, image))
+        x, _ = lax.scan(step, x, (self.blocks, kvs), unroll=unroll)
         return self.unpatchify(self.head(x, e), grid)
 
     def context(self, text, features):
-        """(text, features) [b s d] as the cross-attention of every block reads them: ready once for
-        all."""
+        """(text, features) [b s d] as the cross-attention of every block reads them: quantised once
+        for all."""
         attn = self.blocks.cross_attn
-        text = attn.k.ready(self.embed_text(text))
-        return text, None if features is None else attn.k_img.ready(self.embed_image(features))
+        text = attn.k.quantize_input(self.embed_text(text))
+        if features is None:
+            return text, None
+        return text, attn.k_img.quantize_input(self.embed_image(features))
 
     def grid(self, x) -> tuple[int, int, int]:
         """Patches along t, h and w."""
@@ -194,32 +219,23 @@ class DiT(nnx.Module):
     def between(self, x):
         return constrain(x, "batch", "tokens", None)
 
+    @jax.named_scope("patch_embed")
     def patchify(self, x, image):  # -> [b l d]
         x = x if image is None else jnp.concatenate([x, image.astype(x.dtype)], -1)
         if self.cfg.coordinates:
-            x = jnp.concatenate(
-                [x, jnp.broadcast_to(coordinates(x.shape[1:4]), (*x.shape[:4], 3)).astype(x.dtype)],
-                -1,
-            )
+            places = jnp.broadcast_to(coordinates(x.shape[1:4]), (*x.shape[:4], 3))
+            x = jnp.concatenate([x, places.astype(x.dtype)], -1)
         kt, kh, kw = self.cfg.patch
         x = rearrange(x, "b (t kt) (h kh) (w kw) c -> b (t h w) (c kt kh kw)", kt=kt, kh=kh, kw=kw)
         return self.patch_embed(x.astype(self.cfg.policy.compute_dtype))
 
-    def unpatchify(
-        self, x, grid
-    ):  # f32 [b l (kt kh kw c)] -> [b t h w c]; the channel is fastest here, slowest in patchify
-        (t, h, w), (kt, kh, kw) = grid, self.cfg.patch
-        return rearrange(
-            x,
-            "b (t h w) (kt kh kw c) -> b (t kt) (h kh) (w kw) c",
-            t=t,
-            h=h,
-            w=w,
-            kt=kt,
-            kh=kh,
-            kw=kw,
-        )
+    def unpatchify(self, x, grid):
+        """f32 [b l (kt kh kw c)] -> [b t h w c]; the channel is fastest here, slowest in
+        `patchify`."""
+        sizes = dict(zip(("t", "h", "w", "kt", "kh", "kw"), (*grid, *self.cfg.patch), strict=True))
+        return rearrange(x, "b (t h w) (kt kh kw c) -> b (t kt) (h kh) (w kw) c", **sizes)
 
+    @jax.named_scope("time")
     def time(self, timestep):  # float32 island: f32 [b] -> e [b d], e0 [b 6 d]
         e = self.time_embed(sinusoid(self.rounded(timestep), self.cfg.freq_dim), jax.nn.silu)
         return e, rearrange(self.time_proj(jax.nn.silu(e)), "b (m d) -> b m d", m=6)
@@ -234,9 +250,11 @@ class DiT(nnx.Module):
             return timestep
         return timestep + lax.stop_gradient(lax.reduce_precision(timestep, 8, 7) - timestep)
 
+    @jax.named_scope("text_embed")
     def embed_text(self, text):  # [b s text_dim] -> [b s d]
         return self.text_embed(text.astype(self.cfg.policy.compute_dtype), jax.nn.gelu)
 
+    @jax.named_scope("image_embed")
     def embed_image(self, features):  # [b 257 image_dim] -> [b 257 d]
         return self.image_embed(features.astype(self.cfg.policy.compute_dtype))
 
@@ -248,24 +266,17 @@ class DiT(nnx.Module):
             "x": ("b", "t", "h", "w", cfg.out_channels),
             "timestep": ("b",),
             "text": ("b", "s", cfg.text_dim),
-            "image": (
-                ("b", "t", "h", "w", cfg.condition_channels) if cfg.condition_channels else None
-            ),
-            "features": ("b", "s", cfg.image_dim) if cfg.image_dim else None,
+            "image": ("b", "t", "h", "w", cfg.condition_channels),
+            "features": ("b", "s", cfg.image_dim),
         }
         for name, value in inputs.items():
-            shape = shapes[name]
+            shape = shapes[name] if all(shapes[name]) else None
             if (value is None) != (shape is None):
                 raise ValueError(
                     f"DiT: {name} is {'missing' if value is None else 'given'}, but this model"
                     f" takes {shape or 'none'}"
                 )
-            if shape and (
-                value.ndim != len(shape)
-                or any(
-                    isinstance(n, int) and n != m for n, m in zip(shape, value.shape, strict=True)
-                )
-            ):
+            if shape and not _fits(value.shape, shape):
                 raise ValueError(f"DiT: {name} has shape {value.shape}; expected {shape}")
         x = inputs.get("x")
         if x is not None and any(n % p for n, p in zip(x.shape[1:4], cfg.patch, strict=True)):
@@ -275,20 +286,25 @@ class DiT(nnx.Module):
             )
 
 
+def _fits(shape: tuple[int, ...], expected: tuple) -> bool:
+    """Whether a shape has the numbers of `expected`, in which names stand for any number."""
+    if len(shape) != len(expected):
+        return False
+    return all(n == m for n, m in zip(expected, shape, strict=True) if isinstance(n, int))
+
+
 def coordinates(shape: tuple[int, int, int]):  # -> f32 [t h w 3]
     """Each place's t, h and w, from -1 to 1 over the clip; 0 along an axis of one."""
-    axes = [
-        np.linspace(-1, 1, n, dtype=np.float32) if n > 1 else np.zeros(1, np.float32) for n in shape
-    ]
+    one = np.zeros(1, np.float32)
+    axes = [np.linspace(-1, 1, n, dtype=np.float32) if n > 1 else one for n in shape]
     return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1)
 
 
 def with_compute(model: DiT, compute: str) -> DiT:
     """The same weights in a model that computes in another dtype (a name: "float32", "bfloat16",
     "float16")."""
-    cfg = dataclasses.replace(
-        model.cfg, policy=dataclasses.replace(model.cfg.policy, compute=compute)
-    )
+    policy = dataclasses.replace(model.cfg.policy, compute=compute)
+    cfg = dataclasses.replace(model.cfg, policy=policy)
     structure = jax.tree.structure(as_shapes(DiT, cfg))
     return jax.tree.unflatten(structure, jax.tree.leaves(model))
 
@@ -298,7 +314,7 @@ def with_linear(model: DiT, linear: str, *, free: bool = False) -> DiT:
     leaf by leaf.
 
     free: delete the layers of the given model on the way, so that no more than one of them is held
-          twice.
+    twice.
     """
     if linear == model.cfg.linear:
         return model

@@ -3,8 +3,8 @@ four; 8x in space.
 
 Every layer is `(x, cache) -> (x, cache)`: a chunk of frames, and what the layer remembers of the
 chunks before it. The cache of the first chunk is None; from then on it is a tuple of arrays of
-constant shape, which lax.scan carries. Source
-of the structure: Wan-Video/Wan2.1 wan/modules/vae.py.
+constant shape, which lax.scan carries. Source of the structure: Wan-Video/Wan2.1
+wan/modules/vae.py.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from jax import lax
 from pallas_kernels.temporal_unfold import unit_norm
 from tdjax.config import VAEConfig, neighbours
 from tdjax.errors import UsageError
+from tdjax.models.abstract import as_shapes
 from tdjax.models.causal_conv import CausalConv, Conv, NarrowCausalConv, zero_past
-from tdjax.models.norms import as_shapes
 
 COLOURS = 3
 # queries of the middle attention whose scores exist at once: 14400 keys x 2048 x 4 bytes = 118 MB
@@ -50,12 +50,12 @@ class ResidualBlock(nnx.Module):
         self.conv1 = CausalConv((3, 3, 3), inputs, outputs, cfg, rngs=rngs)
         self.norm2 = Norm(outputs, cfg)
         self.conv2 = CausalConv((3, 3, 3), outputs, outputs, cfg, rngs=rngs)
-        self.shortcut = (
-            Conv((1, 1, 1), inputs, outputs, cfg, rngs=rngs) if inputs != outputs else None
-        )
+        pointwise = functools.partial(Conv, (1, 1, 1), inputs, outputs, cfg, rngs=rngs)
+        self.shortcut = pointwise() if inputs != outputs else None
 
+    @jax.named_scope("residual_block")
     def __call__(self, x, cache):  # [b t h w i] -> [b t h w o]
-        past1, past2 = parts(cache, 2)
+        past1, past2 = _parts(cache, 2)
         y, past1 = self.conv1(x, past1, self.norm1.scale[...])
         x = x if self.shortcut is None else self.shortcut(x)
         y, past2 = self.conv2(y, past2, self.norm2.scale[...], plus=x)
@@ -70,6 +70,7 @@ class Attention(nnx.Module):
         self.qkv = Conv((1, 1), channels, 3 * channels, cfg, rngs=rngs)
         self.proj = Conv((1, 1), channels, channels, cfg, rngs=rngs)
 
+    @jax.named_scope("attention")
     def __call__(self, x, cache):  # [b t h w c] -> [b t h w c]; nothing to remember
         b, t, h, w, _ = x.shape
         q, k, v = rearrange(self.qkv(self.norm(x)), "b t h w (n c) -> n (b t) (h w) c", n=3)
@@ -81,14 +82,12 @@ def attend(q, k, v):  # [b l c] x3 -> [b l c]
     """softmax(q k' / sqrt(c)) v for a block of queries at a time; scores and softmax in float32."""
 
     def one(query):  # [b c]
-        scores = jnp.einsum("bc,bsc->bs", query, k, preferred_element_type=jnp.float32) / math.sqrt(
-            k.shape[-1]
-        )
+        scores = jnp.einsum("bc,bsc->bs", query, k, preferred_element_type=jnp.float32)
+        scores = scores / math.sqrt(k.shape[-1])
         return jnp.einsum("bs,bsc->bc", jax.nn.softmax(scores).astype(v.dtype), v)
 
-    return rearrange(
-        lax.map(one, rearrange(q, "b l c -> l b c"), batch_size=QUERIES), "l b c -> b l c"
-    )
+    y = lax.map(one, rearrange(q, "b l c -> l b c"), batch_size=QUERIES)
+    return rearrange(y, "l b c -> b l c")
 
 
 class Downsample(nnx.Module):
@@ -96,10 +95,10 @@ class Downsample(nnx.Module):
 
     def __init__(self, channels: int, temporal: bool, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.conv = Conv((3, 3), channels, channels, cfg, rngs=rngs)
-        self.time_conv = (
-            CausalConv((3, 1, 1), channels, channels, cfg, rngs=rngs) if temporal else None
-        )
+        time_conv = functools.partial(CausalConv, (3, 1, 1), channels, channels, cfg, rngs=rngs)
+        self.time_conv = time_conv() if temporal else None
 
+    @jax.named_scope("downsample")
     def __call__(self, x, cache):  # [b t h w c] -> [b t/2 h/2 w/2 c]
         x = self.conv(x, stride=2)
         if self.time_conv is None:
@@ -119,10 +118,10 @@ class Upsample(nnx.Module):
 
     def __init__(self, channels: int, temporal: bool, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.conv = Conv((3, 3), channels, channels // 2, cfg, rngs=rngs)
-        self.time_conv = (
-            CausalConv((3, 1, 1), channels, 2 * channels, cfg, rngs=rngs) if temporal else None
-        )
+        time_conv = functools.partial(CausalConv, (3, 1, 1), channels, 2 * channels, cfg, rngs=rngs)
+        self.time_conv = time_conv() if temporal else None
 
+    @jax.named_scope("upsample")
     def __call__(self, x, cache):  # [b t h w c] -> [b 2t 2h 2w c/2]
         if self.time_conv is None:
             cache = ()
@@ -134,29 +133,25 @@ class Upsample(nnx.Module):
         return self.conv.upsampled(x), cache
 
 
-def parts(cache, n: int):
+def _parts(cache, n: int):
     """The cache's `n` parts; before the first chunk (None) each of them is None."""
     return (None,) * n if cache is None else cache
 
 
-def chain(layers, x, cache):
+def _chain(layers, x, cache):
     """Layers `(x, cache) -> (x, cache)` one after the other; their caches are a tuple."""
     out = []
-    for layer, past in zip(layers, parts(cache, len(layers)), strict=True):
+    for layer, past in zip(layers, _parts(cache, len(layers)), strict=True):
         x, past = layer(x, past)
         out.append(past)
     return x, tuple(out)
 
 
-def middle(channels: int, cfg: VAEConfig, rngs: nnx.Rngs) -> nnx.List:
+def _middle(channels: int, cfg: VAEConfig, rngs: nnx.Rngs) -> nnx.List:
     """Residual block, attention, residual block."""
-    return nnx.List(
-        [
-            ResidualBlock(channels, channels, cfg, rngs=rngs),
-            Attention(channels, cfg, rngs=rngs),
-            ResidualBlock(channels, channels, cfg, rngs=rngs),
-        ]
-    )
+    first = ResidualBlock(channels, channels, cfg, rngs=rngs)
+    attention = Attention(channels, cfg, rngs=rngs)
+    return nnx.List([first, attention, ResidualBlock(channels, channels, cfg, rngs=rngs)])
 
 
 class Encoder(nnx.Module):
@@ -172,15 +167,17 @@ class Encoder(nnx.Module):
             if i < len(cfg.temporal_down):
                 down.append(Downsample(outputs, cfg.temporal_down[i], cfg, rngs=rngs))
         self.down = nnx.List(down)
-        self.middle = middle(widths[-1], cfg, rngs)
+        self.middle = _middle(widths[-1], cfg, rngs)
         self.norm_out = Norm(widths[-1], cfg)
         self.conv_out = CausalConv((3, 3, 3), widths[-1], 2 * cfg.latent_channels, cfg, rngs=rngs)
 
+    @jax.named_scope("trunk")
     def trunk(self, x, cache):  # [b 1|4 H W 3] -> [b 1 h w c]
-        return chain((self.conv_in, *self.down, *self.middle), x, cache)
+        return _chain((self.conv_in, *self.down, *self.middle), x, cache)
 
+    @jax.named_scope("encoder")
     def __call__(self, x, cache):  # [b 1|4 H W 3] -> [b 1 h w 2z]
-        trunk, past = parts(cache, 2)
+        trunk, past = _parts(cache, 2)
         x, trunk = self.trunk(x, trunk)
         x, past = self.conv_out(x, past, self.norm_out.scale[...])
         return x, (trunk, past)
@@ -192,7 +189,7 @@ class Decoder(nnx.Module):
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         widths = [cfg.dim * m for m in (*cfg.multipliers, cfg.multipliers[-1])][::-1]
         self.conv_in = CausalConv((3, 3, 3), cfg.latent_channels, widths[0], cfg, rngs=rngs)
-        self.middle = middle(widths[0], cfg, rngs)
+        self.middle = _middle(widths[0], cfg, rngs)
         up, temporal_up = [], cfg.temporal_down[::-1]
         for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
             inputs = inputs // 2 if i else inputs  # Upsample has halved them
@@ -204,13 +201,16 @@ class Decoder(nnx.Module):
         self.norm_out = Norm(widths[-1], cfg)
         self.conv_out = NarrowCausalConv((3, 3, 3), widths[-1], COLOURS, cfg, rngs=rngs)
 
+    @jax.named_scope("trunk")
     def trunk(self, x, cache):  # [b 1 h w z] -> [b 1 h w c]
-        return chain((self.conv_in, *self.middle), x, cache)
+        return _chain((self.conv_in, *self.middle), x, cache)
 
+    @jax.named_scope("decoder")
     def __call__(self, x, cache):  # [b 1 h w z] -> [b 1|4 H W 3]
-        trunk, up, past = parts(cache, 3)
+        trunk, up, past = _parts(cache, 3)
         x, trunk = self.trunk(x, trunk)
-        x, up = chain(self.up, x, up)
+        with jax.named_scope("up"):
+            x, up = _chain(self.up, x, up)
         x, past = self.conv_out(x, past, self.norm_out.scale[...])
         return x, (trunk, up, past)
 
@@ -238,49 +238,39 @@ class VAE(nnx.Module):
     def __init__(self, cfg: VAEConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.encoder = Encoder(cfg, rngs=rngs)
-        self.quant_conv = Conv(
-            (1, 1, 1), 2 * cfg.latent_channels, 2 * cfg.latent_channels, cfg, rngs=rngs
-        )
-        self.post_quant_conv = Conv(
-            (1, 1, 1), cfg.latent_channels, cfg.latent_channels, cfg, rngs=rngs
-        )
+        z = cfg.latent_channels
+        self.quant_conv = Conv((1, 1, 1), 2 * z, 2 * z, cfg, rngs=rngs)
+        self.post_quant_conv = Conv((1, 1, 1), z, z, cfg, rngs=rngs)
         self.decoder = Decoder(cfg, rngs=rngs)
 
-    def encode(
-        self, video, whole: bool = False
-    ):  # f32 [b T H W 3] in -1..1, T = 4k+1 -> f32 [b t h w z]
+    def encode(self, video, whole: bool = False):
         """Video f32 [b T H W 3] in -1..1 -> normalised latents f32 [b t h w z], without noise: the
         mean of the posterior.
 
         T is 4k+1 and gives t = k+1; H and W are multiples of 8 (UsageError else). whole: all frames
-        but the first in one step,
-        for many small clips: the same numbers in larger pieces of work, and memory that grows with
-                              the length of the clip.
+        but the first in one step, for many small clips: the same numbers in larger pieces of work,
+        and memory that grows with the length of the clip.
         """
         return self.normalise(self.encoded(video, whole)[..., : self.cfg.latent_channels])
 
-    def encoded(
-        self, video, whole: bool = False
-    ):  # f32 [b T H W 3] -> [b t h w 2z], mean and log-variance
-        check_video(video.shape, self.cfg)
+    def encoded(self, video, whole: bool = False):
+        """f32 [b T H W 3] -> mean and log-variance [b t h w 2z]."""
+        _check_video(video.shape, self.cfg)
         size = video.shape[1] - 1 if whole else self.cfg.temporal
-        return self.quant_conv(
-            over_chunks(self.encoder, video.astype(self.cfg.policy.compute_dtype), size)
-        )
+        video = video.astype(self.cfg.policy.compute_dtype)
+        return self.quant_conv(over_chunks(self.encoder, video, size))
 
-    def decode(
-        self, latents, whole: bool = False
-    ):  # f32 [b t h w z] -> f32 [b T H W 3], not clipped
+    def decode(self, latents, whole: bool = False):
         """Normalised latents f32 [b t h w z] -> video f32 [b 4t-3 8h 8w 3], about -1..1 and not
         clipped.
 
         The scan stacks frames in the compute dtype; they become float32 after it. whole: as in
         `encode`.
         """
-        check_latents(latents.shape, self.cfg)
-        return over_chunks(
-            self.decoder, self.decoder_input(latents), latents.shape[1] - 1 if whole else 1
-        ).astype(jnp.float32)
+        _check_latents(latents.shape, self.cfg)
+        size = latents.shape[1] - 1 if whole else 1
+        video = over_chunks(self.decoder, self.decoder_input(latents), size)
+        return video.astype(jnp.float32)
 
     def encode_chunk(self, video, cache=None):  # f32 [b 1|4 H W 3] -> f32 [b 1 h w z], cache
         """`encode` one chunk at a time; cache is None for the first frame."""
@@ -300,7 +290,7 @@ class VAE(nnx.Module):
         return self.post_quant_conv(x.astype(self.cfg.policy.compute_dtype))
 
 
-def check_video(shape: tuple[int, ...], cfg: VAEConfig):
+def _check_video(shape: tuple[int, ...], cfg: VAEConfig):
     """UsageError for frames and sizes that the encoder cannot halve."""
     if len(shape) != 5 or shape[-1] != COLOURS:
         raise ValueError(f"video has shape {shape}; it must be [b T H W {COLOURS}], channels last")
@@ -323,7 +313,7 @@ def check_video(shape: tuple[int, ...], cfg: VAEConfig):
             )
 
 
-def check_latents(shape: tuple[int, ...], cfg: VAEConfig):
+def _check_latents(shape: tuple[int, ...], cfg: VAEConfig):
     if len(shape) != 5 or 0 in shape or shape[-1] != cfg.latent_channels:
         raise ValueError(
             f"latents have shape {shape}; they must be [b t h w {cfg.latent_channels}], channels"
@@ -340,14 +330,14 @@ def intermediates(vae: VAE, video=None, latents=None) -> dict:
     """
     out = {}
     if video is not None:
-        check_video(video.shape, vae.cfg)
+        _check_video(video.shape, vae.cfg)
         x = video.astype(vae.cfg.policy.compute_dtype)
         chunks = over_chunks(vae.encoder, x, vae.cfg.temporal)
         out |= {f"encoder_chunk{i}": chunks[:, i : i + 1] for i in range(chunks.shape[1])}
         out["encoder_middle"] = over_chunks(vae.encoder.trunk, x, vae.cfg.temporal)
         out["conv1_out"] = vae.quant_conv(chunks)
     if latents is not None:
-        check_latents(latents.shape, vae.cfg)
+        _check_latents(latents.shape, vae.cfg)
         out["conv2_out"] = vae.decoder_input(latents)
         out["decoder_middle"] = over_chunks(vae.decoder.trunk, out["conv2_out"], 1)
     return {
@@ -360,19 +350,14 @@ def cache_shapes(cfg: VAEConfig, height: int, width: int, *, encode: bool = Fals
     """What one clip's decoder (or encoder) carries from one latent frame to the next, as shapes;
     nothing is run."""
     vae = as_shapes(VAE, cfg)
-    h, w, c = (
-        (height, width, COLOURS)
-        if encode
-        else (height // cfg.spatial, width // cfg.spatial, cfg.latent_channels)
-    )
+    h, w, c = height // cfg.spatial, width // cfg.spatial, cfg.latent_channels
+    if encode:
+        h, w, c = height, width, COLOURS
     step = lambda vae, x: (vae.encoder if encode else vae.decoder)(x, None)
-    return jax.eval_shape(
-        step, vae, jax.ShapeDtypeStruct((1, 1, h, w, c), cfg.policy.compute_dtype)
-    )[1]
+    x = jax.ShapeDtypeStruct((1, 1, h, w, c), cfg.policy.compute_dtype)
+    return jax.eval_shape(step, vae, x)[1]
 
 
 def cache_bytes(cfg: VAEConfig, height: int, width: int, *, encode: bool = False) -> int:
-    return sum(
-        x.size * x.dtype.itemsize
-        for x in jax.tree.leaves(cache_shapes(cfg, height, width, encode=encode))
-    )
+    leaves = jax.tree.leaves(cache_shapes(cfg, height, width, encode=encode))
+    return sum(x.size * x.dtype.itemsize for x in leaves)

@@ -1,5 +1,5 @@
-"""`--mesh tp=2,sp=2`: several devices for one video. Axes by their field names, checked against the
-network."""
+"""Several devices for one video: meshes such as "tp=2,sp=2". Axes by their field names, checked
+against the network."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from jax.sharding import AxisType, Mesh
 from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
 
-AXES = {
-    "fsdp": "fsdp",
-    "tp": "tensor",
-    "sp": "seq",
-}  # what users write -> the names of sharding.RULES
+# What users write -> the names of sharding.RULES.
+AXES = {"fsdp": "fsdp", "tp": "tensor", "sp": "seq"}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -26,7 +23,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         name, equals, value = word.strip().partition("=")
         if name not in AXES or not equals or not value.isdigit() or int(value) < 1 or name in out:
             raise UsageError(
-                f"--mesh {text}: cannot read {word.strip()!r}",
+                f"`mesh` {text}: cannot read {word.strip()!r}",
                 f"it is a list of AXIS=SIZE with the axes {', '.join(AXES)} (parameters, heads and"
                 " MLP, sequence)",
                 "for example sp=4, or tp=2,sp=2",
@@ -36,7 +33,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(text: str | None, cfg: DiTConfig) -> Mesh | None:
-    """The mesh over the first devices; None for None and "auto".
+    """Returns the mesh over the first devices; None for None and "auto".
 
     text: AXIS=SIZE with commas between, of fsdp (parameters), tp (heads and MLP), sp (sequence):
           "sp=4", "tp=2,sp=2".
@@ -50,14 +47,14 @@ def make_mesh(text: str | None, cfg: DiTConfig) -> Mesh | None:
     if heads % over:
         legal = [n for n in range(1, heads + 1) if heads % n == 0]
         raise UsageError(
-            f"--mesh {text} divides {heads} attention heads by {over}",
+            f"`mesh` {text} divides {heads} attention heads by {over}",
             "inside attention each device works on whole heads",
             f"legal sizes of sp (or tp times sp) for this model: {', '.join(map(str, legal))}",
         )
     count, devices = math.prod(sizes.values()), jax.devices()
     if count > len(devices):
         raise UsageError(
-            f"--mesh {text} needs {count} devices",
+            f"`mesh` {text} needs {count} devices",
             f"there are {len(devices)}: {devices[0].device_kind}",
             "use a smaller mesh",
         )

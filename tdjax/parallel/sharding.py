@@ -66,10 +66,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "tokens": ("seq",),
     "channels": ("tensor",),  # of a product's output
-    "head": (
-        "tensor",
-        "seq",
-    ),  # heads inside attention: the token axis is gathered, the heads take over its devices
+    # heads inside attention: the token axis is gathered, the heads take over its devices
+    "head": ("tensor", "seq"),
 }
 
 
@@ -88,7 +86,8 @@ def axes_of(name: str) -> tuple[str | None, ...]:
     if len(rows) != 1:
         found = ", ".join(pattern for pattern, _ in rows) or "none"
         raise ValueError(
-            f"leaf {name} must match exactly one row of tdjax.parallel.sharding.PARAM_AXES; matches: {found}"
+            f"leaf {name} must match exactly one row of tdjax.parallel.sharding.PARAM_AXES;"
+            f" matches: {found}"
         )
     return rows[0][1]
 
@@ -99,13 +98,13 @@ def spec(
     """The partition of an array with these axis names over mesh axes of these sizes."""
     parts, used = [], set()
     for dim, axis in zip(shape, axes, strict=False):
-        names = (
-            tuple(m for m in RULES[axis] if sizes.get(m, 1) > 1 and m not in used) if axis else ()
-        )
+        rule = RULES[axis] if axis else ()
+        names = tuple(m for m in rule if sizes.get(m, 1) > 1 and m not in used)
         while names and dim % math.prod(sizes[m] for m in names):
             names = names[:-1]
         used.update(names)
-        parts.append(names if len(names) > 1 else names[0] if names else None)
+        one = names[0] if names else None
+        parts.append(names if len(names) > 1 else one)
     return PartitionSpec(*parts)
 
 
@@ -163,10 +162,8 @@ def over_channels(op, x, x_scale, *weights):  # [b l i], [b l]; [o i], [o], [o]
     sizes = mesh_sizes()
     if not sizes:
         return op(x, x_scale, *weights)
-    rows, channels = (
-        spec(x.shape, ("batch", "tokens"), sizes),
-        spec(weights[0].shape, ("channels",), sizes),
-    )
+    rows = spec(x.shape, ("batch", "tokens"), sizes)
+    channels = spec(weights[0].shape, ("channels",), sizes)
     specs = rows, rows, *(channels for _ in weights)
     return jax.shard_map(
         op, in_specs=specs, out_specs=PartitionSpec(*rows, *channels), check_vma=False

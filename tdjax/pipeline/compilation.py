@@ -3,19 +3,19 @@ seed or set of weights."""
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdjax.models.umt5 import without_padding
+from tdjax.progress import Stages
 from tdjax.sampling import few_step
 
-WORTH_KEEPING = 0.1  # seconds of compiling from which on the persistent cache keeps a program
 COMPILERS = 4  # programs that are compiled at the same time
 
 
@@ -74,118 +74,162 @@ def start_noise(key, steps: int, shape: tuple[int, ...]):
     )
 
 
-def denoise(model, x, text, image, schedule, *, mode: str):
+def denoise(model, x, text, image, schedule, *, sampler: str):
     """Few steps: schedule = (noise f32[n b t h w c], times f32[n+1]) -> (x f32[b t h w c], finite
     bool[n])."""
     noise, times = schedule
-    kv = before_the_loop(model, text)
+    kv = _text_kv(model, text)
     return few_step.sample_from(
-        lambda x, timestep: model.velocity(x, timestep, kv, image), x, noise, times, mode
+        lambda x, timestep: model.velocity(x, timestep, kv, image), x, noise, times, sampler
     )
 
 
-def before_the_loop(model, text):
+def _text_kv(model, text):
     """Keys and values of the text, which every step reads alike; the barrier keeps the compiler
     from moving them into the loop."""
     return lax.optimization_barrier(model.text_kv(text))
 
 
-def denoise_guided(model, state, text, image, schedule, *, guidance: float):
-    """The teacher's steps: schedule = teacher.Rows; text holds the prompt, then the negative
-    prompt, [2b s d] (or [b s d] at guidance 1).
+def denoise_guided(model, state, text, image, schedule, *, guidance_scale: float):
+    """The teacher's steps: schedule = unipc.StepCoefficients; text holds the prompt, then the
+    negative prompt, [2b s d] (or [b s d] at guidance 1).
 
     Both halves run as one doubled batch.
     """
-    kv = before_the_loop(model, text)
+    kv = _text_kv(model, text)
 
     def velocity(x, timestep):
         both = lambda a: None if a is None else jnp.concatenate([a, a])
-        if guidance == 1.0:
+        if guidance_scale == 1.0:
             return model.velocity(x, timestep, kv, image)
-        return few_step.guide(
-            *jnp.split(model.velocity(both(x), both(timestep), kv, both(image)), 2), guidance
-        )
+        v, v_negative = jnp.split(model.velocity(both(x), both(timestep), kv, both(image)), 2)
+        return few_step.guide(v, v_negative, guidance_scale)
 
     return few_step.teacher_from(velocity, state, schedule)
 
 
-class Programs:
-    """Compiled executables by function, static arguments and shapes; waiting for the compiler is a
-    stage of its own.
+class Program:
+    """An executable, or one to be."""
 
-    With a mesh, weights lie as their shapes say and everything else is whole on every device.
+    def __init__(self, label: str, make: Callable[[], Any], owner: Programs):
+        self.label = label
+        self.executable: Any = None
+        self.coming: Future | None = None
+        self._make: Callable[[], Any] | None = make
+        self._owner = owner
+
+    def begin(self) -> None:
+        """Has a thread compile it, unless that was asked before."""
+        if self._make is not None and self.coming is None:
+            self.coming = self._owner.submit(self._make)
+
+    def wait(self) -> Any:
+        """Returns the executable; it is compiled here where no thread has begun to.
+
+        Waiting is a row of its own in the table of stages. Raises what went wrong: the next request
+        for the same program tries again.
+        """
+        if self._make is not None:
+            with self._owner.stages(f"compile {self.label}"):
+                coming, self.coming = self.coming, None
+                try:
+                    self.executable = self._make() if coming is None else coming.result()
+                except BaseException:
+                    self._owner.drop(self)
+                    raise
+            self._make = None  # it holds the arguments
+        return self.executable
+
+
+class Programs:
+    """Programs by function, static arguments and shapes.
+
+    stages: where waiting for the compiler is told. With a mesh, weights lie as their shapes say and
+    everything else is whole on every device.
     """
 
-    def __init__(self, mesh=None):
+    def __init__(self, stages: Stages, mesh: Mesh | None = None):
+        self.stages = stages
         self.mesh = mesh
-        self.compiled: dict = {}
-        self.asking = False
-        self.coming: dict[Any, Future] = {}
-        self.pool: ThreadPoolExecutor | None = None
+        self._requested: dict[Any, Program] = {}
+        self._pool: ThreadPoolExecutor | None = None
 
     @property
-    def whole(self):
+    def whole(self) -> NamedSharding | None:
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
     def shape(self, shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+        """Returns the shape of an input of a program."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.whole)
 
+    def shapes_of(self, tree):
+        """Returns the shapes of arrays that will be inputs of a program."""
+        return jax.tree.map(lambda x: self.shape(x.shape, x.dtype), tree)
+
     def place(self, tree):
-        """Inputs of a stage on the device, or whole on every device of the mesh."""
+        """Returns the inputs of a stage on the device, or whole on every device of the mesh."""
         return jax.device_put(tree, self.whole)
 
-    def get(self, stages, label: str, function, *args, donate: tuple[int, ...] = (), **static):
-        """The executable for these arguments (arrays or shapes); compiled on first use. Within
-        `ahead` it is asked for: None."""
+    def request(
+        self, label: str, function, *args, donate: tuple[int, ...] = (), **static
+    ) -> Program:
+        """Returns the program of a function for these arguments (arrays or shapes): the same one
+        for the same function, static arguments and shapes. Nothing is compiled yet."""
         leaves, structure = jax.tree.flatten(args)
-        key = (
-            function,
-            tuple(sorted(static.items())),
-            structure,
-            tuple((tuple(x.shape), str(x.dtype)) for x in leaves),
-        )
-        if key in self.compiled:
-            return self.compiled[key]
-        make = lambda: self.compile(
-            jax.jit(
+        shapes = tuple((tuple(x.shape), str(x.dtype)) for x in leaves)
+        key = function, tuple(sorted(static.items())), structure, shapes
+        if key not in self._requested:
+            jitted = jax.jit(
                 lambda *a: function(*a, **static), donate_argnums=donate, out_shardings=self.whole
-            ),
-            args,
-        )
-        if self.asking:
-            self.pool = self.pool or ThreadPoolExecutor(COMPILERS, thread_name_prefix="compile")
-            if key not in self.coming:
-                self.coming[key] = self.pool.submit(make)
-            return None
-        with stages(f"compile {label}"):
-            future = self.coming.pop(key, None)
-            self.compiled[key] = make() if future is None else future.result()
-        return self.compiled[key]
+            )
+            make = lambda: self.compile(jitted, args)
+            self._requested[key] = Program(label, make, self)
+        return self._requested[key]
 
     def compile(self, jitted, args):
+        """Returns the executable of a jitted function for arguments or their shapes."""
         if self.mesh is None:
             return jitted.lower(*args).compile()
         with jax.set_mesh(self.mesh):
             return jitted.lower(*args).compile()
 
-    @contextlib.contextmanager
-    def ahead(self):
-        """Within the block `get` hands programs to threads and returns at once; the next `get` of
-        each waits for it, and raises what went wrong."""
-        self.asking = True
-        try:
-            yield
-        finally:
-            self.asking = False
+    def submit(self, make: Callable[[], Any]) -> Future:
+        """Has one of the compiling threads call a function."""
+        self._pool = self._pool or ThreadPoolExecutor(COMPILERS, thread_name_prefix="compile")
+        return self._pool.submit(make)
+
+    @property
+    def compiled(self) -> dict[Any, Any]:
+        """The executables that are there, by (function, static arguments, structure, shapes)."""
+        return {
+            key: program.executable
+            for key, program in self._requested.items()
+            if program.executable is not None
+        }
+
+    @property
+    def coming(self) -> dict[Any, Future]:
+        """What threads were asked for and nobody has waited for yet, by the same keys."""
+        return {
+            key: program.coming
+            for key, program in self._requested.items()
+            if program.coming is not None
+        }
 
     def forget(self) -> None:
-        """Programs that were asked for and not begun are not compiled."""
-        self.coming = {key: future for key, future in self.coming.items() if not future.cancel()}
+        """Programs that threads were asked for and have not begun are not compiled."""
+        for program in list(self._requested.values()):
+            if program.coming is not None and program.coming.cancel():
+                self.drop(program)
+
+    def drop(self, program: Program) -> None:
+        """The next request for it makes a new one."""
+        self._requested = {k: other for k, other in self._requested.items() if other is not program}
 
     def memory(self) -> dict[str, int]:
-        """XLA's own count of peak bytes on a device (arguments, outputs and temporaries) for each
-        compiled stage."""
-        out = {}
+        """Returns XLA's own count of peak bytes on a device (arguments, outputs and temporaries)
+        for each compiled stage."""
+        out: dict[str, int] = {}
         for (function, *_), executable in self.compiled.items():
             m = executable.memory_analysis()
             if m is not None:

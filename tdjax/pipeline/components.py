@@ -7,91 +7,105 @@ same module.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
 from tdjax.checkpoints import orbax
-from tdjax.checkpoints.locate import Located
-from tdjax.checkpoints.orbax import abstract
 from tdjax.checkpoints.published import checkpoint as published
-from tdjax.config import UMT5_XXL, WAN_VAE, Config, DiTConfig, Preset
+from tdjax.config import Config, DiTConfig
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.models.wan_dit import with_linear
 from tdjax.parallel.sharding import shardings
-from tdjax.precision import Policy
-from tdjax.text.tokenizer import Tokenizer
 
 KINDS = {
     "dit": ("a video transformer", "dit_path"),
     "vae": ("a video VAE", "vae_path"),
     "text": ("a umT5 text encoder", "text_encoder_path"),
 }
-ENDS = 2**16  # bytes at each end of a file that stand for it in an identity
-LOADER = ThreadPoolExecutor(
-    1, thread_name_prefix="load"
-)  # parts that are loaded ahead, in the order in which they were asked for
+LOADER = ThreadPoolExecutor(1, thread_name_prefix="load")  # one after another, as asked for
 HOST_MEMORY = "pinned_host"
-Lora = tuple[tuple[str, float], ...]
+_ENDS = 2**16  # bytes at each end of a file that stand for it in an identity
+_QUICK = 2**20  # the same of a fingerprint
 
 
-class Part:
-    """One network. kind: "text", "vae" or "dit". `module` is None until loaded; `config` says what
-    it is loaded as."""
+class Component(abc.ABC):
+    """One network of a pipeline, wherever its weights come from.
 
-    def __init__(self, path: Path, kind: str, *, lora: Lora = ()):
-        self.path, self.mesh, self.module, self.coming, self.lora = (
-            Path(path),
-            None,
-            None,
-            None,
-            lora,
-        )
-        self.ours = (self.path / "manifest.json").is_file()
-        if self.ours:
-            manifest = orbax.inspect(self.path)
-            self.kind, self.stored = manifest["kind"], orbax.config_of(manifest)
-            if lora:
-                raise UsageError(
-                    "--lora with a converted checkpoint",
-                    "LoRA is merged into published weights",
-                    "use python -m convert --lora",
-                )
-        else:
-            self.file = published.open_checkpoint(self.path, lora=lora)
-            self.kind, self.stored = self.file.kind, self.file.config
-        if self.kind != kind:
-            raise CheckpointError(
-                f"{self.path} is {KINDS[self.kind][0]}, not {KINDS[kind][0]}",
-                "recognised from its keys and shapes",
-                f"give it as --{KINDS[self.kind][1]}",
-            )
-        self.config: Config = self.stored
+    kind:   "text", "vae" or "dit".
+    path:   the file or folder that it was opened from.
+    stored: the config of what is stored there; config: the one that it is loaded as.
+    mesh:   the devices over which it is spread, or None for the first one.
+    module: the network on the device; None until it is loaded, and after it is freed.
+    coming: the load that a thread was asked for.
+    lora:   the (file, weight) pairs that are merged into it.
+    """
 
-    @classmethod
-    def planned(cls, kind: str, config: Config, name: str) -> Part:
-        """A part by its config alone, for a memory plan before any file is there."""
-        part = cls.__new__(cls)
-        part.path, part.mesh, part.module, part.kind, part.config, part.stored = (
-            Path(name),
-            None,
-            None,
-            kind,
-            config,
-            config,
-        )
-        part.lora, part.coming = (), None
-        return part
+    lora: tuple[tuple[str, float], ...] = ()
 
-    def abstract(self):
-        """The module as shapes (with shardings under a mesh), by which programs are compiled before
-        weights arrive."""
-        module = abstract(self.kind, self.config)
+    def __init__(self, path: Path, kind: str, stored: Config):
+        self.path = path
+        self.kind = kind
+        self.stored: Any = stored
+        self.config: Any = stored
+        self.mesh: jax.sharding.Mesh | None = None
+        self.module: Any = None
+        self.coming: Future | None = None
+
+    # -- what each kind of source does in its own way ----------------------------------------------
+
+    @abc.abstractmethod
+    def restore(self, config: Config, placement) -> Any:
+        """Returns the module of a config with its leaves where `placement` says: None (the first
+        device), a sharding for all, or a module of shardings."""
+
+    @abc.abstractmethod
+    def layers(self, prefix: str) -> Iterator[dict[str, jax.Array]]:
+        """Yields, layer by layer, {leaf name: its values in that layer, on the device} of the
+        stacked leaves below `prefix`."""
+
+    @abc.abstractmethod
+    def leaf(self, name: str) -> np.ndarray:
+        """Returns one leaf on the host, in the dtype that it is loaded as."""
+
+    @abc.abstractmethod
+    def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Returns rows of a table on the host."""
+
+    @abc.abstractmethod
+    def files(self) -> list[Path]:
+        """Returns all files that the weights are in, in a fixed order."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns what tells a reader of a video's metadata which weights made it."""
+
+    # -- what all of them share --------------------------------------------------------------------
+
+    def identity(self) -> str:
+        """Returns a hash that tells these weights from any others on this machine: size, date,
+        beginning and end of every file."""
+        found = hashlib.sha256()
+        for file in self.files():
+            facts = file.stat()
+            found.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
+            with file.open("rb") as f:
+                found.update(f.read(_ENDS))
+                f.seek(max(0, facts.st_size - _ENDS))
+                found.update(f.read(_ENDS))
+        return found.hexdigest()
+
+    def abstract(self) -> Any:
+        """Returns the module as shapes (with shardings under a mesh), by which programs are
+        compiled before weights arrive."""
+        module = orbax.abstract(self.kind, self.config)
         if self.mesh is None:
             return module
         return jax.tree.map(
@@ -100,22 +114,19 @@ class Part:
             shardings(module, self.mesh),
         )
 
-    def load(self):
-        """The module on the device; loading twice is loading once."""
+    def load(self) -> Any:
+        """Returns the module on the device; loading twice is loading once."""
         if self.module is None:
             coming, self.coming = self.coming, None
             module = self.read() if coming is None else coming.result()
             if jax.tree.leaves(module)[0].sharding.memory_kind == HOST_MEMORY:
-                there = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-                module, held = jax.block_until_ready(jax.device_put(module, there)), module
-                for leaf in jax.tree.leaves(held):
-                    leaf.delete()
+                module = _moved_to_device(module)
             self.module = module
         return self.module
 
     def load_ahead(self, host: bool = False) -> None:
-        """Begin to load in a thread, one part after another; `load` then waits for it, and raises
-        what went wrong.
+        """Begins to load in a thread, one component after another; `load` then waits for it, and
+        raises what went wrong.
 
         host: only into the memory of the host, where the device's own is taken; `load` moves it.
         """
@@ -126,292 +137,200 @@ class Part:
     def stageable(self) -> bool:
         """Whether the host can hold the weights as the device will: on one device, and nothing left
         to quantise."""
-        unchanged = (
-            not isinstance(self.config, DiTConfig) or self.config.linear == self.stored.linear
-        )
-        return self.mesh is None and unchanged
+        return self.mesh is None and not self._changes_linear
 
-    def read_to_host(self):
-        """The weights in page-locked memory of the host. A published leaf passes through the
-        device, which transposes it."""
-        there = jax.sharding.SingleDeviceSharding(jax.local_devices()[0], memory_kind=HOST_MEMORY)
-        if not self.ours:
-            return jax.block_until_ready(self.file.load(self.config, there))
-        module = abstract(self.kind, self.config)
-        leaves = [jax.device_put(self.leaf(name), there) for name in orbax.names(module)]
-        return jax.block_until_ready(jax.tree.unflatten(jax.tree.structure(module), leaves))
-
-    def read(self):
-        """The weights on the device, whatever is there already."""
+    def read(self) -> Any:
+        """Returns the weights on the device, whatever is there already."""
         config = self.config
-        if isinstance(
-            config, DiTConfig
-        ):  # linears are read as stored, then quantised or dequantised on the device
+        if self._changes_linear:  # read as stored, then quantised or dequantised on the device
             config = dataclasses.replace(config, linear=self.stored.linear)
-        where = None if self.mesh is None else shardings(abstract(self.kind, config), self.mesh)
-        module = (
-            orbax.restore(self.path, where, config)[1]
-            if self.ours
-            else self.file.load(config, where)
-        )
-        if isinstance(config, DiTConfig) and config.linear != self.config.linear:
+        module = self.restore(config, self._placement(orbax.abstract(self.kind, config)))
+        if self._changes_linear:
             module = with_linear(module, self.config.linear, free=True)
             if self.mesh is not None:
-                module = jax.device_put(module, shardings(module, self.mesh))
+                module = jax.device_put(module, self._placement(module))
         return jax.block_until_ready(module)
 
-    def layers(self, prefix: str) -> Iterator[dict[str, jax.Array]]:
-        """{leaf name: its part of one layer, on the device} for each layer of the stacked leaves
-        below `prefix`, one after another.
-
-        A published file is read as its layers are asked for; a checkpoint of ours passes through
-        host memory whole.
-        """
+    def read_to_host(self) -> Any:
+        """Returns the weights in page-locked memory of the host."""
         device = jax.local_devices()[0]
-        if not self.ours:
-            yield from self.file.layers(self.config, prefix, device)
-            return
-        names = [
-            name
-            for name in orbax.names(abstract(self.kind, self.config))
-            if name.startswith(prefix)
-        ]
-        leaves = {name: self.leaf(name) for name in names}
-        for i in range(len(leaves[names[0]])):
+        there = jax.sharding.SingleDeviceSharding(device, memory_kind=HOST_MEMORY)
+        return jax.block_until_ready(self._restore_to_host(there))
+
+    def free(self) -> None:
+        """Drops the weights from the device, and those that are still on their way."""
+        coming, self.coming = self.coming, None
+        if coming is not None and not coming.cancel():
+            coming.add_done_callback(_delete_loaded)
+        if self.module is not None:
+            _delete(self.module)
+            self.module = None
+
+    @property
+    def _changes_linear(self) -> bool:
+        return isinstance(self.config, DiTConfig) and self.config.linear != self.stored.linear
+
+    def _placement(self, module) -> Any:
+        return None if self.mesh is None else shardings(module, self.mesh)
+
+    def _restore_to_host(self, there: jax.sharding.Sharding) -> Any:
+        return self.restore(self.config, there)
+
+
+class StoredComponent(Component):
+    """A component in our own layout, a folder with manifest.json."""
+
+    def __init__(self, path: Path):
+        manifest = orbax.inspect(path)
+        super().__init__(path, manifest["kind"], orbax.config_of(manifest))
+
+    def restore(self, config: Config, placement) -> Any:
+        return orbax.restore(self.path, placement, config)[1]
+
+    def layers(self, prefix: str) -> Iterator[dict[str, jax.Array]]:
+        """As Component.layers; the leaves pass through host memory whole."""
+        device = jax.local_devices()[0]
+        leaves = {name: self.leaf(name) for name in self._names() if name.startswith(prefix)}
+        count = len(next(iter(leaves.values())))
+        for i in range(count):
             yield {name: jax.device_put(leaf[i], device) for name, leaf in leaves.items()}
 
     def leaf(self, name: str) -> np.ndarray:
-        """One leaf on the host, in the dtype that it is loaded as."""
-        if not self.ours:
-            return self.file.leaf(self.config, name)
-        return orbax.read(self.path, name).astype(
-            orbax.names(abstract(self.kind, self.config))[name].dtype
-        )
+        return orbax.read(self.path, name).astype(self._names()[name].dtype)
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
-        """Rows of a table on the host."""
-        return self.leaf(name)[ids] if self.ours else self.file.rows(self.config, name, ids)
+        return self.leaf(name)[ids]
 
-    def free(self) -> None:
-        coming, self.coming = self.coming, None
-        if coming is not None and not coming.cancel():
-            coming.add_done_callback(dropped)
-        if self.module is not None:
-            for leaf in jax.tree.leaves(self.module):
-                leaf.delete()
-            self.module = None
+    def files(self) -> list[Path]:
+        return sorted(p for p in self.path.rglob("*") if p.is_file())
 
-    def identity(self) -> str:
-        """A hash that tells these weights from any others on this machine: size, date, beginning
-        and end of every file."""
-        files = (
-            sorted(p for p in self.path.rglob("*") if p.is_file())
-            if self.ours
-            else self.file.source.files
-        )
-        found = hashlib.sha256()
-        for file in files:
-            facts = file.stat()
-            found.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
-            with file.open("rb") as f:
-                found.update(f.read(ENDS))
-                f.seek(max(0, facts.st_size - ENDS))
-                found.update(f.read(ENDS))
-        return found.hexdigest()
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns the path, and the source that our manifest recorded."""
+        return {"path": str(self.path), "source": orbax.inspect(self.path).get("source")}
 
-    def fingerprint(self) -> dict:
-        """Name, size and a quick hash (first and last MiB) of the file, or the source that our
-        manifest recorded."""
-        if self.ours:
-            return {"path": str(self.path), "source": orbax.inspect(self.path).get("source")}
-        files = self.file.source.files
+    def _names(self) -> dict[str, Any]:
+        return orbax.named_leaves(orbax.abstract(self.kind, self.config))
+
+    def _restore_to_host(self, there: jax.sharding.Sharding) -> Any:
+        """Leaf by leaf: a restore in one piece would hold all of it twice."""
+        module = orbax.abstract(self.kind, self.config)
+        leaves = [jax.device_put(self.leaf(name), there) for name in orbax.named_leaves(module)]
+        return jax.tree.unflatten(jax.tree.structure(module), leaves)
+
+
+class PublishedComponent(Component):
+    """A component in a file that others wrote, known by its keys. LoRA files are merged into it as
+    it is read."""
+
+    def __init__(self, path: Path, lora: Iterable[tuple[str | Path, float]] = ()):
+        self.lora = tuple((str(file), weight) for file, weight in lora)
+        self.file = published.open_checkpoint(path, lora=self.lora)
+        super().__init__(path, self.file.kind, self.file.config)
+
+    def restore(self, config: Config, placement) -> Any:
+        return self.file.load(config, placement)
+
+    def layers(self, prefix: str) -> Iterator[dict[str, jax.Array]]:
+        """As Component.layers; the file is read as its layers are asked for."""
+        return self.file.layers(self.config, prefix, jax.local_devices()[0])
+
+    def leaf(self, name: str) -> np.ndarray:
+        return self.file.leaf(self.config, name)
+
+    def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
+        return self.file.rows(self.config, name, ids)
+
+    def files(self) -> list[Path]:
+        return list(self.file.source.files)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns path, size and a quick hash (first and last MiB of each file)."""
         quick = hashlib.sha256()
-        for file in files:
+        for file in self.files():
             with file.open("rb") as f:
-                quick.update(f.read(2**20))
-                f.seek(max(0, file.stat().st_size - 2**20))
+                quick.update(f.read(_QUICK))
+                f.seek(max(0, file.stat().st_size - _QUICK))
                 quick.update(f.read())
         return {
             "path": str(self.path),
-            "bytes": sum(f.stat().st_size for f in files),
+            "bytes": sum(f.stat().st_size for f in self.files()),
             "quick_sha256": quick.hexdigest(),
         }
 
 
-def dropped(coming: Future) -> None:
-    """Weights that nobody waits for any more."""
+class PlannedComponent(Component):
+    """A component by its config alone, for a memory plan before any file is there. Whatever asks it
+    for weights raises CheckpointError."""
+
+    def __init__(self, name: str, kind: str, config: Config):
+        super().__init__(Path(name), kind, config)
+
+    def restore(self, config: Config, placement) -> Any:
+        self._refuse()
+
+    def layers(self, prefix: str) -> Iterator[dict[str, jax.Array]]:
+        self._refuse()
+
+    def leaf(self, name: str) -> np.ndarray:
+        self._refuse()
+
+    def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
+        self._refuse()
+
+    def files(self) -> list[Path]:
+        self._refuse()
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"path": None, "source": "planned"}
+
+    def _refuse(self) -> NoReturn:
+        raise CheckpointError(
+            f"{self.path} has no weights here",
+            "it was planned from its config, before any file was there",
+            "open the model with tdjax.load",
+        )
+
+
+def open_component(
+    path: str | Path, kind: str, *, lora: Iterable[tuple[str | Path, float]] = ()
+) -> Component:
+    """Returns the component of a published file or of a folder of ours; no tensor data is read.
+
+    Raises CheckpointError for another kind than `kind`, UsageError for LoRA over our own layout.
+    """
+    path = Path(path)
+    stored = (path / "manifest.json").is_file()
+    if stored and lora:
+        raise UsageError(
+            "`lora` with a converted checkpoint",
+            "LoRA is merged into published weights",
+            "use python -m convert --lora",
+        )
+    component = StoredComponent(path) if stored else PublishedComponent(path, lora)
+    if component.kind != kind:
+        found, argument = KINDS[component.kind]
+        raise CheckpointError(
+            f"{path} is {found}, not {KINDS[kind][0]}",
+            "recognised from its keys and shapes",
+            f"give it as {argument}",
+        )
+    return component
+
+
+def _moved_to_device(module) -> Any:
+    """The module on the first device; its copy in the host's memory is given back."""
+    there = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    moved = jax.block_until_ready(jax.device_put(module, there))
+    _delete(module)
+    return moved
+
+
+def _delete(module) -> None:
+    for leaf in jax.tree.leaves(module):
+        leaf.delete()
+
+
+def _delete_loaded(coming: Future) -> None:
+    """Drops weights that nobody waits for any more."""
     if not coming.cancelled() and coming.exception() is None:
-        for leaf in jax.tree.leaves(coming.result()):
-            leaf.delete()
-
-
-def open_parts(
-    located: Located,
-    *,
-    attention: str,
-    impl: str,
-    quant: str,
-    topk: float | None,
-    dtype: str,
-    vae_dtype: str,
-    lora: dict[str, Lora],
-    note,
-) -> dict[str, Part]:
-    """All components with the configs that they will run as; those that cannot work together are
-    refused."""
-    check_impl(impl, dtype)
-    parts = {}
-    for name, path in zip(("dit", "dit_low"), located.dit, strict=False):
-        part = parts[name] = Part(path, "dit", lora=lora[name])
-        part.config = chosen(
-            part, attention=attention, quant=quant, topk=topk, impl=impl, dtype=dtype, note=note
-        )
-    if "dit_low" not in parts and lora["dit_low"] != lora["dit"]:
-        raise UsageError(
-            "--lora_high or --lora_low with one transformer",
-            "they are for the two experts of Wan2.2 A14B",
-            "use --lora",
-        )
-    for name, path, kind in (("vae", located.vae, vae_dtype), ("text", located.text, dtype)):
-        if path is not None:
-            part = parts[name] = Part(path, name)
-            more = {"impl": "reference" if impl == "reference" else "auto"} if name == "vae" else {}
-            part.config = dataclasses.replace(
-                part.stored, policy=Policy(param=kind, compute=kind), **more
-            )
-    check_parts(parts)
-    return parts
-
-
-def planned_parts(
-    preset: Preset, *, attention: str, quant: str, topk: float | None, dtype: str, note
-) -> dict[str, Part]:
-    """The parts of a preset whose files are not here, for a GPU's dtype unless another was asked
-    for."""
-    dtype = "bfloat16" if dtype == "auto" else dtype
-    policy = Policy(param=dtype, compute=dtype)
-    parts = {"dit": Part.planned("dit", preset.config, preset.dit[0])}
-    parts["dit"].config = chosen(
-        parts["dit"],
-        attention=attention,
-        quant=quant,
-        topk=topk,
-        impl="auto",
-        dtype=dtype,
-        note=note,
-    )
-    if len(preset.dit) == 2:
-        parts["dit_low"] = Part.planned("dit", parts["dit"].config, preset.dit[1])
-    parts["vae"] = Part.planned("vae", dataclasses.replace(WAN_VAE, policy=policy), preset.vae)
-    parts["text"] = Part.planned("text", dataclasses.replace(UMT5_XXL, policy=policy), preset.text)
-    return parts
-
-
-def reference_notes(cfg: DiTConfig) -> list[str]:
-    """Where a GPU user would expect the kernels of sparse attention and gets the reference."""
-    if jax.default_backend() != "gpu" or cfg.attention == "dense" or cfg.impl == "triton":
-        return []
-    if cfg.impl != "reference" and cfg.policy.compute in ("bfloat16", "float16"):
-        return []
-    why = "as asked for" if cfg.impl == "reference" else "the kernels take bfloat16 and float16"
-    return [
-        f"{cfg.attention} attention runs as its XLA reference ({why}): several times slower than"
-        " the kernels"
-    ]
-
-
-def check_impl(impl: str, dtype: str) -> None:
-    kernels = {"cudnn": "cuDNN attention runs", "triton": "the Triton kernels run"}
-    if impl in kernels and (jax.default_backend() != "gpu" or dtype == "float32"):
-        raise UsageError(
-            f"attention_impl is {impl!r} on {jax.default_backend()} in {dtype}",
-            f"{kernels[impl]} on NVIDIA GPUs, in"
-            f" bfloat16{' and float16' if impl == 'cudnn' else ''}",
-            "use auto, or reference",
-        )
-
-
-def chosen(
-    part: Part, *, attention: str, quant: str, topk: float | None, impl: str, dtype: str, note
-) -> DiTConfig:
-    """The stored config with what was asked for."""
-    return dataclasses.replace(
-        part.stored,
-        attention=chosen_attention(part, attention),
-        linear=chosen_linear(part, quant, note),
-        sla=part.stored.sla if topk is None else dataclasses.replace(part.stored.sla, topk=topk),
-        impl=impl,
-        policy=Policy(param=dtype, compute=dtype),
-    )
-
-
-def chosen_attention(part: Part, asked: str) -> str:
-    asked = {"original": "dense", "auto": part.stored.attention}.get(asked, asked)
-    if asked != "dense" and part.stored.attention == "dense":
-        raise CheckpointError(
-            f"{part.path.name} has no SLA projection (self_attn.attn_op.local_attn.proj_l), but"
-            f" --attention_type {asked} was asked for",
-            "these are dense weights, or rCM weights without SLA",
-            "use --attention_type original, or merge an SLA difference: python -m convert --merge",
-        )
-    return asked
-
-
-def chosen_linear(part: Part, quant: str, note) -> str:
-    stored = part.stored.linear
-    linear = {"auto": stored, "none": "float"}.get(quant, quant)
-    if stored != "float":
-        say = {
-            stored: "running as W8A8 (--quant none dequantises at load)",
-            "float": "dequantised at load",
-        }
-        note(
-            f"{part.path.name}: {stored} weights in the blocks,"
-            f" {say.get(linear, f'made {linear} at load')}"
-        )
-    return linear
-
-
-def check_parts(parts: dict[str, Part]) -> None:
-    """Raises CheckpointError for networks that do not belong together, before anything is read."""
-    dit = parts["dit"].config
-    vae, text, low = parts.get("vae"), parts.get("text"), parts.get("dit_low")
-    if vae and vae.config.latent_channels != dit.out_channels:
-        raise CheckpointError(
-            f"{vae.path.name} has {vae.config.latent_channels} latent channels, the transformer"
-            f" {dit.out_channels}",
-            "Wan2.1 and Wan2.2 A14B use the Wan2.1 VAE (16 latent channels); the Wan2.2 VAE (48)"
-            " belongs to TI2V-5B only",
-            "give Wan2.1_VAE.pth as --vae_path",
-        )
-    if text and text.config.dim != dit.text_dim:
-        raise CheckpointError(
-            f"{text.path.name} gives vectors of {text.config.dim}, the transformer takes"
-            f" {dit.text_dim}",
-            "Wan models take umT5-xxl (4096)",
-            "give models_t5_umt5-xxl-enc-bf16.pth as --text_encoder_path",
-        )
-    if dit.image_dim is not None:
-        raise CheckpointError(
-            f"{parts['dit'].path.name} is a Wan2.1 image-to-video network",
-            "its image branch needs CLIP features, and tdjax has no CLIP encoder",
-            "use turbowan2.2-i2v-a14b-720p, or call tdjax.models.wan_dit.DiT with your own"
-            " features",
-        )
-    if low and low.config != dit:
-        raise CheckpointError(
-            f"{parts['dit'].path.name} and {low.path.name} are networks of different kinds",
-            f"high noise: {dit}; low noise: {low.config}",
-            "give the two files of one release",
-        )
-
-
-def check_vocabulary(tokenizer: Tokenizer | None, text: Part | None) -> None:
-    """An id outside the embedding would be clamped without a word."""
-    if tokenizer and text and tokenizer.size > text.config.vocab:
-        raise CheckpointError(
-            f"{tokenizer.path} has {tokenizer.size} ids, {text.path.name} has {text.config.vocab}"
-            " embeddings",
-            "they belong to different text encoders",
-            "give the tokenizer of google/umt5-xxl as --tokenizer_path",
-        )
+        _delete(coming.result())

@@ -1,9 +1,6 @@
-"""What a video is made from, as arrays: tokens of the prompt, text features, and the first frame
-for image-to-video."""
+"""What a video is made from besides its prompt, as arrays: the first frame of image-to-video."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +9,6 @@ import numpy as np
 from tdjax.config import VideoSize
 
 MASK_CHANNELS = 4  # one for each frame of a latent frame; the released models use them alike
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """ids, mask: i32[b s]; mask is 1 up to and including the end token, ids are 0 after it."""
-
-    ids: jax.Array | np.ndarray
-    mask: jax.Array | np.ndarray
 
 
 def first_frame(

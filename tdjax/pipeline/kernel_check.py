@@ -42,8 +42,7 @@ def check_kernels(cfg: DiTConfig, stages: Stages) -> None:
                 for check in failed
             ),
             "the video would be black or noise; python -m tdjax.env --selftest prints every kernel",
-            "use --attention_type sla (or original) and --quant none, or --attention_impl"
-            " reference",
+            "use `attention` sla (or original) and `quant` none, or `impl` reference",
         )
 
 

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Unpack
 
 import jax
 
 from tdjax.checkpoints import demo
-from tdjax.checkpoints.locate import cache_folder, locate
-from tdjax.config import QUANT
-from tdjax.generate.arguments import PATHS
-from tdjax.pipeline.components import Lora, open_parts
-from tdjax.pipeline.pipeline import TEXT_DEVICES, VAE_WAYS, Pipeline
-from tdjax.pipeline.request import check_choice
+from tdjax.checkpoints.locate import Located, cache_folder, locate
+from tdjax.config import DiTConfig
+from tdjax.errors import CheckpointError, UsageError
+from tdjax.pipeline.components import Component, PlannedComponent, open_component
+from tdjax.pipeline.options import (
+    Attention,
+    DType,
+    Impl,
+    LoadAliases,
+    Lora,
+    PipelineOptions,
+    Quant,
+    TextEncoderDevice,
+    VAEDecoding,
+    without_aliases,
+)
+from tdjax.pipeline.pipeline import Pipeline
+from tdjax.precision import Policy
+from tdjax.presets import PRESETS, UMT5_XXL, WAN_VAE
 from tdjax.progress import Stages
 from tdjax.text.prompt_cache import FOLDER, PromptCache
 
@@ -20,98 +36,277 @@ from tdjax.text.prompt_cache import FOLDER, PromptCache
 def load(
     model: str | Path = "demo",
     *,
-    attention: str = "auto",
-    attention_impl: str = "auto",
-    quant: str = "auto",
-    dtype: str = "auto",
-    vae_dtype: str | None = None,
+    attention: Attention = "auto",
+    impl: Impl = "auto",
+    quant: Quant = "auto",
+    dtype: DType = "auto",
+    vae_dtype: DType | None = None,
     sla_topk: float | None = None,
     mesh: str | None = None,
     low_memory: bool = False,
     text_encoder: bool = True,
-    text_encoder_device: str = "auto",
-    vae: str = "auto",
+    text_encoder_device: TextEncoderDevice = "auto",
+    vae: VAEDecoding = "auto",
     prompt_cache: bool = True,
     lora: Lora = (),
     lora_high: Lora = (),
     lora_low: Lora = (),
+    dit_path: str | Path | None = None,
+    high_noise_model_path: str | Path | None = None,
+    low_noise_model_path: str | Path | None = None,
+    vae_path: str | Path | None = None,
+    text_encoder_path: str | Path | None = None,
+    tokenizer_path: str | Path | None = None,
     revision: str | None = None,
     offline: bool = False,
     cache_dir: str | Path | None = None,
     stages: Stages | None = None,
-    **paths: str | Path | None,
+    **aliases: Unpack[LoadAliases],
 ) -> Pipeline:
-    """Open a model for generation. No weights are read yet: each stage loads its own.
+    """Opens a model for generation. No weights are read yet: each stage loads its own.
 
     model:      a name of PRESETS, a hub id (org/name), a published .pth or .safetensors file, a
                 folder of published files, a diffusers folder, a folder written by `python -m
                 convert`, or "demo".
     attention:  "auto" (sla where the weights have its projection), "original" (dense), "sla",
                 "sagesla".
+    impl:       "auto", "reference", "triton" (the kernels of this package wherever there is one, in
+                linear layers and norms too), "cudnn" (dense attention). Also accepted as
+                attention_impl.
     quant:      "auto" (as stored), "none" (dequantise at load), or quantise at load: "int8" (the
                 published scheme, tiles of 128 x 128), "int8_channel" or "fp8" (a scale for each
                 token and each output channel; faster on GPUs).
-    attention_impl: "auto", "reference", "triton" (the kernels of this package wherever there is
-                one, in linear layers and norms too), "cudnn" (dense attention).
     dtype:      "auto" (bfloat16 on an accelerator, float32 on a CPU), "bfloat16", "float16",
-                "float32".
+                "float32". vae_dtype: the VAE's, where it is another.
+    sla_topk:   share of key blocks that sparse attention keeps, in place of the weights' own.
     mesh:       several devices for one video, for example "sp=4" or "tp=2,sp=2".
-    low_memory: free every part as soon as its stage ends, also where all would fit together; the
-                text encoder is streamed unless text_encoder_device says otherwise.
+    low_memory: free every component as soon as its stage ends, also where all would fit together;
+                the text encoder is streamed unless text_encoder_device says otherwise.
     text_encoder: False where only prompt_embeds will be given: the text encoder and the tokenizer
-                  need not be there.
-    text_encoder_device: "device" (all of it, as the other parts), "stream" (a layer at a time from
-                the file: no weights stay), or "auto": the device if everything fits there together,
-                          else stream. The same embeddings.
+                need not be there.
+    text_encoder_device: "device" (all of it, as the other components), "stream" (a layer at a time
+                from the file: no weights stay), or "auto": the device if everything fits there
+                together, else stream. The same embeddings.
     vae:        "full" (whole frames), "tiled" (overlapping tiles of 320 pixels with blended seams,
                 for small GPUs: close to the same frames), or "auto": tiled where the whole frame
-                                does not fit.
+                does not fit.
     prompt_cache: keep embeddings of prompts on disk (`tdjax.text.prompt_cache`), so that a repeated
-                  prompt needs no text encoder.
+                prompt needs no text encoder.
     lora:       ((file, weight), ...) merged at load into every expert; lora_high and lora_low into
                 one.
-    paths:      dit_path, high_noise_model_path, low_noise_model_path, vae_path, text_encoder_path,
-                tokenizer_path.
+    *_path:     files that replace those of the model.
+    revision:   of the hub repository. offline: never ask the hub.
+    cache_dir:  where tdjax keeps its own files. stages: where progress is told.
     Raises CheckpointError for files that are missing, damaged or of another kind; UsageError for
         bad arguments.
     """
-    check_choice("attention", attention, ("auto", "original", "dense", "sla", "sagesla"))
-    check_choice("quant", quant, QUANT)
-    check_choice("dtype", dtype, ("auto", "bfloat16", "float16", "float32"))
-    check_choice("vae_dtype", vae_dtype or dtype, ("auto", "bfloat16", "float16", "float32"))
-    check_choice("text_encoder_device", text_encoder_device, TEXT_DEVICES)
-    check_choice("vae", vae, VAE_WAYS)
-    check_choice("attention_impl", attention_impl, ("auto", "reference", "triton", "cudnn"))
-    for name in paths:
-        check_choice("an argument of load", name, PATHS)
-    stages, cache = stages or Stages(show=False), Path(cache_dir) if cache_dir else cache_folder()
+    own = without_aliases({"impl": impl, **aliases}, LoadAliases, _ACCEPTED, {"impl": "auto"})
+    options = PipelineOptions(
+        attention=attention,
+        impl=own["impl"],
+        quant=quant,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+        sla_topk=sla_topk,
+        mesh=mesh,
+        low_memory=low_memory,
+        text_encoder=text_encoder,
+        text_encoder_device=text_encoder_device,
+        vae=vae,
+        prompt_cache=prompt_cache,
+        lora=lora,
+        lora_high=lora_high,
+        lora_low=lora_low,
+    )
+    paths = {
+        "dit_path": dit_path,
+        "high_noise_model_path": high_noise_model_path,
+        "low_noise_model_path": low_noise_model_path,
+        "vae_path": vae_path,
+        "text_encoder_path": text_encoder_path,
+        "tokenizer_path": tokenizer_path,
+    }
+    return open_pipeline(
+        model,
+        options,
+        paths,
+        revision=revision,
+        offline=offline,
+        cache_dir=cache_dir,
+        stages=stages,
+    )
+
+
+_ACCEPTED = tuple(name for name in load.__annotations__ if name not in ("return", "aliases"))
+
+
+def open_pipeline(
+    model: str | Path,
+    options: PipelineOptions,
+    paths: dict[str, str | Path | None],
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    cache_dir: str | Path | None = None,
+    stages: Stages | None = None,
+) -> Pipeline:
+    """Returns the pipeline of a model; arguments as those of `load`, the *_path among them in
+    `paths`."""
+    stages = stages or Stages(show=False)
     if str(model) == "demo" and not any(paths.values()):
         model = demo.folder()
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    options = options.with_dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with stages("open"):
-        wanted = ("dit", "vae", "text", "tokenizer") if text_encoder else ("dit", "vae")
+        wanted = ("dit", "vae", "text", "tokenizer") if options.text_encoder else ("dit", "vae")
         located = locate(str(model), revision=revision, offline=offline, parts=wanted, **paths)
         for line in located.warnings:
             stages.note(line)
-        parts = open_parts(
-            located,
-            attention=attention,
-            impl=attention_impl,
-            quant=quant,
-            topk=sla_topk,
-            dtype=dtype,
-            vae_dtype=vae_dtype or dtype,
-            lora={"dit": (*lora, *lora_high), "dit_low": (*lora, *lora_low)},
-            note=stages.note,
+        components = open_components(located, options, stages.note)
+    cache = None
+    if options.prompt_cache:
+        cache = PromptCache((Path(cache_dir) if cache_dir else cache_folder()) / FOLDER)
+    return Pipeline(located, components, options, stages=stages, prompt_cache=cache)
+
+
+def plan_pipeline(name: str, options: PipelineOptions, *, stages: Stages | None = None) -> Pipeline:
+    """Returns the pipeline of a preset whose files are not here: it can check requests and plan
+    their memory, on a GPU unless another dtype was asked for, and nothing else."""
+    preset, stages = PRESETS[name], stages or Stages(show=False)
+    options = options.with_dtype("bfloat16")
+    options = dataclasses.replace(options, impl="auto", vae_dtype=options.dtype)
+    policy = Policy(param=options.dtype, compute=options.dtype)
+    components: dict[str, Component] = {}
+    for slot, file in zip(("dit", "dit_low"), preset.dit, strict=False):
+        components[slot] = PlannedComponent(file, "dit", preset.config)
+    config = _transformer_config(components["dit"], options, stages.note)
+    for component in components.values():
+        component.config = config
+    vae, text = (dataclasses.replace(cfg, policy=policy) for cfg in (WAN_VAE, UMT5_XXL))
+    components["vae"] = PlannedComponent(preset.vae, "vae", vae)
+    components["text"] = PlannedComponent(preset.text, "text", text)
+    located = Located(name=name, layout="published", preset=name, distilled=preset.distilled)
+    return Pipeline(located, components, options, stages=stages)
+
+
+def open_components(
+    located: Located, options: PipelineOptions, note: Callable[[str], None]
+) -> dict[str, Component]:
+    """Returns all components with the configs that they will run as; those that cannot work
+    together are refused. note: called with lines for the user."""
+    _check_impl(options)
+    lora = {
+        "dit": (*options.lora, *options.lora_high),
+        "dit_low": (*options.lora, *options.lora_low),
+    }
+    components: dict[str, Component] = {}
+    for name, path in zip(("dit", "dit_low"), located.dit, strict=False):
+        component = components[name] = open_component(path, "dit", lora=lora[name])
+        component.config = _transformer_config(component, options, note)
+    if "dit_low" not in components and lora["dit_low"] != lora["dit"]:
+        raise UsageError(
+            "lora_high or lora_low with one transformer",
+            "they are for the two experts of Wan2.2 A14B",
+            "use `lora`",
         )
-    return Pipeline(
-        located,
-        parts,
-        mesh=mesh,
-        low_memory=low_memory,
-        stages=stages,
-        text_encoder_device=text_encoder_device,
-        vae=vae,
-        prompt_cache=PromptCache(cache / FOLDER) if prompt_cache else None,
+    if located.vae is not None:
+        component = components["vae"] = open_component(located.vae, "vae")
+        dtype = options.vae_dtype or options.dtype
+        policy = Policy(param=dtype, compute=dtype)
+        impl = "reference" if options.impl == "reference" else "auto"
+        component.config = dataclasses.replace(component.stored, policy=policy, impl=impl)
+    if located.text is not None:
+        component = components["text"] = open_component(located.text, "text")
+        policy = Policy(param=options.dtype, compute=options.dtype)
+        component.config = dataclasses.replace(component.stored, policy=policy)
+    _check_together(components)
+    return components
+
+
+def _check_impl(options: PipelineOptions) -> None:
+    impl, dtype, device = options.impl, options.dtype, jax.default_backend()
+    kernels = {"cudnn": "cuDNN attention runs", "triton": "the Triton kernels run"}
+    if impl in kernels and (device != "gpu" or dtype == "float32"):
+        dtypes = "bfloat16 and float16" if impl == "cudnn" else "bfloat16"
+        raise UsageError(
+            f"`impl` is {impl!r} on {device} in {dtype}",
+            f"{kernels[impl]} on NVIDIA GPUs, in {dtypes}",
+            "use auto, or reference",
+        )
+
+
+def _transformer_config(
+    component: Component, options: PipelineOptions, note: Callable[[str], None]
+) -> DiTConfig:
+    """The stored config with what was asked for."""
+    sla: Any = component.stored.sla
+    if options.sla_topk is not None:
+        sla = dataclasses.replace(sla, topk=options.sla_topk)
+    return dataclasses.replace(
+        component.stored,
+        attention=_chosen_attention(component, options.attention),
+        linear=_chosen_linear(component, options.quant, note),
+        sla=sla,
+        impl=options.impl,
+        policy=Policy(param=options.dtype, compute=options.dtype),
     )
+
+
+def _chosen_attention(component: Component, asked: str) -> str:
+    stored = component.stored.attention
+    asked = {"original": "dense", "auto": stored}.get(asked, asked)
+    if asked != "dense" and stored == "dense":
+        raise CheckpointError(
+            f"{component.path.name} has no SLA projection (self_attn.attn_op.local_attn.proj_l),"
+            f" but `attention` {asked} was asked for",
+            "these are dense weights, or rCM weights without SLA",
+            "use `attention` original, or merge an SLA difference: python -m convert --merge",
+        )
+    return asked
+
+
+def _chosen_linear(component: Component, quant: str, note: Callable[[str], None]) -> str:
+    stored = component.stored.linear
+    linear = {"auto": stored, "none": "float"}.get(quant, quant)
+    if stored != "float":
+        say = {
+            stored: "running as W8A8 (`quant` none dequantises at load)",
+            "float": "dequantised at load",
+        }
+        what = say.get(linear, f"made {linear} at load")
+        note(f"{component.path.name}: {stored} weights in the blocks, {what}")
+    return linear
+
+
+def _check_together(components: dict[str, Component]) -> None:
+    """Raises CheckpointError for networks that do not belong together, before anything is read."""
+    first, low = components["dit"], components.get("dit_low")
+    vae, text = components.get("vae"), components.get("text")
+    dit = first.config
+    if vae and vae.config.latent_channels != dit.out_channels:
+        raise CheckpointError(
+            f"{vae.path.name} has {vae.config.latent_channels} latent channels, the transformer"
+            f" {dit.out_channels}",
+            "Wan2.1 and Wan2.2 A14B use the Wan2.1 VAE (16 latent channels); the Wan2.2 VAE (48)"
+            " belongs to TI2V-5B only",
+            "give Wan2.1_VAE.pth as vae_path",
+        )
+    if text and text.config.dim != dit.text_dim:
+        raise CheckpointError(
+            f"{text.path.name} gives vectors of {text.config.dim}, the transformer takes"
+            f" {dit.text_dim}",
+            "Wan models take umT5-xxl (4096)",
+            "give models_t5_umt5-xxl-enc-bf16.pth as text_encoder_path",
+        )
+    if dit.image_dim is not None:
+        raise CheckpointError(
+            f"{first.path.name} is a Wan2.1 image-to-video network",
+            "its image branch needs CLIP features, and tdjax has no CLIP encoder",
+            "use turbowan2.2-i2v-a14b-720p, or call tdjax.models.wan_dit.DiT with your own"
+            " features",
+        )
+    if low and low.config != dit:
+        raise CheckpointError(
+            f"{first.path.name} and {low.path.name} are networks of different kinds",
+            f"high noise: {dit}; low noise: {low.config}",
+            "give the two files of one release",
+        )

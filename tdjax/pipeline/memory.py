@@ -8,39 +8,122 @@ it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from tdjax.checkpoints import orbax
 from tdjax.config import Config, DiTConfig, TextConfig, VAEConfig, VideoSize
-from tdjax.errors import NotFinite, OutOfMemory
+from tdjax.errors import OutOfMemory
 from tdjax.models.wan_vae import cache_bytes
 from tdjax.pipeline.vae_tiling import tiling
 
 GIB = 2**30
-KERNEL_STEPS, REFERENCE_STEPS = (
-    5.5,
-    10,
-)  # activations of a chunk at full resolution that a VAE program holds at its worst moment
-STREAMED_LAYERS = (
-    3  # of the text encoder on the device: one that runs, one that waits, one that arrives
-)
+USABLE = 0.9  # share of the device's memory that a plan may count on
+# Activations of a chunk at full resolution that a VAE program holds at its worst moment.
+KERNEL_STEPS = 5.5
+REFERENCE_STEPS = 10
+# Layers of the text encoder on the device: one that runs, one that waits, one that arrives.
+STREAMED_LAYERS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
+    """Memory of one stage of a request.
+
+    stage:     "text", "vae encode", "dit", "dit_low" or "vae decode". name: as it is shown.
+    component: the network whose weights it needs: "text", "vae", "dit" or "dit_low".
+    weights:   bytes. working: bytes beside the weights.
+    """
+
+    stage: str
     name: str
-    weights: int  # bytes
-    working: int  # bytes beside the weights
+    component: str
+    weights: int
+    working: int
 
     @property
     def total(self) -> int:
         return self.weights + self.working
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionPlan:
+    """What a request will need and how it will run, decided once, before anything is loaded.
+
+    stages:        in the order in which they run.
+    limit:         bytes that JAX may use on the device, or None where the backend does not say.
+    keep_resident: all weights stay on the device between stages and calls.
+    stream_text:   the text encoder passes through the device layer by layer.
+    tiled_vae:     frames are decoded in overlapping tiles.
+    """
+
+    stages: tuple[StagePlan, ...]
+    limit: int | None
+    keep_resident: bool
+    stream_text: bool
+    tiled_vae: bool
+
+    def __iter__(self) -> Iterator[StagePlan]:
+        return iter(self.stages)
+
+    def of(self, stage: str) -> StagePlan:
+        """Returns the row of a stage; KeyError for one that the request does not have."""
+        for row in self.stages:
+            if row.stage == stage:
+                return row
+        raise KeyError(f"{stage!r}; this plan has {', '.join(row.stage for row in self.stages)}")
+
+    def table(self) -> str:
+        """Returns what `--dry_run` prints."""
+        lines = [f"{'stage':22} {'weights':>10} {'working':>10} {'total':>10}"]
+        for row in self.stages:
+            sizes = (row.weights, row.working, row.total)
+            lines.append(f"{row.name:22} " + " ".join(f"{n / GIB:6.2f} GiB" for n in sizes))
+        usable = "the device does not report its memory"
+        if self.limit is not None:
+            usable = f"{self.limit / GIB:.1f} GiB usable"
+        peak = max(self.stages, key=lambda row: row.total)
+        lines.append(f"peak {peak.total / GIB:.2f} GiB in {peak.name} ({usable})")
+        return "\n".join(lines)
+
+
+def make_plan(
+    configs: Mapping[str, Any],
+    size: VideoSize,
+    *,
+    guided: bool,
+    low_memory: bool = False,
+    stream_text: bool | None = None,
+    tiled_vae: bool | None = None,
+) -> ExecutionPlan:
+    """Returns the plan of a request on the first device.
+
+    configs:     of "text" (or not), "vae", "dit" and "dit_low" (or not).
+    guided:      every step runs a doubled batch.
+    low_memory:  no weights stay, even if all would fit.
+    stream_text: True, False, or None: unless everything fits together.
+    tiled_vae:   True, False, or None: where the whole frame does not fit.
+    """
+    limit = memory_limit()
+    if tiled_vae is None:
+        decode = _vae_stage(configs["vae"], size, encode=False, tiled=False)
+        tiled_vae = limit is not None and decode.total > USABLE * limit
+    plans = lambda streamed: stage_plans(
+        configs, size, guided=guided, stream_text=streamed, tiled=tiled_vae
+    )
+    resident = lambda stages: not low_memory and fit_together(stages, limit)
+    if stream_text is None:
+        stream_text = not resident(plans(False))
+    stages = plans(stream_text)
+    return ExecutionPlan(stages, limit, resident(stages), stream_text, tiled_vae)
 
 
 def module_bytes(module) -> int:
@@ -50,8 +133,8 @@ def module_bytes(module) -> int:
 
 @functools.cache
 def weight_bytes(kind: str, cfg: Config) -> int:
-    """Bytes of a network's weights. Counting the leaves takes milliseconds, and a call plans many
-    times."""
+    """Bytes of a network's weights. Counting the leaves takes milliseconds, and every call has a
+    plan."""
     return module_bytes(orbax.abstract(kind, cfg))
 
 
@@ -83,63 +166,47 @@ def vae_working(cfg: VAEConfig, height: int, width: int, *, encode: bool) -> int
     """The cache and the activations of one chunk at full resolution; frames come and go. XLA counts
     5.0 of them with the kernel, and up to 9.0 where the reference makes the taps."""
     item, frame = np.dtype(cfg.policy.compute).itemsize, height * width
-    steps = (
-        KERNEL_STEPS
-        if cfg.impl != "reference" and jax.default_backend() == "gpu"
-        else REFERENCE_STEPS
-    )
-    step = (
-        4 * cfg.multipliers[0] * cfg.dim * frame * item
-    )  # one activation of four frames at full resolution
-    return cache_bytes(cfg, height, width, encode=encode) + int(steps * step)
+    kernel = cfg.impl != "reference" and jax.default_backend() == "gpu"
+    steps = KERNEL_STEPS if kernel else REFERENCE_STEPS
+    activation = 4 * cfg.multipliers[0] * cfg.dim * frame * item  # four frames, full resolution
+    return cache_bytes(cfg, height, width, encode=encode) + int(steps * activation)
 
 
 def stage_plans(
-    configs: dict[str, Config],
+    configs: Mapping[str, Any],
     size: VideoSize,
     *,
-    image: bool,
     guided: bool,
     stream_text: bool = False,
     tiled: bool = False,
-) -> list[StagePlan]:
-    """configs of "text" (or not), "vae", "dit", "dit_low" (or not) -> the stages in the order they
-    run."""
+) -> tuple[StagePlan, ...]:
+    """Returns the stages in the order in which they run; arguments as those of `make_plan`."""
     plans = []
     if "text" in configs:
-        cfg = configs["text"]
-        weights = STREAMED_LAYERS * layer_bytes(cfg) if stream_text else weight_bytes("text", cfg)
-        plans.append(StagePlan("text", weights, text_working(cfg, 1)))
-    vae = configs["vae"]
-    if image:
-        plans.append(
-            StagePlan(
-                "vae encode",
-                weight_bytes("vae", vae),
-                vae_working(vae, size.height, size.width, encode=True),
-            )
-        )
-    for name in ("dit", "dit_low"):
-        if name in configs:
-            cfg = configs[name]
-            label = (
-                "denoise"
-                if "dit_low" not in configs
-                else ("denoise (high noise)" if name == "dit" else "denoise (low noise)")
-            )
-            plans.append(
-                StagePlan(
-                    label, weight_bytes("dit", cfg), dit_working(cfg, size, 2 if guided else 1)
-                )
-            )
-    sides = (size.height // vae.spatial, size.width // vae.spatial)
-    height, width = (n * vae.spatial for n in (tiling(*sides).size if tiled else sides))
-    plans.append(
-        StagePlan(
-            "vae decode", weight_bytes("vae", vae), vae_working(vae, height, width, encode=False)
-        )
-    )
-    return plans
+        plans.append(_text_stage(configs["text"], stream_text))
+    if configs["dit"].task == "i2v":
+        plans.append(_vae_stage(configs["vae"], size, encode=True, tiled=False))
+    names = {"dit": "denoise"}
+    if "dit_low" in configs:
+        names = {"dit": "denoise (high noise)", "dit_low": "denoise (low noise)"}
+    for stage, name in names.items():
+        cfg = configs[stage]
+        working = dit_working(cfg, size, 2 if guided else 1)
+        plans.append(StagePlan(stage, name, stage, weight_bytes("dit", cfg), working))
+    return (*plans, _vae_stage(configs["vae"], size, encode=False, tiled=tiled))
+
+
+def _text_stage(cfg: TextConfig, streamed: bool) -> StagePlan:
+    weights = STREAMED_LAYERS * layer_bytes(cfg) if streamed else weight_bytes("text", cfg)
+    return StagePlan("text", "text", "text", weights, text_working(cfg, 1))
+
+
+def _vae_stage(cfg: VAEConfig, size: VideoSize, *, encode: bool, tiled: bool) -> StagePlan:
+    sides = (size.height // cfg.spatial, size.width // cfg.spatial)
+    height, width = (n * cfg.spatial for n in (tiling(*sides).size if tiled else sides))
+    stage = "vae encode" if encode else "vae decode"
+    working = vae_working(cfg, height, width, encode=encode)
+    return StagePlan(stage, stage, "vae", weight_bytes("vae", cfg), working)
 
 
 def memory_limit(device=None) -> int | None:
@@ -148,16 +215,12 @@ def memory_limit(device=None) -> int | None:
     return stats.get("bytes_limit") if stats else None
 
 
-def keep_resident(plans: list[StagePlan], limit: int | None, low_memory: bool) -> bool:
-    """Whether all weights may stay on the device between stages and calls."""
-    if low_memory:
-        return False
+def fit_together(stages: tuple[StagePlan, ...], limit: int | None) -> bool:
+    """Whether the device holds all weights and the largest stage beside them."""
     if limit is None:
         return True
-    weights = sum(
-        p.weights for p in plans if p.name != "vae encode"
-    )  # the VAE stands in two stages
-    return weights + max(p.working for p in plans) < 0.9 * limit
+    weights = {row.component: row.weights for row in stages}
+    return sum(weights.values()) + max(row.working for row in stages) < USABLE * limit
 
 
 def may_stage(working_stage: StagePlan, module, limit: int | None) -> bool:
@@ -165,7 +228,7 @@ def may_stage(working_stage: StagePlan, module, limit: int | None) -> bool:
     it, and the device for its largest leaf twice (it is transposed there). Not where the device
     does not report its memory: that is the host's own."""
     largest = max(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(module))
-    room = limit is not None and working_stage.total + 2 * largest < 0.9 * limit
+    room = limit is not None and working_stage.total + 2 * largest < USABLE * limit
     return room and 1.2 * module_bytes(module) < host_available()
 
 
@@ -178,43 +241,26 @@ def host_available() -> int:
     )
 
 
-def table(plans: list[StagePlan], limit: int | None) -> str:
-    lines = [f"{'stage':22} {'weights':>10} {'working':>10} {'total':>10}"]
-    for p in plans:
-        lines.append(
-            f"{p.name:22} {p.weights / GIB:6.2f} GiB {p.working / GIB:6.2f} GiB"
-            f" {p.total / GIB:6.2f} GiB"
-        )
-    peak = max(plans, key=lambda p: p.total)
-    limit_text = (
-        "the device does not report its memory"
-        if limit is None
-        else f"{limit / GIB:.1f} GiB usable"
-    )
-    lines.append(f"peak {peak.total / GIB:.2f} GiB in {peak.name} ({limit_text})")
-    return "\n".join(lines)
+@contextlib.contextmanager
+def naming(label: str, plan: ExecutionPlan, stage: str) -> Iterator[None]:
+    """Within the block, running out of device memory becomes an OutOfMemory of that stage, which is
+    told as `label`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise out_of_memory(label, plan.of(stage), plan.limit) from error
 
 
-def out_of_memory(stage: str, plans: list[StagePlan], limit: int | None) -> OutOfMemory:
-    """The error of a stage that ran out of device memory, with its estimate and the remedies in
-    order."""
-    row = max(plans, key=lambda p: (p.name.split()[0] in stage, p.total))
+def out_of_memory(label: str, row: StagePlan, limit: int | None) -> OutOfMemory:
+    """Returns the error of a stage that ran out of device memory, with its estimate and the
+    remedies in order."""
     usable = "unknown" if limit is None else f"{limit / GIB:.1f} GiB"
     return OutOfMemory(
-        f"out of device memory in stage {stage!r}",
+        f"out of device memory in stage {label!r}",
         f"estimated need {row.total / GIB:.1f} GiB, of which weights {row.weights / GIB:.1f} GiB;"
         f" usable {usable}",
-        "in this order: --low_memory; a -quant file or --quant int8; fewer frames or --resolution"
+        "in this order: low_memory; a -quant file or `quant` int8; fewer frames or `resolution`"
         " 480p",
-    )
-
-
-def not_finite(step: int, steps: int, cfg: DiTConfig) -> NotFinite:
-    """The error of a denoising step that was not finite."""
-    return NotFinite(
-        f"step {step} of {steps} gave NaN or infinity: no video was written",
-        f"the transformer ran with attention {cfg.attention}, linears {cfg.linear},"
-        f" {cfg.policy.compute}",
-        "try --attention_type original, then --quant none, then --dtype float32; please report"
-        " which one helps",
     )

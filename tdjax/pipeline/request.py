@@ -4,75 +4,58 @@ before any long work."""
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import jax
 import numpy as np
 
-from tdjax.config import SamplerConfig, VideoSize
+from tdjax.config import DiTConfig, SamplerConfig, TextConfig, VideoSize, sampler_changes
 from tdjax.errors import UsageError
 from tdjax.media.resolution import choose_size
-from tdjax.sampling import flow
+from tdjax.pipeline.options import (
+    CallAliases,
+    Check,
+    OutputType,
+    check_choice,
+    without_aliases,
+)
+from tdjax.presets import I2V_SAMPLER, PRESETS, T2V_SAMPLER, TEACHER_SAMPLER
 
-# Names of diffusers and TurboDiffusion that mean the same.
-ALIASES = {
-    "num_inference_steps": "num_steps",
-    "image_path": "image",
-    "num_videos_per_prompt": "num_samples",
-    "generator": "key",
-}
-SAMPLER_FIELDS = {"num_steps": "steps", "sigma_max": "sigma_max", "mid_t": "mid", "sampler": "mode", "boundary": "boundary",
-                  "shift": "shift", "guidance_scale": "guidance"}  # fmt: skip
-OUTPUTS = ("uint8", "float", "latent")
+_SIZE = ("resolution", "aspect_ratio", "width", "height", "num_frames")
+_SAMPLER = tuple(field.name for field in dataclasses.fields(SamplerConfig))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A validated call. `latents` is start noise [1 t h w c]; `prompt_embeds` replaces the text
-    encoder."""
+    """A validated call."""
 
     prompts: tuple[str, ...]
     size: VideoSize
     sampler: SamplerConfig
     negative_prompt: str = ""
-    image: Any = None  # uint8 [H W 3]
+    image: np.ndarray | None = None  # uint8 [H W 3]
     fit: str = "crop"
     num_samples: int = 1
-    seed: int | None = 0
+    seed: int | None = 0  # None where the caller gave a key
     key: Any = None
-    latents: np.ndarray | None = None
-    prompt_embeds: np.ndarray | None = None
+    latents: np.ndarray | None = None  # start noise [1 t h w c]
+    prompt_embeds: np.ndarray | None = None  # [b s d], in place of the text encoder
     output_type: str = "uint8"
     fps: int = 16
     resolution: str | None = None  # the name that the size came from, where there was one
     check: str = "finite"
-    on_frames: Callable[[int, np.ndarray], None] | None = (
-        None  # (number of the video, chunk of its frames [t H W 3])
-    )
+    on_frames: Callable[[int, np.ndarray], None] | None = None  # takes chunks [t H W 3]
 
-    def check_arrays(self, *, latents: tuple[int, ...], embeds: tuple[int, int]) -> None:
-        """Raises UsageError unless given arrays have the shapes of this model at this size."""
-        if self.latents is not None and tuple(self.latents.shape) != latents:
-            raise UsageError(
-                f"latents have shape {tuple(self.latents.shape)}",
-                f"{self.size} needs {latents}, [1 t h w c]",
-                "match the size",
-            )
-        if self.prompt_embeds is not None and (
-            tuple(self.prompt_embeds.shape[1:]) != embeds or not len(self.prompt_embeds)
-        ):
-            raise UsageError(
-                f"prompt_embeds have shape {tuple(self.prompt_embeds.shape)}",
-                f"this model needs [b {embeds[0]} {embeds[1]}]",
-                "make them with pipe.embed(prompts) or --save_prompt_embeds",
-            )
+    def random_key(self) -> jax.Array:
+        """Returns the key that was given, or that of the seed."""
+        return jax.random.key(self.seed or 0) if self.key is None else self.key
 
     def digests(self) -> dict[str, str]:
-        """sha256 of the arrays that the caller gave, so that a sidecar tells whether they were the
-        same."""
+        """Returns sha256 of the arrays that the caller gave, so that a sidecar tells whether they
+        were the same."""
         given = {name: getattr(self, name) for name in ("image", "latents", "prompt_embeds")}
         return {
             k: hashlib.sha256(np.ascontiguousarray(v).tobytes()).hexdigest()
@@ -81,106 +64,117 @@ class Request:
         }
 
 
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, 1, 0.0)[0]
-        raise UsageError(
-            f"{name} is {value!r}", f"allowed: {', '.join(allowed)}", f"nearest: {near}"
-        )
+_PLAIN = tuple(
+    field.name
+    for field in dataclasses.fields(Request)
+    if field.name not in ("prompts", "size", "sampler", "resolution")
+)
+ACCEPTED = (*_PLAIN, *_SAMPLER, *_SIZE)  # arguments of a call beside the prompt
 
 
-def accepted() -> list[str]:
-    own = [
-        f.name
-        for f in dataclasses.fields(Request)
-        if f.name not in ("prompts", "size", "sampler", "resolution")
-    ]
-    return sorted(
-        [
-            *own,
-            *SAMPLER_FIELDS,
-            *ALIASES,
-            "resolution",
-            "aspect_ratio",
-            "width",
-            "height",
-            "num_frames",
-        ]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelDefaults:
+    """What a call takes from its model where it gives nothing else, and what its arrays must be."""
+
+    task: str
+    size: VideoSize
+    resolution: str | None  # a name of VIDEO_SIZES; None for a model with a size of its own
+    sampler: SamplerConfig
+    text_encoder: bool  # whether there is one
+    text_len: int
+    text_dim: int
+    channels: int  # of latents
+
+    def latent_shape(self, size: VideoSize) -> tuple[int, ...]:
+        """Returns (1, t, h, w, c) of the latents of one video."""
+        return (1, *size.latent_grid, self.channels)
+
+
+def defaults_of(
+    transformer: DiTConfig, text: TextConfig | None, preset: str | None, about: dict[str, Any]
+) -> ModelDefaults:
+    """Returns what a model says of itself in `about` (its model.json), else by its preset, else by
+    its task."""
+    sampler = I2V_SAMPLER if transformer.task == "i2v" else T2V_SAMPLER
+    resolution: str | None = "480p"
+    if preset in PRESETS:
+        sampler, resolution = PRESETS[preset].sampler, PRESETS[preset].resolution
+    if "width" in about:
+        resolution = None
+    sizes = {name: about[name] for name in ("frames", "height", "width") if name in about}
+    return ModelDefaults(
+        task=transformer.task,
+        size=VideoSize(**sizes),
+        resolution=resolution,
+        sampler=dataclasses.replace(sampler, **sampler_changes(about.get("sampler", {}))),
+        text_encoder=text is not None,
+        text_len=(text or transformer).text_len,
+        text_dim=transformer.text_dim,
+        channels=transformer.out_channels,
     )
-
-
-def canonical(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Aliases resolved, None dropped; an unknown name raises with the nearest known one."""
-    known = accepted()
-    out = {}
-    for name, value in arguments.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise UsageError(
-                f"unknown argument {name!r}",
-                f"allowed: {', '.join(known)}",
-                f"did you mean {near[0]!r}?" if near else "see help(tdjax.Pipeline)",
-            )
-        if value is not None:
-            out[ALIASES.get(name, name)] = value
-    return out
 
 
 def make_request(
-    prompts: tuple[str, ...],
+    prompt: str | list[str] | tuple[str, ...] | None,
     arguments: dict[str, Any],
-    *,
-    task: str,
-    size: VideoSize,
-    resolution: str | None,
-    sampler: SamplerConfig,
+    model: ModelDefaults,
 ) -> Request:
-    """Arguments over the model's own defaults (its size, resolution and sampler)."""
-    given = canonical(arguments)
+    """Returns the arguments over the model's own defaults; those that are None count as not given.
+
+    Raises UsageError.
+    """
+    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
+    defaults = {"num_samples": Request.num_samples}
+    named = without_aliases(arguments, CallAliases, ACCEPTED, defaults)
+    given = {name: value for name, value in named.items() if value is not None}
     image = given.pop("image", None)
     if image is not None:
         image = as_image(image)
-    check_task(task, image)
-    size_names = ("resolution", "aspect_ratio", "width", "height", "num_frames")
-    size_given = {name: given.pop(name) for name in size_names if name in given}
+    _check_task(model.task, image)
+    size_given = {name: given.pop(name) for name in _SIZE if name in given}
     fit = given.pop("fit", "crop")
-    if size_given or resolution is not None or fit == "adaptive":
-        if resolution is None and not {"width", "height", "resolution", "aspect_ratio"} & set(
-            size_given
-        ):
-            size_given |= {"width": size.width, "height": size.height}
-        size_given = {"resolution": resolution, "num_frames": size.frames} | size_given
-        size = choose_size(
-            **size_given,
-            image_size=None if image is None else (image.shape[1], image.shape[0]),
-            fit=fit,
-        )
-    changes = {field: given.pop(name) for name, field in SAMPLER_FIELDS.items() if name in given}
-    if "mid" in changes:
-        changes["mid"] = tuple(float(t) for t in changes["mid"])
-        changes.setdefault("steps", len(changes["mid"]) + 1)
-    if changes.get("mode") and (changes["mode"] in ("sde", "ode")) != sampler.few_step:
-        other = SamplerConfig if changes["mode"] in ("sde", "ode") else teacher_defaults
-        sampler = other(mode=changes["mode"])
+    size, resolution = _chosen_size(size_given, fit, image, model)
+    changes = {name: given.pop(name) for name in _SAMPLER if name in given}
+    sampler = _chosen_sampler(changes, model.sampler)
     request = Request(
         prompts=prompts,
         size=size,
-        sampler=dataclasses.replace(sampler, **changes),
+        sampler=sampler,
         image=image,
         fit=fit,
-        resolution=size_given.get("resolution"),
+        resolution=resolution,
         **given,
     )
-    return checked(request)
+    return _checked(request, model)
 
 
-def teacher_defaults(mode: str) -> SamplerConfig:
-    from tdjax.config import TEACHER_SAMPLER
+def _chosen_size(
+    given: dict[str, Any], fit: str, image: np.ndarray | None, model: ModelDefaults
+) -> tuple[VideoSize, str | None]:
+    """(size, the name that it came from)."""
+    if not given and model.resolution is None and fit != "adaptive":
+        return model.size, None
+    if model.resolution is None and not set(given) - {"num_frames"}:
+        given = given | {"width": model.size.width, "height": model.size.height}
+    given = {"resolution": model.resolution, "num_frames": model.size.frames} | given
+    image_size = None if image is None else (image.shape[1], image.shape[0])
+    return choose_size(**given, image_size=image_size, fit=fit), given["resolution"]
 
-    return dataclasses.replace(TEACHER_SAMPLER, mode=mode)
+
+def _chosen_sampler(changes: dict[str, Any], own: SamplerConfig) -> SamplerConfig:
+    """The model's sampler with what was asked for. Asked for the other class of samplers, it is
+    that class's own defaults that are changed."""
+    if "mid_t" in changes:
+        times = tuple(float(t) for t in changes["mid_t"])
+        changes = {"num_steps": len(times) + 1} | changes | {"mid_t": times}
+    if "sampler" in changes:
+        few_step = changes["sampler"] in ("sde", "ode")
+        if few_step != own.few_step:
+            own = SamplerConfig() if few_step else TEACHER_SAMPLER
+    return dataclasses.replace(own, **changes)
 
 
-def checked(request: Request) -> Request:
+def _checked(request: Request, model: ModelDefaults) -> Request:
     if request.num_samples < 1:
         raise UsageError(
             f"num_samples is {request.num_samples}", "at least one video is made", "use 1"
@@ -199,8 +193,8 @@ def checked(request: Request) -> Request:
             raise UsageError(
                 f"{name} hold NaN or infinity", "they are where sampling begins", "make them again"
             )
-    check_choice("output_type", request.output_type, OUTPUTS)
-    check_choice("check", request.check, ("finite", "none"))
+    check_choice("output_type", request.output_type, get_args(OutputType))
+    check_choice("check", request.check, get_args(Check))
     if not request.fps >= 1:
         raise UsageError(
             f"fps is {request.fps}",
@@ -221,18 +215,42 @@ def checked(request: Request) -> Request:
             "a jax.random key is needed",
             "for example jax.random.key(3), or give a number as seed",
         )
-    if request.key is not None and request.seed is not None:
-        request = dataclasses.replace(request, seed=None)
     if not request.prompts and request.prompt_embeds is None:
         raise UsageError(
             "no prompt",
             "a prompt or prompt_embeds is needed",
             'give a sentence, for example pipe("a fox in the snow")',
         )
-    return request
+    if request.sampler.guided and not model.text_encoder:
+        raise UsageError(
+            "guidance without a text encoder",
+            "the negative prompt is encoded by it",
+            "give the prompt itself, or guidance_scale 1",
+        )
+    _check_arrays(request, model)
+    return request if request.key is None else dataclasses.replace(request, seed=None)
 
 
-def check_task(task: str, image) -> None:
+def _check_arrays(request: Request, model: ModelDefaults) -> None:
+    """Raises UsageError unless given arrays have the shapes of this model at this size."""
+    latents, embeds = request.latents, request.prompt_embeds
+    expected = model.latent_shape(request.size)
+    if latents is not None and tuple(latents.shape) != expected:
+        raise UsageError(
+            f"latents have shape {tuple(latents.shape)}",
+            f"{request.size} needs {expected}, [1 t h w c]",
+            "match the size",
+        )
+    rows = (model.text_len, model.text_dim)
+    if embeds is not None and (tuple(embeds.shape[1:]) != rows or not len(embeds)):
+        raise UsageError(
+            f"prompt_embeds have shape {tuple(embeds.shape)}",
+            f"this model needs [b {model.text_len} {model.text_dim}]",
+            "make them with pipe.embed(prompts), or save_prompt_embeds of the command",
+        )
+
+
+def _check_task(task: str, image: np.ndarray | None) -> None:
     if task == "t2v" and image is not None:
         raise UsageError(
             "an image was given to text-to-video weights",
@@ -245,13 +263,13 @@ def check_task(task: str, image) -> None:
             "image-to-video weights need an image",
             "their patch embedding takes 36 channels (16 noise, 4 mask, 16 image latents);"
             " text-to-video weights take 16",
-            "give --image_path, or use a text-to-video model such as turbowan2.1-t2v-1.3b-480p",
+            "give `image`, or use a text-to-video model such as turbowan2.1-t2v-1.3b-480p",
         )
 
 
 def as_image(image) -> np.ndarray:
-    """Path, PIL image or array -> uint8 [H W 3]."""
-    from tdjax.media.video import read_image
+    """Returns uint8 [H W 3] of a path, a PIL image or an array. Raises UsageError for others."""
+    from tdjax.media.image import read_image
 
     if isinstance(image, str | Path):
         return read_image(image)
@@ -263,19 +281,3 @@ def as_image(image) -> np.ndarray:
             "convert it to 8-bit RGB",
         )
     return array
-
-
-def sampler_notes(cfg: SamplerConfig, name: str, distilled: bool, experts: bool) -> list[str]:
-    """Steps that do not suit the weights."""
-    lines = []
-    if not distilled and cfg.few_step:
-        lines.append(
-            f"{name} looks like undistilled Wan weights (by its name): {cfg.steps} steps give poor"
-            " video; use --sampler unipc --num_steps 50 --guidance_scale 5, or a TurboWan file"
-        )
-    if experts and flow.split_times(flow.times(cfg), cfg.boundary) == cfg.steps:
-        lines.append(
-            f"all {cfg.steps} steps lie above the boundary {cfg.boundary:g}: the low-noise expert"
-            " is not used"
-        )
-    return lines

@@ -6,18 +6,23 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-import os
 import platform
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import tdjax
 from tdjax.config import to_dict
 from tdjax.errors import UsageError
+from tdjax.files import refuse_existing, write_text, written
 from tdjax.media import video
+
+if TYPE_CHECKING:  # files are named and refused before jax is there
+    from tdjax.pipeline.components import Component
+    from tdjax.pipeline.request import Request
 
 
 @dataclasses.dataclass
@@ -83,7 +88,7 @@ class Result:
         """
         path, fps = Path(path), fps or self.fps
         check_save(path, fps=fps, crf=crf, metadata=metadata, overwrite=overwrite)
-        facts = {**self.metadata, "index": index, "fps": fps}
+        about = {**self.metadata, "index": index, "fps": fps}
         if path.suffix == ".safetensors":
             save_latents(path, self.latents[index : index + 1], overwrite)
         else:
@@ -92,11 +97,11 @@ class Result:
                 self.pixels(index),
                 fps=fps,
                 crf=crf,
-                metadata=json.dumps(facts) if metadata else None,
+                metadata=json.dumps(about) if metadata else None,
                 overwrite=overwrite,
             )
         if metadata:
-            write_json(sidecar(path), facts)
+            write_json(sidecar(path), about)
         return path
 
     def _repr_html_(self) -> str:
@@ -123,19 +128,14 @@ def sidecar(path: Path) -> Path:
 def check_save(path: Path, *, fps: float, crf: int, metadata: bool, overwrite: bool) -> None:
     """Everything that stands in the way of `Result.save`, found before a long run: UsageError."""
     if path.suffix == ".safetensors":
-        if path.exists() and not overwrite:
-            raise UsageError(
-                f"{path} exists",
-                "nothing is overwritten by itself",
-                "give another name, or --overwrite",
-            )
+        refuse_existing(path, overwrite)
     else:
         video.check_target(path, fps, crf, overwrite)
     if metadata and sidecar(path).exists() and not overwrite:
         raise UsageError(
             f"{sidecar(path)} exists",
             "the video's metadata goes there",
-            "give another name, --overwrite, or --metadata off",
+            "give another name, `overwrite`, or `metadata` off",
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,35 +145,26 @@ def check_save(path: Path, *, fps: float, crf: int, metadata: bool, overwrite: b
         raise UsageError(
             f"cannot write into {path.parent}",
             error.strerror or str(error),
-            "give another --save_path",
+            "give another save_path",
         ) from error
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(part, path)
+    """Writes or replaces a sidecar in one step."""
+    write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def save_latents(path: Path, latents: np.ndarray, overwrite: bool = False) -> None:
-    """Normalised latents [1 t h w c] as a safetensors file."""
+    """Writes normalised latents [1 t h w c] as a safetensors file. Raises UsageError."""
     from safetensors.numpy import save_file
 
-    if path.exists() and not overwrite:
-        raise UsageError(
-            f"{path} exists",
-            "nothing is overwritten by itself",
-            "give another name, or --overwrite",
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    save_file({"latents": np.ascontiguousarray(latents)}, part)
-    os.replace(part, path)
+    with written(path, overwrite) as part:
+        save_file({"latents": np.ascontiguousarray(latents)}, part)
 
 
-def describe(name: str, request, parts: dict) -> dict[str, Any]:
-    """Everything needed to make the same video again, as JSON values; arrays that were given stand
-    as their sha256."""
+def metadata_of(name: str, request: Request, components: Mapping[str, Component]) -> dict[str, Any]:
+    """Returns everything needed to make the same video again, as JSON values; arrays that were
+    given stand as their sha256."""
     import jax
 
     return {
@@ -185,18 +176,18 @@ def describe(name: str, request, parts: dict) -> dict[str, Any]:
         "num_samples": request.num_samples,
         "fit": request.fit,
         "given": request.digests(),
-        "lora": {name: list(part.lora) for name, part in parts.items() if part.lora},
+        "lora": {name: list(each.lora) for name, each in components.items() if each.lora},
         "size": to_dict(request.size),
         "sampler": to_dict(request.sampler),
-        "transformer": to_dict(parts["dit"].config),
-        "vae_dtype": parts["vae"].config.policy.compute,
-        "files": {name: part.fingerprint() for name, part in parts.items()},
+        "transformer": to_dict(components["dit"].config),
+        "vae_dtype": components["vae"].config.policy.compute,
+        "files": {name: component.fingerprint() for name, component in components.items()},
         "versions": {"jax": jax.__version__, "python": platform.python_version()},
         "device": jax.local_devices()[0].device_kind,
     }
 
 
 def joined(videos: list[np.ndarray]) -> np.ndarray:
-    """Videos [1 ...] as one array; a single one, of which there may be hundreds of megabytes, is
-    not copied."""
+    """Returns videos [1 ...] as one array; a single one, of which there may be hundreds of
+    megabytes, is not copied."""
     return videos[0] if len(videos) == 1 else np.concatenate(videos)

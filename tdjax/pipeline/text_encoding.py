@@ -3,7 +3,7 @@ whole or layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,135 +12,195 @@ import numpy as np
 import tdjax
 from tdjax.checkpoints import orbax
 from tdjax.config import to_dict
-from tdjax.pipeline import compilation
-from tdjax.pipeline.components import Part
-from tdjax.pipeline.conditioning import Tokens
+from tdjax.errors import CheckpointError, UsageError
+from tdjax.pipeline import compilation, memory
+from tdjax.pipeline.compilation import Program, Programs
+from tdjax.pipeline.components import Component
+from tdjax.pipeline.memory import ExecutionPlan
+from tdjax.pipeline.request import Request
+from tdjax.pipeline.stage import Stage
+from tdjax.progress import Stages
 from tdjax.text.prompt_cache import PromptCache, entry_key
-from tdjax.text.tokenizer import Tokenizer
+from tdjax.text.tokenizer import Tokenizer, Tokens
 
+STAGE = "text"
 BLOCKS = "blocks."  # how names of the encoder's stacked leaves begin
 
 
-class TextEncoder:
-    """The text encoder of a pipeline as stages."""
+class TextEncoding(Stage):
+    """The stage of the text encoder.
+
+    component, tokenizer: None where the model was opened without them.
+    cache:                of embeddings, or None.
+    dtype:                in which the transformer reads embeddings.
+    """
 
     def __init__(
         self,
-        compiled: compilation.Programs,
-        part: Part,
+        compiler: Programs,
+        component: Component | None,
         tokenizer: Tokenizer | None,
         cache: PromptCache | None,
-        stages,
+        stages: Stages,
+        dtype: Any = np.float32,
     ):
-        self.compiled, self.part, self.tokenizer, self.cache, self.stages = (
-            compiled,
-            part,
-            tokenizer,
-            cache,
-            stages,
-        )
+        super().__init__(compiler, stages)
+        _check_vocabulary(tokenizer, component)
+        self.component = component
+        self.tokenizer = tokenizer
+        self.cache = cache
+        self.dtype = dtype
 
-    def embed(self, prompts: list[str], encode: Callable[[Tokens], np.ndarray]) -> np.ndarray:
-        """-> [b s d]. `encode` is asked for the prompts that the cache does not know, all at once,
-        and not at all if it knows them all."""
-        cfg, tokens = self.part.config, self.tokenizer.encode(prompts)
-        rows, keys = [None] * len(prompts), []
+    @property
+    def encoder(self) -> Component:
+        """The component; UsageError where there is none."""
+        if self.component is None:
+            raise _absent()
+        return self.component
+
+    def programs(self, request: Request, plan: ExecutionPlan) -> list[Program]:
+        if self.component is None:
+            return []
+        return self._layer_programs() if plan.stream_text else self._program()
+
+    def run(self, request: Request, plan: ExecutionPlan) -> list[np.ndarray]:
+        """Returns for each prompt what the transformer reads: [1 s d], or prompt and negative
+        prompt [2 s d] under guidance."""
+        prompts = list(request.prompts) if request.prompt_embeds is None else []
+        negative = [request.negative_prompt] if request.sampler.guided else []
+        rows = self.embed(prompts + negative, plan) if prompts + negative else np.zeros((0,))
+        embeds = rows[: len(prompts)] if request.prompt_embeds is None else request.prompt_embeds
+        below = [rows[len(prompts) :]] if negative else []
+        return [np.concatenate([row[None], *below]).astype(self.dtype) for row in embeds]
+
+    def embed(self, prompts: list[str], plan: ExecutionPlan) -> np.ndarray:
+        """Returns embeddings [b s d]. The encoder runs for the prompts that the cache does not
+        know, all at once, and not at all if it knows them all."""
+        if self.tokenizer is None:
+            raise _absent()
+        cfg, tokens = self.encoder.config, self.tokenizer.encode(prompts)
+        rows: list[Any] = [None] * len(prompts)
+        keys: list[str] = []
         if self.cache is not None:
             with self.stages("prompt cache"):
                 facts = self.facts()
-                keys = [
-                    entry_key(ids, mask, facts)
-                    for ids, mask in zip(tokens.ids, tokens.mask, strict=True)
-                ]
-                rows = [
-                    self.cache.get(key, (cfg.text_len, cfg.dim), np.dtype(cfg.policy.compute_dtype))
-                    for key in keys
-                ]
+                each = zip(tokens.ids, tokens.mask, strict=True)
+                keys = [entry_key(ids, mask, facts) for ids, mask in each]
+                dtype = np.dtype(cfg.policy.compute_dtype)
+                rows = [self.cache.get(key, (cfg.text_len, cfg.dim), dtype) for key in keys]
         missing = [i for i, row in enumerate(rows) if row is None]
         if missing:
-            encoded = encode(Tokens(tokens.ids[missing], tokens.mask[missing]))
+            encoded = self.encode(Tokens(tokens.ids[missing], tokens.mask[missing]), plan)
             for i, row in zip(missing, encoded, strict=True):
                 rows[i] = row
-                note = self.cache and self.cache.put(
-                    keys[i], row, int(tokens.mask[i].sum()), prompts[i]
-                )
-                if note:
-                    self.stages.note(note)
+                if self.cache is not None:
+                    note = self.cache.put(keys[i], row, int(tokens.mask[i].sum()), prompts[i])
+                    if note:
+                        self.stages.note(note)
         return np.stack(rows)
 
-    def facts(self) -> dict:
-        """Everything beside the tokens that an embedding's bits depend on."""
-        mesh, kind = self.part.mesh, jax.local_devices()[0].device_kind
+    def encode(self, tokens: Tokens, plan: ExecutionPlan) -> np.ndarray:
+        """Returns embeddings [b s d] of tokens [b s], on the host; the encoder is freed where
+        weights do not stay."""
+        with memory.naming("text", plan, STAGE):
+            if self.encoder.module is None and plan.stream_text:
+                self.compiled(self._layer_programs(), plan, STAGE)
+                with self.timed("text, layer by layer", plan, STAGE):
+                    return self.streamed(tokens)
+            _, encoder = self.ready(self._program(), self.encoder, plan, STAGE)
+            with self.timed("text", plan, STAGE):
+                embeds = self.whole(encoder, tokens)
+            if not plan.keep_resident:
+                self.encoder.free()
+            return embeds
+
+    def facts(self) -> dict[str, Any]:
+        """Returns everything beside the tokens that an embedding's bits depend on."""
+        mesh, kind = self.encoder.mesh, jax.local_devices()[0].device_kind
         return {
-            "weights": self.part.identity(),
-            "config": to_dict(self.part.config),
+            "weights": self.encoder.identity(),
+            "config": to_dict(self.encoder.config),
             "where": kind if mesh is None else f"{kind} {dict(mesh.shape)}",
-            "precision": str(jax.config.jax_default_matmul_precision),
+            "precision": str(jax.config.jax_default_matmul_precision),  # pyright: ignore
             "versions": [tdjax.__version__, jax.__version__],
         }
 
     # -- the whole encoder on the device -----------------------------------------------------------
 
-    def program(self):
-        row = self.compiled.shape((1, self.part.config.text_len), jnp.int32)
-        return self.compiled.get(
-            self.stages, "text", compilation.encode_text, self.part.abstract(), row, row
-        )
-
     def whole(self, encoder, tokens: Tokens) -> np.ndarray:
-        """Tokens [b s] -> [b s d] on the host, one prompt at a time."""
-        run, place = self.program(), self.compiled.place
+        """Returns embeddings [b s d] of tokens [b s] on the host, one prompt at a time."""
+        run, place = self._program()[0].wait(), self.compiler.place
         each = zip(tokens.ids[:, None], tokens.mask[:, None], strict=True)
-        return np.concatenate(
-            [np.asarray(row) for row in [run(encoder, *place(row)) for row in each]]
-        )
+        rows = [run(encoder, *place(row)) for row in each]
+        return np.concatenate([np.asarray(row) for row in rows])
+
+    def _program(self) -> list[Program]:
+        row = self.compiler.shape((1, self.encoder.config.text_len), jnp.int32)
+        encoder = self.encoder.abstract()
+        return [self.compiler.request("text", compilation.encode_text, encoder, row, row)]
 
     # -- a layer at a time -------------------------------------------------------------------------
-
-    def layer_programs(self):
-        """Of one layer, with its input donated, and of what comes after the last."""
-        cfg, module, shape = self.part.config, self.part.abstract(), self.compiled.shape
-        x, mask = (
-            shape((1, cfg.text_len, cfg.dim), cfg.policy.compute_dtype),
-            shape((1, cfg.text_len), jnp.int32),
-        )
-        block = jax.tree.map(lambda leaf: shape(leaf.shape[1:], leaf.dtype), module.blocks)
-        norm = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), module.norm)
-        get = lambda function, *args, donate=(): self.compiled.get(
-            self.stages, "text", function, *args, donate=donate
-        )
-        return get(compilation.text_layer, block, x, mask, donate=(1,)), get(
-            compilation.text_end, norm, x, mask
-        )
 
     def streamed(self, tokens: Tokens) -> np.ndarray:
         """The same, with one layer of the encoder on the device and the next on its way; all
         prompts pass each layer together, one after another. Of the embedding table only the rows of
         the prompts are read."""
-        (layer, end), cfg, place = self.layer_programs(), self.part.config, self.compiled.place
-        module = self.part.abstract()
+        layer, end = (program.wait() for program in self._layer_programs())
+        cfg, place = self.encoder.config, self.compiler.place
+        module = self.encoder.abstract()
         ids, where = np.unique(tokens.ids, return_inverse=True)
-        table = self.part.rows("embed.embedding", ids).astype(cfg.policy.compute_dtype)
+        table = self.encoder.rows("embed.embedding", ids).astype(cfg.policy.compute_dtype)
         xs = [place(table[row][None]) for row in where.reshape(tokens.ids.shape)]
         masks = [place(row[None]) for row in tokens.mask]
         before = xs
-        for leaves in self.part.layers(BLOCKS):
-            block = unflatten(
-                module.blocks, {name.removeprefix(BLOCKS): leaf for name, leaf in leaves.items()}
-            )
+        for leaves in self.encoder.layers(BLOCKS):
+            stacked = {name.removeprefix(BLOCKS): leaf for name, leaf in leaves.items()}
+            block = _unflatten(module.blocks, stacked)
             jax.block_until_ready(before)  # the layer before this one is done: its weights are free
             before = xs = [layer(block, x, mask) for x, mask in zip(xs, masks, strict=True)]
-            del leaves, block
-        norm = unflatten(
-            module.norm,
-            {name: self.part.leaf(f"norm.{name}") for name in orbax.names(module.norm)},
-        )
-        return np.concatenate(
-            [np.asarray(end(norm, x, mask)) for x, mask in zip(xs, masks, strict=True)]
+            del leaves, stacked, block
+        leaves = {
+            name: self.encoder.leaf(f"norm.{name}") for name in orbax.named_leaves(module.norm)
+        }
+        norm = _unflatten(module.norm, leaves)
+        rows = [end(norm, x, mask) for x, mask in zip(xs, masks, strict=True)]
+        return np.concatenate([np.asarray(row) for row in rows])
+
+    def _layer_programs(self) -> list[Program]:
+        """One layer, with its input donated, and what comes after the last."""
+        cfg, shape = self.encoder.config, self.compiler.shape
+        module, request = self.encoder.abstract(), self.compiler.request
+        x = shape((1, cfg.text_len, cfg.dim), cfg.policy.compute_dtype)
+        mask = shape((1, cfg.text_len), jnp.int32)
+        block = jax.tree.map(lambda leaf: shape(leaf.shape[1:], leaf.dtype), module.blocks)
+        norm = self.compiler.shapes_of(module.norm)
+        return [
+            request("text", compilation.text_layer, block, x, mask, donate=(1,)),
+            request("text", compilation.text_end, norm, x, mask),
+        ]
+
+
+def _absent() -> UsageError:
+    return UsageError(
+        "this model was opened without a text encoder",
+        "a prompt cannot be encoded",
+        "give prompt_embeds",
+    )
+
+
+def _check_vocabulary(tokenizer: Tokenizer | None, component: Component | None) -> None:
+    """An id outside the embedding would be clamped without a word."""
+    if tokenizer and component and tokenizer.size > component.config.vocab:
+        raise CheckpointError(
+            f"{tokenizer.path} has {tokenizer.size} ids, {component.path.name} has"
+            f" {component.config.vocab} embeddings",
+            "they belong to different text encoders",
+            "give the tokenizer of google/umt5-xxl as tokenizer_path",
         )
 
 
-def unflatten(abstract, leaves: dict):
+def _unflatten(module, leaves: dict[str, Any]):
+    """The module of shapes with leaves in their places."""
     return jax.tree.unflatten(
-        jax.tree.structure(abstract), [leaves[name] for name in orbax.names(abstract)]
+        jax.tree.structure(module), [leaves[name] for name in orbax.named_leaves(module)]
     )

@@ -1,5 +1,5 @@
-"""Latents to frames and frames to latents, a chunk at a time: device memory does not depend on the
-length of the clip.
+"""The two stages of the VAE, latents to frames and an image to latents, a chunk at a time: device
+memory does not depend on the length of the clip.
 
 One compiled body for the first latent frame and one for every later one, called from the host; what
 the VAE remembers of the past is donated from call to call. The bits are those of `VAE.decode` and
@@ -16,132 +16,195 @@ import jax
 import numpy as np
 
 from tdjax.config import VideoSize
+from tdjax.errors import NotFinite
+from tdjax.media.resolution import fit_image
 from tdjax.models.wan_vae import cache_shapes
-from tdjax.pipeline import compilation
-from tdjax.pipeline.components import Part
+from tdjax.pipeline import compilation, memory
+from tdjax.pipeline.compilation import Program, Programs
+from tdjax.pipeline.components import Component
+from tdjax.pipeline.conditioning import first_frame, image_condition
+from tdjax.pipeline.memory import ExecutionPlan
+from tdjax.pipeline.request import Request
+from tdjax.pipeline.stage import Stage
 from tdjax.pipeline.vae_tiling import tiling
+from tdjax.progress import Stages
 
+ENCODE, DECODE = "vae encode", "vae decode"
 IN_FLIGHT = 2  # chunks that are computed while an earlier one travels to the host
 
 
-class Coder:
-    """The VAE of a pipeline as stages: programs by size, and the loops over them."""
+class VAECoding(Stage):
+    """The stage that makes frames of latents; and the loops over chunks, both ways."""
 
-    def __init__(self, compiled: compilation.Programs, part: Part, stages):
-        self.compiled, self.part, self.stages = compiled, part, stages
+    def __init__(self, compiler: Programs, component: Component, stages: Stages):
+        super().__init__(compiler, stages)
+        self.component = component
 
-    def pair(
-        self, label: str, first: Callable, later: Callable, chunks: tuple, cache, **static
-    ) -> tuple[Callable, Callable | None]:
-        """Executables for the first chunk and for later ones; chunks: (shape of the first, of each
-        later one or None)."""
-        shape, vae = self.compiled.shape, self.part.abstract()
-        get = lambda function, *args, donate=(): self.compiled.get(
-            self.stages, label, function, vae, *args, donate=donate, **static
+    def programs(self, request: Request, plan: ExecutionPlan) -> list[Program]:
+        if request.output_type == "latent":
+            return []
+        grid = (1, *request.size.latent_grid, self.component.config.latent_channels)
+        return self.decoder(grid, request.output_type, plan.tiled_vae)
+
+    def run(
+        self, request: Request, plan: ExecutionPlan, latents: np.ndarray, index: int = 0
+    ) -> np.ndarray:
+        """Returns uint8 (or float32 in [0, 1]) [1 T H W 3] on the host, of latents f32[1 t h w c].
+
+        Chunks go to `on_frames` as they come, with the number of the video. Raises NotFinite.
+        """
+        with memory.naming(DECODE, plan, DECODE):
+            _, vae = self.ready(self.programs(request, plan), self.component, plan, DECODE)
+            size, output = request.size, request.output_type
+            dtype = np.uint8 if output == "uint8" else np.float32
+            video = np.empty((1, size.frames, size.height, size.width, 3), dtype)
+            start = 0
+            with self.timed(DECODE, plan, DECODE):
+                for frames, finite in self.decode(vae, latents, output, plan.tiled_vae):
+                    if request.check == "finite" and not finite:
+                        raise self._not_finite()
+                    chunk = video[0, start : start + len(frames)]
+                    chunk[...] = frames
+                    start += len(frames)
+                    if request.on_frames is not None:
+                        request.on_frames(index, chunk)
+            return video
+
+    def _not_finite(self) -> NotFinite:
+        return NotFinite(
+            "the VAE decoder gave NaN or infinity: no video was written",
+            f"it ran in {self.component.config.policy.compute}, on finite latents",
+            "try vae_dtype float32; check the file with python -m convert.validate --level values",
         )
-        one = get(first, shape(chunks[0]))
-        if chunks[1] is None:
-            return one, None
-        past = jax.tree.map(lambda x: shape(x.shape, x.dtype), cache)
-        return one, get(later, past, shape(chunks[1]), donate=(1,))
 
-    def decoder(self, grid: tuple[int, ...], output: str, tiled: bool = False):
-        """grid: shape of the latents (1, t, h, w, z). In tiles, the programs of one tile, whose
-        frames are floats."""
+    # -- programs by size --------------------------------------------------------------------------
+
+    def decoder(self, grid: tuple[int, ...], output: str, tiled: bool = False) -> list[Program]:
+        """Returns the programs for the first latent frame and, if there are more, for later ones.
+
+        grid: shape of the latents (1, t, h, w, z). In tiles, they are the programs of one tile,
+              whose frames are floats.
+        """
         _, t, h, w, z = grid
         if tiled and len(tiling(h, w).corners) > 1:
-            (h, w), output = tiling(h, w).size, "float"
-        cfg, one = self.part.config, (1, 1, h, w, z)
+            h, w = tiling(h, w).size
+            output = "float"
+        cfg, one = self.component.config, (1, 1, h, w, z)
+        bodies = compilation.decode_first, compilation.decode_later
         cache = cache_shapes(cfg, h * cfg.spatial, w * cfg.spatial)
-        return self.pair(
-            "vae decode",
-            compilation.decode_first,
-            compilation.decode_later,
-            (one, one if t > 1 else None),
-            cache,
-            output=output,
-        )
+        return self._pair(DECODE, bodies, (one, one if t > 1 else None), cache, output=output)
 
-    def encoder(self, size: VideoSize):
-        cfg = self.part.config
+    def encoder(self, size: VideoSize) -> list[Program]:
+        """Returns the programs for the first frame and, if there are more, for each four others."""
+        cfg = self.component.config
         frames = lambda n: (1, n, size.height, size.width, 3)
         cache = cache_shapes(cfg, size.height, size.width, encode=True)
+        bodies = compilation.encode_first, compilation.encode_later
         chunks = frames(1), frames(cfg.temporal) if size.frames > 1 else None
-        return self.pair(
-            "vae encode", compilation.encode_first, compilation.encode_later, chunks, cache
-        )
+        return self._pair(ENCODE, bodies, chunks, cache)
+
+    def _pair(
+        self, label: str, bodies: tuple[Callable, Callable], chunks: tuple, cache, **static
+    ) -> list[Program]:
+        """chunks: (shape of the first, of each later one or None)."""
+        shape, vae = self.compiler.shape, self.component.abstract()
+        first, later = bodies
+        programs = [self.compiler.request(label, first, vae, shape(chunks[0]), **static)]
+        if chunks[1] is not None:
+            inputs = vae, self.compiler.shapes_of(cache), shape(chunks[1])
+            programs.append(self.compiler.request(label, later, *inputs, donate=(1,), **static))
+        return programs
+
+    # -- loops over chunks -------------------------------------------------------------------------
 
     def decode(
         self, vae, latents: np.ndarray, output: str, tiled: bool = False
     ) -> Iterator[tuple[np.ndarray, bool]]:
-        """f32 [1 t h w z] on the host -> (frames [1 or 4, H W 3] on the host, whether they were
-        finite), in order."""
+        """Yields (frames [1 or 4, H W 3] on the host, whether they were finite), in order, of
+        latents f32 [1 t h w z] on the host."""
         if tiled and len(tiling(*latents.shape[2:4]).corners) > 1:
-            yield from self.decode_tiles(vae, latents, output)
+            yield from self._decode_tiles(vae, latents, output)
             return
-        first, later = self.decoder(latents.shape, output)
-        chunks = (self.compiled.place(latents[:, i : i + 1]) for i in range(latents.shape[1]))
-        for frames, finite in arriving(carried(first, later, vae, chunks)):
+        bodies = [program.wait() for program in self.decoder(latents.shape, output)]
+        place = self.compiler.place
+        chunks = (place(latents[:, i : i + 1]) for i in range(latents.shape[1]))
+        for frames, finite in arriving(_carried(bodies, vae, chunks)):
             yield frames[0], bool(finite)
 
-    def decode_tiles(
+    def _decode_tiles(
         self, vae, latents: np.ndarray, output: str
     ) -> Iterator[tuple[np.ndarray, bool]]:
         """The same through overlapping tiles, one after another over the whole clip; the host adds
         them up, in float32."""
-        cfg, tiles = self.part.config, tiling(*latents.shape[2:4])
-        (h, w), scale, t = tiles.size, cfg.spatial, latents.shape[1]
-        video = np.zeros(
-            (1 + (t - 1) * cfg.temporal, latents.shape[2] * scale, latents.shape[3] * scale, 3),
-            np.float32,
-        )
-        spans, finite = (
-            [slice(0, 1)]
-            + [slice(1 + i * cfg.temporal, 1 + (i + 1) * cfg.temporal) for i in range(t - 1)],
-            [True] * t,
-        )
+        cfg, tiles = self.component.config, tiling(*latents.shape[2:4])
+        (h, w), scale = tiles.size, cfg.spatial
+        _, t, height, width, _ = latents.shape
+        count = 1 + (t - 1) * cfg.temporal
+        video = np.zeros((count, height * scale, width * scale, 3), np.float32)
+        later = [slice(i, i + cfg.temporal) for i in range(1, count, cfg.temporal)]
+        chunks = [slice(0, 1), *later]
+        finite = [True] * t
         for (top, left), weight in zip(tiles.corners, tiles.weights(scale), strict=True):
-            part = video[:, top * scale : (top + h) * scale, left * scale : (left + w) * scale]
-            for i, (frames, ok) in enumerate(
-                self.decode(vae, latents[:, :, top : top + h, left : left + w], "float")
-            ):
-                part[spans[i]] += weight * frames
+            place = video[:, top * scale : (top + h) * scale, left * scale : (left + w) * scale]
+            tile = latents[:, :, top : top + h, left : left + w]
+            for i, (frames, ok) in enumerate(self.decode(vae, tile, "float")):
+                place[chunks[i]] += weight * frames
                 finite[i] &= ok
-        for span, ok in zip(spans, finite, strict=True):
-            yield (
-                (
-                    video[span]
-                    if output == "float"
-                    else np.round(np.nan_to_num(video[span]) * 255).astype(np.uint8)
-                ),
-                ok,
-            )
+        for chunk, ok in zip(chunks, finite, strict=True):
+            frames = video[chunk]
+            if output != "float":
+                frames = np.round(np.nan_to_num(frames) * 255).astype(np.uint8)
+            yield frames, ok
 
     def encode(self, vae, image: np.ndarray, size: VideoSize) -> np.ndarray:
-        """The image f32 [1 1 H W 3] followed by grey frames -> latents f32 [1 t h w z] on the
-        host."""
-        first, later = self.encoder(size)
-        place, n = self.compiled.place, size.latent_grid[0] - 1
-        grey = (
-            place(np.zeros((1, self.part.config.temporal, *image.shape[2:]), np.float32))
-            if n
-            else None
-        )
-        chunks = itertools.chain([place(image)], itertools.repeat(grey, n))
-        return np.concatenate(
-            [latents for (latents,) in arriving(carried(first, later, vae, chunks))], axis=1
-        )
+        """Returns latents f32 [1 t h w z] on the host, of the image f32 [1 1 H W 3] followed by
+        grey frames."""
+        bodies = [program.wait() for program in self.encoder(size)]
+        place, later = self.compiler.place, size.latent_frames - 1
+        chunks = iter([place(image)])
+        if later:
+            grey = np.zeros((1, self.component.config.temporal, *image.shape[2:]), np.float32)
+            chunks = itertools.chain(chunks, itertools.repeat(place(grey), later))
+        coded = [latents for (latents,) in arriving(_carried(bodies, vae, chunks))]
+        return np.concatenate(coded, axis=1)
 
 
-def carried(
-    first: Callable, later: Callable | None, vae, chunks: Iterable
+class ImageEncoding(Stage):
+    """The stage that makes the condition of image-to-video: latents of the image, by the VAE."""
+
+    def __init__(self, coding: VAECoding):
+        super().__init__(coding.compiler, coding.stages)
+        self.coding = coding
+
+    def programs(self, request: Request, plan: ExecutionPlan) -> list[Program]:
+        return [] if request.image is None else self.coding.encoder(request.size)
+
+    def run(self, request: Request, plan: ExecutionPlan) -> jax.Array | None:
+        """Returns the condition f32[1 t h w 20] on the device: mask of the first latent frame, and
+        latents of the image and grey frames. None for text-to-video."""
+        if request.image is None:
+            return None
+        with memory.naming(ENCODE, plan, ENCODE):
+            programs = self.programs(request, plan)
+            _, vae = self.ready(programs, self.coding.component, plan, ENCODE)
+            with self.timed(ENCODE, plan, ENCODE):
+                fitted = fit_image(request.image, request.size, request.fit)
+                image = first_frame(fitted, request.size)
+                latents = self.coding.encode(vae, image, request.size)
+                condition = image_condition(self.compiler.place(latents))
+                return jax.block_until_ready(self.compiler.place(condition))
+
+
+def _carried(
+    bodies: list[Callable], vae, chunks: Iterable[jax.Array]
 ) -> Iterator[tuple[jax.Array, ...]]:
     """What the bodies return for each chunk, without the cache that they hand on."""
+    first, *later = bodies
     chunks = iter(chunks)
     *out, cache = first(vae, next(chunks))
     yield tuple(out)
     for chunk in chunks:
-        *out, cache = later(vae, cache, chunk)
+        *out, cache = later[0](vae, cache, chunk)
         yield tuple(out)
 
 

@@ -10,7 +10,7 @@ TILE, OVERLAP = 40, 8  # latents: 320 pixels, of which neighbours share 64
 
 
 def tiling(height: int, width: int) -> Tiling:
-    """Of a decode: sides in latents."""
+    """Returns the tiles of a decode of latents of these sides."""
     return Tiling(height, width, TILE, OVERLAP)
 
 
@@ -45,7 +45,7 @@ class Tiling:
         """For each tile f32 [h w 1] of `scale` times its size: how much it counts for each pixel.
         All tiles add up to one."""
         rows, columns = (
-            shares(n * scale, self.tile * scale, self.overlap * scale, scale)
+            _shares(n * scale, self.tile * scale, self.overlap * scale, scale)
             for n in (self.height, self.width)
         )
         return [(row[:, None] * column[None, :])[..., None] for row in rows for column in columns]
@@ -59,7 +59,7 @@ def starts(length: int, tile: int, overlap: int) -> list[int]:
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 
-def shares(length: int, tile: int, overlap: int, step: int) -> list[np.ndarray]:
+def _shares(length: int, tile: int, overlap: int, step: int) -> list[np.ndarray]:
     """One-dimensional weights of each tile: 1 inside, a ramp over the overlap, none of it at the
     frame's own edges."""
     places = [start * step for start in starts(length // step, tile // step, overlap // step)]

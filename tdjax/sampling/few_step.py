@@ -47,46 +47,47 @@ def injected(noise):
     return jnp.roll(noise, -1, axis=0)
 
 
-def call(velocity: Velocity, x, u):
+def _call(velocity: Velocity, x, u):
     """v f32[b t h w c] at one time u for all samples; the door between float32 state and the
     network."""
     return velocity(x, jnp.full(x.shape[:1], flow.TIME_SCALE * u, jnp.float32)).astype(jnp.float32)
 
 
-def step(velocity: Velocity, x, eps, u, u_next, mode: str):
+def step(velocity: Velocity, x, eps, u, u_next, sampler: str):
     """One step of a few-step sampler. x f32[b t h w c] at time u -> x at u_next."""
     # The barriers keep one step's arithmetic apart from its neighbours', whatever the number of
     # steps in the loop: a loop cut into several calls gives the same bits.
     x, eps, u, u_next = lax.optimization_barrier((x, eps, u, u_next))
-    v = lax.optimization_barrier(call(velocity, x, u))
-    return lax.optimization_barrier(UPDATE[mode](x, v, eps, u, u_next))
+    v = lax.optimization_barrier(_call(velocity, x, u))
+    return lax.optimization_barrier(UPDATE[sampler](x, v, eps, u, u_next))
 
 
-def sample_from(velocity: Velocity, x, noise, times, mode: str):
+def sample_from(velocity: Velocity, x, noise, times, sampler: str):
     """Steps over times f32[n+1] from the state x at times[0] -> (x at times[n], finite bool[n]).
 
     noise f32[n b t h w c]: entry i is injected after step i (a slice of `injected(...)`); None will
-    do for mode "ode". finite[i] says whether the state after step i is finite everywhere.
-    ValueError for another mode or another length of the noise.
+    do for "ode". finite[i] says whether the state after step i is finite everywhere.
+    ValueError for another sampler or another length of the noise.
     """
-    if mode not in UPDATE:
+    if sampler not in UPDATE:
         raise ValueError(
-            f"mode is {mode!r}; allowed: {', '.join(UPDATE)} (teachers: sample_teacher)"
+            f"sampler is {sampler!r}; allowed: {', '.join(UPDATE)} (teachers: sample_teacher)"
         )
     steps = times.shape[0] - 1
-    if mode == "sde" and noise.shape[0] != steps:
+    if sampler == "sde" and noise.shape[0] != steps:
         raise ValueError(
             f"{steps} steps need {steps} entries of noise, entry i for step i; got {noise.shape[0]}"
         )
 
     def one(x, row):
-        x = step(velocity, x, *row, mode)
+        eps, u, u_next = row
+        x = step(velocity, x, eps, u, u_next, sampler)
         return x, jnp.isfinite(x).all()
 
-    return loop(one, x, (noise if mode == "sde" else None, times[:-1], times[1:]))
+    return _loop(one, x, (noise if sampler == "sde" else None, times[:-1], times[1:]))
 
 
-def loop(one, state, rows):
+def _loop(one, state, rows):
     """`lax.scan(one, state, rows)` -> (state, finite bool[n]), its length hidden from the compiler.
 
     XLA inlines a loop of one step and may then round it differently: with the length hidden, a
@@ -99,25 +100,23 @@ def loop(one, state, rows):
 
     def body(carry):
         i, state, finite = carry
-        state, ok = one(
-            state, jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), rows)
-        )
+        row = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, keepdims=False), rows)
+        state, ok = one(state, row)
         return i + 1, state, finite.at[i].set(ok)
 
-    return lax.while_loop(
-        lambda carry: carry[0] < last, body, (jnp.int32(0), state, jnp.zeros(steps, bool))
-    )[1:]
+    carry = jnp.int32(0), state, jnp.zeros(steps, bool)
+    _, state, finite = lax.while_loop(lambda carry: carry[0] < last, body, carry)
+    return state, finite
 
 
-def sample(velocity: Velocity, noise, times, mode: str):
+def sample(velocity: Velocity, noise, times, sampler: str):
     """Few-step sampling: noise f32[steps b t h w c], times f32[steps+1] -> (latents f32[b t h w c],
     finite bool[steps]).
 
     Entry 0 of the noise starts, the others are injected ("sde"); "ode" reads entry 0 only.
     """
-    return sample_from(
-        velocity, start(noise[0], times), injected(noise) if mode == "sde" else None, times, mode
-    )
+    later = injected(noise) if sampler == "sde" else None
+    return sample_from(velocity, start(noise[0], times), later, times, sampler)
 
 
 # -- teacher ---------------------------------------------------------------------------------------
@@ -152,10 +151,12 @@ def teacher_start(noise) -> TeacherState:
     )
 
 
-def teacher_step(velocity: Velocity, state: TeacherState, row: unipc.Rows) -> TeacherState:
+def teacher_step(
+    velocity: Velocity, state: TeacherState, row: unipc.StepCoefficients
+) -> TeacherState:
     """One step of Euler or UniPC by the scalars of its row; see `teacher`."""
     (x, last, m1, m2), row = lax.optimization_barrier((state, row))
-    m = lax.optimization_barrier(x - row.time * call(velocity, x, row.time))
+    m = lax.optimization_barrier(x - row.time * _call(velocity, x, row.time))
     c, p = row.corrector, row.predictor
     x = c[0] * x + c[1] * last + c[2] * m + c[3] * m1 + c[4] * m2
     return lax.optimization_barrier(
@@ -163,7 +164,7 @@ def teacher_step(velocity: Velocity, state: TeacherState, row: unipc.Rows) -> Te
     )
 
 
-def teacher_from(velocity: Velocity, state: TeacherState, rows: unipc.Rows):
+def teacher_from(velocity: Velocity, state: TeacherState, steps: unipc.StepCoefficients):
     """Steps of a table (or of a part of it) -> (state, finite bool[n]); latents are state.x after
     the last row."""
 
@@ -171,11 +172,11 @@ def teacher_from(velocity: Velocity, state: TeacherState, rows: unipc.Rows):
         state = teacher_step(velocity, state, row)
         return state, jnp.isfinite(state.x).all()
 
-    return loop(one, state, rows)
+    return _loop(one, state, steps)
 
 
 def sample_teacher(velocity: Velocity, noise, cfg: SamplerConfig):
     """The teacher's many steps from noise f32[b t h w c] -> (latents f32[b t h w c], finite
     bool[steps])."""
-    state, finite = teacher_from(velocity, teacher_start(noise), unipc.rows(cfg))
+    state, finite = teacher_from(velocity, teacher_start(noise), unipc.step_coefficients(cfg))
     return state.x, finite

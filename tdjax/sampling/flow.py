@@ -4,13 +4,11 @@ samplers and losses speak).
 One process in three clocks, with data x0 of unit deviation and noise eps ~ N(0, 1):
 
     rectified flow  x_u = (1-u) x0 + u eps            v = eps - x0                   u in [0, 1]
-    EDM             x_e = x0 + sigma eps              x_u = x_e / (1 + sigma)        sigma = u /
-    (1-u) TrigFlow        x_t = cos(t) x0 + sin(t) eps      F = cos(t) eps - sin(t) x0     sigma =
-    tan(t)
+    EDM             x_e = x0 + sigma eps              x_u = x_e / (1 + sigma)        sigma = u/(1-u)
+    TrigFlow        x_t = cos(t) x0 + sin(t) eps      F = cos(t) eps - sin(t) x0     sigma = tan(t)
 
 The network is always the unmodified Wan velocity, fed x_u and 1000 u. Everything on arrays is
 float32-safe (no arctan, no tan, no division by a small number) and differentiable in both modes.
-Schedules are float64 numpy on the host.
 Formulas: arXiv 2510.08431, NVlabs/rcm rcm/utils/denoiser_scaling.py and timestep_utils.py.
 """
 
@@ -22,8 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-
-from tdjax.config import SamplerConfig
 
 TIME_SCALE = 1000.0  # the network's timestep is 1000 u
 
@@ -53,11 +49,6 @@ def coefficients(u, a) -> Coefficients:
     """Coefficients of u and a = 1-u, arrays of one shape."""
     b = jnp.sqrt(u * u + a * a)  # at least sqrt(1/2)
     return Coefficients(u=u, a=a, b=b, sin=u / b, cos=a / b)
-
-
-def log_sigma(u):
-    """Log of the EDM sigma at u f32[...]; the logit."""
-    return jnp.log(u) - jnp.log1p(-u)
 
 
 def sigma(u):
@@ -117,41 +108,3 @@ def trig_from_velocity(x, v, c: Coefficients):
     """F of TrigFlow from v at x = x_u, all [b t h w c]: stable at both ends, unlike (cos x_t - x0)
     / sin."""
     return (c.cos - c.sin) * x + c.b * v
-
-
-def velocity_from_trig(x, f, c: Coefficients):
-    """v from TrigFlow's F at x = x_u, all [b t h w c]."""
-    return (f - (c.cos - c.sin) * x) / c.b
-
-
-# -- schedules, on the host ------------------------------------------------------------------------
-
-
-def grid(cfg: SamplerConfig) -> np.ndarray:
-    """Times u of a sampler, float64 [steps+1], falling to 0.
-
-    Few-step: TrigFlow times arctan(sigma_max), cfg.mid, 0 (thu-ml/TurboDiffusion
-    inference/wan2.1_t2v_infer.py).
-    Teacher: an even grid below sigma_max, shifted (NVlabs/rcm rcm/samplers).
-    """
-    if cfg.few_step:
-        return u_from_trig(np.array([np.arctan(cfg.sigma_max), *cfg.mid[: cfg.steps - 1], 0.0]))
-    top = unshift(u_from_sigma(cfg.sigma_max), cfg.shift)
-    return shift(top * (1.0 - np.arange(cfg.steps + 1) / cfg.steps), cfg.shift)
-
-
-def times(cfg: SamplerConfig) -> np.ndarray:
-    """The grid as the sampler takes it: f32[steps+1]."""
-    return grid(cfg).astype(np.float32)
-
-
-def split_times(times: np.ndarray, boundary: float) -> int:
-    """First step that belongs to the low-noise expert: the first time below `boundary`; steps if
-    there is none.
-
-    times f32[steps+1]. The high-noise expert takes every step before it, the low-noise expert every
-    step from there on (thu-ml/TurboDiffusion inference/wan2.2_i2v_infer.py).
-    """
-    starts = np.asarray(times)[:-1]
-    below = np.flatnonzero(starts < starts.dtype.type(boundary))
-    return int(below[0]) if below.size else len(starts)

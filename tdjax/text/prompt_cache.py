@@ -8,14 +8,15 @@ import dataclasses
 import hashlib
 import json
 import os
-import secrets
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from tdjax.files import written
+from tdjax.text.characters import repaired
 
 FOLDER, SUFFIX = "prompts", ".safetensors"
 LIMIT = 2**29  # bytes of all entries; a prompt of 100 tokens takes 0.8 MB with umT5-xxl in bfloat16
@@ -38,7 +39,7 @@ class PromptCache:
     recently used ones go first.
 
     Nothing here stops a run: an entry that is damaged counts as absent, and a folder that cannot be
-                              written is told of once.
+    written is told of once.
     """
 
     folder: Path
@@ -70,24 +71,17 @@ class PromptCache:
     def put(self, key: str, embeds: np.ndarray, tokens: int, prompt: str) -> str | None:
         """Keep the first `tokens` rows of [s d]; a line for the user where that is not possible,
         the first time."""
-        part = self.folder / f".{key}.{secrets.token_hex(4)}.part"
+        rows = {"rows": np.ascontiguousarray(embeds[:tokens])}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {"rows": np.ascontiguousarray(embeds[:tokens])}, part, metadata={"prompt": prompt}
-            )
-            os.replace(part, self.path(key))
+            with written(self.path(key), overwrite=True) as part:
+                save_file(rows, part, metadata={"prompt": repaired(prompt)})
             self.trim()
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-            first, self.failed = not self.failed, True
+            if self.failed:
+                return None
+            self.failed = True
             why = getattr(error, "strerror", None) or error
-            return (
-                f"prompt cache {self.folder} cannot be written ({why}): going on without"
-                if first
-                else None
-            )
+            return f"prompt cache {self.folder} cannot be written ({why}): going on without"
         return None
 
     def entries(self) -> list[tuple[Path, os.stat_result]]:
@@ -99,8 +93,7 @@ class PromptCache:
         return sorted(found, key=lambda row: (row[1].st_mtime_ns, row[0].name))
 
     def trim(self) -> None:
-        """Remove the oldest entries until the rest fits, and what killed processes left an hour
-        ago."""
+        """Removes the oldest entries until the rest fits."""
         entries = self.entries()
         size = sum(facts.st_size for _, facts in entries)
         for path, facts in entries:
@@ -108,10 +101,6 @@ class PromptCache:
                 break
             path.unlink(missing_ok=True)
             size -= facts.st_size
-        for part in self.folder.glob(".*.part"):
-            with contextlib.suppress(OSError):
-                if time.time() - part.stat().st_mtime > 3600:
-                    part.unlink()
 
 
 def prompt_of(path: Path) -> str:

@@ -21,7 +21,7 @@ UNIGRAM = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Spiece:
+class _Spiece:
     """pieces: (text, score, type) in order of id. The rest is as the file's trainer and normalizer
     sections say."""
 
@@ -49,7 +49,7 @@ def read_spiece(path: Path, data: bytes) -> Tokenizer:
     """
     try:
         model = parse(data)
-        tokenizer = build(model) if model.supported else None
+        tokenizer = _build(model) if model.supported else None
     except (
         Exception
     ) as error:  # a damaged file can fail anywhere, and the library raises bare Exception
@@ -67,7 +67,7 @@ def read_spiece(path: Path, data: bytes) -> Tokenizer:
     return tokenizer
 
 
-def build(model: Spiece) -> Tokenizer:
+def _build(model: _Spiece) -> Tokenizer:
     unknown = next((i for i, (_, _, kind) in enumerate(model.pieces) if kind == UNKNOWN), None)
     tokenizer = Tokenizer(
         models.Unigram(
@@ -86,13 +86,13 @@ def build(model: Spiece) -> Tokenizer:
     return tokenizer
 
 
-def parse(data: bytes) -> Spiece:
+def parse(data: bytes) -> _Spiece:
     """ModelProto: 1 pieces, 2 trainer (3 model type, 24 suffix, 35 byte fallback), 3 normalizer (2
     map, 3, 4, 5 flags)."""
     pieces, trainer, normalizer = [], {}, {}
-    for number, value in fields(data):
+    for number, value in _fields(data):
         if number == 1:
-            piece = dict(fields(value))
+            piece = dict(_fields(value))
             pieces.append(
                 (
                     piece[1].decode(),
@@ -101,12 +101,12 @@ def parse(data: bytes) -> Spiece:
                 )
             )
         elif number == 2:
-            trainer = dict(fields(value))
+            trainer = dict(_fields(value))
         elif number == 3:
-            normalizer = dict(fields(value))
+            normalizer = dict(_fields(value))
     if not pieces:
         raise ValueError("no pieces")
-    return Spiece(
+    return _Spiece(
         pieces=pieces,
         model_type=trainer.get(3, UNIGRAM),
         byte_fallback=bool(trainer.get(35, 0)),
@@ -118,18 +118,18 @@ def parse(data: bytes) -> Spiece:
     )
 
 
-def fields(data: bytes):
+def _fields(data: bytes):
     """(number, value) of one protobuf message: int for varints, bytes for everything else (a later
     field overrides in a dict)."""
     at = 0
     while at < len(data):
-        key, at = varint(data, at)
+        key, at = _varint(data, at)
         number, wire = key >> 3, key & 7
         if wire == 0:
-            value, at = varint(data, at)
+            value, at = _varint(data, at)
         else:
             if wire == 2:
-                size, at = varint(data, at)
+                size, at = _varint(data, at)
             elif wire in (1, 5):
                 size = 8 if wire == 1 else 4
             else:
@@ -140,7 +140,7 @@ def fields(data: bytes):
         yield number, value
 
 
-def varint(data: bytes, at: int) -> tuple[int, int]:
+def _varint(data: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         byte = data[at]

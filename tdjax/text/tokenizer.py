@@ -3,25 +3,41 @@ truncation."""
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import re
 from pathlib import Path
 
 import ftfy
+import jax
 import numpy as np
 import tokenizers
 
 from tdjax.errors import CheckpointError
-from tdjax.pipeline.conditioning import Tokens
 from tdjax.text.sentencepiece import read_spiece
 
 PAD = 0
 END = "</s>"
 # In this order below the folder that is given; the last two are where the Wan repositories keep
 # theirs.
-NAMES = ("tokenizer.json", "spiece.model", "tokenizer/tokenizer.json", "tokenizer/spiece.model",
-         "google/umt5-xxl/tokenizer.json", "google/umt5-xxl/spiece.model")  # fmt: skip
+NAMES = (
+    "tokenizer.json",
+    "spiece.model",
+    "tokenizer/tokenizer.json",
+    "tokenizer/spiece.model",
+    "google/umt5-xxl/tokenizer.json",
+    "google/umt5-xxl/spiece.model",
+)
 FEW_WORDS, FEW_TOKENS = 8, 16
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """ids, mask: i32[b s]; mask is 1 up to and including the end token, ids are 0 after it."""
+
+    ids: jax.Array | np.ndarray
+    mask: jax.Array | np.ndarray
 
 
 def clean(text: str) -> str:
@@ -39,8 +55,8 @@ class Tokenizer:
     holds one of them."""
 
     def __init__(self, path: str | Path, text_len: int = 512):
-        self.path, self.text_len = find(Path(path)), text_len
-        self.library = read(self.path)
+        self.path, self.text_len = _find(Path(path)), text_len
+        self.library = _read(self.path)
         self.end = self.library.token_to_id(END)
         if self.end is None:
             raise CheckpointError(
@@ -117,7 +133,7 @@ def language_warnings(language: dict, prompt: str) -> list[str]:
     ]
 
 
-def find(path: Path) -> Path:
+def _find(path: Path) -> Path:
     """The tokenizer file itself; CheckpointError names every place that was looked at."""
     if path.is_file():
         return path
@@ -125,7 +141,7 @@ def find(path: Path) -> Path:
         raise CheckpointError(
             f"tokenizer {path} does not exist",
             "a file or a folder was expected",
-            "give --tokenizer_path",
+            "give tokenizer_path",
         )
     for name in NAMES:
         if (path / name).is_file():
@@ -133,11 +149,11 @@ def find(path: Path) -> Path:
     raise CheckpointError(
         f"no tokenizer in {path}",
         f"looked for {', '.join(NAMES)}",
-        "copy tokenizer.json of google/umt5-xxl there, or give --tokenizer_path",
+        "copy tokenizer.json of google/umt5-xxl there, or give tokenizer_path",
     )
 
 
-def read(path: Path) -> tokenizers.Tokenizer:
+def _read(path: Path) -> tokenizers.Tokenizer:
     """Either format; anything unreadable is a CheckpointError."""
     data = path.read_bytes()
     if data.lstrip()[:1] != b"{":

@@ -4,17 +4,15 @@ cheap is checked."""
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from pathlib import Path
 from typing import Any
 
-from tdjax.errors import TdjaxError, UsageError, leave, near_files
-from tdjax.generate.arguments import hyphens
-from tdjax.train.configs import Tree, build, lines, put, table
+from tdjax import cli
+from tdjax.errors import UsageError
+from tdjax.files import near, near_files
 from tdjax.train.presets import METHODS, PRESETS
-
-LIGHT = ("run", "data", "model")  # parts whose classes import no jax
+from tdjax.train.settings import Tree, build, lines, put, table
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,45 +55,31 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 ok, 2 usage, 3 checkpoint or data, 4 out of memory, 5 not finite, 130
     interrupted."""
-    try:
-        parser = build_parser()
-        args = parser.parse_intermixed_args(hyphens(sys.argv[1:] if argv is None else argv))
-        if args.preset is None:
-            print(parser.format_help(), end="", file=sys.stdout if args.help else sys.stderr)
-            return 0 if args.help else 2
-        parts = resolve(args.preset, args.settings)
-        if args.help:
-            print(parser.format_usage() + "\n" + help_of(args.preset, parts))
-            return 0
-        return run(args, parts)
-    except TdjaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"error: {where}{error.strerror or error}\nthe file system refused it\ngive another"
-            " path",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted: checkpoints are whole; the same command with --resume goes on from the"
-            " last one",
-            file=sys.stderr,
-        )
-        return 130
+    kept = "checkpoints are whole; the same command with --resume goes on from the last one"
+    return cli.main(_command, argv, parser=build_parser, interrupted=kept)
+
+
+def _command(argv: list[str]) -> int:
+    parser = build_parser()
+    args = parser.parse_intermixed_args(argv)
+    if args.preset is None:
+        print(parser.format_help(), end="", file=sys.stdout if args.help else sys.stderr)
+        return 0 if args.help else 2
+    parts = resolve(args.preset, args.settings)
+    if args.help:
+        print(parser.format_usage() + "\n" + help_of(args.preset, parts))
+        return 0
+    return run(args, parts)
 
 
 def resolve(name: str, settings: list[str]) -> dict[str, Tree]:
     """The settings of a preset with those of the command line over them, by part. Raises UsageError
     for a wrong key or type."""
     if name.lower() not in PRESETS:
-        near = difflib.get_close_matches(name.lower(), PRESETS, 1)
+        close = near(name.lower(), PRESETS)
         fix = (
-            f"did you mean {near[0]}?"
-            if near
+            f"did you mean {close[0]}?"
+            if close
             else "for example: python -m tdjax.train sla-1.3b data.path=shards"
         )
         raise UsageError(f"unknown preset {name!r}", f"known presets: {', '.join(PRESETS)}", fix)
@@ -174,10 +158,9 @@ def check_early(args, config: dict[str, Any]) -> None:
 
 
 def run(args, parts: dict[str, Tree]) -> int:
-    config = {first: build(parts[first]) for first in LIGHT}
+    config = {first: build(tree) for first, tree in parts.items()}
     if not args.dry_run:
         check_early(args, config)
-    config |= {first: build(tree) for first, tree in parts.items() if first not in LIGHT}
     text = [line for first in parts for line in lines(first, config[first])]
     text = [
         line for line in text if not (config["model"].weights and line.startswith("model.dit."))
@@ -185,28 +168,27 @@ def run(args, parts: dict[str, Tree]) -> int:
     if args.dry_run:
         print("\n".join(text))
         return 0
-    from tdjax.generate.__main__ import set_compile_cache
-
-    cache_note = set_compile_cache(argparse.Namespace(compile_cache_dir=None))
+    cache_note = cli.set_compile_cache()
+    cli.start_jax()
     from tdjax.progress import Stages
-    from tdjax.train.run import Prepared
+    from tdjax.train.run import TrainingRun
 
     stages = Stages(False if args.quiet else True if args.verbose else None)
     if cache_note:
         stages.note(cache_note)
     preset = PRESETS[args.preset.lower()]
     settings = dict(line.split("=", 1) for line in text)
-    prepared = Prepared(args.preset.lower(), preset.method, config, settings, stages)
-    outcome = prepared.train(args.resume)
+    training = TrainingRun(args.preset.lower(), preset.method, config, settings, stages)
+    outcome = training.train(args.resume)
     if outcome.interrupted:
         stages.note(
             f"stopped at step {outcome.step} of {config['run'].steps}; --resume goes on from"
             f" {outcome.checkpoint}"
         )
         return 130
-    print(prepared.export(outcome))
+    print(training.export(outcome))
     return 0
 
 
 if __name__ == "__main__":
-    leave(main())
+    cli.run(main)

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ import jax
 import orbax.checkpoint as ocp
 
 import tdjax
-from tdjax.checkpoints.orbax import FORMAT, check_table, names, quiet, remove, table, written
+from tdjax.checkpoints.orbax import FORMAT, check_table, named_leaves, quiet, table
 from tdjax.errors import CheckpointError
+from tdjax.files import written
 
 
 def folder(run: Path, step: int) -> Path:
+    """Returns where the checkpoint of a step lies, whether it is there or not."""
     return run / f"step_{step:06}"
 
 
 def steps(run: Path) -> list[int]:
-    """Steps of the run's checkpoints, rising."""
+    """Returns the steps of the run's checkpoints, rising."""
     found = (
         re.fullmatch(r"step_(\d{6,})", p.parent.name) for p in run.glob("step_*/manifest.json")
     )
@@ -35,53 +38,71 @@ def steps(run: Path) -> list[int]:
 
 
 def latest(run: Path) -> Path | None:
-    """The last checkpoint of a run, or None."""
+    """Returns the last checkpoint of a run, or None."""
     found = steps(run)
     return folder(run, found[-1]) if found else None
 
 
 def arrays(state) -> dict[str, Any]:
-    """{leaf name: array}; a random key as the integers behind it."""
+    """Returns {leaf name: array}; a random key as the integers behind it."""
     plain = lambda x: jax.random.key_data(x) if is_key(x) else x
-    return {name: plain(x) for name, x in names(state).items()}
+    return {name: plain(x) for name, x in named_leaves(state).items()}
 
 
 def is_key(x) -> bool:
+    """Returns whether an array, or the shape of one, holds random keys."""
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def save(run: Path, step: int, state, facts: dict[str, Any], keep: int = 0) -> Path:
-    """Write one checkpoint, then delete all but the last `keep` (0: none is deleted). facts: JSON
-    values for the manifest."""
+def save(run: Path, step: int, state, metadata: dict[str, Any], keep: int = 0) -> Path:
+    """Writes one checkpoint, then deletes all but the last `keep` (0: none is deleted). Returns its
+    folder. metadata: JSON values for the manifest."""
     leaves = arrays(state)
     manifest = {
         "format": FORMAT,
         "kind": "train",
         "step": step,
         "trainer": f"tdjax {tdjax.__version__}",
-        **facts,
+        **metadata,
     }
     manifest["leaves"] = {
         name: [list(shape), dtype] for name, (shape, dtype) in table(leaves).items()
     }
     manifest["keys"] = {
-        name: str(jax.random.key_impl(x)) for name, x in names(state).items() if is_key(x)
+        name: str(jax.random.key_impl(x)) for name, x in named_leaves(state).items() if is_key(x)
     }
     target = folder(run, step)
-    with written(target, overwrite=True) as part, quiet():
+    with written(target, overwrite=True, owned=_is_checkpoint) as part, quiet():
         part.mkdir()
         with contextlib.closing(
             ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         ) as writer:
             writer.save(os.path.abspath(part / "state"), args=ocp.args.PyTreeSave(leaves))
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    for old in steps(run)[:-keep] if keep else []:
-        remove(folder(run, old))
+    if keep:
+        delete(run, keep)
     return target
 
 
+def delete(run: Path, keep: int = 0) -> None:
+    """Deletes the run's checkpoints, all but the last `keep`."""
+    for step in steps(run)[: -keep or None]:
+        shutil.rmtree(folder(run, step), ignore_errors=True)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint of a run, and holds nothing else."""
+    if {p.name for p in path.iterdir()} != {"manifest.json", "state"}:
+        return False
+    try:
+        return inspect(path)["kind"] == "train"
+    except CheckpointError:
+        return False
+
+
 def inspect(path: Path) -> dict[str, Any]:
-    """The manifest of one checkpoint, checked for form."""
+    """Returns the manifest of one checkpoint. Raises CheckpointError where it is no train state of
+    ours."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         known = (
@@ -106,11 +127,11 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def restore(path: Path, state):
-    """The state of a checkpoint, laid out as the (abstract) state given: arrays, or shapes with
-    their shardings."""
+    """Returns the state of a checkpoint, laid out as the (abstract) state given: arrays, or shapes
+    with their shardings. Raises CheckpointError for another state and for a damaged one."""
     manifest = inspect(path)
     listed = {name: (tuple(shape), dtype) for name, (shape, dtype) in manifest["leaves"].items()}
-    wanted = names(state)
+    wanted = named_leaves(state)
     stored = {
         name: jax.eval_shape(jax.random.key_data, x) if is_key(x) else x
         for name, x in wanted.items()

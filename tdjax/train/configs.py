@@ -1,268 +1,390 @@
-"""`loss.time.mean=1.1`: dotted keys over frozen dataclasses, checked against the classes' source
-text.
+"""What a training run can be told: frozen dataclasses, one for each first word of a key, and what
+they hold. Imports no jax, so that the command answers at once.
 
-The classes of losses and optimizers stand beside code that imports jax, which takes a second; their
-names, types and defaults are read from the syntax tree instead, so that a wrong key is answered at
-once. `build` then makes the objects.
+What `PRESET --help` says of a field is its metadata.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
-import functools
-import importlib
-import re
-from pathlib import Path
+import math
 from typing import Any
 
-import tdjax
-from tdjax.errors import UsageError
+from tdjax.config import DiTConfig, SLAConfig, positive
+from tdjax.precision import FLOATS
 
-ROOT = Path(tdjax.__file__).parent.parent
-SOURCES = {
-    "RunConfig": "tdjax.train.presets",
-    "DataConfig": "tdjax.train.presets",
-    "ModelConfig": "tdjax.train.presets",
-    "FlowMatchingConfig": "tdjax.train.flow_matching",
-    "SLATrainingConfig": "tdjax.train.sla",
-    "RCMConfig": "tdjax.train.rcm",
-    "SCM": "tdjax.train.rcm",
-    "DCM": "tdjax.train.rcm",
-    "OptimizerConfig": "tdjax.train.optimizer",
-    "EMAConfig": "tdjax.train.state",
-    "UniformShift": "tdjax.train.times",
-    "LogNormal": "tdjax.train.times",
-    "SLAConfig": "tdjax.config",
-    "DiTConfig": "tdjax.config",
-    "VAEStage": "tdjax.train.tiny.settings",
-    "TeacherStage": "tdjax.train.tiny.settings",
-    "SLAStage": "tdjax.train.tiny.settings",
-    "RCMStage": "tdjax.train.tiny.settings",
-    "MergeStage": "tdjax.train.tiny.settings",
-    "EvaluateStage": "tdjax.train.tiny.settings",
-}
-ALIASES = {"TimeDistribution": "UniformShift | LogNormal"}
-ELSEWHERE = {
-    "DiTConfig": ("attention", "linear", "impl", "sla", "policy", "image_dim", "remat")
-}  # chosen by other keys, or not trained
+DECAY = ("constant", "linear", "cosine")
+STUDENT = ("dense", "sla")
+TANGENTS = ("exact", "semidiscrete", "discrete")
+TARGETS = ("teacher", "data")
+WARMUP_FORMS = ("paper", "code2026")
 
 
-@dataclasses.dataclass
-class Tree:
-    """Values given for one object: {field: value or Tree}; the fields that are not there have their
-    defaults."""
-
-    cls: str
-    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+def _field(default: Any, note: str) -> Any:
+    """A field of a config with what `PRESET --help` says of it."""
+    return dataclasses.field(default=default, metadata={"help": note})
 
 
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """types: the alternatives of the annotation. default: a value, a Tree, or source text that is
-    neither. note: the comment."""
-
-    types: tuple[str, ...]
-    default: Any
-    note: str
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return tuple(t for t in self.types if t in SOURCES)
-
-
-@functools.cache
-def fields(cls: str) -> dict[str, Field]:
-    """The fields of a configuration class, by its source."""
-    text = (ROOT / (SOURCES[cls].replace(".", "/") + ".py")).read_text()
-    node = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == cls)
-    lines, out = text.splitlines(), {}
-    for item in node.body:
-        if isinstance(item, ast.AnnAssign) and item.target.id not in ELSEWHERE.get(cls, ()):
-            annotation = ast.unparse(item.annotation)
-            types = tuple(t.strip() for t in ALIASES.get(annotation, annotation).split("|"))
-            note = lines[item.end_lineno - 1][item.end_col_offset :].partition("#")[2].strip()
-            out[item.target.id] = Field(types, default_of(item.value), note)
-    return out
-
-
-def default_of(node: ast.expr) -> Any:
-    """`1e-5` -> 1e-05, `LogNormal(mean=1.5)` -> Tree("LogNormal", {"mean": 1.5}), `2 / 3` -> "2 /
-    3" """
-    if isinstance(node, ast.Call):
-        return Tree(node.func.id, {word.arg: default_of(word.value) for word in node.keywords})
-    return (
-        ast.literal_eval(node)
-        if isinstance(node, ast.Constant | ast.Tuple | ast.UnaryOp)
-        else ast.unparse(node)
-    )
-
-
-def put(parts: dict[str, Tree], key: str, value: Any) -> None:
-    """Set one dotted key. A string is parsed by the field's type; other values are a preset's.
-    Raises UsageError."""
-    first, *words = key.split(".")
-    if first not in parts or not words:
-        raise unknown(parts, key)
-    tree = parts[first]
-    for depth, word in enumerate(words, 1):
-        if word not in fields(tree.cls):
-            raise unknown(parts, key)
-        field = fields(tree.cls)[word]
-        if depth == len(words):
-            tree.values[word] = parse(key, field, value) if isinstance(value, str) else value
-            return
-        inner = tree.values.get(word, field.default)
-        if not isinstance(inner, Tree):
-            raise no_object(key, field, ".".join([first, *words[:depth]]))
-        tree = tree.values.setdefault(word, Tree(inner.cls))
-
-
-def no_object(key: str, field: Field, parent: str) -> UsageError:
-    if not field.classes:
-        return UsageError(
-            f"unknown key {key}",
-            f"{parent} is a {' or '.join(field.types)}",
-            f"set {parent} itself",
+def _check_accumulate(config) -> None:
+    if config.accumulate < 1:
+        raise ValueError(
+            f"{type(config).__name__}.accumulate is {config.accumulate}; it must be at least 1"
         )
-    return UsageError(
-        f"{key} without an object",
-        f"{parent} is none",
-        f"first choose one: {parent}={' or '.join(field.classes)}",
+
+
+# -- the machinery ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Length of a run, what it leaves behind, and where it runs."""
+
+    folder: str = _field("", "checkpoints, metrics and the trained weights go here")
+    steps: int = _field(2000, "one step is one update of one network")
+    seed: int = _field(0, "of noise, times and random weights")
+    log_every: int = _field(
+        10, "steps between reports; nothing is fetched from the device in between"
     )
+    save_every: int = _field(250, "steps between checkpoints")
+    keep: int = _field(3, "checkpoints that stay; 0 for all")
+    patience: int = _field(10, "losses in a row that may fail to be finite before the run stops")
+    mesh: str = _field("auto", "several devices: fsdp=4, or fsdp=2,tp=2")
 
-
-def unknown(parts: dict[str, Tree], key: str) -> UsageError:
-    known = list(table(parts))
-    same_end = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = (
-        difflib.get_close_matches(key, same_end, 1, 0) or difflib.get_close_matches(key, known, 1)
-    )[:1]
-    return UsageError(
-        f"unknown key {key}",
-        "PRESET --help lists the keys",
-        f"did you mean {near[0]}?" if near else "",
-    )
-
-
-def parse(key: str, field: Field, text: str) -> Any:
-    """A value from the command line: the first of the field's types that takes it."""
-    for kind in field.types:
-        if kind in SOURCES and text.lower() == kind.lower():
-            return Tree(kind)
-        if kind in PARSERS:
-            found = PARSERS[kind](text)
-            if found is not MISFIT:
-                return found
-    words = [WORDS.get(kind, kind) for kind in field.types]
-    inner = [f"{key}.{name}" for kind in field.classes for name in fields(kind)]
-    fix = (
-        f"or set one of its keys: {', '.join(inner)}"
-        if inner
-        else f"the default is {shown(field.default)}"
-    )
-    raise UsageError(f"{key} is {text!r}", f"allowed: {', or '.join(words)}", fix)
-
-
-MISFIT = object()
-
-
-def number(kind, pattern: str):
-    return lambda text: kind(text) if re.fullmatch(pattern, text) else MISFIT
-
-
-def three(text: str):
-    values = tuple(PARSERS["int"](word.strip()) for word in text.strip("()[]").split(","))
-    return values if len(values) == 3 and MISFIT not in values else MISFIT
-
-
-PARSERS = {
-    "int": number(int, r"[+-]?\d+"),
-    "float": number(float, r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"),
-    "bool": lambda text: {"true": True, "false": False}.get(text.lower(), MISFIT),
-    "None": lambda text: None if text.lower() == "none" else MISFIT,
-    "str": lambda text: text,
-    "tuple[int, int, int]": three,
-}
-WORDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "None": "none",
-    "tuple[int, int, int]": "three numbers a,b,c",
-}
-
-
-def table(parts: dict[str, Tree]) -> dict[str, tuple[str, str]]:
-    """{dotted key: (its value now, its note)} for every key that may be set now."""
-    out: dict[str, tuple[str, str]] = {}
-
-    def walk(prefix: str, given: Tree, default: dict[str, Any]):
-        for name, field in fields(given.cls).items():
-            key, usual = f"{prefix}.{name}", default.get(name, field.default)
-            value = given.values.get(name, usual)
-            if not isinstance(value, Tree) or len(field.types) > 1:
-                out[key] = (shown(value), field.note)
-            if isinstance(value, Tree):
-                walk(
-                    key,
-                    value,
-                    usual.values if isinstance(usual, Tree) and usual.cls == value.cls else {},
-                )
-
-    for first, tree in parts.items():
-        walk(first, tree, {})
-    return out
-
-
-def build(tree: Tree, base=None):
-    """The object of a tree; fields that are not given are those of `base`, or the class's defaults.
-
-    Imports the class's module. What the class refuses is raised as UsageError.
-    """
-    cls = getattr(importlib.import_module(SOURCES[tree.cls]), tree.cls)
-    base = base if type(base) is cls else None
-    values = {}
-    for name, value in tree.values.items():
-        if isinstance(value, Tree):
-            default = (
-                getattr(base, name)
-                if base
-                else next(f.default for f in dataclasses.fields(cls) if f.name == name)
+    def __post_init__(self):
+        positive(self, "steps", "log_every", "save_every", "patience")
+        if self.keep < 0 or self.seed < 0:
+            raise ValueError(
+                f"RunConfig: keep is {self.keep}, seed {self.seed}; they must be at least 0"
             )
-            value = build(value, default)
-        values[name] = value
-    try:
-        return dataclasses.replace(base, **values) if base else cls(**values)
-    except ValueError as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(
-            str(error),
-            "the settings do not fit together",
-            "PRESET --help lists the keys with their defaults",
-        ) from error
 
 
-def lines(name: str, config) -> list[str]:
-    """A config as `key=value` lines that the command line takes, defaults included."""
-    out = []
-    for field in fields(type(config).__name__):
-        value, key = getattr(config, field), f"{name}.{field}"
-        if type(value).__name__ in SOURCES:
-            if len(fields(type(config).__name__)[field].types) > 1:
-                out.append(f"{key}={type(value).__name__}")
-            out += lines(key, value)
-        else:
-            out.append(f"{key}={shown(value)}")
-    return out
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Shards of latents and prompt embeddings, and how they become batches."""
+
+    path: str = _field("", "folder of shard_000000.tar, ...")
+    negative: str = _field(
+        "", "embedding of the negative prompt: umT5_wan_negative_emb.pt, .npy or .safetensors"
+    )
+    frames: int = _field(21, "latent frames; longer samples are cut")
+    batch: int = _field(8, "samples of all devices together")
+    seed: int = _field(0, "of the order")
+    mix: int = _field(4, "shards whose samples are shuffled together")
+
+    def __post_init__(self):
+        positive(self, "frames", "batch", "mix")
+        if self.seed < 0:
+            raise ValueError(f"DataConfig.seed is {self.seed}; it must be at least 0")
 
 
-def shown(value) -> str:
-    """A value as the command line takes it."""
-    if isinstance(value, Tree):
-        return value.cls
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which weights the networks begin with. `dit` gives the sizes where there are no weights; else
+    the file does."""
+
+    weights: str = _field(
+        "", "preset name, hub id, file or folder: the teacher, and where the student begins"
+    )
+    student: str = _field("", "where the student begins, if not at the teacher")
+    offline: bool = _field(False, "never ask the hub")
+    attention: str = _field("dense", "of the student: dense or sla")
+    sla: SLAConfig = SLAConfig(block_q=64, block_k=64)
+    compute: str = _field("bfloat16", "what flows between layers; trained weights are float32")
+    dit: DiTConfig = DiTConfig()
+
+    def __post_init__(self):
+        for name, allowed in (("attention", STUDENT), ("compute", FLOATS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"ModelConfig.{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
+                )
+        if self.student and not self.weights:
+            raise ValueError("ModelConfig.student is given without weights, which are the teacher")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW. The defaults are those of the student of rCM at 1.3B (NVlabs/rcm rcm/configs)."""
+
+    learning_rate: float = 2e-6
+    b1: float = 0.0
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = _field(0.01, "on every trained weight")
+    warmup: int = _field(100, "updates over which the learning rate rises")
+    start: float = _field(1e-6, "its factor at the first update")
+    decay: str = _field("constant", "or linear, cosine")
+    steps: int | None = _field(None, "updates until the decay ends")
+    decay_from: float = _field(
+        2 / 3,
+        "share of the steps after which the linear decay begins; the cosine follows the warm-up"
+        " at once",
+    )
+    final: float = _field(0.0, "factor of the learning rate at the end of the decay")
+    clip: float | None = _field(None, "greatest norm of the gradient")
+    train: str = _field(
+        ".*", "pattern of whole weight names; the others keep their values and have no moments"
+    )
+
+    def __post_init__(self):
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(
+                f"OptimizerConfig.learning_rate is {self.learning_rate}; it must be positive and"
+                " finite"
+            )
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
+            raise ValueError(
+                f"OptimizerConfig: b1 {self.b1} and b2 {self.b2} must be at least 0 and less than 1"
+            )
+        for name in ("eps", "weight_decay", "warmup", "start", "final"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"OptimizerConfig.{name} is {getattr(self, name)}; it must not be negative"
+                )
+        if self.decay not in DECAY:
+            raise ValueError(
+                f"OptimizerConfig.decay is {self.decay!r}; allowed: {', '.join(DECAY)}"
+            )
+        if (self.decay == "constant") != (self.steps is None):
+            raise ValueError(
+                f"OptimizerConfig: decay {self.decay!r} with steps {self.steps}; only a decay has"
+                " steps"
+            )
+        if self.steps is not None and self.warmup >= self.steps:
+            raise ValueError(
+                f"OptimizerConfig: warmup {self.warmup} must be less than steps {self.steps}"
+            )
+        if not 0 <= self.decay_from < 1:
+            raise ValueError(
+                f"OptimizerConfig.decay_from is {self.decay_from}; it is a share of the steps, at"
+                " least 0 and less than 1"
+            )
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"OptimizerConfig.clip is {self.clip}; it must be positive, or None")
+
+
+# -- what losses share -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniformShift:
+    """Times with u = shift(U[0, 1)): log sigma is logistic, moved by log shift."""
+
+    shift: float = _field(5.0, "factor of sigma; 1 leaves u uniform")
+
+    def __post_init__(self):
+        if not 0 < self.shift < math.inf:
+            raise ValueError(
+                f"UniformShift.shift is {self.shift}; it must be positive and finite (1 leaves u"
+                " uniform)"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogNormal:
+    """Times with log sigma = mean + deviation N(0, 1).
+
+    A mean given for single images moves by 0.5 ln(latent frames) for video: -0.8 for 20 frames is
+    0.7.
+    """
+
+    mean: float = _field(0.7, "of log sigma")
+    deviation: float = 1.6
+
+    def __post_init__(self):
+        if not math.isfinite(self.mean) or not 0 < self.deviation < math.inf:
+            raise ValueError(
+                f"LogNormal(mean={self.mean}, deviation={self.deviation}): finite numbers are"
+                " needed, the deviation positive"
+            )
+
+
+TimeDistribution = UniformShift | LogNormal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    """Moving average of weights: by powers of the number of updates (arXiv 2312.02696), or with a
+    constant decay."""
+
+    width: float = _field(0.1, "relative length of the average by powers")
+    decay: float | None = _field(None, "a constant decay instead")
+
+    def __post_init__(self):
+        if not 0 < self.width < 0.28:  # from 1/sqrt(12) on, no positive exponent has this width
+            raise ValueError(
+                f"EMAConfig.width is {self.width}; allowed: greater than 0, less than 0.28"
+                " (published: 0.1)"
+            )
+        if self.decay is not None and not 0 <= self.decay < 1:
+            raise ValueError(
+                f"EMAConfig.decay is {self.decay}; allowed: 0 up to, but not including, 1"
+            )
+
+
+# -- losses ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowMatchingConfig:
+    """Flow matching with no weight over time."""
+
+    time: TimeDistribution = UniformShift()
+    dropout: float = _field(
+        0.0,
+        "share of captions replaced by the negative embedding; 0.1 to 0.15 for a model that will be"
+        " guided",
+    )
+    ema: EMAConfig = EMAConfig()
+    accumulate: int = _field(1, "microbatches in a batch")
+
+    def __post_init__(self):
+        _check_accumulate(self)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"FlowMatchingConfig.dropout is {self.dropout}; it is a probability, at least 0 and"
+                " less than 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SLATrainingConfig:
+    """Fine-tuning with sparse-linear attention. The defaults are those of the published runs."""
+
+    target: str = _field("teacher", "white box; data: black box, the teacher is not used")
+    time: TimeDistribution = LogNormal(mean=1.5)
+    ema: EMAConfig = EMAConfig()
+    accumulate: int = _field(1, "microbatches in a batch")
+
+    def __post_init__(self):
+        _check_accumulate(self)
+        if self.target not in TARGETS:
+            raise ValueError(
+                f"SLATrainingConfig.target is {self.target!r}; allowed: {', '.join(TARGETS)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SCM:
+    """Continuous-time consistency. kappa and floor are in units that do not depend on the size of a
+    sample: the defaults are the published 100 : 1 and 0.1 for 20 latent frames at 480p."""
+
+    kappa: float = _field(0.07, "weight beside distribution matching")
+    floor: float = _field(
+        7e-5, "directions of a smaller root mean square are not brought to full length"
+    )
+    time: TimeDistribution = _field(LogNormal(), "of the noise on data")
+    tangent: str = _field(
+        "exact",
+        "or differences in time: semidiscrete (fd_type 1), discrete (fd_type 2); not with rounded"
+        " timesteps",
+    )
+    interval: float = _field(
+        1e-2,
+        "of the differences; the official 1e-4 is below the rounding of a float32 network",
+    )
+    compute: str = _field(
+        "own", "dtype in which the network of the tangent runs; own: the student's"
+    )
+    warmup_form: str = _field(
+        "paper",
+        "of the direction; code2026: as the official code has it since January 2026",
+    )
+
+    def __post_init__(self):
+        if not 0 < self.kappa < math.inf or not 0 <= self.floor < math.inf:
+            raise ValueError(
+                f"SCM: kappa {self.kappa} must be positive, floor {self.floor} not negative"
+            )
+        for name, allowed in (
+            ("tangent", TANGENTS),
+            ("warmup_form", WARMUP_FORMS),
+            ("compute", ("own", *FLOATS)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"SCM.{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
+                )
+        if not 0 < self.interval < 0.5:
+            raise ValueError(
+                f"SCM.interval is {self.interval}; allowed: greater than 0, less than 0.5 of the"
+                " pi/2 of TrigFlow time"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DCM:
+    """Discrete-time consistency: `skip` Euler steps of the teacher on a shifted grid of `steps`
+    intervals; no normalising."""
+
+    weight: float = _field(100.0, "beside distribution matching; of a sum over the sample")
+    steps: int = _field(48, "intervals of the grid")
+    shift: float = _field(5.0, "of the grid towards noise")
+    skip: int = _field(1, "intervals between the student's two predictions")
+
+    def __post_init__(self):
+        if not 0 < self.weight < math.inf or not 0 < self.shift < math.inf:
+            raise ValueError(f"DCM: weight {self.weight} and shift {self.shift} must be positive")
+        if not 1 <= self.skip < self.steps:
+            raise ValueError(
+                f"DCM: skip {self.skip} must be at least 1 and less than steps {self.steps}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RCMConfig:
+    """rCM distillation. The defaults are those of the 1.3B text-to-video run (NVlabs/rcm
+    rcm/configs/experiments)."""
+
+    guidance: float = _field(5.0, "of the teacher; 1 for none")
+    consistency: SCM | DCM | None = _field(SCM(), "None: distribution matching alone")
+    dmd_weight: float = _field(
+        1.0,
+        "of distribution matching; 0: consistency alone, without a critic and its turns",
+    )
+    dmd_limit: float | None = _field(
+        None,
+        "greatest root mean square of the distribution-matching direction in a sample",
+    )
+    sample_time: TimeDistribution = _field(
+        UniformShift(), "of the student's simulated steps, and of the noise on its samples"
+    )
+    max_steps: int = _field(4, "samples are made in 1, 2, ... this many steps in turn")
+    frequency: int = _field(
+        5,
+        "after the warm-up, the student has one turn in this many and the critic the others",
+    )
+    warmup: int = _field(
+        1000,
+        "student turns at the start, without distribution matching, over which the tangent grows to"
+        " full length",
+    )
+    ema: EMAConfig = EMAConfig()
+    accumulate: int = _field(1, "microbatches in a batch")
+
+    def __post_init__(self):
+        _check_accumulate(self)
+        if not 1 <= self.guidance < math.inf:
+            raise ValueError(
+                f"RCMConfig.guidance is {self.guidance}; allowed: 1 (none) and more (published: 5)"
+            )
+        limited = self.dmd_limit is None or self.dmd_limit > 0
+        if not 0 <= self.dmd_weight < math.inf or not limited:
+            raise ValueError(
+                f"RCMConfig: dmd_weight {self.dmd_weight} must not be negative, dmd_limit"
+                f" {self.dmd_limit} positive or None"
+            )
+        if self.max_steps < 1 or self.frequency < 1 or self.warmup < 0:
+            raise ValueError(
+                f"RCMConfig: max_steps {self.max_steps} and frequency {self.frequency} must be at"
+                f" least 1, warmup {self.warmup} at least 0"
+            )
+        if self.frequency == 1 and self.dmd_weight:
+            raise ValueError(
+                "RCMConfig: frequency 1 gives the critic no turn; distribution matching needs at"
+                " least 2"
+            )
+        if self.consistency is None and (self.warmup or not self.dmd_weight):
+            raise ValueError(
+                "RCMConfig: without a consistency term, warmup must be 0 and dmd_weight positive"
+            )

@@ -9,9 +9,8 @@ TrigFlow becomes
     - t) = (cos - sin) b
 
 T holds no x_t: it cancels against a piece of dF/dt. At r = 1, g = cos b^2 (dv - u J), the
-                derivative of the consistency map.
-Formulas: arXiv 2510.08431 sections 3 and appendix, NVlabs/rcm rcm/models/t2v_model_distill_rcm.py;
-          the change of variables is ours.
+derivative of the consistency map. Formulas: arXiv 2510.08431 section 3 and appendix, NVlabs/rcm
+rcm/models/t2v_model_distill_rcm.py; the change of variables is ours.
 """
 
 from __future__ import annotations
@@ -25,21 +24,19 @@ from einops import reduce
 from tdjax.sampling import flow
 from tdjax.sampling.few_step import Velocity
 
-WARMUPS = ("paper", "code2026")
-
 
 def at(velocity: Velocity, x, u):
-    """v at x [b t h w c] and rectified-flow time u f32[b]."""
+    """Returns v at x [b t h w c] and rectified-flow time u f32[b]."""
     return velocity(x, flow.TIME_SCALE * u)
 
 
 def tau(c: flow.Coefficients):
-    """The factor of x_t in F = tau x_t + b v; shaped like the members of c."""
+    """Returns the factor of x_t in F = tau x_t + b v; shaped like the members of c."""
     return (c.cos - c.sin) * c.b
 
 
 def earlier(c: flow.Coefficients, h: float) -> flow.Coefficients:
-    """Coefficients at TrigFlow time t - h: c of any shape, h in radians."""
+    """Returns the coefficients at TrigFlow time t - h: c of any shape, h in radians."""
     sin = c.sin * math.cos(h) - c.cos * math.sin(h)
     cos = c.cos * math.cos(h) + c.sin * math.sin(h)
     b = 1.0 / (sin + cos)
@@ -48,18 +45,19 @@ def earlier(c: flow.Coefficients, h: float) -> flow.Coefficients:
 
 
 # -- T of the formulas above, three ways -----------------------------------------------------------
-# Each is called outside the function that is differentiated, and takes f32 x [b t h w c], v_teacher likewise, c of u f32[b].
+# Each is called outside the function that is differentiated, and takes x and v_teacher f32
+# [b t h w c] and c of u f32[b].
 
 
 def exact(student: Velocity, x, v_teacher, c: flow.Coefficients, h: float):
-    """-> (v-, T), both f32[b t h w c], by one forward-mode derivative; h is not used."""
+    """Returns (v-, T), both f32[b t h w c], by one forward-mode derivative; h is not used."""
     p = flow.per_sample(c)
     v, j = jax.jvp(lambda x, u: at(student, x, u), (x, c.u), (v_teacher, jnp.ones_like(c.u)))
     return v, p.b * tau(p) * (v_teacher - v) + p.b**3 * j
 
 
 def discrete(student: Velocity, x, v_teacher, c: flow.Coefficients, h: float):
-    """-> (v-, T) from dF/dt = (cos(h) F(x_t, t) - F(x_{t-h}, t-h)) / sin(h), x_{t-h} on the
+    """Returns (v-, T) from dF/dt = (cos(h) F(x_t, t) - F(x_{t-h}, t-h)) / sin(h), x_{t-h} on the
     teacher's trajectory.
 
     x, v_teacher and both results f32[b t h w c], c of u f32[b], h in radians of TrigFlow time. In
@@ -73,8 +71,8 @@ def discrete(student: Velocity, x, v_teacher, c: flow.Coefficients, h: float):
 
 
 def semidiscrete(student: Velocity, x, v_teacher, c: flow.Coefficients, h: float):
-    """-> (v-, T) from the exact derivative in x_t and a difference in t at fixed x_t, weighted as
-    in `discrete`.
+    """Returns (v-, T) from the exact derivative in x_t and a difference in t at fixed x_t, weighted
+    as in `discrete`.
 
     Shapes and units are those of `discrete`.
     """
@@ -99,12 +97,12 @@ TANGENT = {"exact": exact, "semidiscrete": semidiscrete, "discrete": discrete}
 
 
 def raw_direction(x, dv, term, c: flow.Coefficients, r, form: str = "paper"):
-    """g: where F is to go, before normalising. dv = V - v-, term = T, r in [0, 1] grows over the
-    warm-up.
+    """Returns g, where F is to go, before normalising. dv = V - v-, term = T, r in [0, 1] grows
+    over the warm-up.
 
     "paper" scales all of T by r. "code2026" is the official code since January 2026, which leaves
     the derivative unscaled: for r < 1 its g points largely along x_t. It is here to compare with
-                             that code.
+    that code.
     """
     p = flow.per_sample(c)
     kept = {"paper": r * term, "code2026": term - (1.0 - r) * x / p.b}[form]
@@ -112,14 +110,14 @@ def raw_direction(x, dv, term, c: flow.Coefficients, r, form: str = "paper"):
 
 
 def normalised(g, floor: float):
-    """g / (|g| + floor sqrt(size)) over each sample of g [b t h w c]: floor is in units of the root
-    mean square of g."""
+    """Returns g / (|g| + floor sqrt(size)) over each sample of g [b t h w c]: floor is in units of
+    the root mean square of g."""
     norm = jnp.sqrt(reduce(jnp.square(g), "b t h w c -> b 1 1 1 1", "sum"))
     return g / (norm + floor * math.sqrt(g[0].size))
 
 
 def consistency_loss(student: Velocity, x, c: flow.Coefficients, direction, kappa: float):
-    """kappa sqrt(size) sum (F - F- - direction)^2 -> (f32[b], v). The value is constant by
+    """Returns kappa sqrt(size) sum (F - F- - direction)^2 as (f32[b], v). The value is constant by
     construction; its gradient is not.
 
     kappa = 100 / sqrt(size) is the published loss scale of 100; for Wan at 480p that is 0.07.
@@ -133,15 +131,15 @@ def consistency_loss(student: Velocity, x, c: flow.Coefficients, direction, kapp
 
 
 def dcm_times(place, steps: int, shift: float, skip: int):
-    """log sigma f32[skip + 1, b]: `skip` intervals of 1/steps downwards in u before shifting, begun
-    at place f32[b] in [0, 1)."""
+    """Returns log sigma f32[skip + 1, b]: `skip` intervals of 1/steps downwards in u before
+    shifting, begun at place f32[b] in [0, 1)."""
     gone = place * (1.0 - skip / steps) + jnp.arange(skip + 1, dtype=place.dtype)[:, None] / steps
     return jnp.log1p(-gone) - jnp.log(gone) + math.log(shift)
 
 
 def teacher_steps(teacher: Velocity, x, s):
-    """x [b t h w c] at log sigma s[0], by Euler steps of the guided teacher in TrigFlow time, to x
-    at s[-1]; s f32[m+1, b]."""
+    """Returns x at s[-1], reached from x [b t h w c] at log sigma s[0] by Euler steps of the guided
+    teacher in TrigFlow time; s f32[m+1, b]."""
 
     def step(x, times):
         c, after = flow.from_log_sigma(times[0]), flow.from_log_sigma(times[1])
@@ -154,7 +152,7 @@ def teacher_steps(teacher: Velocity, x, s):
 
 
 def dcm_loss(student: Velocity, x, c: flow.Coefficients, target):
-    """sum (x0(x) - target)^2 -> f32[b]; target is the student's own x0 further down the teacher's
-    trajectory."""
+    """Returns sum (x0(x) - target)^2, f32[b]; target is the student's own x0 further down the
+    teacher's trajectory."""
     x0 = flow.data(x, at(student, x, c.u), flow.per_sample(c))
     return reduce(jnp.square(x0 - target), "b t h w c -> b", "sum")

@@ -12,12 +12,12 @@ from einops import rearrange, reduce
 
 from tdjax.sampling import flow
 from tdjax.sampling.few_step import Velocity
-from tdjax.train.state import (
-    EMAConfig,
+from tdjax.train import times
+from tdjax.train.configs import FlowMatchingConfig
+from tdjax.train.ema import ema_update
+from tdjax.train.step import (
     accumulated,
     apply,
-    check_accumulate,
-    ema_update,
     keep,
     named_keys,
     negative_text,
@@ -26,37 +26,17 @@ from tdjax.train.state import (
     velocity,
     whole,
 )
-from tdjax.train.times import TimeDistribution, UniformShift
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowMatchingConfig:
-    """Flow matching with no weight over time."""
-
-    time: TimeDistribution = UniformShift()
-    # share of captions replaced by the negative embedding; 0.1 to 0.15 for a model that will be
-    # guided
-    dropout: float = 0.0
-    ema: EMAConfig = EMAConfig()
-    accumulate: int = 1  # microbatches in a batch
-
-    def __post_init__(self):
-        check_accumulate(self)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(
-                f"FlowMatchingConfig.dropout is {self.dropout}; it is a probability, at least 0 and"
-                " less than 1"
-            )
 
 
 def distance(network: Velocity, target: Callable, latents, eps, s):
-    """Mean square of network - target over each sample, both at x_u of (latents, eps, log sigma s
-    f32[b]) -> (f32[b], ok bool[b]).
+    """Returns the mean square of network - target over each sample, both at x_u of (latents, eps,
+    log sigma s f32[b]), as (f32[b], ok bool[b]).
 
     target: (x, timestep) -> v; it has no gradient. A sample that is not finite counts as zero.
     """
     c = flow.from_log_sigma(s)
-    x, timestep = flow.noisy(latents, eps, flow.per_sample(c)), flow.TIME_SCALE * c.u
+    x = flow.noisy(latents, eps, flow.per_sample(c))
+    timestep = flow.TIME_SCALE * c.u
     wanted = jax.lax.stop_gradient(target(x, timestep))
     ok = whole(x, wanted)
     v = network(keep(ok, x), timestep)  # a network that never sees a NaN has none in its gradient
@@ -65,18 +45,19 @@ def distance(network: Velocity, target: Callable, latents, eps, s):
 
 
 def flow_matching_loss(network: Velocity, latents, eps, s):
-    """Mean square of v - (eps - x0) over each sample -> (f32[b], ok bool[b]); latents and eps f32[b
-    t h w c], log sigma s f32[b]."""
+    """Returns the mean square of v - (eps - x0) over each sample, as (f32[b], ok bool[b]); latents
+    and eps f32[b t h w c], log sigma s f32[b]."""
     return distance(network, lambda x, timestep: eps - latents, latents, eps, s)
 
 
 def drop_captions(text, negative, dropped):  # text, negative [b s d], dropped bool[b]
+    """Returns the text with the negative embedding where a caption is dropped."""
     return jnp.where(rearrange(dropped, "b -> b 1 1"), negative, text)
 
 
 def make_step(config: FlowMatchingConfig, optimizer) -> Callable:
-    """step(state, teacher, batch) -> (state, metrics). Of the teacher only the negative embedding
-    is used, and only for dropout."""
+    """Returns step(state, teacher, batch) -> (state, metrics). Of the teacher only the negative
+    embedding is used, and only for dropout."""
 
     def step(state, teacher, batch):
         keys = named_keys(state, "noise", "time", "drop")
@@ -87,7 +68,7 @@ def make_step(config: FlowMatchingConfig, optimizer) -> Callable:
             batch = dataclasses.replace(batch, text=drop_captions(batch.text, negative, dropped))
         draws = (
             normal(keys["noise"], latents.shape),
-            config.time.draw(keys["time"], latents.shape[:1]),
+            times.draw(config.time, keys["time"], latents.shape[:1]),
         )
 
         def loss(model, batch, draws):
@@ -103,13 +84,11 @@ def make_step(config: FlowMatchingConfig, optimizer) -> Callable:
 
 
 def finish(config, optimizer, state, loss: Callable, arrays):
-    """The rest of a step with one network: gradient of loss(model, *arrays), update, average,
-    metrics."""
+    """Returns (state, metrics) after the rest of a step with one network: gradient of
+    loss(model, *arrays), update, average."""
     gradient = lambda part: jax.grad(loss, has_aux=True)(state.model, *part)
     grads, samples = accumulated(gradient, arrays, config.accumulate)
     model, opt, metrics = apply(optimizer, grads, state.opt, state.model)
     ema = ema_update(state.ema, model, state.step, config.ema)
-    return (
-        dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt),
-        summary(samples) | metrics,
-    )
+    state = dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt)
+    return state, summary(samples) | metrics

@@ -10,30 +10,26 @@ import math
 import os
 from pathlib import Path
 
-WRITER = "tensorboardX"
-FILE = "metrics.jsonl"
+_WRITER = "tensorboardX"
+_FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends to `<run>/metrics.jsonl`. Lines after `step` come from a run that ended later than
-    its last checkpoint, and go."""
+    """The file `<run>/metrics.jsonl`, appended to. Lines after `step` come from a run that ended
+    later than its last checkpoint, and go."""
 
     def __init__(self, run: Path, step: int = 0):
-        self.path = run / FILE
+        self.path = run / _FILE
         run.mkdir(parents=True, exist_ok=True)
-        forget(self.path, step)
+        _forget(self.path, step)
         self.file = self.path.open("a")
-        here = importlib.util.find_spec(WRITER) is not None
-        self.board = (
-            importlib.import_module(WRITER).SummaryWriter(
-                str(run / "tensorboard"), purge_step=step + 1
-            )
-            if here
-            else None
-        )
+        self.board = None
+        if importlib.util.find_spec(_WRITER) is not None:
+            writer = importlib.import_module(_WRITER)
+            self.board = writer.SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One report. NaN and infinity, which JSON does not know, are written as null."""
+        """Writes one report. NaN and infinity, which JSON does not know, are written as null."""
         plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.file.write(json.dumps({"step": step, **plain}) + "\n")
         self.file.flush()
@@ -51,13 +47,14 @@ class Metrics:
 
 
 def read(run: Path) -> list[dict]:
-    """All reports of a run; a last line cut short by a kill is left out."""
-    lines = (run / FILE).read_text().splitlines(keepends=True) if (run / FILE).is_file() else []
+    """Returns all reports of a run; a last line cut short by a kill is left out."""
+    path = run / _FILE
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def forget(path: Path, step: int) -> None:
-    """Remove reports after `step`."""
+def _forget(path: Path, step: int) -> None:
+    """Removes reports after `step`."""
     if not path.exists():
         return
     kept = [json.dumps(row) + "\n" for row in read(path.parent) if row["step"] <= step]

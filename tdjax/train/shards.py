@@ -4,13 +4,14 @@ without torch or webdataset.
 One sample is three members whose names share a key: KEY.latent.pt [c t h w], KEY.embed.pt [s d],
 KEY.prompt.txt.
 Layout: NVlabs/rcm rcm/datasets/build_synthetic_dataset.py (writer), webdataset.py (reader). `.pth`
-        and `.npy` are read too.
+and `.npy` are read too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import struct
 import tarfile
 import zipfile
@@ -22,13 +23,13 @@ import ml_dtypes
 import numpy as np
 from einops import rearrange
 
-from tdjax.checkpoints.orbax import written
 from tdjax.checkpoints.published import torch_pickle
 from tdjax.errors import CheckpointError
+from tdjax.files import written
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-FIELDS = ("latent", "embed")
-SUFFIXES = ("pt", "pth", "npy")
+_FIELDS = ("latent", "embed")
+_SUFFIXES = ("pt", "pth", "npy")
 DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
@@ -60,6 +61,7 @@ class Member:
         return f"{self.shard}: {self.name}"
 
     def bytes(self) -> bytes:
+        """Returns the contents. Raises DataError where the shard ends early."""
         with self.shard.open("rb") as f:
             f.seek(self.start)
             data = f.read(self.size)
@@ -72,8 +74,8 @@ class Member:
         return data
 
     def array(self) -> np.ndarray:
-        """The one array of the member. Raises DataError with the member's name; nothing in it is
-        executed."""
+        """Returns the one array of the member. Raises DataError with the member's name; nothing in
+        it is executed."""
         try:
             return decode(self.name, self.bytes())
         except DAMAGE as e:
@@ -93,13 +95,13 @@ class Entry:
 
 
 def index(shard: Path) -> tuple[Entry, ...]:
-    """The samples of a shard in the order of its members; only headers are read. Raises DataError
-    naming what is wrong."""
+    """Returns the samples of a shard in the order of its members; only headers are read. Raises
+    DataError naming what is wrong."""
     found: dict[str, dict[str, Member]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
             for info in tar:
-                field, key = field_of(info.name)
+                field, key = _field_of(info.name)
                 if field is None or info.isdir():
                     continue
                 member = Member(shard, info.name, info.offset_data, info.size)
@@ -123,7 +125,7 @@ def index(shard: Path) -> tuple[Entry, ...]:
             "download it again",
         ) from e
     for key, members in found.items():
-        missing = [field for field in FIELDS if field not in members]
+        missing = [field for field in _FIELDS if field not in members]
         if missing:
             name = next(iter(members.values())).name
             raise DataError(
@@ -140,22 +142,24 @@ def index(shard: Path) -> tuple[Entry, ...]:
     return tuple(Entry(**members) for members in found.values())
 
 
-def field_of(name: str) -> tuple[str | None, str]:
+def _field_of(name: str) -> tuple[str | None, str]:
     """ "a/000000123.latent.pt" -> ("latent", "a/000000123"); the key ends at the first dot of the
     base name."""
     folder, slash, base = name.rpartition("/")
     stem, _, rest = base.partition(".")
     field, _, suffix = rest.partition(".")
-    return (field if field in FIELDS and suffix in SUFFIXES else None), folder + slash + stem
+    return (field if field in _FIELDS and suffix in _SUFFIXES else None), folder + slash + stem
 
 
-# Arrays
-# ------------------------------------------------------------------------------------------------------------------
+# -- arrays ----------------------------------------------------------------------------------------
 
 
 def decode(name: str, data: bytes) -> np.ndarray:
-    """A float array from the bytes of a .npy file or of a torch file that holds one tensor."""
-    array = npy_array(data) if name.endswith(".npy") else torch_array(data)
+    """Returns a float array from the bytes of a .npy file or of a torch file that holds one tensor.
+
+    Raises one of DAMAGE for anything else, and for NaN or infinity.
+    """
+    array = _npy_array(data) if name.endswith(".npy") else _torch_array(data)
     if array.dtype not in (BF16, np.float16, np.float32, np.float64):
         raise ValueError(f"it holds {array.dtype} {list(array.shape)}, not floats")
     if not np.isfinite(array).all():
@@ -163,48 +167,44 @@ def decode(name: str, data: bytes) -> np.ndarray:
     return array
 
 
-def npy_array(data: bytes) -> np.ndarray:
+def _npy_array(data: bytes) -> np.ndarray:
     array = np.load(io.BytesIO(data), allow_pickle=False)
     if not isinstance(array, np.ndarray):
         raise ValueError("it is an archive, not one array")
     return array.view(BF16) if array.dtype == np.dtype("V2") else array  # how numpy writes bfloat16
 
 
-def torch_array(data: bytes) -> np.ndarray:
+def _torch_array(data: bytes) -> np.ndarray:
     """The tensor of a `torch.save` archive in memory, by the same restricted pickle machine that
     reads checkpoints."""
     with zipfile.ZipFile(io.BytesIO(data)) as z:
-        pickles = [
-            name for name in z.namelist() if name == "data.pkl" or name.endswith("/data.pkl")
-        ]
+        pickles = [name for name in z.namelist() if f"/{name}".endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError("it is a zip archive without data.pkl, not a torch file")
         root = pickles[0].removesuffix("data.pkl")
-        if f"{root}byteorder" in z.namelist() and stored(z, f"{root}byteorder") != b"little":
+        if f"{root}byteorder" in z.namelist() and _stored(z, f"{root}byteorder") != b"little":
             raise ValueError("it was saved on a big-endian machine")
-        view = torch_pickle.load(stored(z, pickles[0]))
+        view = torch_pickle.load(_stored(z, pickles[0]))
         if not isinstance(view, torch_pickle.View):
             raise ValueError(f"it holds a {type(view).__name__}, not one tensor")
-        values = stored(z, f"{root}data/{view.storage.key}")
+        values = _stored(z, f"{root}data/{view.storage.key}")
     if len(values) < view.storage.size * view.storage.dtype.itemsize:
         raise ValueError(f"its storage has {len(values)} bytes for {view.storage.size} elements")
-    flat = np.frombuffer(values, view.dtype, count=len(values) // view.dtype.itemsize)[
-        view.offset :
-    ]
+    flat = np.frombuffer(values, view.dtype, count=len(values) // view.dtype.itemsize)
+    strides = [stride * view.dtype.itemsize for stride in view.strides]
     return np.lib.stride_tricks.as_strided(
-        flat, view.shape, [s * view.dtype.itemsize for s in view.strides], writeable=False
+        flat[view.offset :], view.shape, strides, writeable=False
     )
 
 
-def stored(z: zipfile.ZipFile, name: str) -> bytes:
+def _stored(z: zipfile.ZipFile, name: str) -> bytes:
     """An entry that takes as much room in the archive as in memory; its checksum is compared."""
     if z.getinfo(name).compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"entry {name!r} is compressed")
     return z.read(name)
 
 
-# Writing
-# -----------------------------------------------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------------
 
 
 def write_shard(
@@ -213,21 +213,20 @@ def write_shard(
     first: int = 0,
     overwrite: bool = False,
 ) -> Path:
-    """Write samples (latents [t h w c], text [s d], prompt) in the official layout, the file
-    complete or not at all.
+    """Writes samples (latents [t h w c], text [s d], prompt) in the official layout, the file
+    complete or not at all. Returns its path.
 
     first: number of the first sample; keys have nine digits. Tensors are bfloat16, as torch.load
-           reads them.
+    reads them.
     """
     with (
         written(Path(path), overwrite) as part,
         tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for key, (latents, text, prompt) in enumerate(samples, first):
+            channels_first = rearrange(np.asarray(latents), "t h w c -> c t h w")
             members = {
-                "latent.pt": torch_bytes(
-                    rearrange(np.asarray(latents), "t h w c -> c t h w").astype(BF16)
-                ),
+                "latent.pt": torch_bytes(channels_first.astype(BF16)),
                 "embed.pt": torch_bytes(np.asarray(text).astype(BF16)),
                 "prompt.txt": prompt.encode(),
             }
@@ -239,45 +238,42 @@ def write_shard(
 
 
 def torch_bytes(array: np.ndarray) -> bytes:
-    """A bfloat16 array as `torch.save` would write it: pickle protocol 2 that rebuilds one tensor,
-    and its storage."""
-    integers = lambda values: b"(" + b"".join(b"J" + struct.pack("<i", v) for v in values) + b"t"
-    strides = [int(np.prod(array.shape[i + 1 :])) for i in range(array.ndim)]
-    name = lambda module, attribute: b"c" + module + b"\n" + attribute + b"\n"
-    text = lambda value: b"X" + struct.pack("<I", len(value)) + value
-    count = b"J" + struct.pack("<i", array.size)
-    storage = (
-        b"("
-        + text(b"storage")
-        + name(b"torch", b"BFloat16Storage")
-        + text(b"0")
-        + text(b"cpu")
-        + count
-        + b"tQ"
-    )
-    hooks = name(b"collections", b"OrderedDict") + b")R"
-    arguments = (
-        b"("
-        + storage
-        + b"J"
-        + struct.pack("<i", 0)
-        + integers(array.shape)
-        + integers(strides)
-        + b"\x89"
-        + hooks
-        + b"t"
-    )
-    pickle = b"\x80\x02" + name(b"torch._utils", b"_rebuild_tensor_v2") + arguments + b"R."
+    """Returns a bfloat16 array as `torch.save` would write it: a pickle of protocol 2 that rebuilds
+    one tensor, and its storage."""
+    entries = {
+        "data.pkl": _tensor_pickle(array.shape),
+        "byteorder": b"little",
+        "data/0": np.ascontiguousarray(array).tobytes(),
+        "version": b"3\n",
+    }
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as z:
-        entries = {
-            "data.pkl": pickle,
-            "byteorder": b"little",
-            "data/0": np.ascontiguousarray(array).tobytes(),
-            "version": b"3\n",
-        }
         for entry, data in entries.items():
-            z.writestr(
-                zipfile.ZipInfo(f"archive/{entry}"), data
-            )  # no date: the same samples give the same bytes
+            # An entry without a date: the same samples give the same bytes.
+            z.writestr(zipfile.ZipInfo(f"archive/{entry}"), data)
     return out.getvalue()
+
+
+def _tensor_pickle(shape: tuple[int, ...]) -> bytes:
+    """The pickle of a contiguous bfloat16 tensor whose storage is entry 0 of the archive."""
+    integer = lambda value: b"J" + struct.pack("<i", value)
+    text = lambda value: b"X" + struct.pack("<I", len(value)) + value
+    name = lambda module, attribute: b"c" + module + b"\n" + attribute + b"\n"
+    group = lambda *items: b"(" + b"".join(items) + b"t"
+    storage = group(
+        text(b"storage"),
+        name(b"torch", b"BFloat16Storage"),
+        text(b"0"),
+        text(b"cpu"),
+        integer(math.prod(shape)),
+    )
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    arguments = group(
+        storage + b"Q",  # by the storage's persistent id
+        integer(0),  # offset
+        group(*map(integer, shape)),
+        group(*map(integer, strides)),
+        b"\x89",  # needs no gradient
+        name(b"collections", b"OrderedDict") + b")R",  # hooks
+    )
+    return b"\x80\x02" + name(b"torch._utils", b"_rebuild_tensor_v2") + arguments + b"R."

@@ -2,9 +2,8 @@
 2509.24006).
 
 White box: towards the dense model's velocity at the same noisy latents. Black box: flow matching on
-           data like the model's own.
-The student is built with attention "sla" (blocks of 64 x 64 in the published runs), the teacher
-with "dense".
+data like the model's own. The student is built with attention "sla" (blocks of 64 x 64 in the
+published runs), the teacher with "dense".
 Source: thu-ml/TurboDiffusion turbodiffusion/rcm/models/t2v_model_sla.py.
 """
 
@@ -16,33 +15,15 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from tdjax.sampling.few_step import Velocity
+from tdjax.train import times
+from tdjax.train.configs import SLATrainingConfig
 from tdjax.train.flow_matching import distance, finish, flow_matching_loss
-from tdjax.train.state import EMAConfig, check_accumulate, named_keys, normal, velocity
-from tdjax.train.times import LogNormal, TimeDistribution
-
-TARGETS = ("teacher", "data")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SLATrainingConfig:
-    """The defaults are those of the published runs."""
-
-    target: str = "teacher"  # white box; data: black box, the teacher is not used
-    time: TimeDistribution = LogNormal(mean=1.5)
-    ema: EMAConfig = EMAConfig()
-    accumulate: int = 1  # microbatches in a batch
-
-    def __post_init__(self):
-        check_accumulate(self)
-        if self.target not in TARGETS:
-            raise ValueError(
-                f"SLATrainingConfig.target is {self.target!r}; allowed: {', '.join(TARGETS)}"
-            )
+from tdjax.train.step import named_keys, normal, velocity
 
 
 def white_box_loss(student: Velocity, teacher: Velocity, latents, eps, s):
-    """Mean square of v_student - v_teacher at the same x_u, no guidance, no weight of time ->
-    (f32[b], ok bool[b]).
+    """Returns the mean square of v_student - v_teacher at the same x_u, without guidance or a
+    weight of time, as (f32[b], ok bool[b]).
 
     latents and eps f32[b t h w c], log sigma s f32[b].
     """
@@ -50,14 +31,14 @@ def white_box_loss(student: Velocity, teacher: Velocity, latents, eps, s):
 
 
 def make_step(config: SLATrainingConfig, optimizer) -> Callable:
-    """step(state, teacher, batch) -> (state, metrics)."""
+    """Returns step(state, teacher, batch) -> (state, metrics)."""
 
     def step(state, teacher, batch):
         keys = named_keys(state, "noise", "time")
         latents = batch.latents.astype(jnp.float32)
         draws = (
             normal(keys["noise"], latents.shape),
-            config.time.draw(keys["time"], latents.shape[:1]),
+            times.draw(config.time, keys["time"], latents.shape[:1]),
         )
 
         def loss(model, batch, draws):

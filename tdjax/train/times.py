@@ -1,8 +1,8 @@
-"""Distributions of training times. A time is s = log sigma in float32, from which
-`flow.from_log_sigma` has every coefficient.
+"""Random training times. A time is s = log sigma in float32, from which `flow.from_log_sigma` has
+every coefficient.
 
 Shifting u is adding to s: sigma -> shift * sigma. Source: NVlabs/rcm rcm/utils/timestep_utils.py,
-                           arXiv 2510.08431.
+arXiv 2510.08431.
 """
 
 from __future__ import annotations
@@ -11,47 +11,24 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
+
+from tdjax.train.configs import LogNormal, TimeDistribution, UniformShift
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class UniformShift:
-    """u = shift(U[0, 1)): log sigma is logistic, moved by log shift."""
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Times of which log sigma is one of `values`, each as likely; no setting of a run."""
 
-    shift: float = 5.0  # factor of sigma; 1 leaves u uniform
-
-    def __post_init__(self):
-        if not 0 < self.shift < math.inf:
-            raise ValueError(
-                f"UniformShift.shift is {self.shift}; it must be positive and finite (1 leaves u"
-                " uniform)"
-            )
-
-    def draw(self, key, shape: tuple[int, ...]) -> jax.Array:
-        """log sigma f32[shape], always finite."""
-        return jax.random.logistic(key, shape, "float32") + math.log(self.shift)
+    values: tuple[float, ...]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogNormal:
-    """log sigma = mean + deviation N(0, 1).
-
-    A mean given for single images moves by 0.5 ln(latent frames) for video: -0.8 for 20 frames is
-    0.7.
-    """
-
-    mean: float = 0.7  # of log sigma
-    deviation: float = 1.6
-
-    def __post_init__(self):
-        if not math.isfinite(self.mean) or not 0 < self.deviation < math.inf:
-            raise ValueError(
-                f"LogNormal(mean={self.mean}, deviation={self.deviation}): finite numbers are"
-                " needed, the deviation positive"
-            )
-
-    def draw(self, key, shape: tuple[int, ...]) -> jax.Array:
-        """log sigma f32[shape]."""
-        return self.mean + self.deviation * jax.random.normal(key, shape, "float32")
-
-
-TimeDistribution = UniformShift | LogNormal
+def draw(time: TimeDistribution | Choice, key, shape: tuple[int, ...]) -> jax.Array:
+    """Returns log sigma f32[shape] from a distribution, always finite."""
+    match time:
+        case UniformShift():
+            return jax.random.logistic(key, shape, "float32") + math.log(time.shift)
+        case LogNormal():
+            return time.mean + time.deviation * jax.random.normal(key, shape, "float32")
+        case Choice():
+            return jax.random.choice(key, jnp.float32(time.values), shape)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from convert import quantize
 from convert.__main__ import main
 from tdjax.checkpoints import orbax
+from tdjax.checkpoints.demo import PACKAGED
 from tdjax.checkpoints.published.checkpoint import open_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -55,9 +58,9 @@ def test_one_file(tmp_path, tiny, capsys):
     cfg, module = orbax.restore(tmp_path / "out")
     direct = open_checkpoint(source).load()
     assert cfg == direct.cfg and cfg.policy.param == "bfloat16"
-    for name, value in orbax.names(direct).items():
+    for name, value in orbax.named_leaves(direct).items():
         np.testing.assert_array_equal(
-            np.asarray(orbax.names(module)[name]), np.asarray(value), err_msg=name
+            np.asarray(orbax.named_leaves(module)[name]), np.asarray(value), err_msg=name
         )
     assert not left_over(tmp_path)
 
@@ -284,9 +287,68 @@ def test_overwrite_replaces_only_when_complete(tmp_path, tiny, monkeypatch):
     assert orbax.inspect(tmp_path / "out")["kind"] == "text" and not left_over(tmp_path)
 
 
+FOREIGN = {  # folders that hold more, or other things, than what the command wrote
+    "a text": ["thesis.tex"],
+    "another program's manifest": ["manifest.json"],
+    "a checkpoint and a text": ["params/", "vae", "notes.txt"],
+    "a model folder and a text": ["vae/params/", "vae/vae", "notes.txt"],
+    "a model folder and a folder": ["vae/params/", "vae/vae", "papers/thesis.tex"],
+    "a checkpoint under another name": ["fox/params/", "fox/vae"],
+    "a checkpoint deep below": ["a/b/params/", "a/b/vae"],
+    "published files": ["Wan2.1_VAE.pth"],
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("command", [main, quantize.main])
+def test_overwrite_does_not_replace_a_folder_of_others(tmp_path, tiny, capsys, kind, command):
+    source, target = tiny("sla"), tmp_path / "keep"
+    for name in FOREIGN[kind]:
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/"):
+            path.mkdir()
+        elif path.name == "vae":  # a manifest of ours
+            shutil.copy(PACKAGED / "vae" / "manifest.json", path.parent)
+        else:
+            path.write_text("{}")
+    before = sorted(target.rglob("*"))
+    assert command([str(source), str(target), "--overwrite"]) == 2
+    err = capsys.readouterr().err
+    assert "only a folder that tdjax wrote" in err and str(target / "NAME") in err
+    assert sorted(target.rglob("*")) == before and not left_over(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["m", "m/vae", "link", "link/vae", "."])
+def test_an_input_is_not_replaced(tmp_path, tiny, monkeypatch, capsys, target):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(tiny("sla")), str(tiny("vae")), "m", "--no-hash"]) == 0
+    (tmp_path / "link").symlink_to("m")
+    before = sorted(tmp_path.rglob("*"))
+    for source in ("m/vae", "link/vae", str(tmp_path / "m" / "vae")):
+        assert main([source, target, "--overwrite"]) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+    assert main(["m/vae", "m/other.safetensors", "--overwrite", "--no-hash"]) == 0
+    assert main(["m/other.safetensors", "m/other.safetensors", "--overwrite"]) == 2
+    assert "is the input" in capsys.readouterr().err
+
+
+def test_a_model_folder_is_replaced(tmp_path, tiny):
+    files = [str(tiny("sla")), str(tiny("vae")), str(tmp_path / "m"), "--no-hash"]
+    assert main(files) == 0 and main(files) == 2 and main([*files, "--overwrite"]) == 0
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["dit", "vae"]
+
+
+def test_a_place_that_cannot_be_written_is_told_in_three_lines(tmp_path, tiny, capsys):
+    source = tiny("vae")
+    for target in ("/proc/x", "/proc/x.safetensors", str(source / "x")):
+        assert main([str(source), target, "--no-hash"]) == 2
+        assert capsys.readouterr().err.count("\n") == 3
+
+
 KILLED = """
 import os, signal, sys
-from convert import load
+from tdjax.checkpoints.published import checkpoint as load
 from convert.__main__ import main
 real, calls = load.Checkpoint.final, []
 def final(self, *args):
@@ -330,9 +392,24 @@ def test_help_is_fast_and_stdout_is_clean(tmp_path, tiny):
     )  # 0.1 s on a quiet machine; jax alone takes longer than this
     source = tiny("text")
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-m", "convert", str(source), str(tmp_path / "out"), "--json"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-W",
+            "error",
+            "-W",
+            "ignore::DeprecationWarning",
+            "-m",
+            "convert",
+            str(source),
+            str(tmp_path / "out"),
+            "--json",
+        ],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
     assert (run.returncode, run.stderr) == (
         0,
         "",

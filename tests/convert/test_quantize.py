@@ -62,7 +62,7 @@ def test_to_our_folder_and_from_it(tmp_path, source, capsys):
     assert "blocks.self_attn.q" in err and "GiB ->" in err
     direct = tmp_path / "direct"
     assert quantize.main([str(path), str(direct)]) == 0
-    a, b = (orbax.names(orbax.restore(folder)[1]) for folder in (tmp_path / "q", direct))
+    a, b = (orbax.named_leaves(orbax.restore(folder)[1]) for folder in (tmp_path / "q", direct))
     for name in a:
         np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
 
@@ -75,8 +75,8 @@ def test_by_token_and_channel_into_a_folder_only(tmp_path, source, as_json, caps
     assert 1e-3 < as_json()["errors"]["blocks.up"]["relative"][0] < 0.04
     cfg, module = orbax.restore(tmp_path / "q")
     assert cfg.linear == quant
-    made = orbax.names(with_linear(open_checkpoint(path).load(), quant))
-    for name, leaf in orbax.names(module).items():
+    made = orbax.named_leaves(with_linear(open_checkpoint(path).load(), quant))
+    for name, leaf in orbax.named_leaves(module).items():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(made[name]), err_msg=name)
     assert quantize.main([str(path), str(tmp_path / "q.safetensors"), "--quant", quant]) == 3
     assert f"with {quant} layers cannot be written under published names" in capsys.readouterr().err

@@ -140,7 +140,7 @@ def test_the_vae_against_other_layouts(tmp_path, as_json):
         std=(2.0,) * 3,
     )
     rng = np.random.default_rng(0)
-    shapes = orbax.names(orbax.abstract("vae", cfg))
+    shapes = orbax.named_leaves(orbax.abstract("vae", cfg))
     leaves = {n: (0.2 * rng.standard_normal(x.shape)).astype(x.dtype) for n, x in shapes.items()}
     orbax.save(tmp_path / "ours", leaves, "vae", cfg)
     for naming in ("wan", "diffusers"):

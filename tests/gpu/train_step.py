@@ -36,10 +36,10 @@ from tdjax.models.wan_dit import DiT
 from tdjax.parallel.sharding import leaf_name
 from tdjax.pipeline.memory import memory_limit
 from tdjax.progress import GIB, device_bytes
-from tdjax.train import loop, run
+from tdjax.train import loop, methods, networks, placement
 from tdjax.train.__main__ import resolve
-from tdjax.train.configs import build
 from tdjax.train.presets import PRESETS
+from tdjax.train.settings import build
 from tdjax.train.state import Batch, Teacher
 
 PRESET = {"sla": "sla-1.3b", "rcm": "rcm-1.3b"}
@@ -76,9 +76,10 @@ def network(cfg: DiTConfig, key) -> DiT:
 def dense(cfg: DiTConfig, student: DiT) -> DiT:
     """The teacher: where the student begins, in the teacher's dtype and without a sparse
     projection."""
-    wanted, leaves = orbax.abstract("dit", cfg), orbax.names(student)
+    wanted, leaves = orbax.abstract("dit", cfg), orbax.named_leaves(student)
     return orbax.assemble(
-        wanted, {name: leaves[name].astype(x.dtype) for name, x in orbax.names(wanted).items()}
+        wanted,
+        {name: leaves[name].astype(x.dtype) for name, x in orbax.named_leaves(wanted).items()},
     )
 
 
@@ -94,24 +95,26 @@ def conditioned(
     return batch, jax.random.normal(keys[2], text, jnp.bfloat16)
 
 
-def beginning(config: dict, method: run.Method, latents: tuple[int, int, int]):
+def beginning(config: dict, method: methods.Method, latents: tuple[int, int, int]):
     """(state, teacher, batch) as the first step of a run takes them."""
     model = config["model"]
-    student = loop.made(
-        functools.partial(network, run.trained(model.dit, model)), jax.random.key(1)
+    student = placement.created(
+        functools.partial(network, networks.trained(model.dit, model)), jax.random.key(1)
     )
     batch, negative = jax.jit(
         functools.partial(conditioned, model.dit, config["data"].batch, latents)
     )(jax.random.key(2))
     teacher = Teacher(
-        model=loop.made(functools.partial(dense, run.frozen(model.dit, model)), student),
+        model=placement.created(
+            functools.partial(dense, networks.frozen(model.dit, model)), student
+        ),
         negative=negative,
     )
-    return loop.made(method.create, student), teacher, batch
+    return placement.created(method.create, student), teacher, batch
 
 
 # One method
-# ---------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def measured(name: str, config: dict, latents: tuple[int, int, int], count: int) -> Iterator[dict]:
@@ -121,7 +124,7 @@ def measured(name: str, config: dict, latents: tuple[int, int, int], count: int)
     The peak is that of the process so far, so rCM's critic, which needs less than its student, goes
     first.
     """
-    method = run.method(PRESETS[PRESET[name]].method, config)
+    method = methods.method(PRESETS[PRESET[name]].method, config)
     state, teacher, batch = jax.block_until_ready(beginning(config, method, latents))
     held = device_bytes()
     for phase, step in reversed(method.steps.items()):
@@ -146,7 +149,7 @@ def measured(name: str, config: dict, latents: tuple[int, int, int], count: int)
         yield row
 
 
-def turns(method: run.Method, phase: str, count: int) -> list[int]:
+def turns(method: methods.Method, phase: str, count: int) -> list[int]:
     """The numbers of the first `count` steps of a phase after the warm-up."""
     after = itertools.count(method.schedule.warmup)
     return list(itertools.islice((n for n in after if method.schedule.phase(n) == phase), count))
@@ -173,7 +176,7 @@ def since(start: float) -> float:
 
 
 # Report
-# -------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 
 
 def show(row: dict) -> str:
@@ -185,12 +188,16 @@ def show(row: dict) -> str:
     )
     steps = ", ".join(f"{seconds:.2f}" for seconds in row["seconds"])
     losses = ", ".join(f"{m['loss']:.4g}" for m in row["metrics"])
-    return "\n".join([
-        f"{row['method']} {row['phase']}, batch {row['batch']}, latents {' x '.join(map(str, row['latents']))}",
+    latents = " x ".join(map(str, row["latents"]))
+    finite = "finite" if row["finite"] else "NOT FINITE"
+    counted = f"{g['argument']:.1f} + {g['temp']:.1f} working = {g['whole']:.1f} GiB"
+    lines = [
+        f"{row['method']} {row['phase']}, batch {row['batch']}, latents {latents}",
         f"  compile {row['compile_s']:.1f} s, first step {row['first_s']:.2f} s, then {steps} s",
-        f"  {memory}XLA counts {g['argument']:.1f} + {g['temp']:.1f} working = {g['whole']:.1f} GiB",
-        f"  losses {losses}; not finite: {bad:g} samples and gradient entries; {'finite' if row['finite'] else 'NOT FINITE'}",
-    ])  # fmt: skip
+        f"  {memory}XLA counts {counted}",
+        f"  losses {losses}; not finite: {bad:g} samples and gradient entries; {finite}",
+    ]
+    return "\n".join(lines)
 
 
 def apart(name: str, args) -> list[dict]:

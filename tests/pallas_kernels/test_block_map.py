@@ -4,16 +4,8 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from pallas_kernels import sage_sparse_linear_attention, sparse_linear_attention
-from pallas_kernels.sparse_attention import reference
-from pallas_kernels.sparse_attention.block_map import (
-    WIDEST,
-    block_map,
-    block_map_and_mean,
-    choose,
-    mean_of,
-    pool,
-)
+from pallas_kernels import blocking, sage_sparse_linear_attention, sparse_linear_attention
+from pallas_kernels.block_map import WIDEST, block_map, block_map_and_mean, choose, pool
 
 WIDE, NARROW = jnp.float32, jnp.bfloat16
 
@@ -75,7 +67,7 @@ def test_means(tail, dtype):
     assert pooled.dtype == jnp.float32
     expected = np.stack([exact[:, i : i + 64].mean(1) for i in range(0, x.shape[1], 64)], 2)
     assert_close(pooled, expected, "float32")
-    assert_close(mean_of(pooled, x.shape[1], 64), exact.mean(1), "float32")
+    assert_close(blocking.token_mean(pooled, x.shape[1], 64), exact.mean(1), "float32")
 
 
 @pytest.mark.parametrize("l, block_q, block_k", [(335, 128, 64), (376, 64, 128), (30, 64, 64)])
@@ -86,7 +78,7 @@ def test_map_is_that_of_the_reference(l, block_q, block_k):
         lambda q, k: block_map_and_mean(q, k, chosen, block_q, block_k, interpret=True)
     )(q, k)
     np.testing.assert_array_equal(
-        np.asarray(blocks), np.asarray(reference.block_map(q, k, chosen, block_q, block_k))
+        np.asarray(blocks), np.asarray(blocking.block_map(q, k, chosen, block_q, block_k))
     )
     assert_close(mean, np.asarray(k, np.float64).mean(1), "float32")
 
@@ -114,7 +106,7 @@ def test_means_at_hand_give_the_same_output(op, impl):
     """Means of the rotation's pass; with others the map, and so the output, is another."""
     q, k, v = (jnp.asarray(normal(seed, 1, 300, 2, 16)) for seed in range(3))
     proj = jnp.asarray(normal(3, 16, 16)) / 4, jnp.asarray(normal(4, 16))
-    mean = lambda x, size: reference.blocked(x, size).sum(3) / reference.counts(300, size)[:, None]
+    mean = lambda x, size: blocking.block_means(x, size)
     means = mean(q, 128), mean(k, 64)
     run = jax.jit(
         lambda *a, means=None: op(*a, topk=0.5, block_q=128, block_k=64, means=means, impl=impl)

@@ -1,11 +1,17 @@
+import dataclasses
 from types import SimpleNamespace
 
+import described
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.dispatch import automatic, choose, on_cuda
+from pallas_kernels import mosaic, tuning
+from pallas_kernels.dispatch import automatic, bound, choose, implementations, on_cuda
+from pallas_kernels.inventory import OPS
+
+TABLE = {"reference": jnp.cos, "triton": jnp.sin, "mosaic": jnp.tanh, "plain": jnp.exp2}
 
 
 def test_unknown_name_lists_what_is_allowed():
@@ -35,19 +41,62 @@ def test_platform_is_chosen_at_lowering():
     assert "sine" in cuda and "cosine" not in cuda
 
 
+def lowered(op):
+    return jax.jit(op).trace(jnp.float32(0)).lower(lowering_platforms=("cuda",)).as_text()
+
+
 def test_auto_is_decided_at_lowering_and_its_derivative_by_the_default_device(monkeypatch):
-    assert automatic(jnp.sin, jnp.cos, "it is too wide") is jnp.cos
-    op = automatic(jnp.sin, jnp.cos, None)
+    assert automatic(TABLE, "it is too wide") is jnp.cos
+    op = automatic(TABLE, None)
     assert op(0.0) == 1.0 and jax.grad(op)(0.0) == 0.0
-    assert (
-        "stablehlo.sine"
-        in jax.jit(op).trace(jnp.float32(0)).lower(lowering_platforms=("cuda",)).as_text()
-    )
+    assert "stablehlo.sine" in lowered(op)
+    assert "stablehlo.tanh" in lowered(automatic(TABLE, None, kernel="mosaic"))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert jax.grad(automatic(jnp.sin, jnp.cos, None))(0.0) == 1.0
-    assert jax.grad(automatic(jnp.sin, jnp.cos, None, derivative=jnp.exp2))(0.0) == np.float32(
-        np.log(2)
+    assert jax.grad(automatic(TABLE, None))(0.0) == 1.0
+    assert jax.grad(automatic(TABLE, None, derivative="plain"))(0.0) == np.float32(np.log(2))
+
+
+def test_auto_takes_another_kernel_on_a_family_of_gpus(monkeypatch):
+    op = automatic(TABLE, None, by_family={"sm90": "mosaic"})
+    monkeypatch.setattr(tuning, "family", lambda: "sm90")
+    assert "stablehlo.tanh" in lowered(op)
+    monkeypatch.setattr(tuning, "family", lambda: "sm80")
+    assert "stablehlo.sine" in lowered(automatic(TABLE, None, by_family={"sm90": "mosaic"}))
+
+
+def test_a_described_gpu_is_the_one_that_is_compiled_for():
+    if jax.__version_info__ < (0, 11):
+        pytest.skip("older versions of jax describe no GPU")
+    mesh = lambda kind: jax.sharding.AbstractMesh(
+        (), (), abstract_device=dataclasses.replace(described.H100, device_kind=kind)
     )
+    kinds = {
+        "NVIDIA H200": "sm90",
+        "NVIDIA A100-SXM4-80GB": "sm80",
+        "NVIDIA GeForce RTX 4090": "sm89",
+        "NVIDIA B200": "sm100",
+        "NVIDIA RTX PRO 6000 Blackwell Server Edition": "sm120",
+    }
+    for kind, family in kinds.items():
+        with jax.sharding.use_abstract_mesh(mesh(kind)):
+            assert tuning.known_family() == tuning.family() == family
+            assert bool(mosaic.faster(None)) and (mosaic.unavailable() is None) == (
+                family == "sm90"
+            )
+    assert tuning.known_family() is None and tuning.family() == tuning.DEFAULT
+
+
+def test_implementations_by_name():
+    table = implementations(min, lambda a, b, *, interpret: (a, b, interpret), mosaic=max)
+    assert list(table) == ["reference", "mosaic", "triton", "interpret"]
+    assert table["triton"](1, 2) == (1, 2, False) and table["interpret"](1, 2) == (1, 2, True)
+    assert bound({"power": pow}, mod=5)["power"](2, 3) == 3
+
+
+def test_every_op_has_a_reference_and_a_kernel():
+    for op, table in OPS.items():
+        assert next(iter(table)) == "reference" and len(table) > 1, op
+        assert ("triton" in table) == ("interpret" in table), op
 
 
 def test_a_gpu_that_jax_does_not_name_is_known_by_its_capability(monkeypatch):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 
 from pallas_kernels import attention
-from pallas_kernels.flash_attention import IMPLS, cudnn, reference, triton
+from pallas_kernels.flash_attention import IMPLEMENTATIONS, cudnn, reference, triton
 from pallas_kernels.flash_attention.forward import forward
 from pallas_kernels.flash_attention.tangent import tangent
 from pallas_kernels.flash_attention.workloads import WORKLOADS
@@ -249,6 +249,6 @@ def test_real_shapes_lower_for_cuda(name):
 @pytest.mark.parametrize("l, s, k", [(300, 200, 64), (1000, 512, 128), (257, 1, 32)])
 def test_on_the_gpu(impl, l, s, k):
     args, tangents = draw(0, 2, l, s, 3, k, jnp.bfloat16), draw(1, 2, l, s, 3, k, jnp.bfloat16)
-    assert impl in IMPLS
+    assert impl in IMPLEMENTATIONS["attention"]
     actual = jax.jit(partial(derivatives, partial(attention, impl=impl)))(args, tangents, args[0])
     close(actual, exact(args, tangents, args[0]), 1e-2)

@@ -33,7 +33,7 @@ def test_product_and_both_roundings(golden):
         jnp.asarray(g["in/x"], jnp.bfloat16),
         QTensor(jnp.asarray(g["out/w_q"]), jnp.asarray(g["out/w_scale"])),
     )
-    y = jax.jit(lambda x, w: reference.product(quantize(x), w))(x, weight)
+    y = jax.jit(lambda x, w: reference.block_sum(quantize(x), w))(x, weight)
     assert_close(y, g["out/y_f32"], "int8_y")
     run = jax.jit(int8_linear)
     for bias, key in (
@@ -65,9 +65,11 @@ def test_cuda_kernels_of_the_publishers(golden):
 
 def test_rows_in_pieces_change_nothing(monkeypatch):
     x, w = jax.jit(quantize)(normal(0, 300, 256)), jax.jit(quantize)(normal(1, 70, 256))
-    whole = jax.jit(reference.product)(x, w)
+    whole = jax.jit(reference.block_sum)(x, w)
     monkeypatch.setattr(reference, "SUM_BYTES", 4 * 70 * 128)
-    exact(jax.jit(lambda *a: reference.product(*a))(x, w), np.asarray(whole), "pieces of 128 rows")
+    exact(
+        jax.jit(lambda *a: reference.block_sum(*a))(x, w), np.asarray(whole), "pieces of 128 rows"
+    )
 
 
 @settings(max_examples=20, deadline=None)

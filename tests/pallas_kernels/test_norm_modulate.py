@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import norm_modulate
-from pallas_kernels.int8_matmul import quantize_rows
-from pallas_kernels.int8_matmul.rows import split
+from pallas_kernels.quantized import quantize_rows
+from pallas_kernels.rows import split
 
 BF16 = jnp.bfloat16
 norm = jax.jit(norm_modulate.norm, static_argnames=("eps", "floats", "scheme", "impl"))

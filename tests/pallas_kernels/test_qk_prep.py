@@ -13,7 +13,6 @@ from pallas_kernels.qk_prep import workloads
 IMPLS = ("reference", "interpret")
 rms_norm_rope = jax.jit(op.rms_norm_rope, static_argnames=("eps", "impl"))
 rms_norm_rope_pool = jax.jit(op.rms_norm_rope_pool, static_argnames=("eps", "block", "impl"))
-quantize_keys = jax.jit(op.quantize_keys, static_argnames=("block", "impl"))
 
 
 def normal(seed, *shape):
@@ -70,41 +69,6 @@ def test_means_of_blocks(impl, l, block):
     )
 
 
-@pytest.mark.parametrize(
-    "tail, block", [(0, 64), (1, 64), (16, 64), (56, 64), (80, 128), (120, 128)]
-)
-def test_int8_keys(tail, block):
-    k = jnp.asarray(normal(0, 2, block + tail, 2, 32) + 5, jnp.bfloat16)
-    mean = k.mean(1, dtype=jnp.float32)
-    values, scale = quantize_keys(k, mean, block=block, impl="interpret")
-    expected, expected_scale = quantize_keys(k, mean, block=block, impl="reference")
-    assert (
-        values.dtype == jnp.int8
-        and values.shape == k.shape
-        and scale.shape == (2, 2, 2 if tail else 1)
-    )
-    assert_close(scale, expected_scale, "float32")
-    smooth = np.asarray(k, np.float64) - np.asarray(mean, np.float64)[:, None]
-    quotient = smooth / np.repeat(np.asarray(scale, np.float64), block, 2)[
-        :, :, : k.shape[1], None
-    ].swapaxes(1, 2)
-    for rounded in (values, expected):  # the nearest whole number, or either one at a tie
-        assert (np.abs(np.asarray(rounded) - quotient) <= 0.5 + 1e-4).all()
-    assert np.abs(np.asarray(values)).max() == 127
-
-
-def test_a_block_of_equal_keys_is_zero():
-    k = jnp.full((1, 64, 1, 16), 3.0)
-    values, scale = quantize_keys(k, jnp.full((1, 1, 16), 3.0), block=64, impl="interpret")
-    assert not values.any() and float(scale[0, 0, 0]) > 0
-
-
-def test_a_nan_is_not_hidden():
-    k = jnp.ones((1, 64, 1, 16)).at[0, 3, 0, 5].set(jnp.nan)
-    for impl in IMPLS:
-        assert jnp.isnan(quantize_keys(k, jnp.zeros((1, 1, 16)), block=64, impl=impl)[1]).all()
-
-
 def test_derivatives_of_the_kernel_are_those_of_the_reference():
     args = arguments(l=40)
     ways = tuple(jnp.asarray(normal(3 + i, *a.shape)) for i, a in enumerate(args))
@@ -125,18 +89,16 @@ def test_derivatives_of_the_kernel_are_those_of_the_reference():
 def test_workloads_at_real_size(name, impl):
     """They trace, the reference lowers for CUDA, and no array is larger than the float32 form of
     the argument."""
-    ops = {
-        "rows": partial(op.rms_norm_rope_pool, eps=1e-6, block=64, impl=impl),
-        "keys": partial(op.quantize_keys, block=64, impl=impl),
-    }
-    loads = {"rows": workloads.WORKLOADS[name], "keys": workloads.KEYS[name]}
-    for what, run in ops.items():
-        args = jax.eval_shape(loads[what].make, jax.random.key(0))
-        assert 3 * args[0].size < loads[what].bytes < 4.5 * args[0].size
-        traced = jax.jit(run).trace(*args)
-        assert largest(traced.jaxpr.jaxpr) <= args[0].size * 4 * 1.01
-        if impl == "reference":
-            traced.lower(lowering_platforms=("cuda",))
+    run, load = (
+        partial(op.rms_norm_rope_pool, eps=1e-6, block=64, impl=impl),
+        workloads.WORKLOADS[name],
+    )
+    args = jax.eval_shape(load.make, jax.random.key(0))
+    assert 3 * args[0].size < load.bytes < 4.5 * args[0].size
+    traced = jax.jit(run).trace(*args)
+    assert largest(traced.jaxpr.jaxpr) <= args[0].size * 4 * 1.01
+    if impl == "reference":
+        traced.lower(lowering_platforms=("cuda",))
 
 
 def test_errors():
@@ -151,22 +113,6 @@ def test_errors():
             ValueError, match=r"rms_norm_rope: x .*expected \[b l d\], \[d\] and float32 \[l k/2\]"
         ):
             op.rms_norm_rope(*bad, eps=1e-6)
-    k = jnp.zeros((1, 8, 2, 16))
-    with pytest.raises(
-        ValueError,
-        match=(
-            r"quantize_keys: .*mean float32 \(1, 16\); expected \[b l h k\] and float32 \[b h k\]"
-        ),
-    ):
-        op.quantize_keys(k, jnp.zeros((1, 16)), block=64)
-    with pytest.raises(
-        ValueError,
-        match=(
-            "quantize_keys: block is 24; the kernel takes powers of two; nearest: 16 and 32;"
-            " impl='reference'"
-        ),
-    ):
-        op.quantize_keys(k, jnp.zeros((1, 2, 16)), block=24, impl="interpret")
     with pytest.raises(
         ValueError,
         match="rms_norm_rope: head width is 6; the kernel takes powers of two; nearest: 4 and 8",
@@ -177,5 +123,3 @@ def test_errors():
         match="rms_norm_rope: impl is 'pallas'; allowed: auto, reference, triton, interpret",
     ):
         op.rms_norm_rope(x, weight, cos, sin, eps=1e-6, impl="pallas")
-    with pytest.raises(NotImplementedError, match="quantize_keys is forward only"):
-        jax.grad(lambda k: op.quantize_keys(k, jnp.zeros((1, 2, 16)), block=8)[1].sum())(k)

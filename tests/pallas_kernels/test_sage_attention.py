@@ -1,20 +1,24 @@
+from functools import partial
+
 import described
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import largest
 from tolerances import assert_close
 
 import pallas_kernels.sage_attention as op
 import pallas_kernels.sparse_attention as float_op
 from pallas_kernels import flash_attention
-from pallas_kernels.sage_attention import quantize_blocks
+from pallas_kernels.sage_attention import quantize_blocks, workloads
 
 SIZED = ("block_q", "block_k")
 attention = jax.jit(flash_attention.attention)
 block_map = jax.jit(float_op.block_map, static_argnames=("topk", *SIZED))
 sparse_attention = jax.jit(float_op.sparse_attention, static_argnames=SIZED)
 sparse_linear_attention = jax.jit(float_op.sparse_linear_attention, static_argnames="topk")
+quantize_keys = jax.jit(op.quantize_keys, static_argnames=("block", "impl"))
 sage_attention = jax.jit(op.sage_attention, static_argnames="impl")
 sage_sparse_attention = jax.jit(op.sage_sparse_attention, static_argnames=SIZED)
 sage_sparse_linear_attention = jax.jit(
@@ -125,3 +129,73 @@ def test_errors():
             match='int8 scores is forward only.*Train with attention "sla" or "dense"',
         ):
             differentiate()
+
+
+@pytest.mark.parametrize(
+    "tail, block", [(0, 64), (1, 64), (16, 64), (56, 64), (80, 128), (120, 128)]
+)
+def test_keys(tail, block):
+    k = jnp.asarray(normal(0, 2, block + tail, 2, 32) + 5, jnp.bfloat16)
+    mean = k.mean(1, dtype=jnp.float32)
+    values, scale = quantize_keys(k, mean, block=block, impl="interpret")
+    expected, expected_scale = quantize_keys(k, mean, block=block, impl="reference")
+    assert (
+        values.dtype == jnp.int8
+        and values.shape == k.shape
+        and scale.shape == (2, 2, 2 if tail else 1)
+    )
+    assert_close(scale, expected_scale, "float32")
+    smooth = np.asarray(k, np.float64) - np.asarray(mean, np.float64)[:, None]
+    quotient = smooth / np.repeat(np.asarray(scale, np.float64), block, 2)[
+        :, :, : k.shape[1], None
+    ].swapaxes(1, 2)
+    for rounded in (values, expected):  # the nearest whole number, or either one at a tie
+        assert (np.abs(np.asarray(rounded) - quotient) <= 0.5 + 1e-4).all()
+    assert np.abs(np.asarray(values)).max() == 127
+
+
+def test_a_block_of_equal_keys_is_zero():
+    k = jnp.full((1, 64, 1, 16), 3.0)
+    values, scale = op.quantize_keys(k, jnp.full((1, 1, 16), 3.0), block=64, impl="interpret")
+    assert not values.any() and float(scale[0, 0, 0]) > 0
+
+
+def test_a_nan_is_not_hidden():
+    k = jnp.ones((1, 64, 1, 16)).at[0, 3, 0, 5].set(jnp.nan)
+    for impl in ("reference", "interpret"):
+        assert jnp.isnan(op.quantize_keys(k, jnp.zeros((1, 1, 16)), block=64, impl=impl)[1]).all()
+
+
+@pytest.mark.parametrize("name", workloads.SHAPES)
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_keys_at_real_size(name, impl):
+    """They trace, the reference lowers for CUDA, and no array is larger than the float32 form of
+    the argument."""
+    load = workloads.KEYS[name]
+    args = jax.eval_shape(load.make, jax.random.key(0))
+    assert 3 * args[0].size < load.bytes < 4.5 * args[0].size
+    traced = jax.jit(partial(op.quantize_keys, block=64, impl=impl)).trace(*args)
+    assert largest(traced.jaxpr.jaxpr) <= args[0].size * 4 * 1.01
+    if impl == "reference":
+        traced.lower(lowering_platforms=("cuda",))
+
+
+def test_errors_of_keys():
+    k = jnp.zeros((1, 8, 2, 16))
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"quantize_keys: .*mean float32 \(1, 16\); expected \[b l h k\] and float32 \[b h k\]"
+        ),
+    ):
+        op.quantize_keys(k, jnp.zeros((1, 16)), block=64)
+    with pytest.raises(
+        ValueError,
+        match=(
+            "quantize_keys: block is 24; the kernel takes powers of two; nearest: 16 and 32;"
+            " impl='reference'"
+        ),
+    ):
+        op.quantize_keys(k, jnp.zeros((1, 2, 16)), block=24, impl="interpret")
+    with pytest.raises(NotImplementedError, match="quantize_keys is forward only"):
+        jax.grad(lambda k: op.quantize_keys(k, jnp.zeros((1, 2, 16)), block=8)[1].sum())(k)

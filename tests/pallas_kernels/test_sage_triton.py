@@ -11,8 +11,10 @@ from tolerances import assert_close
 
 import pallas_kernels.sage_attention as op
 from pallas_kernels import sparse_attention
-from pallas_kernels.sage_attention import triton, workloads
-from pallas_kernels.sparse_attention.forward import BOUND
+from pallas_kernels.flash_attention import workloads as dense_shapes
+from pallas_kernels.online_softmax import BOUND
+from pallas_kernels.sage_attention import triton
+from pallas_kernels.sparse_attention import workloads as sparse_shapes
 
 
 def normal(seed, *shape):
@@ -132,7 +134,10 @@ def test_cuda_kernel_of_the_publishers(golden):
 
 @pytest.mark.parametrize(
     "function, loads",
-    [(op.sage_attention, workloads.DENSE), (op.sage_sparse_linear_attention, workloads.WORKLOADS)],
+    [
+        (op.sage_attention, dense_shapes.WORKLOADS),
+        (op.sage_sparse_linear_attention, sparse_shapes.WORKLOADS),
+    ],
 )
 def test_real_shapes_lower_for_cuda(function, loads):
     args = jax.eval_shape(loads["wan1.3b_480p"].make, jax.random.key(0))

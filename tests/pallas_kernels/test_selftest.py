@@ -1,15 +1,18 @@
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import selftest
+from pallas_kernels import mosaic, selftest
+from pallas_kernels.inventory import OPS
 from tdjax import env
 
 
 def test_every_case_has_a_bound():
-    assert [name for name, _ in selftest.cases()] == list(selftest.BOUNDS) and min(
-        selftest.BOUNDS.values()
-    ) >= 0
-    assert len(selftest.BOUNDS) >= 14
+    assert [name for name, *_ in selftest.cases()] == list(selftest.BOUNDS)
+    assert min(selftest.BOUNDS.values()) >= 0
+
+
+def test_every_op_has_a_case():
+    assert {op for _, ops, _ in selftest.cases() for op in ops} == set(OPS)
 
 
 def test_two_real_cases(monkeypatch):
@@ -27,10 +30,27 @@ def test_two_real_cases(monkeypatch):
     assert list(selftest.run("interpret", wanted)) == together and together[0].error > 0
 
 
+def test_kernels_for_hopper_are_checked_there(monkeypatch):
+    """With the checks of the same name, and only where they are compiled."""
+    made, right = [], {"channel linear": (1.0, 1.0), "channel linear (Mosaic)": (1.0, 1.0)}
+
+    def outputs(impl, names):
+        made.append(set(names))
+        return {name: right[name] for name in names}
+
+    monkeypatch.setattr(selftest, "outputs", outputs)
+    selftest.together("triton", {"channel linear"})
+    monkeypatch.setattr(mosaic, "faster", lambda reason: {"sm90": "mosaic"})
+    selftest.together("interpret", {"channel linear"})
+    selftest.together("triton", {"channel linear"})
+    assert made == [{"channel linear"}, {"channel linear"}, set(right)]
+
+
 def counted(monkeypatch, rows: dict, bounds: dict) -> list:
     """Cases in place of the real ones; -> the names of each program that is made."""
     made, outputs = [], selftest.outputs
-    monkeypatch.setattr(selftest, "cases", lambda: iter(rows.items()))
+    cases = [(name, (), function) for name, function in rows.items()]
+    monkeypatch.setattr(selftest, "cases", lambda: iter(cases))
     monkeypatch.setattr(selftest, "BOUNDS", bounds)
     monkeypatch.setattr(
         selftest, "outputs", lambda impl, names: made.append(set(names)) or outputs(impl, names)

@@ -7,8 +7,8 @@ from jaxprs import largest
 from tolerances import assert_close
 
 import pallas_kernels.sparse_attention as op
-from pallas_kernels import flash_attention
-from pallas_kernels.sparse_attention import chosen_blocks, dense_map, reference
+from pallas_kernels import flash_attention, gathering
+from pallas_kernels.sparse_attention import chosen_blocks, dense_map
 
 SIZED = ("block_q", "block_k")
 attention = jax.jit(flash_attention.attention)
@@ -200,7 +200,7 @@ def test_derivatives_are_those_of_the_masked_softmax(monkeypatch, pieces):
     blocks = block_map(q, k, topk=0.4)
     out = normal(3, *q.shape)
     if pieces > 1:
-        monkeypatch.setattr(reference, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(gathering, "CHUNK_BYTES", 1)
 
     def derivatives(f):
         run = lambda *qkv: f(*qkv, blocks)
@@ -243,12 +243,12 @@ def test_memory_is_bounded_at_real_size_and_it_lowers_for_cuda(l, h):
     run = lambda *a: op.sparse_linear_attention(*a, topk=0.1)
     traced = described.trace(jax.jit(run), x, x, x, *proj)
     described.lower(traced)
-    assert largest(traced.jaxpr.jaxpr) <= max(reference.CHUNK_BYTES, x.size * 4 * 1.01)
+    assert largest(traced.jaxpr.jaxpr) <= max(gathering.CHUNK_BYTES, x.size * 4 * 1.01)
     backward = described.trace(
         jax.jit(jax.grad(lambda *a: run(*a).astype(jnp.float32).sum(), range(5))), x, x, x, *proj
     )
     described.lower(backward)
-    assert largest(backward.jaxpr.jaxpr) <= max(reference.CHUNK_BYTES, x.size * 4 * 1.01)
+    assert largest(backward.jaxpr.jaxpr) <= max(gathering.CHUNK_BYTES, x.size * 4 * 1.01)
 
 
 def test_errors():

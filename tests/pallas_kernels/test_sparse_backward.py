@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from pallas_kernels import flash_attention
+from pallas_kernels import flash_attention, linear_branch
 from pallas_kernels.derivatives import with_derivatives
 from pallas_kernels.sparse_attention import dense_map, linear_attention, linear_backward, reference
 from pallas_kernels.sparse_attention.backward import backward
@@ -65,7 +65,7 @@ def far(q, k, v, kernel, bias, *_):
     m = dot("bhij,jo->bhio", dot("blhi,blhj->bhij", phi_k, v), kernel.astype(wide))
     n = (phi_q.astype(wide) * phi_k.sum(1, dtype=wide)[:, None]).sum(
         -1, keepdims=True
-    ) + reference.EPS
+    ) + linear_branch.EPS
     return (dot("blhi,bhio->blho", phi_q, m.astype(q.dtype)) / n + bias.astype(wide)).astype(
         q.dtype
     )
@@ -91,7 +91,7 @@ def in_float64(f, args, do, block_q, block_k):
 
 def sums(args):
     """What the linear branch keeps of the forward pass: phi(k)^T v and the sum of phi(k)."""
-    phi = reference.feature(args[1])
+    phi = linear_branch.feature(args[1])
     return products(phi)[1]("blhi,blhj->bhij", phi, args[2]), phi.sum(1, dtype=jnp.float32)
 
 

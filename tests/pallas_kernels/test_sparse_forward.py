@@ -8,6 +8,7 @@ import pytest
 from tolerances import assert_close
 
 import pallas_kernels.sparse_attention as op
+from pallas_kernels import blocking, linear_branch
 from pallas_kernels.sparse_attention import chosen_blocks, reference, workloads
 from pallas_kernels.sparse_attention.forward import forward
 
@@ -60,7 +61,7 @@ def relative(actual, expected):
 )
 def test_every_tail(l, block_q, block_k):
     q, k, v = qkv(b=2, l=l)
-    blocks = reference.block_map(q, k, 2, block_q, block_k)
+    blocks = blocking.block_map(q, k, 2, block_q, block_k)
     blocks = blocks.at[:, :, 0, -1].set(-(-l // block_k) - 1)  # the tail block is among them
     blocks = blocks.at[:, :, 0, 0].set(0)
     o, o_s, lse = kernel(q, k, v, blocks, (block_q, block_k))
@@ -101,7 +102,7 @@ def test_large_scores_neither_overflow_nor_leak_past_the_end():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_dtypes_are_as_good_as_the_reference(dtype):
     q, k, v = qkv(l=380, h=1, k=64, dtype=dtype)
-    blocks = reference.block_map(q, k, 3, 128, 64)
+    blocks = blocking.block_map(q, k, 3, 128, 64)
     expected = exact(q, k, v, blocks, 128, 64)
     o = kernel(q, k, v, blocks, (128, 64))[0]
     assert o.dtype == dtype
@@ -112,16 +113,16 @@ def test_narrow_dtypes_are_as_good_as_the_reference(dtype):
 @pytest.mark.parametrize("save", [False, True])
 def test_linear_branch_beside_the_sparse_one(save):
     q, k, v = qkv(l=200)
-    blocks = reference.block_map(q, k, 2, 128, 64)
+    blocks = blocking.block_map(q, k, 2, 128, 64)
     proj_kernel, proj_bias = projection()
-    phi = reference.feature(k)
+    phi = linear_branch.feature(k)
     m = jnp.einsum("blhi,blhj,jo->bhio", phi, v, proj_kernel, precision="highest")
     linear = q, m, phi.sum(1), proj_bias
     out = jax.jit(
         lambda: forward(q, k, v, blocks, 128, 64, linear=linear, save=save, interpret=True)
     )()
     near, lse = jax.jit(reference.forward, static_argnums=(4, 5))(q, k, v, blocks, 128, 64)
-    both = near + reference.linear_attention(q, k, v, proj_kernel, proj_bias)
+    both = near + linear_branch.linear_attention(q, k, v, proj_kernel, proj_bias)
     assert_close(out[0] if save else out, both, "float32")
     if save:
         assert_close(out[1], near, "float32", "sparse branch alone")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels.temporal_unfold import temporal_unfold, triton
-from pallas_kernels.tuning import tile
 
 taps = jax.jit(temporal_unfold, static_argnames="impl")
 
@@ -114,9 +113,7 @@ def test_the_past_is_read_before_it_is_renewed():
     """By all threads of a program: a barrier stands between the loads of the past and the stores to
     the same memory."""
     spec = lambda frames: jax.ShapeDtypeStruct((1, frames, 16, 32), jnp.bfloat16)
-    kernel = functools.partial(
-        triton.temporal_unfold, tile=tile("temporal_unfold", "taps"), interpret=False
-    )
+    kernel = functools.partial(triton.temporal_unfold, interpret=False)
     call = jax.make_jaxpr(kernel)(spec(1), spec(2), jax.ShapeDtypeStruct((32,), jnp.bfloat16)).eqns[
         0
     ]

@@ -2,24 +2,25 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 
 from tdjax import cache
+from tdjax.checkpoints.demo import PACKAGED
 from tdjax.text.prompt_cache import PromptCache
+
+PROGRAMS = (f"compiled/jit_run-{'a1' * 32}-cache", f"compiled/jit_<lambda>-{'b2' * 32}-atime")
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     monkeypatch.setenv("TDJAX_CACHE", str(tmp_path))
-    for name in (
-        "model/model.json",
-        "other/dit/manifest.json",
-        "compiled/a-cache",
-        "compiled/b-cache",
-        "mine/notes.txt",
-    ):
+    for name in ("model/vae", "other"):
+        (tmp_path / name / "params").mkdir(parents=True)
+        shutil.copy(PACKAGED / "vae" / "manifest.json", tmp_path / name)
+    for name in ("model/model.json", *PROGRAMS, "mine/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("12345678")
     store = PromptCache(tmp_path / "prompts")
@@ -80,3 +81,47 @@ def test_an_empty_machine(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TDJAX_CACHE", str(tmp_path / "none"))
     assert cache.main(["ls"]) == 0 and cache.main(["rm", "prompts"]) == 0
     assert not (tmp_path / "none").exists()
+
+
+FOREIGN = {  # what people keep in a folder that they give as the cache
+    "web app": ["site/manifest.json"],
+    "web app, one level down": ["projects/site/manifest.json", "projects/thesis.tex"],
+    "model.json of another program": ["viewer/model.json"],
+    "checkpoint with a file of mine": ["x/manifest.json", "x/params/", "x/notes.txt"],
+    "model folder with a file of mine": ["m/vae/manifest.json", "m/vae/params/", "m/notes.txt"],
+    "model folder with a folder of mine": ["m/vae/manifest.json", "m/vae/params/", "m/tex/a.tex"],
+    "checkpoint of a training run": ["run/step_000001/manifest.json", "run/step_000001/state/"],
+    "folder of programs": ["compiled/main.c", "compiled/build/a.o", "compiled/my-cache"],
+    "folder of prompts": ["prompts/fox.txt", "prompts/fox.safetensors"],
+    "empty folder": ["empty/"],
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("manifest", ["ours", '{"name": "my web app"}', "[]", "not json"])
+def test_foreign_files_beside_the_cache_stay(tmp_path, monkeypatch, capsys, kind, manifest):
+    monkeypatch.setenv("TDJAX_CACHE", str(tmp_path))
+    ours = (PACKAGED / "vae" / "manifest.json").read_text()
+    alone = "mine" not in kind  # then the manifest must not be one of ours
+    for name in FOREIGN[kind]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith("/"):
+            (tmp_path / name).mkdir(exist_ok=True)
+        else:
+            text = '{"format": 1}' if manifest == "ours" and alone else manifest
+            (tmp_path / name).write_text(ours if text == "ours" else text)
+    before = sorted(tmp_path.rglob("*"))
+    cache.main(["ls"])
+    for name in (*cache.KINDS, *(p.name for p in tmp_path.iterdir())):
+        cache.main(["rm", name])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["model", "model/vae", "compiled", "prompts"])
+def test_links_are_not_followed(root, tmp_path_factory, name):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "kept"
+    shutil.move(root / name, elsewhere)
+    (root / name).symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    assert cache.main(["rm", *cache.KINDS]) == 0
+    assert sorted(elsewhere.rglob("*")) == before and (root / name).is_symlink()

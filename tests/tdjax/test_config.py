@@ -8,12 +8,7 @@ import pytest
 
 from tdjax.config import (
     KINDS,
-    PRESETS,
-    UMT5_XXL,
     VIDEO_SIZES,
-    WAN_1_3B,
-    WAN_14B_I2V,
-    WAN_VAE,
     DiTConfig,
     SamplerConfig,
     SLAConfig,
@@ -26,6 +21,7 @@ from tdjax.config import (
 )
 from tdjax.errors import UsageError
 from tdjax.precision import BF16, FLOAT32, Policy
+from tdjax.presets import PRESETS, UMT5_XXL, WAN_1_3B, WAN_A14B_I2V, WAN_VAE
 
 
 def test_usage_errors_say_what_why_and_what_to_do():
@@ -53,17 +49,17 @@ def test_usage_errors_say_what_why_and_what_to_do():
         (lambda: SLAConfig(topk=0.0), "(?s)sla_topk is 0.0.*greater than 0 and at most 1.*0.15"),
         (lambda: SLAConfig(topk=1.1), "sla_topk is 1.1"),
         (lambda: SLAConfig(block_q=32), "32x64; allowed: 128x64"),
-        (lambda: SamplerConfig(mode="ddim"), "(?s)sampler is 'ddim'.*sde, ode.*unipc, euler"),
-        (lambda: SamplerConfig(steps=0), "num_steps is 0"),
-        (lambda: SamplerConfig(steps=5), "(?s)num_steps is 5.*1 to 4 steps.*give 4 mid times"),
+        (lambda: SamplerConfig(sampler="ddim"), "(?s)sampler is 'ddim'.*sde, ode.*unipc, euler"),
+        (lambda: SamplerConfig(num_steps=0), "num_steps is 0"),
+        (lambda: SamplerConfig(num_steps=5), "(?s)num_steps is 5.*1 to 4 steps.*give 4 mid times"),
         (lambda: SamplerConfig(sigma_max=0.0), "sigma_max is 0"),
         (lambda: SamplerConfig(sigma_max=float("nan")), "sigma_max is nan"),
         (
-            lambda: SamplerConfig(mid=(1.4, 1.5, 1.0)),
+            lambda: SamplerConfig(mid_t=(1.4, 1.5, 1.0)),
             "(?s)mid times are 1.4, 1.5, 1.0.*must fall.*1.5 1.4 1.0",
         ),
         (lambda: SamplerConfig(sigma_max=5.0), "(?s)must fall from 1.3734"),
-        (lambda: SamplerConfig(guidance=5.0), "(?s)guidance_scale is 5.*built in.*unipc"),
+        (lambda: SamplerConfig(guidance_scale=5.0), "(?s)guidance_scale is 5.*built in.*unipc"),
         (lambda: DiTConfig(dim=100, heads=3), "dim 100 over 3 heads"),
         (lambda: DiTConfig(dim=6, heads=2), "even whole head width"),
         (
@@ -92,11 +88,11 @@ def test_what_is_refused(make, expected):
 
 def test_what_is_allowed():
     assert (
-        SamplerConfig(steps=1).steps == 1
-        and SamplerConfig(steps=8, mid=(1.3, 1.2, 1.1, 1.0, 0.6, 0.4, 0.3)).few_step
+        SamplerConfig(num_steps=1).num_steps == 1
+        and SamplerConfig(num_steps=8, mid_t=(1.3, 1.2, 1.1, 1.0, 0.6, 0.4, 0.3)).few_step
     )
     teacher = SamplerConfig(
-        steps=50, mode="unipc", sigma_max=0.5, guidance=5.0
+        num_steps=50, sampler="unipc", sigma_max=0.5, guidance_scale=5.0
     )  # mid times are not the teacher's
     assert not teacher.few_step
     for sizes in VIDEO_SIZES.values():
@@ -127,7 +123,7 @@ def test_sizes_of_the_default_clip():
 
 
 def test_configs_are_frozen_hashable_and_keyword_only():
-    assert hash(WAN_1_3B) == hash(DiTConfig()) and len({WAN_1_3B, DiTConfig(), WAN_14B_I2V}) == 2
+    assert hash(WAN_1_3B) == hash(DiTConfig()) and len({WAN_1_3B, DiTConfig(), WAN_A14B_I2V}) == 2
     with pytest.raises(dataclasses.FrozenInstanceError):
         WAN_1_3B.dim = 1
     with pytest.raises(TypeError):
@@ -139,7 +135,7 @@ def test_configs_are_frozen_hashable_and_keyword_only():
     [
         *(preset.config for preset in PRESETS.values()),
         *(preset.sampler for preset in PRESETS.values()),
-        WAN_14B_I2V,
+        dataclasses.replace(WAN_A14B_I2V, image_dim=1280),
         WAN_VAE,
         UMT5_XXL,
         VideoSize(frames=5),

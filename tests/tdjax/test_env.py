@@ -9,8 +9,8 @@ import sys
 import jax
 import pytest
 
+from pallas_kernels.inventory import OPS
 from tdjax import env
-from tdjax.config import LINEAR
 
 
 def test_json_and_text_say_the_same(tmp_path, monkeypatch, capsys):
@@ -42,10 +42,17 @@ def test_json_and_text_say_the_same(tmp_path, monkeypatch, capsys):
 def test_every_op_has_its_reference():
     rows = env.kernels([{"platform": "cpu", "kind": "cpu", "compute_capability": None}])
     reference = {row["op"] for row in rows if row["impl"] == "reference" and row["why_not"] is None}
-    linears = {f"linear {kind}" for kind in LINEAR[1:]}
-    attentions = {"attention", "sparse_linear_attention", "sage_sparse_linear_attention"}
-    assert reference == attentions | linears | {"norm", "gelu", "rms_norm_rope", "temporal_unfold"}
+    assert reference == set(OPS)
+    assert not [row for row in rows if row["impl"] == "interpret"]
     assert all(row["why_not"] for row in rows if row["impl"] != "reference")
+
+
+def test_kernels_for_hopper_are_for_hopper():
+    card = {"platform": "gpu", "kind": "card"}
+    assert env.why_not("mosaic", card | {"compute_capability": "9.0"}) is None
+    for other in ("8.9", "10.0"):
+        reason = env.why_not("mosaic", card | {"compute_capability": other})
+        assert reason == f"needs compute capability 9.0 (Hopper); card has {other}"
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ from tdjax.checkpoints.published.upload import ahead, settle, upload
 from tdjax.config import Config, DiTConfig
 
 HOST = ("cpu",)  # platforms whose memory is the host's: nothing is gained by transposing there
-ON_DEVICE = (
-    2**22
-)  # bytes from which a leaf is transposed on the device; below, compiling would take longer than it saves
+# Bytes from which a leaf is transposed on the device; below, compiling would take longer than it
+# saves.
+ON_DEVICE = 2**22
 
 
 def open_checkpoint(
@@ -152,7 +152,7 @@ class Checkpoint:
         config = config or self.config
         module = orbax.abstract(self.kind, config)
         where, shapes = (
-            orbax.placements(orbax.names(module), device),
+            orbax.placements(orbax.named_leaves(module), device),
             targets(self.kind, config),
         )
         claims = self.binding(config).claims
@@ -260,7 +260,7 @@ class Checkpoint:
 @functools.lru_cache(maxsize=8)
 def targets(kind: str, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """{leaf name: shape and dtype} of the abstract module."""
-    return orbax.names(orbax.abstract(kind, config))
+    return orbax.named_leaves(orbax.abstract(kind, config))
 
 
 def arrange(x: np.ndarray, layout: str | None, dtype: np.dtype, **sizes: int) -> np.ndarray:

@@ -37,7 +37,7 @@ LORA_KEYS = r"(.*\.)?lora_(A|B|up|down)\.|.*\.lora\.(up|down)\.|.*\.(diff|diff_b
 VAE22_KEYS = r"encoder\.downsamples\.0\.downsamples\.|encoder\.down_blocks\.0\.resnets\."
 # models of the same family that are not this network: (key pattern, what it is, what to do)
 RELATIVES = (
-    (LORA_KEYS, "a LoRA, not a model", "give it with --lora beside its base model"),
+    (LORA_KEYS, "a LoRA, not a model", "give it as `lora` beside its base model"),
     (VAE22_KEYS, "the Wan2.2 TI2V-5B VAE (48 latent channels, here 16)", WAN21_VAE),
     (
         r"vace_",
@@ -98,12 +98,14 @@ def detect(
 ) -> Detected:
     """Raises CheckpointError for files of another network. `known` are config fields that the
     caller is sure of."""
-    odd = known.keys() - set().union(*map(fields_of, KINDS))
+    odd = known.keys() - set().union(*map(_fields_of, KINDS))
     if odd:
         raise TypeError(f"no config has a field {', '.join(sorted(odd))}")
     kind = kind_of(tensors, name)
     naming = NAMINGS[kind].naming(tensors)
-    known = from_metadata(kind, metadata) | {k: v for k, v in known.items() if k in fields_of(kind)}
+    known = _from_metadata(kind, metadata) | {
+        k: v for k, v in known.items() if k in _fields_of(kind)
+    }
     try:
         found = {"dit": dit, "vae": vae, "text": text}[kind](tensors, naming, name, known)
     except KeyError as e:
@@ -124,7 +126,7 @@ def detect(
 def kind_of(tensors: Mapping[str, Any], name: str) -> str:
     """ "dit", "vae" or "text"; raises CheckpointError for any other network, naming it where it is
     a known one."""
-    refuse_relatives(tensors, name)
+    _refuse_relatives(tensors, name)
     kinds = [kind for kind, marks in MARKS.items() if any(mark in tensors for mark in marks)]
     if not kinds:
         raise CheckpointError(
@@ -135,7 +137,7 @@ def kind_of(tensors: Mapping[str, Any], name: str) -> str:
     return kinds[0]
 
 
-def fields_of(kind: str) -> set[str]:
+def _fields_of(kind: str) -> set[str]:
     return {field.name for field in dataclasses.fields(KINDS[kind])}
 
 
@@ -145,14 +147,14 @@ def rows(kind: str, naming: str, cfg: Config) -> tuple[Row, ...]:
     return table(cfg) if kind == "vae" else table
 
 
-def refuse_relatives(tensors, name: str) -> None:
+def _refuse_relatives(tensors, name: str) -> None:
     for expression, what, fix in RELATIVES:
         hit = next((key for key in tensors if re.match(expression, key)), None)
         if hit is not None:
             raise CheckpointError(f"{name} is {what}", f"recognised by its key {hit}", fix)
 
 
-def from_metadata(kind: str, metadata) -> dict[str, Any]:
+def _from_metadata(kind: str, metadata) -> dict[str, Any]:
     """Fields that our own export wrote beside the tensors and that shapes cannot tell; storage is
     told by the file."""
     try:
@@ -163,7 +165,7 @@ def from_metadata(kind: str, metadata) -> dict[str, Any]:
     return {} if config is None else {field: getattr(config, field) for field in UNSEEN[kind]}
 
 
-def count(tensors, prefix: str) -> int:
+def _count(tensors, prefix: str) -> int:
     """1 + the highest number after `prefix`."""
     numbers = {
         int(m[1]) for key in tensors if (m := re.match(re.escape(prefix) + r"(\d{1,5})\.", key))
@@ -171,7 +173,7 @@ def count(tensors, prefix: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def shape(tensors, key: str) -> tuple[int, ...]:
+def _shape(tensors, key: str) -> tuple[int, ...]:
     return tuple(tensors[key].shape)
 
 
@@ -190,12 +192,12 @@ def dit(tensors, naming: str, name: str, known: dict) -> DiTConfig:
         else ("text_embedding.0", "time_embedding.0", "head.head", "ffn.0")
     )
     image = "condition_embedder.image_embedder.norm1" if diffusers else "img_emb.proj.0"
-    patch_shape = shape(tensors, "patch_embedding.weight")
+    patch_shape = _shape(tensors, "patch_embedding.weight")
     dim = patch_shape[0]
     patch = tuple(known.pop("patch", patch_shape[2:] or (1, 2, 2)))
     volume = math.prod(patch)
     inputs = patch_shape[1] if len(patch_shape) == 5 else patch_shape[1] // volume
-    outputs = shape(tensors, f"{head}.weight")[0] // volume
+    outputs = _shape(tensors, f"{head}.weight")[0] // volume
     if outputs == 48:
         raise CheckpointError(
             f"{name} is Wan2.2 TI2V-5B",
@@ -203,24 +205,26 @@ def dit(tensors, naming: str, name: str, known: dict) -> DiTConfig:
             "give Wan2.1 or Wan2.2 A14B",
         )
     proj = "blocks.0.self_attn.attn_op.local_attn.proj_l.weight"
-    width = shape(tensors, proj)[0] if proj in tensors else HEAD_WIDTH
+    width = _shape(tensors, proj)[0] if proj in tensors else HEAD_WIDTH
     if "heads" not in known and dim % width:
         raise CheckpointError(
             f"{name}: width {dim} is no multiple of {width}",
             "the keys do not tell the number of heads",
-            "say it: --heads N",
+            "say it: python -m convert SRC DST --heads N",
         )
     fields = {
         "dim": dim,
-        "ffn_dim": shape(tensors, f"blocks.0.{ffn}.bias")[0],
-        "layers": count(tensors, "blocks."),
+        "ffn_dim": _shape(tensors, f"blocks.0.{ffn}.bias")[0],
+        "layers": _count(tensors, "blocks."),
         "heads": dim // width,
         "in_channels": inputs,
         "out_channels": outputs,
         "patch": patch,
-        "freq_dim": shape(tensors, f"{time}.weight")[1],
-        "text_dim": shape(tensors, f"{text}.weight")[1],
-        "image_dim": shape(tensors, f"{image}.weight")[0] if f"{image}.weight" in tensors else None,
+        "freq_dim": _shape(tensors, f"{time}.weight")[1],
+        "text_dim": _shape(tensors, f"{text}.weight")[1],
+        "image_dim": _shape(tensors, f"{image}.weight")[0]
+        if f"{image}.weight" in tensors
+        else None,
         "attention": "sla" if proj in tensors else "dense",
         "linear": "int8" if any(key.endswith(".int8_weight") for key in tensors) else "float",
     }
@@ -236,14 +240,14 @@ def vae(tensors, naming: str, name: str, known: dict) -> VAEConfig:
         else ("encoder.down_blocks", "conv2.weight")
     )
     post = "conv2.weight" if wan else "post_quant_conv.weight"
-    dim = shape(tensors, "encoder.conv1.weight" if wan else "encoder.conv_in.weight")[0]
-    latent = shape(tensors, post)[0]
+    dim = _shape(tensors, "encoder.conv1.weight" if wan else "encoder.conv_in.weight")[0]
+    latent = _shape(tensors, post)[0]
     multipliers, temporal, blocks = [], [], 0
-    for n in range(count(tensors, f"{many}.")):
+    for n in range(_count(tensors, f"{many}.")):
         if f"{many}.{n}.resample.1.weight" in tensors:
             temporal.append(f"{many}.{n}.time_conv.weight" in tensors)
         else:
-            width = shape(tensors, f"{many}.{n}.{conv}")[0]
+            width = _shape(tensors, f"{many}.{n}.{conv}")[0]
             multipliers[len(temporal) :] = [width // dim]
             blocks += not temporal
     if latent != len(LATENT_MEAN) and "mean" not in known:
@@ -280,15 +284,15 @@ def text(tensors, naming: str, name: str, known: dict) -> TextConfig:
             f"{layer}.0.SelfAttention.relative_attention_bias.weight",
         )
         up = f"{layer}.1.DenseReluDense.wi_1.weight"
-    vocab, dim = shape(tensors, embedding)
-    buckets, heads = shape(tensors, bias)
+    vocab, dim = _shape(tensors, embedding)
+    buckets, heads = _shape(tensors, bias)
     fields = {
         "vocab": vocab,
         "dim": dim,
-        "attention_dim": shape(tensors, q)[0],
-        "ffn_dim": shape(tensors, up)[0],
+        "attention_dim": _shape(tensors, q)[0],
+        "ffn_dim": _shape(tensors, up)[0],
         "heads": heads,
-        "layers": count(tensors, block),
+        "layers": _count(tensors, block),
         "buckets": buckets,
     }
     return TextConfig(**{**fields, **known})

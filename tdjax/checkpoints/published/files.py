@@ -86,7 +86,7 @@ class Source:
     def sha256(self, progress: Callable[[int], None] | None = None) -> str:
         """SHA-256 of the file; of the lines "<sha256>  <name>" in order of names where there are
         several."""
-        digests = {file.name: file_sha256(file, progress) for file in self.files}
+        digests = {file.name: _file_sha256(file, progress) for file in self.files}
         if len(digests) == 1:
             return next(iter(digests.values()))
         return hashlib.sha256(
@@ -94,7 +94,7 @@ class Source:
         ).hexdigest()
 
 
-def file_sha256(file: Path, progress: Callable[[int], None] | None = None) -> str:
+def _file_sha256(file: Path, progress: Callable[[int], None] | None = None) -> str:
     """progress(n) is called after every n bytes."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(2**24))
     with file.open("rb", buffering=0) as f:
@@ -109,16 +109,16 @@ def open_source(path) -> Source:
     """Keys, shapes and dtypes of a published file or folder; no tensor data is read."""
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist", *nearby(path))
+        raise CheckpointError(f"{path} does not exist", *_nearby(path))
     if path.is_dir():
-        return open_folder(path)
+        return _open_folder(path)
     if path.name.endswith(".index.json"):
         tensors, files, metadata = read_index(path)
-        return clean(path, tuple(files), tensors, (), metadata)
-    return open_file(path)
+        return _clean(path, tuple(files), tensors, (), metadata)
+    return _open_file(path)
 
 
-def nearby(path: Path) -> tuple[str, str]:
+def _nearby(path: Path) -> tuple[str, str]:
     """Why and what to do, for a path that is not there."""
     if not path.parent.is_dir():
         return f"neither does the folder {path.parent}", "check the path"
@@ -130,7 +130,7 @@ def nearby(path: Path) -> tuple[str, str]:
     return f"the folder {path.parent} does", f"it holds: {', '.join(names[:12]) or 'nothing'}"
 
 
-def open_file(path: Path) -> Source:
+def _open_file(path: Path) -> Source:
     """One file; the kind is told by its first bytes, not by its name."""
     with path.open("rb") as f:
         head = f.read(64)
@@ -139,7 +139,7 @@ def open_file(path: Path) -> Source:
             raise CheckpointError(f"{path} is {what}", why, fix)
     if head.startswith(b"PK"):
         tensors, ignored = state_dict(path, read_torch(path))
-        return clean(path, (path,), tensors, ignored, {})
+        return _clean(path, (path,), tensors, ignored, {})
     if head.startswith(LEGACY):
         raise CheckpointError(
             f"{path} is in the format of torch before 1.6",
@@ -158,7 +158,7 @@ def open_file(path: Path) -> Source:
         )
     if head[8:9] == b"{":
         tensors, metadata = read_safetensors(path)
-        return clean(path, (path,), tensors, (), metadata)
+        return _clean(path, (path,), tensors, (), metadata)
     what = "empty" if not head else "neither a torch zip file nor a safetensors file"
     raise CheckpointError(
         f"{path} is {what}",
@@ -167,7 +167,7 @@ def open_file(path: Path) -> Source:
     )
 
 
-def open_folder(path: Path) -> Source:
+def _open_folder(path: Path) -> Source:
     """A folder of one model: a shard index, or its .safetensors files, or its one torch file."""
     indices = sorted(path.glob("*.safetensors.index.json"))
     if len(indices) == 1:
@@ -189,15 +189,15 @@ def open_folder(path: Path) -> Source:
             "name the file or the component's folder",
         )
     if len(files) == 1:
-        return dataclasses.replace(open_file(files[0]), path=path)
+        return dataclasses.replace(_open_file(files[0]), path=path)
     if any("-of-" in f.name for f in files):
-        return open_shards(path, files)
+        return _open_shards(path, files)
     raise CheckpointError(
         f"{path} holds {len(files)} files", ", ".join(f.name for f in files[:8]), "name one of them"
     )
 
 
-def open_shards(path: Path, files: list[Path]) -> Source:
+def _open_shards(path: Path, files: list[Path]) -> Source:
     """Shards without an index: complete by their own numbering (name-00001-of-00004), no key
     twice."""
     count = {f.stem.rpartition("-of-")[2] for f in files}
@@ -219,7 +219,7 @@ def open_shards(path: Path, files: list[Path]) -> Source:
                 "download it again",
             )
         tensors, metadata = tensors | part, metadata | facts
-    return clean(path, tuple(files), tensors, (), metadata)
+    return _clean(path, tuple(files), tensors, (), metadata)
 
 
 def state_dict(path: Path, tree) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -249,12 +249,12 @@ def state_dict(path: Path, tree) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     )
 
 
-def clean(path: Path, files, tensors: dict[str, Tensor], ignored, metadata) -> Source:
+def _clean(path: Path, files, tensors: dict[str, Tensor], ignored, metadata) -> Source:
     """Strip wrappers' prefixes, counting them. Two keys must not become one."""
     out: dict[str, Tensor] = {}
     stripped: Counter[str] = Counter()
     for key, tensor in tensors.items():
-        short = strip(key, stripped)
+        short = _strip(key, stripped)
         if short in out:
             raise CheckpointError(
                 f"{path} holds {short!r} under two prefixes",
@@ -265,7 +265,7 @@ def clean(path: Path, files, tensors: dict[str, Tensor], ignored, metadata) -> S
     return Source(path, tuple(files), out, dict(stripped), tuple(ignored), metadata)
 
 
-def strip(key: str, stripped: Counter) -> str:
+def _strip(key: str, stripped: Counter) -> str:
     """`key` without any of the known prefixes."""
     for inner in INNER:
         if inner in key:

@@ -21,7 +21,6 @@ from tdjax.errors import CheckpointError
 
 Slot = tuple[str, int | None]
 
-
 PARTS = (  # suffix of a LoRA key -> what it is
     (r"\.(lora_A|lora_down|lora\.down)(\.default)?\.weight$", "down"),
     (r"\.(lora_B|lora_up|lora\.up)(\.default)?\.weight$", "up"),
@@ -36,6 +35,7 @@ PREFIX = re.compile(
 
 
 def floats_only(tensors: Mapping[str, Any], name: str) -> None:
+    """Raises CheckpointError for int8 weights, to which nothing can be added."""
     key = next((k for k in tensors if k.endswith(".int8_weight")), None)
     if key is not None:
         raise CheckpointError(
@@ -45,19 +45,15 @@ def floats_only(tensors: Mapping[str, Any], name: str) -> None:
         )
 
 
-# base + w (target - diff_base)
-# ------------------------------------------------------------------------------------------
-
-
 def add_lora(
     tensors: Mapping[str, Any], found: detect.Detected, file, weight: float
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the tensors with a LoRA added, counts). Every key of the LoRA must find its tensor."""
     source = open_source(file)
     floats_only(tensors, "the base model")
-    modules = lora_modules(source.tensors, str(file))
+    modules = _lora_modules(source.tensors, str(file))
     targets = {slot: key for slot, (_, key) in slots(tensors, found.rows)[0].items()}
-    index = Index(found, targets)
+    index = _Index(found, targets)
     out, lost, counts = (
         dict(tensors),
         [],
@@ -80,11 +76,11 @@ def add_lora(
             ):
                 lost.append(f"{module} ({kind})")
             elif full is not None:
-                out[key] = changed(out[key], functools.partial(add_full, full, weight))
+                out[key] = changed(out[key], functools.partial(_add_full, full, weight))
                 counts["full"] += 1
             else:
-                check_ranks(module, parts, tensors[key].shape, str(file))
-                out[key] = changed(out[key], functools.partial(add_product, parts, weight))
+                _check_ranks(module, parts, tensors[key].shape, str(file))
+                out[key] = changed(out[key], functools.partial(_add_product, parts, weight))
                 counts["low_rank"] += 1
     if lost:
         raise CheckpointError(
@@ -95,7 +91,7 @@ def add_lora(
     return out, counts
 
 
-def lora_modules(tensors: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
+def _lora_modules(tensors: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
     """{module: {"down": ..., "up": ..., ...}} from a LoRA file's keys."""
     modules: dict[str, dict[str, Any]] = {}
     unknown = []
@@ -135,7 +131,7 @@ def lora_modules(tensors: Mapping[str, Any], name: str) -> dict[str, dict[str, A
     return modules
 
 
-class Index:
+class _Index:
     """Finds the base's key for a module named as in Wan, in diffusers, or with underscores for dots
     (kohya)."""
 
@@ -163,7 +159,7 @@ class Index:
         return self.flat.get(f"{module}.{kind}".replace(".", "_"))
 
 
-def check_ranks(module: str, parts: dict[str, Any], shape: tuple[int, ...], name: str) -> None:
+def _check_ranks(module: str, parts: dict[str, Any], shape: tuple[int, ...], name: str) -> None:
     up, down = parts["up"].shape, parts["down"].shape
     inputs = int(np.prod(shape[1:]))
     if (
@@ -181,7 +177,7 @@ def check_ranks(module: str, parts: dict[str, Any], shape: tuple[int, ...], name
         )
 
 
-def add_product(parts: dict[str, Any], weight: float, x: np.ndarray) -> np.ndarray:
+def _add_product(parts: dict[str, Any], weight: float, x: np.ndarray) -> np.ndarray:
     """x + weight * alpha / rank * up down; without alpha the scale is 1."""
     up, down = (parts[k].read().astype(np.float32) for k in ("up", "down"))
     rank = down.shape[0]
@@ -195,5 +191,5 @@ def add_product(parts: dict[str, Any], weight: float, x: np.ndarray) -> np.ndarr
     ).reshape(x.shape)
 
 
-def add_full(difference, weight: float, x: np.ndarray) -> np.ndarray:
+def _add_full(difference, weight: float, x: np.ndarray) -> np.ndarray:
     return x + np.float32(weight) * difference.read().astype(np.float32).reshape(x.shape)

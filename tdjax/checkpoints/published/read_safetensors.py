@@ -17,7 +17,7 @@ HEADER_BYTES = 100 * 2**20  # the limit of the format's own library
 AGAIN = "download it again"
 
 
-def once(pairs):
+def _once(pairs):
     """A JSON object whose keys are all different."""
     out = dict(pairs)
     if len(out) != len(pairs):
@@ -39,7 +39,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             )
         raw = f.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
         if not isinstance(header, dict):
             raise ValueError("it is not an object")
     except (ValueError, RecursionError) as e:
@@ -49,7 +49,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     metadata = header.pop("__metadata__", None)
     spans, out = [], {}
     for key, entry in header.items():
-        dtype, shape, begin, end = fields(path, key, entry)
+        dtype, shape, begin, end = _fields(path, key, entry)
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise CheckpointError(
                 f"{path}: tensor {key!r} has {end - begin} bytes",
@@ -58,12 +58,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             )
         spans.append((begin, end, key))
         out[key] = Tensor(path, 8 + length + begin, dtype, shape)
-    check_spans(path, spans, size - 8 - length)
+    _check_spans(path, spans, size - 8 - length)
     metadata = metadata if isinstance(metadata, dict) else {}
     return out, {k: v for k, v in metadata.items() if isinstance(v, str)}
 
 
-def fields(path: Path, key: str, entry) -> tuple:
+def _fields(path: Path, key: str, entry) -> tuple:
     """(dtype, shape, begin, end) of one header entry."""
     number = lambda n: type(n) is int and 0 <= n < 2**63
     try:
@@ -89,7 +89,7 @@ def fields(path: Path, key: str, entry) -> tuple:
     return DTYPES[name], tuple(shape), begin, end
 
 
-def check_spans(path: Path, spans: list, total: int) -> None:
+def _check_spans(path: Path, spans: list, total: int) -> None:
     """Tensors lie one behind the other and fill the file."""
     at = 0
     for begin, end, key in sorted(spans):
@@ -113,7 +113,7 @@ def read_index(path: Path) -> tuple[dict[str, Tensor], list[Path], dict[str, str
     """({key: Tensor}, shard files, metadata) of an index.json; every key must be in the shard that
     the index names."""
     try:
-        table = json.loads(path.read_text(), object_pairs_hook=once)["weight_map"]
+        table = json.loads(path.read_text(), object_pairs_hook=_once)["weight_map"]
         if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
             raise ValueError("weight_map is not a table of file names")
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as e:

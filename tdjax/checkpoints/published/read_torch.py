@@ -35,7 +35,7 @@ def read_torch(path: Path) -> Any:
     Raises CheckpointError naming the file when it is damaged, or holds anything but tensors and
         plain values.
     """
-    entries = archive(path)
+    entries = _archive(path)
     pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
         kind = "a numpy archive" if any(n.endswith(".npy") for n in entries) else "a zip archive"
@@ -54,14 +54,14 @@ def read_torch(path: Path) -> Any:
     with path.open("rb") as f:
         if (
             f"{root}byteorder" in entries
-            and entry_bytes(f, path, entries[f"{root}byteorder"], 16) != b"little"
+            and _entry_bytes(f, path, entries[f"{root}byteorder"], 16) != b"little"
         ):
             raise CheckpointError(
                 f"{path} was saved on a big-endian machine",
                 "only little-endian files are read",
                 "save it again",
             )
-        data = entry_bytes(f, path, entries[pickles[0]], PICKLE_BYTES)
+        data = _entry_bytes(f, path, entries[pickles[0]], PICKLE_BYTES)
         try:
             tree = torch_pickle.load(data)
         except torch_pickle.Refused as e:
@@ -70,10 +70,10 @@ def read_torch(path: Path) -> Any:
                 "it was refused and nothing in it was executed",
                 f"save it again {RESAVE}",
             ) from e
-        return Binder(f, path, root, entries).bind(tree, 0)
+        return _Binder(f, path, root, entries).bind(tree, 0)
 
 
-def archive(path: Path) -> dict[str, zipfile.ZipInfo]:
+def _archive(path: Path) -> dict[str, zipfile.ZipInfo]:
     """The archive's directory, each entry checked: stored as is, a plain relative name, inside the
     file."""
     try:
@@ -126,7 +126,7 @@ def archive(path: Path) -> dict[str, zipfile.ZipInfo]:
     return out
 
 
-def entry_start(f, path: Path, info: zipfile.ZipInfo) -> int:
+def _entry_start(f, path: Path, info: zipfile.ZipInfo) -> int:
     """Where an entry's bytes begin: behind its local header, whose length only the header itself
     tells."""
     f.seek(info.header_offset)
@@ -141,14 +141,14 @@ def entry_start(f, path: Path, info: zipfile.ZipInfo) -> int:
     return info.header_offset + LOCAL_HEADER.size + name + extra
 
 
-def entry_bytes(f, path: Path, info: zipfile.ZipInfo, limit: int) -> bytes:
+def _entry_bytes(f, path: Path, info: zipfile.ZipInfo, limit: int) -> bytes:
     if info.file_size > limit:
         raise CheckpointError(
             f"{path}: entry {info.filename!r} has {info.file_size} bytes",
             f"at most {limit} are expected",
             "do not trust this file",
         )
-    f.seek(entry_start(f, path, info))
+    f.seek(_entry_start(f, path, info))
     data = f.read(info.file_size)
     if len(data) < info.file_size:
         raise CheckpointError(
@@ -157,7 +157,7 @@ def entry_bytes(f, path: Path, info: zipfile.ZipInfo, limit: int) -> bytes:
     return data
 
 
-class Binder:
+class _Binder:
     """Turns the pickle's views into tensors of the file, each storage checked once."""
 
     def __init__(self, f, path: Path, root: str, entries: dict[str, zipfile.ZipInfo]):
@@ -184,7 +184,7 @@ class Binder:
                 raise CheckpointError(
                     f"{self.path} is damaged", f"its entry {name!r} is missing", "download it again"
                 )
-            self.starts[storage.key] = entry_start(self.f, self.path, self.entries[name])
+            self.starts[storage.key] = _entry_start(self.f, self.path, self.entries[name])
         start, info = self.starts[storage.key], self.entries[f"{self.root}data/{storage.key}"]
         needed = storage.size * storage.dtype.itemsize
         if needed > info.file_size or start + needed > self.size:

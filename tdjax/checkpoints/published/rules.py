@@ -53,12 +53,12 @@ class Row:
 
     @functools.cached_property
     def source_pattern(self) -> re.Pattern:
-        return pattern(self.source, {})
+        return _pattern(self.source, {})
 
     @functools.cached_property
     def path_pattern(self) -> re.Pattern:
         choices = {name: allowed for name, allowed in PLACEHOLDER.findall(self.source) if allowed}
-        return pattern(self.path, choices)
+        return _pattern(self.path, choices)
 
     def claim(self, key: str) -> tuple[str | None, int | None] | None:
         """(leaf name, layer) if the key is this row's."""
@@ -67,12 +67,12 @@ class Row:
             return None
         fields = match.groupdict()
         layer = int(fields[LAYER]) if self.stacked else None
-        return (None if self.path is None else fill(self.path, fields)), layer
+        return (None if self.path is None else _fill(self.path, fields)), layer
 
     def key(self, leaf: str, layer: int | None) -> str | None:
         """The source key of a leaf's layer, if the leaf is this row's."""
         match = self.path_pattern.fullmatch(leaf)
-        return None if match is None else fill(self.source, {**match.groupdict(), LAYER: layer})
+        return None if match is None else _fill(self.source, {**match.groupdict(), LAYER: layer})
 
     @property
     def stacked_layout(self) -> str | None:
@@ -89,21 +89,20 @@ class Row:
         return f"{right.strip()} -> {left.strip()}" if self.layout else None
 
 
-def pattern(text: str, choices: Mapping[str, str]) -> re.Pattern:
+def _pattern(text: str, choices: Mapping[str, str]) -> re.Pattern:
     out, end = "", 0
     for m in PLACEHOLDER.finditer(text):
-        name, allowed = m[1], m[2] or choices.get(m[1])
-        inside = (
-            "|".join(map(re.escape, allowed.split("|")))
-            if allowed
-            else (r"0|[1-9]\d{0,5}" if name == LAYER else r"[^.]+")
-        )
+        name = m[1]
+        allowed = m[2] or choices.get(name)
+        inside = r"0|[1-9]\d{0,5}" if name == LAYER else r"[^.]+"
+        if allowed:
+            inside = "|".join(map(re.escape, allowed.split("|")))
         out += re.escape(text[end : m.start()]) + f"(?P<{name}>{inside})"
         end = m.end()
     return re.compile(out + re.escape(text[end:]))
 
 
-def fill(text: str, fields: Mapping[str, Any]) -> str:
+def _fill(text: str, fields: Mapping[str, Any]) -> str:
     return PLACEHOLDER.sub(lambda m: str(fields[m[1]]), text)
 
 
@@ -190,14 +189,14 @@ def bind(
         ]
         for layer in expected:
             if layer in layers:
-                problems += misfit(tensors[layers[layer][1]], layers[layer][1], row, target)
+                problems += _misfit(tensors[layers[layer][1]], layers[layer][1], row, target)
         claims[leaf] = Claim(row, tuple(layers[layer][1] for layer in expected if layer in layers))
     if problems:
-        fail(name, sorted(problems), len(tensors))
+        _fail(name, sorted(problems), len(tensors))
     return Binding(claims, tuple(sorted(dropped)))
 
 
-def fail(name: str, problems: list[str], count: int) -> None:
+def _fail(name: str, problems: list[str], count: int) -> None:
     kinds = {
         kind: sum(p.startswith(kind) for p in problems)
         for kind in ("missing", "unexpected", "different")
@@ -226,7 +225,7 @@ def row_of(leaf: str, rows: tuple[Row, ...]) -> Row:
 
 
 @functools.lru_cache(maxsize=4096)
-def layout_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:
+def _layout_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:
     """The shape after an einops layout, or None where it does not apply."""
     try:
         return (
@@ -236,10 +235,10 @@ def layout_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...] | None:
         return None
 
 
-def misfit(tensor, key: str, row: Row, target) -> list[str]:
+def _misfit(tensor, key: str, row: Row, target) -> list[str]:
     """At most one line about a tensor whose shape or kind of dtype is not the leaf's."""
     shape, want = tuple(tensor.shape), target.shape[1:] if row.stacked else target.shape
-    if layout_shape(shape, row.layout) != tuple(want):
+    if _layout_shape(shape, row.layout) != tuple(want):
         return [
             f"different   {key} {list(shape)}, expected {list(want)}"
             + (f" after {row.layout}" if row.layout else "")

@@ -85,7 +85,7 @@ class Tensor:
         data = np.empty(count * self.dtype.itemsize, np.uint8)
         with self.file.open("rb", buffering=0) as f:
             f.seek(self.start)
-            fill(f, memoryview(data), self.file)
+            _fill(f, memoryview(data), self.file)
         return data.view(self.dtype)
 
 
@@ -123,7 +123,7 @@ def changed(tensor, step) -> Changed:
     return Changed(tensor, (step,))
 
 
-def fill(f, view: memoryview, path: Path) -> None:
+def _fill(f, view: memoryview, path: Path) -> None:
     """Read until `view` is full; a file that ends before is an error."""
     while view:
         n = f.readinto(view)

@@ -59,7 +59,7 @@ class Refused(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Name:
+class _Name:
     """A class or function named by the file."""
 
     text: str
@@ -85,7 +85,7 @@ class View:
     strides: tuple[int, ...]
 
 
-def whole(values, what: str) -> tuple[int, ...]:
+def _whole(values, what: str) -> tuple[int, ...]:
     """A tuple of non-negative integers, at most 64 of them."""
     if (
         not isinstance(values, tuple | list)
@@ -96,12 +96,12 @@ def whole(values, what: str) -> tuple[int, ...]:
     return tuple(values)
 
 
-def view(storage, dtype, offset, shape, strides) -> View:
+def _view(storage, dtype, offset, shape, strides) -> View:
     """Checks that the view lies inside its storage."""
     if not isinstance(storage, Storage):
         raise Refused(f"a tensor's storage is a {type(storage).__name__}")
-    (offset,) = whole((offset,), "offset")
-    out = View(storage, dtype, offset, whole(shape, "shape"), whole(strides, "strides"))
+    (offset,) = _whole((offset,), "offset")
+    out = View(storage, dtype, offset, _whole(shape, "shape"), _whole(strides, "strides"))
     if len(out.shape) != len(out.strides):
         raise Refused(f"a tensor has shape {out.shape} but strides {out.strides}")
     item = dtype.itemsize
@@ -120,48 +120,48 @@ def view(storage, dtype, offset, shape, strides) -> View:
     return out
 
 
-def rebuild_tensor(storage, offset, shape, strides, *_) -> View:
-    return view(storage, getattr(storage, "dtype", None), offset, shape, strides)
+def _rebuild_tensor(storage, offset, shape, strides, *_) -> View:
+    return _view(storage, getattr(storage, "dtype", None), offset, shape, strides)
 
 
-def rebuild_tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype, *_) -> View:
-    if not isinstance(dtype, Name) or dtype.text.removeprefix("torch.") not in TORCH_DTYPES:
+def _rebuild_tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype, *_) -> View:
+    if not isinstance(dtype, _Name) or dtype.text.removeprefix("torch.") not in TORCH_DTYPES:
         raise Refused(f"a tensor's dtype is {getattr(dtype, 'text', type(dtype).__name__)}")
-    return view(
+    return _view(
         storage, DTYPES[TORCH_DTYPES[dtype.text.removeprefix("torch.")]], offset, shape, strides
     )
 
 
-def rebuild_parameter(data, *_) -> View:
+def _rebuild_parameter(data, *_) -> View:
     if not isinstance(data, View):
         raise Refused(f"a parameter holds a {type(data).__name__}")
     return data
 
 
-def ordered_dict(pairs=()) -> dict:
+def _ordered_dict(pairs=()) -> dict:
     if not isinstance(pairs, list | tuple) or any(
         not isinstance(p, list | tuple) or len(p) != 2 for p in pairs
     ):
         raise Refused("an OrderedDict is made of something else than pairs")
     out: dict = {}
     for key, value in pairs:
-        put(out, key, value)
+        _put(out, key, value)
     return out
 
 
-def size(values=()) -> tuple:
-    return whole(values, "Size")
+def _size(values=()) -> tuple:
+    return _whole(values, "Size")
 
 
 CALLS: dict[str, Callable] = {
-    "torch._utils._rebuild_tensor": rebuild_tensor,
-    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
-    "torch._utils._rebuild_tensor_v3": rebuild_tensor_v3,
-    "torch._utils._rebuild_parameter": rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": rebuild_parameter,
-    "torch.Size": size,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
+    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch.Size": _size,
     "torch.device": lambda kind="cpu", *_: str(kind),
-    "collections.OrderedDict": ordered_dict,
+    "collections.OrderedDict": _ordered_dict,
 }
 # Names that are values, not calls.
 VALUES = {
@@ -170,7 +170,7 @@ VALUES = {
 }
 
 
-def put(target, key, value) -> None:
+def _put(target, key, value) -> None:
     """target[key] = value for plain keys: hashing a nested tuple can take for ever."""
     if not isinstance(target, dict) or not isinstance(key, str | int):
         raise Refused(f"a {type(key).__name__} is the key of a {type(target).__name__}")
@@ -198,7 +198,7 @@ TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 def load(data: bytes) -> Any:
     """The object that a torch pickle describes: dicts, lists, plain values and Views. Raises
     Refused."""
-    machine = Machine()
+    machine = _Machine()
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name == "STOP":
@@ -209,7 +209,7 @@ def load(data: bytes) -> Any:
     raise Refused("its pickle has no end")
 
 
-class Machine:
+class _Machine:
     """Stack and memo of one pickle."""
 
     def __init__(self):
@@ -238,10 +238,10 @@ class Machine:
         elif op == "MARK":
             stack.append(MARK)
         elif op == "GLOBAL":
-            stack.append(named(argument.replace(" ", ".")))
+            stack.append(_named(argument.replace(" ", ".")))
         elif op == "STACK_GLOBAL":
             name = stack.pop()
-            stack.append(named(f"{stack.pop()}.{name}"))
+            stack.append(_named(f"{stack.pop()}.{name}"))
         elif op not in ("PROTO", "FRAME"):
             self.build(op)
 
@@ -252,18 +252,18 @@ class Machine:
             stack.append(tuple(self.since_mark()))
         elif op == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
-            if not isinstance(function, Name) or function.text not in CALLS:
+            if not isinstance(function, _Name) or function.text not in CALLS:
                 raise Refused(f"it calls {getattr(function, 'text', type(function).__name__)}")
             stack.append(CALLS[function.text](*arguments))
         elif op == "BINPERSID":
-            stack.append(storage(stack.pop()))
+            stack.append(_storage(stack.pop()))
         elif op == "SETITEM":
             value, key = stack.pop(), stack.pop()
-            put(stack[-1], key, value)
+            _put(stack[-1], key, value)
         elif op == "SETITEMS":
             items = self.since_mark()
             for key, value in zip(items[::2], items[1::2], strict=True):
-                put(stack[-1], key, value)
+                _put(stack[-1], key, value)
         elif op in ("APPEND", "APPENDS"):
             items = self.since_mark() if op == "APPENDS" else [stack.pop()]
             if not isinstance(stack[-1], list):
@@ -288,23 +288,23 @@ class Machine:
         return out
 
 
-def named(text: str) -> Name:
+def _named(text: str) -> _Name:
     if text not in CALLS and text not in VALUES:
         raise Refused(f"it names {text}, which is not part of a tensor")
-    return Name(text)
+    return _Name(text)
 
 
-def storage(pid) -> Storage:
+def _storage(pid) -> Storage:
     """('storage', type, key, device, element count)"""
     if (
         not isinstance(pid, tuple)
         or len(pid) != 5
         or pid[0] != "storage"
-        or not isinstance(pid[1], Name)
+        or not isinstance(pid[1], _Name)
         or not isinstance(pid[2], str)
     ):
         raise Refused("it refers to something outside that is not a storage")
     name = pid[1].text.rpartition(".")[2]
     if name not in STORAGES:
         raise Refused(f"a storage is a {pid[1].text}")
-    return Storage(pid[2], DTYPES[STORAGES[name]], whole((pid[4],), "size")[0])
+    return Storage(pid[2], DTYPES[STORAGES[name]], _whole((pid[4],), "size")[0])

@@ -18,15 +18,10 @@ from jax import lax
 from tdjax.checkpoints.published.rules import Row
 from tdjax.checkpoints.published.tensor import Tensor, is_float
 
-TRAVELS = (
-    "float32",
-    "bfloat16",
-    "float16",
-    "int8",
-)  # dtypes that are cast on the device; others are cast before
-PIECE_BYTES = (
-    2**27
-)  # a single tensor without a layout is cut into pieces of this size; layers are pieces by themselves
+# Dtypes that are cast on the device; others are cast before.
+TRAVELS = ("float32", "bfloat16", "float16", "int8")
+# A single tensor without a layout is cut into pieces of this size; layers are pieces by themselves.
+PIECE_BYTES = 2**27
 READERS = 2  # threads that read the next pieces from the file
 IN_FLIGHT = 3  # pieces on their way while the next one is read
 
@@ -36,14 +31,14 @@ def upload(tensors: list, row: Row, target: jax.ShapeDtypeStruct, device: jax.De
     device.
 
     Host memory: IN_FLIGHT + READERS + 1 pieces and the runtime's copies of them. Device memory: the
-                 leaf and as many pieces.
+    leaf and as many pieces.
     """
     out = jnp.zeros(target.shape, target.dtype, device=device)
     waiting: deque[jax.Array] = deque()
-    places, parts = zip(*pieces(tensors, row), strict=True)
+    places, parts = zip(*_pieces(tensors, row), strict=True)
     for start, values in zip(places, ahead(part.read for part in parts), strict=True):
-        piece = jax.device_put(travelling(values, target.dtype), device)
-        out = insert(out, piece, np.int32(start), layout=row.layout, stacked=row.stacked)
+        piece = jax.device_put(_travelling(values, target.dtype), device)
+        out = _insert(out, piece, np.int32(start), layout=row.layout, stacked=row.stacked)
         waiting.append(piece)
         if len(waiting) > IN_FLIGHT:
             waiting.popleft().block_until_ready()
@@ -52,13 +47,13 @@ def upload(tensors: list, row: Row, target: jax.ShapeDtypeStruct, device: jax.De
 
 def settle(values: np.ndarray, layout: str, dtype: np.dtype, device: jax.Device) -> jax.Array:
     """One tensor in file orientation -> transposed and cast on the device."""
-    return turned(
-        jax.device_put(travelling(values, dtype), device), layout=layout, dtype=np.dtype(dtype)
+    return _turned(
+        jax.device_put(_travelling(values, dtype), device), layout=layout, dtype=np.dtype(dtype)
     )
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "dtype"))
-def turned(piece, *, layout: str, dtype: np.dtype):
+def _turned(piece, *, layout: str, dtype: np.dtype):
     return (einops.rearrange(piece, layout) if layout else piece).astype(dtype)
 
 
@@ -78,12 +73,12 @@ def ahead(reads: Iterable[Callable[[], Any]], readers: int = READERS) -> Iterato
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "stacked"), donate_argnums=0)
-def insert(out, piece, start, *, layout: str | None, stacked: bool):
+def _insert(out, piece, start, *, layout: str | None, stacked: bool):
     piece = (einops.rearrange(piece, layout) if layout else piece).astype(out.dtype)
     return lax.dynamic_update_slice_in_dim(out, piece[None] if stacked else piece, start, 0)
 
 
-def pieces(tensors: list, row: Row) -> Iterator[tuple[int, Any]]:
+def _pieces(tensors: list, row: Row) -> Iterator[tuple[int, Any]]:
     """(place along the leaf's first axis, something whose read() gives the values in file
     orientation)."""
     whole = tensors[0]
@@ -102,6 +97,8 @@ def pieces(tensors: list, row: Row) -> Iterator[tuple[int, Any]]:
             yield start, whole.rows(start, min(start + step, whole.shape[0]))
 
 
-def travelling(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _travelling(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Values in a dtype that the device takes."""
-    return x if x.dtype.name in TRAVELS else x.astype(np.float32 if is_float(x.dtype) else dtype)
+    if x.dtype.name in TRAVELS:
+        return x
+    return x.astype(np.float32 if is_float(x.dtype) else dtype)

@@ -5,31 +5,27 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from tdjax.errors import TdjaxError, UsageError, leave
-from tdjax.generate.arguments import hyphens
-from tdjax.train.configs import Tree, build, put
+from tdjax import cli
+from tdjax.errors import UsageError
+from tdjax.train.settings import Tree, build, put
 from tdjax.train.tiny import settings
 
-STAGES = {  # name -> file and function
+STAGES = {  # name -> module of tdjax.train.tiny.stages and its function
     "vae": ("vae", "run_stage"),
     "teacher": ("teacher", "run_stage"),
-    "sla": ("distil", "sla_stage"),
-    "rcm": ("distil", "rcm_stage"),
-    "merge": ("distil", "merge_stage"),
+    "sla": ("sla", "run_stage"),
+    "rcm": ("rcm", "run_stage"),
+    "merge": ("merge", "run_stage"),
     "evaluate": ("evaluate", "run_stage"),
     "timing": ("evaluate", "timing_stage"),
     "package": ("package", "run_stage"),
 }
-RESULT = {
-    "vae": "vae",
-    "teacher": "teacher",
-    "sla": "sla",
-    "merge": "merged",
-}  # folders that say that a stage is finished
+# Folders that say that a stage is finished.
+_RESULT = {"vae": "vae", "teacher": "teacher", "sla": "sla", "merge": "merged"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -72,22 +68,21 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 all is done, 2 usage, 3 checkpoint, 5 not finite, 75 stopped by --seconds."""
     begun = time.monotonic()
-    try:
-        args = build_parser().parse_intermixed_args(hyphens(sys.argv[1:] if argv is None else argv))
+
+    def command(words: list[str]) -> int:
+        args = build_parser().parse_intermixed_args(words)
         chosen = chosen_stages(args.stage)
-        parts = resolve(args.settings, args.scale)
-        return run(args, chosen, parts, begun)
-    except TdjaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from the last saved state", file=sys.stderr)
-        return 130
+        return run(args, chosen, resolve(args.settings, args.scale), begun)
+
+    kept = "the same command goes on from the last saved state"
+    return cli.main(command, argv, parser=build_parser, interrupted=kept)
 
 
 def chosen_stages(given: str | None) -> tuple[str, ...]:
+    """Returns the stages named, in their order; all where none is. Raises UsageError."""
     names = tuple(given.split(",") if given else STAGES)
-    if wrong := [name for name in names if name not in STAGES]:
+    wrong = [name for name in names if name not in STAGES]
+    if wrong:
         raise UsageError(
             f"unknown stage {', '.join(wrong)}",
             f"stages: {', '.join(STAGES)}",
@@ -97,14 +92,15 @@ def chosen_stages(given: str | None) -> tuple[str, ...]:
 
 
 def resolve(words: list[str], scale: float) -> dict:
-    """The settings of every stage, scaled, with those of the command line over them."""
+    """Returns the settings of every stage, scaled, with those of the command line over them. Raises
+    UsageError."""
     if not 0 < scale <= 10:
         raise UsageError(
             f"--scale is {scale:g}",
             "it multiplies steps and clips; greater than 0, at most 10",
             "use 1",
         )
-    trees = {name: Tree(cls.__name__) for name, cls in settings.STAGES.items()}
+    trees = {name: Tree(cls) for name, cls in settings.STAGES.items()}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
@@ -118,10 +114,15 @@ def resolve(words: list[str], scale: float) -> dict:
     return {name: settings.scaled(build(tree, base[name]), 1) for name, tree in trees.items()}
 
 
-def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
-    from tdjax.generate.__main__ import set_compile_cache
+def stage_function(name: str) -> Callable:
+    """Returns what runs a stage; its module, and jax, are imported here."""
+    module, function = STAGES[name]
+    return getattr(importlib.import_module(f"tdjax.train.tiny.stages.{module}"), function)
 
-    note = set_compile_cache(args)
+
+def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
+    note = cli.set_compile_cache(args.compile_cache_dir)
+    cli.start_jax()
     from tdjax.progress import Stages
     from tdjax.train.tiny import work
 
@@ -133,13 +134,13 @@ def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
         folder=Path(args.folder), settings=parts, seed=args.seed, until=until, stages=stages
     )
     for name in chosen:
-        result = parts["rcm"].name if name == "rcm" else RESULT.get(name)
+        result = parts["rcm"].name if name == "rcm" else _RESULT.get(name)
         if result and work.finished(tiny, result) and not args.again:
             stages.note(f"{name}: finished already")
             continue
-        start, (file, function) = time.monotonic(), STAGES[name]
+        start = time.monotonic()
         try:
-            getattr(importlib.import_module(f"tdjax.train.tiny.{file}"), function)(tiny)
+            stage_function(name)(tiny)
         except work.OutOfTime as end:
             stages.note(str(end))
             return 75
@@ -148,4 +149,4 @@ def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    cli.run(main)

@@ -38,14 +38,24 @@ TEXT = TextConfig(
 # The coordinates (t, h, w) are an input: attention here is relative, and a small network would not
 # learn in minutes where a movement has to begin.
 DIT = DiTConfig(
-    dim=256, ffn_dim=768, layers=6, heads=4, in_channels=8, out_channels=8, coordinates=True, patch=(1, 1, 1), text_dim=128, text_len=32,
-    round_time=False, policy=FLOAT32,
-)  # fmt: skip
-DIT_SLA = dataclasses.replace(
-    DIT, attention="sla", sla=SLAConfig(topk=0.34, block_q=64, block_k=64)
-)  # 3 of 9 key blocks
+    dim=256,
+    ffn_dim=768,
+    layers=6,
+    heads=4,
+    in_channels=8,
+    out_channels=8,
+    coordinates=True,
+    patch=(1, 1, 1),
+    text_dim=128,
+    text_len=32,
+    round_time=False,
+    policy=FLOAT32,
+)
+# The share keeps 3 of 9 key blocks.
+_SPARSE = SLAConfig(topk=0.34, block_q=64, block_k=64)
+DIT_SLA = dataclasses.replace(DIT, attention="sla", sla=_SPARSE)
 
 
 def stored(cfg):
-    """The same network as it is packaged: floating-point weights in bfloat16."""
+    """Returns the same network as it is packaged: floating-point weights in bfloat16."""
     return dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, param="bfloat16"))

@@ -137,23 +137,23 @@ STAGES = {
     "merge": MergeStage,
     "evaluate": EvaluateStage,
 }
-SCALED = ("steps", "heal", "warmup", "clips", "statistics", "check_clips", "check_every", "real")
-LEAST = {"warmup": 0, "heal": 0, "clips": 16, "statistics": 16, "check_clips": 4, "real": 80}
+_SCALED = ("steps", "heal", "warmup", "clips", "statistics", "check_clips", "check_every", "real")
+_LEAST = {"warmup": 0, "heal": 0, "clips": 16, "statistics": 16, "check_clips": 4, "real": 80}
 
 
 def scaled(stage, scale: float):
-    """A stage with less of everything that takes time, for a trial; steps are whole chunks."""
+    """Returns a stage with less of everything that takes time, for a trial; steps are whole
+    chunks."""
     if scale != 1:
         less = {
-            name: max(LEAST.get(name, 1), round(getattr(stage, name) * scale))
-            for name in SCALED
+            name: max(_LEAST.get(name, 1), round(getattr(stage, name) * scale))
+            for name in _SCALED
             if hasattr(stage, name)
         }
         stage = dataclasses.replace(stage, **less)
     if not hasattr(stage, "chunk"):
         return stage
     count = "heal" if hasattr(stage, "heal") else "steps"
-    chunk = max(1, min(stage.chunk, getattr(stage, count)))
-    return dataclasses.replace(
-        stage, chunk=chunk, **{count: -(-getattr(stage, count) // chunk) * chunk}
-    )
+    steps = getattr(stage, count)
+    chunk = max(1, min(stage.chunk, steps))
+    return dataclasses.replace(stage, chunk=chunk, **{count: math.ceil(steps / chunk) * chunk})

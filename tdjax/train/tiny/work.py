@@ -23,7 +23,7 @@ from tdjax.train import checkpoints
 from tdjax.train.metrics import Metrics
 from tdjax.train.tiny import configs
 
-SAVE_SECONDS = 120.0
+_SAVE_SECONDS = 120.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,13 +49,15 @@ class Run:
     stages: Stages = dataclasses.field(default_factory=lambda: Stages(show=False))
 
     def key(self, purpose: str) -> jax.Array:
-        """The random key of one use, the same in whatever order uses come."""
+        """Returns the random key of one use, the same in whatever order uses come."""
         return jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(purpose.encode()))
 
     def work(self, name: str) -> Path:
+        """Returns where a stage keeps its states and metrics."""
         return self.folder / "work" / name
 
     def say(self, text: str) -> None:
+        """Shows one line."""
         self.stages.note(text)
 
 
@@ -64,14 +66,18 @@ class OutOfTime(Exception):
 
 
 def repeated(step: Callable, chunk: int) -> Callable:
-    """`chunk` times step(state, *data) -> (state, numbers), as one program that takes over the
-    state's memory."""
-    return jax.jit(
-        lambda state, *data: lax.scan(
-            lambda state, _: step(state, *data), state, None, length=chunk
-        ),
-        donate_argnums=0,
-    )
+    """Returns `chunk` times step(state, *data) -> (state, numbers), as one program that takes over
+    the state's memory."""
+
+    def program(state, *data):
+        return lax.scan(lambda state, _: step(state, *data), state, None, length=chunk)
+
+    return jax.jit(program, donate_argnums=0)
+
+
+def batch_key(state) -> jax.Array:
+    """Returns the key of this step's batch, apart from the keys that the step itself draws from."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, 2**31 - 1), state.step)
 
 
 def train(
@@ -85,30 +91,32 @@ def train(
     check: Callable | None = None,
     check_every: int = 0,
 ):
-    """All steps of a stage, from its last saved state if there is one -> the last state.
+    """Returns the last state, after all steps of a stage from its last saved state on, if there is
+    one.
 
     program(state, *data) -> (state, numbers [chunk]) does a chunk of steps. check(state, step) ->
     numbers, every `check_every` steps and at the end; they are logged beside the others. Raises
     OutOfTime, NotFinite.
     """
-    work = run.work(name)
-    done = (checkpoints.steps(work) or [0])[-1]
+    folder = run.work(name)
+    done = (checkpoints.steps(folder) or [0])[-1]
     if done:
-        state = checkpoints.restore(checkpoints.folder(work, done), state)
+        state = checkpoints.restore(checkpoints.folder(folder, done), state)
         run.say(f"{name}: going on from step {done}")
     # Where data are bound to a device, so is what comes out; a first state that is not would make a
     # second program of the next call.
     state = jax.device_put(state, jax.devices()[0])
     begun = saved = time.monotonic()
-    with Metrics(work, done) as log:
+    with Metrics(folder, done) as log:
         while done < steps:
             state, numbers = program(state, *data)
-            numbers = {key: float(value) for key, value in jax.device_get(means(numbers)).items()}
+            numbers = {key: float(x) for key, x in jax.device_get(_means(numbers)).items()}
             done += chunk
             now = time.monotonic()
-            numbers["seconds_per_step"], begun = (now - begun) / chunk, now
+            numbers["seconds_per_step"] = (now - begun) / chunk
+            begun = now
             log.write(done, numbers)
-            run.say(line(name, done, steps, numbers))
+            run.say(_line(name, done, steps, numbers))
             if not math.isfinite(numbers["loss"]):
                 raise NotFinite(
                     f"{name}: the loss is not finite at step {done}",
@@ -118,10 +126,10 @@ def train(
             if check and (done >= steps or done // check_every > (done - chunk) // check_every):
                 found = check(state, done)
                 log.write(done, found)
-                run.say(line(f"{name} check", done, steps, found))
+                run.say(_line(f"{name} check", done, steps, found))
                 begun = time.monotonic()
-            if done < steps and (now - saved > SAVE_SECONDS or now > run.until):
-                checkpoints.save(work, done, state, {}, keep=1)
+            if done < steps and (now - saved > _SAVE_SECONDS or now > run.until):
+                checkpoints.save(folder, done, state, {}, keep=1)
                 begun = saved = time.monotonic()
                 if now > run.until:
                     raise OutOfTime(
@@ -132,48 +140,46 @@ def train(
 
 
 @jax.jit
-def means(numbers: dict) -> dict:
+def _means(numbers: dict) -> dict:
     return {name: jnp.mean(value.astype(jnp.float32)) for name, value in numbers.items()}
 
 
-def line(name: str, done: int, steps: int, numbers: dict[str, float]) -> str:
-    return f"{name} {done}/{steps}  " + "  ".join(
-        f"{key} {value:.4g}" for key, value in numbers.items()
-    )
+def _line(name: str, done: int, steps: int, numbers: dict[str, float]) -> str:
+    shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+    return f"{name} {done}/{steps}  {shown}"
 
 
 def finished(run: Run, name: str) -> bool:
-    """Whether a stage's result is there."""
+    """Returns whether a stage's result is there."""
     return (run.folder / name / "manifest.json").is_file()
 
 
-def export(run: Run, name: str, kind: str, module, cfg, **facts) -> None:
-    """A result in our checkpoint layout, weights in bfloat16, complete or not at all."""
+def export(run: Run, name: str, kind: str, module, cfg, **metadata) -> None:
+    """Writes a result in our checkpoint layout, weights in bfloat16, complete or not at all.
+    metadata: JSON values, kept as its source."""
     cfg = configs.stored(cfg)
-    wanted = orbax.names(orbax.abstract(kind, cfg))
-    leaves = {leaf: x.astype(wanted[leaf].dtype) for leaf, x in orbax.names(module).items()}
-    source = {"name": "tdjax tiny recipe", "seed": run.seed, **facts}
+    wanted = orbax.named_leaves(orbax.abstract(kind, cfg))
+    leaves = {leaf: x.astype(wanted[leaf].dtype) for leaf, x in orbax.named_leaves(module).items()}
+    source = {"name": "tdjax tiny recipe", "seed": run.seed, **metadata}
     orbax.save(
         run.folder / name, jax.device_get(leaves), kind=kind, cfg=cfg, source=source, overwrite=True
     )
 
 
 def forget_states(run: Run, name: str) -> None:
-    """Delete the states of a stage that has its result."""
-    for step in checkpoints.steps(run.work(name)):
-        orbax.remove(checkpoints.folder(run.work(name), step))
+    """Deletes the states of a stage that has its result."""
+    checkpoints.delete(run.work(name))
 
 
 def load(run: Run, name: str, compute: str = "float32", remat: bool = False):
-    """A stage's result with float32 weights, that computes in the given dtype."""
+    """Returns a stage's result with float32 weights, that computes in the given dtype."""
     kind, stored = orbax.checked(run.folder / name)
     return orbax.restore(run.folder / name, config=trained(stored, compute, remat))[1]
 
 
 def trained(cfg, compute: str, remat: bool = False):
-    """A network as it is while it trains: float32 weights, and activations kept, memory being no
-    concern, unless `remat`."""
-    cfg = dataclasses.replace(
-        cfg, policy=dataclasses.replace(cfg.policy, param="float32", compute=compute)
-    )
+    """Returns a network as it is while it trains: float32 weights, and activations kept, memory
+    being no concern, unless `remat`."""
+    policy = dataclasses.replace(cfg.policy, param="float32", compute=compute)
+    cfg = dataclasses.replace(cfg, policy=policy)
     return dataclasses.replace(cfg, remat=remat) if isinstance(cfg, DiTConfig) else cfg

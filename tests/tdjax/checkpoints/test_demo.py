@@ -199,13 +199,14 @@ def test_its_facts():
         configs.SIZE.width,
     )
     assert facts["sampler"] == {
-        "mid": list(sampling.student().mid),
+        "mid_t": list(sampling.student().mid_t),
         "sigma_max": sampling.student().sigma_max,
     }
     assert (
         facts["prompts"][0] == package.PROMPT and len(set(facts["prompts"])) > 0.8 * package.PROMPTS
     )
-    assert not any(captions.unknown_words(prompt) for prompt in facts["prompts"])
+    words = {word for prompt in facts["prompts"] for word in captions.words_of(prompt)}
+    assert words <= set(captions.vocabulary())
 
 
 def test_every_word_is_one_token():

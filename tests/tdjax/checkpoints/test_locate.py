@@ -13,8 +13,8 @@ from huggingface_hub import constants, errors
 
 from tdjax.checkpoints import filenames, hub
 from tdjax.checkpoints.locate import cache_folder, locate
-from tdjax.config import PRESETS
 from tdjax.errors import CheckpointError, UsageError
+from tdjax.presets import PRESETS
 
 BASE = "Wan-AI/Wan2.1-T2V-1.3B"
 VAE, TEXT, TOKENIZER = (
@@ -72,7 +72,7 @@ def message(error) -> str:
 
 
 # Names of published files
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_names_of_presets():
@@ -129,7 +129,7 @@ def test_transformers_among_other_files():
 
 
 # Presets and hub ids from a cache
-# -----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_preset_comes_from_two_repositories(cache):
@@ -259,7 +259,7 @@ def test_offline_lists_all_that_is_missing(cache):
     assert (
         "4 parts missing" in text
         and "HF_HUB_OFFLINE" in text
-        and "run once without --offline" in text
+        and "run once without `offline`" in text
     )
     for part in (f"{TURBO}.pth", VAE, TEXT, TOKENIZER, f"TurboDiffusion/{TURBO}", BASE):
         assert part in text
@@ -272,7 +272,8 @@ def test_the_environment_is_honoured(tmp_path):
     jax nor the hub."""
     dit = put_repo(tmp_path / "hub", f"TurboDiffusion/{TURBO}", f"{TURBO}.pth")
     code = (
-        "import sys; from tdjax.checkpoints.locate import locate; assert 'jax' not in sys.modules and"
+        "import sys; from tdjax.checkpoints.locate import locate\n"
+        "assert 'jax' not in sys.modules and"
         f" 'huggingface_hub' not in sys.modules\nprint(locate({TURBO!r}, parts=('dit',)).dit[0])"
     )
     env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {
@@ -286,7 +287,7 @@ def test_the_environment_is_honoured(tmp_path):
 
 
 # The hub, with its functions replaced
-# -------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class FakeApi:
@@ -356,7 +357,7 @@ def hub_error(cls):
         ),
         (
             lambda: hub_error(errors.RevisionNotFoundError),
-            "(?s)has no revision 'v9'.*leave --revision away",
+            "(?s)has no revision 'v9'.*leave `revision` away",
         ),
         (
             lambda: errors.HTTPError("no route"),
@@ -480,12 +481,12 @@ def test_missing_parts_are_listed(tmp_path, cache):
         "tokenizer.json",
         str(tmp_path / "weights"),
         f"https://huggingface.co/{BASE}",
-        "--vae_path",
-        "--text_encoder_path",
+        "vae_path",
+        "text_encoder_path",
     ):
         assert word in text
     with pytest.raises(
-        CheckpointError, match="(?s)1 part missing.*transformer: looked in .*--dit_path"
+        CheckpointError, match="(?s)1 part missing.*transformer: looked in .*dit_path"
     ):
         locate(put(tmp_path / "rest", VAE, TEXT, "tokenizer.json"))
 
@@ -494,7 +495,7 @@ def test_the_other_expert_is_missing(tmp_path, cache):
     root = put(tmp_path / "weights", HIGH, VAE, TEXT, "tokenizer.json")
     with pytest.raises(
         CheckpointError,
-        match=f"low-noise expert: looked for weights/{LOW} in .*--low_noise_model_path",
+        match=f"low-noise expert: looked for weights/{LOW} in .*low_noise_model_path",
     ):
         locate(root / HIGH)
     put(root, "my-high-quality.pth")
@@ -521,12 +522,12 @@ def test_local_weights_take_the_tokenizer_from_the_cache(tmp_path, cache):
         (
             "checkpoints/TurboWan2.1-T2V-1.3B-480.pth",
             CheckpointError,
-            f"(?s)does not exist .given as --model.*close names.*{TURBO}.pth",
+            f"(?s)does not exist .given as .model.*close names.*{TURBO}.pth",
         ),
         (
             "nowhere/TurboWan2.1-T2V-1.3B-480P.pth",
             CheckpointError,
-            f"(?s)nearest folder that exists.*--model {TURBO.lower()}",
+            f"(?s)nearest folder that exists.*{TURBO.lower()} as .model",
         ),
         ("./checkpoints/nothing", CheckpointError, "does not exist"),
         (
@@ -543,7 +544,7 @@ def test_names_that_lead_nowhere(checkpoints, monkeypatch, model, error, expecte
 
 
 # Overrides
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_overrides_replace_parts_and_save_their_download(tmp_path, cache):
@@ -567,10 +568,10 @@ def test_overrides_replace_parts_and_save_their_download(tmp_path, cache):
 def test_an_override_that_does_not_exist(checkpoints):
     with pytest.raises(
         CheckpointError,
-        match=f"(?s)Wan2.1_VAE.pt does not exist .given as --vae_path.*close names in .*: .*{VAE}",
+        match=f"(?s)Wan2.1_VAE.pt does not exist .given as vae_path.*close names in .*: .*{VAE}",
     ):
         locate(checkpoints, vae_path=checkpoints / "Wan2.1_VAE.pt")
-    with pytest.raises(UsageError, match="(?s)no model.*--dit_path FILE"):
+    with pytest.raises(UsageError, match="(?s)no model.*dit_path FILE"):
         locate(None, vae_path=checkpoints / VAE)
     with pytest.raises(UsageError, match="both give the transformer"):
         locate(None, dit_path=checkpoints / VAE, low_noise_model_path=checkpoints / VAE)
@@ -596,7 +597,7 @@ def test_swapped_experts_are_used_as_given_with_a_warning(tmp_path, cache):
         len(got.warnings) == 3
         and "given as the high-noise expert, but its name says low" in got.warnings[0]
     )
-    assert "swap --high_noise_model_path" in got.warnings[2]
+    assert "swap high_noise_model_path" in got.warnings[2]
 
 
 def test_the_same_weights_twice(tmp_path, cache):
@@ -621,7 +622,7 @@ def test_the_same_weights_twice(tmp_path, cache):
 
 
 # The cache folder
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

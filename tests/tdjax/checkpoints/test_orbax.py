@@ -59,7 +59,7 @@ def modules():
         module = orbax.abstract(kind_of(name), cfg)
         values = {
             n: jnp.asarray(rng.integers(-99, 99, x.shape), x.dtype)
-            for n, x in orbax.names(module).items()
+            for n, x in orbax.named_leaves(module).items()
         }
         out[name] = orbax.assemble(module, values)
     return out
@@ -84,7 +84,7 @@ def copy(folder, tmp_path):
 
 
 def same(a, b):
-    a, b = orbax.names(a), orbax.names(b)
+    a, b = orbax.named_leaves(a), orbax.named_leaves(b)
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype, name
@@ -107,12 +107,12 @@ def test_round_trip(tmp_path, modules, name):
     )
     assert orbax.config_of(manifest) == cfg
     assert manifest["leaves"] == {
-        n: [list(x.shape), x.dtype.name] for n, x in orbax.names(got).items()
+        n: [list(x.shape), x.dtype.name] for n, x in orbax.named_leaves(got).items()
     }
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x"]
     one = next(iter(manifest["leaves"]))
     np.testing.assert_array_equal(
-        orbax.read(tmp_path / "x", one), np.asarray(orbax.names(got)[one])
+        orbax.read(tmp_path / "x", one), np.asarray(orbax.named_leaves(got)[one])
     )
     files = [path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()]
     assert not any(
@@ -143,7 +143,7 @@ def test_shardings_and_device_counts(tmp_path, folder, modules):
         NamedSharding(mesh, PartitionSpec()),
         NamedSharding(mesh, PartitionSpec(None, "a", "b")),
     )
-    leaves = orbax.names(modules["dit"])
+    leaves = orbax.named_leaves(modules["dit"])
     where = {
         name: split if x.ndim == 3 and x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0 else whole
         for name, x in leaves.items()
@@ -168,7 +168,7 @@ def test_another_config_of_the_same_weights(folder, modules):
     )
     dense = dataclasses.replace(DIT, attention="dense")
     module = orbax.restore(folder, config=dense)[1]
-    assert not [name for name in orbax.names(module) if ".core." in name]
+    assert not [name for name in orbax.named_leaves(module) if ".core." in name]
     sage = dataclasses.replace(DIT, attention="sagesla")
     assert orbax.restore(folder, config=sage)[1].cfg == sage
     for wrong in ({"layers": 2}, {"image_dim": None}, {"linear": "int8"}):
@@ -178,7 +178,7 @@ def test_another_config_of_the_same_weights(folder, modules):
 
 def test_assemble_lists_every_difference():
     module = orbax.abstract("text", CONFIGS["text"])
-    leaves = {n: np.zeros(x.shape, x.dtype) for n, x in orbax.names(module).items()}
+    leaves = {n: np.zeros(x.shape, x.dtype) for n, x in orbax.named_leaves(module).items()}
     same(
         orbax.assemble(module, leaves),
         orbax.assemble(module, dict(reversed(leaves.items()))),
@@ -200,7 +200,7 @@ def test_assemble_lists_every_difference():
 
 
 def test_save_checks_before_it_writes(tmp_path, modules):
-    leaves = orbax.names(modules["text"])
+    leaves = orbax.named_leaves(modules["text"])
     with pytest.raises(CheckpointError, match="not a text of this config.*"):
         orbax.save(
             tmp_path / "x",
@@ -222,7 +222,7 @@ def test_leaves_are_read_one_after_another(tmp_path, modules, monkeypatch):
         events.append("written")
 
     monkeypatch.setattr(orbax.InTurn, "write", write)
-    leaves = {n: np.asarray(x) for n, x in orbax.names(modules["text"]).items()}
+    leaves = {n: np.asarray(x) for n, x in orbax.named_leaves(modules["text"]).items()}
     lazy = {
         n: orbax.Lazy(x.shape, x.dtype, lambda x=x: events.append("read") or x)
         for n, x in leaves.items()
@@ -238,7 +238,7 @@ def test_leaves_are_read_one_after_another(tmp_path, modules, monkeypatch):
 
 
 # Messages
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_folders_that_are_not_ours(tmp_path, folder):
@@ -317,7 +317,7 @@ def test_params_of_another_checkpoint(copy, tmp_path, modules):
     other = jax.tree.map(
         lambda x: x.astype(jnp.float16) if x.dtype == jnp.bfloat16 else x, modules["dit"]
     )
-    orbax.save(tmp_path / "other", orbax.names(other), "dit", cfg)
+    orbax.save(tmp_path / "other", orbax.named_leaves(other), "dit", cfg)
     shutil.rmtree(copy / "params")
     with pytest.raises(CheckpointError, match="missing or damaged"):
         orbax.restore(copy)
@@ -344,7 +344,7 @@ def test_truncated_or_missing_files(copy, capfd):
 
 
 # Atomic writing
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_overwritten_by_itself(tmp_path, modules):
@@ -361,25 +361,13 @@ def test_a_failed_save_leaves_what_was_there(tmp_path, modules):
     orbax.save(tmp_path / "x", modules["text"], "text", CONFIGS["text"])
     leaves = {
         n: orbax.Lazy(x.shape, np.dtype(x.dtype), lambda: 1 / 0)
-        for n, x in orbax.names(modules["text"]).items()
+        for n, x in orbax.named_leaves(modules["text"]).items()
     }
     for target, options in (("x", {"overwrite": True}), ("y", {})):
         with pytest.raises(ZeroDivisionError):
             orbax.save(tmp_path / target, leaves, "text", CONFIGS["text"], **options)
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
     same(orbax.restore(tmp_path / "x")[1], modules["text"])
-
-
-def test_what_killed_runs_left_is_removed(tmp_path, modules):
-    import os
-    import socket
-
-    dead = tmp_path / f".x.{socket.gethostname()}-999999999.part"
-    alive = tmp_path / f".x.{socket.gethostname()}-{os.getppid()}.part"
-    for part in (dead, alive):
-        (part / "params").mkdir(parents=True)
-    orbax.save(tmp_path / "x", modules["text"], "text", CONFIGS["text"])
-    assert not dead.exists() and alive.exists()
 
 
 def test_nothing_is_printed(tmp_path, modules, capfd):

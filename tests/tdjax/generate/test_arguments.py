@@ -1,17 +1,17 @@
-"""The command line: official spellings, contradictions, prompt files, and answers before jax is
-imported."""
+"""The command line: official spellings, contradictions, and answers before jax is imported."""
 
 import json
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import pytest
 
-from tdjax.config import QUANT
 from tdjax.errors import UsageError
 from tdjax.generate import __main__ as generate
-from tdjax.generate.arguments import hyphens, parse, read_jobs
+from tdjax.generate.arguments import parse
+from tdjax.pipeline.options import Quant
 
 
 def fails(capsys, *argv):
@@ -22,20 +22,10 @@ def fails(capsys, *argv):
     return out.err
 
 
-def test_hyphens_and_underscores_are_one():
-    assert hyphens(["--num-steps=2", "--sigma-max", "-1", "a-b"]) == [
-        "--num_steps=2",
-        "--sigma_max",
-        "-1",
-        "a-b",
-    ]
-    assert parse(["--num-steps", "2"]).num_steps == parse(["--num_steps", "2"]).num_steps == 2
-
-
 def test_the_official_command_parses():
     """The commands of thu-ml/TurboDiffusion's README, with other paths."""
-    t2v = """--model Wan2.1-1.3B --dit_path a.pth --resolution 480p --prompt p --num_samples 1 --num_steps 4
-        --quant_linear --attention_type sagesla --sla_topk 0.1"""
+    t2v = """--model Wan2.1-1.3B --dit_path a.pth --resolution 480p --prompt p --num_samples 1
+        --num_steps 4 --quant_linear --attention_type sagesla --sla_topk 0.1"""
     args = parse(t2v.split())
     assert (args.official_model, args.dit_path, args.quant, args.attention_type) == (
         "Wan2.1-1.3B",
@@ -50,7 +40,7 @@ def test_the_official_command_parses():
 
 
 def test_every_kind_of_linear_layer_can_be_asked_for():
-    assert [parse(["--quant", kind]).quant for kind in QUANT] == list(QUANT)
+    assert [parse(["--quant", kind]).quant for kind in get_args(Quant)] == list(get_args(Quant))
 
 
 @pytest.mark.parametrize(
@@ -71,6 +61,11 @@ def test_every_kind_of_linear_layer_can_be_asked_for():
         ("--image_path missing.png", ["missing.png does not exist"]),
         ("--prompt_file missing.txt", ["missing.txt does not exist"]),
         ("--save_path out_{colour}.mp4", ["colour", "prompt_slug"]),
+        ("--save_path take_{2}.mp4", ["{2}", "{{ and }}"]),
+        ("--save_path v_{seed.x}.mp4", ["seed.x", "fields are"]),
+        ("--save_path v_{seed:s}.mp4", ["'s'", "{index:03d}"]),
+        ("--save_path open{.mp4", ["{{ and }}"]),
+        ("--prompt_file .", [". is a folder"]),
         ("--ode --sampler sde", ["contradict"]),
         ("--quant_linear --quant none", ["contradict"]),
         ("--seconds 5 --num_frames 81", ["both give the length"]),
@@ -97,6 +92,33 @@ def test_an_existing_file_is_refused_before_anything_runs(capsys, tmp_path):
     message = fails(capsys, "--save_path", str(path))
     assert "exists" in message and "--overwrite" in message
     assert path.read_bytes() == b"mine"
+
+
+def test_embeddings_that_exist_are_refused_before_anything_runs(capsys, tmp_path):
+    (tmp_path / "e.safetensors").touch()
+    message = fails(capsys, "--save_prompt_embeds", str(tmp_path / "e.safetensors"))
+    assert "exists" in message and "--overwrite" in message
+
+
+def test_every_path_takes_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = "dit_path high_noise_model_path low_noise_model_path vae_path text_encoder_path"
+    words += " tokenizer_path prompt_file prompt_embeds save_prompt_embeds image_path latents"
+    words += " save_path compile_cache_dir profile"
+    names = words.split()
+    args = parse([f"--{name}=~/x" for name in names])
+    assert {getattr(args, name) for name in names} == {f"{tmp_path}/x"}
+    assert parse(["--lora=~/x:0.5"]).lora == [f"{tmp_path}/x:0.5"]
+    (tmp_path / "run.json").write_text('{"save_path": "~/v.gif"}')
+    assert parse(["--config=~/run.json"]).save_path == f"{tmp_path}/v.gif"
+
+
+def test_attention_and_impl_by_both_names(tmp_path):
+    for name in ("attention", "attention_type"):
+        assert parse([f"--{name}", "sla"]).attention_type == "sla"
+        (tmp_path / "run.json").write_text(json.dumps({name: "sla"}))
+        assert parse(["--config", str(tmp_path / "run.json")]).attention_type == "sla"
+    assert parse(["--impl", "triton"]).attention_impl == "triton"
 
 
 def test_missing_file_names_its_neighbour(capsys, tmp_path):
@@ -128,36 +150,11 @@ def test_seconds_become_legal_frames():
     assert [parse(["--seconds", s]).num_frames for s in ("5", "0.01", "5.1")] == [81, 1, 81]
 
 
-def test_prompt_files(tmp_path):
-    text = tmp_path / "p.txt"
-    text.write_text("# comment\na fox\n\na hen\n")
-    assert [j.prompt for j in read_jobs(parse(["--prompt_file", str(text)]))] == ["a fox", "a hen"]
-    rows = tmp_path / "p.csv"
-    rows.write_text("prompt,seed,out\na fox,7,fox.mp4\na hen,,\n")
-    jobs = read_jobs(parse(["--prompt_file", str(rows), "--seed", "3"]))
-    assert [(j.prompt, j.seed, j.out) for j in jobs] == [
-        ("a fox", 7, "fox.mp4"),
-        ("a hen", 3, None),
-    ]
-    lines = tmp_path / "p.jsonl"
-    lines.write_text(json.dumps({"prompt": "a fox", "num_frames": 5}) + "\n")
-    assert read_jobs(parse(["--prompt_file", str(lines)]))[0].num_frames == 5
-    for bad, word in (
-        ("prompt,sede\na,1\n", "sede"),
-        ("prompt,seed\na,x\n", "whole numbers"),
-        ("seed\n1\n", "no prompt"),
-        ("prompt\n", "no prompts"),
-    ):
-        rows.write_text(bad)
-        with pytest.raises(UsageError, match=word):
-            read_jobs(parse(["--prompt_file", str(rows)]))
-
-
 @pytest.mark.parametrize("argv", [["--help"], ["--num_frames", "80"]])
 def test_answers_come_before_jax_is_imported(argv):
     code = (
-        f"import sys; from tdjax import generate\ntry: generate.main({argv!r})\nexcept SystemExit:"
-        " pass\nassert 'jax' not in sys.modules"
+        "import sys; from tdjax.generate import __main__ as generate\n"
+        f"try: generate.main({argv!r})\nexcept SystemExit: pass\nassert 'jax' not in sys.modules"
     )
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -165,3 +162,31 @@ def test_answers_come_before_jax_is_imported(argv):
     assert (
         time.perf_counter() - start < 5
     )  # under 0.5 s on an idle machine; the bound here only catches a jax import
+
+
+@pytest.mark.parametrize(
+    ("line", "field", "value"),
+    [
+        (":set image_path my photo.png", "image_path", "my photo.png"),
+        (':set image_path "my photo.png"', "image_path", "my photo.png"),
+        (":set image-path  'my photo.png' ", "image_path", "my photo.png"),
+        (":set mid_t 1.5 1.2", "mid_t", [1.5, 1.2]),
+        (":set seed -1", "seed", -1),
+        (":set attention dense", "attention_type", "dense"),
+    ],
+)
+def test_settings_of_a_session(tmp_path, monkeypatch, line, field, value):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my photo.png").touch()
+    args = parse(["--seed", "3", "--fps", "20"])
+    words = generate._setting([], line)
+    now = generate._parse_settings(args, words)
+    assert getattr(now, field) == value and now.fps == 20
+    later = generate._parse_settings(args, [*words, *generate._setting(words, ":set seed 0")])
+    assert later.seed == 0 and (field == "seed" or getattr(later, field) == value)
+
+
+@pytest.mark.parametrize("line", [":set seed", ":set", ":odd seed 3", ":set sede 3", ":set seed x"])
+def test_settings_that_are_not_taken(line, capsys):
+    with pytest.raises(UsageError):
+        generate._setting([], line)

@@ -66,9 +66,15 @@ def test_defaults():
 
 @pytest.mark.parametrize(
     ("image", "aspect"),
-    [((1920, 1080), "16:9"), ((1080, 1920), "9:16"), ((800, 600), "4:3"), ((600, 790), "3:4"),
-     ((500, 510), "1:1"), ((9000, 10), "16:9")],
-)  # fmt: skip
+    [
+        ((1920, 1080), "16:9"),
+        ((1080, 1920), "9:16"),
+        ((800, 600), "4:3"),
+        ((600, 790), "3:4"),
+        ((500, 510), "1:1"),
+        ((9000, 10), "16:9"),
+    ],
+)
 def test_an_image_gets_the_nearest_aspect(image, aspect):
     assert nearest_aspect("720p", image[0] / image[1]) == aspect
     size = choose_size(resolution="720p", image_size=image)

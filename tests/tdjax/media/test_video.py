@@ -14,6 +14,7 @@ from PIL import Image
 
 from tdjax.errors import UsageError
 from tdjax.media import video
+from tdjax.media.image import read_image
 
 META = json.dumps({"prompt": "a wörld of 猫", "seed": 3})
 LOSSLESS = ("clip.mkv", "clip.npy", "clip")
@@ -143,7 +144,7 @@ def test_gif_of_few_colours_is_nearly_exact(tmp_path):
 def test_png_is_one_frame(tmp_path):
     clip = waves(1)
     video.write(tmp_path / "one.png", clip, metadata=META)
-    assert np.array_equal(video.read_image(tmp_path / "one.png"), clip[0])
+    assert np.array_equal(read_image(tmp_path / "one.png"), clip[0])
     with pytest.raises(UsageError, match=r"several frames[\s\S]*two\.mp4"):
         video.write(tmp_path / "two.png", waves(2))
     assert not (tmp_path / "two.png").exists()
@@ -198,7 +199,7 @@ def test_an_interrupted_overwrite_keeps_the_old_file(tmp_path, name):
 @pytest.mark.parametrize("name", ["clip.mp4", "clip.npy", "clip"])
 def test_overwrite_only_when_asked(tmp_path, name):
     path = video.write(tmp_path / name, waves(2))
-    with pytest.raises(UsageError, match="--overwrite"):
+    with pytest.raises(UsageError, match="or `overwrite`"):
         video.write(path, waves(3))
     assert len(video.read_video(path)) == 2
     video.write(path, waves(3), overwrite=True)
@@ -210,7 +211,7 @@ def test_overwrite_only_when_asked(tmp_path, name):
 def test_a_folder_of_other_things_is_never_replaced(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("years of work")
-    with pytest.raises(UsageError, match="holds other things"):
+    with pytest.raises(UsageError, match="only a folder that tdjax wrote"):
         video.write(tmp_path / name, waves(2), overwrite=True)
     assert (tmp_path / name / "thesis.txt").exists()
 
@@ -243,10 +244,16 @@ def test_missing_encoder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "frames",
-    [np.zeros((2, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8), np.zeros((2, 8, 8, 4), np.uint8), [],
-     [np.zeros((0, 8, 8, 3), np.uint8)], [waves(1, 16, 16), waves(1, 16, 32)]],
+    [
+        np.zeros((2, 8, 8, 3), np.float32),
+        np.zeros((8, 8, 3), np.uint8),
+        np.zeros((2, 8, 8, 4), np.uint8),
+        [],
+        [np.zeros((0, 8, 8, 3), np.uint8)],
+        [waves(1, 16, 16), waves(1, 16, 32)],
+    ],
     ids=["float", "one-frame", "alpha", "nothing", "empty", "two-sizes"],
-)  # fmt: skip
+)
 def test_wrong_frames_are_programming_errors(tmp_path, frames):
     with pytest.raises(ValueError, match="frames"):
         video.write(tmp_path / "clip.mp4", frames)
@@ -256,75 +263,10 @@ def test_wrong_frames_are_programming_errors(tmp_path, frames):
 # -- images ----------------------------------------------------------------------------------------
 
 
-def test_exif_orientation_is_applied(tmp_path):
-    pixels = waves(1, 20, 30)[0]
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rows of the file are columns of the scene
-    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(video.read_image(tmp_path / "turned.png"), np.rot90(pixels, -1))
-
-
-def test_transparency_lies_on_white(tmp_path):
-    pixels = np.zeros((4, 4, 4), np.uint8)
-    pixels[:2] = 200, 100, 50, 255
-    pixels[2] = 0, 0, 0, 128
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    out = video.read_image(tmp_path / "a.png")
-    assert (
-        (out[:2] == [200, 100, 50]).all()
-        and (abs(out[2].astype(int) - 127) <= 1).all()
-        and (out[3] == 255).all()
-    )
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "CMYK", "1", "I;16"])
-def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
-    grey = np.repeat(np.linspace(0, 255, 16).astype(np.uint8)[None], 16, 0)
-    if mode == "I;16":
-        image = Image.fromarray(grey.astype(np.uint16) * 257)
-    else:
-        image = Image.fromarray(np.stack([grey] * 3, -1))
-        image = image.quantize(64) if mode == "P" else image.convert(mode)
-    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-    image.save(path)
-    out = video.read_image(path)
-    assert out.shape == (16, 16, 3) and out.dtype == np.uint8
-    if mode != "1":
-        assert np.abs(out.astype(int) - grey[..., None]).max() <= 6
-
-
 def test_first_frame_of_an_animation(tmp_path):
     clip = np.zeros((3, 16, 16, 3), np.uint8)
     clip[0] = 250
-    assert (video.read_image(video.write(tmp_path / "clip.gif", clip)) >= 248).all()
-
-
-def test_image_errors(tmp_path):
-    def message(path):
-        with pytest.raises(UsageError) as error:
-            video.read_image(path)
-        assert str(path) in str(error.value) and error.value.fix
-        return str(error.value)
-
-    assert "does not exist" in message(tmp_path / "none.png")
-    assert "is a folder" in message(tmp_path)
-    (tmp_path / "text.png").write_text("not an image at all")
-    assert "not an image" in message(tmp_path / "text.png")
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8))
-    for name in ("cut.png", "cut.jpg", "cut.webp"):
-        noise.save(tmp_path / name)
-        data = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(data[: len(data) // 2])
-        assert "cut short or damaged" in message(tmp_path / name), name
-    (tmp_path / "empty.png").write_bytes(b"")
-    assert "not an image" in message(tmp_path / "empty.png")
-
-
-def test_huge_images_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    Image.new("RGB", (64, 64)).save(tmp_path / "big.png")
-    with pytest.raises(UsageError, match="too large"):
-        video.read_image(tmp_path / "big.png")
+    assert (read_image(video.write(tmp_path / "clip.gif", clip)) >= 248).all()
 
 
 def test_video_errors(tmp_path):
@@ -342,22 +284,7 @@ def test_video_errors(tmp_path):
         video.read_video(tmp_path / "folder")
 
 
-# -- contact sheet ---------------------------------------------------------------------------------
-
-
-def test_contact_sheet():
-    clip = waves(5, 6, 8) // 2 + 100
-    sheet = video.contact_sheet(clip, columns=3, gap=2)
-    assert sheet.shape == (6 + 2 + 6, 8 * 3 + 2 * 2, 3) and sheet.dtype == np.uint8
-    for i in range(5):
-        top, left = 8 * (i // 3), 10 * (i % 3)
-        assert np.array_equal(sheet[top : top + 6, left : left + 8], clip[i])
-    assert (sheet[6:8] == 0).all() and (sheet[8:, 20:] == 0).all()
-    assert np.array_equal(
-        video.contact_sheet(clip[:2], columns=9, gap=0), np.concatenate(list(clip[:2]), 1)
-    )
-    with pytest.raises(ValueError, match="column"):
-        video.contact_sheet(clip, columns=0)
+# -- imports ---------------------------------------------------------------------------------------
 
 
 def test_importing_video_does_not_import_jax():

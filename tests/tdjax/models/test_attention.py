@@ -60,7 +60,7 @@ def test_int8_scores_cannot_be_trained(qkv):
 def test_impl_is_never_replaced_silently(qkv):
     with pytest.raises(
         ValueError,
-        match="sparse_linear_attention: impl is 'cudnn'; allowed: auto, reference, triton",
+        match="sparse_linear_attention: impl is 'cudnn'; allowed: auto, reference, mosaic, triton",
     ):
         core("sla", impl="cudnn")(*qkv)
     with pytest.raises(

@@ -15,8 +15,20 @@ from tdjax.config import DiTConfig, SLAConfig
 from tdjax.models.wan_dit import DiT, with_linear
 from tdjax.precision import FLOAT32
 
-CFG = DiTConfig(dim=128, heads=2, ffn_dim=256, layers=2, in_channels=4, out_channels=4, freq_dim=16, text_dim=6, text_len=8,
-                attention="sla", sla=SLAConfig(topk=0.67, block_q=64, block_k=64), policy=FLOAT32)  # fmt: skip
+CFG = DiTConfig(
+    dim=128,
+    heads=2,
+    ffn_dim=256,
+    layers=2,
+    in_channels=4,
+    out_channels=4,
+    freq_dim=16,
+    text_dim=6,
+    text_len=8,
+    attention="sla",
+    sla=SLAConfig(topk=0.67, block_q=64, block_k=64),
+    policy=FLOAT32,
+)
 run = jax.jit(lambda model, *args: model(*args))
 
 
@@ -80,6 +92,18 @@ LAUNCHED = {
     ),  # two: queries and keys
     ("sla", "fp8"): ROWS | SPARSE | {"quantize_kernel": 4},
 }
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older versions describe no GPU")
+def test_auto_lowers_mosaic_for_hopper():
+    """Ten products, two passes over tokens and the loop of attention; Triton's for the rest."""
+    arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    cfg = DiTConfig(attention="sagesla", linear="int8_channel")
+    model = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
+    args = arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096)
+    text = described.lower(described.trace(run, model, *args)).as_text()
+    called = Counter(re.findall(r"custom_call @([\w.$]+)", text))
+    assert called == {"mosaic_gpu_v2": 10 + 2 + 1, "__gpu$xla.gpu.triton": 10}
 
 
 @pytest.mark.parametrize("attention, linear", LAUNCHED)

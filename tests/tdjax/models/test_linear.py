@@ -5,7 +5,8 @@ import pytest
 from flax import nnx
 from tolerances import assert_close
 
-from pallas_kernels.int8_matmul import SCHEMES, QTensor, rescale
+from pallas_kernels.int8_matmul import SCHEMES, dequantize, quantize_weight
+from pallas_kernels.quantized import QTensor
 from tdjax import config
 from tdjax.models.linear import LINEAR, FP8Linear, Int8Linear, Linear, converted
 from tdjax.models.norms import layer_norm
@@ -90,10 +91,10 @@ def test_published_int8_layer(golden):
     )
     layer.bias[...] = jnp.asarray(g["w/bias"], jnp.bfloat16)
     x = jnp.asarray(g["in/x"], jnp.bfloat16)[None]
-    values, scale = jax.jit(lambda layer, x: layer.ready(x)[:2])(layer, x)
+    values, scale = jax.jit(lambda layer, x: layer.quantize_input(x)[:2])(layer, x)
     np.testing.assert_array_equal(np.asarray(values[0]), g["out/x_q"])
     np.testing.assert_array_equal(np.asarray(scale), g["out/x_scale"])
-    y, shared = jax.jit(lambda layer, x: (layer(x), layer(layer.ready(x))))(layer, x)
+    y, shared = jax.jit(lambda layer, x: (layer(x), layer(layer.quantize_input(x))))(layer, x)
     np.testing.assert_array_equal(np.asarray(y), np.asarray(shared))
     y = np.asarray(y[0], np.float32)
     assert (
@@ -105,8 +106,8 @@ def test_published_int8_layer(golden):
 @pytest.mark.parametrize("impl", ["reference", "interpret"])
 @pytest.mark.parametrize("kind", LINEAR)
 def test_what_a_layer_reads(kind, impl):
-    """Norm and GELU ready for the layer give what it would make of their float results itself, but
-    for a rounding of 8 bits."""
+    """Norm and GELU quantised for the layer give what it would make of their float results itself,
+    but for a rounding of 8 bits."""
     layer = first(stacked(kind, 256, 128)[0])
     layer.impl = impl
     x, y, gate = (
@@ -117,9 +118,11 @@ def test_what_a_layer_reads(kind, impl):
 
     @jax.jit
     def both(layer, x, y):
-        stream, h = layer.normed(x, factor, shift, eps=1e-6, y=y, gate=gate)
+        options = {"eps": 1e-6, "residual": y, "gate": gate, "impl": impl}
+        stream, h = LINEAR[kind].residual_norm(x, factor, shift, **options)
         normed = layer_norm(x + y * gate, 1e-6) * factor + shift
-        return stream, (layer(h), layer(layer.gelu(x))), (layer(normed), layer(jax.nn.gelu(x)))
+        actual = layer(h), layer(layer.gelu_quantized(x))
+        return stream, actual, (layer(normed), layer(jax.nn.gelu(x)))
 
     stream, actual, expected = both(layer, x, y)
     assert_close(stream, x + y * gate, "float32")
@@ -147,7 +150,7 @@ def test_every_kind_becomes_every_other(old, new):
     top = np.abs(before).max((1, 2) if new == "int8" else 2, keepdims=True)
     assert (np.abs(after - before) <= step * top + 1e-7).all()
     if (old, new) == ("int8", "int8_channel"):
-        expected = rescale(QTensor(leaves[0][1], leaves[1][1]))
+        expected = quantize_weight(dequantize(QTensor(leaves[0][1], leaves[1][1])), "channel")
         np.testing.assert_array_equal(np.asarray(made[0][1]), np.asarray(expected.values))
         assert_close(made[1][1], expected.scale, "float32")
 

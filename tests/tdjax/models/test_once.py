@@ -11,15 +11,28 @@ from flax import nnx
 from jaxprs import equations
 from tolerances import assert_close
 
-from tdjax.config import LINEAR, TEACHER_SAMPLER, DiTConfig, SLAConfig
+from tdjax.config import LINEAR, DiTConfig, SLAConfig
 from tdjax.models.rope import rope
 from tdjax.models.wan_dit import DiT, with_linear
 from tdjax.pipeline import compilation
 from tdjax.precision import FLOAT32
+from tdjax.presets import TEACHER_SAMPLER
 from tdjax.sampling import few_step, unipc
 
-CFG = DiTConfig(dim=128, heads=2, ffn_dim=256, layers=2, in_channels=4, out_channels=4, freq_dim=16, text_dim=6, text_len=8,
-                attention="sla", sla=SLAConfig(topk=0.67, block_q=64, block_k=64), policy=FLOAT32)  # fmt: skip
+CFG = DiTConfig(
+    dim=128,
+    heads=2,
+    ffn_dim=256,
+    layers=2,
+    in_channels=4,
+    out_channels=4,
+    freq_dim=16,
+    text_dim=6,
+    text_len=8,
+    attention="sla",
+    sla=SLAConfig(topk=0.67, block_q=64, block_k=64),
+    policy=FLOAT32,
+)
 run = jax.jit(lambda model, *args: model(*args))
 
 
@@ -103,12 +116,14 @@ def test_steps_do_not_read_the_text_again():
     model, (x, _, text), times = floats(), inputs(), jnp.array([0.99, 0.8, 0.0])
     noise = normal(6, 2, *x.shape)
     few = lambda model, x, text: compilation.denoise(
-        model, x, text, None, (noise, times), mode="sde"
+        model, x, text, None, (noise, times), sampler="sde"
     )
-    rows = jax.tree.map(jnp.asarray, unipc.rows(dataclasses.replace(TEACHER_SAMPLER, steps=2)))
+    rows = jax.tree.map(
+        jnp.asarray, unipc.step_coefficients(dataclasses.replace(TEACHER_SAMPLER, num_steps=2))
+    )
     state, both = few_step.teacher_start(x), jnp.concatenate([text, -text])
     many = lambda model, state, text: compilation.denoise_guided(
-        model, state, text, None, rows, guidance=5.0
+        model, state, text, None, rows, guidance_scale=5.0
     )
     for function, *args in ((few, model, x, text), (many, model, state, both)):
         (body,) = loops(function, *args)

@@ -8,9 +8,10 @@ import pytest
 from flax import nnx
 from tolerances import assert_close
 
-from tdjax.config import UMT5_XXL, TextConfig
+from tdjax.config import TextConfig
 from tdjax.models.umt5 import UMT5, intermediates, relative_bucket, relative_positions
 from tdjax.precision import BF16, FLOAT32
+from tdjax.presets import UMT5_XXL
 
 # name of a leaf -> (official key, transformers key), both with {} for the layer
 KEYS = {
@@ -83,9 +84,16 @@ def build(cfg, weights, dialect):
 def text_config(golden, policy=FLOAT32):
     c = golden.config
     return TextConfig(
-        vocab=c["vocab_size"], dim=c["dim"], attention_dim=c["dim_attn"], ffn_dim=c["dim_ffn"], heads=c["num_heads"],
-        layers=c["encoder_layers"], buckets=c["num_buckets"], text_len=c["text_len"], policy=policy,
-    )  # fmt: skip
+        vocab=c["vocab_size"],
+        dim=c["dim"],
+        attention_dim=c["dim_attn"],
+        ffn_dim=c["dim_ffn"],
+        heads=c["num_heads"],
+        layers=c["encoder_layers"],
+        buckets=c["num_buckets"],
+        text_len=c["text_len"],
+        policy=policy,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +178,19 @@ def test_transformers_encoder_of_prime_sizes():
     torch.manual_seed(3)
     oracle = UMT5EncoderModel(
         UMT5Config(
-            vocab_size=101, d_model=26, d_kv=11, d_ff=43, num_layers=2, num_heads=3, relative_attention_num_buckets=16,
-            relative_attention_max_distance=50, dropout_rate=0.0, feed_forward_proj="gated-gelu", pad_token_id=0,
-        )
-    ).eval()  # fmt: skip
+            vocab_size=101,
+            d_model=26,
+            d_kv=11,
+            d_ff=43,
+            num_layers=2,
+            num_heads=3,
+            relative_attention_num_buckets=16,
+            relative_attention_max_distance=50,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=0,
+        ),
+    ).eval()
     with torch.no_grad():
         for p in oracle.parameters():
             p.copy_(torch.randn_like(p) * 0.3 + (1.0 if p.ndim == 1 else 0.0))

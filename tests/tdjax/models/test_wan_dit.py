@@ -16,16 +16,28 @@ from pallas_kernels.norm_modulate import reference
 from tdjax.checkpoints.published.checkpoint import Checkpoint
 from tdjax.checkpoints.published.detect import detect
 from tdjax.checkpoints.published.files import Source
-from tdjax.config import WAN_14B, DiTConfig, SLAConfig
+from tdjax.config import DiTConfig, SLAConfig
 from tdjax.models.intermediates import intermediates
 from tdjax.models.linear import LINEAR
 from tdjax.models.wan_dit import DiT, with_linear
 from tdjax.parallel.sharding import leaf_name
 from tdjax.precision import FLOAT32
+from tdjax.presets import WAN_14B
 
 FILES = ("dit_t2v_tiny", "dit_i2v22_tiny", "dit_i2v21_tiny", "dit_sla_tiny")
-TINY = DiTConfig(dim=24, heads=2, ffn_dim=20, layers=2, in_channels=7, out_channels=5, freq_dim=16, text_dim=6, text_len=4,
-                 round_time=False, policy=FLOAT32)  # fmt: skip
+TINY = DiTConfig(
+    dim=24,
+    heads=2,
+    ffn_dim=20,
+    layers=2,
+    in_channels=7,
+    out_channels=5,
+    freq_dim=16,
+    text_dim=6,
+    text_len=4,
+    round_time=False,
+    policy=FLOAT32,
+)
 run = jax.jit(lambda model, *args: model(*args))
 
 
@@ -121,7 +133,7 @@ def test_published_fast_norm_explains_its_output(golden, monkeypatch):
         return x, h * factor[:, None] + shift[:, None], None
 
     with monkeypatch.context() as patch:
-        patch.setitem(norm_modulate.NORM, "reference", padded)
+        patch.setitem(norm_modulate.IMPLEMENTATIONS["norm"], "reference", padded)
         values = jax.jit(lambda *a: intermediates(*a))(model, *args)
     v = model.unpatchify(model.head(values["block1/out"], values["e"]), model.grid(args[0]))
     assert_close(v, channels_last(g["out/v_fastnorm"]), "dit")
@@ -134,13 +146,32 @@ def test_agrees_with_another_port():
     golden ones."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
-    cfg = DiTConfig(dim=3 * 26, heads=3, ffn_dim=101, layers=3, freq_dim=34, text_dim=23, in_channels=11, out_channels=7,
-                    round_time=False, policy=FLOAT32)  # fmt: skip
+    cfg = DiTConfig(
+        dim=3 * 26,
+        heads=3,
+        ffn_dim=101,
+        layers=3,
+        freq_dim=34,
+        text_dim=23,
+        in_channels=11,
+        out_channels=7,
+        round_time=False,
+        policy=FLOAT32,
+    )
     torch.manual_seed(0)
     theirs = diffusers.WanTransformer3DModel(
-        patch_size=cfg.patch, num_attention_heads=3, attention_head_dim=26, in_channels=11, out_channels=7, text_dim=23, freq_dim=34,
-        ffn_dim=101, num_layers=3, cross_attn_norm=True, rope_max_seq_len=64,
-    ).eval()  # fmt: skip
+        patch_size=cfg.patch,
+        num_attention_heads=3,
+        attention_head_dim=26,
+        in_channels=11,
+        out_channels=7,
+        text_dim=23,
+        freq_dim=34,
+        ffn_dim=101,
+        num_layers=3,
+        cross_attn_norm=True,
+        rope_max_seq_len=64,
+    ).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             p.copy_(
@@ -341,7 +372,7 @@ def test_wrong_inputs_are_named():
         "features is given, but this model takes none": (x, t, text, image, x),
         r"text has shape \(2, 4, 5\); expected \('b', 's', 6\)": (x, t, text[..., :5], image),
         r"timestep has shape \(2, 1\); expected \('b',\)": (x, t[:, None], text, image),
-        r"latents of \(2, 3, 6\) frames, rows and columns are not multiples of the patch \(1, 2, 2\)": (
+        r"latents of \(2, 3, 6\) frames, rows and columns are not multiples of the patch \(1, 2": (
             x[:, :, 1:],
             t,
             text,
@@ -382,3 +413,14 @@ def test_lowers_for_a_tpu_without_kernels(attention, linear):
     arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     traced = run.trace(model, arg(1, 5, 32, 32, 16), arg(1), arg(1, 512, 4096))
     assert "custom_call" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_a_profile_speaks_the_models_language():
+    model = abstract(DiTConfig(layers=2))
+    arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    lowered = run.trace(model, arg(1, 5, 32, 32, 16), arg(1), arg(1, 512, 4096)).lower()
+    text = lowered.as_text(debug_info=True)
+    for scope in ("patch_embed", "time", "text_embed", "head", "block/norm", "block/mlp"):
+        assert f"{scope}/" in text, scope
+    for attention in ("self_attention", "cross_attention"):
+        assert f"block/{attention}/core/" in text, attention

@@ -192,9 +192,15 @@ def test_diffusers():
         decoded = oracle.decode(latents).sample.numpy()
     mean, std = np.linspace(-1, 1, 5), np.linspace(0.5, 2, 5)
     cfg = VAEConfig(
-        dim=6, latent_channels=5, multipliers=(1, 3, 2), res_blocks=1, temporal_down=(True, True), policy=FLOAT32,
-        mean=tuple(mean), std=tuple(std),
-    )  # fmt: skip
+        dim=6,
+        latent_channels=5,
+        multipliers=(1, 3, 2),
+        res_blocks=1,
+        temporal_down=(True, True),
+        policy=FLOAT32,
+        mean=tuple(mean),
+        std=tuple(std),
+    )
     vae = load(cfg, {k: v.numpy() for k, v in oracle.state_dict().items()}, diffusers_rows(1))
     assert_close(
         encode(vae, last(video.numpy())), (last(encoded) - mean) / std, "oracle_vae", "encoded"

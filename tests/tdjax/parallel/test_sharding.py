@@ -89,8 +89,8 @@ def test_unknown_leaf_is_an_error():
     with pytest.raises(
         ValueError,
         match=(
-            "leaf blocks.norm9x must match exactly one row of tdjax.parallel.sharding.PARAM_AXES; matches:"
-            " none"
+            "leaf blocks.norm9x must match exactly one row of"
+            " tdjax.parallel.sharding.PARAM_AXES; matches: none"
         ),
     ):
         axes_of("blocks.norm9x")

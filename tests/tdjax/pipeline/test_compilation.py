@@ -6,7 +6,6 @@ import shutil
 import threading
 import time
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,9 +16,9 @@ from tdjax.checkpoints import orbax
 from tdjax.errors import CheckpointError
 from tdjax.pipeline import memory
 from tdjax.pipeline.compilation import Programs
-from tdjax.pipeline.components import Part
+from tdjax.pipeline.components import Component
 from tdjax.progress import Stages
-from tdjax.sampling import flow
+from tdjax.sampling import schedules
 
 SMALL = {"num_frames": 5, "width": 32, "height": 32, "num_steps": 1}
 
@@ -33,70 +32,66 @@ def double(x):
     return 2 * x
 
 
-def test_a_program_asked_for_is_made_by_a_thread():
-    where, programs, stages = [], Programs(), Stages(show=False)
+def test_a_program_begun_early_is_made_by_a_thread():
+    where, stages = [], Stages(show=False)
+    programs = Programs(stages)
 
     def traced(x):
         where.append(threading.current_thread())
         return 2 * x
 
     shape = programs.shape((3,))
-    with programs.ahead():
-        assert programs.get(stages, "double", traced, shape) is None
-        assert programs.get(stages, "double", traced, shape) is None
-    run = programs.get(stages, "double", traced, shape)
+    program = programs.request("double", traced, shape)
+    program.begin()
+    program.begin()
+    assert programs.request("double", traced, shape) is program
+    run = program.wait()
     assert len(where) == 1 and where[0] is not threading.main_thread()
     assert np.array_equal(run(jnp.arange(3.0)), [0, 2, 4])
-    assert programs.get(stages, "double", traced, shape) is run and [
-        row.name for row in stages.rows
-    ] == ["compile double"]
+    assert programs.request("double", traced, jnp.arange(3.0)).wait() is run
+    assert [row.name for row in stages.rows] == ["compile double"]
+
+
+def test_a_program_that_nobody_began_is_made_where_it_is_waited_for():
+    where, programs = [], Programs(Stages(show=False))
+    traced = lambda x: where.append(threading.current_thread()) or x
+    program = programs.request("same", traced, programs.shape((3,)))
+    assert not where and not programs.compiled
+    program.wait()
+    assert where == [threading.main_thread()] and len(programs.compiled) == 1
 
 
 def test_a_mistake_is_raised_where_the_program_is_needed():
-    programs, stages = Programs(), Stages(show=False)
+    programs = Programs(Stages(show=False))
 
     def wrong(x):
         raise RuntimeError("no such program")
 
-    with programs.ahead():
-        programs.get(stages, "wrong", wrong, programs.shape((3,)))
-        programs.get(stages, "double", double, programs.shape((3,)))
-    programs.get(stages, "double", double, programs.shape((3,)))
+    request = lambda function: programs.request("it", function, programs.shape((3,)))
+    request(wrong).begin()
+    request(double).begin()
+    request(double).wait()
     for _ in range(2):
         with pytest.raises(RuntimeError, match="no such program"):
-            programs.get(stages, "wrong", wrong, programs.shape((3,)))
+            request(wrong).wait()
 
 
 def test_what_was_not_begun_can_be_forgotten(monkeypatch):
     monkeypatch.setattr("tdjax.pipeline.compilation.COMPILERS", 1)
-    programs, stages, go, made = Programs(), Stages(show=False), threading.Event(), []
+    programs, go, made = Programs(Stages(show=False)), threading.Event(), []
 
     def slow(x):
         go.wait(30)
         return x
 
-    with programs.ahead():
-        programs.get(stages, "slow", slow, programs.shape((3,)))
-        programs.get(stages, "other", lambda x: made.append(1) or x, programs.shape((4,)))
+    programs.request("slow", slow, programs.shape((3,))).begin()
+    programs.request("other", lambda x: made.append(1) or x, programs.shape((4,))).begin()
     while not next(iter(programs.coming.values())).running():
         time.sleep(0.01)
     programs.forget()
     go.set()
-    programs.get(stages, "slow", slow, programs.shape((3,)))
-    programs.pool.shutdown()
+    programs.request("slow", slow, programs.shape((3,))).wait()
     assert not made and not programs.coming
-
-
-def test_weights_loaded_ahead_are_the_weights(model):
-    here, ahead = Part(model / "vae", "vae"), Part(model / "vae", "vae")
-    ahead.load_ahead()
-    ahead.load_ahead()
-    a, b = orbax.names(here.load()), orbax.names(ahead.load())
-    assert all(np.array_equal(a[name], b[name]) for name in a) and ahead.load() is ahead.load()
-    ahead.free()
-    ahead.load_ahead()
-    ahead.free()
-    assert ahead.module is None and ahead.coming is None
 
 
 def damaged(model, folder):
@@ -122,7 +117,7 @@ def test_damaged_weights_are_told_when_they_are_needed(model, tmp_path, capsys):
         names[-2:] == ["text", "compile start noise"]
         and "load dit ..." in capsys.readouterr().err.splitlines()[-1]
     )
-    assert pipe.parts["dit"].module is None
+    assert pipe.components["dit"].module is None
 
 
 def test_stages_are_told_in_order(model):
@@ -130,23 +125,29 @@ def test_stages_are_told_in_order(model):
     programs come before weights."""
     pipe = tdjax.load(model, prompt_cache=False)
     names = list(pipe("a red circle", **SMALL).timings)
-    assert names == ["prepare", "load text", "compile text", "text", "compile start noise", "load dit", "compile denoise",
-                     "compile and load the rest", "denoise", "load vae", "compile vae decode", "vae decode"]  # fmt: skip
+    assert names == [
+        "prepare",
+        *("load text", "compile text", "text"),
+        *("compile start noise", "load dit", "compile denoise"),
+        *("compile and load the rest", "denoise"),
+        *("load vae", "compile vae decode", "vae decode"),
+    ]
     assert list(pipe("a red circle", **SMALL).timings) == ["text", "denoise", "vae decode"]
     lean = tdjax.load(model, prompt_cache=False, low_memory=True, text_encoder_device="device")
     names = list(lean("a red circle", **SMALL).timings)
-    assert names == ["compile text", "load text", "text", "compile start noise", "compile denoise", "load dit", "denoise",
-                     "compile vae decode", "load vae", "vae decode"]  # fmt: skip
+    assert names == [
+        *("compile text", "load text", "text"),
+        *("compile start noise", "compile denoise", "load dit", "denoise"),
+        *("compile vae decode", "load vae", "vae decode"),
+    ]
 
 
 def test_everything_has_begun_before_the_first_stage_ends(model, monkeypatch):
     pipe = tdjax.load(model, prompt_cache=False)
     seen = []
-    monkeypatch.setattr(
-        pipe.text,
-        "whole",
-        lambda *args, run=pipe.text.whole: seen.append(asked(pipe)) or run(*args),
-    )
+    encode = pipe.text_encoding.whole
+    watched = lambda *args: seen.append(asked(pipe)) or encode(*args)
+    monkeypatch.setattr(pipe.text_encoding, "whole", watched)
     pipe("a red circle", **SMALL)
     assert seen == [{"start", "denoise", "decode_first", "decode_later", "dit", "vae"}]
     assert not pipe.programs.coming
@@ -154,38 +155,56 @@ def test_everything_has_begun_before_the_first_stage_ends(model, monkeypatch):
 
 def unfinished(pipe) -> set[str]:
     """Of what threads were asked for, what they still do."""
-    futures = {**{key[0].__name__: future for key, future in pipe.programs.coming.items()},
-               **{name: part.coming for name, part in pipe.parts.items() if part.coming is not None}}  # fmt: skip
+    futures = {key[0].__name__: future for key, future in pipe.programs.coming.items()}
+    futures |= {name: each.coming for name, each in pipe.components.items() if each.coming}
     return {name for name, future in futures.items() if not future.done()}
+
+
+class Watched:
+    """A program whose executable tells before each call."""
+
+    def __init__(self, program, tell):
+        self.program, self.label, self.begin, self.tell = (
+            program,
+            program.label,
+            program.begin,
+            tell,
+        )
+
+    def wait(self):
+        run = self.program.wait()
+        return lambda *args: self.tell() or run(*args)
+
+
+def watch_steps(monkeypatch, pipe, tell) -> None:
+    """tell() is called before each segment of the denoising loop."""
+    make = pipe.denoising.program
+    monkeypatch.setattr(pipe.denoising, "program", lambda *args: Watched(make(*args), tell))
 
 
 def test_a_transformer_begins_alone(model, monkeypatch):
     """cuDNN cannot prepare its attention while other threads use the GPU: they have finished when
     the first step begins."""
     pipe = tdjax.load(model, prompt_cache=False)
-    seen, denoise, compile_, read = [], pipe.denoise_program, Programs.compile, Part.read
+    seen, compile_, read = [], Programs.compile, Component.read
     slow = lambda run: lambda *args: time.sleep(0.3) or run(*args)
     monkeypatch.setattr(Programs, "compile", slow(compile_))
-    monkeypatch.setattr(Part, "read", slow(read))
-
-    def watched(*args):
-        run = denoise(*args)
-        return run and (lambda *a: seen.append(unfinished(pipe)) or run(*a))
-
-    monkeypatch.setattr(pipe, "denoise_program", watched)
+    monkeypatch.setattr(Component, "read", slow(read))
+    watch_steps(monkeypatch, pipe, lambda: seen.append(unfinished(pipe)))
     pipe("a red circle", **SMALL)
     assert seen == [set()]
 
 
 def asked(pipe) -> set[str]:
     programs = {function.__name__ for function, *_ in pipe.programs.coming}
-    return programs | {name for name, part in pipe.parts.items() if part.coming is not None}
+    return programs | {name for name, each in pipe.components.items() if each.coming is not None}
 
 
 def test_little_memory_begins_nothing(model, monkeypatch):
     pipe = tdjax.load(model)
     monkeypatch.setattr(memory, "memory_limit", lambda: 2**20)
-    pipe.begin(pipe.request("a", **SMALL))
+    request = pipe.request("a", **SMALL)
+    pipe._begin(request, pipe.plan(request))
     assert asked(pipe) == set()
 
 
@@ -203,58 +222,35 @@ def experts(model, tmp_path_factory):
     return folder
 
 
-def test_weights_held_by_the_host_are_the_weights(experts):
-    here, held = Part(experts / "dit_low", "dit"), Part(experts / "dit_low", "dit")
-    held.load_ahead(host=True)
-    module = held.coming.result()
-    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(module)} == {"pinned_host"}
-    a, b = orbax.names(here.load()), orbax.names(held.load())
-    assert {leaf.sharding.memory_kind for leaf in b.values()} == {
-        jax.devices()[0].default_memory().kind
-    }
-    assert all(np.array_equal(a[name], b[name]) for name in a) and all(
-        leaf.is_deleted() for leaf in jax.tree.leaves(module)
-    )
-
-
 def test_the_second_expert_waits_in_the_host(experts, monkeypatch):
     """Memory for one expert at a time: the other one is read while the first runs, and the video is
     the same."""
     call = {"num_frames": 5, "width": 32, "height": 32, "output_type": "latent"}
     plain = tdjax.load(experts)
     expected, request = plain("a red circle", **call), plain.request("a", **call)
-    limit = plain.plan(request)[1].total + 2**20
-    assert not memory.keep_resident(plain.plan(request), 3 * limit, True)
-    staged = []
-    monkeypatch.setattr(
-        Part,
-        "read_to_host",
-        lambda self, run=Part.read_to_host: staged.append(self.path.name) or run(self),
-    )
+    limit = plain.plan(request).of("dit").total + 2**20
+    staged, read = [], Component.read_to_host
+    noted = lambda self: staged.append(self.path.name) or read(self)
+    monkeypatch.setattr(Component, "read_to_host", noted)
     for room, names in ((True, ["dit_low"]), (False, [])):
         staged.clear()
         lean = tdjax.load(experts, low_memory=True)
         monkeypatch.setattr(memory, "memory_limit", lambda room=room: 2**34 if room else limit // 2)
         assert np.array_equal(lean("a red circle", **call).latents, expected.latents)
-        assert staged == names and all(
-            part.module is None and part.coming is None for part in lean.parts.values()
-        )
+        assert staged == names
+        assert all(c.module is None and c.coming is None for c in lean.components.values())
 
 
 def test_the_second_expert_is_read_after_the_first_step(experts, monkeypatch):
     pipe, events = tdjax.load(experts, low_memory=True), []
-    denoise = pipe.denoise_program
-
-    def counted(*args):
-        run = denoise(*args)
-        return lambda *a: events.append("step") or run(*a)
-
-    monkeypatch.setattr(pipe, "denoise_program", counted)
-    monkeypatch.setattr(pipe, "stage_second", lambda request: events.append("read"))
+    watch_steps(monkeypatch, pipe, lambda: events.append("step"))
+    second = pipe.components["dit_low"]
+    monkeypatch.setattr(memory, "may_stage", lambda *_: True)
+    monkeypatch.setattr(second, "load_ahead", lambda host: events.append("read"))
     call = {"num_frames": 5, "width": 32, "height": 32, "output_type": "latent"}
     pipe("a red circle", num_steps=4, **call)
-    high = flow.split_times(
-        flow.times(pipe.request("a", num_steps=4, **call).sampler), pipe.sampler.boundary
+    high = schedules.split_times(
+        schedules.times(pipe.request("a", num_steps=4, **call).sampler), pipe.sampler.boundary
     )
     assert high > 1 and events == ["step", "read", "step", "step", "step"]
     events.clear()
@@ -262,19 +258,3 @@ def test_the_second_expert_is_read_after_the_first_step(experts, monkeypatch):
         "a red circle", num_steps=4, boundary=0.95, **call
     )  # one step above it: nothing to hide the reading behind
     assert events == ["step"] * 4
-
-
-def test_room_for_staging(experts, monkeypatch):
-    module = Part(experts / "dit_low", "dit").abstract()
-    stage = memory.StagePlan("denoise", 1000, 1000)
-    assert memory.may_stage(stage, module, 2**34) and memory.host_available() > 2**20
-    assert not memory.may_stage(stage, module, None) and not memory.may_stage(stage, module, 3000)
-    monkeypatch.setattr(memory, "host_available", lambda: memory.module_bytes(module))
-    assert not memory.may_stage(stage, module, 2**34)
-
-
-def test_what_is_quantised_at_load_cannot_wait(model):
-    assert (
-        tdjax.load(model).parts["dit"].stageable
-        and not tdjax.load(model, quant="fp8").parts["dit"].stageable
-    )

@@ -9,7 +9,8 @@ import pytest
 
 from tdjax.config import VideoSize
 from tdjax.media.resolution import choose_size, fit_image
-from tdjax.pipeline.conditioning import Tokens, first_frame, first_frame_mask, image_condition
+from tdjax.pipeline.conditioning import first_frame, first_frame_mask, image_condition
+from tdjax.text.tokenizer import Tokens
 
 SIZE = VideoSize(frames=9, height=32, width=48)
 

@@ -34,7 +34,7 @@ def test_a_failed_check_stops_with_its_name_and_what_to_do(ran):
     with pytest.raises(KernelError) as error:
         kernel_check.check_kernels(SAGE, Stages(show=False))
     assert "int8 keys (error 2.5e-01, allowed 1.0e-02)" in error.value.what
-    assert "--attention_type sla" in error.value.fix and "tdjax.env --selftest" in error.value.why
+    assert "`attention` sla" in error.value.fix and "tdjax.env --selftest" in error.value.why
 
 
 def test_only_what_runs_is_checked(ran, monkeypatch):

@@ -13,13 +13,15 @@ import random_model
 
 import tdjax
 from tdjax.checkpoints import orbax
-from tdjax.checkpoints.locate import Located
-from tdjax.config import PRESETS, DiTConfig, VideoSize
+from tdjax.config import DiTConfig, VideoSize
 from tdjax.errors import CheckpointError, NotFinite, OutOfMemory, UsageError
 from tdjax.generate import __main__ as generate
 from tdjax.media.video import read_video
-from tdjax.pipeline import compilation, pipeline
-from tdjax.pipeline.components import planned_parts
+from tdjax.pipeline import compilation, memory
+from tdjax.pipeline.components import Component
+from tdjax.pipeline.load import plan_pipeline
+from tdjax.pipeline.options import PipelineOptions
+from tdjax.presets import PRESETS
 from tdjax.progress import Stages
 
 SMALL = {
@@ -93,7 +95,7 @@ def test_the_smallest_command(model, tmp_path, monkeypatch, capsys):
     assert (
         facts["seed"] == 0
         and facts["prompts"] == [random_model.PROMPT]
-        and facts["sampler"]["steps"] == 4
+        and facts["sampler"]["num_steps"] == 4
     )
     assert sorted(p.name for p in (tmp_path / "output").iterdir()) == [
         "random_0_0.mp4",
@@ -236,7 +238,7 @@ def test_image_to_video_with_two_experts(i2v_model):
     assert np.abs(four - call(image, boundary=0.5)).max() > 1e-4  # so does the low-noise expert
     lean = tdjax.load(i2v_model, low_memory=True)
     assert np.array_equal(four, lean("a", image=image, output_type="latent", **SMALL).latents)
-    assert all(part.module is None for part in lean.parts.values())
+    assert all(each.module is None for each in lean.components.values())
 
 
 def test_two_steps_never_reach_the_low_noise_expert(i2v_model, tmp_path, capsys):
@@ -293,7 +295,7 @@ def test_mesh_messages(model):
 
 
 def test_dry_run_loads_nothing(model, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline.Part, "load", lambda self: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(Component, "load", lambda self: pytest.fail("weights were loaded"))
     assert generate.main(["--model", str(model), "--dry_run", *FLAGS]) == 0
     out = capsys.readouterr().out
     assert "vae decode" in out and "peak" in out and "5 frames" in out
@@ -336,9 +338,9 @@ def test_another_schedule_or_seed_compiles_nothing(model):
 
 def test_the_reference_needs_no_kernel_in_any_part(model):
     """--attention_impl reference is for GPUs without our kernels: the VAE follows it."""
-    pipe = tdjax.load(model, attention_impl="reference")
-    assert pipe.config.impl == pipe.parts["vae"].config.impl == "reference"
-    assert tdjax.load(model).parts["vae"].config.impl == "auto"
+    pipe = tdjax.load(model, impl="reference")
+    assert pipe.config.impl == pipe.components["vae"].config.impl == "reference"
+    assert tdjax.load(model).components["vae"].config.impl == "auto"
 
 
 def test_a_plan_needs_no_download(tmp_path, capsys, monkeypatch):
@@ -352,15 +354,7 @@ def test_a_plan_needs_no_download(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_every_preset_defaults_to_its_own_size(name):
-    pipe = pipeline.Pipeline(
-        Located(name=name, layout="published", preset=name),
-        planned_parts(
-            PRESETS[name], attention="auto", quant="auto", topk=None, dtype="auto", note=print
-        ),
-        mesh=None,
-        low_memory=False,
-        stages=Stages(show=False),
-    )
+    pipe = plan_pipeline(name, PipelineOptions())
     image = {"image": np.zeros((90, 160, 3), np.uint8)} if pipe.task == "i2v" else {}
     size = pipe.request("a", **image).size
     assert (size.width, size.height, size.frames) == {
@@ -379,7 +373,7 @@ def test_quantised_at_load_and_back(model, pipe, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     shutil.rmtree(folder / "dit")
-    orbax.save(folder / "dit", int8.parts["dit"].load(), kind="dit", cfg=int8.config)
+    orbax.save(folder / "dit", int8.components["dit"].load(), kind="dit", cfg=int8.config)
     back = tdjax.load(folder, quant="none")
     assert "dequantised at load" in capsys.readouterr().err and back.config.linear == "float"
     assert 1e-5 < far(back) < 0.05
@@ -463,7 +457,7 @@ def test_what_stands_in_the_way_is_found_before_work(model, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for name in ("t_0.npy", "s_1.npy", "o.npy.json", "here"):
         (tmp_path / name).write_text("mine")
-    monkeypatch.setattr(pipeline.Part, "load", lambda self: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(Component, "load", lambda self: pytest.fail("weights were loaded"))
     assert generate.main(["--model", str(model), "--prompt", "a", *argv, *FLAGS]) == 2
     assert "error:" in capsys.readouterr().err
     assert all(
@@ -604,10 +598,11 @@ def test_the_decoder_is_checked_too(model, tmp_path, capsys):
 
 def test_weights_are_freed_after_a_failure(model, monkeypatch):
     pipe = tdjax.load(model, low_memory=True)
-    monkeypatch.setattr(pipe, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("stop")))
+    stop = lambda *_: (_ for _ in ()).throw(RuntimeError("stop"))
+    monkeypatch.setattr(pipe.vae_coding, "run", stop)
     with pytest.raises(RuntimeError, match="stop"):
         pipe("a red circle", **SMALL)
-    assert all(part.module is None for part in pipe.parts.values())
+    assert all(each.module is None for each in pipe.components.values())
 
 
 def test_a_second_call_traces_nothing(pipe):
@@ -634,18 +629,57 @@ def test_the_callers_noise_survives(pipe):
     assert np.isfinite(np.asarray(noise)).all()
 
 
-def test_out_of_memory_names_the_stage(model, tmp_path, capsys, monkeypatch):
-    def exhausted(self, *args):
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9999 bytes."
-        )
+def exhausted(*args, **kwargs):
+    raise jax.errors.JaxRuntimeError(
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9999 bytes."
+    )
 
-    monkeypatch.setattr(pipeline.Part, "load", exhausted)
+
+def test_out_of_memory_names_the_stage(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Component, "load", exhausted)
     message = failing(model, tmp_path, capsys, 4)
     assert "stage 'load text'" in message and "estimated need" in message
-    assert message.index("--low_memory") < message.index("int8") < message.index("480p")
+    assert message.index("low_memory") < message.index("int8") < message.index("480p")
     with pytest.raises(OutOfMemory):
         tdjax.load(model)("a", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "stage"),
+    [("text", "load text", "text"), ("dit", "load dit", "dit"), ("vae", "load vae", "vae decode")],
+)
+def test_the_need_told_is_that_of_the_stage_which_failed(model, monkeypatch, name, label, stage):
+    """Whatever the stage is called on the screen: "load dit" is the transformer's, though no row of
+    the plan has such a name."""
+    pipe = tdjax.load(model, prompt_cache=False)
+    plan = pipe.plan(pipe.request("a", **SMALL))
+    sizes = [plan_stage.total for plan_stage in plan]
+    assert len(set(sizes)) == len(sizes)
+    told = []
+    tell = lambda label, row, limit: told.append((label, row)) or OutOfMemory("told")
+    monkeypatch.setattr(memory, "out_of_memory", tell)
+    monkeypatch.setattr(pipe.components[name], "load", exhausted)
+    with pytest.raises(OutOfMemory, match="told"):
+        pipe("a red circle", **SMALL)
+    assert told == [(label, plan.of(stage))]
+
+
+def test_a_program_too_large_to_compile_names_its_stage(model, monkeypatch):
+    pipe = tdjax.load(model, prompt_cache=False, low_memory=True, text_encoder_device="device")
+    monkeypatch.setattr(compilation, "decode_first", exhausted)
+    with pytest.raises(OutOfMemory, match="stage 'compile vae decode'"):
+        pipe("a red circle", **SMALL)
+
+
+def test_a_call_plans_once(model, i2v_model, monkeypatch):
+    made, plan = [], memory.make_plan
+    monkeypatch.setattr(memory, "make_plan", lambda *a, **kw: made.append(1) or plan(*a, **kw))
+    call = {"num_steps": 1, "num_samples": 2, **SMALL}
+    tdjax.load(model)("a red circle", **call)
+    tdjax.load(model, low_memory=True)("a red circle", **call)
+    image = np.full((32, 32, 3), 99, np.uint8)
+    tdjax.load(i2v_model, low_memory=True)("a red circle", image=image, **call)
+    assert len(made) == 3
 
 
 def test_interrupt_leaves_nothing(model, tmp_path, capsys, monkeypatch):
@@ -686,16 +720,16 @@ def test_python_arguments(pipe):
     with pytest.raises(UsageError, match="output_type is 'pil'"):
         pipe("a", output_type="pil")
     assert (
-        pipe.request("a", num_inference_steps=2, num_videos_per_prompt=3, **SMALL).sampler.steps
+        pipe.request("a", num_inference_steps=2, num_videos_per_prompt=3, **SMALL).sampler.num_steps
         == 2
     )
 
 
 def test_load_arguments(model, tmp_path):
     with pytest.raises(UsageError, match="cuDNN attention runs on NVIDIA GPUs"):
-        tdjax.load(model, attention_impl="cudnn")
+        tdjax.load(model, impl="cudnn")
     with pytest.raises(UsageError, match="Triton kernels run on NVIDIA GPUs"):
-        tdjax.load(model, attention_impl="triton")
+        tdjax.load(model, impl="triton")
     with pytest.raises(UsageError, match="attention is 'spares'"):
         tdjax.load(model, attention="spares")
     with pytest.raises(UsageError, match="allowed: auto, none, int8, int8_channel, fp8"):
@@ -730,7 +764,7 @@ def test_damaged_tables(model, tmp_path, capsys, name):
 def test_load_refuses_what_it_does_not_know(model):
     with pytest.raises(UsageError, match="vae_dtype is 'float64'"):
         tdjax.load(model, vae_dtype="float64")
-    with pytest.raises(UsageError, match="nearest: tokenizer_path"):
+    with pytest.raises(UsageError, match="did you mean 'tokenizer_path'"):
         tdjax.load(model, tokeniser_path="x")
     with pytest.raises(UsageError, match="8192"):
         tdjax.load(model).request("a", width=16000, height=16000)

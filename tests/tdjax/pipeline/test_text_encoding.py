@@ -16,8 +16,8 @@ from tdjax.generate.__main__ import text_encoder_device
 from tdjax.generate.arguments import parse
 from tdjax.pipeline import memory
 from tdjax.pipeline.compilation import Programs
-from tdjax.pipeline.components import Part
-from tdjax.pipeline.text_encoding import TextEncoder
+from tdjax.pipeline.components import Component, PublishedComponent, open_component
+from tdjax.pipeline.text_encoding import TextEncoding
 from tdjax.progress import Stages
 from tdjax.text.tokenizer import Tokenizer
 
@@ -61,12 +61,11 @@ def published(tmp_path_factory):
     return path
 
 
-def encoder(path, tokenizer, dtype="float32") -> TextEncoder:
-    part = Part(path, "text")
-    part.config = dataclasses.replace(
-        part.stored, policy=tdjax.Policy(param=dtype, compute=dtype), text_len=32
-    )
-    return TextEncoder(Programs(), part, Tokenizer(tokenizer, 32), None, Stages(show=False))
+def encoder(path, tokenizer, dtype="float32") -> TextEncoding:
+    component, stages = open_component(path, "text"), Stages(show=False)
+    policy = tdjax.Policy(param=dtype, compute=dtype)
+    component.config = dataclasses.replace(component.stored, policy=policy, text_len=32)
+    return TextEncoding(Programs(stages), component, Tokenizer(tokenizer, 32), None, stages)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +74,9 @@ def encoder(path, tokenizer, dtype="float32") -> TextEncoder:
 def test_streamed_is_whole(model, published, kind, dtype):
     text = encoder(model / "text" if kind == "ours" else published, model / "tokenizer.json", dtype)
     tokens = text.tokenizer.encode(PROMPTS)
-    whole = text.whole(text.part.load(), tokens)
+    whole = text.whole(text.component.load(), tokens)
     streamed = text.streamed(tokens)
-    assert streamed.dtype == whole.dtype and streamed.shape == (2, 32, text.part.config.dim)
+    assert streamed.dtype == whole.dtype and streamed.shape == (2, 32, text.component.config.dim)
     assert np.array_equal(streamed.astype(np.float32), whole.astype(np.float32))
     assert np.abs(whole[:, 0].astype(np.float32)).max() > 0.1 and not whole[0, -1].any()
 
@@ -86,24 +85,24 @@ def test_few_layers_are_alive(model, published, monkeypatch):
     text, seen = encoder(published, model / "tokenizer.json"), []
     tokens = text.tokenizer.encode(PROMPTS[:1])
 
-    def watched(self, prefix, layers=Part.layers):
+    def watched(self, prefix, layers=PublishedComponent.layers):
         for leaves in layers(self, prefix):
             alive = sum(ref() is not None for ref in seen)
             assert alive <= 1, f"{alive} earlier layers when layer {len(seen)} arrives"
             seen.append(weakref.ref(leaves["blocks.attn.q.kernel"]))
             yield leaves
 
-    monkeypatch.setattr(Part, "layers", watched)
-    monkeypatch.setattr(Part, "load", lambda self: pytest.fail("the whole encoder was loaded"))
+    monkeypatch.setattr(PublishedComponent, "layers", watched)
+    monkeypatch.setattr(Component, "load", lambda self: pytest.fail("the whole encoder was loaded"))
     text.streamed(tokens)
     assert len(seen) == 5
 
 
 def test_only_the_rows_of_the_prompt_are_read(published):
-    part = Part(published, "text")
+    component = open_component(published, "text")
     reads = []
-    tensor = part.file.tensors["token_embedding.weight"]
-    part.file.tensors = dict(part.file.tensors)
+    tensor = component.file.tensors["token_embedding.weight"]
+    component.file.tensors = dict(component.file.tensors)
     whole = tensor.read()
 
     class Counted(type(tensor)):
@@ -115,8 +114,8 @@ def test_only_the_rows_of_the_prompt_are_read(published):
             assert self.shape[0] == 1, "the whole table was read"
             return super().read()
 
-    part.file.tensors["token_embedding.weight"] = Counted(**vars(tensor))
-    got = part.rows("embed.embedding", np.array([3, 9, 255]))
+    component.file.tensors["token_embedding.weight"] = Counted(**vars(tensor))
+    got = component.rows("embed.embedding", np.array([3, 9, 255]))
     assert reads == [1, 1, 1] and np.array_equal(
         got.astype(np.float32), whole[[3, 9, 255]].astype(got.dtype).astype(np.float32)
     )
@@ -134,18 +133,16 @@ def test_the_pipeline_gives_the_same_video(model):
 
 
 def test_the_memory_plan_chooses(model, monkeypatch):
-    pipe = tdjax.load(model)
+    pipe, stays = tdjax.load(model), tdjax.load(model, text_encoder_device="device")
     request = pipe.request("a", **SMALL)
-    weights = lambda: {p.name: p.weights for p in pipe.plan(request)}["text"]
-    need = sum(p.weights for p in pipe.plan(request)) + max(p.working for p in pipe.plan(request))
+    whole = pipe.plan(request)
+    need = sum(stage.weights for stage in whole) + max(stage.working for stage in whole)
+    encoder = pipe.components["text"].abstract()
+    assert not whole.stream_text and whole.of("text").weights == memory.module_bytes(encoder)
     monkeypatch.setattr(memory, "memory_limit", lambda: 2 * need)
-    assert not pipe.streams_text(request) and weights() == memory.module_bytes(
-        pipe.parts["text"].abstract()
-    )
+    assert not pipe.plan(request).stream_text
     monkeypatch.setattr(memory, "memory_limit", lambda: need // 2)
-    assert pipe.streams_text(request)
-    pipe.text_encoder_device = "device"
-    assert not pipe.streams_text(request)
+    assert pipe.plan(request).stream_text and not stays.plan(request).stream_text
 
 
 def test_who_streams(monkeypatch):

@@ -12,8 +12,8 @@ from tdjax.checkpoints import orbax
 from tdjax.config import VideoSize
 from tdjax.errors import UsageError
 from tdjax.pipeline import compilation
-from tdjax.pipeline.components import Part
-from tdjax.pipeline.vae_coding import IN_FLIGHT, Coder, arriving
+from tdjax.pipeline.components import open_component
+from tdjax.pipeline.vae_coding import IN_FLIGHT, VAECoding, arriving
 from tdjax.progress import Stages
 
 SIZE = VideoSize(
@@ -29,7 +29,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def coder(model):
-    return Coder(compilation.Programs(), Part(model / "vae", "vae"), Stages(show=False))
+    stages = Stages(show=False)
+    return VAECoding(compilation.Programs(stages), open_component(model / "vae", "vae"), stages)
 
 
 def latents(frames: int, scale: float = 1.0) -> np.ndarray:
@@ -41,7 +42,7 @@ def latents(frames: int, scale: float = 1.0) -> np.ndarray:
 
 @pytest.mark.parametrize(("output", "frames"), [("uint8", 13), ("uint8", 1), ("float", 1)])
 def test_streamed_decode_is_the_whole_decode(coder, output, frames):
-    vae, z = coder.part.load(), latents(frames)
+    vae, z = coder.component.load(), latents(frames)
     chunks = list(coder.decode(vae, z, output))
     assert [len(c) for c, _ in chunks] == [1] + [4] * ((frames - 1) // 4) and all(
         finite for _, finite in chunks
@@ -57,7 +58,7 @@ def test_streamed_encode_is_the_whole_encode(coder):
         .uniform(-1, 1, (1, 1, SIZE.height, SIZE.width, 3))
         .astype(np.float32)
     )
-    vae = coder.part.load()
+    vae = coder.component.load()
     for frames in (13, 1):
         size = VideoSize(frames=frames, height=SIZE.height, width=SIZE.width)
         video = np.pad(image, ((0, 0), (0, frames - 1), (0, 0), (0, 0), (0, 0)))
@@ -76,7 +77,7 @@ def test_programs_do_not_depend_on_the_length(coder):
     ]
     assert encoders[0] == encoders[1]
     for later in (pairs[0][1], encoders[0][1]):
-        memory = later.memory_analysis()
+        memory = later.wait().memory_analysis()
         assert memory.alias_size_in_bytes > 0.8 * memory.output_size_in_bytes
 
 

@@ -12,8 +12,8 @@ import tdjax
 from tdjax.checkpoints import orbax
 from tdjax.config import VideoSize
 from tdjax.pipeline import compilation, memory, vae_tiling
-from tdjax.pipeline.components import Part
-from tdjax.pipeline.vae_coding import Coder
+from tdjax.pipeline.components import open_component
+from tdjax.pipeline.vae_coding import VAECoding
 from tdjax.pipeline.vae_tiling import Tiling, starts
 from tdjax.progress import Stages
 
@@ -52,6 +52,11 @@ def model(tmp_path_factory):
     return random_model.write(tmp_path_factory.mktemp("models") / "random")
 
 
+def vae_of(model) -> VAECoding:
+    stages = Stages(show=False)
+    return VAECoding(compilation.Programs(stages), open_component(model / "vae", "vae"), stages)
+
+
 def smooth(h: int, w: int, t: int = 2) -> np.ndarray:
     """Latents as of a clip that changes slowly from place to place: f32 [1 t h w 8]"""
     y, x, c = np.meshgrid(np.linspace(0, 1, h), np.linspace(0, 1, w), np.arange(8), indexing="ij")
@@ -67,7 +72,7 @@ def psnr(a, b) -> float:
 def local(vae):
     """Without the attention over whole frames, which a tile cuts short and random weights make as
     strong as all else."""
-    leaves = orbax.names(vae)
+    leaves = orbax.named_leaves(vae)
     leaves |= {
         name: jnp.zeros_like(leaf) for name, leaf in leaves.items() if "middle.1.proj" in name
     }
@@ -78,10 +83,13 @@ def test_seams(model, monkeypatch):
     """What a tile's edge disturbs is small, smaller with more overlap, and passes smoothly from
     tile to tile. The weights are random: the influence of an edge hardly fades with distance, as it
     would in a trained decoder."""
-    coder = Coder(compilation.Programs(), Part(model / "vae", "vae"), Stages(show=False))
+    coder = vae_of(model)
     z, found, step = smooth(16, 24), {}, {}
     monkeypatch.setattr(vae_tiling, "TILE", 12)
-    for name, vae in (("local", local(coder.part.load())), ("as it is", coder.part.load())):
+    for name, vae in (
+        ("local", local(coder.component.load())),
+        ("as it is", coder.component.load()),
+    ):
         whole = np.concatenate([chunk for chunk, _ in coder.decode(vae, z, "uint8")]).astype(float)
         for overlap in (1, 6):
             monkeypatch.setattr(vae_tiling, "OVERLAP", overlap)
@@ -104,8 +112,8 @@ def test_seams(model, monkeypatch):
 
 
 def test_one_tile_is_the_whole(model):
-    coder = Coder(compilation.Programs(), Part(model / "vae", "vae"), Stages(show=False))
-    vae, z = coder.part.load(), smooth(4, 4)
+    coder = vae_of(model)
+    vae, z = coder.component.load(), smooth(4, 4)
     for output in ("uint8", "float"):
         pairs = zip(
             coder.decode(vae, z, output), coder.decode(vae, z, output, tiled=True), strict=True
@@ -116,38 +124,41 @@ def test_one_tile_is_the_whole(model):
 def test_a_tile_that_is_not_finite_is_told(model, monkeypatch):
     monkeypatch.setattr(vae_tiling, "TILE", 4)
     monkeypatch.setattr(vae_tiling, "OVERLAP", 2)
-    coder = Coder(compilation.Programs(), Part(model / "vae", "vae"), Stages(show=False))
+    coder = vae_of(model)
     z = smooth(4, 8)
     z[:, 1, :, -1] = np.nan
-    assert [finite for _, finite in coder.decode(coder.part.load(), z, "uint8", tiled=True)] == [
+    assert [
+        finite for _, finite in coder.decode(coder.component.load(), z, "uint8", tiled=True)
+    ] == [
         True,
         False,
     ]
 
 
 def test_the_plan_of_tiles():
-    cfg = dataclasses.replace(
-        tdjax.VAEConfig(), policy=tdjax.Policy(param="bfloat16", compute="bfloat16")
-    )
+    policy = tdjax.Policy(param="bfloat16", compute="bfloat16")
+    configs = {"vae": tdjax.VAEConfig(policy=policy), "dit": tdjax.DiTConfig(policy=policy)}
     size = VideoSize(frames=81, height=720, width=1280)
-    of = lambda **kw: memory.stage_plans({"vae": cfg}, size, image=False, guided=False, **kw)[-1]
-    assert of(tiled=True).working < 0.15 * of().working and of(tiled=True).name == "vae decode"
-    longer = dataclasses.replace(size, frames=161)
-    assert memory.stage_plans({"vae": cfg}, longer, image=False, guided=False)[-1] == of()
+    decode = lambda tiled, size=size: memory.make_plan(
+        configs, size, guided=False, tiled_vae=tiled
+    ).of("vae decode")
+    assert decode(True).working < 0.15 * decode(False).working
+    assert decode(False, dataclasses.replace(size, frames=161)) == decode(False)
 
 
 def test_who_decodes_in_tiles(model, monkeypatch):
     call = {"num_frames": 5, "width": 640, "height": 640}
-    pipe = tdjax.load(model)
+    pipe, whole = tdjax.load(model), tdjax.load(model, vae="full")
     request = pipe.request("a", **call)
-    assert not pipe.tiled(request)
-    assert tdjax.load(model, vae="tiled").tiled(request)
-    full = pipe.plan(request)[-1].total
+    assert not pipe.plan(request).tiled_vae
+    assert tdjax.load(model, vae="tiled").plan(request).tiled_vae
+    full = pipe.plan(request).of("vae decode").total
     monkeypatch.setattr(memory, "memory_limit", lambda: full)
-    assert pipe.tiled(request) and pipe.plan(request)[-1].total < full / 2
-    assert not tdjax.load(model, vae="full").tiled(request)
+    plan = pipe.plan(request)
+    assert plan.tiled_vae and plan.of("vae decode").total < full / 2
+    assert not whole.plan(request).tiled_vae
     monkeypatch.setattr(memory, "memory_limit", lambda: 2 * full)
-    assert not pipe.tiled(request)
+    assert not pipe.plan(request).tiled_vae
 
 
 def test_the_pipeline_decodes_in_tiles(model, monkeypatch):

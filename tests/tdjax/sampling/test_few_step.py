@@ -11,7 +11,7 @@ from einops import rearrange
 from tolerances import assert_close
 
 from tdjax.config import SamplerConfig
-from tdjax.sampling import few_step, flow, unipc
+from tdjax.sampling import few_step, schedules, unipc
 
 SHAPE = (2, 3, 5, 7, 2)  # b t h w c
 
@@ -93,7 +93,7 @@ def test_official_loops(golden, prefix, mode):
     if not index.any():
         whole, finite = jax.jit(
             functools.partial(
-                few_step.sample, fake(0, jnp.bfloat16 if bf16 else jnp.float32), mode=mode
+                few_step.sample, fake(0, jnp.bfloat16 if bf16 else jnp.float32), sampler=mode
             )
         )(z, times)
         np.testing.assert_array_equal(whole, x)
@@ -122,12 +122,12 @@ def test_the_network_receives_the_official_timesteps(golden):
 @pytest.mark.parametrize("mode", ["sde", "ode"])
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_two_calls_give_the_bits_of_one(mode, cut):
-    times, z = flow.times(SamplerConfig()), noise(4)
+    times, z = schedules.times(SamplerConfig()), noise(4)
     velocity = lambda x, timestep: (
         jnp.sin(3.0 * x) + 0.1 * jnp.cos(timestep / 100.0)[:, None, None, None, None] * x
     )
-    whole, finite = jax.jit(functools.partial(few_step.sample, velocity, mode=mode))(z, times)
-    part = jax.jit(functools.partial(few_step.sample_from, velocity, mode=mode))
+    whole, finite = jax.jit(functools.partial(few_step.sample, velocity, sampler=mode))(z, times)
+    part = jax.jit(functools.partial(few_step.sample_from, velocity, sampler=mode))
     eps = few_step.injected(z)
     x, first = part(few_step.start(z[0], times), eps[:cut], times[: cut + 1])
     x, second = part(x, eps[cut:], times[cut:])
@@ -138,9 +138,9 @@ def test_two_calls_give_the_bits_of_one(mode, cut):
 def test_the_start_noise_and_the_last_entry_are_not_injected():
     """A changed entry changes the result exactly when it is used: all entries for sde, the first
     for ode."""
-    times = flow.times(SamplerConfig(steps=3))
+    times = schedules.times(SamplerConfig(num_steps=3))
     for mode, used in (("sde", [True, True, True]), ("ode", [True, False, False])):
-        run = jax.jit(functools.partial(few_step.sample, fake(0), mode=mode))
+        run = jax.jit(functools.partial(few_step.sample, fake(0), sampler=mode))
         base = np.asarray(run(noise(3), times)[0])
         for i in range(3):
             other = noise(3)
@@ -161,38 +161,38 @@ def test_finite_names_the_first_bad_step():
             * x
         )
 
-    _, finite = jax.jit(functools.partial(few_step.sample, velocity, mode="sde"))(
-        noise(4), flow.times(SamplerConfig())
+    _, finite = jax.jit(functools.partial(few_step.sample, velocity, sampler="sde"))(
+        noise(4), schedules.times(SamplerConfig())
     )
     assert finite.dtype == bool and finite.tolist() == [True, True, False, False]
     _, finite = few_step.sample_teacher(
-        velocity, noise(1)[0], SamplerConfig(steps=5, mode="unipc", sigma_max=5000.0)
+        velocity, noise(1)[0], SamplerConfig(num_steps=5, sampler="unipc", sigma_max=5000.0)
     )
     assert finite.tolist() == [
         bool(u >= 0.9)
-        for u in flow.grid(SamplerConfig(steps=5, mode="unipc", sigma_max=5000.0))[:-1]
+        for u in schedules.grid(SamplerConfig(num_steps=5, sampler="unipc", sigma_max=5000.0))[:-1]
     ]
 
 
 def test_one_compile_for_each_number_of_steps():
     traces = []
 
-    @functools.partial(jax.jit, static_argnames="mode")
-    def go(noise, times, mode):
-        traces.append(mode)
-        return few_step.sample(fake(0), noise, times, mode)
+    @functools.partial(jax.jit, static_argnames="sampler")
+    def go(noise, times, sampler):
+        traces.append(sampler)
+        return few_step.sample(fake(0), noise, times, sampler)
 
     for seed, sigma_max in ((0, 80.0), (1, 200.0), (2, 1600.0)):
-        go(noise(4, seed=seed), flow.times(SamplerConfig(sigma_max=sigma_max)), mode="sde")
-    go(noise(4), flow.times(SamplerConfig(mid=(1.3, 1.0, 0.6))), mode="sde")
+        go(noise(4, seed=seed), schedules.times(SamplerConfig(sigma_max=sigma_max)), sampler="sde")
+    go(noise(4), schedules.times(SamplerConfig(mid_t=(1.3, 1.0, 0.6))), sampler="sde")
     assert traces == ["sde"]
-    go(noise(3), flow.times(SamplerConfig(steps=3)), mode="sde")
+    go(noise(3), schedules.times(SamplerConfig(num_steps=3)), sampler="sde")
     assert traces == ["sde", "sde"]
 
 
 def test_wrong_arguments_are_named():
-    times = flow.times(SamplerConfig())
-    with pytest.raises(ValueError, match="mode is 'unipc'; allowed: sde, ode"):
+    times = schedules.times(SamplerConfig())
+    with pytest.raises(ValueError, match="sampler is 'unipc'; allowed: sde, ode"):
         few_step.sample(fake(0), noise(4), times, "unipc")
     with pytest.raises(ValueError, match="4 steps need 4 entries of noise.*got 3"):
         few_step.sample(fake(0), noise(3), times, "sde")
@@ -252,11 +252,14 @@ def jax_curved(x, timestep):
     "steps, shift, sigma_max", [(1, 5.0, 80.0), (2, 3.0, 200.0), (7, 1.0, 80.0), (50, 5.0, 5000.0)]
 )
 def test_teachers_against_float64(mode, reference, steps, shift, sigma_max):
-    cfg = SamplerConfig(steps=steps, mode=mode, sigma_max=sigma_max, shift=shift)
+    cfg = SamplerConfig(num_steps=steps, sampler=mode, sigma_max=sigma_max, shift=shift)
     z = noise(1)[0]
     got, finite = jax.jit(lambda z: few_step.sample_teacher(jax_curved, z, cfg))(z)
     assert_close(
-        got, reference(curved, z.astype(np.float64), flow.grid(cfg)), "float32", f"{mode} {steps}"
+        got,
+        reference(curved, z.astype(np.float64), schedules.grid(cfg)),
+        "float32",
+        f"{mode} {steps}",
     )
     assert finite.tolist() == [True] * steps
 
@@ -264,8 +267,8 @@ def test_teachers_against_float64(mode, reference, steps, shift, sigma_max):
 def gaussian_error(mode, steps, deviation=0.5, mean=0.7):
     """Error of sampling N(mean, deviation^2), whose velocity and flow map are known, started where
     the flow starts."""
-    cfg = SamplerConfig(steps=steps, mode=mode, sigma_max=80.0, shift=3.0)
-    u = flow.grid(cfg)
+    cfg = SamplerConfig(num_steps=steps, sampler=mode, sigma_max=80.0, shift=3.0)
+    u = schedules.grid(cfg)
     spread = lambda t: np.sqrt((1 - t) ** 2 * deviation**2 + t**2)
     z = noise(1)[0].astype(np.float64)
     x = (1 - u[0]) * mean + spread(u[0]) * z
@@ -290,13 +293,13 @@ def test_order_of_convergence_on_a_gaussian():
 
 
 def test_teacher_in_two_calls_gives_the_bits_of_one():
-    cfg = SamplerConfig(steps=6, mode="unipc", sigma_max=5000.0)
-    rows, z = unipc.rows(cfg), noise(1)[0]
+    cfg = SamplerConfig(num_steps=6, sampler="unipc", sigma_max=5000.0)
+    rows, z = unipc.step_coefficients(cfg), noise(1)[0]
     whole, _ = jax.jit(lambda z: few_step.sample_teacher(jax_curved, z, cfg))(z)
     go = jax.jit(functools.partial(few_step.teacher_from, jax_curved), donate_argnums=0)
     for cut in (1, 3, 5):
-        state, first = go(few_step.teacher_start(jnp.array(z)), rows.part(0, cut))
-        state, second = go(state, rows.part(cut, 6))
+        state, first = go(few_step.teacher_start(jnp.array(z)), rows.segment(0, cut))
+        state, second = go(state, rows.segment(cut, 6))
         np.testing.assert_array_equal(state.x, whole)
         assert len(first) == cut and len(second) == 6 - cut
 
@@ -313,7 +316,9 @@ def test_teacher_tables_do_not_recompile():
         for mode in ("euler", "unipc"):
             go(
                 noise(1)[0],
-                unipc.rows(SamplerConfig(steps=5, mode=mode, sigma_max=80.0, shift=shift)),
+                unipc.step_coefficients(
+                    SamplerConfig(num_steps=5, sampler=mode, sigma_max=80.0, shift=shift)
+                ),
             )
     assert len(traces) == 1
 
@@ -356,8 +361,8 @@ def test_diffusers_schedulers_agree():
         (unipc, "unipc"),
         (diffusers.FlowMatchEulerDiscreteScheduler(), "euler"),
     ):
-        cfg = SamplerConfig(steps=8, mode=mode, sigma_max=5000.0)
-        expected = diffusers_steps(scheduler, z.astype(np.float64), flow.grid(cfg))
+        cfg = SamplerConfig(num_steps=8, sampler=mode, sigma_max=5000.0)
+        expected = diffusers_steps(scheduler, z.astype(np.float64), schedules.grid(cfg))
         assert_close(
             few_step.sample_teacher(jax_curved, jnp.asarray(z), cfg)[0], expected, "float32", mode
         )

@@ -15,14 +15,40 @@ from tdjax.text.sentencepiece import parse
 from tdjax.text.tokenizer import NAMES, Tokenizer, clean, prompt_warnings
 
 TEXTS = (
-    "a red fox runs through the snow at night", "the quick brown fox jumps over the lazy dog",
-    "a large blue circle moves slowly to the left", "一只猫在草地上奔跑", "naïve café déjà vu", "numbers 1234 and 567.89",
+    "a red fox runs through the snow at night",
+    "the quick brown fox jumps over the lazy dog",
+    "a large blue circle moves slowly to the left",
+    "一只猫在草地上奔跑",
+    "naïve café déjà vu",
+    "numbers 1234 and 567.89",
     "A stylish woman walks down a Tokyo street filled with warm glowing neon",
-)  # fmt: skip
+)
 STRINGS = (
-    "", " ", "  two  spaces ", "▁x", "a▁b", "¨hi", "x ¨ y", "ﬁne ２３", "e\u0301", "日本 語", "😀 fox", "\u3000wide", "tab\tnl\n",
-    "a" * 300, "½", "\u200bzero width", "ＡＢＣ!", "İstanbul", "각", "🇯🇵 flag 😀\u200d🚀", "the fox", "of the", "…", "fox.fox,fox",
-)  # fmt: skip
+    "",
+    " ",
+    "  two  spaces ",
+    "▁x",
+    "a▁b",
+    "¨hi",
+    "x ¨ y",
+    "ﬁne ２３",
+    "e\u0301",
+    "日本 語",
+    "😀 fox",
+    "\u3000wide",
+    "tab\tnl\n",
+    "a" * 300,
+    "½",
+    "\u200bzero width",
+    "ＡＢＣ!",
+    "İstanbul",
+    "각",
+    "🇯🇵 flag 😀\u200d🚀",
+    "the fox",
+    "of the",
+    "…",
+    "fox.fox,fox",
+)
 
 
 def clean_cases():
@@ -50,9 +76,16 @@ def train(**options):
         **options,
     }
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 20), model_writer=out, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
-        minloglevel=3, **options,
-    )  # fmt: skip
+        sentence_iterator=iter(TEXTS * 20),
+        model_writer=out,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=3,
+        **options,
+    )
     return out.getvalue(), spm.SentencePieceProcessor(model_proto=out.getvalue())
 
 
@@ -168,7 +201,7 @@ def test_found_in_a_folder(spiece, tmp_path, name):
 def test_missing(tmp_path):
     with pytest.raises(CheckpointError) as error:
         Tokenizer(tmp_path)
-    for part in (str(tmp_path), *NAMES, "--tokenizer_path"):
+    for part in (str(tmp_path), *NAMES, "tokenizer_path"):
         assert part in str(error.value)
     with pytest.raises(CheckpointError, match="does not exist"):
         Tokenizer(tmp_path / "nowhere")

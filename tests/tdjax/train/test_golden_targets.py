@@ -16,8 +16,9 @@ from tdjax.checkpoints.published.detect import detect
 from tdjax.checkpoints.published.files import Source
 from tdjax.precision import FLOAT32
 from tdjax.sampling import few_step, flow
-from tdjax.train import consistency, distribution, rcm
-from tdjax.train.state import EMAConfig
+from tdjax.train import consistency, distribution, methods, rcm
+from tdjax.train.configs import EMAConfig, RCMConfig
+from tdjax.train.ema import ema_beta, exponent
 
 SIZE = 4 * 2 * 4 * 6
 KAPPA, FLOOR = 100 / SIZE**0.5, 0.1 / SIZE**0.5  # loss_scale 100 and c = 0.1 at this size
@@ -265,21 +266,20 @@ def test_distribution_matching_and_critic(case):
 def test_schedule(golden):
     g = golden("train_targets")
     own = g.config["schedule"]
-    config = rcm.RCMConfig(frequency=own["student_update_freq"], warmup=own["tangent_warmup"])
+    config = RCMConfig(frequency=own["student_update_freq"], warmup=own["tangent_warmup"])
     steps = g["in/schedule/iteration"]
-    assert [rcm.is_student_turn(config, int(i)) for i in steps] == g[
-        "out/schedule/is_student_phase"
-    ].tolist()
+    schedule = methods.rcm_schedule(config)
+    turns = [schedule.phase(int(i)) == "student" for i in steps]
+    assert turns == g["out/schedule/is_student_phase"].tolist()
     traced = jax.jit(lambda i: (rcm.student_updates(config, i), rcm.critic_updates(config, i)))(
         jnp.asarray(steps, jnp.int32)
     )
     np.testing.assert_array_equal(traced[0], g["out/schedule/effective_iteration"])
     np.testing.assert_array_equal(traced[1], g["out/schedule/effective_iteration_fake"])
     ema = EMAConfig(width=0.1)
-    np.testing.assert_allclose(ema.exponent, g.config["ema_exp_coefficient"], rtol=1e-12)
-    assert_close(
-        ema.beta(jnp.asarray(steps, jnp.int32)), g["out/schedule/ema_beta_rate0.1"], "sampler"
-    )
+    np.testing.assert_allclose(exponent(0.1), g.config["ema_exp_coefficient"], rtol=1e-12)
+    beta = ema_beta(ema, jnp.asarray(steps, jnp.int32))
+    assert_close(beta, g["out/schedule/ema_beta_rate0.1"], "sampler")
 
 
 def test_every_group_of_the_file_is_used(golden):

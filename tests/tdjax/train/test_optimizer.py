@@ -10,7 +10,8 @@ from tolerances import assert_close
 
 from tdjax.errors import UsageError
 from tdjax.train import optimizer
-from tdjax.train.optimizer import OptimizerConfig, adamw
+from tdjax.train.configs import OptimizerConfig
+from tdjax.train.optimizer import adamw, trainable
 
 
 class Two(nnx.Module):
@@ -115,19 +116,6 @@ def test_learning_rates():
     assert rate(warmup=0) == [1.0] * 7
 
 
-def test_the_published_rates():
-    rows = {
-        name: getattr(optimizer, name)
-        for name in ("SLA", "STUDENT_1_3B", "CRITIC_1_3B", "STUDENT_14B", "CRITIC_14B")
-    }
-    assert [row.learning_rate for row in rows.values()] == [1e-5, 2e-6, 4e-7, 1e-6, 1e-7]
-    assert [row.b1 for row in rows.values()] == [0.9, 0, 0, 0, 0]
-    assert {
-        (row.b2, row.eps, row.weight_decay, row.clip, row.warmup, row.decay)
-        for row in rows.values()
-    } == {(0.999, 1e-8, 0.01, None, 100, "constant")}
-
-
 def test_weights_that_are_not_trained_stay_and_cost_nothing():
     model = Two()
     config = OptimizerConfig(learning_rate=0.1, warmup=0, train="b")
@@ -156,3 +144,14 @@ def test_weights_that_are_not_trained_stay_and_cost_nothing():
 def test_refusals(message, wrong):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**wrong)
+
+
+def test_trainable():
+    model = {"blocks": {"core": jnp.ones(1), "q": jnp.ones(1)}, "head": jnp.ones(1)}
+    assert trainable(model) == {"blocks": {"core": True, "q": True}, "head": True}
+    assert trainable(model, r"blocks\.co.*") == {
+        "blocks": {"core": True, "q": False},
+        "head": False,
+    }
+    with pytest.raises(UsageError, match="no weight matches 'core'"):  # whole names
+        trainable(model, "core")

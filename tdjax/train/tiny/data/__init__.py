@@ -1,1 +1,1 @@
-"""Rendered clips, their captions, and shards of both."""
+"""Rendered clips, their captions, and what an encoder makes of both."""

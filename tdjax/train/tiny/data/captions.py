@@ -13,7 +13,7 @@ import numpy as np
 from tdjax.train.tiny.data.factors import FIRST_BOUNCE, NAMES, STILL, UNSAID, Attributes, scenes
 
 # Ways to say each value of a factor, the plainest first; it is used half of the time.
-WAYS = {
+_WAYS = {
     "shape": (("circle", "disc"), ("square", "box"), ("triangle",), ("cross", "plus")),
     "colour": tuple((name,) for name in NAMES["colour"]),
     "background": (("black",), ("gray", "grey"), ("navy",), ("olive",)),
@@ -50,7 +50,7 @@ OMITTED = ("size", "speed")  # what a caption may leave out
 # `parse`).
 SAYS = {
     way: (factor, i)
-    for factor, values in WAYS.items()
+    for factor, values in _WAYS.items()
     for i, ways in enumerate(values)
     for way in ways
 }
@@ -61,36 +61,37 @@ AXES = {"horizontally": 0, "side": 0, "left": 0, "right": 0, "vertically": 1, "u
 def caption(
     said: dict[str, int], rng: random.Random, template: str | None = None, omit: Sequence[str] = ()
 ) -> str:
-    """One caption of one clip. said: factor -> place in NAMES; a factor that is UNSAID, or in
-    `omit` (of OMITTED), is left out.
+    """Returns one caption of one clip. said: factor -> place in NAMES; a factor that is UNSAID, or
+    in `omit` (of OMITTED), is left out.
 
     template: one of TEMPLATES or EVALUATION; None draws one of TEMPLATES.
     """
-    if stray := [name for name in omit if name not in OMITTED]:
+    stray = [name for name in omit if name not in OMITTED]
+    if stray:
         raise ValueError(
             f"a caption cannot leave out {', '.join(stray)}; it can leave out {', '.join(OMITTED)}"
         )
-    verb, gerund = motion(said["motion"], rng)
-    words = {"verb": verb, "gerund": gerund, "on": either(ON, rng), "plain": either(PLAIN, rng)}
-    for factor, values in WAYS.items():
+    verb, gerund = _motion(said["motion"], rng)
+    words = {"verb": verb, "gerund": gerund, "on": _either(ON, rng), "plain": _either(PLAIN, rng)}
+    for factor, values in _WAYS.items():
         silent = factor in omit or said[factor] == UNSAID
-        words[factor] = "" if silent else either(values[said[factor]], rng)
+        words[factor] = "" if silent else _either(values[said[factor]], rng)
     text = " ".join((template or rng.choice(TEMPLATES)).format(**words).split())
     return re.sub(r"\ba (?=[aeiou])", "an ", re.sub(r"[ ,]*,", ",", text))
 
 
-def motion(which: int, rng: random.Random) -> tuple[str, str]:
+def _motion(which: int, rng: random.Random) -> tuple[str, str]:
     """The motion as a finite verb and as a participle."""
     if which == STILL:
-        return either(STAYS, rng)
+        return _either(STAYS, rng)
     if which >= FIRST_BOUNCE:
-        verbs, where = BOUNCE, either(BOUNCES[which - FIRST_BOUNCE], rng)
+        verbs, where = BOUNCE, _either(BOUNCES[which - FIRST_BOUNCE], rng)
     else:
-        verbs, where = either(VERBS, rng), either(TOWARDS[which], rng)
+        verbs, where = _either(VERBS, rng), _either(TOWARDS[which], rng)
     return tuple(f"{verb} {where}" for verb in verbs)
 
 
-def either(ways: Sequence, rng: random.Random):
+def _either(ways: Sequence, rng: random.Random):
     """The first way half of the time, else any of the others."""
     return ways[0] if len(ways) == 1 or rng.random() < 0.5 else rng.choice(ways[1:])
 
@@ -98,7 +99,7 @@ def either(ways: Sequence, rng: random.Random):
 def captions(
     said: Attributes, seed: int, template: str | None = None, omit: Sequence[str] = ()
 ) -> list[str]:
-    """A caption for every clip of a batch; the same for the same seed."""
+    """Returns a caption for every clip of a batch; the same for the same seed."""
     rng = random.Random(seed)
     columns = {
         field.name: np.asarray(getattr(said, field.name)).tolist()
@@ -109,11 +110,10 @@ def captions(
 
 
 def random_prompt(seed: int, split: str = "train", template: str | None = None) -> str:
-    """A caption of a clip that does not exist yet, for trying the model."""
+    """Returns a caption of a clip that does not exist yet, for trying the model."""
     rng = random.Random(seed)
-    said = dict(
-        zip(("shape", "colour", "background"), rng.choice(scenes(split).tolist()), strict=True)
-    )
+    scene = rng.choice(scenes(split).tolist())
+    said = dict(zip(("shape", "colour", "background"), scene, strict=True))
     said |= {factor: rng.randrange(len(NAMES[factor])) for factor in ("size", "motion", "speed")}
     if said["motion"] == STILL:
         said["speed"] = UNSAID
@@ -124,20 +124,20 @@ def random_prompt(seed: int, split: str = "train", template: str | None = None) 
 
 
 def words_of(prompt: str) -> list[str]:
-    """The words of a prompt in lower case, without punctuation."""
+    """Returns the words of a prompt in lower case, without punctuation."""
     return re.findall(r"[^\W_]+", prompt.lower())
 
 
 def parse(prompts: Sequence[str]) -> Attributes:
-    """What prompts ask for: the attributes that their words name, UNSAID where none does. The last
-    word on a factor counts."""
+    """Returns what prompts ask for: the attributes that their words name, UNSAID where none does.
+    The last word on a factor counts."""
     rows = [parse_one(prompt) for prompt in prompts]
-    return Attributes(
-        **{factor: np.int32([row.get(factor, UNSAID) for row in rows]) for factor in NAMES}
-    )
+    column = lambda factor: np.int32([row.get(factor, UNSAID) for row in rows])
+    return Attributes(**{factor: column(factor) for factor in NAMES})
 
 
 def parse_one(prompt: str) -> dict[str, int]:
+    """Returns the factors that one prompt names."""
     words = words_of(prompt)
     out = dict(SAYS[word] for word in words if word in SAYS)
     if {*BOUNCE} & {*words}:
@@ -150,25 +150,18 @@ def parse_one(prompt: str) -> dict[str, int]:
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption of training can have, sorted."""
+    """Returns every word that a caption of training can have, sorted."""
     texts = ["an", *TEMPLATES, *ON, *PLAIN, *SAYS]
     for group in (*VERBS, *TOWARDS, BOUNCE, *BOUNCES, *STAYS):
         texts += group
     return sorted({word for text in texts for word in words_of(re.sub(r"{\w+}", " ", text))})
 
 
-def unknown_words(prompt: str) -> list[str]:
-    """The words of a prompt that no caption of training has, in order, each once."""
-    known = set(vocabulary())
-    return [word for word in dict.fromkeys(words_of(prompt)) if word not in known]
-
-
 def knows() -> dict[str, tuple[str, ...]]:
-    """What a model of these captions can be asked for: factor -> values in their plainest words."""
-    plain = {factor: tuple(ways[0] for ways in values) for factor, values in WAYS.items()}
-    motions = (
-        [f"moves {ways[0]}" for ways in TOWARDS]
-        + [STAYS[0][0]]
-        + [f"bounces {ways[0]}" for ways in BOUNCES]
-    )
-    return {factor: tuple(motions) if factor == "motion" else plain[factor] for factor in NAMES}
+    """Returns what a model of these captions can be asked for: factor -> values in their plainest
+    words."""
+    plain = {factor: tuple(ways[0] for ways in values) for factor, values in _WAYS.items()}
+    straight = [f"moves {ways[0]}" for ways in TOWARDS]
+    bounces = [f"bounces {ways[0]}" for ways in BOUNCES]
+    plain["motion"] = (*straight, STAYS[0][0], *bounces)
+    return {factor: plain[factor] for factor in NAMES}

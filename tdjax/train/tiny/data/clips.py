@@ -31,13 +31,11 @@ from tdjax.train.tiny.data.factors import (
     scenes,
 )
 
-# pixels between the object's square and the frame's edge, so that the border shows the background
-# alone
+# Pixels between the object's square and the frame's edge, so that the border shows the background
+# alone.
 MARGIN = 2.0
-TURN = (
-    8.0,
-    24.0,
-)  # a bounce meets its wall between these frames: once in a clip, and not at its ends
+# A bounce meets its wall between these frames: once in a clip, and not at its ends.
+TURN = (8.0, 24.0)
 EDGE = 4.0  # slope of the sigmoid, so that coverage changes by one in a pixel
 ARM = 1 / 3  # half the width of a cross's arms, as a share of its half side
 
@@ -46,64 +44,61 @@ ARM = 1 / 3  # half the width of a cross's arms, as a share of its half side
 
 
 def sample(key, n: int, split: str = "train", motions: int = len(MOTIONS)) -> Factors:
-    """n clips: attributes uniform over the allowed ones of a split (`factors.scenes`), positions
-    uniform where they fit.
+    """Returns n clips: attributes uniform over the allowed ones of a split (`factors.scenes`),
+    positions uniform where they fit.
 
     motions: how many of MOTIONS to draw from; FIRST_BOUNCE leaves the bounces out.
     """
-    keys = dict(
-        zip(("scene", "size", "motion", "speed", "place"), jax.random.split(key, 5), strict=True)
+    names = ("scene", "size", "motion", "speed", "place")
+    keys = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+    drawn = lambda name, count: jax.random.randint(keys[name], (n,), 0, count)
+    table = jnp.asarray(scenes(split))
+    shape, colour, background = rearrange(table[drawn("scene", len(table))], "b f -> f b")
+    motion = drawn("motion", motions)
+    said = Attributes(
+        shape=shape,
+        colour=colour,
+        background=background,
+        size=drawn("size", len(RADIUS)),
+        motion=motion,
+        speed=jnp.where(motion == STILL, UNSAID, drawn("speed", len(SPEED))),
     )
-    table = scenes(split)
-    shape, colour, background = rearrange(
-        jnp.asarray(table)[jax.random.randint(keys["scene"], (n,), 0, len(table))], "b f -> f b"
-    )
-    motion = jax.random.randint(keys["motion"], (n,), 0, motions)
-    speed = jnp.where(
-        motion == STILL, UNSAID, jax.random.randint(keys["speed"], (n,), 0, len(SPEED))
-    )
-    size = jax.random.randint(keys["size"], (n,), 0, len(RADIUS))
-    return place(
-        keys["place"],
-        Attributes(
-            shape=shape, colour=colour, background=background, size=size, motion=motion, speed=speed
-        ),
-    )
+    return place(keys["place"], said)
 
 
 def place(key, said: Attributes) -> Factors:
-    """The free factors of clips whose attributes are all given: start and heading, uniform where
-    the clip stays in the frame."""
+    """Returns clips whose attributes are all given: start and heading are uniform where the clip
+    stays in the frame."""
     n = said.motion.shape[0]
     where, way = jax.random.split(key)
     bounces = said.motion >= FIRST_BOUNCE
     heading = jnp.where(bounces, jax.random.rademacher(way, (n,), jnp.float32), jnp.float32(1))
-    v = velocity(said, heading)
+    v = _velocity(said, heading)
     low, high = walls(said)
-    ahead, bounces = jnp.where(v > 0, high, low), rearrange(bounces, "b -> b 1") & (v != 0)
+    ahead = jnp.where(v > 0, high, low)
+    bounces = rearrange(bounces, "b -> b 1") & (v != 0)
     travel = v * (FRAMES - 1)
     first = jnp.where(bounces, ahead - v * TURN[1], low + jnp.maximum(-travel, 0))
     last = jnp.where(bounces, ahead - v * TURN[0], high - jnp.maximum(travel, 0))
-    return Factors(
-        said=said, start=first + jax.random.uniform(where, (n, 2)) * (last - first), heading=heading
-    )
+    start = first + jax.random.uniform(where, (n, 2)) * (last - first)
+    return Factors(said=said, start=start, heading=heading)
 
 
-def velocity(said: Attributes, heading):  # -> f32[b 2], pixels a frame, before any bounce
+def _velocity(said: Attributes, heading):  # -> f32[b 2], pixels a frame, before any bounce
     speed = jnp.asarray(SPEED)[jnp.maximum(said.speed, 0)] * heading
     return jnp.asarray(DIRECTION)[said.motion] * rearrange(speed, "b -> b 1")
 
 
 def walls(said: Attributes):  # -> f32[b 1] x2
-    """The lowest and the highest coordinate of the object's centre."""
+    """Returns the lowest and the highest coordinate of the object's centre."""
     low = rearrange(jnp.asarray(RADIUS)[said.size] + MARGIN, "b -> b 1")
     return low, SIDE - low
 
 
 def track(factors: Factors, frames: int = FRAMES):  # -> f32[b t 2]
-    """Centre (x, y) in every frame: a straight line, folded back at the walls."""
+    """Returns the centre (x, y) in every frame: a straight line, folded back at the walls."""
     low, high = (rearrange(w, "b 1 -> b 1 1") for w in walls(factors.said))
-    v = rearrange(velocity(factors.said, factors.heading), "b c -> b 1 c")
+    v = rearrange(_velocity(factors.said, factors.heading), "b c -> b 1 c")
     time = rearrange(jnp.arange(frames, dtype=jnp.float32), "t -> 1 t 1")
     way = jnp.mod(rearrange(factors.start, "b c -> b 1 c") + v * time - low, 2 * (high - low))
     return low + jnp.minimum(way, 2 * (high - low) - way)
@@ -113,26 +108,24 @@ def track(factors: Factors, frames: int = FRAMES):  # -> f32[b t 2]
 
 
 def distances(x, y, r) -> tuple:
-    """Signed distance to the outline of each of SHAPES, negative inside; x, y from the centre of
-    its square of side 2 r."""
+    """Returns the signed distance to the outline of each of SHAPES, negative inside; x, y from the
+    centre of its square of side 2 r."""
     across, along, arm = jnp.abs(x), jnp.abs(y), ARM * r
     circle = jnp.sqrt(x * x + y * y) - r
-    cross = jnp.minimum(box(across, along, r, arm), box(across, along, arm, r))
-    return circle, box(across, along, r, r), triangle(across, y, r), cross
+    cross = jnp.minimum(_box(across, along, r, arm), _box(across, along, arm, r))
+    return circle, _box(across, along, r, r), _triangle(across, y, r), cross
 
 
-def box(x, y, half_width, half_height):  # x, y >= 0
+def _box(x, y, half_width, half_height):  # x, y >= 0
     x, y = x - half_width, y - half_height
-    return jnp.sqrt(jnp.square(jnp.maximum(x, 0)) + jnp.square(jnp.maximum(y, 0))) + jnp.minimum(
-        jnp.maximum(x, y), 0
-    )
+    outside = jnp.sqrt(jnp.square(jnp.maximum(x, 0)) + jnp.square(jnp.maximum(y, 0)))
+    return outside + jnp.minimum(jnp.maximum(x, y), 0)
 
 
-def triangle(x, y, r):  # x >= 0
+def _triangle(x, y, r):  # x >= 0
     """Apex in the middle above, base below; a side falls two pixels in one."""
-    t = jnp.clip(
-        (x + 2 * (y + r)) / (5 * r), 0, 1
-    )  # where along the side, from apex to corner, its nearest point lies
+    # Where along the side, from apex to corner, its nearest point lies.
+    t = jnp.clip((x + 2 * (y + r)) / (5 * r), 0, 1)
     side = jnp.square(x - t * r) + jnp.square(y + r - 2 * t * r)
     base = jnp.square(jnp.maximum(x - r, 0)) + jnp.square(y - r)
     distance = jnp.sqrt(jnp.minimum(side, base))
@@ -140,7 +133,7 @@ def triangle(x, y, r):  # x >= 0
 
 
 def coverage(shape, r, centres):  # i32[b], f32[b], f32[b t 2] -> f32[b t h w] in 0..1
-    """How much of each pixel the object covers."""
+    """Returns how much of each pixel the object covers."""
     pixel = jnp.arange(SIDE, dtype=jnp.float32) + 0.5
     x = pixel - rearrange(centres[..., 0], "b t -> b t 1 1")
     y = rearrange(pixel, "h -> h 1") - rearrange(centres[..., 1], "b t -> b t 1 1")
@@ -153,20 +146,17 @@ def coverage(shape, r, centres):  # i32[b], f32[b], f32[b t 2] -> f32[b t h w] i
 
 
 def draw(said: Attributes, centres):  # centres f32[b t 2] -> f32[b t h w 3] in [-1, 1]
-    """The object of each clip at the given centres."""
-    alpha = rearrange(
-        coverage(said.shape, jnp.asarray(RADIUS)[said.size], centres), "b t h w -> b t h w 1"
-    )
-    colour, background = (
-        rearrange(jnp.asarray(table)[i], "b c -> b 1 1 1 c")
-        for table, i in ((COLOUR_RGB, said.colour), (BACKGROUND_RGB, said.background))
-    )
+    """Returns the object of each clip at the given centres, over its background."""
+    alpha = coverage(said.shape, jnp.asarray(RADIUS)[said.size], centres)
+    alpha = rearrange(alpha, "b t h w -> b t h w 1")
+    colour = rearrange(jnp.asarray(COLOUR_RGB)[said.colour], "b c -> b 1 1 1 c")
+    background = rearrange(jnp.asarray(BACKGROUND_RGB)[said.background], "b c -> b 1 1 1 c")
     return background + alpha * (colour - background)
 
 
 def render(factors: Factors, frames: int = FRAMES):  # -> f32[b t h w 3] in [-1, 1]
-    """The clips. 4 bytes x 3 x 64 x 64 x 33 are 1.6 MB a clip: render as many as are used at
-    once."""
+    """Returns the clips. 4 bytes x 3 x 64 x 64 x 33 are 1.6 MB a clip: render as many as are used
+    at once."""
     return draw(factors.said, track(factors, frames))
 
 
@@ -179,8 +169,8 @@ def from_uint8(video):  # -> f32 in [-1, 1]
 
 
 def centroid_offset() -> np.ndarray:  # -> f32[shape size 2]
-    """Centroid of each shape from the centre of its square: zero, but for the triangle, a third of
-    r below."""
+    """Returns the centroid of each shape from the centre of its square: zero, but for the triangle,
+    a third of r below."""
     out = np.zeros((len(SHAPES), len(RADIUS), 2), np.float32)
     out[SHAPES.index("triangle"), :, 1] = RADIUS / 3
     return out

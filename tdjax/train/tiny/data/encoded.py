@@ -4,6 +4,7 @@ train on."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -18,31 +19,29 @@ from tdjax.train.tiny.data.factors import Attributes
 from tdjax.train.tiny.data.tokenizer import build
 from tdjax.train.tiny.work import Run
 
-SHORT = (("size",), ("speed",), ("size", "speed"))  # what the last caption of a clip leaves out
 FULL = 3  # captions of a clip that say everything; one more leaves something out
-ENCODED = 128  # clips through the encoder at once
+_SHORT = (("size",), ("speed",), ("size", "speed"))  # what the last caption of a clip leaves out
+_AT_ONCE = 128  # clips through the encoder
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """latents bf16[n t h w c], tokens i32[n captions s 2] (id, mask)."""
+    """Clips: latents bf16[n t h w c], tokens i32[n captions s 2] (id, mask)."""
 
     latents: jax.Array
     tokens: jax.Array
 
     def draw(self, key, n: int):  # -> latents bf16[b t h w c], tokens i32[b s 2]
-        """A batch with replacement, one of the captions each."""
+        """Returns a batch with replacement, one of the captions each."""
         which, how = jax.random.split(key)
         i = jax.random.randint(which, (n,), 0, self.latents.shape[0])
-        return (
-            self.latents[i],
-            self.tokens[i, jax.random.randint(how, (n,), 0, self.tokens.shape[1])],
-        )
+        caption = jax.random.randint(how, (n,), 0, self.tokens.shape[1])
+        return self.latents[i], self.tokens[i, caption]
 
 
 def tokenizer(run: Run) -> Tokenizer:
-    """The run's tokenizer, written if it is not there."""
+    """Returns the run's tokenizer, written if it is not there."""
     path = run.folder / "tokenizer.json"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,56 +50,60 @@ def tokenizer(run: Run) -> Tokenizer:
 
 
 def tokens_of(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:  # -> i32[b s 2]
-    """Ids and masks of clean texts, all at once."""
+    """Returns ids and masks of clean texts, all at once."""
     out = np.zeros((len(texts), tokenizer.text_len, 2), np.int32)
-    for row, encoded in zip(
-        out, tokenizer.library.encode_batch(texts, add_special_tokens=False), strict=True
-    ):
+    found = tokenizer.library.encode_batch(texts, add_special_tokens=False)
+    for row, encoded in zip(out, found, strict=True):
         ids = [*encoded.ids[: len(row) - 1], tokenizer.end]
         row[: len(ids), 0], row[: len(ids), 1] = ids, 1
     return out
 
 
 def negative(tokenizer: Tokenizer) -> jax.Array:  # -> i32[s 2]
-    """The empty caption."""
+    """Returns the empty caption."""
     return jnp.asarray(tokens_of(tokenizer, [""])[0])
 
 
+def embed(text, tokens):  # i32[b s 2] -> [b s d]
+    """Returns captions through a text encoder."""
+    return text(tokens[..., 0], tokens[..., 1])
+
+
 def texts_of(said: Attributes, seed: int) -> list[list[str]]:
-    """FULL captions of every clip, and one that leaves something out, as lists of all clips."""
+    """Returns FULL captions of every clip, and one that leaves something out, as lists of all
+    clips."""
     said = jax.device_get(said)
     short: list[str] = [""] * len(said.shape)
-    for i, omit in enumerate(SHORT):
-        some = jax.tree.map(lambda x, i=i: x[i :: len(SHORT)], said)
-        short[i :: len(SHORT)] = captions.captions(some, seed + FULL + i, omit=omit)
+    for i, omit in enumerate(_SHORT):
+        some = jax.tree.map(lambda x, i=i: x[i :: len(_SHORT)], said)
+        short[i :: len(_SHORT)] = captions.captions(some, seed + FULL + i, omit=omit)
     return [*(captions.captions(said, seed + i) for i in range(FULL)), short]
 
 
 @jax.jit
 def encode(vae, factors: clips.Factors):  # -> bf16[b t h w c]
+    """Returns the latents of clips."""
     return vae.encode(clips.render(factors), whole=True).astype(jnp.bfloat16)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def encoded(vae, key, blocks: int, size: int):  # -> bf16[n t h w c], what captions say of them
+def _encoded(vae, key, blocks: int, size: int):  # -> bf16[n t h w c], what captions say of them
     """Fresh clips of the training split through the encoder, a block at a time."""
 
     def one(i):
         factors = clips.sample(jax.random.fold_in(key, i), size)
         return encode(vae, factors), factors.said
 
-    return jax.tree.map(
-        lambda x: rearrange(x, "n b ... -> (n b) ..."), lax.map(one, jnp.arange(blocks))
-    )
+    found = lax.map(one, jnp.arange(blocks))
+    return jax.tree.map(lambda x: rearrange(x, "n b ... -> (n b) ..."), found)
 
 
 def make(run: Run, vae, n: int) -> Data:
-    """n clips (in whole blocks of at most ENCODED) with their captions; the same for the same
+    """Returns n clips (in whole blocks of at most 128) with their captions; the same for the same
     seed."""
-    size = min(ENCODED, n)
+    size = min(_AT_ONCE, n)
     with run.stages("encode clips"):
-        latents, said = encoded(vae, run.key("data"), -(-n // size), size)
-        rows = [
-            tokens_of(tokenizer(run), texts) for texts in texts_of(said, run.seed)
-        ]  # while the device encodes
+        latents, said = _encoded(vae, run.key("data"), math.ceil(n / size), size)
+        # Meanwhile the device encodes.
+        rows = [tokens_of(tokenizer(run), texts) for texts in texts_of(said, run.seed)]
         return Data(jax.block_until_ready(latents), jnp.asarray(np.stack(rows, 1)))

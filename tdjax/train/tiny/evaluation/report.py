@@ -11,13 +11,15 @@ import numpy as np
 from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 
-GAP, LABEL_HEIGHT = 4, 14  # pixels of a sheet
-PAPER, INK = (250, 250, 250), (20, 20, 20)
+GAP = 4  # pixels of a sheet
+LABEL_HEIGHT = 14
+_PAPER = (250, 250, 250)
+_INK = (20, 20, 20)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One variant: what it is, how many network evaluations a clip costs, sampler steps, and
+    """A variant's line: what it is, how many network evaluations a clip costs, sampler steps, and
     measured values by column."""
 
     name: str
@@ -59,36 +61,30 @@ COLUMNS = tuple(
 
 
 def table(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
-    """Markdown. A column that no row has is left out; a value that a row lacks, or that is not a
-    number, is a dash."""
+    """Returns a table in markdown. A column that no row has is left out; a value that a row lacks,
+    or that is not a number, is a dash."""
     columns = [column for column in columns if any(column.key in row.values for row in rows)]
     lines = [
         ["", "NFE", "steps", *(column.title for column in columns)],
         ["---", *["---:"] * (2 + len(columns))],
     ]
     for row in rows:
-        lines.append(
-            [
-                row.name,
-                str(row.evaluations),
-                str(row.steps),
-                *(cell(row.values.get(c.key), c.form) for c in columns),
-            ]
-        )
+        cells = [_cell(row.values.get(column.key), column.form) for column in columns]
+        lines.append([row.name, str(row.evaluations), str(row.steps), *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def cell(value: float | None, form: str) -> str:
+def _cell(value: float | None, form: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
 def contact_sheet(
     path: str | Path, clips: Mapping[str, np.ndarray], columns: int = 9, scale: int = 1
 ) -> Path:
-    """Frames side by side, a row for each named clip (uint8 [t h w 3], all of one height and
-    width), first and last included.
+    """Writes frames side by side, a row for each named clip (uint8 [t h w 3], all of one height and
+    width), first and last included. Returns the path.
 
-    path: a .png file. scale: screen pixels for a pixel.
+    path: a .png file. scale: screen pixels for a pixel. Raises ValueError for what is no clip.
     """
     strips = []
     for name, clip in clips.items():
@@ -96,18 +92,19 @@ def contact_sheet(
             raise ValueError(
                 f"clip {name!r} is {clip.dtype} {clip.shape}; a sheet takes uint8 [t h w 3]"
             )
-        frames = clip[np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)]
+        chosen = np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int)
+        frames = clip[chosen]
         frames = repeat(frames, "n h w c -> n (h a) (w b) c", a=scale, b=scale)
-        frames = np.pad(frames, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=PAPER[0])
+        frames = np.pad(frames, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=_PAPER[0])
         strips.append((name, rearrange(frames, "n h w c -> h (n w) c")))
-    width, height = (
-        max(strip.shape[1] for _, strip in strips),
-        sum(strip.shape[0] + LABEL_HEIGHT for _, strip in strips),
-    )
-    sheet = Image.new("RGB", (width + GAP, height + GAP), PAPER)
-    pen, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(size=10), GAP
+    width = max(strip.shape[1] for _, strip in strips)
+    height = sum(strip.shape[0] + LABEL_HEIGHT for _, strip in strips)
+    sheet = Image.new("RGB", (width + GAP, height + GAP), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=10)
+    top = GAP
     for name, strip in strips:
-        pen.text((GAP, top), name, fill=INK, font=font)
+        pen.text((GAP, top), name, fill=_INK, font=font)
         sheet.paste(Image.fromarray(strip), (GAP, top + LABEL_HEIGHT))
         top += LABEL_HEIGHT + strip.shape[0]
     sheet.save(path)

@@ -12,8 +12,8 @@ from tdjax.train.tiny.settings import EvaluateStage
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A row: the folder of a transformer ("" for clips that no transformer makes) and what is done
-    with it."""
+    """A row of the table: the folder of a transformer ("" for clips that no transformer makes) and
+    what is done with it."""
 
     key: str  # of the file of its results
     title: str
@@ -26,31 +26,33 @@ class Variant:
 
     @property
     def evaluations(self) -> int:
-        """Of the network, for a clip."""
-        return (
-            0
-            if self.sampler is None
-            else self.sampler.steps * (1 if self.sampler.guidance == 1 else 2)
-        )
+        """How often a clip calls the network: twice a step under guidance."""
+        if self.sampler is None:
+            return 0
+        return self.sampler.num_steps * (1 if self.sampler.guidance_scale == 1 else 2)
 
 
 def variants(cfg: EvaluateStage) -> tuple[Variant, ...]:
-    """All rows in the order of the table."""
+    """Returns all rows in the order of the table."""
     guided = lambda steps, mode: sampling.teacher(steps, mode, cfg.guidance, cfg.shift)
     few = sampling.student
     v = lambda key, title, weights="", sampler=None, **more: Variant(
         key=key, title=title, weights=weights, sampler=sampler, **more
     )
-    new, unseen = {"template": captions.EVALUATION}, {"split": "held_out"}
+    unipc = guided(50, "unipc")
+    packaged = "student + SLA, INT8 (packaged)"
+    int8 = {"linear": "int8"}
+    new = {"template": captions.EVALUATION}
+    unseen = {"split": "held_out"}
     return (
         v("truth", "ground truth"),
         v("vae", "VAE round trip", parent="truth"),
-        v("teacher_unipc_50", "teacher, UniPC", "teacher", guided(50, "unipc")),
+        v("teacher_unipc_50", "teacher, UniPC", "teacher", unipc),
         v("teacher_euler_50", "teacher, Euler", "teacher", guided(50, "euler")),
         v("teacher_euler_4", "teacher, Euler", "teacher", guided(4, "euler")),
         v("teacher_unipc_4", "teacher, UniPC", "teacher", guided(4, "unipc")),
         v("undistilled_4", "teacher's weights as student", "teacher", few(4)),
-        v("sla_50", "SLA teacher, UniPC", "sla", guided(50, "unipc"), parent="teacher_unipc_50"),
+        v("sla_50", "SLA teacher, UniPC", "sla", unipc, parent="teacher_unipc_50"),
         v("student_4", "student", "student", few(4)),
         v("student_2", "student", "student", few(2)),
         v("student_1", "student", "student", few(1)),
@@ -63,31 +65,11 @@ def variants(cfg: EvaluateStage) -> tuple[Variant, ...]:
         v("merged_4", "student + SLA, merged and healed", "merged", few(4), parent="student_4"),
         v("merged_2", "student + SLA, merged and healed", "merged", few(2), parent="student_2"),
         v("merged_1", "student + SLA, merged and healed", "merged", few(1), parent="student_1"),
-        v("student_int8_4", "student, INT8", "student", few(4), linear="int8", parent="student_4"),
-        v(
-            "merged_int8_4",
-            "student + SLA, INT8 (packaged)",
-            "merged",
-            few(4),
-            linear="int8",
-            parent="merged_4",
-        ),
-        v(
-            "merged_int8_1",
-            "student + SLA, INT8 (packaged)",
-            "merged",
-            few(1),
-            linear="int8",
-            parent="merged_1",
-        ),
-        v("teacher_new", "teacher, UniPC, unseen wording", "teacher", guided(50, "unipc"), **new),
+        v("student_int8_4", "student, INT8", "student", few(4), parent="student_4", **int8),
+        v("merged_int8_4", packaged, "merged", few(4), parent="merged_4", **int8),
+        v("merged_int8_1", packaged, "merged", few(1), parent="merged_1", **int8),
+        v("teacher_new", "teacher, UniPC, unseen wording", "teacher", unipc, **new),
         v("student_new", "student, unseen wording", "student", few(4), **new),
-        v(
-            "teacher_unseen",
-            "teacher, UniPC, unseen shape and colour",
-            "teacher",
-            guided(50, "unipc"),
-            **unseen,
-        ),
+        v("teacher_unseen", "teacher, UniPC, unseen shape and colour", "teacher", unipc, **unseen),
         v("student_unseen", "student, unseen shape and colour", "student", few(4), **unseen),
     )

@@ -12,16 +12,17 @@ from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.parallel.sharding import leaf_name
 from tdjax.train import flow_matching
-from tdjax.train.flow_matching import FlowMatchingConfig
-from tdjax.train.optimizer import OptimizerConfig, adamw
-from tdjax.train.state import Batch, EMAConfig, Teacher, TrainState
-from tdjax.train.times import UniformShift
+from tdjax.train.configs import EMAConfig, FlowMatchingConfig, OptimizerConfig, UniformShift
+from tdjax.train.optimizer import adamw
+from tdjax.train.state import Batch, Teacher, TrainState
 from tdjax.train.tiny import work
 from tdjax.train.tiny.data import encoded
 from tdjax.train.tiny.data.encoded import Data
 from tdjax.train.tiny.evaluation import detector, sampling
 from tdjax.train.tiny.settings import TeacherStage
 from tdjax.train.tiny.work import Run
+
+_SHOWN = ("all", "shape", "colour", "background", "size", "motion", "speed", "present")
 
 
 class Captioned(nnx.Module):
@@ -36,7 +37,7 @@ class Captioned(nnx.Module):
 
 
 def make_optimizer(cfg: TeacherStage) -> optax.GradientTransformation:
-    """One rate for the transformer, another for the text encoder."""
+    """Returns AdamW with one rate for the transformer and another for the text encoder."""
     rates = lambda rate: OptimizerConfig(
         learning_rate=rate,
         b1=0.9,
@@ -47,72 +48,54 @@ def make_optimizer(cfg: TeacherStage) -> optax.GradientTransformation:
         final=cfg.final,
         clip=1.0,
     )
-    labels = lambda model: jax.tree_util.tree_map_with_path(
-        lambda path, _: leaf_name(path).partition(".")[0], model
-    )
-    return optax.partition(
-        {"dit": adamw(rates(cfg.learning_rate)), "text": adamw(rates(cfg.text_rate))}, labels
-    )
+    first_word = lambda path, _: leaf_name(path).partition(".")[0]
+    labels = lambda model: jax.tree_util.tree_map_with_path(first_word, model)
+    parts = {"dit": adamw(rates(cfg.learning_rate)), "text": adamw(rates(cfg.text_rate))}
+    return optax.partition(parts, labels)
 
 
 def make_step(cfg: TeacherStage, optimizer):
-    """step(state, data, negative i32[s 2]) -> (state, numbers)."""
+    """Returns step(state, data, negative i32[s 2]) -> (state, numbers)."""
     config = FlowMatchingConfig(
         time=UniformShift(shift=cfg.shift), dropout=cfg.dropout, ema=EMAConfig(decay=cfg.ema)
     )
     one = flow_matching.make_step(config, optimizer)
 
     def step(state: TrainState, clips: Data, negative):
-        latents, tokens = clips.draw(batch_key(state), cfg.batch)
+        latents, tokens = clips.draw(work.batch_key(state), cfg.batch)
         return one(state, Teacher(None, negative), Batch(latents, tokens))
 
     return step
 
 
-def batch_key(state) -> jax.Array:
-    """The key of this step's batch, apart from the keys that the step itself draws from."""
-    return jax.random.fold_in(jax.random.fold_in(state.key, 2**31 - 1), state.step)
-
-
-def make_check(run: Run, cfg: TeacherStage, vae, negative):
+def _make_check(run: Run, cfg: TeacherStage, vae, negative):
     """check(state, step): guided samples of the averaged weights, judged by the detector."""
-    tokenizer, key = encoded.tokenizer(run), run.key("check")
+    tokenizer = encoded.tokenizer(run)
+    key = run.key("check")
     prompts = sampling.prompts(tokenizer, key, cfg.check_clips)
     how = sampling.teacher(cfg.check_steps, "euler", cfg.guidance, cfg.shift)
 
     def check(state: TrainState, step: int) -> dict[str, float]:
         x = sampling.latents(state.ema.dit, state.ema.text, prompts.tokens, negative, key, how)
         scores = detector.scores(sampling.measured(vae, x), prompts.said)
-        return {
-            name: scores[name]
-            for name in (
-                "all",
-                "shape",
-                "colour",
-                "background",
-                "size",
-                "motion",
-                "speed",
-                "present",
-            )
-        }
+        return {name: scores[name] for name in _SHOWN}
 
     return check
 
 
 def run_stage(run: Run) -> None:
+    """Trains the stage and writes its results, text/ and teacher/."""
     cfg: TeacherStage = run.settings["teacher"]
     dit = work.trained(run.sizes.dit, cfg.compute)
     vae = work.load(run, "vae")
     clips = encoded.make(run, vae, cfg.clips)
     negative = encoded.negative(encoded.tokenizer(run))
     optimizer = make_optimizer(cfg)
-    model = jax.jit(lambda key: Captioned(dit, run.sizes.text, rngs=nnx.Rngs(key)))(
-        run.key("teacher")
-    )
+    create = jax.jit(lambda key: Captioned(dit, run.sizes.text, rngs=nnx.Rngs(key)))
+    model = create(run.key("teacher"))
     state = TrainState.create(model, optimizer, run.key("teacher steps"))
     program = work.repeated(make_step(cfg, optimizer), cfg.chunk)
-    check = make_check(run, cfg, vae, negative)
+    check = _make_check(run, cfg, vae, negative)
     state = work.train(
         run,
         "teacher",
@@ -125,7 +108,6 @@ def run_stage(run: Run) -> None:
         cfg.check_every,
     )
     work.export(run, "text", "text", state.ema.text, run.sizes.text, steps=cfg.steps)
-    work.export(
-        run, "teacher", "dit", state.ema.dit, run.sizes.dit, steps=cfg.steps
-    )  # last: it says that the stage is finished
+    # The last one, since it says that the stage is finished.
+    work.export(run, "teacher", "dit", state.ema.dit, run.sizes.dit, steps=cfg.steps)
     work.forget_states(run, "teacher")

@@ -4,6 +4,7 @@ latents."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -12,18 +13,23 @@ import numpy as np
 from flax import nnx
 
 from tdjax.models.wan_vae import VAE
-from tdjax.train.optimizer import OptimizerConfig, adamw
-from tdjax.train.state import EMAConfig, TrainState, apply, ema_update, named_keys
+from tdjax.train.configs import EMAConfig, OptimizerConfig
+from tdjax.train.ema import ema_update
+from tdjax.train.optimizer import adamw
+from tdjax.train.state import TrainState
+from tdjax.train.step import apply, named_keys
 from tdjax.train.tiny import work
 from tdjax.train.tiny.data import clips
 from tdjax.train.tiny.evaluation import detector, metrics
 from tdjax.train.tiny.settings import VAEStage
 from tdjax.train.tiny.work import Run
 
-EMA = EMAConfig(decay=0.995)
-# of a latent channel, as a share of the largest: a dead channel would become noise of full strength
+_EMA = EMAConfig(decay=0.995)
+# Of a latent channel, as a share of the largest: a dead channel would become noise of full
+# strength.
 LEAST_DEVIATION = 0.2
-AT_ONCE = 64
+_AT_ONCE = 64
+_SHOWN = ("psnr", "all", "shape", "colour", "size", "motion", "speed", "overlap")
 
 
 def posterior(vae: VAE, video):  # f32[b T H W 3] -> mean, log variance f32[b t h w z]
@@ -32,31 +38,30 @@ def posterior(vae: VAE, video):  # f32[b T H W 3] -> mean, log variance f32[b t 
 
 
 def emphasis(video, drawn: float):  # f32[b T H W 3] -> f32[b T H W 1], of mean 1 in every clip
-    """The weight of each pixel: `drawn` times as much where something is drawn, which is but a
-    twentieth of a clip."""
-    object_ = (
-        jnp.abs(video - video[:, :, :1, :1]).max(-1, keepdims=True) > 0.05
-    )  # a corner is background
+    """Returns the weight of each pixel: `drawn` times as much where something is drawn, which is
+    but a twentieth of a clip."""
+    corner = video[:, :, :1, :1]  # is background
+    object_ = jnp.abs(video - corner).max(-1, keepdims=True) > 0.05
     weight = jnp.where(object_, jnp.float32(drawn), 1.0)
     return weight / weight.mean((1, 2, 3, 4), keepdims=True)
 
 
-def distance(a, b, width: float):
+def _distance(a, b, width: float):
     """Quadratic below `width` and linear above: a background that is nearly right does not drown
     the object's gradient."""
     return jnp.sqrt(jnp.square(a - b) + width**2) - width
 
 
 def loss(vae: VAE, video, draws, jitter, cfg: VAEStage):
-    """Distance of pixels and of their differences, and a little of the divergence; jitter f32[]
-    times noise is what the decoder sees."""
+    """Returns (f32[], its parts): the distance of pixels and of their differences, and a little of
+    the divergence; jitter f32[] times noise is added to what the decoder sees."""
     mean, log_variance = posterior(vae, video)
     z = mean + jnp.exp(0.5 * log_variance) * draws["latent"]
     z = z + jitter * jax.lax.stop_gradient(mean.std((0, 1, 2, 3))) * draws["jitter"]
     made = vae.decode(z, whole=True)
-    pixels = (emphasis(video, cfg.drawn) * distance(made, video, cfg.width)).mean()
+    pixels = (emphasis(video, cfg.drawn) * _distance(made, video, cfg.width)).mean()
     along = [
-        distance(jnp.diff(made, axis=axis), jnp.diff(video, axis=axis), cfg.width).mean()
+        _distance(jnp.diff(made, axis=axis), jnp.diff(video, axis=axis), cfg.width).mean()
         for axis in (1, 2, 3)
     ]
     kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance).mean()
@@ -65,54 +70,49 @@ def loss(vae: VAE, video, draws, jitter, cfg: VAEStage):
 
 
 def make_step(cfg: VAEStage, optimizer):
-    """step(state) -> (state, numbers) on whole clips: with shorter ones, reconstructions of whole
-    ones stayed at 20 dB."""
+    """Returns step(state) -> (state, numbers) on whole clips: with shorter ones, reconstructions of
+    whole ones stayed at 20 dB."""
 
     def step(state: TrainState):
         keys = named_keys(state, "clips", "latent", "jitter")
         video = clips.render(clips.sample(keys["clips"], cfg.batch, "all"))
         shape = jax.eval_shape(lambda vae: posterior(vae, video)[0], state.model).shape
         draws = {name: jax.random.normal(keys[name], shape) for name in ("latent", "jitter")}
-        jitter = jnp.where(
-            state.step >= cfg.jitter_from * cfg.steps, jnp.float32(cfg.jitter), jnp.float32(0)
-        )
+        late = state.step >= cfg.jitter_from * cfg.steps
+        jitter = jnp.where(late, jnp.float32(cfg.jitter), jnp.float32(0))
         grads, numbers = jax.grad(loss, has_aux=True)(state.model, video, draws, jitter, cfg)
         model, opt, more = apply(optimizer, grads, state.opt, state.model)
-        ema = ema_update(state.ema, model, state.step, EMA)
-        return (
-            dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt),
-            numbers | more,
-        )
+        ema = ema_update(state.ema, model, state.step, _EMA)
+        state = dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt)
+        return state, numbers | more
 
     return step
 
 
 @jax.jit
-def round_trip(vae: VAE, video):  # f32[b T H W 3] -> the same
+def _round_trip(vae: VAE, video):  # f32[b T H W 3] -> the same
     return vae.decode(vae.encode(video, whole=True), whole=True)
 
 
-def make_check(run: Run, cfg: VAEStage):
+def _make_check(run: Run, cfg: VAEStage):
     """check(state, step): whole clips through the averaged weights, judged as generated clips
     are."""
     factors = clips.sample(run.key("check"), cfg.check_clips, "all")
 
     def check(state: TrainState, step: int) -> dict[str, float]:
-        scores = judged(state.ema, factors)
-        return {
-            name: scores[name]
-            for name in ("psnr", "all", "shape", "colour", "size", "motion", "speed", "overlap")
-        }
+        scores = _judged(state.ema, factors)
+        return {name: scores[name] for name in _SHOWN}
 
     return check
 
 
-def judged(vae: VAE, factors: clips.Factors) -> dict[str, float]:
+def _judged(vae: VAE, factors: clips.Factors) -> dict[str, float]:
     """Detector scores and PSNR of a round trip."""
-    measured, fidelity, n = [], [], factors.start.shape[0]
-    for i in range(0, n, AT_ONCE):
-        video = clips.render(jax.tree.map(lambda x, i=i: x[i : i + AT_ONCE], factors))
-        made = round_trip(vae, video)
+    measured, fidelity = [], []
+    n = factors.start.shape[0]
+    for i in range(0, n, _AT_ONCE):
+        video = clips.render(jax.tree.map(lambda x, i=i: x[i : i + _AT_ONCE], factors))
+        made = _round_trip(vae, video)
         measured.append(detector.measure(made))
         fidelity.append(metrics.psnr(made, video) * len(made))
     whole = jax.tree.map(lambda *x: np.concatenate([np.asarray(part) for part in x]), *measured)
@@ -126,11 +126,12 @@ def moments(vae: VAE, key, n: int):  # -> sums over n clips: f32[z], of squares 
 
 
 def statistics(vae: VAE, key, n: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of every latent channel over n clips, the deviation not below
+    """Returns mean and deviation of every latent channel over n clips, the deviation not below
     LEAST_DEVIATION of the largest."""
+    size = min(_AT_ONCE, n)
     parts = [
-        jax.device_get(moments(vae, jax.random.fold_in(key, i), min(AT_ONCE, n)))
-        for i in range(-(-n // AT_ONCE))
+        jax.device_get(moments(vae, jax.random.fold_in(key, i), size))
+        for i in range(math.ceil(n / _AT_ONCE))
     ]
     total, squares, count = (np.sum([np.float64(part[i]) for part in parts], 0) for i in range(3))
     mean = total / count
@@ -140,6 +141,7 @@ def statistics(vae: VAE, key, n: int) -> tuple[tuple[float, ...], tuple[float, .
 
 
 def run_stage(run: Run) -> None:
+    """Trains the stage and writes its result, vae/."""
     cfg: VAEStage = run.settings["vae"]
     sizes = work.trained(run.sizes.vae, cfg.compute)
     rates = OptimizerConfig(
@@ -156,18 +158,11 @@ def run_stage(run: Run) -> None:
     vae = jax.jit(lambda key: VAE(sizes, rngs=nnx.Rngs(key)))(run.key("vae"))
     state = TrainState.create(vae, optimizer, run.key("vae steps"))
     program = work.repeated(make_step(cfg, optimizer), cfg.chunk)
-    state = work.train(
-        run, "vae", state, program, cfg.steps, cfg.chunk, (), make_check(run, cfg), cfg.check_every
-    )
+    check = _make_check(run, cfg)
+    state = work.train(run, "vae", state, program, cfg.steps, cfg.chunk, (), check, cfg.check_every)
     with run.stages("latent statistics"):
         mean, std = statistics(state.ema, run.key("statistics"), cfg.statistics)
     run.say(f"latents: mean {mean}, deviation {std}")
-    work.export(
-        run,
-        "vae",
-        "vae",
-        state.ema,
-        dataclasses.replace(run.sizes.vae, mean=mean, std=std),
-        steps=cfg.steps,
-    )
+    measured = dataclasses.replace(run.sizes.vae, mean=mean, std=std)
+    work.export(run, "vae", "vae", state.ema, measured, steps=cfg.steps)
     work.forget_states(run, "vae")

@@ -30,7 +30,7 @@ def opened(states, tmp_path, write_safetensors):
 
 
 def equal(a, b):
-    a, b = orbax.names(a), orbax.names(b)
+    a, b = orbax.named_leaves(a), orbax.named_leaves(b)
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype, name
@@ -108,7 +108,7 @@ def test_dense_attention_drops_the_projection(opened):
     file = opened("sla")
     dense = dataclasses.replace(file.config, attention="dense")
     module = file.load(dense)
-    assert not [name for name in orbax.names(module) if "core" in name]
+    assert not [name for name in orbax.named_leaves(module) if "core" in name]
     assert len(file.binding(dense).dropped) == 2 and not file.binding(file.config).dropped
     sage = file.load(dataclasses.replace(file.config, attention="sagesla"))
     assert module.cfg == dense and sage.cfg.attention == "sagesla"
@@ -187,7 +187,7 @@ def test_layers_of_different_storage(tmp_path, states, write_safetensors):
 def test_final_leaves_are_those_of_the_module(opened):
     for kind in ("sla", "vae"):
         file = opened(kind)
-        module = orbax.names(file.load())
+        module = orbax.named_leaves(file.load())
         for name, lazy in file.lazy().items():
             got = lazy.read()
             assert (
@@ -217,7 +217,7 @@ def test_devices_and_shardings(opened):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("fsdp",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "fsdp"))
-    where = dict.fromkeys(orbax.names(orbax.abstract("dit", file.config)), whole) | {
+    where = dict.fromkeys(orbax.named_leaves(orbax.abstract("dit", file.config)), whole) | {
         "blocks.up.kernel": split
     }
     module = file.load(device=where)

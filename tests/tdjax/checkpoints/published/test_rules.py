@@ -76,7 +76,7 @@ def test_published_key_lists(name, published):
 
 
 def test_configs_are_those_of_the_presets(published):
-    from tdjax.config import PRESETS, UMT5_XXL, WAN_VAE
+    from tdjax.presets import PRESETS, UMT5_XXL, WAN_VAE
 
     for name in DITS:
         preset = PRESETS.get(name.lower())
@@ -116,9 +116,17 @@ def test_two_names_of_a_tensor_fill_the_same_leaf(kind, table, manifest, publish
 def test_image_branch_names_are_those_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
     model = diffusers.WanTransformer3DModel(
-        num_attention_heads=1, attention_head_dim=128, in_channels=36, out_channels=16, text_dim=8, freq_dim=8, ffn_dim=24, num_layers=2,
-        image_dim=40, added_kv_proj_dim=128,
-    )  # fmt: skip
+        num_attention_heads=1,
+        attention_head_dim=128,
+        in_channels=36,
+        out_channels=16,
+        text_dim=8,
+        freq_dim=8,
+        ffn_dim=24,
+        num_layers=2,
+        image_dim=40,
+        added_kv_proj_dim=128,
+    )
     shapes = {
         k: type("S", (), {"shape": tuple(v.shape), "dtype": np.dtype("float32")})
         for k, v in model.state_dict().items()
@@ -129,7 +137,7 @@ def test_image_branch_names_are_those_of_diffusers():
 
 
 # Rows
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 ROWS = (
     Row(

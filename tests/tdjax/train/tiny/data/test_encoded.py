@@ -6,7 +6,8 @@ import pytest
 import tiny_cases
 
 from tdjax.train import shards
-from tdjax.train.data import Position, ShardSource, Stream
+from tdjax.train.sources import ShardSource
+from tdjax.train.stream import Position, Stream
 from tdjax.train.tiny.data import captions, clips, encoded
 
 

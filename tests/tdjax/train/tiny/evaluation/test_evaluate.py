@@ -1,88 +1,9 @@
-"""The table: the detector finds what was drawn, rows keep their results, parents and children are
-compared."""
+"""Numbers of rows."""
 
-import json
-
-import jax
 import numpy as np
-import pytest
-import tiny_cases
 
-from tdjax.train.tiny import settings
 from tdjax.train.tiny.data import clips
-from tdjax.train.tiny.evaluation import evaluate, metrics, variants
-
-CFG = settings.EvaluateStage(
-    clips=6, seeds=2, batch=6, real=6, prompts=2, compute="float32", rows="truth,student_1"
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiling():
-    """These programs run a few times; compiling them well takes far longer than that."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return tiny_cases.finished_run(tmp_path_factory.mktemp("run"), evaluate=CFG)
-
-
-def test_rows_of_the_table():
-    found = {row.key: row for row in variants.variants(CFG)}
-    assert all(row.parent in found for row in found.values() if row.parent)
-    assert set(evaluate.SHOWN) < set(found)
-    assert (
-        found["teacher_unipc_50"].evaluations,
-        found["student_2"].evaluations,
-        found["truth"].evaluations,
-    ) == (100, 2, 0)
-
-
-@pytest.mark.slow
-def test_true_clips_are_all_right_and_results_are_kept(run, monkeypatch, capsys):
-    evaluate.run_stage(run)
-    truth, student = (
-        json.loads((run.folder / "results" / f"{key}.json").read_text())
-        for key in ("truth", "student_1")
-    )
-    assert [values["all"] for values in truth["seeds"]] == [1.0, 1.0] and truth["values"][
-        "all"
-    ] == 1.0
-    assert (
-        student["values"]["all"] < 0.5
-        and student["values"]["fd_pca"] > 2 * truth["values"]["fd_pca"]
-    )
-    assert 0 <= student["values"]["diversity"] < 1 and student["values"]["megabytes"] > 0.1
-    table = (run.folder / "table.md").read_text()
-    assert "| ground truth | 0 | 0 | 12 | 100.0% |" in table and len(table.splitlines()) == 4
-    monkeypatch.setattr(evaluate, "evaluate", None)  # nothing is computed again
-    evaluate.run_stage(run)
-    evaluate.write(
-        run,
-        next(row for row in variants.variants(CFG) if row.key == "truth"),
-        {"values": {"gpu_ms": 1.5}},
-    )
-    again = json.loads((run.folder / "results" / "truth.json").read_text())
-    assert again["values"] == truth["values"] | {"gpu_ms": 1.5} and again["seeds"] == truth["seeds"]
-
-
-def test_children_follow_their_parents():
-    every = {row.key: row for row in variants.variants(CFG)}
-    order = [row.key for row in evaluate.families(every)]
-    assert sorted(order) == sorted(every) and order[order.index("teacher_unipc_50") + 1] == "sla_50"
-    some = evaluate.families(
-        {key: every[key] for key in ("merged_int8_4", "student_4", "merged_raw_4")}
-    )
-    assert [row.key for row in some] == ["merged_int8_4", "student_4", "merged_raw_4"]
-
-
-def test_rows_need_their_weights(run):
-    every = evaluate.possible(run, settings.EvaluateStage())
-    assert "merged_4" in every and "scm_4" not in every and "merged_raw_4" not in every
-    assert list(evaluate.possible(run, CFG)) == ["truth", "student_1"]
+from tdjax.train.tiny.evaluation import evaluate, metrics
 
 
 def test_fidelity_of_bytes_is_that_of_numbers():

@@ -85,7 +85,7 @@ def world(tmp_path_factory):
         sampling.student(4),
         sampling.student(1),
     ],
-    ids=lambda how: f"{how.mode} {how.steps}",
+    ids=lambda how: f"{how.sampler} {how.num_steps}",
 )
 def test_an_oracle_gets_everything_right(world, how):
     tokenizer, prompts, codec, oracle, text = world

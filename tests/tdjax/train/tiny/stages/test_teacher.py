@@ -22,6 +22,7 @@ def some(tokens):
     return tiny_cases.shades(tokens)
 
 
+@pytest.mark.slow
 def test_the_teacher_learns(some, tokens):
     cfg = settings.TeacherStage(
         steps=60, batch=16, learning_rate=3e-3, text_rate=3e-3, warmup=5, compute="float32", ema=0.9

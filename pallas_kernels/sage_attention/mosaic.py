@@ -1,0 +1,70 @@
+"""Attention with int8 scores on Hopper: one pass over the queries and one over the keys round them
+(`token_pass_mosaic`), the latter with the sums of the linear branch; then the loop of
+`online_softmax_mosaic`. Queries have a scale for every 64, half a block."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from pallas_kernels.block_map import block_map_and_mean
+from pallas_kernels.linear_branch import operand
+from pallas_kernels.mosaic import attention_refusal, refuse, unavailable
+from pallas_kernels.online_softmax_mosaic import attend
+from pallas_kernels.primitives import LOG2E
+from pallas_kernels.token_pass_mosaic import token_pass
+
+__all__ = [
+    "int8_attention",
+    "operands",
+    "sage_attention",
+    "sage_sparse_attention",
+    "sage_sparse_linear_attention",
+]
+
+
+def sage_attention(q, k, v, block_q, block_k):
+    """Dense attention: every key block in order, without a list."""
+    return sage_sparse_attention(q, k, v, None, block_q, block_k)
+
+
+def sage_sparse_attention(q, k, v, blocks, block_q, block_k):
+    """See `reference.sage_sparse_attention`. Raises ValueError for what the kernel does not
+    take."""
+    _check(v, block_q, block_k)
+    given, _ = operands(q, k, k.mean(1, dtype=jnp.float32))
+    return int8_attention(*given, v, blocks)
+
+
+def sage_sparse_linear_attention(
+    q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k
+):
+    """The whole op, as in `triton`. Raises ValueError for what the kernel does not take."""
+    _check(v, block_q, block_k)
+    blocks, mean = block_map_and_mean(q, k, chosen, block_q, block_k, means, interpret=False)
+    given, sums = operands(q, k, mean, v)
+    linear = operand(q, sums, proj_kernel, proj_bias)
+    return int8_attention(*given, v, blocks, linear=linear)
+
+
+def operands(q, k, mean, v=None):
+    """What `int8_attention` takes of queries, which have no mean taken off, and of keys; and the
+    sums of `linear_branch.summaries` where the values are given. mean: f32 [b h k]."""
+    queries, _ = token_pass(q, rounds=True)
+    keys, sums = token_pass(k, v, mean=mean, rounds=True)
+    # Cauchy-Schwarz
+    longest = keys.length.max(2, keepdims=True)
+    bound = LOG2E * q.shape[-1] ** -0.5 * queries.length * longest
+    return ((queries.values, queries.scale, bound), (keys.values, keys.scale)), sums
+
+
+def int8_attention(queries, keys, v, blocks, *, linear=None):
+    """`attend` of what `operands` gives."""
+    q, q_scale, bound = queries
+    k, k_scale = keys
+    return attend(q, k, v, blocks, scales=(q_scale, k_scale), bound=bound, linear=linear)
+
+
+def _check(v, block_q, block_k):
+    op = "attention with int8 scores"
+    refuse(op, attention_refusal(v.shape[-1], block_q, block_k, v.dtype))
+    refuse(op, unavailable())

@@ -1,0 +1,204 @@
+"""What every command shares: errors to exit codes, the spelling of options, the compile cache, LoRA
+pairs. Imports no jax."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import re
+import secrets
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+from tdjax.errors import TdjaxError, UsageError
+
+INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
+WORTH_KEEPING = 0.1  # seconds of compiling from which on the persistent cache keeps a program
+NOTHING_HALF_WRITTEN = "nothing was left half-written; the same command starts again"
+
+
+def main(
+    command: Callable[[list[str]], int],
+    argv: list[str] | None,
+    *,
+    parser: Callable[[], argparse.ArgumentParser],
+    names: Mapping[str, str] | None = None,
+    interrupted: str = NOTHING_HALF_WRITTEN,
+) -> int:
+    """The exit code of a command: its own, that of the error which ended it, 2 where the file
+    system refused something, 130 after Ctrl-C, 143 after SIGTERM.
+
+    command:     takes the words of the command line, options with underscores.
+    parser:      makes the parser whose options an error may speak of.
+    names:       {argument of the library: option} where they differ.
+    interrupted: what Ctrl-C leaves behind.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the command: nobody listens
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the process ends
+    try:
+        code = command(hyphens(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except TdjaxError as error:
+        print(f"error: {spelled(str(error), options(parser(), names))}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        print(f"error: {_refused(error)}", file=sys.stderr)
+        return UsageError.exit_code
+    except _Terminated:
+        print(f"\nterminated: {interrupted}", file=sys.stderr)
+        return TERMINATED
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Ends this process with a command's exit code, and the command with SIGTERM as with Ctrl-C.
+
+    It ends at once: files are closed by then, taking the libraries down in order takes most of a
+    second, and after a failure threads may still be compiling or loading.
+    """
+
+    def terminate(number, frame):
+        raise _Terminated
+
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminate)
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # gone, closed or None
+            stream.flush()
+    os._exit(code)
+
+
+def hyphens(argv: list[str]) -> list[str]:
+    """--num-steps=4 -> --num_steps=4"""
+    out = []
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            word = "--" + name[2:].replace("-", "_") + equals + value
+        out.append(word)
+    return out
+
+
+def options(
+    parser: argparse.ArgumentParser, names: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """{argument of the library: option of the command as it is written, such as --num_steps}."""
+    found = {}
+    for action in parser._actions:
+        long = [option for option in action.option_strings if option.startswith("--")]
+        found |= {option[2:]: long[0] for option in long}
+    return found | {name: f"--{option}" for name, option in (names or {}).items()}
+
+
+def spelled(message: str, options: Mapping[str, str]) -> str:
+    """A message of the library with its arguments written as the command's options.
+
+    Names with an underscore are recognised as they are, others between backticks: `seed`. Names
+    inside paths and words, and those that the command lacks, stay.
+    """
+
+    def option(match: re.Match) -> str:
+        name = match["quoted"] or match["plain"]
+        return options.get(name, match[0])
+
+    name = r"`(?P<quoted>\w+)`|(?<![\w\-./`])(?P<plain>\w+_\w+)(?![\w./`(])"
+    return re.sub(name, option, message)
+
+
+def path(text: str) -> Path:
+    """A word of the command line as a path. The shell expands ~ only where a word begins with it:
+    not in --save_path=~/fox.mp4, nor in files."""
+    return Path(text).expanduser()
+
+
+def lora_pair(text: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT, such as fox.safetensors:0.8 -> (file, weight). A colon that no number
+    follows belongs to the name. Raises UsageError for what is meant as a number and is none."""
+    match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", text)
+    if match:
+        return match[1], float(match[2])
+    name, _, weight = text.rpartition(":")
+    if name and re.fullmatch(r"[\d.,+-]+", weight) and not Path(text).exists():
+        raise UsageError(
+            f"{text}: the weight {weight!r} is no number",
+            "a LoRA is given as FILE or FILE:WEIGHT",
+            f"for example {name}:0.8",
+        )
+    return text, 1.0
+
+
+def set_compile_cache(given: str | None = None) -> str | None:
+    """Turns the persistent compile cache on, before jax is used; returns a line for the user where
+    the folder cannot be written, which costs time and not the run.
+
+    given: a folder, None for the one of this user, "none" for no cache.
+    """
+    from tdjax.checkpoints.locate import cache_folder
+
+    if given == "none":
+        return None
+    folder = Path(given).expanduser() if given else cache_folder() / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{secrets.token_hex(4)}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return (
+            f"compile cache {folder} is not writable ({error.strerror}): going on without;"
+            " --compile_cache_dir DIR chooses another"
+        )
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
+    return None
+
+
+def start_jax() -> str:
+    """The name of JAX's default backend, which this starts. Raises UsageError where the environment
+    asks for what is not there, or for programs that are not compiled."""
+    import jax
+
+    if jax.config.jax_disable_jit:
+        raise UsageError(
+            "JAX_DISABLE_JIT is set",
+            "programs are compiled before they run, and then always run compiled",
+            "unset it",
+        )
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # what jax raises for a backend that fails
+        asked = os.environ.get("JAX_PLATFORMS")
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise UsageError(
+            "JAX finds no device" + (f" for JAX_PLATFORMS={asked}" if asked else ""),
+            lines[0],
+            "python -m tdjax.env says what there is; without JAX_PLATFORMS that is used",
+        ) from error
+
+
+def _refused(error: OSError) -> str:
+    """What, why and fix of an error of the file system."""
+    where = f"{error.filename}: " if error.filename else ""
+    what = f"{where}{error.strerror or error}"
+    if error.errno == errno.ENOSPC:
+        return f"{what}\nthe disk is full\nmake room, or give a path on another disk"
+    return f"{what}\nthe file system refused it\ngive another path"
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: with its temporary files removed."""

@@ -1,0 +1,167 @@
+"""Files and folders that appear complete or not at all, refusals before any work, and names that
+come close.
+
+Nothing is removed that tdjax did not write: a file gives way only where the caller was told to
+overwrite it, a folder only where `owned` recognises it by what is in it, and no link is followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from tdjax.errors import UsageError
+
+FULL = 2**20  # bytes: less is free on a disk that a write has just filled
+_PART = re.compile(r"\.tdjax-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}\.part")
+
+
+def near(word: str, names: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Returns the names that are most like a word, the nearest first; with cutoff 0 there is one
+    whenever there are names."""
+    return difflib.get_close_matches(str(word), list(names), count, cutoff)
+
+
+def near_files(path: Path) -> str:
+    """The names beside a missing file that are most like it, as the last line of an error."""
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    found = near(path.name, names, 3)
+    return f"in {path.parent} there is: {', '.join(found)}" if found else "check the path"
+
+
+def refuse_existing(
+    path: Path, overwrite: bool, owned: Callable[[Path], bool] | None = None
+) -> None:
+    """Raises UsageError where `path` exists and may not be replaced: before any work, and again
+    when the work is done; OSError where the file system cannot have such a name.
+
+    owned: whether a folder holds what tdjax wrote there and nothing else. Other folders that are
+           not empty, and links to folders, are never replaced.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not overwrite:
+        raise UsageError(
+            f"{path} exists",
+            "nothing is overwritten by itself",
+            "give another name, or `overwrite`",
+        )
+    if not path.is_dir():
+        return
+    if path.is_symlink():
+        raise UsageError(
+            f"{path} is a link to a folder",
+            "neither a link nor what it leads to is replaced",
+            f"give another name, or {path.resolve()} itself",
+        )
+    names = sorted(p.name for p in path.iterdir())
+    if names and not (owned is not None and owned(path)):
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        raise UsageError(
+            f"{path} is a folder that holds {', '.join(names[:4])}{more}",
+            "only a folder that tdjax wrote, with nothing else in it, is replaced",
+            f"give another name, for example {path / 'NAME'}",
+        )
+
+
+def refuse_inputs(target: Path, inputs: Iterable[Path]) -> None:
+    """Raises UsageError where writing `target` would replace an input or a folder that holds
+    one."""
+    place = target.resolve()
+    for given in inputs:
+        source = given.resolve()
+        if os.path.lexists(target) and (source == place or place in source.parents):
+            where = "is the input" if source == place else f"holds the input {given}"
+            raise UsageError(
+                f"{target} {where}",
+                "an input is not replaced by what is made from it",
+                "give another name",
+            )
+
+
+@contextlib.contextmanager
+def written(
+    target: str | Path, overwrite: bool = False, owned: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
+    """A path to write to, which becomes `target` when the block ends well and vanishes when it
+    does not: `target` is never half there, and on disk before it has its name.
+
+    The path has the target's name, by whose suffix libraries choose a format, in a hidden folder
+    beside it. Raises UsageError as `refuse_existing`, OSError where the disk is full.
+    """
+    target = Path(os.path.abspath(target))
+    refuse_existing(target, overwrite, owned)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target.parent)
+    token = secrets.token_hex(4)
+    folder = target.with_name(f".tdjax-{socket.gethostname()}-{os.getpid()}-{token}.part")
+    folder.mkdir()
+    part = folder / target.name
+    try:
+        with _disk_full(target):
+            yield part
+            _flush(part)
+        refuse_existing(target, overwrite, owned)  # somebody may have come in between
+        if not target.is_dir():
+            os.replace(part, target)
+            return
+        replaced = folder / "replaced"  # a folder with files in it cannot be replaced in one step
+        os.replace(target, replaced)
+        try:
+            os.replace(part, target)
+        except OSError:
+            os.replace(replaced, target)
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Writes or replaces a small file in one step."""
+    with written(target, overwrite=True) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or every file of a folder, is on disk: after a crash of the machine a
+    name without its content would be taken for a complete file."""
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what killed runs on this host left in a folder."""
+    if not Path("/proc/self").exists():
+        return  # nothing says here which processes are alive
+    for part in folder.glob(".tdjax-*.part"):
+        match = _PART.fullmatch(part.name)
+        here = match is not None and match["host"] == socket.gethostname()
+        if here and not Path(f"/proc/{match['pid']}").exists() and not part.is_symlink():
+            shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_full(target: Path) -> Iterator[None]:
+    """Libraries report a full disk in many ways; here it is an OSError with its number."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, OSError) and error.errno is not None
+        if not known and shutil.disk_usage(target.parent).free < FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+        raise

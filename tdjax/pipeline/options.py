@@ -1,0 +1,163 @@
+"""How a model is opened, as one frozen value, and what its arguments may be. Imports no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Collection, Iterable
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypedDict, TypeVar, get_args
+
+from tdjax.errors import UsageError
+from tdjax.files import near
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import jax
+    import numpy as np
+    from PIL.Image import Image as PILImage
+
+    Image = str | Path | PILImage | np.ndarray
+
+Attention = Literal["auto", "original", "dense", "sla", "sagesla"]
+Impl = Literal["auto", "reference", "triton", "cudnn"]
+Quant = Literal["auto", "none", "int8", "int8_channel", "fp8"]
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+TextEncoderDevice = Literal["auto", "device", "stream"]
+VAEDecoding = Literal["auto", "full", "tiled"]
+Sampler = Literal["sde", "ode", "unipc", "euler"]
+Fit = Literal["crop", "pad", "stretch", "adaptive"]
+OutputType = Literal["uint8", "float", "latent"]
+Check = Literal["finite", "none"]
+Lora = Iterable[tuple["str | Path", float]]  # (file, weight) pairs
+
+
+class LoadAliases(TypedDict, total=False):
+    """Other names of arguments of `tdjax.load`."""
+
+    attention_impl: Impl
+
+
+class CallAliases(TypedDict, total=False):
+    """Names that diffusers and TurboDiffusion have for arguments of a call."""
+
+    num_inference_steps: int | None
+    image_path: Image | None
+    num_videos_per_prompt: int
+    generator: jax.Array | None
+
+
+# Other projects' names, and earlier ones of this one, by what they mean here. They are accepted at
+# the door and nowhere else.
+ALIASES = {
+    "attention_impl": "impl",
+    "num_inference_steps": "num_steps",
+    "image_path": "image",
+    "num_videos_per_prompt": "num_samples",
+    "generator": "key",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineOptions:
+    """How a model is opened; the arguments of `tdjax.load` say what they mean. Where its files are
+    is not told here."""
+
+    attention: Attention = "auto"
+    impl: Impl = "auto"
+    quant: Quant = "auto"
+    dtype: DType = "auto"
+    vae_dtype: DType | None = None
+    sla_topk: float | None = None
+    mesh: str | None = None
+    low_memory: bool = False
+    text_encoder: bool = True
+    text_encoder_device: TextEncoderDevice = "auto"
+    vae: VAEDecoding = "auto"
+    prompt_cache: bool = True
+    lora: Lora = ()
+    lora_high: Lora = ()
+    lora_low: Lora = ()
+
+    def __post_init__(self):
+        check_choice("attention", self.attention, get_args(Attention))
+        check_choice("quant", self.quant, get_args(Quant))
+        check_choice("dtype", self.dtype, get_args(DType))
+        check_choice("vae_dtype", self.vae_dtype or self.dtype, get_args(DType))
+        check_choice("text_encoder_device", self.text_encoder_device, get_args(TextEncoderDevice))
+        check_choice("vae", self.vae, get_args(VAEDecoding))
+        check_choice("impl", self.impl, get_args(Impl))
+        if self.mesh is not None and self.text_encoder_device == "stream":
+            raise UsageError(
+                "text_encoder_device stream with a mesh",
+                "layers are streamed to one device",
+                "use device, or no mesh",
+            )
+
+    def with_dtype(self, dtype: DType) -> PipelineOptions:
+        """Returns the options with "auto" settled: `dtype`, and the VAE's the same where none was
+        asked for."""
+        dtype = dtype if self.dtype == "auto" else self.dtype
+        vae_dtype = dtype if self.vae_dtype in (None, "auto") else self.vae_dtype
+        return dataclasses.replace(self, dtype=dtype, vae_dtype=vae_dtype)
+
+
+def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raises UsageError unless the value is one of those allowed."""
+    if value not in allowed:
+        nearest = near(value, allowed, cutoff=0.0)[0]
+        raise UsageError(
+            f"{name} is {value!r}", f"allowed: {', '.join(allowed)}", f"nearest: {nearest}"
+        )
+
+
+def without_aliases(
+    arguments: dict[str, Any], aliases: type, accepted: Collection[str], defaults: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the arguments by their own names.
+
+    aliases:  the TypedDict of other names that may be among them; accepted: their own names.
+    defaults: {argument: the value that it has where nobody gave it}, other than None.
+    Raises UsageError for an unknown name, and where one thing was given by two names.
+    """
+    others = aliases.__annotations__
+    out = {name: value for name, value in arguments.items() if name in accepted}
+    for name, value in arguments.items():
+        if name in accepted:
+            continue
+        if name not in others:
+            known = sorted([*accepted, *others])
+            nearest = near(name, known)
+            raise UsageError(
+                f"unknown argument {name!r}",
+                f"allowed: {', '.join(known)}",
+                f"did you mean {nearest[0]!r}?" if nearest else "see help(tdjax.Pipeline)",
+            )
+        own = ALIASES[name]
+        if value is None:
+            continue
+        before = out.get(own)
+        if before is not None and not (
+            isinstance(before, int | str) and before == defaults.get(own)
+        ):
+            raise UsageError(
+                f"{own} and {name} were both given", "they are the same argument", f"give {own}"
+            )
+        out[own] = value
+    return out
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def arguments_of(source: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Gives a method the argument list of another one: for readers, editors and type checkers."""
+
+    def with_signature(method: Callable[..., R]) -> Callable[P, R]:
+        returns = inspect.signature(method).return_annotation
+        signature = inspect.signature(source).replace(return_annotation=returns)
+        method.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+        return method
+
+    return with_signature

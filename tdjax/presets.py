@@ -1,0 +1,99 @@
+"""Data of released models: networks, samplers, and PRESETS, their names with the files they are."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tdjax.config import DiTConfig, SamplerConfig, TextConfig, VAEConfig
+
+T2V_SAMPLER = SamplerConfig()
+I2V_SAMPLER = SamplerConfig(sigma_max=200.0)
+TEACHER_SAMPLER = SamplerConfig(
+    num_steps=50, sampler="unipc", sigma_max=5000.0, shift=5.0, guidance_scale=5.0
+)
+
+WAN_1_3B = DiTConfig()
+WAN_14B = DiTConfig(dim=5120, ffn_dim=13824, layers=40, heads=40)
+WAN_A14B_I2V = dataclasses.replace(WAN_14B, in_channels=36)
+WAN_VAE = VAEConfig()
+UMT5_XXL = TextConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """One released model: where its files are and how it is sampled. `dit` is (file,) or (high
+    noise, low noise)."""
+
+    repo: str  # hub id of the transformer
+    dit: tuple[str, ...]
+    config: DiTConfig
+    resolution: str
+    sampler: SamplerConfig = T2V_SAMPLER
+    base_repo: str = "Wan-AI/Wan2.1-T2V-1.3B"  # hub id of VAE, text encoder and tokenizer
+    vae: str = "Wan2.1_VAE.pth"
+    text: str = "models_t5_umt5-xxl-enc-bf16.pth"
+    tokenizer: str = "google/umt5-xxl"
+
+    @property
+    def distilled(self) -> bool:
+        return self.sampler.few_step
+
+
+def _turbo(name: str, config: DiTConfig, resolution: str) -> dict[str, Preset]:
+    """The two presets of one distilled text-to-video model: as published, and its int8 (`-quant`)
+    file."""
+    sla = dataclasses.replace(config, attention="sla")
+    int8 = dataclasses.replace(sla, linear="int8")
+    repo = f"TurboDiffusion/{name}"
+    return {
+        name.lower(): Preset(repo=repo, dit=(f"{name}.pth",), config=sla, resolution=resolution),
+        f"{name.lower()}-quant": Preset(
+            repo=repo, dit=(f"{name}-quant.pth",), config=int8, resolution=resolution
+        ),
+    }
+
+
+def _turbo_i2v(suffix: str, linear: str) -> Preset:
+    return Preset(
+        repo="TurboDiffusion/TurboWan2.2-I2V-A14B-720P",
+        dit=(
+            f"TurboWan2.2-I2V-A14B-high-720P{suffix}.pth",
+            f"TurboWan2.2-I2V-A14B-low-720P{suffix}.pth",
+        ),
+        config=dataclasses.replace(WAN_A14B_I2V, attention="sla", linear=linear),
+        resolution="720p",
+        sampler=I2V_SAMPLER,
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    **_turbo("TurboWan2.1-T2V-1.3B-480P", WAN_1_3B, "480p"),
+    **_turbo("TurboWan2.1-T2V-14B-480P", WAN_14B, "480p"),
+    **_turbo("TurboWan2.1-T2V-14B-720P", WAN_14B, "720p"),
+    "turbowan2.2-i2v-a14b-720p": _turbo_i2v("", "float"),
+    "turbowan2.2-i2v-a14b-720p-quant": _turbo_i2v("-quant", "int8"),
+    "wan2.1-t2v-1.3b": Preset(
+        repo="Wan-AI/Wan2.1-T2V-1.3B",
+        dit=("diffusion_pytorch_model.safetensors",),
+        config=WAN_1_3B,
+        resolution="480p",
+        sampler=TEACHER_SAMPLER,
+    ),
+    "wan2.1-t2v-14b": Preset(
+        repo="Wan-AI/Wan2.1-T2V-14B",
+        dit=("diffusion_pytorch_model.safetensors.index.json",),
+        config=WAN_14B,
+        resolution="720p",
+        sampler=TEACHER_SAMPLER,
+    ),
+    "wan2.2-i2v-a14b": Preset(
+        repo="Wan-AI/Wan2.2-I2V-A14B",
+        dit=(
+            "high_noise_model/diffusion_pytorch_model.safetensors.index.json",
+            "low_noise_model/diffusion_pytorch_model.safetensors.index.json",
+        ),
+        config=WAN_A14B_I2V,
+        resolution="720p",
+        sampler=dataclasses.replace(TEACHER_SAMPLER, num_steps=40, guidance_scale=3.5),
+    ),
+}

@@ -1,0 +1,55 @@
+"""Where the arrays of a training state lie: each of a network's averages and moments as the weight
+that it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tdjax.parallel.sharding import axes_of, leaf_name, spec
+
+
+def shardings(state, mesh: Mesh):
+    """Returns a NamedSharding for every leaf of an (abstract) state or teacher, as the same pytree.
+
+    Whatever ends in the name of a network's leaf (its average, its moments) lies as that leaf does;
+    the rest is whole on every device.
+    """
+    sizes = dict(mesh.shape)
+
+    def sharding(path, leaf):
+        words = leaf_name(path).split(".")
+        for i in range(len(words)):
+            axes = _known_axes(".".join(words[i:]))
+            if axes is not None and len(axes) <= leaf.ndim:
+                return NamedSharding(mesh, spec(leaf.shape, axes, sizes))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def _known_axes(name: str) -> tuple[str | None, ...] | None:
+    try:
+        return axes_of(name)
+    except ValueError:
+        return None
+
+
+def created(create: Callable, *models, mesh: Mesh | None = None):
+    """Returns create(*models), a state, laid out over the mesh from the start: it is never whole on
+    one device."""
+    where = None if mesh is None else shardings(jax.eval_shape(create, *models), mesh)
+    return jax.jit(create, out_shardings=where)(*models)
+
+
+def abstract(state, mesh: Mesh | None):
+    """Returns the shapes of a state, with shardings under a mesh, for `checkpoints.restore`."""
+    if mesh is None:
+        return state
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        shardings(state, mesh),
+    )

@@ -1,0 +1,107 @@
+"""Samples from a folder of shards, and one prompt's embedding."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+
+from tdjax.text.embeds import load_embeds
+from tdjax.train.shards import BF16, DAMAGE, DataError, Entry, decode, index
+
+
+class ShardSource:
+    """A folder of `shard*.tar` files. Latents are cut to their first `frames`; text stays
+    bfloat16."""
+
+    def __init__(self, folder: str | Path, *, frames: int, channels: int, text_dim: int):
+        self.folder = Path(folder)
+        self.files = sorted(self.folder.glob("shard*.tar"))
+        if not self.files:
+            why = "it is not a folder"
+            if self.folder.is_dir():
+                there = sorted(p.name for p in self.folder.glob("*"))[:8]
+                why = f"it holds {', '.join(there) or 'nothing'}"
+            raise DataError(
+                f"{self.folder} has no shards",
+                why,
+                "a data set is a folder of shard_000000.tar, shard_000001.tar, ...",
+            )
+        self.frames = frames
+        first = self.entries(0)[0]
+        latent = first.latent.array()
+        embed = first.embed.array()
+        # As stored [c t h w]; any number of frames from `frames` on.
+        self.latent_shape = (channels, None, *latent.shape[2:])
+        self.text_shape = (embed.shape[0] if embed.ndim else 0, text_dim)
+
+    @property
+    def units(self) -> int:
+        """How many shards there are."""
+        return len(self.files)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the names and sizes of all shards."""
+        listing = "".join(f"{p.name} {p.stat().st_size}\n" for p in self.files)
+        return hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+    def entries(self, unit: int) -> Sequence[Entry]:
+        """Returns the samples of a shard. Raises DataError for a bad one."""
+        return index(self.files[unit])
+
+    def read(self, entry: Entry) -> tuple[np.ndarray, np.ndarray, None]:
+        """Returns (latents f32[t h w c], text bf16[s d], no image). Raises DataError for a sample
+        of another shape."""
+        latent = _fitting(entry.latent.array(), self.latent_shape, entry.latent)
+        if latent.shape[1] < self.frames:
+            raise DataError(
+                f"{entry.latent} has {latent.shape[1]} latent frames",
+                f"{self.frames} are asked for; longer ones are cut",
+                "set data.frames to the smallest number",
+            )
+        text = _fitting(entry.embed.array(), self.text_shape, entry.embed)
+        frames = rearrange(latent[:, : self.frames], "c t h w -> t h w c")
+        return np.ascontiguousarray(frames, np.float32), text.astype(BF16), None
+
+
+def _fitting(array: np.ndarray, shape: tuple[int | None, ...], member) -> np.ndarray:
+    """The array if it has this shape, where None is any size."""
+    fits = array.ndim == len(shape)
+    if not fits or any(n not in (None, m) for n, m in zip(shape, array.shape, strict=True)):
+        raise DataError(
+            f"{member} has shape {list(array.shape)}",
+            f"expected {['any' if n is None else n for n in shape]}: the model's width, and the"
+            " size of the first sample",
+            "samples of one data set have one size",
+        )
+    return array
+
+
+def read_embedding(path: str | Path) -> np.ndarray:
+    """Returns the embedding [s d] of one prompt: of `umT5_wan_negative_emb.pt` as published, of
+    .npy, or of what --save_prompt_embeds wrote. Raises DataError for another file."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        array = load_embeds(path)
+    else:
+        try:
+            array = decode(path.name, path.read_bytes())
+        except (OSError, *DAMAGE) as e:
+            raise DataError(
+                f"{path} holds no prompt embedding",
+                str(e),
+                "give umT5_wan_negative_emb.pt, .npy or .safetensors",
+            ) from e
+    array = array[0] if array.ndim == 3 and len(array) == 1 else array
+    if array.ndim != 2:
+        raise DataError(
+            f"{path} has shape {list(array.shape)}",
+            "one prompt's embedding is [tokens width]",
+            "give one prompt",
+        )
+    return array

@@ -1,0 +1,229 @@
+"""Batches in a fixed order: the endless stream over a source of samples, and the thread that reads
+ahead.
+
+The order of samples is a function of the seed and of nothing else (not of the number of hosts, nor
+of what was read before), so a place in it is three numbers: they are saved with a checkpoint, and
+training goes on at the very next sample.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from tdjax.errors import UsageError
+from tdjax.parallel.sharding import spec
+from tdjax.train.state import Batch
+
+
+class Source(Protocol):
+    """What batches are made of: samples in units (shards), which are shuffled first."""
+
+    units: int
+    fingerprint: str  # another one where a saved position would mean other samples
+
+    def entries(self, unit: int) -> Sequence[Any]:
+        """Returns the samples of a unit, unread."""
+        ...
+
+    def read(self, entry) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Returns (latents f32[t h w c], text [s d], image [t h w 20] or None)."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Position:
+    """A place in a stream: `offset` samples into a group of units of an epoch."""
+
+    epoch: int = 0
+    group: int = 0
+    offset: int = 0
+
+
+# -- order -----------------------------------------------------------------------------------------
+
+
+def permutation(count: int, *seed: int) -> np.ndarray:
+    """Returns an order of range(count) that depends on the seed alone. Raw bits are sorted, since
+    numpy keeps those (and not its shuffles) the same in every version."""
+    bits = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count)
+    return np.argsort(bits, kind="stable")
+
+
+class Stream:
+    """Batches without end. Units are shuffled in every epoch, then the samples of each `mix` units
+    that follow each other.
+
+    batch: samples of all hosts together. host: (index, count); a host reads its rows of every
+           batch.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch: int,
+        seed: int = 0,
+        mix: int = 4,
+        host: tuple[int, int] = (0, 1),
+    ):
+        if batch % host[1]:
+            raise UsageError(
+                f"data.batch is {batch}",
+                f"{host[1]} hosts take equal parts of a batch",
+                f"use a multiple of {host[1]}",
+            )
+        self.source = source
+        self.size = batch
+        self.seed = seed
+        self.mix = mix
+        part = batch // host[1]
+        self.rows = range(host[0] * part, (host[0] + 1) * part)
+        self._order = functools.lru_cache(maxsize=2)(self._ordered)
+
+    def _ordered(self, epoch: int, group: int) -> list:
+        """The entries of one group in the order of their turn."""
+        units = permutation(self.source.units, self.seed, epoch)
+        units = units[group * self.mix : (group + 1) * self.mix]
+        entries = [entry for unit in units for entry in self.source.entries(int(unit))]
+        return [entries[i] for i in permutation(len(entries), self.seed, epoch, group)]
+
+    def _following(self, position: Position, count: int) -> tuple[list, Position]:
+        """The next entries, and the place behind them."""
+        out: list = []
+        groups = math.ceil(self.source.units / self.mix)
+        while True:
+            entries = self._order(position.epoch, position.group)
+            taken = entries[position.offset : position.offset + count - len(out)]
+            out += taken
+            position = dataclasses.replace(position, offset=position.offset + len(taken))
+            if len(out) == count:
+                return out, position
+            if position.group + 1 < groups:
+                position = Position(epoch=position.epoch, group=position.group + 1)
+            else:
+                position = Position(epoch=position.epoch + 1)
+
+    def batch(self, position: Position) -> tuple[Batch, Position]:
+        """Returns this host's rows of the batch at a place, as numpy arrays, and the place behind
+        the whole batch. Raises DataError for a sample that cannot be read."""
+        entries, position = self._following(position, self.size)
+        latents, text, image = zip(*(self.source.read(entries[i]) for i in self.rows), strict=True)
+        stack = lambda arrays: None if arrays[0] is None else np.stack(arrays)
+        return Batch(latents=stack(latents), text=stack(text), image=stack(image)), position
+
+    def saved(self, position: Position) -> dict[str, Any]:
+        """Returns a place as JSON values."""
+        return {
+            **dataclasses.asdict(position),
+            "seed": self.seed,
+            "mix": self.mix,
+            "data": self.source.fingerprint,
+        }
+
+    def restored(self, saved: dict[str, Any]) -> Position:
+        """Returns the place that `saved` gave; the beginning if the seed is another one. Raises
+        UsageError if the place would mean other samples now."""
+        now = self.saved(Position())
+        if saved.get("seed") != now["seed"]:
+            return Position()
+        changed = [
+            f"{name} was {saved.get(name)}, is {now[name]}"
+            for name in ("mix", "data")
+            if saved.get(name) != now[name]
+        ]
+        if changed:
+            raise UsageError(
+                "the data is not what the checkpoint was trained on",
+                f"{'; '.join(changed)} (data: a hash of the shards' names and sizes)",
+                "give the same data.path and data.mix, or another data.seed: the data then begins"
+                " anew",
+            )
+        return Position(**{f.name: saved[f.name] for f in dataclasses.fields(Position)})
+
+
+# -- reading ahead ---------------------------------------------------------------------------------
+
+
+def on_device(batch: Batch, mesh: Mesh | None = None) -> Batch:
+    """Returns a batch on the device, over the mesh's data axes where there is one; each host gives
+    its own rows."""
+    if mesh is None:
+        return jax.device_put(batch)
+    hosts = jax.process_count()
+
+    def place(rows):
+        shape = (len(rows) * hosts, *rows.shape[1:])
+        sharding = NamedSharding(mesh, spec(shape, ("batch",), dict(mesh.shape)))
+        return jax.make_array_from_process_local_data(sharding, rows)
+
+    return jax.tree.map(place, batch)
+
+
+class ReadAhead:
+    """Batches of a stream from a place on, read by one thread, `depth` of them ahead, and put on
+    the device when they are asked for.
+
+    The thread leaves the device alone: beside its work cuDNN may not be able to prepare a first
+    step (`tdjax.pipeline.kernel_check.wait_for_threads`).
+
+    with ReadAhead(stream, position, place) as batches:
+        batch, position = batches.next()
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        position: Position,
+        place: Callable[[Batch], Batch] = on_device,
+        depth: int = 2,
+    ):
+        self.stream = stream
+        self.position = position
+        self.place = place
+        self.ready: queue.Queue = queue.Queue(maxsize=depth)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="tdjax data", daemon=True)
+
+    def _run(self) -> None:
+        """The thread: until it is stopped, or an error, which is handed on in the place of a
+        batch."""
+        position = self.position
+        while not self.stopped.is_set():
+            try:
+                item = self.stream.batch(position)
+                position = item[1]
+            except Exception as error:  # noqa: BLE001  (raised again by next)
+                item = error
+            self.ready.put(item)
+            if isinstance(item, Exception):
+                return
+
+    def next(self) -> tuple[Batch, Position]:
+        """Returns the next batch, on the device, and the place behind it. Raises what reading it
+        raised."""
+        item = self.ready.get()
+        if isinstance(item, Exception):
+            raise item
+        batch, position = item
+        return self.place(batch), position
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopped.set()
+        while self.thread.is_alive():  # it may stand before a full queue
+            while not self.ready.empty():
+                self.ready.get_nowait()
+            self.thread.join(0.01)

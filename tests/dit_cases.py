@@ -1,0 +1,69 @@
+"""A small video transformer, data for it, and the size of differences."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tdjax.config import DiTConfig, SLAConfig
+from tdjax.models.wan_dit import DiT
+from tdjax.precision import FLOAT32
+from tdjax.train.state import Batch
+
+# Compiled quickly rather than well: half of the usual time went into fused loops.
+QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+jit = functools.partial(jax.jit, compiler_options=QUICK)
+
+
+TINY = DiTConfig(
+    dim=16,
+    heads=2,
+    ffn_dim=12,
+    layers=2,
+    in_channels=3,
+    out_channels=3,
+    freq_dim=8,
+    text_dim=5,
+    text_len=4,
+    round_time=False,
+    policy=FLOAT32,
+    sla=SLAConfig(topk=0.34, block_q=64, block_k=64),
+)
+
+
+def dit(seed=0, **changes):
+    """A model whose every leaf is random but the projection of the linear branch, which starts at
+    zero."""
+    cfg = dataclasses.replace(TINY, **changes)
+    names = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
+    draw = np.random.default_rng(seed).normal
+    value = lambda path, x: (
+        jnp.zeros(x.shape)
+        if "proj" in str(path) and "core" in str(path)
+        else jnp.asarray(draw(size=x.shape) / 4, x.dtype)
+    )
+    return jax.tree_util.tree_map_with_path(value, names)
+
+
+def clip(t, h, w, b=2):
+    draw = np.random.default_rng(3).normal
+    return Batch(
+        jnp.asarray(draw(size=(b, t, h, w, 3)), jnp.float32),
+        jnp.asarray(draw(size=(b, 4, 5)), jnp.float32),
+    )
+
+
+network = jit(lambda model, x, timestep, text: model(x, timestep, text))
+
+
+def difference(a, b):
+    return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), a, b)
+
+
+def norm(tree):
+    return float(
+        np.sqrt(sum(np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree)))
+    )

@@ -1,0 +1,137 @@
+"""The Mosaic GPU loop of attention, interpreted with threads, barriers and copies, against
+the references. The interpreter multiplies no registers, so there weights go through shared memory,
+and sums that fade are kept beside the accumulators."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerances import assert_close
+
+from pallas_kernels import blocking
+from pallas_kernels import mosaic as shared
+from pallas_kernels.linear_branch import feature, linear_attention
+from pallas_kernels.mosaic import attention_refusal
+from pallas_kernels.sage_attention import reference as sage_reference
+from pallas_kernels.sage_attention.reference import quantize_blocks
+from pallas_kernels.sparse_attention import reference
+
+interpreted = pytest.mark.skipif(shared.unavailable() is not None, reason=str(shared.unavailable()))
+STAGES = 2
+
+
+def attend(*args, stages=STAGES, query_buffers=1, **options):
+    """The kernel, interpreted; the module imports the backend, which older versions of jax lack."""
+    from pallas_kernels.online_softmax_mosaic import Tile, attend
+
+    tile = Tile(stages=stages, query_buffers=query_buffers)
+    return attend(*args, tile=tile, interpret=True, **options)
+
+
+def qkv(l, s, h=1, dtype=jnp.bfloat16):
+    rng = np.random.default_rng(l + s)
+    return tuple(jnp.asarray(rng.normal(size=(1, n, h, 128)), dtype) for n in (l, s, s))
+
+
+def lists(l, s, h, chosen):
+    """Random blocks; the last one, which may be cut, is in every other list."""
+    n, m = -(-l // 128), -(-s // 64)
+    rng = np.random.default_rng(chosen)
+    made = np.stack([np.sort(rng.permutation(m)[:chosen]) for _ in range(h * n)])
+    made = made.reshape(1, h, n, chosen)
+    made[:, :, ::2, -1] = m - 1
+    return jnp.asarray(made, jnp.int32)
+
+
+def quantized(x, size, mean):
+    values, scale = quantize_blocks(blocking.blocked(x.astype(jnp.float32) - mean, size))
+    return blocking.unblocked(values, x.shape[1]), scale
+
+
+def int8(q, k):
+    """int8 queries and keys, and their scales."""
+    mean = k.astype(jnp.float32).mean(1, keepdims=True)
+    (q, q_scale), (k, k_scale) = quantized(q, 128, 0.0), quantized(k, 64, mean)
+    return q, k, (jnp.repeat(q_scale, 2, 2), k_scale)  # a scale for each half of a block
+
+
+def projection(q, k, v):
+    """Kernel and bias, and what `attend` takes of the linear branch."""
+    rng = np.random.default_rng(7)
+    kernel = jnp.asarray(rng.normal(size=(128, 128)) / 12, jnp.float32)
+    bias = jnp.asarray(rng.normal(size=128), jnp.float32)
+    phi = feature(k).astype(jnp.float32)
+    m = jnp.einsum("bshi,bshj,jo->bhio", phi, v.astype(jnp.float32), kernel, precision="highest")
+    return (kernel, bias), (q, m.astype(v.dtype), phi.sum(1), bias)
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("large", [False, True])
+def test_int8_scores_of_listed_blocks(large):
+    """The last blocks are cut. Bounds decide for every 64 queries whether the maximum is looked
+    for."""
+    q, k, v = qkv(200, 200)
+    blocks = lists(200, 200, 1, 3)
+    q8, k8, scales = int8(q, k)
+    bound = jnp.asarray([[[25.0, 60.0 if large else 25.0, 25.0, 25.0]]], jnp.float32)
+    run = lambda: attend(q8, k8, v, blocks, scales=scales, bound=bound)
+    o = jax.jit(run)()
+    assert_close(o, sage_reference.sage_sparse_attention(q, k, v, blocks, 128, 64), "bf16")
+
+
+@interpreted
+@pytest.mark.slow
+def test_int8_scores_of_every_block():
+    """Dense attention, of other keys than queries."""
+    q, k, v = qkv(130, 300)
+    q8, k8, scales = int8(q, k)
+    bound = jnp.full((1, 1, 4), 25.0)
+    run = lambda: attend(q8, k8, v, None, scales=scales, bound=bound)
+    every = jnp.broadcast_to(jnp.arange(5, dtype=jnp.int32), (1, 1, 2, 5))
+    expected = sage_reference.sage_sparse_attention(q, k, v, every, 128, 64)
+    assert_close(jax.jit(run)(), expected, "bf16")
+
+
+@interpreted
+@pytest.mark.slow
+def test_float_scores_with_everything_that_is_saved():
+    """Both branches, the softmax part alone, and the logarithm of its normaliser; one listed
+    block."""
+    q, k, v = qkv(140, 140)
+    blocks = lists(140, 140, 1, 1)
+    (kernel, bias), linear = projection(q, k, v)
+    run = lambda: attend(q, k, v, blocks, linear=linear, save=True, query_buffers=2)
+    o, o_s, lse = jax.jit(run)()
+    expected, expected_lse = reference.forward(q, k, v, blocks, 128, 64)
+    both = expected + linear_attention(q, k, v, kernel, bias)
+    assert_close(o, both, "bf16")
+    assert_close(o_s, expected, "bf16")
+    assert_close(lse[:, :, 0], expected_lse[:, :, 0], "float32")
+
+
+@interpreted
+@pytest.mark.slow
+def test_less_than_one_block_of_keys_with_a_bound():
+    q, k, v = qkv(70, 50)
+    blocks = jnp.zeros((1, 1, 1, 1), jnp.int32)
+    bound = jnp.full((1, 1, 2), 30.0)
+    run = lambda: attend(q, k, v, blocks, bound=bound, save=True)
+    o, _, lse = jax.jit(run)()
+    expected, expected_lse = reference.forward(q, k, v, blocks, 128, 64)
+    assert_close(o, expected, "bf16")
+    assert_close(lse[..., :70], expected_lse[..., :70], "float32")
+
+
+def test_what_it_takes():
+    assert attention_refusal(128, 128, 64, jnp.bfloat16) is None
+    assert attention_refusal(128, 64, 64, jnp.bfloat16) == "block_q is 64; allowed: 128"
+    assert attention_refusal(64, 128, 64, jnp.bfloat16) == "head width is 64; allowed: 128"
+    assert "values are float32" in attention_refusal(128, 128, 64, jnp.float32)
+
+
+@interpreted
+def test_errors_say_what_to_do():
+    q, k, v = qkv(64, 64)
+    with pytest.raises(ValueError, match='attention: head width.*\nimpl="auto"'):
+        attend(q[..., :64], k[..., :64], v[..., :64], None)

@@ -1,0 +1,104 @@
+"""Plans of requests by arithmetic: what stays, what is streamed, what is tiled; and the errors that
+speak of them."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from tdjax.checkpoints import orbax
+from tdjax.config import VideoSize
+from tdjax.errors import OutOfMemory
+from tdjax.pipeline import memory
+from tdjax.pipeline.memory import GIB
+from tdjax.presets import UMT5_XXL, WAN_1_3B, WAN_A14B_I2V, WAN_VAE
+
+SIZE = VideoSize(frames=81, height=480, width=832)
+T2V = {"text": UMT5_XXL, "vae": WAN_VAE, "dit": WAN_1_3B}
+I2V = {"text": UMT5_XXL, "vae": WAN_VAE, "dit": WAN_A14B_I2V, "dit_low": WAN_A14B_I2V}
+
+
+def limited(monkeypatch, limit: int | None) -> None:
+    monkeypatch.setattr(memory, "memory_limit", lambda: limit)
+
+
+def test_every_stage_has_a_row_by_its_name():
+    plan = memory.make_plan(I2V, SIZE, guided=False)
+    stages = {row.stage: (row.name, row.component) for row in plan}
+    assert stages == {
+        "text": ("text", "text"),
+        "vae encode": ("vae encode", "vae"),
+        "dit": ("denoise (high noise)", "dit"),
+        "dit_low": ("denoise (low noise)", "dit_low"),
+        "vae decode": ("vae decode", "vae"),
+    }
+    assert all(plan.of(row.stage) is row for row in plan)
+    with pytest.raises(KeyError, match="'load dit'; this plan has text, vae encode, dit"):
+        plan.of("load dit")
+    one = memory.make_plan(T2V, SIZE, guided=False)
+    assert [row.name for row in one] == ["text", "denoise", "vae decode"]
+    assert "peak" in one.table() and "denoise " in one.table()
+
+
+def test_a_plan_is_frozen():
+    plan = memory.make_plan(T2V, SIZE, guided=False)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.keep_resident = False
+
+
+def test_guidance_doubles_the_batch():
+    once, twice = (memory.make_plan(T2V, SIZE, guided=guided).of("dit") for guided in (False, True))
+    assert twice.weights == once.weights and 1.9 < twice.working / once.working < 2.1
+
+
+def test_what_a_device_has_room_for(monkeypatch):
+    """From a device that says nothing, over one that holds all, down to one that holds a tile."""
+    plan = lambda **choice: memory.make_plan(T2V, SIZE, guided=False, **choice)
+    decisions = lambda plan: (plan.keep_resident, plan.stream_text, plan.tiled_vae)
+    limited(monkeypatch, None)
+    whole = plan()
+    assert decisions(whole) == (True, False, False)
+    need = sum(row.weights for row in whole) + max(row.working for row in whole)
+    limited(monkeypatch, 2 * need)
+    assert decisions(plan()) == (True, False, False)
+    assert decisions(plan(low_memory=True)) == (False, True, False)
+    assert decisions(plan(low_memory=True, stream_text=False)) == (False, False, False)
+    limited(monkeypatch, need)
+    streamed = plan()
+    assert decisions(streamed) == (True, True, False)  # without the text encoder the rest fits
+    assert streamed.of("text").weights < whole.of("text").weights / 5
+    limited(monkeypatch, whole.of("vae decode").total)
+    tiled = plan()
+    assert tiled.tiled_vae and tiled.of("vae decode").total < whole.of("vae decode").total
+    assert not plan(tiled_vae=False).tiled_vae and plan(tiled_vae=True) == tiled
+
+
+def test_running_out_of_memory_is_told_of_its_own_stage(monkeypatch):
+    limited(monkeypatch, 2**34)
+    plan = memory.make_plan(I2V, SIZE, guided=False)
+    for row in plan:
+        naming = memory.naming(f"load {row.stage}", plan, row.stage)
+        with pytest.raises(OutOfMemory) as error, naming:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9999 bytes")
+        assert error.value.what == f"out of device memory in stage 'load {row.stage}'"
+        need, weights = f"{row.total / GIB:.1f}", f"{row.weights / GIB:.1f}"
+        assert f"estimated need {need} GiB, of which weights {weights} GiB" in error.value.why
+        assert "usable 16.0 GiB" in error.value.why
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, jax.errors.JaxRuntimeError])
+def test_other_errors_pass(kind):
+    plan = memory.make_plan(T2V, SIZE, guided=False)
+    with pytest.raises(kind, match="INTERNAL"), memory.naming("denoise", plan, "dit"):
+        raise kind("INTERNAL: something else")
+
+
+def test_room_for_a_second_expert_in_the_host(monkeypatch):
+    module = orbax.abstract("dit", WAN_1_3B)
+    row = memory.StagePlan("dit", "denoise", "dit", 1000, 1000)
+    monkeypatch.setattr(memory, "host_available", lambda: 2 * memory.module_bytes(module))
+    assert memory.may_stage(row, module, 2**40)
+    assert not memory.may_stage(row, module, None)  # the device's memory is the host's own
+    assert not memory.may_stage(row, module, 3000)
+    monkeypatch.setattr(memory, "host_available", lambda: memory.module_bytes(module))
+    assert not memory.may_stage(row, module, 2**40)

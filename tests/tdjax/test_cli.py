@@ -1,0 +1,244 @@
+"""What every command does with errors, signals, closed streams and the spelling of options."""
+
+import argparse
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tdjax import cli
+from tdjax.errors import CheckpointError, NotFinite, OutOfMemory, UsageError
+
+OPTIONS = {"num_frames": "--num_frames", "seed": "--seed", "image": "--image_path"}
+
+
+def parser():
+    made = argparse.ArgumentParser()
+    made.add_argument("--num_frames")
+    made.add_argument("--attention", "--attention_type")
+    made.add_argument("--overwrite", action="store_true")
+    made.add_argument("-q", "--quiet", action="store_true")
+    return made
+
+
+def code(error=None, argv=(), **options):
+    def command(words):
+        if error is not None:
+            raise error
+        return len(words)
+
+    return cli.main(command, list(argv), parser=parser, **options)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (None, 0),
+        (UsageError("a", "b", "c"), 2),
+        (CheckpointError("a", "b", "c"), 3),
+        (OutOfMemory("a", "b", "c"), 4),
+        (NotFinite("a", "b", "c"), 5),
+    ],
+)
+def test_errors_are_exit_codes(capsys, error, expected):
+    assert code(error) == expected
+    assert capsys.readouterr().err == ("error: a\nb\nc\n" if error else "")
+
+
+@pytest.mark.parametrize(
+    ("error", "lines"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "x"), ["x: Permission denied"]),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), ["the disk is full", "make room"]),
+        (OSError("odd"), ["odd", "the file system refused it"]),
+    ],
+)
+def test_what_the_file_system_refuses_is_told_in_three_lines(capsys, error, lines):
+    assert code(error) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 3
+    assert all(line in err for line in lines)
+
+
+def test_interrupts(capsys):
+    assert code(KeyboardInterrupt(), interrupted="all is kept") == 130
+    assert capsys.readouterr().err == "\ninterrupted: all is kept\n"
+
+
+def test_other_errors_are_mistakes_of_the_program():
+    with pytest.raises(ZeroDivisionError):
+        code(ZeroDivisionError())
+    with pytest.raises(SystemExit):
+        cli.main(lambda words: parser().parse_args(["--odd"]), [], parser=parser)
+
+
+def test_signals_of_the_process_stay_as_they_were():
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+    cli.main(lambda words: seen.append(signal.getsignal(signal.SIGTERM)) or 0, [], parser=parser)
+    assert seen == [before]
+
+
+WRITES = """
+import time
+from tdjax import cli
+from tdjax.files import written
+def command(words):
+    with written("out/a.mp4") as part:
+        part.write_text("half")
+        print("here", flush=True)
+        time.sleep(60)
+cli.run(lambda: cli.main(command, [], parser=None))
+"""
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_nothing_behind(tmp_path, number, expected):
+    command = [sys.executable, "-c", WRITES]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout.readline() == b"here\n" and os.listdir(tmp_path / "out")
+        process.send_signal(number)
+        assert process.wait(timeout=30) == expected and os.listdir(tmp_path / "out") == []
+
+
+SPEAKS = """
+import sys
+from tdjax import cli
+def command(words):
+    for i in range(20000):
+        print("a line on standard output")
+    print("a line on standard error", file=sys.stderr)
+    return 0
+cli.run(lambda: cli.main(command, [], parser=None))
+"""
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
+def test_closed_streams(closed):
+    line = f'"{sys.executable}" -c "$SPEAKS" {closed}'
+    done = subprocess.run(line, shell=True, env={**os.environ, "SPEAKS": SPEAKS}, timeout=60)
+    assert done.returncode == 0
+
+
+def test_a_reader_that_stops_ends_the_command_quietly():
+    line = f'"{sys.executable}" -c "$SPEAKS" | head -1; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(
+        ["bash", "-c", line], env={**os.environ, "SPEAKS": SPEAKS}, capture_output=True, timeout=60
+    )
+    assert done.stdout.decode().splitlines() == ["a line on standard output", "141"]
+    assert done.stderr == b""
+
+
+def test_hyphens_and_underscores_are_one():
+    given = ["--num-steps=2-3", "--sigma-max", "-1", "a-b", "--", "--no-hash"]
+    expected = ["--num_steps=2-3", "--sigma_max", "-1", "a-b", "--", "--no_hash"]
+    assert cli.hyphens(given) == expected
+    seen = []
+    cli.main(lambda words: seen.extend(words) or 0, given, parser=parser)
+    assert seen == expected
+
+
+@pytest.mark.parametrize(
+    ("library", "command"),
+    [
+        ("num_frames is 80", "--num_frames is 80"),
+        ("give `seed`, or `overwrite`", "give --seed, or `overwrite`"),
+        ("give an `image`", "give an --image_path"),
+        ("(given as num_frames)", "(given as --num_frames)"),
+        ("use num_frames=81", "use --num_frames=81"),
+        ("num_frames: a number", "--num_frames: a number"),
+        ("the seed of an image", "the seed of an image"),
+        ("already --num_frames", "already --num_frames"),
+        ("/data/num_frames/x and num_frames.txt", "/data/num_frames/x and num_frames.txt"),
+        ("num_frames_2, my_num_frames", "num_frames_2, my_num_frames"),
+        ("call num_frames() and x.num_frames", "call num_frames() and x.num_frames"),
+        ("see `hf auth login` or HF_TOKEN", "see `hf auth login` or HF_TOKEN"),
+        ("other_name stays", "other_name stays"),
+    ],
+)
+def test_arguments_are_written_as_the_options_of_the_command(library, command):
+    assert cli.spelled(library, OPTIONS) == command
+
+
+def test_options_of_a_parser(capsys):
+    found = cli.options(parser(), {"impl": "attention_impl"})
+    assert found["attention"] == found["attention_type"] == "--attention"
+    assert found["impl"] == "--attention_impl" and found["quiet"] == "--quiet"
+    code(UsageError("x exists", "", "give `overwrite`"))
+    assert capsys.readouterr().err == "error: x exists\ngive --overwrite\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "pair"),
+    [
+        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("a.safetensors:0.8", ("a.safetensors", 0.8)),
+        ("a:.5", ("a", 0.5)),
+        ("a:+1", ("a", 1.0)),
+        ("a:-2.", ("a", -2.0)),
+        ("a:1e-3", ("a", 1e-3)),
+        ("C:/a", ("C:/a", 1.0)),
+        ("C:/a:2", ("C:/a", 2.0)),
+        ("a:b", ("a:b", 1.0)),
+        (":1", (":1", 1.0)),
+    ],
+)
+def test_lora_pairs(text, pair):
+    assert cli.lora_pair(text) == pair
+
+
+def test_a_weight_that_is_no_number_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word in ("0,8", "1.2.3", "+-1"):
+        with pytest.raises(UsageError, match="is no number(.|\n)*a:0.8"):
+            cli.lora_pair(f"a:{word}")
+    (tmp_path / "a:1-2").touch()
+    assert cli.lora_pair("a:1-2") == ("a:1-2", 1.0)
+
+
+def test_paths_take_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/data/home")
+    assert cli.path("~/x") == Path("/data/home/x") and cli.path("x~") == Path("x~")
+
+
+def test_a_compile_cache_that_cannot_be_written_costs_a_line(tmp_path):
+    (tmp_path / "file").touch()
+    assert "is not writable" in cli.set_compile_cache(str(tmp_path / "file" / "x"))
+    assert cli.set_compile_cache("none") is None
+
+
+STARTS = """
+import argparse
+from tdjax import cli
+command = lambda words: cli.start_jax() and 0
+cli.run(lambda: cli.main(command, [], parser=argparse.ArgumentParser))
+"""
+
+
+@pytest.mark.parametrize(
+    "variable", ["JAX_PLATFORMS=cuda", "JAX_PLATFORMS=odd", "JAX_DISABLE_JIT=1"]
+)
+def test_a_device_that_is_not_there_is_told_in_three_lines(variable):
+    name, _, value = variable.partition("=")
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS],
+        env={**os.environ, name: value},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    errors = done.stderr[done.stderr.index("error: ") :]
+    assert done.returncode == 2 and errors.count("\n") == 3 and name in errors
+    assert "Traceback" not in done.stderr
+
+
+def test_nothing_of_it_imports_jax():
+    modules = "tdjax.cli, tdjax.files, tdjax.cache, tdjax.generate.__main__, convert.__main__"
+    code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

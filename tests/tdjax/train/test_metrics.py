@@ -1,0 +1,48 @@
+"""One JSON line a report, and TensorBoard where its writer is installed."""
+
+import json
+import sys
+
+import pytest
+from train_cases import resumed, run
+
+from tdjax.train import metrics
+
+
+def test_reports_after_the_checkpoint_are_forgotten(tmp_path):
+    run(tmp_path, steps=4)
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write(
+            '{"step": 6, "train/loss": 1.0}\n{"step": 8, "tra'
+        )  # a killed run got further than its checkpoint
+    resumed(tmp_path)
+    assert [row["step"] for row in metrics.read(tmp_path)] == [2, 4, 6, 8]
+
+
+def test_metrics_that_json_does_not_know(tmp_path):
+    with metrics.Metrics(tmp_path) as out:
+        out.write(3, {"a": 1.5, "b": float("nan"), "c": float("inf")})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail) == {
+        "step": 3,
+        "a": 1.5,
+        "b": None,
+        "c": None,
+    }
+
+
+def test_tensorboard_where_its_writer_is_installed(tmp_path, monkeypatch):
+    with metrics.Metrics(tmp_path / "without") as out:
+        assert out.board is None
+    package = tmp_path / "packages" / "tensorboardX"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "class SummaryWriter:\n"
+        "    def __init__(self, folder, purge_step): self.calls = [(folder, purge_step)]\n"
+        "    def add_scalar(self, *row): self.calls.append(row)\n"
+        "    def close(self): self.calls.append('closed')\n"
+    )
+    monkeypatch.syspath_prepend(package.parent)
+    with metrics.Metrics(tmp_path / "run", 4) as out:
+        out.write(6, {"a": 1.0})
+    assert out.board.calls == [(str(tmp_path / "run" / "tensorboard"), 5), ("a", 1.0, 6), "closed"]
+    monkeypatch.delitem(sys.modules, "tensorboardX")

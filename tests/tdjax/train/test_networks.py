@@ -1,0 +1,80 @@
+"""Student and teacher: from files, from random numbers, over a mesh."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from run_cases import TINY, built, training_run, words
+
+from tdjax.checkpoints import orbax
+from tdjax.precision import FLOAT32
+from tdjax.train.networks import Networks
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
+
+def test_random_weights(folder):
+    sizes = [
+        f"model.dit.{name}={getattr(TINY, name)}"
+        for name in ("dim", "heads", "ffn_dim", "layers", "freq_dim", "text_dim", "text_len")
+    ]
+    networks = Networks(built("fm-tiny", *sizes)["model"], "flow")
+    assert networks.config == dataclasses.replace(
+        networks.config, dim=32, layers=2, coordinates=True, policy=FLOAT32, out_channels=8
+    )
+    leaves = orbax.named_leaves(networks.load_student(None, 3))
+    assert orbax.table(leaves) == orbax.table(orbax.named_leaves(networks.abstract()))
+    assert (
+        len(
+            {
+                np.asarray(leaf).tobytes()
+                for name, leaf in leaves.items()
+                if name.endswith("attn.q.kernel")
+            }
+        )
+        == 2
+    )
+
+
+def test_a_sparse_student_begins_as_its_dense_teacher(folder):
+    run = training_run("sla-1.3b", *words(folder, f"model.weights={folder / 'dense'}"))
+    cfg = run.networks.config
+    assert (cfg.attention, cfg.sla.block_q, cfg.policy) == ("sla", 64, FLOAT32)
+    student, teacher = (
+        orbax.named_leaves(run.networks.load_student(None, 0)),
+        orbax.named_leaves(run.networks.load_teacher(None)),
+    )
+    projection = {name for name in student if ".core.proj." in name}
+    assert len(projection) == 2 and student.keys() - projection == teacher.keys()
+    assert all(not np.any(student[name]) for name in projection)
+    assert all(
+        student[name].dtype == np.float32 and np.array_equal(student[name], teacher[name])
+        for name in teacher
+    )
+
+
+def test_a_student_of_its_own(folder):
+    """An SLA fine-tuning that goes on from sparse weights, whose projection is kept."""
+    networks = Networks(
+        built(
+            "sla-1.3b", f"model.weights={folder / 'dense'}", f"model.student={folder / 'sparse'}"
+        )["model"],
+        "sla",
+    )
+    student = orbax.named_leaves(networks.load_student(None, 0))
+    stored = orbax.named_leaves(orbax.restore(folder / "sparse")[1])
+    for name in stored:
+        assert np.array_equal(student[name], np.asarray(stored[name], np.float32)), name
+    assert np.any(student["blocks.self_attn.core.proj.kernel"])
+
+
+def test_networks_lie_over_the_mesh(folder):
+    run = training_run(
+        "sla-1.3b", *words(folder, f"model.weights={folder / 'dense'}", "run.mesh=fsdp=2,tp=2")
+    )
+    for module in (run.networks.load_student(run.mesh, 0), run.networks.load_teacher(run.mesh)):
+        for name, leaf in orbax.named_leaves(module).items():
+            assert len(leaf.sharding.device_set) == 4, name
+        assert {s.data.shape for s in module.blocks.up.kernel[...].addressable_shards} == {
+            (2, 16, 24)
+        }

@@ -1,0 +1,70 @@
+"""Averages, moments and critics lie over a mesh as their weights do."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from train_cases import OPTIMIZER, mesh, same_bits
+
+from tdjax.checkpoints import orbax
+from tdjax.config import DiTConfig
+from tdjax.models.wan_dit import DiT
+from tdjax.precision import FLOAT32
+from tdjax.train import checkpoints, placement
+from tdjax.train.configs import OptimizerConfig
+from tdjax.train.optimizer import adamw
+from tdjax.train.state import DistillState, TrainState
+
+
+def test_averages_moments_and_critics_lie_as_their_weights_do():
+    cfg = DiTConfig(
+        dim=32,
+        heads=2,
+        ffn_dim=48,
+        layers=2,
+        in_channels=4,
+        out_channels=4,
+        freq_dim=16,
+        text_dim=6,
+        policy=FLOAT32,
+    )
+    model = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
+    key, plain, masked = (
+        jax.random.key(0),
+        adamw(OptimizerConfig(b1=0.9)),
+        adamw(OptimizerConfig(b1=0.9, train=r"blocks\..*")),
+    )
+    for optimizer in (plain, masked):
+        shapes = jax.eval_shape(
+            lambda m, o=optimizer: DistillState.create(m, o, key, critic=m, critic_optimizer=o),
+            model,
+        )
+        found = orbax.named_leaves(placement.shardings(shapes, mesh(fsdp=2, tensor=2)))
+        kernels = [name for name in found if name.endswith("blocks.self_attn.q.kernel")]
+        assert len(kernels) == 7  # model, ema, critic, two moments of two optimizers
+        assert {found[name].spec for name in kernels} == {P(None, "fsdp", "tensor")}
+        assert found["step"].spec == found["key"].spec == P()
+
+
+def test_a_state_is_made_and_restored_over_a_mesh(tmp_path):
+    """Leaves named like a network's, so that the table lays them out."""
+    w = jnp.arange(64.0).reshape(2, 4, 8)
+    create = lambda w: TrainState.create(
+        {"blocks": {"up": {"kernel": w}}}, OPTIMIZER, jax.random.key(1)
+    )
+    over = mesh(fsdp=2, tensor=2)
+    laid, plain = placement.created(create, w, mesh=over), placement.created(create, w)
+    same_bits(laid, plain)
+    kernel = lambda state: state.model["blocks"]["up"]["kernel"]
+    assert (
+        kernel(laid).sharding.spec == P(None, "fsdp", "tensor")
+        and kernel(plain).sharding.is_fully_replicated
+    )
+    path = checkpoints.save(tmp_path, 1, laid, {})
+    back = checkpoints.restore(path, placement.abstract(jax.eval_shape(create, w), over))
+    same_bits(back, plain)
+    assert (
+        kernel(back).sharding == kernel(laid).sharding
+        and back.opt[0].mu["blocks"]["up"]["kernel"].sharding == kernel(laid).sharding
+    )
+    assert not kernel(laid).is_deleted() and w.shape == (2, 4, 8)

@@ -1,0 +1,170 @@
+"""Whole runs of a tiny network, and what is refused before weights are read."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from run_cases import TINY, fails, flow, training_run, words
+from tolerances import assert_close
+
+from tdjax.checkpoints import orbax
+from tdjax.train import __main__ as command
+from tdjax.train import checkpoints, loop, metrics
+from tdjax.train.loop import Outcome
+from tdjax.train.networks import Networks
+from tdjax.train.run import TrainingRun
+from tdjax.train.stream import Position
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
+
+@pytest.mark.slow
+def test_a_run_and_its_continuation(folder, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command.main([*flow(folder, f"run.folder={whole}", "run.steps=4"), "-v"]) == 0
+    out = capsys.readouterr()
+    assert out.out == f"{whole / 'dit'}\n"
+    assert (
+        "compile flow" in out.err
+        and "step 4/4  flow/loss" in out.err
+        and f"saved {whole / 'step_000004'}" in out.err
+    )
+    assert [row["step"] for row in metrics.read(whole)] == [2, 4]
+    assert all(row["flow/loss"] > 0 and row["flow/bad_samples"] == 0 for row in metrics.read(whole))
+
+    assert command.main(flow(folder, f"run.folder={cut}", "run.steps=2", "run.keep=0")) == 0
+    assert "exists" in fails(capsys.readouterr() and capsys, *flow(folder, f"run.folder={cut}"))
+    assert command.main([*flow(folder, f"run.folder={cut}", "run.steps=4"), "--resume"]) == 0
+    err = capsys.readouterr().err
+    assert "going on from" in err and "was" not in err.replace("was left", "")
+    read = lambda run: orbax.restore(run / "dit")
+    assert read(whole)[0] == dataclasses.replace(TINY, sla=read(cut)[0].sla) == read(cut)[0]
+    for a, b in zip(jax.tree.leaves(read(whole)[1]), jax.tree.leaves(read(cut)[1]), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    manifest = checkpoints.inspect(cut / "step_000004")
+    assert (
+        manifest["preset"] == "fm-tiny"
+        and manifest["settings"]["loss.dropout"] == "0.5"
+        and manifest["data"]["offset"] >= 0
+    )
+    assert checkpoints.steps(cut) == [2, 4]
+
+
+@pytest.mark.slow
+def test_four_devices_give_the_numbers_of_one(folder, tmp_path):
+    """The same program as above, then laid over fsdp and tensor axes: weights, moments, average and
+    batch are divided."""
+    states, losses = [], []
+    for name in ("auto", "fsdp=2,tp=2"):
+        own = [
+            f"run.folder={tmp_path / name[:4]}",
+            "run.steps=2",
+            f"run.mesh={name}",
+            "run.log_every=1",
+        ]
+        run = training_run(*flow(folder, *own))
+        states.append(checkpoints.arrays(run.train(resume=False).state))
+        losses.append([row["flow/loss"] for row in metrics.read(tmp_path / name[:4])])
+    one, four = states
+    assert_close(losses[1], losses[0], "float32", "losses")
+    kernels = [name for name in four if name.endswith("blocks.self_attn.q.kernel")]
+    assert len(kernels) == 4  # model, average, two moments
+    for name in kernels:
+        assert {s.data.shape for s in four[name].addressable_shards} == {(2, 16, 16)}, name
+    for name in one:
+        if ".nu." not in name and ".mu." not in name:
+            assert_close(four[name], one[name], "float32", name)
+
+
+def test_changed_settings_are_told(folder, tmp_path, capsys):
+    run = training_run(*flow(folder, f"run.folder={tmp_path}"))
+    state = jax.tree.map(
+        lambda x: jax.random.key(0) if checkpoints.is_key(x) else jnp.zeros(x.shape, x.dtype),
+        run.shapes,
+    )
+    place = run.stream.saved(run.stream.batch(Position(offset=3))[1])
+    checkpoints.save(
+        tmp_path, 5, state, {"settings": {"a.b": "1", "run.steps": "3"}, "data": place}
+    )
+    run.settings = {"a.b": "2", "run.steps": "9"}
+    _, _, position = run.start(resume=True)
+    assert run.stream.saved(position) == place
+    assert "a.b was 1, is 2" in (err := capsys.readouterr().err) and "run.steps" not in err
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "loss.frequency=2 loss.warmup=1",
+        "loss.dmd_weight=0 loss.warmup=0",
+        "loss.consistency=none loss.warmup=0",
+    ],
+)
+def test_distillation_is_traced_before_weights_are_read(folder, loss):
+    run = training_run(
+        "rcm-1.3b", *words(folder, f"model.weights={folder / 'dense'}", *loss.split())
+    )
+    critic = "dmd_weight=0" not in loss
+    assert list(run.method.steps) == ["student", "critic"][: 1 + critic]
+    phases = {run.method.schedule.phase(i) for i in range(12)}
+    assert phases == set(run.method.steps)
+    assert (run.shapes.critic is not None) == critic
+    assert run.networks.teacher.module is run.networks.student.module is None
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "code", "expected"),
+    [
+        (
+            "rcm-1.3b",
+            ["data.negative="],
+            2,
+            ["data.negative is not given", "umT5_wan_negative_emb.pt"],
+        ),
+        ("rcm-1.3b", ["data.negative=nothing.pt"], 2, ["nothing.pt does not exist"]),
+        ("sla-1.3b", ["data.frames=4"], 3, ["000000.latent.pt has 3 latent frames", "data.frames"]),
+        ("sla-1.3b", ["loss.accumulate=3"], 2, ["batch of 4 cannot be divided into 3"]),
+        ("sla-1.3b", ["run.mesh=fsdp=3"], 2, ["data.batch is 4", "multiple of 3"]),
+        ("sla-1.3b", ["run.mesh=tp=4"], 2, ["divides 2 attention heads by 4"]),
+        ("sla-1.3b", ["optimizer.train=nothing"], 2, ["no weight matches 'nothing'"]),
+        ("sla-1.3b", ["model.weights="], 2, ["model.weights is not given"]),
+        ("sla-1.3b", ["model.weights=sla-9b"], 2, ["unknown model 'sla-9b'"]),
+        ("sla-1.3b", ["model.weights=SPARSE"], 3, ["the teacher has sparse attention"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_weights_are_read(
+    folder, tmp_path, capsys, monkeypatch, preset, changes, code, expected
+):
+    monkeypatch.setattr(Networks, "load_teacher", lambda *_: pytest.fail("weights were read"))
+    given = [f"model.weights={folder / 'dense'}", f"run.folder={tmp_path / 'run'}", *changes]
+    err = fails(
+        capsys,
+        preset,
+        *words(folder, *[word.replace("SPARSE", str(folder / "sparse")) for word in given]),
+        code=code,
+    )
+    assert all(word in err for word in expected), err
+
+
+def test_an_interrupt_has_its_code(folder, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    outcome = Outcome(state=None, step=3, checkpoint=run / "step_000003", interrupted=True)
+    monkeypatch.setattr(TrainingRun, "train", lambda self, resume: outcome)
+    monkeypatch.setattr(TrainingRun, "export", lambda *_: pytest.fail("nothing is exported"))
+    err = fails(capsys, *flow(folder, f"run.folder={run}"), code=130)
+    assert f"stopped at step 3 of 11000; --resume goes on from {run / 'step_000003'}" in err
+    monkeypatch.setattr(TrainingRun, "train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert "checkpoints are whole" in fails(capsys, *flow(folder, f"run.folder={run}"), code=130)
+
+
+def test_out_of_memory_has_its_code(folder, tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(TrainingRun, "start", lambda *_: (None, None, Position()))
+    monkeypatch.setattr(loop, "train", full)
+    err = fails(capsys, *flow(folder, f"run.folder={tmp_path / 'run'}"), code=4)
+    assert "out of device memory in a training step" in err
+    assert err.index("loss.accumulate=N") < err.index("run.mesh") < err.index("smaller data.batch")

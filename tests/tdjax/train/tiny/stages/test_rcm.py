@@ -1,0 +1,78 @@
+"""A cycle of few-step distillation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_cases
+from tolerances import assert_close
+
+from tdjax.models.wan_dit import with_compute
+from tdjax.precision import FLOAT32
+from tdjax.train.optimizer import adamw
+from tdjax.train.state import DistillState
+from tdjax.train.tiny import settings
+from tdjax.train.tiny.data import encoded
+from tdjax.train.tiny.stages import rcm
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    return tiny_cases.tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def some(tokens):
+    return tiny_cases.shades(tokens)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return tiny_cases.text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kappa", [1.0, 0.0])
+def test_a_cycle_is_a_turn_of_the_student_and_four_of_the_critic(some, text, tokens, kappa):
+    cfg = settings.RCMStage(
+        batch=2,
+        steps=6,
+        warmup=0,
+        compute="float32",
+        tangent="float32",
+        kappa=kappa,
+        learning_rate=1e-3,
+    )
+    student_rates, critic_rates = (adamw(rcm.rates(cfg, 1e-3, n)) for n in (6, 24))
+    model = tiny_cases.dit()
+    state = DistillState.create(
+        model, student_rates, jax.random.key(0), critic=model, critic_optimizer=critic_rates
+    )
+    negative = encoded.embed(text, encoded.negative(tokens)[None])[0]
+    state, numbers = tiny_cases.repeated(rcm.make_cycle(cfg, student_rates, critic_rates), 2)(
+        state, some, model, text, negative
+    )
+    assert int(state.step) == 10 and all(np.isfinite(np.asarray(x)).all() for x in numbers.values())
+    moved = lambda after: max(
+        float(jnp.abs(a - b).max())
+        for a, b in zip(*map(jax.tree.leaves, (after, model)), strict=True)
+    )
+    assert moved(state.model) > 1e-4 and moved(state.critic) > 1e-4
+    assert ("consistency" in numbers) == (kappa > 0)
+
+
+def test_the_tangent_may_run_in_another_dtype():
+    model = tiny_cases.dit(
+        dataclasses.replace(tiny_cases.DIT, policy=dataclasses.replace(FLOAT32, compute="bfloat16"))
+    )
+    exact = with_compute(model, "float32")
+    assert exact.cfg.policy.compute == "float32" == exact.blocks.self_attn.cfg.policy.compute
+    x, t, rows = (
+        jax.random.normal(jax.random.key(0), (1, 3, 4, 4, 8)),
+        jnp.float32([500]),
+        jnp.ones((1, 32, 16)),
+    )
+    assert_close(exact(x, t, rows), tiny_cases.dit()(x, t, rows), "float32")
+    assert all(a is b for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(model), strict=True))
