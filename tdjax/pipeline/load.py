@@ -9,6 +9,7 @@ from typing import Any, Unpack
 
 import jax
 
+from pallas_kernels import mosaic
 from tdjax.checkpoints import demo
 from tdjax.checkpoints.locate import Located, cache_folder, locate
 from tdjax.config import DiTConfig
@@ -224,14 +225,21 @@ def open_components(
 
 def _check_impl(options: PipelineOptions) -> None:
     impl, dtype, device = options.impl, options.dtype, jax.default_backend()
-    kernels = {"cudnn": "cuDNN attention runs", "triton": "the Triton kernels run"}
+    kernels = {
+        "cudnn": "cuDNN attention runs",
+        "triton": "the Triton kernels run",
+        "mosaic": "the Mosaic GPU kernels run",
+    }
     if impl in kernels and (device != "gpu" or dtype == "float32"):
-        dtypes = "bfloat16 and float16" if impl == "cudnn" else "bfloat16"
+        dtypes = "bfloat16" if impl == "triton" else "bfloat16 and float16"
         raise UsageError(
             f"`impl` is {impl!r} on {device} in {dtype}",
             f"{kernels[impl]} on NVIDIA GPUs, in {dtypes}",
             "use auto, or reference",
         )
+    reason = mosaic.unavailable() if impl == "mosaic" else None
+    if reason:
+        raise UsageError("`impl` is 'mosaic'", reason, "use auto, or triton")
 
 
 def _transformer_config(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Image = str | Path | PILImage | np.ndarray
 
 Attention = Literal["auto", "original", "dense", "sla", "sagesla"]
-Impl = Literal["auto", "reference", "triton", "cudnn"]
+Impl = Literal["auto", "reference", "triton", "mosaic", "cudnn"]
 Quant = Literal["auto", "none", "int8", "int8_channel", "fp8"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 TextEncoderDevice = Literal["auto", "device", "stream"]
