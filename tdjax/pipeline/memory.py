@@ -51,6 +51,7 @@ class StagePlan:
 
     @property
     def total(self) -> int:
+        """Weights and working memory together, bytes."""
         return self.weights + self.working
 
 

@@ -126,6 +126,7 @@ def test_against_other_layouts(layouts, kind, other, options, capsys, as_json):
         assert report["forward"]["rms"] > 0.01
 
 
+@pytest.mark.slow
 def test_the_vae_against_other_layouts(tmp_path, as_json):
     """A smaller one than the golden file's, whose mean and deviation travel in the exported
     file."""

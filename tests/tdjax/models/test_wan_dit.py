@@ -140,6 +140,7 @@ def test_published_fast_norm_explains_its_output(golden, monkeypatch):
     assert np.abs(v - channels_last(g["out/v"])).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_agrees_with_another_port():
     """diffusers' WanTransformer3DModel with random weights, at sizes that share no factor with the
     golden ones."""
@@ -208,6 +209,7 @@ def moved(tree, way, step):
     return jax.tree.map(lambda x, w: np.asarray(x) + np.float32(step) * w, tree, way)
 
 
+@pytest.mark.slow
 def test_derivatives_of_both_modes():
     """Through scan and checkpoint, in weights, latents and time: the tangent is the slope, the
     gradient is its transpose."""
@@ -224,6 +226,7 @@ def test_derivatives_of_both_modes():
     np.testing.assert_allclose(inner(grads, way), inner(out, tangent), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradient_of_sparse_linear_attention_is_the_slope():
     model, args = tiny(attention="sla"), batch()
     way = direction(model, 1)
@@ -234,6 +237,7 @@ def test_gradient_of_sparse_linear_attention_is_the_slope():
     )
 
 
+@pytest.mark.slow
 def test_tangent_as_a_target_of_a_bfloat16_student():
     """The shape of a distillation step: the tangent in a constant target, beside the gradient of
     the weights."""
@@ -321,6 +325,7 @@ def names(tree):
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "linear, step", [("int8", 1 / 128), ("int8_channel", 0.5 / 127), ("fp8", 1 / 28)]
 )

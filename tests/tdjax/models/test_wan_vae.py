@@ -168,6 +168,7 @@ def test_published_keys_are_the_leaves(manifest):
     assert ours == wanted
 
 
+@pytest.mark.slow
 def test_diffusers():
     """Other widths, one residual block, two clips, sizes that are no power of two."""
     torch = pytest.importorskip("torch")
@@ -236,6 +237,7 @@ def test_chunks_equal_the_whole():
     assert_close(over_chunks(conv, x, 2), conv(x, None)[0], "float32", "chunks")
 
 
+@pytest.mark.slow
 def test_all_frames_at_once_are_the_frames_one_by_one(tiny):
     """`whole` is another division of the same work, for both directions and for a single frame."""
     video, latents = normal((1, 9, 16, 16, 3)), normal((1, 3, 2, 2, tiny.cfg.latent_channels))
@@ -315,6 +317,7 @@ def test_halving_takes_every_second_output():
     np.testing.assert_array_equal(following, x[:, -1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("outputs", [13, 14])
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2.0**-7)])
 def test_convolution_of_repeated_pixels(outputs, dtype, bound):

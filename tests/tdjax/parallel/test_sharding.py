@@ -145,6 +145,7 @@ def inputs():
     return normal(1, 2, 2, 16, 18, 16), jnp.array([999.0, 417.5]), normal(2, 2, 8, 24)
 
 
+@pytest.mark.slow
 def test_sharded_forward_equals_the_unsharded_one(inputs):
     """Tokens and heads divided: heads take over the devices of the tokens inside attention."""
     model, devices = random_model(jax.eval_shape(MODELS["sla"])), mesh(tensor=2, seq=2)
@@ -179,6 +180,7 @@ def test_sharded_layers_of_8_bits(inputs, linear, impl):
     )
 
 
+@pytest.mark.slow
 def test_sharded_gradient_equals_the_unsharded_one(inputs):
     """Through rows divided by samples and tokens: what they share sums its gradient over the
     devices."""

@@ -344,6 +344,7 @@ def diffusers_steps(scheduler, x, u):
     return x.numpy()
 
 
+@pytest.mark.slow
 def test_diffusers_schedulers_agree():
     """An independent port of both samplers, given the same float64 grid."""
     diffusers = pytest.importorskip("diffusers")

@@ -116,6 +116,7 @@ def test_other_weights_are_other_entries(model, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_it_can_be_turned_off(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TDJAX_CACHE", str(tmp_path / "cache"))
     argv = [

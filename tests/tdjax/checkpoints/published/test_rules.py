@@ -112,6 +112,7 @@ def test_two_names_of_a_tensor_fill_the_same_leaf(kind, table, manifest, publish
         assert len(a) == 1 and a.keys() == b.keys(), (original, other)
 
 
+@pytest.mark.slow
 def test_image_branch_names_are_those_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
     model = diffusers.WanTransformer3DModel(
