@@ -180,7 +180,7 @@ def refusal() -> str | None:
 def _wanted(args: argparse.Namespace) -> Iterator[tuple[Case, str, str]]:
     """(case, workload, impl) of every row that is asked for."""
     impls = args.impl.split(",") if args.impl else None
-    absent = [] if mosaic.faster(None) else ["mosaic", "channel+mosaic", "fp8+mosaic"]
+    absent = [] if mosaic.at_hand() else ["mosaic", "channel+mosaic", "fp8+mosaic"]
     for case in (CASES[name] for name in args.op or CASES):
         for workload in case.workloads:
             for impl in case.impls:

@@ -13,8 +13,6 @@ from functools import partial
 
 import jax
 
-from pallas_kernels import tuning
-
 
 def implementations(reference: Callable, kernel: Callable, **others: Callable):
     """Returns the implementations of an op by name: "reference", `others` (as `cudnn=...`),
@@ -51,7 +49,6 @@ def automatic(
     refusal: str | None,
     *,
     kernel: str = "triton",
-    by_family: Mapping[str, str] | None = None,
     derivative: str | None = None,
 ) -> Callable:
     """Returns what "auto" means: a kernel of `table` on CUDA, its reference elsewhere and for what
@@ -59,8 +56,6 @@ def automatic(
 
     refusal: why the kernel does not take these arguments; None if it does.
     kernel: the name of the kernel.
-    by_family: names of other kernels by family of GPUs (`tuning.FAMILIES`), where one is faster and
-        takes these arguments: {"sm90": "mosaic"}.
     derivative: the name of the implementation that is differentiated if the default device is a
         GPU, by default the kernel; elsewhere it is the reference: branches for both would keep both
         sets of residuals.
@@ -69,15 +64,11 @@ def automatic(
     if refusal:
         return reference
 
-    def fastest(*args):
-        name = by_family.get(tuning.family(), kernel) if by_family else kernel
-        return table[name](*args)
-
-    op = jax.custom_jvp(on_cuda(fastest, reference))
+    op = jax.custom_jvp(on_cuda(table[kernel], reference))
 
     @op.defjvp
     def rule(args, tangents):
-        known = table[derivative] if derivative else fastest
+        known = table[derivative or kernel]
         if jax.default_backend() != "gpu":
             known = reference
         return jax.jvp(known, args, tangents)

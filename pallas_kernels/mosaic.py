@@ -42,13 +42,9 @@ def unavailable() -> str | None:
     return None
 
 
-def faster(reason: str | None) -> dict[str, str]:
-    """Returns the argument `by_family` of `dispatch.automatic`: Mosaic on Hopper, unless there is a
-    reason why its kernel does not take the arguments. Where no GPU is at hand or described it is
-    not taken: what is lowered there may run on any."""
-    if reason or jax.__version_info__ < OLDEST or tuning.known_family() is None:
-        return {}
-    return {FAMILY: "mosaic"}
+def at_hand() -> bool:
+    """Returns whether the GPU at hand, or the one that the mesh in use describes, runs them."""
+    return tuning.known_family() is not None and unavailable() is None
 
 
 def imported(op: str, name: str) -> Callable:

@@ -205,7 +205,7 @@ def _mosaic_cases():
 
 def _runs(name: str, impl: str) -> bool:
     """Whether a check runs here: the kernels for Hopper are compiled there, and not interpreted."""
-    return not name.endswith(MOSAIC) or (impl == "triton" and bool(mosaic.faster(None)))
+    return not name.endswith(MOSAIC) or (impl == "triton" and mosaic.at_hand())
 
 
 def outputs(impl: str, names: Collection[str]) -> dict[str, tuple]:

@@ -7,9 +7,8 @@ fp8       float8_e4m3fn, scales as in channel
 An activation is quantised once and multiplied with every weight that reads it. impl: "auto" (on
 CUDA, for widths that are multiples of 128, the kernels, and XLA's product of float8 operands;
 elsewhere the reference), "reference", "xla" (channel: the reference; fp8: float8 operands),
-"triton", "interpret"; of the products of channel and fp8 also "mosaic", which is what "auto" takes
-on Hopper. A tile (block128) or row (channel, fp8) with a NaN or an infinity gives outputs that are
-not finite.
+"triton", "interpret"; of the products of channel and fp8 also "mosaic" (Hopper). A tile (block128)
+or row (channel, fp8) with a NaN or an infinity gives outputs that are not finite.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from pallas_kernels.derivatives import forward_only
 from pallas_kernels.dispatch import automatic, bound, choose
 from pallas_kernels.int8_matmul.quantize import BLOCK, dequantize, quantize, tiles
 from pallas_kernels.int8_matmul.schemes import SCHEMES, Scheme
-from pallas_kernels.mosaic import faster, product_refusal
 from pallas_kernels.quantized import QTensor, dequantize_rows, quantize_rows
 
 __all__ = [
@@ -102,11 +100,8 @@ def _quantize(op, x, scheme, impl):
 
 def _linear(op, x, weight, bias, scheme, out_dtype, impl):
     table = bound(scheme.products, out_dtype=jnp.dtype(out_dtype))
-    fast = None
-    if "mosaic" in table:
-        fast = faster(product_refusal(x.values, weight.values, out_dtype))
     refusal = _refusal(x.values.shape[1])
-    auto = automatic(table, refusal, kernel=scheme.kernel, by_family=fast)
+    auto = automatic(table, refusal, kernel=scheme.kernel)
     run = forward_only(choose(op, impl, table, auto), NO_DERIVATIVE.format(op))
     return run(x, weight, bias)
 

@@ -3,8 +3,8 @@ float ops. Forward only.
 
 Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels
 interpreted, for tests); of the attention ops also "mosaic" (Hopper, head width 128, blocks of 128
-queries and 64 keys). "auto" is the kernels on CUDA, Mosaic's where they run, for the dtypes and
-sizes that they take, and the reference elsewhere.
+queries and 64 keys). "auto" is the Triton kernels on CUDA, for the dtypes and sizes that they
+take, and the reference elsewhere.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pallas_kernels.checks import (
 from pallas_kernels.derivatives import forward_only
 from pallas_kernels.dispatch import automatic, bound, choose, implementations
 from pallas_kernels.linear_branch import linear_attention
-from pallas_kernels.mosaic import attention_refusal, faster, imported
+from pallas_kernels.mosaic import imported
 from pallas_kernels.online_softmax import refusal
 from pallas_kernels.primitives import blocks as count
 from pallas_kernels.sage_attention import reference, triton
@@ -84,9 +84,7 @@ def _run(name, impl, q, *args, block_q, block_k, **sizes):
     """The implementation called `impl`, on its arguments; "auto" by the dtype and sizes of q and
     the blocks."""
     table = bound(IMPLEMENTATIONS[name], block_q=block_q, block_k=block_k, **sizes)
-    sizes = q.shape[-1], block_q, block_k, q.dtype
-    fast = faster(attention_refusal(*sizes))
-    auto = automatic(table, refusal(*sizes), by_family=fast)
+    auto = automatic(table, refusal(q.shape[-1], block_q, block_k, q.dtype))
     return choose(name, impl, table, auto)(q, *args)
 
 

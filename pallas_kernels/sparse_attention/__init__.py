@@ -3,9 +3,8 @@ branch over all keys.
 
 Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels
 interpreted, for tests); of the attention ops also "mosaic" (Hopper, head width 128, blocks of 128
-queries and 64 keys; derivatives are Triton's). "auto" is the kernels on CUDA, Mosaic's where they
-run, for the dtypes and sizes that they take (`online_softmax.refusal`,
-`mosaic.attention_refusal`), and the reference elsewhere.
+queries and 64 keys; derivatives are Triton's). "auto" is the Triton kernels on CUDA, for the dtypes
+and sizes that they take (`online_softmax.refusal`), and the reference elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pallas_kernels.blocking import chosen_blocks, dense_map, pooled_scores
 from pallas_kernels.checks import check_attention, check_block_list, check_means
 from pallas_kernels.dispatch import automatic, bound, choose, implementations
 from pallas_kernels.linear_branch import linear_attention
-from pallas_kernels.mosaic import attention_refusal, faster, imported
+from pallas_kernels.mosaic import imported
 from pallas_kernels.online_softmax import refusal
 from pallas_kernels.sparse_attention import reference, triton
 
@@ -59,9 +58,7 @@ def _run(name, impl, q, *args, block_q, block_k, **sizes):
     """The implementation called `impl`, on its arguments; "auto" by the dtype and sizes of q and
     the blocks."""
     table = bound(IMPLEMENTATIONS[name], block_q=block_q, block_k=block_k, **sizes)
-    sizes = q.shape[-1], block_q, block_k, q.dtype
-    fast = faster(attention_refusal(*sizes)) if "mosaic" in table else None
-    auto = automatic(table, refusal(*sizes), by_family=fast, derivative="triton")
+    auto = automatic(table, refusal(q.shape[-1], block_q, block_k, q.dtype))
     return choose(name, impl, table, auto)(q, *args)
 
 

@@ -56,14 +56,6 @@ def test_auto_is_decided_at_lowering_and_its_derivative_by_the_default_device(mo
     assert jax.grad(automatic(TABLE, None, derivative="plain"))(0.0) == np.float32(np.log(2))
 
 
-def test_auto_takes_another_kernel_on_a_family_of_gpus(monkeypatch):
-    op = automatic(TABLE, None, by_family={"sm90": "mosaic"})
-    monkeypatch.setattr(tuning, "family", lambda: "sm90")
-    assert "stablehlo.tanh" in lowered(op)
-    monkeypatch.setattr(tuning, "family", lambda: "sm80")
-    assert "stablehlo.sine" in lowered(automatic(TABLE, None, by_family={"sm90": "mosaic"}))
-
-
 def test_a_described_gpu_is_the_one_that_is_compiled_for():
     if jax.__version_info__ < (0, 11):
         pytest.skip("older versions of jax describe no GPU")
@@ -80,10 +72,9 @@ def test_a_described_gpu_is_the_one_that_is_compiled_for():
     for kind, family in kinds.items():
         with jax.sharding.use_abstract_mesh(mesh(kind)):
             assert tuning.known_family() == tuning.family() == family
-            assert bool(mosaic.faster(None)) and (mosaic.unavailable() is None) == (
-                family == "sm90"
-            )
+            assert mosaic.at_hand() == (mosaic.unavailable() is None) == (family == "sm90")
     assert tuning.known_family() is None and tuning.family() == tuning.DEFAULT
+    assert not mosaic.at_hand()
 
 
 def test_implementations_by_name():

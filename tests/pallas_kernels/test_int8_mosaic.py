@@ -108,20 +108,12 @@ def test_other_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [device])
     device.compute_capability = "8.9"
     expected = "need a Hopper GPU (compute capability 9.0); this is card"
-    assert expected in shared.unavailable() and shared.faster(None) == {"sm90": "mosaic"}
+    assert expected in shared.unavailable() and not shared.at_hand()
     assert tuning.family() == "sm89"
     device.compute_capability = "9.0"
-    assert shared.unavailable() is None
-
-
-def test_auto_takes_it_where_a_hopper_gpu_is_known(monkeypatch):
-    """Not where none is at hand, nor for what the kernel refuses, nor with an older jax."""
-    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-    assert shared.faster(None) == {}
-    monkeypatch.setattr(tuning, "known_family", lambda: "sm90")
-    assert shared.faster(None) == {"sm90": "mosaic"} and shared.faster("too wide") == {}
+    assert shared.unavailable() is None and shared.at_hand()
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
-    assert shared.faster(None) == {}
+    assert "need jax 0.11 or newer" in shared.unavailable() and not shared.at_hand()
 
 
 def test_tiles_fit_shared_memory():

@@ -95,10 +95,10 @@ LAUNCHED = {
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older versions describe no GPU")
-def test_auto_lowers_mosaic_for_hopper():
+def test_mosaic_lowers_for_hopper():
     """Ten products, two passes over tokens and the loop of attention; Triton's for the rest."""
     arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    cfg = DiTConfig(attention="sagesla", linear="int8_channel")
+    cfg = DiTConfig(attention="sagesla", linear="int8_channel", impl="mosaic")
     model = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
     args = arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096)
     text = described.lower(described.trace(run, model, *args)).as_text()
