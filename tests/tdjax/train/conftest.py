@@ -1,8 +1,7 @@
-"""Files of a tiny network to train, and a way to compile quickly."""
+"""Files of a tiny network to train."""
 
 import dataclasses
 
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,14 +11,6 @@ from run_cases import TINY
 from tdjax.checkpoints import orbax
 from tdjax.precision import Policy
 from tdjax.train.shards import torch_bytes, write_shard
-
-
-@pytest.fixture(scope="module")
-def quick_compiling():
-    """These programs run a few times; compiling them well takes far longer than that."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,11 @@
 import dataclasses
 
 import numpy as np
-import pytest
 from run_cases import TINY, built, training_run, words
 
 from tdjax.checkpoints import orbax
 from tdjax.precision import FLOAT32
 from tdjax.train.networks import Networks
-
-pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 
 def test_random_weights(folder):

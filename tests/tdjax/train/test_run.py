@@ -17,8 +17,6 @@ from tdjax.train.networks import Networks
 from tdjax.train.run import TrainingRun
 from tdjax.train.stream import Position
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 
 @pytest.mark.slow
 def test_a_run_and_its_continuation(folder, tmp_path, capsys):

@@ -24,6 +24,8 @@ from tdjax.train.tiny.data.factors import (
 )
 from tdjax.train.tiny.evaluation import detector
 
+pytestmark = pytest.mark.optimized
+
 N = 32  # clips at once, always: one program
 draw, sample = jax.jit(clips.draw), jax.jit(clips.sample, static_argnames=("n", "split", "motions"))
 FACTORS = jax.tree.map(np.asarray, sample(jax.random.key(3), N, "all"))

@@ -2,25 +2,16 @@
 
 import json
 
-import jax
 import pytest
 import tiny_cases
 
-from tdjax.train.tiny import settings
+from tdjax.train.tiny import settings, work
 from tdjax.train.tiny.evaluation import variants
 from tdjax.train.tiny.stages import evaluate
 
 CFG = settings.EvaluateStage(
     clips=6, seeds=2, batch=6, real=6, prompts=2, compute="float32", rows="truth,student_1"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiling():
-    """These programs run a few times; compiling them well takes far longer than that."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +57,11 @@ def test_children_follow_their_parents():
     assert [row.key for row in some] == ["merged_int8_4", "student_4", "merged_raw_4"]
 
 
-def test_rows_need_their_weights(run):
+def test_rows_need_their_weights(tmp_path):
+    for name in ("vae", "text", "teacher", "student", "sla", "merged"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    run = work.Run(folder=tmp_path, settings={})
     every = evaluate.possible(run, settings.EvaluateStage())
     assert "merged_4" in every and "scm_4" not in every and "merged_raw_4" not in every
     assert list(evaluate.possible(run, CFG)) == ["truth", "student_1"]
