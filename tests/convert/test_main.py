@@ -153,6 +153,7 @@ def test_merge_and_lora(tmp_path, tiny, states, write_safetensors, as_json):
         np.testing.assert_allclose(got[key].read(), value + np.float32(extra), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_model_folder_from_files_and_from_a_folder(tmp_path, tiny, as_json):
     high, low = (
         tiny("i2v", "m/high_noise_model/x.safetensors"),

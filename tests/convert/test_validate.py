@@ -30,6 +30,7 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_golden_files_pass(golden, name, as_json):
     path = golden(name).path

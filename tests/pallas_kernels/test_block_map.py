@@ -100,6 +100,7 @@ def test_errors():
         choose(jnp.zeros((1, 1, 1, WIDEST + 1)), 1, interpret=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["reference", "interpret"])
 @pytest.mark.parametrize("op", [sparse_linear_attention, sage_sparse_linear_attention])
 def test_means_at_hand_give_the_same_output(op, impl):
@@ -124,6 +125,7 @@ def test_means_at_hand_give_the_same_output(op, impl):
         run(q, k, v, *proj, means=means[::-1])
 
 
+@pytest.mark.slow
 def test_means_have_no_gradient():
     q, k, v = (jnp.asarray(normal(seed, 1, 130, 1, 16)) for seed in range(3))
     means = jnp.asarray(normal(3, 1, 1, 2, 16)), jnp.asarray(normal(4, 1, 1, 3, 16))

@@ -160,6 +160,7 @@ def loss(f, *args):
     return jnp.square(f(*args)).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("i", range(3))
 def test_one_operand(qkv, i):
     alone = lambda f, x: f(*qkv[:i], x, *qkv[i + 1 :])
@@ -167,6 +168,7 @@ def test_one_operand(qkv, i):
     same(lambda f, x: jax.grad(lambda x: jnp.square(alone(f, x)).mean())(x), qkv[i])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_inside_a_scan(qkv, checkpoint):
     def stacked(f, q, k, v):
@@ -184,6 +186,7 @@ def test_inside_a_scan(qkv, checkpoint):
     )
 
 
+@pytest.mark.slow
 def test_tangent_target_outside_gradient_inside(qkv):
     def step(f, q, k, v):
         target = jax.lax.stop_gradient(jax.jvp(f, (q, k, v), (q, v, k))[1])
@@ -194,6 +197,7 @@ def test_tangent_target_outside_gradient_inside(qkv):
     same(step, *qkv)
 
 
+@pytest.mark.slow
 def test_under_shard_map(qkv):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     heads = P(None, None, "x", None)

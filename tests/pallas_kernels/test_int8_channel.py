@@ -130,6 +130,7 @@ def test_kernel_product(m, n):
     )
 
 
+@pytest.mark.slow
 def test_sums_are_exact_and_rounded_once():
     """Whole numbers below 2^24 come out whole, and the bias joins before the only rounding."""
     rng = np.random.default_rng(0)

@@ -9,6 +9,8 @@ from tolerances import assert_close
 
 from pallas_kernels.int8_matmul import QTensor, dequantize, int8_linear, quantize, reference
 
+pytestmark = pytest.mark.optimized
+
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)

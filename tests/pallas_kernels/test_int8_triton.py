@@ -15,6 +15,8 @@ from pallas_kernels.int8_matmul import (
 )
 from pallas_kernels.int8_matmul.triton import swizzled
 
+pytestmark = pytest.mark.optimized
+
 kernel_quantize = jax.jit(lambda x: quantize_activations(x, "block128", impl="interpret"))
 reference_quantize = jax.jit(quantize)
 kernel_linear = jax.jit(lambda *args: int8_linear(*args, impl="interpret"))

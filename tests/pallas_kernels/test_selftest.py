@@ -15,6 +15,7 @@ def test_every_op_has_a_case():
     assert {op for _, ops, _ in selftest.cases() for op in ops} == set(OPS)
 
 
+@pytest.mark.slow
 def test_two_real_cases(monkeypatch):
     wanted = {"sparse-linear attention", "channel quantisation"}
     made, outputs = [], selftest.outputs

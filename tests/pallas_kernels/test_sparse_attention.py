@@ -194,6 +194,7 @@ def test_invariances():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_derivatives_are_those_of_the_masked_softmax(monkeypatch, pieces):
     q, k, v = qkv(b=2, l=335)

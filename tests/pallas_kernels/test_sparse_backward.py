@@ -155,6 +155,7 @@ def test_linear_branch_equals_float64(monkeypatch, l):
         assert_close(ours, exact, "float32", name)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_exact_as_automatic_differentiation():
     args, do = arguments(184, 128, 64, 2, b=1, k=32, dtype=jnp.bfloat16)
     exact, plain = in_float64(both, args, do, 128, 64), differentiated(both, args, do, 128, 64)

@@ -151,6 +151,7 @@ def test_cuda_kernel_of_the_publishers(golden):
     assert np.median(worst) < 1e-2
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_the_reference():
     """In one program; what the gradient needs is written only where it is asked for."""
     q, k, v = qkv(l=140, h=1)

@@ -125,6 +125,7 @@ def test_the_past_is_read_before_it_is_renewed():
     assert len(at(past)) == len(at(following)) == 2 and max(at(past)) < barrier < min(at(following))
 
 
+@pytest.mark.slow
 def test_derivative_is_that_of_the_reference(monkeypatch):
     """Also where the default device is a GPU: no kernel in it, which has no derivative."""
     x, past, gain = arrays(1, 2, 4, 4, 32)

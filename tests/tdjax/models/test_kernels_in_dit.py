@@ -106,6 +106,7 @@ def test_mosaic_lowers_for_hopper():
     assert called == {"mosaic_gpu_v2": 10 + 2 + 1, "__gpu$xla.gpu.triton": 10}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention, linear", LAUNCHED)
 def test_kernels_lower_for_cuda_at_real_size(attention, linear):
     """The 1.3B model at 480p, without a GPU: the fast path holds exactly the kernels that it

@@ -69,6 +69,7 @@ def rounded(jaxpr, dtype):
     return sum(e.params["new_dtype"] == dtype and e.invars[0].aval.size > 1000 for e in casts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "linear, dtype", [("int8", "int8"), ("int8_channel", "int8"), ("fp8", "float8_e4m3fn")]
 )

@@ -141,6 +141,7 @@ def test_loaded_in_bfloat16(tiny):
     assert error < 0.02  # three layers of bfloat16 rounding, 2^-8 each
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (16, 64), (10, 50)])
 def test_buckets_of_every_distance_agree_with_transformers(buckets, max_distance):
     torch = pytest.importorskip("torch")

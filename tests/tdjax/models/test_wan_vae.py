@@ -122,6 +122,7 @@ def tiny(golden):
     return load(TINY, golden("vae_tiny").weights(), OFFICIAL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [9, 1, 5])
 def test_encode_golden(golden, tiny, frames):
     g = golden("vae_tiny")
@@ -133,6 +134,7 @@ def test_encode_golden(golden, tiny, frames):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [9, 1, 5])
 def test_decode_golden(golden, tiny, frames):
     g = golden("vae_tiny")
@@ -141,6 +143,7 @@ def test_decode_golden(golden, tiny, frames):
     assert_close(first(video), g[f"out/T{frames}/decoded"], "vae", "decoded")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [9, 1])
 def test_intermediates_golden(golden, tiny, frames):
     g, prefix = golden("vae_tiny"), f"mid/T{frames}/"
@@ -360,6 +363,7 @@ def test_attention_by_blocks_of_queries(monkeypatch, queries):
     assert_close(attend(q, k, v), expected, "float32", "attention")
 
 
+@pytest.mark.slow
 def test_bfloat16_flows_and_the_doors_are_float32(golden, tiny):
     """Production dtypes on the golden weights (they lie on the bfloat16 grid): no upcast in
     between, close to float32."""
@@ -375,6 +379,7 @@ def test_bfloat16_flows_and_the_doors_are_float32(golden, tiny):
     assert_close(first(video), g["out/T1/decoded"], "vae_bf16", "decoded in bfloat16")
 
 
+@pytest.mark.slow
 def test_lowers_for_cuda_at_full_size():
     """480p, 21 latent frames, from a machine without the device; every convolution is
     two-dimensional."""
@@ -401,6 +406,7 @@ def test_a_gpu_without_our_kernels_takes_the_reference(monkeypatch):
     assert jax.eval_shape(VAE.decode, abstract(plain), latents).shape == (1, 5, 32, 32, 3)
 
 
+@pytest.mark.slow
 def test_cache_bytes():
     """Two frames of every causal convolution's input (of the last one's taps); the numbers of VAE's
     docstring."""

@@ -120,6 +120,7 @@ def test_damaged_weights_are_told_when_they_are_needed(model, tmp_path, capsys):
     assert pipe.components["dit"].module is None
 
 
+@pytest.mark.slow
 def test_stages_are_told_in_order(model):
     """Whatever the threads are at, a run tells its stages in one order; without room for all,
     programs come before weights."""

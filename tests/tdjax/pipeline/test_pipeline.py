@@ -103,6 +103,7 @@ def test_the_smallest_command(model, tmp_path, monkeypatch, capsys):
     ]
 
 
+@pytest.mark.slow
 def test_same_seed_same_bits_and_samples_do_not_depend_on_the_batch(pipe):
     one = pipe("a red circle", seed=3, **SMALL)
     two = pipe("a red circle", seed=3, num_samples=2, **SMALL)
@@ -127,6 +128,7 @@ def test_nothing_is_compiled_again_for_another_prompt_seed_or_weights(pipe):
     assert len(pipe.programs.compiled) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampler",
     [
@@ -145,6 +147,7 @@ def test_the_loop_in_steps_is_the_loop_in_one(model, pipe, sampler):
     )
 
 
+@pytest.mark.slow
 def test_guidance_uses_the_negative_prompt(model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
@@ -211,6 +214,7 @@ def test_start_noise_can_be_given(pipe):
     )
 
 
+@pytest.mark.slow
 def test_formats(pipe, tmp_path):
     result = pipe("a red circle", **SMALL)
     for name in ("v.mp4", "v.gif", "v.npy", "v.safetensors", "v.mkv"):
@@ -226,6 +230,7 @@ def test_formats(pipe, tmp_path):
 # -- image to video, experts -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_image_to_video_with_two_experts(i2v_model):
     pipe = tdjax.load(i2v_model)
     assert pipe.task == "i2v" and pipe.sampler.sigma_max == 200.0
@@ -272,6 +277,7 @@ def test_adaptive_size_follows_the_image(i2v_model):
 # -- devices and memory ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["tp=2", "sp=2", "fsdp=2"])
 def test_a_mesh_gives_the_same_video(model, pipe, mesh):
     call = {"attention": "dense"}
@@ -303,6 +309,7 @@ def test_dry_run_loads_nothing(model, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["tokens"] == 2 * 4 * 4
 
 
+@pytest.mark.slow
 def test_warmup_compiles_what_the_call_runs(model):
     pipe = tdjax.load(model)
     pipe.warmup(**SMALL)
@@ -313,6 +320,7 @@ def test_warmup_compiles_what_the_call_runs(model):
     )  # text; start noise and the loop, whole and in single steps; decoder: first and later
 
 
+@pytest.mark.slow
 def test_warmup_of_two_experts_and_an_image(i2v_model):
     pipe = tdjax.load(i2v_model)
     pipe.warmup(num_steps=2, **SMALL)
@@ -363,6 +371,7 @@ def test_every_preset_defaults_to_its_own_size(name):
     }[PRESETS[name].resolution]
 
 
+@pytest.mark.slow
 def test_quantised_at_load_and_back(model, pipe, tmp_path, capsys):
     call = {"output_type": "latent", "num_steps": 2, **SMALL}
     exact, int8 = pipe("a red circle", **call).latents, tdjax.load(model, quant="int8")
@@ -387,6 +396,7 @@ def test_quantised_at_load_and_back(model, pipe, tmp_path, capsys):
 # -- files of many prompts -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_prompt_file_resumes(model, tmp_path, monkeypatch, capsys):
     rows = tmp_path / "rows.csv"
     rows.write_text("prompt,seed,out\na red circle,1,a.npy\na blue square,2,b.npy\n")
@@ -402,6 +412,7 @@ def test_prompt_file_resumes(model, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "b.npy").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_samples_are_files_and_grid_is_one(model, tmp_path, capsys):
     argv = [
         "--model",
@@ -418,6 +429,7 @@ def test_samples_are_files_and_grid_is_one(model, tmp_path, capsys):
     assert np.load(tmp_path / "g.npy").shape == (5, 32, 64, 3)
 
 
+@pytest.mark.slow
 def test_serving_keeps_weights_and_survives_a_bad_line(model, tmp_path, monkeypatch, capsys):
     lines = (
         "a red circle\n:set num_steps 9\n:set seed abc\n:sett x\n:set num_steps 2\na blue"
@@ -431,6 +443,7 @@ def test_serving_keeps_weights_and_survives_a_bad_line(model, tmp_path, monkeypa
     assert "num_steps is 9" in out.err
 
 
+@pytest.mark.slow
 def test_rows_of_one_prompt_are_different_files(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("红色的圆\n蓝色的圆\n红色的圆\n")
@@ -556,6 +569,7 @@ def test_official_model_name_is_checked(model, tmp_path, capsys):
     assert "of width 128" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_not_finite_names_the_step(model, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
@@ -586,6 +600,7 @@ def test_not_finite_names_the_step(model, tmp_path, capsys):
         tdjax.load(folder)("a", **SMALL)
 
 
+@pytest.mark.slow
 def test_the_decoder_is_checked_too(model, tmp_path, capsys):
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
@@ -613,6 +628,7 @@ def test_a_second_call_traces_nothing(pipe):
         pipe("a blue square", seed=2, **SMALL)
 
 
+@pytest.mark.slow
 def test_the_callers_noise_survives(pipe):
     size = VideoSize(frames=5, height=32, width=32)
     noise = jax.random.normal(jax.random.key(1), (1, *size.latent_grid, 8))
@@ -644,6 +660,7 @@ def test_out_of_memory_names_the_stage(model, tmp_path, capsys, monkeypatch):
         tdjax.load(model)("a", **SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "label", "stage"),
     [("text", "load text", "text"), ("dit", "load dit", "dit"), ("vae", "load vae", "vae decode")],
@@ -671,6 +688,7 @@ def test_a_program_too_large_to_compile_names_its_stage(model, monkeypatch):
         pipe("a red circle", **SMALL)
 
 
+@pytest.mark.slow
 def test_a_call_plans_once(model, i2v_model, monkeypatch):
     made, plan = [], memory.make_plan
     monkeypatch.setattr(memory, "make_plan", lambda *a, **kw: made.append(1) or plan(*a, **kw))
@@ -690,6 +708,7 @@ def test_interrupt_leaves_nothing(model, tmp_path, capsys, monkeypatch):
     assert "nothing was left half-written" in failing(model, tmp_path, capsys, 130)
 
 
+@pytest.mark.slow
 def test_compile_cache_that_cannot_be_written(model, tmp_path, capsys):
     (tmp_path / "file").touch()
     argv = ["--model", str(model), "--prompt", "a", "--save_path", str(tmp_path / "v.npy"), *FLAGS]

@@ -40,6 +40,7 @@ def latents(frames: int, scale: float = 1.0) -> np.ndarray:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("output", "frames"), [("uint8", 13), ("uint8", 1), ("float", 1)])
 def test_streamed_decode_is_the_whole_decode(coder, output, frames):
     vae, z = coder.component.load(), latents(frames)
@@ -52,6 +53,7 @@ def test_streamed_decode_is_the_whole_decode(coder, output, frames):
     assert bool(finite) and got.dtype == whole.dtype and np.array_equal(got, whole[0])
 
 
+@pytest.mark.slow
 def test_streamed_encode_is_the_whole_encode(coder):
     image = (
         np.random.default_rng(1)
@@ -105,6 +107,7 @@ def test_few_chunks_are_in_flight():
     assert left == list(range(7))
 
 
+@pytest.mark.slow
 def test_frames_are_handed_out_as_they_come(model):
     pipe, seen = tdjax.load(model), []
     result = pipe(

@@ -79,6 +79,7 @@ def local(vae):
     return orbax.assemble(orbax.abstract("vae", random_model.VAE), leaves)
 
 
+@pytest.mark.slow
 def test_seams(model, monkeypatch):
     """What a tile's edge disturbs is small, smaller with more overlap, and passes smoothly from
     tile to tile. The weights are random: the influence of an edge hardly fades with distance, as it
@@ -161,6 +162,7 @@ def test_who_decodes_in_tiles(model, monkeypatch):
     assert not pipe.plan(request).tiled_vae
 
 
+@pytest.mark.slow
 def test_the_pipeline_decodes_in_tiles(model, monkeypatch):
     monkeypatch.setattr(vae_tiling, "TILE", 4)
     monkeypatch.setattr(vae_tiling, "OVERLAP", 2)

@@ -165,6 +165,7 @@ def consistency_terms(case, tangent, r, interval=0.01):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, r", [("scm_warm0.3", 0.3), ("scm_warm1", 1.0)])
 def test_consistency(case, name, r):
     g = case.g

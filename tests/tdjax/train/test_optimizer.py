@@ -41,6 +41,7 @@ def run(config, model, grads):
     return out, opt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("b1", [0.0, 0.9])
 def test_torch_takes_the_same_steps(b1):
     """AdamW with its linear warm-up, as the published runs are configured."""

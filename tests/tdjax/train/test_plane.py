@@ -182,6 +182,7 @@ def distilled(config, model, turns):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

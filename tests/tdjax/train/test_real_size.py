@@ -34,6 +34,7 @@ def abstract(name, settings=(), latents=train_step.LATENTS):
     return method, jax.eval_shape(lambda: train_step.beginning(config, method, latents))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, phase", KERNELS)
 def test_every_attention_is_a_kernel(monkeypatch, name, phase):
     def fused(q, k, v, scale, return_residual=False):

@@ -43,6 +43,7 @@ def truth():
     return draw(SAID, TRACK)
 
 
+@pytest.mark.slow
 def test_true_clips_are_right():
     """The recipe asks for 99.5 %, here 255 of 256. Measured over 2,560 clips of other keys: all
     right."""
@@ -127,6 +128,7 @@ def test_backwards_and_diagonal():
         assert np.abs(np.asarray(measured.speed) - np.hypot(x, y)).max() < 0.03
 
 
+@pytest.mark.slow
 def test_a_slow_drift_is_still_and_a_shallow_turn_is_a_bounce():
     time = np.arange(FRAMES, dtype=np.float32)
     for x, motion in (

@@ -9,6 +9,8 @@ from tdjax.train.tiny import settings, work
 from tdjax.train.tiny.evaluation import variants
 from tdjax.train.tiny.stages import evaluate
 
+pytestmark = pytest.mark.slow
+
 CFG = settings.EvaluateStage(
     clips=6, seeds=2, batch=6, real=6, prompts=2, compute="float32", rows="truth,student_1"
 )

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 import tiny_cases
 from tolerances import assert_close
 
@@ -11,6 +12,7 @@ from tdjax.train.tiny.evaluation import sampling
 from tdjax.train.tiny.stages import merge, sla
 
 
+@pytest.mark.slow
 def test_merging_adds_what_sparse_attention_changed():
     student, before = tiny_cases.dit(seed=1), tiny_cases.dit(seed=2)
     after = sla.sparse(tiny_cases.dit(seed=3), tiny_cases.SLA, "float32")

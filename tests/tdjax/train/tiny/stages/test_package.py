@@ -11,6 +11,8 @@ from tdjax.train.tiny import configs, work
 from tdjax.train.tiny.data import captions
 from tdjax.train.tiny.stages import package
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"num_frames": 5, "width": 32, "height": 32}
 
 

@@ -63,6 +63,7 @@ def test_a_cycle_is_a_turn_of_the_student_and_four_of_the_critic(some, text, tok
     assert ("consistency" in numbers) == (kappa > 0)
 
 
+@pytest.mark.slow
 def test_the_tangent_may_run_in_another_dtype():
     model = tiny_cases.dit(
         dataclasses.replace(tiny_cases.DIT, policy=dataclasses.replace(FLOAT32, compute="bfloat16"))

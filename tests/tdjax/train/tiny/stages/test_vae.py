@@ -10,6 +10,8 @@ from tolerances import assert_close
 from tdjax.train.tiny import settings
 from tdjax.train.tiny.stages import vae
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def seen():
