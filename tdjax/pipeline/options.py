@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterable
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypedDict, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypedDict, TypeVar, cast, get_args
 
 from tdjax.errors import UsageError
 from tdjax.files import near
@@ -157,7 +157,7 @@ def arguments_of(source: Callable[P, Any]) -> Callable[[Callable[..., R]], Calla
     def with_signature(method: Callable[..., R]) -> Callable[P, R]:
         returns = inspect.signature(method).return_annotation
         signature = inspect.signature(source).replace(return_annotation=returns)
-        method.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+        cast(Any, method).__signature__ = signature
         return method
 
     return with_signature

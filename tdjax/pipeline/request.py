@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, get_args
 
 import jax
@@ -14,6 +13,7 @@ import numpy as np
 
 from tdjax.config import DiTConfig, SamplerConfig, TextConfig, VideoSize, sampler_changes
 from tdjax.errors import UsageError
+from tdjax.media.image import as_image
 from tdjax.media.resolution import choose_size
 from tdjax.pipeline.options import (
     CallAliases,
@@ -265,19 +265,3 @@ def _check_task(task: str, image: np.ndarray | None) -> None:
             " text-to-video weights take 16",
             "give `image`, or use a text-to-video model such as turbowan2.1-t2v-1.3b-480p",
         )
-
-
-def as_image(image) -> np.ndarray:
-    """Returns uint8 [H W 3] of a path, a PIL image or an array. Raises UsageError for others."""
-    from tdjax.media.image import read_image
-
-    if isinstance(image, str | Path):
-        return read_image(image)
-    array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] != 3:
-        raise UsageError(
-            f"the image is an array of {array.dtype} {array.shape}",
-            "allowed: a path, a PIL image, or uint8 [H W 3]",
-            "convert it to 8-bit RGB",
-        )
-    return array
