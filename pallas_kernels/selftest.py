@@ -236,10 +236,10 @@ def run(impl: str, only: Collection[str] | None = None) -> Iterator[Check]:
 
 
 def together(impl: str, names: Collection[str]) -> list[Check]:
-    """The same of these cases, with those of the same name for Hopper, from one program, which the
-    persistent cache of compiled programs keeps where it leaves out small ones. Where that does not
-    run, case by case: what it fails in has no name."""
-    names = {name for name in BOUNDS if name.removesuffix(MOSAIC) in names and _runs(name, impl)}
+    """The same of these cases from one program, which the persistent cache of compiled programs
+    keeps where it leaves out small ones. Where that does not run, case by case: what it fails in
+    has no name."""
+    names = {name for name in names if _runs(name, impl)}
     try:
         found = outputs(impl, names)
         checks = [

@@ -31,6 +31,8 @@ def check_kernels(cfg: DiTConfig, stages: Stages) -> None:
     wanted = {name for kind in (cfg.attention, cfg.linear) for name in CHECKS.get(kind, ())}
     if not wanted or cfg.impl == "reference" or jax.default_backend() != "gpu":
         return
+    if cfg.impl == "mosaic":  # and Triton's, which run what is not for Hopper alone
+        wanted |= {name + selftest.MOSAIC for name in wanted} & set(selftest.BOUNDS)
     with stages("check kernels"):
         failed = [check for check in selftest.together("triton", wanted) if not check.passed]
     if failed:

@@ -230,7 +230,7 @@ def test_errors():
     with pytest.raises(
         ValueError,
         match=(
-            r"impl is 'tritn'; allowed: auto, reference, xla, triton, interpret; did you mean"
+            r"impl is 'tritn'; allowed: auto, reference, xla, mosaic, triton, interpret; did you mean"
             r" 'triton'\?"
         ),
     ):

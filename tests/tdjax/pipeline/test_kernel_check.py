@@ -50,6 +50,15 @@ def test_only_what_runs_is_checked(ran, monkeypatch):
     assert not ran
 
 
+def test_kernels_for_hopper_are_checked_beside_the_others_where_they_run(ran):
+    cfg = DiTConfig(attention="sla", linear="int8_channel", impl="mosaic")
+    kernel_check.check_kernels(cfg, Stages(show=False))
+    assert set(ran) == {*kernel_check.CHECKS["int8_channel"], "channel linear (Mosaic)"}
+    ran.clear()
+    kernel_check.check_kernels(dataclasses.replace(cfg, impl="auto"), Stages(show=False))
+    assert set(ran) == set(kernel_check.CHECKS["int8_channel"])
+
+
 def test_every_check_exists_and_every_8_bit_layer_has_some():
     assert {name for checks in kernel_check.CHECKS.values() for name in checks} <= set(
         selftest.BOUNDS
