@@ -20,6 +20,8 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
+GROWN = 2**30  # bytes of a worker from which on the programs of a finished module are dropped
+
 pytest_plugins = ("published_fixtures",)  # small checkpoints under published names
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -93,15 +95,24 @@ def module_of_programs(request):
     """Programs of a module are compiled in little time, and run in more: most run once. Modules
     marked `optimized`, which run theirs for long, have them as users do.
 
-    Afterwards none is kept: compiled programs are most of what a worker holds. This fixture is set
-    up before any other of its module, and so comes last, when their values are gone."""
+    Afterwards none is kept where a worker has grown: compiled programs are most of what it holds.
+    This fixture is set up before any other of its module, and so comes last, when their values are
+    gone."""
     quick = request.node.get_closest_marker("optimized") is None
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
+    if sys.platform == "linux" and resident_bytes() < GROWN:
+        return
     jax.clear_caches()
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # the allocator otherwise keeps what was freed
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(autouse=True)

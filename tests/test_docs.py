@@ -232,6 +232,7 @@ def template(node) -> str | None:
     return None
 
 
+@pytest.mark.slow
 def test_quoted_messages_are_in_the_source():
     """Headings of troubleshooting.md quote lines of messages; each is part of a string somewhere in
     the code."""

@@ -30,6 +30,7 @@ def same(got, want):
         assert got[key].tobytes() == value.tobytes(), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, heads",
     [

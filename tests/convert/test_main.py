@@ -65,6 +65,7 @@ def test_one_file(tmp_path, tiny, capsys):
     assert not left_over(tmp_path)
 
 
+@pytest.mark.slow
 def test_json_dtype_and_export(tmp_path, tiny, as_json, states):
     source = tiny("dit")
     assert (
@@ -186,6 +187,7 @@ def test_model_folder_from_files_and_from_a_folder(tmp_path, tiny, as_json):
     assert not left_over(tmp_path)
 
 
+@pytest.mark.slow
 def test_one_transformer_beside_another_part_and_again(tmp_path, tiny, as_json):
     assert (
         main([str(tiny("sla")), str(tiny("text")), str(tmp_path / "m"), "--no-hash", "--json"]) == 0
@@ -320,6 +322,7 @@ def test_overwrite_does_not_replace_a_folder_of_others(tmp_path, tiny, capsys, k
     assert sorted(target.rglob("*")) == before and not left_over(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["m", "m/vae", "link", "link/vae", "."])
 def test_an_input_is_not_replaced(tmp_path, tiny, monkeypatch, capsys, target):
     monkeypatch.chdir(tmp_path)
@@ -362,6 +365,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_killed_and_repeated(tmp_path, tiny):
     source, out = tiny("sla"), tmp_path / "out"
     run = subprocess.run(

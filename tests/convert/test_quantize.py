@@ -19,6 +19,7 @@ def source(tmp_path, states, write_safetensors):
     return write_safetensors(tmp_path / "base.safetensors", state), state
 
 
+@pytest.mark.slow
 def test_to_a_file_in_the_published_form(tmp_path, source, as_json, published):
     path, state = source
     assert quantize.main([str(path), str(tmp_path / "q.safetensors"), "--json"]) == 0
@@ -67,6 +68,7 @@ def test_to_our_folder_and_from_it(tmp_path, source, capsys):
         np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["int8_channel", "fp8"])
 def test_by_token_and_channel_into_a_folder_only(tmp_path, source, as_json, capsys, quant):
     """The folder holds what a load would have made of the float file."""

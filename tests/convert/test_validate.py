@@ -49,6 +49,7 @@ def test_golden_files_pass(golden, name, as_json):
     assert max(v["error"] for v in values.values() if v["error"] is not None) < 1.5e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_perturbed_weight_is_found(tmp_path, golden, name, capsys):
     g = golden(name)
@@ -114,6 +115,7 @@ def layouts(tmp_path, states, write_safetensors):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, other, options", [("dit", "diffusers", ["--heads", "4"]), ("text", "transformers", [])]
 )

@@ -55,6 +55,7 @@ def test_ties_go_to_the_lowest_index():
     np.testing.assert_array_equal(np.asarray(choose(s, 2, interpret=True))[0, 0, 0], [1, 3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tail, dtype", [(0, WIDE), (1, WIDE), (16, NARROW), (56, NARROW), (80, WIDE), (120, NARROW)]
 )
@@ -70,6 +71,7 @@ def test_means(tail, dtype):
     assert_close(blocking.token_mean(pooled, x.shape[1], 64), exact.mean(1), "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("l, block_q, block_k", [(335, 128, 64), (376, 64, 128), (30, 64, 64)])
 def test_map_is_that_of_the_reference(l, block_q, block_k):
     q, k = (jnp.asarray(normal(seed, 2, l, 2, 16) + seed, jnp.bfloat16) for seed in range(2))

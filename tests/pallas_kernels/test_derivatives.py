@@ -85,6 +85,7 @@ def test_gradient_of_both_and_of_one_operand(ab):
     same(lambda f, *ab: jax.grad(partial(loss, f), 1)(*ab), *ab)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_inside_a_scan(ab, checkpoint):
     run = lambda f, a, b: stacked(f, a, b, checkpoint)

@@ -45,6 +45,7 @@ def test_bfloat16_keeps_float32_statistics():
     assert_close(o, exact(q, k, v), "bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 5])
 def test_chunks_of_queries_change_nothing(monkeypatch, rows):
     args = qkv()
@@ -101,6 +102,7 @@ def test_errors():
     assert cudnn.refusal(jnp.zeros((1, 1, 1, 64), jnp.float16)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("f", [cudnn.attention, attention])
 def test_a_kernel_without_a_tangent_gets_one(monkeypatch, f):
     """cuDNN's op has a gradient only. Here a stand-in of that kind; "auto" traces it on every host

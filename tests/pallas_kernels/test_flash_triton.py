@@ -87,16 +87,19 @@ def check(b, l, s, h, k, dtype, scale=None, seed=0):
 
 # Rows mod 128 and keys mod 64 are 0, 1, 16, 56, 80, 120; one block of keys, one key; as many keys
 # as a prompt has tokens.
+@pytest.mark.slow
 @pytest.mark.parametrize("l, s", [(128, 512), (129, 65), (144, 16), (248, 184), (80, 1)])
 def test_bfloat16(l, s):
     check(1, l, s, 1, 32, jnp.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("l, s, scale", [(33, 16, 0.7), (56, 97, None)])
 def test_float32(l, s, scale):
     check(1, l, s, 1, 32, jnp.float32, scale)
 
 
+@pytest.mark.slow
 def test_head_width_128_heads_and_batch():
     check(2, 70, 90, 3, 128, jnp.bfloat16)
 
@@ -116,6 +119,7 @@ def test_the_formulas_are_the_derivatives():
         close([slope], expected[1:2], 1e-7, ["finite difference"])
 
 
+@pytest.mark.slow
 def test_large_tangents_and_what_keys_share():
     """A common part of the keys moves no output; in bfloat16 it must not drown the rest of the
     tangent."""
@@ -128,6 +132,7 @@ def test_large_tangents_and_what_keys_share():
     close([t], exact(args, tangents, args[0])[1:2], 1e-2, ["tangent"])
 
 
+@pytest.mark.slow
 def test_the_tangent_needs_no_exact_statistics():
     """A rounded lse leaves the tangent as it is."""
     args, tangents = draw(0, 1, 40, 70, 1, 32, jnp.float32), draw(1, 1, 40, 70, 1, 32, jnp.float32)
@@ -208,6 +213,7 @@ def test_under_shard_map(qkv):
     same(lambda f, *args: jax.grad(partial(loss, split(f)), (0, 1, 2))(*args), *qkv)
 
 
+@pytest.mark.slow
 def test_cudnn_with_our_tangent(monkeypatch, qkv):
     """cuDNN's statistics are natural logarithms, [b l h], and rounded to bfloat16."""
 

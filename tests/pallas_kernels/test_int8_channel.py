@@ -230,8 +230,8 @@ def test_errors():
     with pytest.raises(
         ValueError,
         match=(
-            r"impl is 'tritn'; allowed: auto, reference, xla, mosaic, triton, interpret; did you mean"
-            r" 'triton'\?"
+            r"impl is 'tritn'; allowed: auto, reference, xla, mosaic, triton, interpret;"
+            r" did you mean 'triton'\?"
         ),
     ):
         run(x, w, impl="tritn")

@@ -29,6 +29,7 @@ def test_quantiser_is_bit_exact(golden, name):
     exact(q.values, g[f"out/{name}_q"], "values")
 
 
+@pytest.mark.slow
 def test_product_and_both_roundings(golden):
     g = golden("int8_linear")
     x, weight = (
@@ -65,6 +66,7 @@ def test_cuda_kernels_of_the_publishers(golden):
     np.testing.assert_allclose(np.asarray(y, np.float32), g["y"], rtol=2**-7, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_rows_in_pieces_change_nothing(monkeypatch):
     x, w = jax.jit(quantize)(normal(0, 300, 256)), jax.jit(quantize)(normal(1, 70, 256))
     whole = jax.jit(reference.block_sum)(x, w)
@@ -74,6 +76,7 @@ def test_rows_in_pieces_change_nothing(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(
     st.sampled_from([1, 128, 131]),

@@ -60,6 +60,7 @@ def test_quantiser_equals_the_reference(m):
     same(kernel_quantize(x), reference_quantize(x), f"{m} rows")
 
 
+@pytest.mark.slow
 def test_product_of_the_golden_file(golden):
     g = golden("int8_linear")
     x, weight = (
@@ -79,6 +80,7 @@ def test_product_of_the_golden_file(golden):
     assert_close(kernel_product(reference_quantize(x), weight), g["out/y_f32"], "int8_y")
 
 
+@pytest.mark.slow
 def test_cuda_kernels_of_the_publishers(golden):
     g = golden("int8_linear_cuda")
     x, weight = (
@@ -95,6 +97,7 @@ def test_cuda_kernels_of_the_publishers(golden):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (128, 256), (184, 130), (248, 129)])
 def test_product_equals_the_reference(m, n):
     """The same operations in the same order; a bias is rounded to the dtype of x, and added with a
@@ -115,6 +118,7 @@ def test_partial_sums_are_exact_integers():
     np.testing.assert_array_equal(y, values[0].astype(np.int64) @ values[1].astype(np.int64).T)
 
 
+@pytest.mark.slow
 def test_a_tile_with_a_nan_is_not_finite_and_others_are():
     x = normal(0, 130, 256)
     x[3, 5], x[129, 200] = np.nan, np.inf
@@ -140,6 +144,7 @@ def test_every_tile_has_one_program(grid):
     )
 
 
+@pytest.mark.slow
 def test_concatenated_weights_give_concatenated_outputs():
     x = quantize_activations(normal(0, 10, 128), "block128")
     weights = [reference_quantize(normal(n, n, 128)) for n in (128, 7)]

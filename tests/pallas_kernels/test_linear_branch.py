@@ -28,6 +28,7 @@ def test_sums_over_all_keys(tail):
     assert_close(total, expected(k, v)[1], "float32", "sum of phi(k)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("programs, l", [(4, 330), (512, 3)])
 def test_any_number_of_chunks(monkeypatch, programs, l):
     """Programs of several products each, the last of them short, and more programs than keys."""
@@ -41,6 +42,7 @@ def test_any_number_of_chunks(monkeypatch, programs, l):
         assert_close(ours, theirs, "float32")
 
 
+@pytest.mark.slow
 def test_bfloat16():
     """Features are rounded as in the reference, up to the last bit of the few whose exponential
     rounds otherwise."""

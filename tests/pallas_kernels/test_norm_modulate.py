@@ -75,6 +75,7 @@ def quantised(q, h, scheme):
     ).max() <= (1 if scheme == "channel" else 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize(
     ("b", "l", "d", "scheme"), [(2, 5, 80, "channel"), (1, 3, 1536, "fp8"), (2, 2, 5120, "channel")]
@@ -184,6 +185,7 @@ def test_parts_cover_a_row_once(width, warps):
     assert all(p.size & (p.size - 1) == 0 and p.size <= 256 * warps for p in parts)
 
 
+@pytest.mark.slow
 def test_only_the_plain_float_norm_has_a_derivative():
     x, y, factor, shift, gate = rows(1, 2, 16)
     f = lambda x, **more: (

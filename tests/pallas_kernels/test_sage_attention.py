@@ -82,6 +82,7 @@ def test_constant_keys_are_taken_off_before_rounding():
     assert_close(sage_attention(q, k + 100, v), sage_attention(q, k, v), "bf16")
 
 
+@pytest.mark.slow
 def test_with_linear_branch_in_bfloat16():
     q, k, v = qkv(dtype=jnp.bfloat16)
     proj = normal(3, 64, 64) / 8, np.ones(64, np.float32)
@@ -90,6 +91,7 @@ def test_with_linear_branch_in_bfloat16():
     agrees(o, sparse_linear_attention(q, k, v, *proj, topk=0.4))
 
 
+@pytest.mark.slow
 def test_cuda_kernel_of_the_publishers(golden):
     """Theirs has e4m3 values and bfloat16 pooled scores, so query blocks are compared one by one,
     loosely."""
@@ -107,6 +109,7 @@ def test_cuda_kernel_of_the_publishers(golden):
     assert np.median(relative) < 0.035
 
 
+@pytest.mark.slow
 def test_lowers_for_cuda_at_real_size():
     x = jax.ShapeDtypeStruct((1, 32760, 12, 128), jnp.bfloat16)
     proj = jax.ShapeDtypeStruct((128, 128), jnp.float32), jax.ShapeDtypeStruct((128,), jnp.float32)
@@ -131,6 +134,7 @@ def test_errors():
             differentiate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tail, block", [(0, 64), (1, 64), (16, 64), (56, 64), (80, 128), (120, 128)]
 )
@@ -160,6 +164,7 @@ def test_a_block_of_equal_keys_is_zero():
     assert not values.any() and float(scale[0, 0, 0]) > 0
 
 
+@pytest.mark.slow
 def test_a_nan_is_not_hidden():
     k = jnp.ones((1, 64, 1, 16)).at[0, 3, 0, 5].set(jnp.nan)
     for impl in ("reference", "interpret"):

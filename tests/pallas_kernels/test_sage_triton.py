@@ -36,6 +36,7 @@ def both(function, *args, **sizes):
 
 
 # lengths modulo the block of keys: 1 and 56
+@pytest.mark.slow
 @pytest.mark.parametrize("l, block_q, block_k", [(257, 64, 128), (312, 64, 64)])
 def test_sparse_equals_the_reference(l, block_q, block_k):
     q, k, v = qkv(b=2, l=l, h=2)
@@ -46,6 +47,7 @@ def test_sparse_equals_the_reference(l, block_q, block_k):
     assert_close(o, expected, "float32")
 
 
+@pytest.mark.slow
 def test_dense_needs_no_list():
     q, k, v = qkv(l=200)
     o, expected = both(op.sage_attention, q, k[:, :70], v[:, :70])
@@ -61,12 +63,14 @@ def test_keys_without_variation_do_not_leak_past_the_end(l):
     assert_close(o, jnp.broadcast_to(v.mean(1, keepdims=True), v.shape), "float32")
 
 
+@pytest.mark.slow
 def test_with_linear_branch():
     q, k, v = qkv(l=200)
     o, expected = both(op.sage_sparse_linear_attention, q, k, v, *proj(16), topk=0.5)
     assert_close(o, expected, "float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("l", [320, 300])
 def test_bounded_and_running_maximum_give_the_same(l):
     """Scores are bounded in some blocks of queries only: those after token 128 are long."""
@@ -78,6 +82,7 @@ def test_bounded_and_running_maximum_give_the_same(l):
     assert_close(o, expected, "float32")
 
 
+@pytest.mark.slow
 def test_bounds_hold():
     """No score is larger than the bound of its block of queries, and a block of equal tokens comes
     close to it."""
@@ -102,6 +107,7 @@ def test_bounds_hold():
     ).all()
 
 
+@pytest.mark.slow
 def test_published_accuracy_in_bfloat16():
     """Against float64 attention over all keys: the bounds published for int8 scores."""
     q, k, v = qkv(l=500, k=64, dtype=jnp.bfloat16)
@@ -114,6 +120,7 @@ def test_published_accuracy_in_bfloat16():
     assert np.abs(o - expected).sum() / np.abs(expected).sum() <= 0.021
 
 
+@pytest.mark.slow
 def test_cuda_kernel_of_the_publishers(golden):
     """Theirs has e4m3 values and bfloat16 pooled scores, so query blocks are compared one by one,
     loosely."""

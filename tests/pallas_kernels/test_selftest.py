@@ -6,6 +6,7 @@ from pallas_kernels.inventory import OPS
 from tdjax import env
 
 
+@pytest.mark.slow
 def test_every_case_has_a_bound():
     assert [name for name, *_ in selftest.cases()] == list(selftest.BOUNDS)
     assert min(selftest.BOUNDS.values()) >= 0

@@ -214,6 +214,7 @@ def test_derivatives_are_those_of_the_masked_softmax(monkeypatch, pieces):
         assert_close(ours, theirs, "float32", name)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_whole_op():
     """Against central differences along a random direction, projection included."""
     q, k, v = qkv(l=200)

@@ -108,6 +108,7 @@ def gradient(args, do, block_q, block_k):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "l, block_q, block_k, chosen",
     [
@@ -138,6 +139,7 @@ def test_sparse_branch_equals_float64_at_every_tail(l, block_q, block_k, chosen)
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("l", [1, 208])
 def test_linear_branch_equals_float64(monkeypatch, l):
     """Programs take one, and two, chunks of each head."""
@@ -212,6 +214,7 @@ def test_lists_turned_round():
     assert (np.diff(length) <= 0).all() and (length[:, 0] > length[:, -1]).all()
 
 
+@pytest.mark.slow
 def test_long_lists_go_first():
     """In each of three heads all eight query blocks chose key block 5, and two others each."""
     rest = np.array([[0, 1], [2, 3], [4, 6], [7, 8], [9, 10], [11, 12], [13, 14], [0, 15]])
@@ -233,6 +236,7 @@ def test_pairs_that_do_not_fit():
         jax.eval_shape(lambda blocks: transpose(blocks, 1182), blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_inside_a_scan(checkpoint):
     """Two layers of the op with its forward and tangent from the reference, its gradient from the

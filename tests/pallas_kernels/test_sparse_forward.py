@@ -55,6 +55,7 @@ def relative(actual, expected):
 
 
 # lengths modulo the blocks: 0, 1, 16, 56, 80 and 120
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "l, block_q, block_k",
     [(256, 128, 64), (257, 64, 128), (272, 128, 64), (312, 64, 64), (208, 64, 128), (376, 128, 64)],
@@ -73,6 +74,7 @@ def test_every_tail(l, block_q, block_k):
     assert_close(lse, expected_lse, "float32", "logarithm of the normaliser")
 
 
+@pytest.mark.slow
 def test_less_than_one_block_of_keys_with_both_branches():
     q, k, v = qkv(l=100)
     run = lambda impl: jax.jit(
@@ -99,6 +101,7 @@ def test_large_scores_neither_overflow_nor_leak_past_the_end():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_dtypes_are_as_good_as_the_reference(dtype):
     q, k, v = qkv(l=380, h=1, k=64, dtype=dtype)
@@ -110,6 +113,7 @@ def test_narrow_dtypes_are_as_good_as_the_reference(dtype):
     assert relative(o, expected) <= min(5e-3, 1.1 * relative(plain, expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [False, True])
 def test_linear_branch_beside_the_sparse_one(save):
     q, k, v = qkv(l=200)
@@ -129,6 +133,7 @@ def test_linear_branch_beside_the_sparse_one(save):
         assert_close(out[2], lse, "float32")
 
 
+@pytest.mark.slow
 def test_golden(golden):
     """The sparse branch of the published Triton kernel, and its sum with the linear branch."""
     g = golden("sla_op")
@@ -138,6 +143,7 @@ def test_golden(golden):
     assert_close(jax.jit(run)(q, k, v, *proj), g["out/q128k64_t0.2/o"], "sla")
 
 
+@pytest.mark.slow
 def test_cuda_kernel_of_the_publishers(golden):
     """Theirs rounds the pooled scores to bfloat16, so near ties choose other blocks: query blocks
     are compared one by one."""

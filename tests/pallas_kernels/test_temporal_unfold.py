@@ -42,6 +42,7 @@ def expected(x, past, gain):
     return np.concatenate([y[:, :t], y[:, 1 : 1 + t], y[:, 2:]], axis=-1), y[:, -2:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["reference", "interpret"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 4, 8, 12, 96), (2, 1, 4, 8, 384), (1, 3, 4, 4, 160)])
@@ -61,6 +62,7 @@ def test_taps(impl, dtype, shape, given):
         np.testing.assert_allclose(np.asarray(made, np.float64), wanted, rtol=rtol, atol=atol)
 
 
+@pytest.mark.slow
 def test_programs_cover_the_pixels():
     """More pixels than one program owns, and a number of them that only 16 divides."""
     shape = (1, 2, 4, 12, 96)

@@ -221,6 +221,7 @@ cli.run(lambda: cli.main(command, [], parser=argparse.ArgumentParser))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variable", ["JAX_PLATFORMS=cuda", "JAX_PLATFORMS=odd", "JAX_DISABLE_JIT=1"]
 )
@@ -238,6 +239,7 @@ def test_a_device_that_is_not_there_is_told_in_three_lines(variable):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_nothing_of_it_imports_jax():
     modules = "tdjax.cli, tdjax.files, tdjax.cache, tdjax.generate.__main__, convert.__main__"
     code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"

@@ -116,6 +116,7 @@ def test_dtype_of_everything():
     assert bench.configs(bench.parse(["--model", "demo"]))[0].policy == FLOAT32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LINEAR)
 def test_random_weights_keep_variance(kind):
     layer = nnx.Dict(up=layers.LINEAR[kind](256, 384, FLOAT32, rngs=nnx.Rngs(0)))
@@ -124,6 +125,7 @@ def test_random_weights_keep_variance(kind):
     assert 0.8 < float(y.std()) < 1.2
 
 
+@pytest.mark.slow
 def test_text_stage(capsys):
     assert bench.main(["--model", "demo", "--stage", "text", "--repeats", "1"]) == 0
     out = capsys.readouterr().out

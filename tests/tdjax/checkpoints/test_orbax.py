@@ -133,6 +133,7 @@ def test_a_restored_module_does_not_trace_again(folder, modules):
     assert len(traced) == 1
 
 
+@pytest.mark.slow
 def test_shardings_and_device_counts(tmp_path, folder, modules):
     second = jax.devices()[1]
     for where in (second, SingleDeviceSharding(second)):
@@ -159,6 +160,7 @@ def test_shardings_and_device_counts(tmp_path, folder, modules):
     same(orbax.restore(tmp_path / "again", jax.devices()[3])[1], modules["dit"])
 
 
+@pytest.mark.slow
 def test_another_config_of_the_same_weights(folder, modules):
     wide = dataclasses.replace(DIT, policy=FLOAT32)
     cfg, module = orbax.restore(folder, config=wide)
@@ -312,6 +314,7 @@ def test_manifest_params_and_config_must_agree(copy):
             orbax.restore(copy)
 
 
+@pytest.mark.slow
 def test_params_of_another_checkpoint(copy, tmp_path, modules):
     cfg = dataclasses.replace(DIT, policy=Policy(param="float16"))
     other = jax.tree.map(

@@ -150,6 +150,7 @@ def test_seconds_become_legal_frames():
     assert [parse(["--seconds", s]).num_frames for s in ("5", "0.01", "5.1")] == [81, 1, 81]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", [["--help"], ["--num_frames", "80"]])
 def test_answers_come_before_jax_is_imported(argv):
     code = (

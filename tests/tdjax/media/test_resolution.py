@@ -170,6 +170,7 @@ def test_pad_shows_everything_in_the_middle():
     assert (out[16:48] == 9).all() and (out[:16] == 0).all() and (out[48:] == 0).all()
 
 
+@pytest.mark.slow
 def test_stretch_agrees_with_the_published_resize():
     torch = pytest.importorskip("torch")
     image = np.random.default_rng(0).integers(0, 256, (90, 131, 3)).astype(np.uint8)

@@ -37,6 +37,7 @@ def test_the_table_has_every_variant_of_the_config():
     assert set(SELF_ATTENTION) == set(ATTENTION)
 
 
+@pytest.mark.slow
 def test_sparse_linear_with_all_blocks_and_no_projection_is_dense(qkv):
     dense = call(core("dense"), *qkv)
     assert_close(call(core("sla", sla=SLAConfig(topk=1.0)), *qkv), dense, "float32")
@@ -90,6 +91,7 @@ def test_cross_attention_sees_every_row_of_text():
         assert np.abs(cross(module, x, text.at[:, i].set(0)) - y).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_image_features_add_a_second_attention():
     module = jax.jit(
         lambda: CrossAttention(dataclasses.replace(CFG, image_dim=10), rngs=nnx.Rngs(0))
@@ -111,6 +113,7 @@ def test_axes_share_the_channels(width, split):
     assert widths(width) == split
 
 
+@pytest.mark.slow
 def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     cos, sin = rope(GRID, 16)
     assert cos.shape == sin.shape == (154, 8)

@@ -65,6 +65,7 @@ def test_the_table_has_every_kind_of_the_config():
     assert tuple(LINEAR) == config.LINEAR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, bound", [("float", 1e-6), ("int8", 0.015), ("int8_channel", 0.015), ("fp8", 0.04)]
 )
@@ -81,6 +82,7 @@ def test_distance_from_the_float_product(kind, bound):
     assert low.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_published_int8_layer(golden):
     """The golden product through the layer, its activations quantised once for two readers."""
     g = golden("int8_linear")
@@ -103,6 +105,7 @@ def test_published_int8_layer(golden):
     np.testing.assert_allclose(y, g["out/y_bf16_plus_bias"], rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["reference", "interpret"])
 @pytest.mark.parametrize("kind", LINEAR)
 def test_what_a_layer_reads(kind, impl):
@@ -132,6 +135,7 @@ def test_what_a_layer_reads(kind, impl):
         )  # a step of 8 bits here and there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", LINEAR)
 @pytest.mark.parametrize("new", LINEAR)
 def test_every_kind_becomes_every_other(old, new):
@@ -155,6 +159,7 @@ def test_every_kind_becomes_every_other(old, new):
         assert_close(made[1][1], expected.scale, "float32")
 
 
+@pytest.mark.slow
 def test_there_is_no_fp8_kernel_and_the_layer_says_which_product_it_takes():
     assert (
         FP8Linear.products == {"triton": "xla", "interpret": "reference"}
@@ -166,6 +171,7 @@ def test_there_is_no_fp8_kernel_and_the_layer_says_which_product_it_takes():
         FP8Linear(8, 8, FLOAT32, rngs=nnx.Rngs(0), impl="fast")(jnp.zeros((1, 2, 8)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(LINEAR)[1:])
 def test_only_float_layers_can_be_trained(kind):
     layer = LINEAR[kind](128, 128, FLOAT32, rngs=nnx.Rngs(0))

@@ -111,6 +111,7 @@ def loops(function, *args):
     return [e.params["body_jaxpr"].jaxpr for e in jaxpr.eqns if e.primitive.name == "while"]
 
 
+@pytest.mark.slow
 def test_steps_do_not_read_the_text_again():
     """No product in the loop of a sampler has the text's rows times the width; and its latents are
     those of the plain call."""

@@ -222,6 +222,7 @@ def test_a_row_without_any_token_is_zero_and_finite(tiny):
     assert (out == 0).all()
 
 
+@pytest.mark.slow
 def test_gradient_reaches_every_leaf():
     cfg = TextConfig(
         vocab=11,
@@ -261,6 +262,7 @@ def test_published_sizes(manifest):
         assert sorted(leaves[leaf].shape[-len(shape) :]) == sorted(shape), leaf
 
 
+@pytest.mark.slow
 def test_initial_features_have_unit_size():
     """T5's start: q is small, so that unscaled dot products do not saturate the softmax."""
     cfg = TextConfig(

@@ -103,6 +103,7 @@ def inputs(g):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_golden(golden, name):
     g, kind = golden(name), "sla" if "sla" in name else "dit"
@@ -120,6 +121,7 @@ def test_golden(golden, name):
         assert_close(output, channels_last(g["out/v"]), kind)
 
 
+@pytest.mark.slow
 def test_published_fast_norm_explains_its_output(golden, monkeypatch):
     """With the padded variance of the published LayerNorm in the blocks (never in the head), ours
     gives its numbers too."""
@@ -258,6 +260,7 @@ def test_tangent_as_a_target_of_a_bfloat16_student():
     )
 
 
+@pytest.mark.slow
 def test_timestep_is_rounded_and_its_derivative_is_not():
     """Compiled, where a cast to bfloat16 and back would be removed."""
     t = jnp.array([977.3, 104.8])
@@ -270,6 +273,7 @@ def test_timestep_is_rounded_and_its_derivative_is_not():
         assert_close(actual, expected, "float32")
 
 
+@pytest.mark.slow
 def test_bfloat16_flows_between_float32_islands():
     model, args = tiny(), batch()
     half = jax.tree.map(lambda x: x, model)
@@ -302,6 +306,7 @@ def test_samples_of_a_batch_do_not_meet():
     assert np.abs(w[1] - v[1]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_coordinates_tell_places_apart():
     model = tiny(in_channels=5, patch=(1, 1, 1), coordinates=True)
     assert model.cfg.task == "t2v" and model.patch_embed.kernel.shape == (8, 24)
@@ -389,6 +394,7 @@ def test_fourteen_billion_parameters_cost_nothing_until_they_are_loaded():
     assert {x.dtype for x in jax.tree.leaves(model)} == {jnp.dtype("bfloat16")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attention, linear", [("dense", "float"), ("sla", "int8"), ("sagesla", "float")]
 )
@@ -404,6 +410,7 @@ def test_lowers_for_cuda_at_real_size(attention, linear):
     )  # kernels travel in it; a table of the size of the video would be 16 MB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("attention", "linear"),
     [("dense", "float"), ("sla", "int8"), ("sagesla", "int8_channel"), ("sagesla", "fp8")],

@@ -157,6 +157,7 @@ def test_intermediates_golden(golden, tiny, frames):
         assert_close(value, g[prefix + name], "vae", name)
 
 
+@pytest.mark.slow
 def test_published_keys_are_the_leaves(manifest):
     """Every tensor of the published file is one leaf of the full-size module, and the other way
     round."""
@@ -229,6 +230,7 @@ def test_later_frames_never_change_earlier_ones(golden, tiny):
     assert np.all(np.any(np.asarray(a[:, 5:] != b[:, 5:]), axis=(0, 2, 3, 4)))
 
 
+@pytest.mark.slow
 def test_chunks_equal_the_whole():
     """A causal convolution over chunks of two frames is the one over all frames after two zero
     frames."""
@@ -270,6 +272,7 @@ def conv3d(x, conv, stride=1):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(3, 3, 3), (3, 1, 1)])
 @pytest.mark.parametrize("gain", [None, normal((11,))])
 def test_causal_convolution_is_the_one_over_three_dimensions(size, gain):
@@ -291,6 +294,7 @@ def test_causal_convolution_is_the_one_over_three_dimensions(size, gain):
     assert_close(following, y[:, -2:], "float32", "past")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gain", [None, normal((11,))])
 def test_few_outputs_tap_by_tap(gain):
     """The same convolution; chunk by chunk it remembers outputs of the taps."""
@@ -350,6 +354,7 @@ def test_convolution_of_repeated_pixels(outputs, dtype, bound):
         ) < bound * np.linalg.norm(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("queries", [4, 12, 2048])
 def test_attention_by_blocks_of_queries(monkeypatch, queries):
     """30 queries: blocks with a remainder, and fewer queries than one block."""
@@ -392,6 +397,7 @@ def test_lowers_for_cuda_at_full_size():
     assert "tensor<1x81x480x832x3xf32>" in text
 
 
+@pytest.mark.slow
 def test_a_gpu_without_our_kernels_takes_the_reference(monkeypatch):
     """Older than Ampere: "auto" says so, impl="reference" traces without a kernel."""
     refuse = lambda: (_ for _ in ()).throw(

@@ -194,6 +194,7 @@ def test_sharded_gradient_equals_the_unsharded_one(inputs):
         assert np.linalg.norm(a - w) <= 1e-4 * np.linalg.norm(w), leaf_name(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", LINEAR)
 def test_divided_weights_give_the_same_layer(linear):
     """An MLP's two layers, divided over width and features: both operands of each product are in

@@ -104,6 +104,7 @@ def damaged(model, folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # the reader's own, of reads that it gave up
@@ -143,6 +144,7 @@ def test_stages_are_told_in_order(model):
     ]
 
 
+@pytest.mark.slow
 def test_everything_has_begun_before_the_first_stage_ends(model, monkeypatch):
     pipe = tdjax.load(model, prompt_cache=False)
     seen = []
@@ -183,6 +185,7 @@ def watch_steps(monkeypatch, pipe, tell) -> None:
     monkeypatch.setattr(pipe.denoising, "program", lambda *args: Watched(make(*args), tell))
 
 
+@pytest.mark.slow
 def test_a_transformer_begins_alone(model, monkeypatch):
     """cuDNN cannot prepare its attention while other threads use the GPU: they have finished when
     the first step begins."""
@@ -223,6 +226,7 @@ def experts(model, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_second_expert_waits_in_the_host(experts, monkeypatch):
     """Memory for one expert at a time: the other one is read while the first runs, and the video is
     the same."""
@@ -242,6 +246,7 @@ def test_the_second_expert_waits_in_the_host(experts, monkeypatch):
         assert all(c.module is None and c.coming is None for c in lean.components.values())
 
 
+@pytest.mark.slow
 def test_the_second_expert_is_read_after_the_first_step(experts, monkeypatch):
     pipe, events = tdjax.load(experts, low_memory=True), []
     watch_steps(monkeypatch, pipe, lambda: events.append("step"))

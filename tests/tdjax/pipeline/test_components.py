@@ -80,6 +80,7 @@ def test_what_is_opened_as_something_else_is_refused(model):
         open_component(model / "dit", "dit", lora=(("a.safetensors", 1.0),))
 
 
+@pytest.mark.slow
 def test_weights_loaded_ahead_are_the_weights(model):
     here, ahead = (open_component(model / "vae", "vae") for _ in range(2))
     ahead.load_ahead()
@@ -91,6 +92,7 @@ def test_weights_loaded_ahead_are_the_weights(model):
     assert ahead.module is None and ahead.coming is None
 
 
+@pytest.mark.slow
 def test_weights_held_by_the_host_are_the_weights(model):
     here, held = (open_component(model / "vae", "vae") for _ in range(2))
     held.load_ahead(host=True)

@@ -168,6 +168,7 @@ def test_guidance_uses_the_negative_prompt(model, tmp_path):
     assert np.abs(same - call(guidance_scale=4.0, negative_prompt="green")).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_embeddings_saved_and_given(pipe, model, tmp_path, capsys):
     path = tmp_path / "e.safetensors"
     assert (
@@ -201,6 +202,7 @@ def test_embeddings_saved_and_given(pipe, model, tmp_path, capsys):
     assert np.array_equal(np.load(out), pipe("a red circle", seed=3, **SMALL).frames[0])
 
 
+@pytest.mark.slow
 def test_start_noise_can_be_given(pipe):
     size = VideoSize(frames=5, height=32, width=32)
     noise = np.asarray(
@@ -246,6 +248,7 @@ def test_image_to_video_with_two_experts(i2v_model):
     assert all(each.module is None for each in lean.components.values())
 
 
+@pytest.mark.slow
 def test_two_steps_never_reach_the_low_noise_expert(i2v_model, tmp_path, capsys):
     from PIL import Image
 
@@ -329,6 +332,7 @@ def test_warmup_of_two_experts_and_an_image(i2v_model):
     assert len(pipe.programs.compiled) == before
 
 
+@pytest.mark.slow
 def test_another_schedule_or_seed_compiles_nothing(model):
     pipe = tdjax.load(model)
     before = None
@@ -351,6 +355,7 @@ def test_the_reference_needs_no_kernel_in_any_part(model):
     assert tdjax.load(model).components["vae"].config.impl == "auto"
 
 
+@pytest.mark.slow
 def test_a_plan_needs_no_download(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     argv = ["--model", "turbowan2.2-i2v-a14b-720p-quant", "--dry_run", "--offline"]
@@ -611,6 +616,7 @@ def test_the_decoder_is_checked_too(model, tmp_path, capsys):
     assert "VAE decoder gave NaN" in failing(folder, tmp_path, capsys, 5)
 
 
+@pytest.mark.slow
 def test_weights_are_freed_after_a_failure(model, monkeypatch):
     pipe = tdjax.load(model, low_memory=True)
     stop = lambda *_: (_ for _ in ()).throw(RuntimeError("stop"))
@@ -651,6 +657,7 @@ def exhausted(*args, **kwargs):
     )
 
 
+@pytest.mark.slow
 def test_out_of_memory_names_the_stage(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Component, "load", exhausted)
     message = failing(model, tmp_path, capsys, 4)
@@ -681,6 +688,7 @@ def test_the_need_told_is_that_of_the_stage_which_failed(model, monkeypatch, nam
     assert told == [(label, plan.of(stage))]
 
 
+@pytest.mark.slow
 def test_a_program_too_large_to_compile_names_its_stage(model, monkeypatch):
     pipe = tdjax.load(model, prompt_cache=False, low_memory=True, text_encoder_device="device")
     monkeypatch.setattr(compilation, "decode_first", exhausted)
@@ -700,6 +708,7 @@ def test_a_call_plans_once(model, i2v_model, monkeypatch):
     assert len(made) == 3
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_nothing(model, tmp_path, capsys, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -757,6 +766,7 @@ def test_load_arguments(model, tmp_path):
         tdjax.load(tmp_path / "nowhere.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
 )  # the reader's own, of reads that it gave up

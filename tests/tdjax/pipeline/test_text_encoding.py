@@ -68,6 +68,7 @@ def encoder(path, tokenizer, dtype="float32") -> TextEncoding:
     return TextEncoding(Programs(stages), component, Tokenizer(tokenizer, 32), None, stages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("ours", "float32"), ("published", "float32"), ("published", "bfloat16")]
 )
@@ -121,6 +122,7 @@ def test_only_the_rows_of_the_prompt_are_read(published):
     )
 
 
+@pytest.mark.slow
 def test_the_pipeline_gives_the_same_video(model):
     call = lambda **kw: tdjax.load(model, prompt_cache=False, **kw)("a red circle", **SMALL)
     whole, streamed, lean = call(), call(text_encoder_device="stream"), call(low_memory=True)

@@ -112,6 +112,7 @@ def test_seams(model, monkeypatch):
     assert step["local", 6] < 0.7 * step["local", 1], step
 
 
+@pytest.mark.slow
 def test_one_tile_is_the_whole(model):
     coder = vae_of(model)
     vae, z = coder.component.load(), smooth(4, 4)
@@ -122,6 +123,7 @@ def test_one_tile_is_the_whole(model):
         assert all(np.array_equal(a, b) for (a, _), (b, _) in pairs)
 
 
+@pytest.mark.slow
 def test_a_tile_that_is_not_finite_is_told(model, monkeypatch):
     monkeypatch.setattr(vae_tiling, "TILE", 4)
     monkeypatch.setattr(vae_tiling, "OVERLAP", 2)

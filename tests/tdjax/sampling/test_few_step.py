@@ -100,6 +100,7 @@ def test_official_loops(golden, prefix, mode):
         assert finite.tolist() == [True] * len(index)
 
 
+@pytest.mark.slow
 def test_the_network_receives_the_official_timesteps(golden):
     g = golden("sampler")
     for prefix in ("t2v_sde_s80_n4/", "t2v_sde_bf16io_s200_n4/"):
@@ -135,6 +136,7 @@ def test_two_calls_give_the_bits_of_one(mode, cut):
     assert [*first.tolist(), *second.tolist()] == finite.tolist() == [True] * 4
 
 
+@pytest.mark.slow
 def test_the_start_noise_and_the_last_entry_are_not_injected():
     """A changed entry changes the result exactly when it is used: all entries for sde, the first
     for ode."""
@@ -283,6 +285,7 @@ def gaussian_error(mode, steps, deviation=0.5, mean=0.7):
     return np.abs(np.asarray(got) - (mean + deviation * z)).max()
 
 
+@pytest.mark.slow
 def test_order_of_convergence_on_a_gaussian():
     """Halving the steps' size halves Euler's error and quarters UniPC's, which is far below it."""
     errors = {mode: [gaussian_error(mode, n) for n in (10, 20, 40)] for mode in ("euler", "unipc")}
@@ -292,6 +295,7 @@ def test_order_of_convergence_on_a_gaussian():
     assert errors["unipc"][2] < errors["euler"][2] / 10, errors
 
 
+@pytest.mark.slow
 def test_teacher_in_two_calls_gives_the_bits_of_one():
     cfg = SamplerConfig(num_steps=6, sampler="unipc", sigma_max=5000.0)
     rows, z = unipc.step_coefficients(cfg), noise(1)[0]

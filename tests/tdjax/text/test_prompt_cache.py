@@ -77,6 +77,7 @@ def test_the_key_tells_what_matters():
     assert len({key, *others}) == 5
 
 
+@pytest.mark.slow
 def test_a_repeated_prompt_neither_loads_nor_compiles_the_encoder(model):
     first = tdjax.load(model)
     a = first("a red circle", **SMALL)

@@ -15,6 +15,7 @@ from tdjax.errors import CheckpointError
 from tdjax.train import checkpoints
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_stay(tmp_path):
     run(tmp_path, save_every=1, keep=3)
     assert checkpoints.steps(tmp_path) == [6, 7, 8]

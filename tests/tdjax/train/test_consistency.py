@@ -75,6 +75,7 @@ def official_derivative(tangent, x, t, f_teacher, h):
     return in_x + weight * (np.cos(h) * f(x, t) - f(x, t - h)) / np.sin(h)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tangent", list(consistency.TANGENT))
 @pytest.mark.parametrize("r", [0.0, 0.3, 1.0])
 def test_direction_is_the_published_one(tangent, r):
@@ -181,6 +182,7 @@ def test_teacher_steps_of_the_discrete_variant():
 # -- distribution matching -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rollout_is_the_stochastic_sampler():
     """Every count; a time later than the one before becomes that one; nothing after the start when
     count is 1."""

@@ -127,6 +127,7 @@ def test_scaling_and_times(golden):
     assert_close(flow.shift(rf, 5.0), g["out/time/shift5"], "sampler")
 
 
+@pytest.mark.slow
 def test_denoiser(case):
     g, c = case.g, at_time(case.g["in/time_trig"])
     p = flow.per_sample(c)
@@ -188,6 +189,7 @@ def test_consistency(case, name, r):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, tangent", [("scm_fd1_h0.01", "semidiscrete"), ("scm_fd2_h0.01", "discrete")]
 )
@@ -198,6 +200,7 @@ def test_finite_differences(case, name, tangent):
     assert_close(got["loss"](case.student), g[f"out/{name}/loss_per_sample"], "train_targets")
 
 
+@pytest.mark.slow
 def test_discrete_consistency(case):
     g = case.g
     times = consistency.dcm_times(jnp.asarray(g["in/dcm/u"][:, 0]), 48, 5.0, 1)
@@ -217,6 +220,7 @@ def test_discrete_consistency(case):
     assert_close(100.0 * loss, g["out/dcm/loss_per_sample"], "train_targets")
 
 
+@pytest.mark.slow
 def test_distribution_matching_and_critic(case):
     """Two simulated steps; the gradient goes through the second alone."""
     g = case.g

@@ -36,6 +36,7 @@ def listening():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_step_and_saves(tmp_path, capsys, kind, listening):
     before = signal.getsignal(kind)

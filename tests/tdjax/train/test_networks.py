@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from run_cases import TINY, built, training_run, words
 
 from tdjax.checkpoints import orbax
@@ -10,6 +11,7 @@ from tdjax.precision import FLOAT32
 from tdjax.train.networks import Networks
 
 
+@pytest.mark.slow
 def test_random_weights(folder):
     sizes = [
         f"model.dit.{name}={getattr(TINY, name)}"
@@ -33,6 +35,7 @@ def test_random_weights(folder):
     )
 
 
+@pytest.mark.slow
 def test_a_sparse_student_begins_as_its_dense_teacher(folder):
     run = training_run("sla-1.3b", *words(folder, f"model.weights={folder / 'dense'}"))
     cfg = run.networks.config
@@ -65,6 +68,7 @@ def test_a_student_of_its_own(folder):
     assert np.any(student["blocks.self_attn.core.proj.kernel"])
 
 
+@pytest.mark.slow
 def test_networks_lie_over_the_mesh(folder):
     run = training_run(
         "sla-1.3b", *words(folder, f"model.weights={folder / 'dense'}", "run.mesh=fsdp=2,tp=2")

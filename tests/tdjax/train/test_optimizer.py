@@ -69,6 +69,7 @@ def test_without_momentum_one_moment_is_stored():
     assert size(OptimizerConfig()) == 22 and size(OptimizerConfig(b1=0.9)) == 44
 
 
+@pytest.mark.slow
 def test_bad_entries_count_as_zero():
     config, model = OptimizerConfig(learning_rate=0.1, warmup=0, clip=1.0), Two()
     good = gradients(1, model)[0]
@@ -85,6 +86,7 @@ def test_bad_entries_count_as_zero():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_clipping():
     model = Two()
     grads = gradients(1, model)

@@ -254,6 +254,7 @@ def updates(config, kind, data, step=0):
     return difference(getattr(after, name), getattr(state, name)), metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, kind", [(FLOW, "flow"), (RCM, "student")], ids=["flow", "student"]
 )

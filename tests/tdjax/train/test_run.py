@@ -76,6 +76,7 @@ def test_four_devices_give_the_numbers_of_one(folder, tmp_path):
             assert_close(four[name], one[name], "float32", name)
 
 
+@pytest.mark.slow
 def test_changed_settings_are_told(folder, tmp_path, capsys):
     run = training_run(*flow(folder, f"run.folder={tmp_path}"))
     state = jax.tree.map(
@@ -92,6 +93,7 @@ def test_changed_settings_are_told(folder, tmp_path, capsys):
     assert "a.b was 1, is 2" in (err := capsys.readouterr().err) and "run.steps" not in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss",
     [
@@ -146,6 +148,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(
     assert all(word in err for word in expected), err
 
 
+@pytest.mark.slow
 def test_an_interrupt_has_its_code(folder, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     outcome = Outcome(state=None, step=3, checkpoint=run / "step_000003", interrupted=True)

@@ -17,6 +17,7 @@ from tdjax.train.optimizer import adamw
 from tdjax.train.state import Teacher, TrainState
 
 
+@pytest.mark.slow
 def test_white_box_loss_is_the_distance_to_dense_attention():
     """Nothing for itself, nothing but rounding when every block is chosen, more when one of three
     is."""

@@ -88,6 +88,7 @@ def test_microbatches_give_the_mean_and_every_sample_in_order():
         parts.accumulated(gradient, values, 4)
 
 
+@pytest.mark.slow
 def test_update_counts_bad_entries():
     model = Scale()
     grads = jax.tree.map(lambda x: jnp.array([jnp.nan, 3.0, jnp.inf]), model)

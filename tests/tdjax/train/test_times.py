@@ -9,6 +9,7 @@ from tdjax.train import times
 from tdjax.train.configs import LogNormal, UniformShift
 
 
+@pytest.mark.slow
 def test_times_have_their_distributions(key):
     """Quantiles of 100,000 draws; the standard error of the median is 0.003."""
     levels = np.array([0.1, 0.5, 0.9])

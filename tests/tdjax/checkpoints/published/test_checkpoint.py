@@ -198,6 +198,7 @@ def test_final_leaves_are_those_of_the_module(opened):
             np.testing.assert_array_equal(got, np.asarray(module[name]), err_msg=name)
 
 
+@pytest.mark.slow
 def test_transposition_on_a_device(opened, monkeypatch):
     """The path that accelerators take gives the same bits as the host's."""
     from tdjax.checkpoints.published import checkpoint

@@ -114,7 +114,10 @@ def test_quantised(published):
 @pytest.mark.parametrize(
     "key, message",
     [
-        ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "a LoRA, not a model.*`lora` beside"),
+        (
+            "diffusion_model.blocks.0.self_attn.q.lora_A.weight",
+            "a LoRA, not a model.*`lora`",
+        ),
         ("lora_unet_blocks_0_ffn_0.lora_down.weight", "a LoRA"),
         (
             "encoder.downsamples.0.downsamples.0.residual.0.gamma",

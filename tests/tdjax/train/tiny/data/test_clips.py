@@ -63,6 +63,7 @@ def test_held_out_pairs_are_in_their_split_alone():
         factors.scenes("test")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_samples_cover_their_split(split):
     said = sample(jax.random.key(0), N, split).said
@@ -84,11 +85,13 @@ def test_all_values_are_drawn_alike(many):
     assert set(np.unique(many.said.speed)) == {UNSAID, 0, 1}
 
 
+@pytest.mark.slow
 def test_first_motions_can_be_drawn_alone():
     motion = np.asarray(sample(jax.random.key(0), N, "train", FIRST_BOUNCE).said.motion)
     assert set(np.unique(motion)) == set(range(FIRST_BOUNCE))
 
 
+@pytest.mark.slow
 def test_tracks_move_as_said(many):
     steps = np.diff(np.asarray(clips.track(many)), axis=1)  # [b 32 2]
     for name, (i, direction) in zip(factors.MOTIONS, enumerate(factors.DIRECTION), strict=True):
@@ -187,6 +190,7 @@ def test_moving_by_whole_pixels_moves_the_picture(many):
     assert_close(b[:, :, 5:, 3:], a[:, :, :-5, :-3], "float32")
 
 
+@pytest.mark.slow
 def test_colours_are_the_palettes(many):
     f = first(many, 32)
     video = np.asarray(render(f))

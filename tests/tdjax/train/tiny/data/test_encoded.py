@@ -45,6 +45,7 @@ def test_every_clip_has_whole_captions_and_a_short_one():
         assert np.array_equal(read.size == -1, np.full(60, short) & (np.arange(60) % 3 != 1))
 
 
+@pytest.mark.slow
 def test_a_batch_keeps_latents_and_captions_together(some, tokens):
     latents, rows = some.draw(jax.random.key(2), 64)
     for x, row in zip(np.asarray(latents, np.float32), np.asarray(rows), strict=True):

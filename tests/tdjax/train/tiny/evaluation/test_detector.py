@@ -116,6 +116,7 @@ def test_half_and_double_speed():
         assert detector.scores(measured, SAID)["speed_error"] > 0.2
 
 
+@pytest.mark.slow
 def test_backwards_and_diagonal():
     measured, right = judged(draw(SAID, TRACK[:, ::-1]))
     straight = MOVES & (SAID.motion < FIRST_BOUNCE)

@@ -77,6 +77,7 @@ def world(tmp_path_factory):
     return tokenizer, prompts, codec, Oracle(codec.encode(factors)), tiny_cases.text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [
@@ -97,6 +98,7 @@ def test_an_oracle_gets_everything_right(world, how):
     assert scores["all"] == 1.0 and scores["speed_error"] < 0.02
 
 
+@pytest.mark.slow
 def test_prompts_say_what_they_ask_for_and_repeat_in_rows(world):
     tokenizer = world[0]
     prompts = sampling.prompts(tokenizer, jax.random.key(1), 3, repeats=2)
