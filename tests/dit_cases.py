@@ -14,7 +14,7 @@ from tdjax.precision import FLOAT32
 from tdjax.train.state import Batch
 
 # Compiled quickly rather than well: half of the usual time went into fused loops.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK = {"xla_backend_optimization_level": 0}
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 

@@ -24,7 +24,7 @@ from tdjax.train.tiny.data.tokenizer import build
 from tdjax.train.tiny.stages import sla
 
 # Half of the usual time of compiling goes into fused loops.
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+QUICK = {"xla_backend_optimization_level": 0}
 jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 TEXT = TextConfig(
