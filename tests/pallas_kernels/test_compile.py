@@ -31,6 +31,8 @@ from pallas_kernels.int8_matmul import QTensor, quantize_activations, quantized_
 from pallas_kernels.int8_matmul.schemes import SCHEMES
 from pallas_kernels.inventory import OPS
 
+pytestmark = pytest.mark.optimized
+
 SHARED = {arch: 1024 * block for arch, (*_, block, _) in cuda_aot.TARGETS.items()}
 S8 = {
     "sm80": "mma.sync.aligned.m16n8k32",
