@@ -46,7 +46,7 @@ class RandomComponent(PlannedComponent):
         return jax.block_until_ready(random_weights(self.abstract()))
 
     def fingerprint(self) -> dict:
-        return {"path": None, "source": "random weights"}
+        return {"name": None, "source": "random weights"}
 
 
 def e2e_rows(

@@ -205,8 +205,8 @@ class StoredComponent(Component):
         return sorted(p for p in self.path.rglob("*") if p.is_file())
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns the path, and the source that our manifest recorded."""
-        return {"path": str(self.path), "source": orbax.inspect(self.path).get("source")}
+        """Returns the folder's name, and the source that our manifest recorded."""
+        return {"name": self.path.name, "source": orbax.inspect(self.path).get("source")}
 
     def _names(self) -> dict[str, Any]:
         return orbax.named_leaves(orbax.abstract(self.kind, self.config))
@@ -244,7 +244,7 @@ class PublishedComponent(Component):
         return list(self.file.source.files)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns path, size and a quick hash (first and last MiB of each file)."""
+        """Returns name, size and a quick hash (first and last MiB of each file)."""
         quick = hashlib.sha256()
         for file in self.files():
             with file.open("rb") as f:
@@ -252,7 +252,7 @@ class PublishedComponent(Component):
                 f.seek(max(0, file.stat().st_size - _QUICK))
                 quick.update(f.read())
         return {
-            "path": str(self.path),
+            "name": self.path.name,
             "bytes": sum(f.stat().st_size for f in self.files()),
             "quick_sha256": quick.hexdigest(),
         }
@@ -281,7 +281,7 @@ class PlannedComponent(Component):
         self._refuse()
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"path": None, "source": "planned"}
+        return {"name": None, "source": "planned"}
 
     def _refuse(self) -> NoReturn:
         raise CheckpointError(

@@ -164,9 +164,15 @@ def save_latents(path: Path, latents: np.ndarray, overwrite: bool = False) -> No
 
 def metadata_of(name: str, request: Request, components: Mapping[str, Component]) -> dict[str, Any]:
     """Returns everything needed to make the same video again, as JSON values; arrays that were
-    given stand as their sha256."""
+    given stand as their sha256. It is published with the video: files stand as their names, no
+    folder of this machine is in it."""
     import jax
 
+    lora = {
+        name: [[Path(file).name, weight] for file, weight in each.lora]
+        for name, each in components.items()
+        if each.lora
+    }
     return {
         "tdjax": tdjax.__version__,
         "model": name,
@@ -176,7 +182,7 @@ def metadata_of(name: str, request: Request, components: Mapping[str, Component]
         "num_samples": request.num_samples,
         "fit": request.fit,
         "given": request.digests(),
-        "lora": {name: list(each.lora) for name, each in components.items() if each.lora},
+        "lora": lora,
         "size": to_dict(request.size),
         "sampler": to_dict(request.sampler),
         "transformer": to_dict(components["dit"].config),

@@ -1,6 +1,8 @@
 """One protocol over three kinds of source: what a stored and a published checkpoint of the same
 weights give is the same, and a planned one has none."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -59,9 +61,15 @@ def test_identities_tell_weights_apart(pair, model):
     theirs, ours = pair
     assert theirs.identity() == theirs.identity() != ours.identity()
     assert all(file.is_file() for component in pair for file in component.files())
-    assert set(theirs.fingerprint()) == {"path", "bytes", "quick_sha256"}
+    assert set(theirs.fingerprint()) == {"name", "bytes", "quick_sha256"}
     source = open_component(model / "text", "text").fingerprint()["source"]
     assert source == {"name": "random numbers, seed 2"}
+
+
+def test_what_is_published_of_them_names_no_folder_of_the_machine(pair):
+    for component in pair:
+        assert component.fingerprint()["name"] == component.path.name
+        assert str(component.path.parent) not in json.dumps(component.fingerprint())
 
 
 def test_a_planned_component_has_shapes_and_no_weights():
