@@ -217,3 +217,14 @@ def test_public_names_exist():
     assert all(getattr(tdjax, name) is not None for name in tdjax.__all__)
     with pytest.raises(AttributeError, match="it has load"):
         tdjax.lode  # noqa: B018
+
+
+def test_lines_have_at_most_100_characters():
+    """Also those that the linter leaves out: a line that is one word."""
+    long = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in FILES
+        for number, line in enumerate(path.read_text().split("\n"), 1)
+        if len(line) > 100
+    ]
+    assert not long, long

@@ -33,7 +33,8 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks\.((self|cross)_attn\.\w+|up|down)\.(weight_)?scale", ("n",)),
     # whole: norms, modulation, SLA projection, position bias
     (
-        r"blocks\.(norm\d\.(scale|bias)|modulation|relative_bias|self_attn\.core\.proj\.(kernel|bias))",
+        r"blocks\.(norm\d\.(scale|bias)|modulation|relative_bias"
+        r"|self_attn\.core\.proj\.(kernel|bias))",
         ("n",),
     ),
     # around the blocks of the transformer
@@ -44,7 +45,8 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"image_embed\.(up|down)\.kernel", (None, "embed")),
     (r"head\.proj\.kernel", ("embed", None)),
     (
-        r"((patch_embed|(text|time|image)_embed\.(up|down)|time_proj|head\.proj)\.bias|head\.modulation)",
+        r"((patch_embed|(text|time|image)_embed\.(up|down)|time_proj|head\.proj)\.bias"
+        r"|head\.modulation)",
         (),
     ),
     (r"image_embed\.norm_(in|out)\.(scale|bias)", ()),
