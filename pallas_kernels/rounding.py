@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels import tuning
 from pallas_kernels.primitives import inline
 from pallas_kernels.quantized import FLOOR, TOP
 
@@ -60,8 +61,20 @@ def row_scale(amax, dtype, interpret):  # float32 [] -> factor [1], scale []
     return divide(jnp.full(1, top, jnp.float32), amax, interpret), amax * np.float32(1 / top)
 
 
+def refusal(dtype) -> str | None:
+    """Why the kernels do not round to `dtype` (int8, float8 or None) on the GPU at hand or
+    described; None if they do."""
+    if dtype is None or dtype == jnp.int8 or tuning.known_family() != "sm80":
+        return None
+    return f"{jnp.dtype(dtype).name} needs compute capability 8.9 (Ada) or newer"
+
+
 def narrow(x, dtype, interpret):  # float32 -> dtype
-    """x rounded to nearest even and saturated: int8 or float8_e4m3fn."""
+    """x rounded to nearest even and saturated: int8 or float8_e4m3fn. ValueError where the GPU has
+    no instruction for it."""
+    why = None if interpret else refusal(dtype)
+    if why:
+        raise ValueError(f'{why}; impl="reference" runs here')
     if dtype != jnp.int8:
         top = TOP[jnp.dtype(dtype)]
         return jnp.clip(x, -top, top).astype(dtype)

@@ -7,8 +7,9 @@ fp8       float8_e4m3fn, scales as in channel
 An activation is quantised once and multiplied with every weight that reads it. impl: "auto" (on
 CUDA, for widths that are multiples of 128, the kernels, and XLA's product of float8 operands;
 elsewhere the reference), "reference", "xla" (channel: the reference; fp8: float8 operands),
-"triton", "interpret"; of the products of channel and fp8 also "mosaic" (Hopper). A tile (block128)
-or row (channel, fp8) with a NaN or an infinity gives outputs that are not finite.
+"triton", "interpret"; of the products of channel and fp8 also "mosaic" (Hopper). Rounding to float8
+needs compute capability 8.9: on Ampere "auto" is the reference, "triton" a ValueError. A tile
+(block128) or row (channel, fp8) with a NaN or an infinity gives outputs that are not finite.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import difflib
 
 import jax.numpy as jnp
 
+from pallas_kernels import rounding
 from pallas_kernels.derivatives import forward_only
 from pallas_kernels.dispatch import automatic, bound, choose
 from pallas_kernels.int8_matmul.quantize import BLOCK, dequantize, quantize, tiles
@@ -94,7 +96,8 @@ def quantized_linear(
 
 
 def _quantize(op, x, scheme, impl):
-    auto = automatic(scheme.quantizers, _refusal(x.shape[1]))
+    refusal = _refusal(x.shape[1]) or rounding.refusal(scheme.dtype)
+    auto = automatic(scheme.quantizers, refusal)
     return forward_only(choose(op, impl, scheme.quantizers, auto), NO_DERIVATIVE.format(op))(x)
 
 

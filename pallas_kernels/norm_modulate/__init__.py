@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from einops import rearrange
 
+from pallas_kernels import rounding
 from pallas_kernels.derivatives import forward_only
 from pallas_kernels.dispatch import automatic, bound, choose, implementations
 from pallas_kernels.norm_modulate import reference, triton
@@ -71,7 +72,8 @@ def norm(
         )
     named = (("gate", gate), ("factor", factor), ("shift", shift))
     vectors = [_sample_rows(name, a, b, d) for name, a in named]
-    run = _chosen("norm", impl, d, eps=eps, floats=floats, dtype=ROW_SCHEMES.get(scheme))
+    dtype = ROW_SCHEMES.get(scheme)
+    run = _chosen("norm", impl, d, dtype, eps=eps, floats=floats)
     if impl not in ("auto", "reference") or scheme:
         run = forward_only(run, NO_DERIVATIVE.format("norm"))
     return Normed(*run(x, y, *vectors))
@@ -81,14 +83,16 @@ def gelu(x, *, scheme: str, impl: str = "auto") -> QTensor:
     """GELU (tanh form) of x [b l d], quantised by row from float32: values [(b l) d], scale [(b
     l)]."""
     _, _, d = _check("gelu", x, False, scheme)
-    run = _chosen("gelu", impl, d, dtype=ROW_SCHEMES[scheme])
+    run = _chosen("gelu", impl, d, ROW_SCHEMES[scheme])
     return forward_only(run, NO_DERIVATIVE.format("gelu"))(x)
 
 
-def _chosen(name: str, impl: str, width: int, **options) -> Callable:
+def _chosen(name: str, impl: str, width: int, dtype, **options) -> Callable:
     """The implementation called `impl`; differentiated, "auto" is the reference."""
-    table = bound(IMPLEMENTATIONS[name], **options)
-    refusal = f"width {width} is not a multiple of 128" if width % 128 else None
+    table = bound(IMPLEMENTATIONS[name], dtype=dtype, **options)
+    refusal = rounding.refusal(dtype)
+    if width % 128:
+        refusal = f"width {width} is not a multiple of 128"
     return choose(name, impl, table, automatic(table, refusal, derivative="reference"))
 
 

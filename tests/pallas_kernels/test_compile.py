@@ -86,8 +86,8 @@ def linear(scheme, impl="triton"):
     )
 
 
-def quantized(scheme):
-    return lambda x: quantize_activations(x, scheme, impl="triton")
+def quantized(scheme, impl="triton"):
+    return lambda x: quantize_activations(x, scheme, impl=impl)
 
 
 def case(name, size):
@@ -220,12 +220,14 @@ SPILLS = {
     ("attend_kernel", "sm89"): 64,
     ("attend_kernel", "sm120"): 16,
 }
+REFUSED = [("quantize fp8", "sm80")]  # Ampere has no instruction that rounds to float8
 WITHOUT_SPILLS = ("sage dense", "sla 64x64")  # the same kernel, where it fits
 
 
 @pytest.mark.skipif(cuda_aot.available() is not None, reason=str(cuda_aot.available()))
-@pytest.mark.parametrize("arch", cuda_aot.TARGETS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "arch"), [(n, a) for n in CASES for a in cuda_aot.TARGETS if (n, a) not in REFUSED]
+)
 def test_compiles(monkeypatch, name, arch):
     monkeypatch.setattr(tuning, "family", lambda: arch)
     jax.clear_caches()
@@ -245,6 +247,15 @@ def test_compiles(monkeypatch, name, arch):
     assert len(found) >= CASES[name][0]
     if name in INT8:
         assert any(S8[arch] in kernel.ptx for kernel in found)
+
+
+@pytest.mark.skipif(cuda_aot.available() is not None, reason=str(cuda_aot.available()))
+@pytest.mark.parametrize(("name", "arch"), REFUSED)
+def test_a_family_without_the_instruction_is_refused_and_auto_is_the_reference(name, arch):
+    function, args = case(name, "480p")
+    with pytest.raises(ValueError, match="float8_e4m3fn needs compute capability 8.9"):
+        cuda_aot.compile_for(arch, function, *args)
+    assert not cuda_aot.compile_for(arch, quantized("fp8", "auto"), *args)
 
 
 @pytest.mark.skipif(cuda_aot.available() is not None, reason=str(cuda_aot.available()))
