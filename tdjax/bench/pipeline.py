@@ -113,7 +113,7 @@ def compiled(make: Callable[[], Pipeline], call: dict) -> tuple[Pipeline, float,
                 )
             jax.clear_caches()
             start = time.perf_counter()
-            pipe.compile(request, plan, (False,))
+            pipe.preparation.compile(request, plan, (False,))
             seconds.append(time.perf_counter() - start)
     return first, *seconds
 
@@ -184,7 +184,7 @@ def run_rows(pipe: Pipeline, call: dict, args) -> Iterator[Row]:
 
 def clip(pipe: Pipeline, call: dict, seed: int, **more) -> Result:
     """Tokens of a prompt, as many as there may be, to uint8 frames on the host."""
-    ones = np.ones((1, pipe.text_len), np.int32)
+    ones = np.ones((1, pipe.info.text_len), np.int32)
     plan = pipe.plan(pipe.request("bench", **call))
     embeds = pipe.text_encoding.encode(Tokens(ones, ones), plan)
     return pipe(prompt_embeds=embeds, seed=seed, **call, **more)

@@ -3,55 +3,42 @@ suit the weights, kernels that are not used."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 
 from tdjax.config import DiTConfig, SamplerConfig
 from tdjax.media.resolution import size_notes
-from tdjax.pipeline.request import Request
+from tdjax.pipeline.request import ModelInfo, Request
 from tdjax.sampling import schedules
 from tdjax.text.tokenizer import Tokenizer, language_warnings, prompt_warnings
 
 
 def request_notes(
-    request: Request,
-    transformer: DiTConfig,
-    *,
-    name: str,
-    distilled: bool,
-    experts: bool,
-    own_size: bool,
-    tokenizer: Tokenizer | None,
-    language: dict[str, Any] | None,
+    request: Request, transformer: DiTConfig, info: ModelInfo, tokenizer: Tokenizer | None
 ) -> list[str]:
-    """Returns lines about a request of the model `name`.
-
-    experts:  it has two transformers. own_size: it was trained at a size of its own.
-    language: the closed language of a small model, or None.
-    """
-    lines = [] if own_size else size_notes(request.size, request.resolution)
+    """Returns lines about a request of a model: the prompt's length, an unusual size, weights that
+    need many steps."""
+    lines = [] if info.resolution is None else size_notes(request.size, request.resolution)
     lines += reference_notes(transformer)
-    lines += sampler_notes(request.sampler, name, distilled, experts)
+    lines += sampler_notes(request.sampler, info)
     if request.prompt_embeds is None:
         for text in request.prompts:
-            if language:
-                lines += language_warnings(language, text)
+            if info.language:
+                lines += language_warnings(info.language, text)
             else:
                 lines += prompt_warnings(tokenizer, text)
     return lines
 
 
-def sampler_notes(cfg: SamplerConfig, name: str, distilled: bool, experts: bool) -> list[str]:
+def sampler_notes(cfg: SamplerConfig, info: ModelInfo) -> list[str]:
     """Returns lines about steps that do not suit the weights."""
     lines = []
-    if not distilled and cfg.few_step:
+    if not info.distilled and cfg.few_step:
         lines.append(
-            f"{name} looks like undistilled Wan weights (by its name): {cfg.num_steps} steps give"
-            " poor video; use `sampler` unipc, num_steps 50 and guidance_scale 5, or a TurboWan"
-            " file"
+            f"{info.name} looks like undistilled Wan weights (by its name): {cfg.num_steps} steps"
+            " give poor video; use `sampler` unipc, num_steps 50 and guidance_scale 5, or a"
+            " TurboWan file"
         )
-    if experts and schedules.split_times(schedules.times(cfg), cfg.boundary) == cfg.num_steps:
+    if info.experts and schedules.split_times(schedules.times(cfg), cfg.boundary) == cfg.num_steps:
         lines.append(
             f"all {cfg.num_steps} steps lie above the boundary {cfg.boundary:g}: the low-noise"
             " expert is not used"

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import jax
 import numpy as np
 
+from tdjax.checkpoints.locate import Located
 from tdjax.config import DiTConfig, SamplerConfig, TextConfig, VideoSize, sampler_changes
 from tdjax.errors import UsageError
 from tdjax.media.image import as_image
@@ -73,10 +74,20 @@ ACCEPTED = (*_PLAIN, *_SAMPLER, *_SIZE)  # arguments of a call beside the prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelDefaults:
-    """What a call takes from its model where it gives nothing else, and what its arrays must be."""
+class ModelInfo:
+    """What is known of a model: what a call takes from it where it gives nothing else, what the
+    call's arrays must be, and what its notes speak of.
 
+    distilled: it was made for few steps. experts: it has two transformers. language: the closed
+    language of a small model, or None. prompts: some that suit it.
+    """
+
+    name: str
     task: str
+    distilled: bool
+    experts: bool
+    language: dict[str, Any] | None
+    prompts: tuple[str, ...]
     size: VideoSize
     resolution: str | None  # a name of VIDEO_SIZES; None for a model with a size of its own
     sampler: SamplerConfig
@@ -90,20 +101,27 @@ class ModelDefaults:
         return (1, *size.latent_grid, self.channels)
 
 
-def defaults_of(
-    transformer: DiTConfig, text: TextConfig | None, preset: str | None, about: dict[str, Any]
-) -> ModelDefaults:
-    """Returns what a model says of itself in `about` (its model.json), else by its preset, else by
-    its task."""
+def model_info(
+    located: Located, transformer: DiTConfig, text: TextConfig | None, experts: bool
+) -> ModelInfo:
+    """Returns what a model says of itself (its model.json), else what its preset says, else its
+    task."""
+    about = located.facts
     sampler = I2V_SAMPLER if transformer.task == "i2v" else T2V_SAMPLER
     resolution: str | None = "480p"
-    if preset in PRESETS:
-        sampler, resolution = PRESETS[preset].sampler, PRESETS[preset].resolution
+    if located.preset in PRESETS:
+        preset = PRESETS[located.preset]
+        sampler, resolution = preset.sampler, preset.resolution
     if "width" in about:
         resolution = None
     sizes = {name: about[name] for name in ("frames", "height", "width") if name in about}
-    return ModelDefaults(
+    return ModelInfo(
+        name=about.get("name", located.name),
         task=transformer.task,
+        distilled=located.distilled,
+        experts=experts,
+        language=about.get("language"),
+        prompts=tuple(about.get("prompts", ())),
         size=VideoSize(**sizes),
         resolution=resolution,
         sampler=dataclasses.replace(sampler, **sampler_changes(about.get("sampler", {}))),
@@ -117,7 +135,7 @@ def defaults_of(
 def make_request(
     prompt: str | list[str] | tuple[str, ...] | None,
     arguments: dict[str, Any],
-    model: ModelDefaults,
+    model: ModelInfo,
 ) -> Request:
     """Returns the arguments over the model's own defaults; those that are None count as not given.
 
@@ -149,7 +167,7 @@ def make_request(
 
 
 def _chosen_size(
-    given: dict[str, Any], fit: str, image: np.ndarray | None, model: ModelDefaults
+    given: dict[str, Any], fit: str, image: np.ndarray | None, model: ModelInfo
 ) -> tuple[VideoSize, str | None]:
     """(size, the name that it came from)."""
     if not given and model.resolution is None and fit != "adaptive":
@@ -174,7 +192,7 @@ def _chosen_sampler(changes: dict[str, Any], own: SamplerConfig) -> SamplerConfi
     return dataclasses.replace(own, **changes)
 
 
-def _checked(request: Request, model: ModelDefaults) -> Request:
+def _checked(request: Request, model: ModelInfo) -> Request:
     if request.num_samples < 1:
         raise UsageError(
             f"num_samples is {request.num_samples}", "at least one video is made", "use 1"
@@ -231,7 +249,7 @@ def _checked(request: Request, model: ModelDefaults) -> Request:
     return request if request.key is None else dataclasses.replace(request, seed=None)
 
 
-def _check_arrays(request: Request, model: ModelDefaults) -> None:
+def _check_arrays(request: Request, model: ModelInfo) -> None:
     """Raises UsageError unless given arrays have the shapes of this model at this size."""
     latents, embeds = request.latents, request.prompt_embeds
     expected = model.latent_shape(request.size)

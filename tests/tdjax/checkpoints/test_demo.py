@@ -212,13 +212,13 @@ def test_its_facts():
 def test_every_word_is_one_token():
     pipe = tdjax.load("demo")
     assert all(pipe.tokenizer.count(word) == 2 for word in captions.vocabulary())  # and the end
-    assert max(pipe.tokenizer.count(prompt) for prompt in pipe.prompts) <= pipe.text_len
+    assert max(pipe.tokenizer.count(prompt) for prompt in pipe.info.prompts) <= pipe.info.text_len
 
 
 def test_no_prompt_of_its_own_is_warned_of():
     pipe = tdjax.load("demo")
-    assert [pipe.warnings(pipe.request(prompt)) for prompt in pipe.prompts] == [[]] * len(
-        pipe.prompts
+    assert [pipe.warnings(pipe.request(prompt)) for prompt in pipe.info.prompts] == [[]] * len(
+        pipe.info.prompts
     )
 
 

@@ -208,7 +208,7 @@ def test_little_memory_begins_nothing(model, monkeypatch):
     pipe = tdjax.load(model)
     monkeypatch.setattr(memory, "memory_limit", lambda: 2**20)
     request = pipe.request("a", **SMALL)
-    pipe._begin(request, pipe.plan(request))
+    pipe.preparation.begin(request, pipe.plan(request))
     assert asked(pipe) == set()
 
 

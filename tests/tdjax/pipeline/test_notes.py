@@ -6,22 +6,30 @@ import jax
 
 from tdjax.config import DiTConfig, VideoSize
 from tdjax.pipeline import notes
-from tdjax.pipeline.request import Request
+from tdjax.pipeline.request import ModelInfo, Request
 from tdjax.presets import I2V_SAMPLER, T2V_SAMPLER, TEACHER_SAMPLER
 
-MODEL = {
-    "name": "fox",
-    "distilled": True,
-    "experts": False,
-    "own_size": False,
-    "tokenizer": None,
-    "language": None,
-}
+MODEL = ModelInfo(
+    name="fox",
+    task="t2v",
+    distilled=True,
+    experts=False,
+    language=None,
+    prompts=(),
+    size=VideoSize(),
+    resolution="480p",
+    sampler=T2V_SAMPLER,
+    text_encoder=True,
+    text_len=512,
+    text_dim=4096,
+    channels=16,
+)
 
 
 def told(sampler=T2V_SAMPLER, size=None, transformer=None, **changes) -> list[str]:
     request = Request(prompts=("a fox",), size=size or VideoSize(), sampler=sampler)
-    return notes.request_notes(request, transformer or DiTConfig(), **(MODEL | changes))
+    info = dataclasses.replace(MODEL, **changes)
+    return notes.request_notes(request, transformer or DiTConfig(), info, tokenizer=None)
 
 
 def test_a_usual_request_has_none():
@@ -31,7 +39,7 @@ def test_a_usual_request_has_none():
 def test_sizes():
     small = VideoSize(frames=5, height=32, width=32)
     assert "not a size the published models were trained at" in told(size=small)[0]
-    assert told(size=small, own_size=True) == []
+    assert told(size=small, resolution=None) == []
 
 
 def test_samplers_that_do_not_suit_the_weights():

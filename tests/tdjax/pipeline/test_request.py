@@ -1,5 +1,6 @@
 """What a call takes from its model, and what it refuses, before any long work."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,20 +10,22 @@ import pytest
 import random_model
 
 import tdjax
+from tdjax.checkpoints.locate import Located
 from tdjax.config import DiTConfig, sampler_changes
 from tdjax.errors import UsageError
-from tdjax.pipeline.request import defaults_of, make_request
+from tdjax.pipeline.request import make_request, model_info
 from tdjax.presets import I2V_SAMPLER, PRESETS, T2V_SAMPLER, TEACHER_SAMPLER
 
 
-def model(about=None, preset=None, channels=16):
-    return defaults_of(DiTConfig(in_channels=channels), tdjax.TextConfig(), preset, about or {})
+def model(about=None, preset=None, config=None):
+    located = Located(name="a", layout="published", preset=preset, facts=about or {})
+    return model_info(located, config or DiTConfig(), tdjax.TextConfig(), False)
 
 
 def test_a_model_says_its_own_defaults():
     plain = model()
     assert (plain.sampler, plain.resolution, plain.task) == (T2V_SAMPLER, "480p", "t2v")
-    assert model(channels=36).sampler == I2V_SAMPLER
+    assert model(config=DiTConfig(in_channels=36)).sampler == I2V_SAMPLER
     large = model(preset="wan2.1-t2v-14b")
     assert (large.sampler, large.resolution) == (TEACHER_SAMPLER, "720p")
     small = model({"width": 64, "height": 32, "frames": 9})
@@ -68,7 +71,7 @@ def test_a_key_stands_in_place_of_the_seed():
 
 
 def test_guidance_needs_a_text_encoder():
-    without = defaults_of(DiTConfig(), None, "wan2.1-t2v-1.3b", {})
+    without = dataclasses.replace(model(preset="wan2.1-t2v-1.3b"), text_encoder=False)
     embeds = np.zeros((1, 512, 4096), np.float32)
     with pytest.raises(UsageError, match="guidance without a text encoder"):
         make_request(None, {"prompt_embeds": embeds}, without)
@@ -80,5 +83,5 @@ def test_guidance_needs_a_text_encoder():
 def test_every_preset_has_a_request(name):
     preset = PRESETS[name]
     task = {"image": np.zeros((90, 160, 3), np.uint8)} if preset.config.task == "i2v" else {}
-    own = defaults_of(preset.config, tdjax.TextConfig(), name, {})
+    own = model(preset=name, config=preset.config)
     assert make_request("a", task, own).sampler == preset.sampler
