@@ -25,12 +25,11 @@ Exit codes: 0 ok, 2 usage, 3 the checkpoint is damaged or another model, 130 int
 
 def build_parser() -> argparse.ArgumentParser:
     """Every option of the command."""
-    p = argparse.ArgumentParser(
-        prog="python -m convert",
+    p = cli.Parser(
+        "tdjax convert",
+        usage="%(prog)s SRC... DST [options]",
         description=__doc__,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     p.add_argument(
         "paths",

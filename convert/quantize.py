@@ -12,9 +12,7 @@ from tdjax.config import LINEAR
 
 def build_parser() -> argparse.ArgumentParser:
     """Every option of the command."""
-    p = argparse.ArgumentParser(
-        prog="python -m convert.quantize", description=__doc__, allow_abbrev=False
-    )
+    p = cli.Parser("tdjax quantize", usage="%(prog)s IN OUT [options]", description=__doc__)
     p.add_argument(
         "source",
         metavar="IN",

@@ -23,12 +23,11 @@ Exit codes: 0 ok, 2 usage, 3 something is over tolerance, or a file is damaged o
 
 def build_parser() -> argparse.ArgumentParser:
     """Every option of the command."""
-    p = argparse.ArgumentParser(
-        prog="python -m convert.validate",
+    p = cli.Parser(
+        "tdjax validate",
+        usage="%(prog)s CKPT [options]",
         description=__doc__,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     p.add_argument(
         "checkpoint",

@@ -6,10 +6,13 @@ from __future__ import annotations
 import importlib
 import sys
 
+import tdjax
 from tdjax.cli import run
+from tdjax.files import near
 
 COMMANDS = {
     "generate": ("tdjax.generate.__main__", "prompt or image to video"),
+    "models": ("tdjax.generate.models", "models that have a name: sizes, files, downloads"),
     "bench": ("tdjax.bench.__main__", "time and memory of every stage, with random weights"),
     "train": ("tdjax.train.__main__", "SLA fine-tuning, rCM distillation, flow matching"),
     "env": ("tdjax.env", "versions, devices, caches"),
@@ -22,16 +25,38 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help") or argv[0] not in COMMANDS:
-        lines = [f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()]
-        asked = bool(argv) and argv[0] in ("-h", "--help")
-        text = "\n".join(
-            ["usage: tdjax COMMAND [arguments]", *lines, "`tdjax COMMAND --help` says more."]
-        )
-        print(text, file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"tdjax {tdjax.__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(_unknown(argv[0]), file=sys.stderr)
+        return 2
     module, _ = COMMANDS[argv[0]]
     return importlib.import_module(module).main(argv[1:])
+
+
+def _help() -> str:
+    lines = [f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()]
+    first = '`tdjax generate "a red circle moving right on blue"` makes a first video;'
+    return "\n".join(
+        [
+            "usage: tdjax COMMAND [arguments], or tdjax --version",
+            *lines,
+            f"{first} `tdjax COMMAND --help` says more.",
+        ]
+    )
+
+
+def _unknown(word: str) -> str:
+    """An error in three lines about a word that is no command."""
+    close = near(word, COMMANDS)
+    fix = f"did you mean tdjax {close[0]}?" if close else "see tdjax --help"
+    if " " in word:
+        fix = f'a prompt follows the command: tdjax generate "{word}"'
+    return f"error: {word!r} is no command\ncommands: {', '.join(COMMANDS)}\n{fix}"
 
 
 def command() -> None:

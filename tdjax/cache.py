@@ -123,12 +123,14 @@ def remove(root: Path, what: list[str], older_than: float) -> tuple[int, int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tdjax.cache", description=(__doc__ or "").partition("\n\n")[0]
+    parser = cli.Parser(
+        "tdjax cache",
+        description="What tdjax keeps on this machine, and how to be rid of it.",
+        epilog="`tdjax cache rm --help` says what can be removed.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     ls = commands.add_parser("ls", help="entries and bytes of each kind")
-    ls.add_argument("--json", action="store_true")
+    ls.add_argument("--json", action="store_true", help="the same as one JSON object")
     ls.add_argument("--all", action="store_true", help="every prompt, not the latest ten")
     rm = commands.add_parser("rm", help="remove entries")
     rm.add_argument(

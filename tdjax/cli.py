@@ -1,5 +1,5 @@
-"""What every command shares: errors to exit codes, the spelling of options, the compile cache, LoRA
-pairs. Imports no jax."""
+"""What every command shares: its parser, errors to exit codes, the spelling of options, the compile
+cache, LoRA pairs. Imports no jax."""
 
 from __future__ import annotations
 
@@ -13,13 +13,87 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tdjax.errors import TdjaxError, UsageError
+from tdjax.files import near
 
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 WORTH_KEEPING = 0.1  # seconds of compiling from which on the persistent cache keeps a program
 NOTHING_HALF_WRITTEN = "nothing was left half-written; the same command starts again"
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of a command: names are written in full, help shows every default, and what is
+    wrong with the words is a UsageError in three lines, without the list of options."""
+
+    def __init__(self, prog: str, **arguments: Any):
+        arguments.setdefault("formatter_class", _Help)
+        super().__init__(prog=prog, allow_abbrev=False, **arguments)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what argparse has found as a UsageError."""
+        surplus = message.removeprefix("unrecognized arguments: ")
+        if surplus != message:
+            raise self._surplus(surplus.partition(" ")[0])
+        match = re.fullmatch(r"argument (\S+): (.+)", message)
+        name, what = match.groups() if match else ("", message)
+        raise UsageError(f"{name}: {what}" if name else what, self._meaning(name), self._see())
+
+    def _surplus(self, word: str) -> UsageError:
+        if not word.startswith("-"):
+            why = f"it follows no option, and is too much for: {self.format_usage().strip()[7:]}"
+            return UsageError(f"{word!r} is surplus", why, "a value with blanks needs quotes")
+        name = word.partition("=")[0]
+        close = near(name.lstrip("-"), options(self))
+        fix = f"did you mean --{close[0]}?" if close else "names are written in full"
+        return UsageError(f"unknown option {name}", self._see(), fix)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            wanted = "a whole number" if action.type is int else "a number"
+            name = _name(action)
+            raise UsageError(
+                f"{name} is {arg_string!r}", f"{wanted} is needed", self._meaning(name)
+            ) from error
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            raise UsageError(
+                f"{_name(action)} is {str(value)!r}",
+                f"allowed: {', '.join(choices)}",
+                f"nearest: {near(value, choices, cutoff=0.0)[0]}",
+            )
+
+    def _meaning(self, name: str) -> str:
+        """What the help says of an option, given any of its names."""
+        for action in self._actions:
+            if action.help and set(name.split("/")) & {*action.option_strings, _name(action)}:
+                return f"{_name(action)}: {action.help % {'prog': self.prog}}"
+        return f"usage: {self.format_usage().strip()[7:]}"
+
+    def _see(self) -> str:
+        return f"see {self.prog} --help"
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Description and epilog as they are written, and the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, value = action.help, action.default
+        unsaid = value in (None, "", argparse.SUPPRESS) or isinstance(value, bool | list | tuple)
+        if not text or unsaid or "default" in text:
+            return text
+        return f"{text} (default: {str(value).replace('%', '%%')})"
+
+
+def _name(action: argparse.Action) -> str:
+    """An option's first long name, or a word's placeholder."""
+    long = [option for option in action.option_strings if option.startswith("--")]
+    return (long or action.option_strings or [str(action.metavar or action.dest)])[0]
 
 
 def main(
@@ -99,7 +173,7 @@ def options(
     found = {}
     for action in parser._actions:
         long = [option for option in action.option_strings if option.startswith("--")]
-        found |= {option[2:]: long[0] for option in long}
+        found |= {option[2:]: _name(action) for option in long}
     return found | {name: f"--{option}" for name, option in (names or {}).items()}
 
 

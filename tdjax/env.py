@@ -195,8 +195,8 @@ def selftest() -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tdjax.env",
+    parser = cli.Parser(
+        "tdjax env",
         description="Versions, devices, kernels and caches of this machine.",
     )
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")

@@ -17,6 +17,7 @@ WAN_14B = DiTConfig(dim=5120, ffn_dim=13824, layers=40, heads=40)
 WAN_A14B_I2V = dataclasses.replace(WAN_14B, in_channels=36)
 WAN_VAE = VAEConfig()
 UMT5_XXL = TextConfig()
+SHARED_GB = 11.6  # VAE, text encoder and tokenizer, which all presets share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Preset:
     dit: tuple[str, ...]
     config: DiTConfig
     resolution: str
+    gigabytes: float  # of the transformer's files
     sampler: SamplerConfig = T2V_SAMPLER
     base_repo: str = "Wan-AI/Wan2.1-T2V-1.3B"  # hub id of VAE, text encoder and tokenizer
     vae: str = "Wan2.1_VAE.pth"
@@ -39,21 +41,33 @@ class Preset:
         return self.sampler.few_step
 
 
-def _turbo(name: str, config: DiTConfig, resolution: str) -> dict[str, Preset]:
+def _turbo(
+    name: str, config: DiTConfig, resolution: str, gigabytes: tuple[float, float]
+) -> dict[str, Preset]:
     """The two presets of one distilled text-to-video model: as published, and its int8 (`-quant`)
     file."""
     sla = dataclasses.replace(config, attention="sla")
     int8 = dataclasses.replace(sla, linear="int8")
     repo = f"TurboDiffusion/{name}"
     return {
-        name.lower(): Preset(repo=repo, dit=(f"{name}.pth",), config=sla, resolution=resolution),
+        name.lower(): Preset(
+            repo=repo,
+            dit=(f"{name}.pth",),
+            config=sla,
+            resolution=resolution,
+            gigabytes=gigabytes[0],
+        ),
         f"{name.lower()}-quant": Preset(
-            repo=repo, dit=(f"{name}-quant.pth",), config=int8, resolution=resolution
+            repo=repo,
+            dit=(f"{name}-quant.pth",),
+            config=int8,
+            resolution=resolution,
+            gigabytes=gigabytes[1],
         ),
     }
 
 
-def _turbo_i2v(suffix: str, linear: str) -> Preset:
+def _turbo_i2v(suffix: str, linear: str, gigabytes: float) -> Preset:
     return Preset(
         repo="TurboDiffusion/TurboWan2.2-I2V-A14B-720P",
         dit=(
@@ -62,21 +76,23 @@ def _turbo_i2v(suffix: str, linear: str) -> Preset:
         ),
         config=dataclasses.replace(WAN_A14B_I2V, attention="sla", linear=linear),
         resolution="720p",
+        gigabytes=gigabytes,
         sampler=I2V_SAMPLER,
     )
 
 
 PRESETS: dict[str, Preset] = {
-    **_turbo("TurboWan2.1-T2V-1.3B-480P", WAN_1_3B, "480p"),
-    **_turbo("TurboWan2.1-T2V-14B-480P", WAN_14B, "480p"),
-    **_turbo("TurboWan2.1-T2V-14B-720P", WAN_14B, "720p"),
-    "turbowan2.2-i2v-a14b-720p": _turbo_i2v("", "float"),
-    "turbowan2.2-i2v-a14b-720p-quant": _turbo_i2v("-quant", "int8"),
+    **_turbo("TurboWan2.1-T2V-1.3B-480P", WAN_1_3B, "480p", (2.8, 1.5)),
+    **_turbo("TurboWan2.1-T2V-14B-480P", WAN_14B, "480p", (28.6, 14.5)),
+    **_turbo("TurboWan2.1-T2V-14B-720P", WAN_14B, "720p", (28.6, 14.5)),
+    "turbowan2.2-i2v-a14b-720p": _turbo_i2v("", "float", 57.2),
+    "turbowan2.2-i2v-a14b-720p-quant": _turbo_i2v("-quant", "int8", 29.1),
     "wan2.1-t2v-1.3b": Preset(
         repo="Wan-AI/Wan2.1-T2V-1.3B",
         dit=("diffusion_pytorch_model.safetensors",),
         config=WAN_1_3B,
         resolution="480p",
+        gigabytes=5.7,
         sampler=TEACHER_SAMPLER,
     ),
     "wan2.1-t2v-14b": Preset(
@@ -84,6 +100,7 @@ PRESETS: dict[str, Preset] = {
         dit=("diffusion_pytorch_model.safetensors.index.json",),
         config=WAN_14B,
         resolution="720p",
+        gigabytes=57.2,
         sampler=TEACHER_SAMPLER,
     ),
     "wan2.2-i2v-a14b": Preset(
@@ -94,6 +111,7 @@ PRESETS: dict[str, Preset] = {
         ),
         config=WAN_A14B_I2V,
         resolution="720p",
+        gigabytes=114.3,
         sampler=dataclasses.replace(TEACHER_SAMPLER, num_steps=40, guidance_scale=3.5),
     ),
 }

@@ -35,20 +35,27 @@ STAGES = ("text", "vae", "dit", "e2e")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tdjax.bench", description=(__doc__ or "").partition("\n\n")[0]
+    parser = cli.Parser(
+        "tdjax bench",
+        usage="%(prog)s [options]",
+        description=(__doc__ or "").partition("\n\n")[0],
     )
     parser.add_argument(
         "--model",
         default="turbowan2.1-t2v-1.3b-480p",
         choices=("demo", *PRESETS),
         metavar="PRESET",
-        help="or demo",
+        help=f"demo, {', '.join(PRESETS)}",
     )
     parser.add_argument("--size", help="480p, 720p or WIDTHxHEIGHT; default: the preset's")
     parser.add_argument("--num_frames", type=int, help="default 81 (demo: 33)")
-    parser.add_argument("--num_steps", type=int, default=4)
-    parser.add_argument("--stage", choices=("all", *STAGES), default="all")
+    parser.add_argument("--num_steps", type=int, default=4, help="of the sampler")
+    parser.add_argument(
+        "--stage",
+        choices=("all", *STAGES),
+        default="all",
+        help="text encoder, VAE, transformer, or from prompt to latents",
+    )
     parser.add_argument(
         "--attention", default="dense,sla,sagesla", help="comma list of " + ", ".join(ATTENTION)
     )
@@ -76,7 +83,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also the error of each denoising row (a float32 run: slow at real size)",
     )
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=20,
+        help="runs of each row; the demo on a CPU takes some 6 minutes with 1",
+    )
     parser.add_argument(
         "--save",
         metavar="FOLDER",

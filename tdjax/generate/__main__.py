@@ -1,4 +1,4 @@
-"""`python -m tdjax.generate`: arguments to a pipeline call to files. jax is imported after
+"""`tdjax generate`: arguments to a pipeline call to files. jax is imported after
 everything cheap is checked."""
 
 from __future__ import annotations
@@ -369,6 +369,8 @@ def serve(args, pipe) -> int:
     """One prompt a line; `:set OPTION VALUE` changes an option of the command, `:quit` ends."""
     pipe.stages.note("serving: one prompt a line; ':set seed 3' changes an option; ':quit' ends")
     words: list[str] = []
+    session: dict[Path, int] = {}
+    row = 0
     for line in standard_input():
         line = line.strip()
         if line == ":quit":
@@ -377,7 +379,10 @@ def serve(args, pipe) -> int:
             if line.startswith(":"):
                 words = [*words, *_setting(words, line)]
             elif line:
-                _serve_prompt(_parse_settings(args, words), pipe, line)
+                row += 1
+                _serve_prompt(_parse_settings(args, words), pipe, line, row, session)
+        except BrokenPipeError:  # whoever reads the paths has gone
+            raise
         except Exception as error:  # a bad line must not end the session that holds the weights
             known = isinstance(error, TdjaxError | OSError)
             text = str(error) if known else f"{type(error).__name__}: {error}"
@@ -385,16 +390,23 @@ def serve(args, pipe) -> int:
     return _report(args, pipe)
 
 
-def _serve_prompt(args, pipe, line: str) -> None:
+def _serve_prompt(args, pipe, line: str, row: int, session: dict[Path, int]) -> None:
+    """Makes the videos of one line. session: the files of the lines before, by row."""
     prompt = repaired(line)
     if prompt != line:
         pipe.stages.note("the line was not UTF-8: U+FFFD stands for what was not")
     if args.seed < 0:
         args.seed = drawn_seed()
         pipe.stages.note(f"seed {args.seed}")
-    job = Job(prompt=prompt, seed=args.seed, image=args.image_path, num_frames=args.num_frames)
+    job = Job(
+        prompt=prompt,
+        seed=args.seed,
+        image=args.image_path,
+        num_frames=args.num_frames,
+        row=row,
+    )
     pipe.request(prompt, **_call_arguments(args, job))
-    ((_, paths),) = outputs.assign(args, pipe.name, [job], pipe.stages.note)
+    ((_, paths),) = outputs.assign(args, pipe.name, [job], pipe.stages.note, session)
     _make(args, pipe, job, paths, _call_arguments(args, job))
 
 
@@ -420,10 +432,8 @@ def _setting(words: list[str], line: str) -> list[str]:
     new = [option, *value.split()] if several else [f"{option}={value}"]
     try:
         check_early(parse([*words, *new]))
-    except SystemExit as error:  # argparse has said what is wrong
-        raise UsageError(
-            f"{line} was not taken", "options and values are those of the command line"
-        ) from error
+    except SystemExit as error:  # --help among the values of an option
+        raise UsageError(f"{line!r} was not taken", "its value is an option") from error
     return new
 
 

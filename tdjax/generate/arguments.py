@@ -1,5 +1,5 @@
-"""The command line of `python -m tdjax.generate`: argparse over the names of the official scripts.
-Imports no jax."""
+"""The command line of `tdjax generate`: argparse over the names of the official scripts. Imports no
+jax."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import tdjax
 from tdjax import cli
 from tdjax.errors import UsageError
 from tdjax.files import near
+from tdjax.generate.again import is_metadata, options_of
 
 FORMATS = ("mp4", "webm", "mkv", "gif", "png", "npy", "latents")
 # Class names that the official scripts take as --model, beside a checkpoint path.
@@ -21,31 +23,52 @@ OFFICIAL_MODELS = {
     "wan2.1-14b": ("t2v", 5120),
     "wan2.2-a14b": ("i2v", 5120),
 }
+# Other words for an option: short ones, and those of diffusers.
+ALIASES = {
+    "image_path": ("--image",),
+    "num_steps": ("--num_inference_steps",),
+    "guidance_scale": ("--cfg",),
+    "num_samples": ("--num_videos_per_prompt",),
+    "attention_type": ("--attention",),
+    "attention_impl": ("--impl",),
+    "save_path": ("-o", "--output"),
+}
+EXAMPLES = """\
+examples:
+  tdjax generate "a red circle moving right on a blue background"
+  tdjax generate "a fox in the snow ..." --model turbowan2.1-t2v-1.3b-480p -o fox.mp4
+  tdjax generate "the boat leaves" --model turbowan2.2-i2v-a14b-720p-quant --image boat.jpg
+  tdjax generate --prompt_file prompts.csv --num_samples 2 --save_path "out/{row}_{index}.mp4"
+
+Options may be written with hyphens. Paths written go to stdout, everything else to stderr.
+`tdjax models` lists the models."""
 _PATH = os.path.expanduser  # a path that stays a word, because it may be - or a template
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Every option of the command."""
-    p = argparse.ArgumentParser(
-        prog="python -m tdjax.generate",
+    p = cli.Parser(
+        "tdjax generate",
+        usage="%(prog)s [PROMPT] [options]",
         description=(
-            "Prompt (or image and prompt) to video in 1 to 4 network steps. With no model: the"
-            " embedded demo, on any machine."
+            "Prompt (or image and prompt) to video in 1 to 4 network steps.\n"
+            "With no model: the embedded demo, on any machine."
         ),
-        epilog=(
-            "Every option is accepted with underscores or hyphens. Paths written go to stdout,"
-            " everything else to stderr."
-        ),
-        allow_abbrev=False,
+        epilog=EXAMPLES,
     )
+    p.add_argument("--version", action="version", version=f"tdjax {tdjax.__version__}")
+    p.add_argument("words", nargs="?", metavar="PROMPT", help="the same as --prompt")
     what = p.add_argument_group("what to run")
     what.add_argument(
         "--model",
         default="demo",
-        help="preset name, hub id, .pth/.safetensors file, or folder (default: embedded demo)",
+        help="a name of `tdjax models`, hub id, .pth/.safetensors file, or folder",
     )
     what.add_argument(
-        "--task", choices=("auto", "t2v", "i2v"), default="auto", help="checked against the weights"
+        "--task",
+        choices=("auto", "t2v", "i2v"),
+        default="auto",
+        help="of the weights; read from them, so that this is only a check",
     )
     for name, text in (
         ("dit_path", "transformer file, instead of the model's own"),
@@ -78,11 +101,15 @@ def build_parser() -> argparse.ArgumentParser:
     prompt.add_argument(
         "--prompt",
         help=(
-            "text, or - for standard input (default: one of the prompts that the embedded demo"
-            " suggests)"
+            "text, or - for standard input; default: one of the prompts that the embedded demo"
+            " suggests"
         ),
     )
-    prompt.add_argument("--negative_prompt", default="", help="teacher samplers only")
+    prompt.add_argument(
+        "--negative_prompt",
+        default="",
+        help="what the video should not show; undistilled weights only",
+    )
     prompt.add_argument(
         "--prompt_file",
         metavar="FILE",
@@ -108,10 +135,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--prompt_cache",
         choices=("on", "off"),
         default="on",
-        help="keep embeddings of prompts on disk (python -m tdjax.cache)",
+        help="keep embeddings of prompts on disk (tdjax cache)",
     )
     prompt.add_argument(
-        "--image_path", metavar="FILE", type=_PATH, help="first frame (image-to-video)"
+        "--image_path",
+        *ALIASES["image_path"],
+        metavar="FILE",
+        type=_PATH,
+        help="first frame (image-to-video)",
     )
     prompt.add_argument(
         "--fit",
@@ -136,7 +167,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     sampler = p.add_argument_group("sampler")
-    sampler.add_argument("--num_steps", type=int, help="1 to 4 (distilled weights; default 4)")
+    sampler.add_argument(
+        "--num_steps",
+        *ALIASES["num_steps"],
+        type=int,
+        help="calls of the network: 1 to 4 with distilled weights (default 4), else 50",
+    )
     sampler.add_argument("--sigma_max", type=float, help="default 80 (text) or 200 (image)")
     sampler.add_argument(
         "--mid_t",
@@ -151,12 +187,25 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sampler.add_argument("--ode", action="store_true", help="same as --sampler ode")
     sampler.add_argument(
-        "--boundary", type=float, help="time at which the low-noise expert takes over (default 0.9)"
+        "--boundary",
+        type=float,
+        help="time at which the low-noise expert of two takes over (default 0.9)",
     )
-    sampler.add_argument("--shift", type=float, help="teacher samplers (default 5)")
-    sampler.add_argument("--guidance_scale", type=float, help="teacher samplers (default 5)")
+    sampler.add_argument("--shift", type=float, help="undistilled weights only (default 5)")
+    sampler.add_argument(
+        "--guidance_scale",
+        *ALIASES["guidance_scale"],
+        type=float,
+        help="undistilled weights only (default 5)",
+    )
     sampler.add_argument("--seed", type=int, default=0, help="-1 draws one and prints it")
-    sampler.add_argument("--num_samples", type=int, default=1, help="one file each")
+    sampler.add_argument(
+        "--num_samples",
+        *ALIASES["num_samples"],
+        type=int,
+        default=1,
+        help="videos of each prompt, one file each",
+    )
     sampler.add_argument("--grid", action="store_true", help="one tiled file for all samples")
     sampler.add_argument(
         "--latents", metavar="FILE.npy", type=_PATH, help="start noise [1 t h w c]"
@@ -165,7 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
     speed = p.add_argument_group("speed and memory")
     speed.add_argument(
         "--attention_type",
-        "--attention",
+        *ALIASES["attention_type"],
         dest="attention_type",
         choices=("auto", "original", "dense", "sla", "sagesla"),
         default="auto",
@@ -176,7 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     speed.add_argument(
         "--attention_impl",
-        "--impl",
+        *ALIASES["attention_impl"],
         dest="attention_impl",
         default="auto",
         choices=("auto", "reference", "triton", "mosaic", "cudnn"),
@@ -205,9 +254,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="accepted: LayerNorm is always the true one here",
     )
     speed.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto"
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="of weights and computation; auto: bfloat16 on an accelerator, float32 on a CPU",
     )
-    speed.add_argument("--vae_dtype", choices=("bfloat16", "float16", "float32"))
+    speed.add_argument(
+        "--vae_dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the VAE, where it is another (default: --dtype)",
+    )
     speed.add_argument(
         "--text_encoder_device",
         choices=("auto", "device", "stream"),
@@ -238,21 +294,27 @@ def build_parser() -> argparse.ArgumentParser:
     out = p.add_argument_group("output")
     out.add_argument(
         "--save_path",
+        *ALIASES["save_path"],
+        metavar="PATH",
         type=_PATH,
         help=(
-            "default output/{model}_{seed}_{index}.mp4; fields model, seed, index, prompt_slug,"
+            "where to; the suffix chooses the format (default output/{model}_{seed}_{index}.mp4); fields model, seed, index, prompt_slug,"
             " date, row"
         ),
     )
     out.add_argument("--format", choices=FORMATS, help="default: from the suffix of --save_path")
-    out.add_argument("--crf", type=int, default=17, help="quality of mp4 and webm, lower is better")
+    out.add_argument(
+        "--crf", type=int, default=17, help="quality of mp4 and webm; lower is better, and larger"
+    )
     out.add_argument(
         "--metadata",
         choices=("on", "off"),
         default="on",
         help="sidecar .json and comment in the file",
     )
-    out.add_argument("--overwrite", action="store_true")
+    out.add_argument(
+        "--overwrite", action="store_true", help="replace files that tdjax wrote under these names"
+    )
     out.add_argument("--json", action="store_true", help="one JSON line for each file on stdout")
 
     look = p.add_argument_group("looking inside")
@@ -268,7 +330,12 @@ def build_parser() -> argparse.ArgumentParser:
     look.add_argument(
         "--profile", metavar="DIR", type=_PATH, help="jax profiler trace of a second, warm run"
     )
-    look.add_argument("--check", choices=("finite", "none"), default="finite")
+    look.add_argument(
+        "--check",
+        choices=("finite", "none"),
+        default="finite",
+        help="finite: stop where a network returns NaN or infinity, and write nothing",
+    )
     look.add_argument(
         "--serve",
         action="store_true",
@@ -278,7 +345,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--config",
         metavar="FILE",
         type=_PATH,
-        help=".toml or .json of these names; the command line wins",
+        help=(
+            ".toml or .json of these names, or the .json beside a video, which makes it again; the"
+            " command line wins"
+        ),
     )
     look.add_argument("-q", "--quiet", action="store_true", help="no progress")
     look.add_argument(
@@ -290,23 +360,20 @@ def build_parser() -> argparse.ArgumentParser:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Arguments, with a config file under them and the official synonyms resolved. Raises
     UsageError."""
-    parser = build_parser()
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=os.path.expanduser)
+    parser, own = build_parser(), argv
+    early = cli.Parser(parser.prog, add_help=False)
+    early.add_argument("--config", type=_PATH, help=".toml or .json")
     config = early.parse_known_args(argv)[0].config
-    if config:
-        argv = [*_config_words(Path(config), parser), *argv]
-    known = cli.options(parser)
-    for word in argv:
-        name = word.partition("=")[0]
-        if name.startswith("--") and name[2:] and name[2:] not in known:
-            close = near(name[2:], known)
+    if config:  # its own name once more, so that an option of several values ends there
+        argv = [*_config_words(Path(config), parser, argv), f"--config={config}", *argv]
+    args = parser.parse_intermixed_args(argv)
+    if args.words is not None:
+        if any(word.partition("=")[0] == "--prompt" for word in own):
             raise UsageError(
-                f"unknown option {name}",
-                "see python -m tdjax.generate --help",
-                f"did you mean --{close[0]}?" if close else "",
+                f"{args.words!r} and --prompt", "both are the prompt", "give one of them"
             )
-    return _with_synonyms(parser.parse_args(argv))
+        args.prompt = args.words
+    return _with_synonyms(args)
 
 
 def _with_synonyms(args: argparse.Namespace) -> argparse.Namespace:
@@ -355,8 +422,9 @@ def _with_synonyms(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def _config_words(path: Path, parser: argparse.ArgumentParser) -> list[str]:
-    """A file of option names as words of the command line, so that they are checked like it."""
+def _config_words(path: Path, parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
+    """A file of option names, or a video's metadata, as words of the command line, so that they are
+    checked like it. argv: the words beside it."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
@@ -368,6 +436,8 @@ def _config_words(path: Path, parser: argparse.ArgumentParser) -> list[str]:
             str(error),
             "it is TOML (.toml) or JSON of option names",
         ) from error
+    if is_metadata(values):
+        values = options_of(values, path, {word.partition("=")[0] for word in argv})
     actions = {
         option[2:]: action
         for action in parser._actions

@@ -8,6 +8,7 @@ import datetime
 import json
 import re
 import string
+from collections.abc import Container
 from pathlib import Path
 
 from tdjax.errors import UsageError
@@ -82,27 +83,57 @@ def _path(args, model: str, job: Job, index: int, count: int) -> Path:
 def targets(args, name: str, job: Job) -> list[Path]:
     """All files of a job, one a sample, or the tiled one. A default name that is taken gives way:
     demo_0_0-2.mp4."""
-    count = 1 if args.grid else args.num_samples
-    paths = [_path(args, name, job, index, count) for index in range(count)]
+    paths = _numbered(args, name, job, 0)
     if args.overwrite or args.prompt_file or template(args) != DEFAULT:
         return paths
     return [_unused(path) for path in paths]
 
 
+def _numbered(args, name: str, job: Job, first: int) -> list[Path]:
+    """The files of a job, where `{index}` begins with `first`."""
+    count = 1 if args.grid else args.num_samples
+    return [_path(args, name, job, first + index, count) for index in range(count)]
+
+
+def _going_on(args, name: str, job: Job, taken: Container[Path], session: bool) -> list[Path]:
+    """The files of a job; `{index}` goes on where an earlier row has the names, and in a session
+    also where there are files of that name."""
+    if job.out is not None or "index" not in _names(template(args)):
+        return targets(args, name, job)
+    paths = _numbered(args, name, job, 0) if session else targets(args, name, job)
+    beside = session and not args.overwrite
+    first = 0
+    while any(path in taken or (beside and _there(path)) for path in paths):
+        first += 1
+        paths = _numbered(args, name, job, first)
+    return paths
+
+
+def _there(path: Path) -> bool:
+    return path.exists() or sidecar(path).exists()
+
+
 def _unused(path: Path) -> Path:
     number, candidate = 1, path
-    while candidate.exists() or sidecar(candidate).exists():
+    while _there(candidate):
         number += 1
         candidate = path.with_stem(f"{path.stem}-{number}")
     return candidate
 
 
-def assign(args, name: str, jobs: list[Job], note) -> list[tuple[Job, list[Path]]]:
+def assign(
+    args, name: str, jobs: list[Job], note, session: dict[Path, int] | None = None
+) -> list[tuple[Job, list[Path]]]:
     """Jobs with their files. Rows of a prompt file that are there already are skipped; anything
-    else in the way is refused."""
-    todo, taken = [], {}
+    else in the way is refused.
+
+    session: {file: row} of the lines before in an interactive session, to which those of these jobs
+             are added.
+    """
+    todo: list[tuple[Job, list[Path]]] = []
+    taken = {} if session is None else session
     for job in jobs:
-        paths = targets(args, name, job)
+        paths = _going_on(args, name, job, taken, session is not None)
         for path in paths:
             if path in taken:
                 raise UsageError(

@@ -17,18 +17,14 @@ from tdjax.train.settings import Tree, build, lines, put, table
 
 def build_parser() -> argparse.ArgumentParser:
     presets = "\n".join(f"  {name:10} {preset.about}" for name, preset in PRESETS.items())
-    p = argparse.ArgumentParser(
-        prog="python -m tdjax.train",
+    p = cli.Parser(
+        "tdjax train",
+        usage="%(prog)s PRESET [key=value ...] [options]",
         description=(
             "Fine-tune with sparse-linear attention, distil to a few steps, or train by flow"
             " matching."
         ),
-        epilog=(
-            f"presets:\n{presets}\n\n`python -m tdjax.train PRESET --help` lists the keys of a"
-            " preset."
-        ),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=(f"presets:\n{presets}\n\n`tdjax train PRESET --help` lists the keys of a preset."),
         add_help=False,
     )
     p.add_argument("preset", nargs="?", help="where the settings begin")
@@ -80,7 +76,7 @@ def resolve(name: str, settings: list[str]) -> dict[str, Tree]:
         fix = (
             f"did you mean {close[0]}?"
             if close
-            else "for example: python -m tdjax.train sla-1.3b data.path=shards"
+            else "for example: tdjax train sla-1.3b data.path=shards"
         )
         raise UsageError(f"unknown preset {name!r}", f"known presets: {', '.join(PRESETS)}", fix)
     preset = PRESETS[name.lower()]

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib
 import os
 import signal
 import subprocess
@@ -11,17 +12,19 @@ from pathlib import Path
 import pytest
 
 from tdjax import cli
+from tdjax.__main__ import COMMANDS
 from tdjax.errors import CheckpointError, NotFinite, OutOfMemory, UsageError
 
 OPTIONS = {"num_frames": "--num_frames", "seed": "--seed", "image": "--image_path"}
 
 
 def parser():
-    made = argparse.ArgumentParser()
-    made.add_argument("--num_frames")
-    made.add_argument("--attention", "--attention_type")
-    made.add_argument("--overwrite", action="store_true")
-    made.add_argument("-q", "--quiet", action="store_true")
+    made = cli.Parser("tdjax try", usage="%(prog)s FILE [options]")
+    made.add_argument("file", metavar="FILE", help="where to")
+    made.add_argument("--num_frames", type=int, default=81, help="of a video: 100%% of it")
+    made.add_argument("--attention", "--attention_type", choices=("dense", "sla"), help="its kind")
+    made.add_argument("--overwrite", action="store_true", help="replace")
+    made.add_argument("-q", "--quiet", action="store_true", help="say nothing")
     return made
 
 
@@ -72,8 +75,65 @@ def test_interrupts(capsys):
 def test_other_errors_are_mistakes_of_the_program():
     with pytest.raises(ZeroDivisionError):
         code(ZeroDivisionError())
-    with pytest.raises(SystemExit):
-        cli.main(lambda words: parser().parse_args(["--odd"]), [], parser=parser)
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        ("a --num_frames x", ["--num_frames is 'x'", "a whole number", "--num_frames: of a video"]),
+        ("a --attention sal", ["--attention is 'sal'", "allowed: dense, sla", "nearest: sla"]),
+        ("a --num_frames", ["expected one argument", "--num_frames: of a video", "tdjax try"]),
+        ("a --num_frame 3", ["unknown option --num_frame", "see", "did you mean --num_frames?"]),
+        ("a --odd=3", ["unknown option --odd", "see", "in full"]),
+        ("a -x", ["unknown option -x", "see", "in full"]),
+        ("a b", ["'b' is surplus", "tdjax try FILE [options]", "needs quotes"]),
+        ("a --overwrite=3", ["--overwrite: ignored explicit", "--overwrite: replace", "--help"]),
+        ("", ["required: FILE", "usage: tdjax try FILE [options]", "see tdjax try --help"]),
+    ],
+)
+@pytest.mark.parametrize("how", ["parse_args", "parse_intermixed_args"])
+def test_what_is_wrong_with_the_words_is_told_in_three_lines(capsys, how, words, lines):
+    command = lambda argv: getattr(parser(), how)(argv)
+    assert cli.main(command, words.split(), parser=parser) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 3 and out == ""
+    for line, part in zip(err.splitlines(), lines, strict=True):
+        assert part in line
+
+
+def test_help_shows_defaults_and_one_line_of_usage():
+    text = parser().format_help()
+    assert text.startswith("usage: tdjax try FILE [options]\n")
+    assert "of a video: 100% of it (default: 81)" in " ".join(text.split())
+
+
+def every_parser(made, name):
+    """A parser with those of its commands."""
+    yield name, made
+    for action in made._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, each in action.choices.items():
+                yield from every_parser(each, f"{name} {word}")
+
+
+PARSERS = [
+    pair
+    for module in [*(module for module, _ in COMMANDS.values()), "tdjax.train.tiny.__main__"]
+    for pair in every_parser(importlib.import_module(module).build_parser(), module)
+]
+
+
+@pytest.mark.parametrize(("name", "made"), PARSERS, ids=[name for name, _ in PARSERS])
+def test_every_option_of_every_command_is_described(name, made):
+    assert isinstance(made, cli.Parser)
+    text = made.format_help()
+    assert text.startswith("usage: ") and text.index("\n\n") < 120  # no list of options there
+    for action in made._actions:
+        assert isinstance(action, argparse._SubParsersAction) or action.help, action.dest
+        said = made.formatter_class("x")._get_help_string(action)
+        plain = action.default not in (None, "", argparse.SUPPRESS)
+        if plain and not isinstance(action.default, bool | list):
+            assert "default" in said, action.dest
 
 
 def test_signals_of_the_process_stay_as_they_were():

@@ -29,8 +29,9 @@ _RESULT = {"vae": "vae", "teacher": "teacher", "sla": "sla", "merge": "merged"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m tdjax.train.tiny",
+    p = cli.Parser(
+        "python -m tdjax.train.tiny",
+        usage="%(prog)s [stage.key=value ...] [options]",
         description="Train the tiny model from nothing, stage by stage.",
     )
     p.add_argument(
@@ -56,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of every number of steps and clips; 0.01 for a trial",
     )
     p.add_argument("--seconds", type=float, help="stop, with the state saved, after this time")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of weights and data")
     p.add_argument(
         "--again", action="store_true", help="run the named stages also where they are finished"
     )
