@@ -298,7 +298,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         type=_PATH,
         help=(
-            "where to; the suffix chooses the format (default output/{model}_{seed}_{index}.mp4); fields model, seed, index, prompt_slug,"
+            "where to; the suffix chooses the format"
+            " (default output/{model}_{seed}_{index}.mp4); fields model, seed, index, prompt_slug,"
             " date, row"
         ),
     )

@@ -61,15 +61,13 @@ def table() -> str:
         for row in rows
     ]
     shared = next(iter(PRESETS.values()))
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"GB: all that is downloaded, of which {SHARED_GB:g} serve every model ({shared.vae} and",
-            f"{shared.text} of {shared.base_repo}, the tokenizer of {shared.tokenizer}).",
-            "`tdjax generate --model NAME --dry_run` says what memory it needs, and downloads nothing.",
-        ]
-    )
+    common = f"{shared.vae} and {shared.text} of {shared.base_repo}, and {shared.tokenizer}"
+    below = [
+        f"GB: all that is downloaded; {SHARED_GB:g} of it are shared by all models:",
+        f"{common}.",
+        "`tdjax generate --model NAME --dry_run` says what memory it needs; nothing is downloaded.",
+    ]
+    return "\n".join([*lines, "", *below])
 
 
 if __name__ == "__main__":
