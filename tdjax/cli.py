@@ -201,7 +201,7 @@ def path(text: str) -> Path:
 def lora_pair(text: str) -> tuple[str, float]:
     """FILE or FILE:WEIGHT, such as fox.safetensors:0.8 -> (file, weight). A colon that no number
     follows belongs to the name. Raises UsageError for what is meant as a number and is none."""
-    match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", text)
+    match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", text, re.ASCII)
     if match:
         return match[1], float(match[2])
     name, _, weight = text.rpartition(":")

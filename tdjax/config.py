@@ -9,6 +9,7 @@ from typing import Any
 
 from tdjax.errors import UsageError
 from tdjax.precision import Policy
+from tdjax.values import settle
 
 ATTENTION = ("dense", "sla", "sagesla")
 # int8: tiles of 128 x 128, as published; the last two: tokens x output channels.
@@ -34,6 +35,7 @@ class SLAConfig:
     block_k: int = 64
 
     def __post_init__(self):
+        settle(self, topk="sla_topk")
         if not 0 < self.topk <= 1:
             raise UsageError(
                 f"sla_topk is {self.topk}",
@@ -234,6 +236,7 @@ class TextConfig:
 
 
 Config = DiTConfig | VAEConfig | TextConfig
+SAMPLES = 10_000  # videos of one prompt in a call
 KINDS: dict[str, type] = {"dit": DiTConfig, "vae": VAEConfig, "text": TextConfig}
 
 
@@ -318,6 +321,7 @@ class VideoSize:
     width: int = 832
 
     def __post_init__(self):
+        settle(self, frames="num_frames")
         if self.frames < 1 or (self.frames - 1) % 4:
             low, high = neighbours(self.frames, 4, 1)
             raise UsageError(
@@ -386,6 +390,7 @@ class SamplerConfig:
     guidance_scale: float = 1.0  # teacher only; distilled weights have guidance built in
 
     def __post_init__(self):
+        settle(self)
         if self.sampler not in ("sde", "ode", "unipc", "euler"):
             raise UsageError(
                 f"sampler is {self.sampler!r}",
@@ -443,6 +448,26 @@ class SamplerConfig:
     def guided(self) -> bool:
         """Whether every step also runs on the negative prompt."""
         return self.guidance_scale != 1.0
+
+
+def check_samples(count: int) -> None:
+    """Raises UsageError unless so many videos of one prompt can be asked for."""
+    if not 1 <= count <= SAMPLES:
+        raise UsageError(
+            f"num_samples is {count}",
+            f"at least one video is made of a prompt, and at most {SAMPLES}",
+            "use 1",
+        )
+
+
+def check_fps(fps: float) -> None:
+    """Raises UsageError unless files can have this frame rate."""
+    if not 1 <= fps <= 1000:
+        raise UsageError(
+            f"fps is {fps}",
+            "it is the frame rate written into the file, 1 to 1000",
+            "the models were trained at 16",
+        )
 
 
 _EARLIER = {"steps": "num_steps", "mode": "sampler", "mid": "mid_t", "guidance": "guidance_scale"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tdjax import cli
 from tdjax.checkpoints.locate import PATHS
-from tdjax.config import SamplerConfig, SLAConfig, VideoSize
+from tdjax.config import SamplerConfig, SLAConfig, VideoSize, check_fps, check_samples
 from tdjax.errors import CheckpointError, TdjaxError, UsageError
 from tdjax.files import near_files, refuse_existing
 from tdjax.generate import outputs
@@ -73,10 +73,8 @@ def check_early(args) -> None:
             "boundary": args.boundary,
         }
         SamplerConfig(**{name: value for name, value in changes.items() if value is not None})
-    if args.num_samples < 1:
-        raise UsageError(
-            f"--num_samples is {args.num_samples}", "at least one video is made", "use 1"
-        )
+    check_samples(args.num_samples)
+    check_fps(args.fps)
     _check_inputs(args)
     if args.save_path and args.save_path.endswith(".safetensors") and args.format is None:
         args.format = "latents"

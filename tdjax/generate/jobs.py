@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import re
 import secrets
 import sys
@@ -22,6 +23,8 @@ from typing import Any
 from tdjax.errors import UsageError
 from tdjax.files import near
 from tdjax.text.characters import repaired
+from tdjax.values import DIGITS, LIMIT, parse_whole, shown
+from tdjax.values import path as checked_path
 
 COLUMNS = ("prompt", "seed", "image", "num_frames", "out")
 _NUMBERS = ("seed", "num_frames")
@@ -106,7 +109,7 @@ def _read_prompt_file(name: str, own: Job, note: Callable[[str], None]) -> list[
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             rows = _line_rows(text)
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise UsageError(
             f"--prompt_file {name} cannot be read",
             str(error),
@@ -194,10 +197,11 @@ def _job(name: str, number: int, row: Any, own: Job, note: Callable[[str], None]
             "only prompt is needed",
         )
     given = {k: str(v).strip() for k, v in values.items() if v not in (None, "")}
-    given |= {k: int(given[k].partition(".")[0]) for k in _NUMBERS if k in given}
+    given |= {k: parse_whole(given[k].partition(".")[0]) for k in _NUMBERS if k in given}
     for column in ("image", "out"):
         if column in given:
-            given[column] = str(Path(given[column]).expanduser())
+            place = os.path.expanduser(given[column])
+            given[column] = str(checked_path(f"{name}, row {number}: {column}", place))
     if given.get("seed", 0) < 0:
         given["seed"] = drawn_seed()
         note(f"row {number}: seed {given['seed']}")
@@ -213,12 +217,14 @@ def _wrong(row: Any) -> str | None:
         return f"unknown column {unknown[0]!r}"
     if not str(row.get("prompt") or "").strip():
         return "no prompt"
-    whole = r"-?\d+(\.0*)?|"  # 3.0 is 3: spreadsheets write whole numbers so
+    # 3.0 is 3: spreadsheets write whole numbers so
+    whole = rf"[+-]?[0-9]{{1,{DIGITS}}}(\.0*)?|"
     for column, value in row.items():
         if value is None:
             continue
         plain = isinstance(value, str | int | float) and not isinstance(value, bool)
         number = column in _NUMBERS
-        if not plain or (number and not re.fullmatch(whole, str(value).strip())):
-            return f"{column} is {value!r}"
+        written = plain and not (isinstance(value, int) and abs(value) >= LIMIT)
+        if not written or (number and not re.fullmatch(whole, str(value).strip())):
+            return f"{column} is {shown(value)}"
     return None

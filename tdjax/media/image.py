@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tdjax.errors import UsageError
+from tdjax.values import path as checked_path
 
 # Photographs of phones: the container's mark, then the brand.
 _HEIF = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypheim", b"ftypmif1", b"ftypmsf1")
@@ -45,7 +46,7 @@ def read_image(path: str | Path) -> np.ndarray:
             "nothing is fetched from the web but weights from the hub",
             "download it, and give the file",
         )
-    path = Path(path).expanduser()
+    path = Path(checked_path("`image`", path)).expanduser()
     if path.is_dir() or not path.exists():  # a pipe will do
         raise UsageError(
             f"image {path} {'is a folder' if path.is_dir() else 'does not exist'}",

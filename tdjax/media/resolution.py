@@ -12,6 +12,7 @@ from PIL import Image
 from tdjax.config import VIDEO_SIZES, VideoSize
 from tdjax.errors import UsageError
 from tdjax.files import near
+from tdjax.values import settled, shown
 
 FITS = ("crop", "pad", "stretch", "adaptive")
 TRAINED = ("480p", "720p")
@@ -59,6 +60,8 @@ def choose_size(
     is then the one of 16:9, whatever the image, as in the published script.
     """
     _check_fit(fit, image_size)
+    resolution = settled("resolution", resolution, "str | None")
+    aspect_ratio = settled("aspect_ratio", aspect_ratio, "str | None")
     if (width is None) != (height is None):
         given, missing = ("width", "height") if height is None else ("height", "width")
         raise UsageError(
@@ -83,9 +86,9 @@ def choose_size(
 
 
 def _check_fit(fit: str, image_size: tuple[int, int] | None) -> None:
-    if fit not in FITS:
+    if not isinstance(fit, str) or fit not in FITS:
         raise UsageError(
-            f"fit is {fit!r}",
+            f"fit is {shown(fit)}",
             f"allowed: {', '.join(FITS)}",
             f"nearest: {near(fit, FITS, cutoff=0)[0]}",
         )
@@ -103,7 +106,7 @@ def _table_size(
     """(width, height) of the table."""
     if resolution not in VIDEO_SIZES:
         raise UsageError(
-            f"resolution is {resolution!r}",
+            f"resolution is {shown(resolution)}",
             f"allowed: {', '.join(VIDEO_SIZES)}",
             f"nearest: {_nearest_resolution(resolution)}",
         )
@@ -119,7 +122,7 @@ def _table_size(
         by_name = near(aspect_ratio, table, cutoff=0)[0]
         nearest = nearest_aspect(resolution, ratio) if ratio else by_name
         raise UsageError(
-            f"aspect_ratio is {aspect_ratio!r}",
+            f"aspect_ratio is {shown(aspect_ratio)}",
             f"allowed at {resolution}: {', '.join(table)} (width:height)",
             f"nearest: {nearest}",
         )
@@ -140,7 +143,7 @@ def _checked_adaptive(image_size: tuple[int, int], base: tuple[int, int]) -> tup
 
 def _nearest_resolution(text: str) -> str:
     """By number of lines where the text holds a number ("1080p" -> "720p"), else by spelling."""
-    digits = re.search(r"\d+", text)
+    digits = re.search(r"[0-9]{1,9}", text)
     if not digits:
         return near(text, VIDEO_SIZES, cutoff=0)[0]
     return min(TRAINED, key=lambda name: abs(int(name[:-1]) - int(digits[0])))
@@ -148,7 +151,8 @@ def _nearest_resolution(text: str) -> str:
 
 def _parse_ratio(text: str) -> float | None:
     """ "16:9", "16x9", "16/9", "1.78" -> width / height, or None."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)(?:\s*[:x/]\s*(\d+(?:\.\d+)?))?\s*", text)
+    number = r"([0-9]{1,9}(?:\.[0-9]{1,9})?)"
+    match = re.fullmatch(rf"\s*{number}(?:\s*[:x/]\s*{number})?\s*", text)
     if not match:
         return None
     top, bottom = float(match[1]), float(match[2] or 1)

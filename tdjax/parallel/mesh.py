@@ -4,6 +4,7 @@ against the network."""
 from __future__ import annotations
 
 import math
+import re
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
+from tdjax.values import shown
 
 # What users write -> the names of sharding.RULES.
 AXES = {"fsdp": "fsdp", "tp": "tensor", "sp": "seq"}
@@ -20,10 +22,10 @@ def parse_mesh(text: str) -> dict[str, int]:
     """ "tp=2,sp=4" -> {"tp": 2, "sp": 4}"""
     out = {}
     for word in text.split(","):
-        name, equals, value = word.strip().partition("=")
-        if name not in AXES or not equals or not value.isdigit() or int(value) < 1 or name in out:
+        name, _, value = word.strip().partition("=")
+        if name not in AXES or name in out or not re.fullmatch("0*[1-9][0-9]{0,8}", value):
             raise UsageError(
-                f"`mesh` {text}: cannot read {word.strip()!r}",
+                f"`mesh` {text[:80]}: cannot read {shown(word.strip())}",
                 f"it is a list of AXIS=SIZE with the axes {', '.join(AXES)} (parameters, heads and"
                 " MLP, sequence)",
                 "for example sp=4, or tp=2,sp=2",

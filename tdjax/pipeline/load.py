@@ -32,6 +32,7 @@ from tdjax.precision import Policy
 from tdjax.presets import PRESETS, UMT5_XXL, WAN_VAE
 from tdjax.progress import Stages
 from tdjax.text.prompt_cache import FOLDER, PromptCache
+from tdjax.values import settled, shown, switch
 
 
 def load(
@@ -154,7 +155,14 @@ def open_pipeline(
 ) -> Pipeline:
     """Returns the pipeline of a model; arguments as those of `load`, the *_path among them in
     `paths`."""
+    if stages is not None and not isinstance(stages, Stages):
+        raise UsageError(
+            f"stages is {shown(stages)}", "it tells of progress", "use tdjax.progress.Stages()"
+        )
     stages = stages or Stages(show=False)
+    for name, file in {"model": model, "cache_dir": cache_dir, **paths}.items():
+        settled(name, file, "str | Path" if name == "model" else "str | Path | None")
+    revision, offline = settled("revision", revision, "str | None"), switch("offline", offline)
     if str(model) == "demo" and not any(paths.values()):
         model = demo.folder()
     options = options.with_dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")

@@ -20,6 +20,7 @@ from typing import (
 
 from tdjax.errors import UsageError
 from tdjax.files import near
+from tdjax.values import settle, shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -150,10 +151,12 @@ class PipelineOptions:
     lora_low: Lora = ()
 
     def __post_init__(self):
+        settle(self)
         check_choice("attention", self.attention, get_args(Attention))
         check_choice("quant", self.quant, get_args(Quant))
         check_choice("dtype", self.dtype, get_args(DType))
-        check_choice("vae_dtype", self.vae_dtype or self.dtype, get_args(DType))
+        if self.vae_dtype is not None:
+            check_choice("vae_dtype", self.vae_dtype, get_args(DType))
         check_choice("text_encoder_device", self.text_encoder_device, get_args(TextEncoderDevice))
         check_choice("vae", self.vae, get_args(VAEDecoding))
         check_choice("impl", self.impl, get_args(Impl))
@@ -186,10 +189,10 @@ class PipelineOptions:
 
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raises UsageError unless the value is one of those allowed."""
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         nearest = near(value, allowed, cutoff=0.0)[0]
         raise UsageError(
-            f"{name} is {value!r}", f"allowed: {', '.join(allowed)}", f"nearest: {nearest}"
+            f"{name} is {shown(value)}", f"allowed: {', '.join(allowed)}", f"nearest: {nearest}"
         )
 
 

@@ -12,7 +12,15 @@ import jax
 import numpy as np
 
 from tdjax.checkpoints.locate import Located
-from tdjax.config import DiTConfig, SamplerConfig, TextConfig, VideoSize, sampler_changes
+from tdjax.config import (
+    DiTConfig,
+    SamplerConfig,
+    TextConfig,
+    VideoSize,
+    check_fps,
+    check_samples,
+    sampler_changes,
+)
 from tdjax.errors import UsageError
 from tdjax.media.image import as_image
 from tdjax.media.resolution import choose_size
@@ -24,6 +32,7 @@ from tdjax.pipeline.options import (
     without_aliases,
 )
 from tdjax.presets import I2V_SAMPLER, PRESETS, T2V_SAMPLER, TEACHER_SAMPLER
+from tdjax.values import reals, settle, shown, text
 
 _SIZE = ("resolution", "aspect_ratio", "width", "height", "num_frames")
 _SAMPLER = tuple(field.name for field in dataclasses.fields(SamplerConfig))
@@ -49,6 +58,9 @@ class Request:
     resolution: str | None = None  # the name that the size came from, where there was one
     check: str = "finite"
     on_frames: Callable[[int, np.ndarray], None] | None = None  # takes chunks [t H W 3]
+
+    def __post_init__(self):
+        settle(self)
 
     def random_key(self) -> jax.Array:
         """Returns the key that was given, or that of the seed."""
@@ -141,7 +153,7 @@ def make_request(
 
     Raises UsageError.
     """
-    prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt or ())
+    prompts = _prompts(prompt)
     defaults = {"num_samples": Request.num_samples}
     named = without_aliases(arguments, CallAliases, ACCEPTED, defaults)
     given = {name: value for name, value in named.items() if value is not None}
@@ -150,7 +162,7 @@ def make_request(
         image = as_image(image)
     _check_task(model.task, image)
     size_given = {name: given.pop(name) for name in _SIZE if name in given}
-    fit = given.pop("fit", "crop")
+    fit = text("fit", given.pop("fit", Request.fit))
     size, resolution = _chosen_size(size_given, fit, image, model)
     changes = {name: given.pop(name) for name in _SAMPLER if name in given}
     sampler = _chosen_sampler(changes, model.sampler)
@@ -164,6 +176,22 @@ def make_request(
         **given,
     )
     return _checked(request, model)
+
+
+def _prompts(given: Any) -> tuple[str, ...]:
+    """The texts of one, a list of them, or None. Raises UsageError."""
+    several = (given,) if isinstance(given, str) else given
+    if given is None:
+        several = ()
+    if not isinstance(several, list | tuple | np.ndarray) or not all(
+        isinstance(each, str) for each in several
+    ):
+        raise UsageError(
+            f"prompt is {shown(given)}",
+            "it is a text, or a list of texts with one video each",
+            'for example pipe("a fox in the snow")',
+        )
+    return tuple(map(str, several))
 
 
 def _chosen_size(
@@ -183,7 +211,7 @@ def _chosen_sampler(changes: dict[str, Any], own: SamplerConfig) -> SamplerConfi
     """The model's sampler with what was asked for. Asked for the other class of samplers, it is
     that class's own defaults that are changed."""
     if "mid_t" in changes:
-        times = tuple(float(t) for t in changes["mid_t"])
+        times = reals("mid_t", changes["mid_t"])
         changes = {"num_steps": len(times) + 1} | changes | {"mid_t": times}
     if "sampler" in changes:
         few_step = changes["sampler"] in ("sde", "ode")
@@ -193,32 +221,19 @@ def _chosen_sampler(changes: dict[str, Any], own: SamplerConfig) -> SamplerConfi
 
 
 def _checked(request: Request, model: ModelInfo) -> Request:
-    if request.num_samples < 1:
-        raise UsageError(
-            f"num_samples is {request.num_samples}", "at least one video is made", "use 1"
-        )
-    if request.seed is not None and (
-        not isinstance(request.seed, int | np.integer) or not 0 <= request.seed < 2**32
-    ):
+    check_samples(request.num_samples)
+    if request.seed is not None and not 0 <= request.seed < 2**32:
         raise UsageError(
             f"seed is {request.seed!r}",
             "a whole number from 0 to 4294967295",
             "use 0, or give a jax.random key as key",
         )
     for name in ("latents", "prompt_embeds"):
-        value = getattr(request, name)
-        if value is not None and not np.isfinite(np.asarray(value, np.float32)).all():
-            raise UsageError(
-                f"{name} hold NaN or infinity", "they are where sampling begins", "make them again"
-            )
+        if (value := getattr(request, name)) is not None:
+            _check_floats(name, value)
     check_choice("output_type", request.output_type, get_args(OutputType))
     check_choice("check", request.check, get_args(Check))
-    if not request.fps >= 1:
-        raise UsageError(
-            f"fps is {request.fps}",
-            "it is the frame rate written into the file",
-            "the models were trained at 16",
-        )
+    check_fps(request.fps)
     if request.on_frames is not None and (
         not callable(request.on_frames) or request.output_type == "latent"
     ):
@@ -227,9 +242,9 @@ def _checked(request: Request, model: ModelInfo) -> Request:
             "it is a function of (number of the video, frames), and latents have no frames",
             "see help",
         )
-    if request.key is not None and not hasattr(request.key, "dtype"):
+    if request.key is not None and not _is_key(request.key):
         raise UsageError(
-            f"key is {request.key!r}",
+            f"key is {shown(request.key)}",
             "a jax.random key is needed",
             "for example jax.random.key(3), or give a number as seed",
         )
@@ -247,6 +262,34 @@ def _checked(request: Request, model: ModelInfo) -> Request:
         )
     _check_arrays(request, model)
     return request if request.key is None else dataclasses.replace(request, seed=None)
+
+
+def _check_floats(name: str, value: Any) -> None:
+    """Raises UsageError unless an argument is an array of finite numbers."""
+    try:
+        plain = hasattr(value, "shape") and np.dtype(value.dtype).kind not in "cOSUM"
+        finite = np.isfinite(np.asarray(value, np.float32)).all() if plain else False
+    except (TypeError, ValueError):
+        plain = finite = False
+    if not plain:
+        raise UsageError(
+            f"{name} is {shown(value)}",
+            "it is an array of numbers",
+            "convert it with numpy.asarray(..., numpy.float32)",
+        )
+    if not finite:
+        raise UsageError(
+            f"{name} hold NaN or infinity", "they are where sampling begins", "make them again"
+        )
+
+
+def _is_key(key: Any) -> bool:
+    """Whether this is one key, of jax.random.key or of jax.random.PRNGKey."""
+    if not isinstance(key, jax.Array):
+        return False
+    if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key.shape == ()
+    return key.dtype == np.uint32 and key.shape == (2,)
 
 
 def _check_arrays(request: Request, model: ModelInfo) -> None:

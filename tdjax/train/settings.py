@@ -7,15 +7,16 @@ checks its fields together, so none is made before all of them are known. Import
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import re
+import math
 import types
 import typing
 from typing import Any
 
 from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
+from tdjax.files import near
+from tdjax.values import parse_real, parse_whole, shown
 
 # Fields that no key sets: chosen by other keys, or not trained.
 _FIXED = {DiTConfig: ("attention", "linear", "impl", "sla", "policy", "image_dim", "remat")}
@@ -104,12 +105,11 @@ def _unknown(parts: dict[str, Tree], key: str) -> UsageError:
     known = list(table(parts))
     last = key.rpartition(".")[2]
     same_end = [k for k in known if k.rpartition(".")[2] == last]
-    near = difflib.get_close_matches(key, same_end, 1, 0)
-    near = near or difflib.get_close_matches(key, known, 1)
+    close = near(key, same_end, cutoff=0) or near(key, known)
     return UsageError(
-        f"unknown key {key}",
+        f"unknown key {key[:80]}",
         "PRESET --help lists the keys",
-        f"did you mean {near[0]}?" if near else "",
+        f"did you mean {close[0]}?" if close else "",
     )
 
 
@@ -130,15 +130,22 @@ def _parse(key: str, field: Field, text: str) -> Any:
     fix = f"the default is {_shown(field.default)}"
     if inner:
         fix = f"or set one of its keys: {', '.join(inner)}"
-    raise UsageError(f"{key} is {text!r}", f"allowed: {', or '.join(words)}", fix)
+    raise UsageError(f"{key} is {shown(text)}", f"allowed: {', or '.join(words)}", fix)
 
 
 _MISFIT = object()
 _TRIPLE = tuple[int, int, int]
 
 
-def _number(kind, pattern: str):
-    return lambda text: kind(text) if re.fullmatch(pattern, text) else _MISFIT
+def _number(parse):
+    def number(text: str):
+        try:
+            found = parse(text)
+        except ValueError:
+            return _MISFIT
+        return found if math.isfinite(found) else _MISFIT
+
+    return number
 
 
 def _triple(text: str):
@@ -147,8 +154,8 @@ def _triple(text: str):
 
 
 _PARSERS = {
-    int: _number(int, r"[+-]?\d+"),
-    float: _number(float, r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"),
+    int: _number(parse_whole),
+    float: _number(parse_real),
     bool: lambda text: {"true": True, "false": False}.get(text.lower(), _MISFIT),
     types.NoneType: lambda text: None if text.lower() == "none" else _MISFIT,
     str: lambda text: text,
