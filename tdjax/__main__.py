@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _help() -> str:
     lines = [f"  {name:10} {text}" for name, (_, text) in COMMANDS.items()]
-    first = '`tdjax generate "a red circle moving right on blue"` makes a first video;'
+    first = '`tdjax generate "a red circle moving right on navy"` makes a first video;'
     return "\n".join(
         [
             "usage: tdjax COMMAND [arguments], or tdjax --version",

@@ -20,6 +20,7 @@ from tdjax.media.resolution import choose_size
 from tdjax.presets import PRESETS
 from tdjax.progress import Stages
 from tdjax.text.characters import repaired
+from tdjax.text.language import understood
 
 # Arguments of the library that the command calls otherwise.
 NAMES = {"image": "image_path", "attention": "attention_type", "impl": "attention_impl"}
@@ -282,6 +283,8 @@ def text_encoder_device(args) -> str:
 
 def _make(args, pipe, job: Job, paths: list[Path], arguments: dict) -> None:
     """One job from prompt to complete files."""
+    if pipe.info.language and job.prompt:
+        pipe.stages.note(understood(pipe.info.language, job.prompt))
     with outputs.Files(args, pipe, job, paths, arguments) as files:
         files.finish(pipe(job.prompt, **arguments, **files.listen))
 

@@ -15,7 +15,7 @@ _GIVEN = {
     "prompt_embeds": ("--prompt_embeds",),
 }
 _FEW_STEP = ("num_steps", "sampler", "sigma_max", "mid_t", "boundary")
-_TEACHER = ("num_steps", "sampler", "boundary", "shift", "guidance_scale")
+_TEACHER = ("num_steps", "sampler", "sigma_max", "boundary", "shift", "guidance_scale")
 
 
 def is_metadata(values: dict[str, Any]) -> bool:

@@ -35,7 +35,7 @@ ALIASES = {
 }
 EXAMPLES = """\
 examples:
-  tdjax generate "a red circle moving right on a blue background"
+  tdjax generate "a red circle moving right on a navy background"
   tdjax generate "a fox in the snow ..." --model turbowan2.1-t2v-1.3b-480p -o fox.mp4
   tdjax generate "the boat leaves" --model turbowan2.2-i2v-a14b-720p-quant --image boat.jpg
   tdjax generate --prompt_file prompts.csv --num_samples 2 --save_path "out/{row}_{index}.mp4"

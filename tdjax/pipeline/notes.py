@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import jax
 
-from tdjax.config import DiTConfig, SamplerConfig
+from tdjax.config import DiTConfig, SamplerConfig, VideoSize
 from tdjax.media.resolution import size_notes
 from tdjax.pipeline.request import ModelInfo, Request
 from tdjax.sampling import schedules
-from tdjax.text.tokenizer import Tokenizer, language_warnings, prompt_warnings
+from tdjax.text.language import language_notes
+from tdjax.text.tokenizer import Tokenizer, prompt_warnings
+
+TRAINED_FRAMES = VideoSize.frames
 
 
 def request_notes(
@@ -17,15 +20,57 @@ def request_notes(
 ) -> list[str]:
     """Returns lines about a request of a model: the prompt's length, an unusual size, weights that
     need many steps."""
-    lines = [] if info.resolution is None else size_notes(request.size, request.resolution)
+    lines = trained_notes(request, info)
     lines += reference_notes(transformer)
     lines += sampler_notes(request.sampler, info)
+    lines += idle_notes(request, info)
     if request.prompt_embeds is None:
         for text in request.prompts:
             if info.language:
-                lines += language_warnings(info.language, text)
+                lines += language_notes(info.language, text)
             else:
                 lines += prompt_warnings(tokenizer, text)
+    return lines
+
+
+def trained_notes(request: Request, info: ModelInfo) -> list[str]:
+    """Returns lines about a size, a length or a frame rate that the model was not trained at."""
+    size, own = request.size, info.size
+    if info.resolution is not None:
+        lines = size_notes(size, request.resolution)
+        if size.frames != TRAINED_FRAMES:
+            lines.append(
+                f"{size.frames} frames: the published models were trained at {TRAINED_FRAMES}, and"
+                " other lengths can look worse"
+            )
+    else:
+        lines = []
+        if size != own:
+            lines.append(
+                f"{size}: {info.name} was trained at {own} only, and other sizes and lengths can"
+                " look wrong"
+            )
+    if request.fps != Request.fps:
+        speed = request.fps / Request.fps
+        lines.append(
+            f"fps is {request.fps}: the models were trained at {Request.fps}, so everything moves"
+            f" at {speed:.2g} times its speed"
+        )
+    return lines
+
+
+def idle_notes(request: Request, info: ModelInfo) -> list[str]:
+    """Returns lines about arguments that were given and change nothing."""
+    cfg, lines = request.sampler, []
+    if request.negative_prompt and not cfg.guided:
+        why = "distilled weights have guidance built in" if cfg.few_step else "guidance_scale is 1"
+        lines.append(f"negative_prompt has no effect: {why}")
+    if cfg.few_step and cfg.shift != SamplerConfig.shift:
+        lines.append(f"`shift` has no effect: it is of unipc and euler, and this is {cfg.sampler}")
+    if not cfg.few_step and cfg.mid_t not in (SamplerConfig.mid_t, info.sampler.mid_t):
+        lines.append(f"mid_t has no effect: it is of sde and ode, and this is {cfg.sampler}")
+    if not info.experts and cfg.boundary != SamplerConfig.boundary:
+        lines.append("`boundary` has no effect: it is between two experts, and this model is one")
     return lines
 
 

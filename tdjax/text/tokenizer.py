@@ -116,23 +116,6 @@ def prompt_warnings(tokenizer: Tokenizer | None, prompt: str) -> list[str]:
     return []
 
 
-def language_warnings(language: dict, prompt: str) -> list[str]:
-    """Lines about a prompt for a model of a small closed language: {"words": all of them, "knows":
-    {factor: its values}}."""
-    words = re.findall(r"[^\W_]+", clean(prompt).lower())
-    unknown = [word for word in dict.fromkeys(words) if word not in set(language["words"])]
-    if not words:
-        return ["the prompt is empty: the video follows no text"]
-    if not unknown:
-        return []
-    known = "; ".join(
-        f"{factor}: {', '.join(values)}" for factor, values in language["knows"].items()
-    )
-    return [
-        f"this small model has never seen {', '.join(map(repr, unknown))}; it knows only {known}"
-    ]
-
-
 def _find(path: Path) -> Path:
     """The tokenizer file itself; CheckpointError names every place that was looked at."""
     if path.is_file():

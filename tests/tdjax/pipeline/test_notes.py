@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import pytest
 
 from tdjax.config import DiTConfig, VideoSize
 from tdjax.pipeline import notes
@@ -39,7 +40,41 @@ def test_a_usual_request_has_none():
 def test_sizes():
     small = VideoSize(frames=5, height=32, width=32)
     assert "not a size the published models were trained at" in told(size=small)[0]
-    assert told(size=small, resolution=None) == []
+    (line,) = told(size=small, resolution=None)
+    assert line.startswith(f"{small}: fox was trained at {VideoSize()} only")
+    (line,) = told(size=VideoSize(frames=17))
+    assert line.startswith("17 frames: the published models were trained at 81")
+
+
+def test_frame_rates():
+    request = Request(prompts=("a fox",), size=VideoSize(), sampler=T2V_SAMPLER, fps=24)
+    (line,) = notes.trained_notes(request, MODEL)
+    assert line.startswith("fps is 24") and line.endswith("at 1.5 times its speed")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "request_changes", "expected"),
+    [
+        (T2V_SAMPLER, {"negative_prompt": "fog"}, "negative_prompt has no effect: distilled"),
+        (TEACHER_SAMPLER, {"negative_prompt": "fog"}, None),
+        (
+            dataclasses.replace(TEACHER_SAMPLER, guidance_scale=1.0),
+            {"negative_prompt": "fog"},
+            "negative_prompt has no effect: guidance_scale is 1",
+        ),
+        (dataclasses.replace(T2V_SAMPLER, shift=3.0), {}, "`shift` has no effect"),
+        (dataclasses.replace(TEACHER_SAMPLER, shift=3.0), {}, None),
+        (dataclasses.replace(T2V_SAMPLER, boundary=0.5), {}, "`boundary` has no effect"),
+        (dataclasses.replace(TEACHER_SAMPLER, mid_t=(1.2,)), {}, "mid_t has no effect"),
+        (dataclasses.replace(T2V_SAMPLER, mid_t=(1.2, 1.1, 1.0)), {}, None),
+    ],
+)
+def test_arguments_that_change_nothing(sampler, request_changes, expected):
+    request = Request(prompts=("a",), size=VideoSize(), sampler=sampler, **request_changes)
+    lines = notes.idle_notes(request, MODEL)
+    assert [line.startswith(expected) for line in lines] == ([True] if expected else [])
+    two = dataclasses.replace(MODEL, experts=True)
+    assert not any("boundary" in line for line in notes.idle_notes(request, two))
 
 
 def test_samplers_that_do_not_suit_the_weights():

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tdjax.text import language
+from tdjax.text.language import words_of
 from tdjax.train.tiny.data.factors import FIRST_BOUNCE, NAMES, STILL, UNSAID, Attributes, scenes
 
 # Ways to say each value of a factor, the plainest first; it is used half of the time.
@@ -46,8 +48,7 @@ TEMPLATES = (
 EVALUATION = "a {colour} {shape}, {size}, {verb} {speed} over the {background} background"
 OMITTED = ("size", "speed")  # what a caption may leave out
 
-# Single words that name a value, for reading; the words of a motion are read together (see
-# `parse`).
+# Single words that name a value, for reading; the words of a motion are read together.
 SAYS = {
     way: (factor, i)
     for factor, values in _WAYS.items()
@@ -123,11 +124,6 @@ def random_prompt(seed: int, split: str = "train", template: str | None = None) 
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def words_of(prompt: str) -> list[str]:
-    """Returns the words of a prompt in lower case, without punctuation."""
-    return re.findall(r"[^\W_]+", prompt.lower())
-
-
 def parse(prompts: Sequence[str]) -> Attributes:
     """Returns what prompts ask for: the attributes that their words name, UNSAID where none does.
     The last word on a factor counts."""
@@ -138,15 +134,7 @@ def parse(prompts: Sequence[str]) -> Attributes:
 
 def parse_one(prompt: str) -> dict[str, int]:
     """Returns the factors that one prompt names."""
-    words = words_of(prompt)
-    out = dict(SAYS[word] for word in words if word in SAYS)
-    if {*BOUNCE} & {*words}:
-        motions = [FIRST_BOUNCE + AXES[word] for word in words if word in AXES]
-    elif {"still", "not"} & {*words}:
-        motions = [STILL]
-    else:
-        motions = [HEADINGS[word] for word in words if word in HEADINGS]
-    return out | {"motion": motions[-1]} if motions else out
+    return {factor: places[-1] for factor, places in language.said(LANGUAGE, prompt).items()}
 
 
 def vocabulary() -> list[str]:
@@ -165,3 +153,19 @@ def knows() -> dict[str, tuple[str, ...]]:
     bounces = [f"bounces {ways[0]}" for ways in BOUNCES]
     plain["motion"] = (*straight, STAYS[0][0], *bounces)
     return {factor: plain[factor] for factor in NAMES}
+
+
+# What is written into model.json; `tdjax.text.language` reads it.
+LANGUAGE = {
+    "words": vocabulary(),
+    "knows": knows(),
+    "needs": [factor for factor in NAMES if factor not in OMITTED],
+    "says": SAYS,
+    "phrases": {
+        "motion": [
+            {"when": BOUNCE, "says": {word: FIRST_BOUNCE + axis for word, axis in AXES.items()}},
+            {"when": ("still", "not"), "says": {"still": STILL, "not": STILL}},
+            {"when": (), "says": HEADINGS},
+        ]
+    },
+}

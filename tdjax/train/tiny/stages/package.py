@@ -4,8 +4,10 @@ card."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -19,7 +21,7 @@ from tdjax.train.tiny.data import captions, encoded, factors
 from tdjax.train.tiny.evaluation import sampling
 from tdjax.train.tiny.work import Run
 
-PROMPT = "a small red circle moves left slowly on a gray background"
+PROMPT = "a large red circle moves right quickly on a gray background"
 PROMPTS = 100  # that are drawn from where none is given
 LIMIT = 10_000_000  # bytes of the whole folder
 
@@ -32,10 +34,19 @@ def metadata() -> dict:
         "frames": factors.FRAMES,
         "height": factors.SIDE,
         "width": factors.SIDE,
-        "prompts": [PROMPT, *(captions.random_prompt(seed) for seed in range(1, PROMPTS))],
+        "prompts": [PROMPT, *itertools.islice(_lively(), PROMPTS - 1)],
         "sampler": {"mid_t": list(how.mid_t), "sigma_max": how.sigma_max},
-        "language": {"words": captions.vocabulary(), "knows": captions.knows()},
+        "language": captions.LANGUAGE,
     }
+
+
+def _lively() -> Iterator[str]:
+    """Prompts of clips in which something moves, and quickly: a first video should."""
+    for seed in itertools.count(1):
+        prompt = captions.random_prompt(seed)
+        said = captions.parse_one(prompt)
+        if said["motion"] != factors.STILL and said["speed"] == len(factors.SPEEDS) - 1:
+            yield prompt
 
 
 def run_stage(run: Run) -> None:
