@@ -17,10 +17,7 @@ from tdjax.checkpoints.published.checkpoint import arrange
 from tdjax.checkpoints.published.rules import Row, invert
 from tdjax.checkpoints.published.tensor import DTYPE_NAMES
 from tdjax.config import DiTConfig, to_dict
-from tdjax.errors import CheckpointError
 from tdjax.files import written
-
-PUBLISHED = ("float", "int8")  # kinds of linear layers that have published names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,36 +38,17 @@ class _Piece:
 
 def pieces(leaves: Leaves, naming: str) -> list[_Piece]:
     """Every tensor of the exported file, those of one leaf together."""
-    if getattr(leaves.config, "linear", "float") not in PUBLISHED:
-        raise CheckpointError(
-            f"{leaves.path.name} with {leaves.config.linear} layers cannot be written under"
-            " published names",
-            "published files hold float layers, or int8 in tiles of 128 x 128",
-            "write a folder in our layout, or --quant int8",
-        )
     table = detect.rows(leaves.kind, naming, leaves.config)
     out = []
-    try:
-        for leaf, row, keys in invert(leaves.lazy, table):
-            lazy = leaves.lazy[leaf]
-            shape = lazy.shape[1:] if row.stacked else lazy.shape
-            if row.layout:
-                shape = einops.rearrange(
-                    np.broadcast_to(np.int8(0), shape), row.inverse_layout, **_sizes(row, leaves)
-                ).shape
-            out += [_Piece(key, leaf, layer, row, tuple(shape), lazy.dtype) for layer, key in keys]
-    except ValueError as e:
-        others = " or ".join(_namings(leaves.kind))
-        raise CheckpointError(
-            f"{leaves.path.name} cannot be written under the {naming} names",
-            str(e),
-            f"choose --names {others}",
-        ) from e
+    for leaf, row, keys in invert(leaves.lazy, table):
+        lazy = leaves.lazy[leaf]
+        shape = lazy.shape[1:] if row.stacked else lazy.shape
+        if row.layout:
+            shape = einops.rearrange(
+                np.broadcast_to(np.int8(0), shape), row.inverse_layout, **_sizes(row, leaves)
+            ).shape
+        out += [_Piece(key, leaf, layer, row, tuple(shape), lazy.dtype) for layer, key in keys]
     return out
-
-
-def _namings(kind: str) -> list[str]:
-    return list(detect.NAMINGS[kind].ROWS)
 
 
 def _sizes(row: Row, leaves: Leaves) -> dict[str, int]:

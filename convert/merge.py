@@ -84,11 +84,4 @@ def _same_values(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 def _key_of(slot: Slot, like) -> str:
     """The name that a slot would have in a file like this one."""
     leaf, layer = slot
-    try:
-        return row_of(leaf, like.found.rows).key(leaf, layer)
-    except ValueError as e:
-        raise CheckpointError(
-            f"{like.name} has no name for {leaf}",
-            f"it follows the {like.found.naming} names",
-            "give the base under Wan's own names",
-        ) from e
+    return row_of(leaf, like.found.rows).key(leaf, layer)

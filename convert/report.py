@@ -41,6 +41,7 @@ def text(report: dict[str, Any]) -> str:
         lines.append(f"  prefixes    {prefixes} taken off")
     if report.get("ignored"):
         lines.append(f"  ignored     {report['ignored']} entries that are not tensors")
+    lines += [f"  note        {note}" for note in report.get("notes", ())]
     for change in report.get("changes", ()):
         shown = {name: value for name, value in change.items() if name != "kept_keys"}
         lines.append(f"  changed     {_listed(shown)}")

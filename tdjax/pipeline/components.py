@@ -46,14 +46,18 @@ class Component(abc.ABC):
     module: the network on the device; None until it is loaded, and after it is freed.
     coming: the load that a thread was asked for.
     lora:   the (file, weight) pairs that are merged into it.
+    linear: kind of linear layers in its file, for a transformer.
+    notes:  lines for the user about what is in its file and not used.
     """
 
     lora: tuple[tuple[str, float], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __init__(self, path: Path, kind: str, stored: Config):
         self.path = path
         self.kind = kind
         self.stored: Any = stored
+        self.linear: str = getattr(stored, "linear", "float")
         self.config: Any = stored
         self.mesh: jax.sharding.Mesh | None = None
         self.module: Any = None
@@ -225,7 +229,9 @@ class PublishedComponent(Component):
     def __init__(self, path: Path, lora: Iterable[tuple[str | Path, float]] = ()):
         self.lora = tuple((str(file), weight) for file, weight in lora)
         self.file = published.open_checkpoint(path, lora=self.lora)
+        self.notes = tuple(self.file.notes)
         super().__init__(path, self.file.kind, self.file.config)
+        self.linear = self.file.linear
 
     def restore(self, config: Config, placement) -> Any:
         return self.file.load(config, placement)

@@ -229,6 +229,9 @@ def open_components(
         policy = Policy(param=options.dtype, compute=options.dtype)
         component.config = dataclasses.replace(component.stored, policy=policy)
     _check_together(components)
+    for component in components.values():
+        for line in component.notes:
+            note(line)
     return components
 
 
@@ -282,15 +285,19 @@ def _chosen_attention(component: Component, asked: str) -> str:
 
 
 def _chosen_linear(component: Component, quant: str, note: Callable[[str], None]) -> str:
-    stored = component.stored.linear
+    stored, name = component.linear, component.path.name
     linear = {"auto": stored, "none": "float"}.get(quant, quant)
-    if stored != "float":
-        say = {
-            stored: "running as W8A8 (`quant` none dequantises at load)",
-            "float": "dequantised at load",
-        }
-        what = say.get(linear, f"made {linear} at load")
-        note(f"{component.path.name}: {stored} weights in the blocks, {what}")
+    if stored == "float":
+        return linear
+    if component.lora:
+        what = "dequantised, `lora` added" + (", and quantised again" if linear != "float" else "")
+    elif linear == stored:
+        what = "running as W8A8 (`quant` none dequantises at load)"
+    elif linear == "float":
+        what = "dequantised at load"
+    else:
+        what = f"made {linear} at load"
+    note(f"{name}: {stored} weights in the blocks, {what}")
     return linear
 
 

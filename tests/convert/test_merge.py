@@ -104,22 +104,6 @@ def test_what_cannot_be_merged(file, states, three):
         )
     with pytest.raises(CheckpointError, match="only like can be merged"):
         merge.merge(file("sla", plain), file("text", states("text")), file("c", plain), 1.0)
-    with pytest.raises(
-        CheckpointError, match="diffusers.safetensors has no name for blocks.self_attn.core.proj"
-    ):
-        theirs = states("diffusers")
-        proj = {
-            f"blocks.{i}.self_attn.attn_op.local_attn.proj_l": np.ones((20, 20), np.float32)
-            for i in range(2)
-        }
-        ours = (
-            states("dit")
-            | {f"{k}.weight": v for k, v in proj.items()}
-            | {f"{k}.bias": v[0] for k, v in proj.items()}
-        )
-        merge.merge(
-            file("diffusers", theirs, heads=4), file("b", theirs, heads=4), file("c", ours), 1.0
-        )
     quantised = {k: v for k, v in plain.items() if not k.startswith(f"{Q}.")}
     quantised |= {
         f"{Q}.int8_weight": np.ones((128, 128), np.int8),
@@ -130,7 +114,7 @@ def test_what_cannot_be_merged(file, states, three):
     class Half:
         tensors, name, kind = quantised, "q.pth", "dit"
 
-    with pytest.raises(CheckpointError, match="q.pth holds int8 weights"):
+    with pytest.raises(CheckpointError, match="q.pth holds 8-bit weights"):
         merge.merge(Half, file("b", plain), file("c", plain), 1.0)
 
 

@@ -70,8 +70,9 @@ def test_to_our_folder_and_from_it(tmp_path, source, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quant", ["int8_channel", "fp8"])
-def test_by_token_and_channel_into_a_folder_only(tmp_path, source, as_json, capsys, quant):
-    """The folder holds what a load would have made of the float file."""
+def test_by_token_and_channel(tmp_path, source, as_json, capsys, quant):
+    """The folder, and the file under the names of others, hold what a load would have made of the
+    float file."""
     path, _ = source
     assert quantize.main([str(path), str(tmp_path / "q"), "--quant", quant, "--json"]) == 0
     assert 1e-3 < as_json()["errors"]["blocks.up"]["relative"][0] < 0.04
@@ -80,8 +81,13 @@ def test_by_token_and_channel_into_a_folder_only(tmp_path, source, as_json, caps
     made = orbax.named_leaves(with_linear(open_checkpoint(path).load(), quant))
     for name, leaf in orbax.named_leaves(module).items():
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(made[name]), err_msg=name)
-    assert quantize.main([str(path), str(tmp_path / "q.safetensors"), "--quant", quant]) == 3
-    assert f"with {quant} layers cannot be written under published names" in capsys.readouterr().err
+    assert quantize.main([str(path), str(tmp_path / "q.safetensors"), "--quant", quant]) == 0
+    file = open_checkpoint(tmp_path / "q.safetensors")
+    assert file.linear == quant
+    scale = file.tensors["blocks.0.ffn.0.weight_scale"]
+    assert (scale.shape, scale.dtype) == ((made["blocks.up.bias"].shape[1], 1), np.float32)
+    for name, leaf in orbax.named_leaves(file.load(cfg)).items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(made[name]), err_msg=name)
     assert quantize.main([str(tmp_path / "q"), str(tmp_path / "again")]) == 3
     assert f"its linears are {quant}" in capsys.readouterr().err
 

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from tdjax.checkpoints import filenames, orbax
-from tdjax.checkpoints.published.detect import Detected, describe, detect, stored_dtypes
+from tdjax.checkpoints.published import scaled, wan_dit
+from tdjax.checkpoints.published.detect import Detected, describe, detect, kind_of, stored_dtypes
 from tdjax.checkpoints.published.files import Source, open_source
 from tdjax.checkpoints.published.lora import add_lora
 from tdjax.checkpoints.published.rules import Binding, Claim, bind
@@ -43,13 +44,30 @@ def open_checkpoint(
     Raises CheckpointError for anything that is not a whole model of a known kind.
     """
     source = open_source(path)
-    found = detect(source.tensors, source.path.name, source.metadata, **known)
+    tensors, linear, notes = _scaled(source)
+    found = detect(tensors, source.path.name, source.metadata, linear=linear, **known)
+    stored = getattr(found.config, "linear", "float")
+    if lora and stored != "float":  # changes are added in floating point
+        tensors = scaled.untiled(scaled.separate(tensors, {}, source.path.name).dequantized())
+        found = detect(tensors, source.path.name, source.metadata, **known)
     changes = []
-    tensors: Mapping[str, Any] = source.tensors
     for file, weight in lora:
         tensors, counts = add_lora(tensors, found, file, weight)
         changes.append(counts)
-    return Checkpoint(source, found, tensors, tuple(changes))
+    return Checkpoint(source, found, tensors, tuple(changes), notes, stored)
+
+
+def _scaled(source: Source) -> tuple[Mapping[str, Any], str | None, list[str]]:
+    """(tensors with their scales settled, kind of linear layers if they tell it, notes)."""
+    name = source.path.name
+    separate = scaled.separate(source.tensors, source.metadata, name)
+    if not separate.scales:
+        return separate.tensors, None, []
+    layers = []
+    if kind_of(separate.tensors, name) == "dit":
+        layers = wan_dit.block_layers(separate.tensors, wan_dit.naming(separate.tensors))
+    tensors, linear, note = separate.resolved(layers)
+    return tensors, linear, [f"{name}: {note}"] if note else []
 
 
 class Checkpoint:
@@ -57,7 +75,8 @@ class Checkpoint:
     storage.
 
     tensors: {key: something with shape, dtype and read()}. changes: what LoRA files and merges did
-             to them.
+             to them. notes: lines for the user, about what is in the file and not used.
+    linear:  kind of linear layers in the file; that of `config` is "float" where a LoRA was added.
     """
 
     def __init__(
@@ -66,12 +85,15 @@ class Checkpoint:
         found: Detected,
         tensors: Mapping[str, Any],
         changes: tuple[dict, ...] = (),
+        notes: list[str] | None = None,
+        linear: str = "float",
     ):
         self.source, self.found, self.tensors, self.changes = source, found, tensors, changes
         self.kind, self.config, self.name = found.kind, found.config, source.path.name
+        self.linear = linear
         self.sha256: Callable[..., str] = source.sha256
         self.bindings: dict[Config, Binding] = {}
-        self.binding(self.config)
+        self.notes = [*(notes or []), *self._notes()]
 
     @property
     def task(self) -> str | None:
@@ -80,6 +102,21 @@ class Checkpoint:
 
     def __repr__(self) -> str:
         return f"<{self.name}: {describe(self.kind, self.config)}, {len(self.tensors)} tensors>"
+
+    def _notes(self) -> list[str]:
+        """What is left out, where that may surprise."""
+        gates = [k for k in self.binding(self.config).dropped if f".{wan_dit.GATE}." in k]
+        lines = []
+        if gates:
+            lines.append(
+                f"{self.name}: {len(gates)} gates of video sparse attention ({wan_dit.GATE}) are"
+                " left out: attention is dense here"
+            )
+        if self.source.marks:
+            marks = ", ".join(self.source.marks[:3])
+            more = f" and {len(self.source.marks) - 3} more" if len(self.source.marks) > 3 else ""
+            lines.append(f"{self.name}: keys that only mark the file are left out: {marks}{more}")
+        return lines
 
     def binding(self, config: Config) -> Binding:
         """Which keys fill which leaf; raises CheckpointError with the full list where they do
@@ -252,8 +289,9 @@ class Checkpoint:
             "unexpected": 0,
             "ignored": len(self.source.ignored),
             "stripped": self.source.stripped,
-            "dtypes": stored_dtypes(self.tensors),
+            "dtypes": stored_dtypes(self.source.tensors),
             "changes": list(self.changes),
+            "notes": list(self.notes),
         }
 
 

@@ -18,10 +18,11 @@ from tdjax.config import KINDS, LATENT_MEAN, Config, DiTConfig, TextConfig, VAEC
 from tdjax.errors import CheckpointError
 
 HEAD_WIDTH = 128  # of every published Wan transformer
+MASK_CHANNELS = 4  # of image-to-video: one for each frame that a latent frame stands for
 METADATA = "tdjax"  # text field of a safetensors file in which our export keeps the config
 
 UNSEEN = {  # fields that shapes do not show
-    "dit": ("heads", "patch", "text_len", "eps", "sla", "round_time"),
+    "dit": ("heads", "patch", "text_len", "eps", "sla", "round_time", "coordinates"),
     "vae": ("mean", "std"),
     "text": ("max_distance", "text_len", "eps"),
 }
@@ -65,11 +66,6 @@ RELATIVES = (
         "give a text- or image-to-video model",
     ),
     (
-        r".*\.scale_weight$|scaled_fp8$",
-        "scaled 8-bit floats (fp8_scaled)",
-        "give the bf16 or fp16 file, or the int8 -quant file",
-    ),
-    (
         r"(text_model|vision_model|visual|textual)\.|log_scale$",
         "a CLIP model",
         "Wan2.2 I2V needs none; give another file",
@@ -94,10 +90,18 @@ class Detected:
 
 
 def detect(
-    tensors: Mapping[str, Any], name: str, metadata: Mapping[str, str] | None = None, **known
+    tensors: Mapping[str, Any],
+    name: str,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    linear: str | None = None,
+    **known,
 ) -> Detected:
-    """Raises CheckpointError for files of another network. `known` are config fields that the
-    caller is sure of."""
+    """Raises CheckpointError for files of another network.
+
+    linear: kind of the linear layers of a transformer's blocks; None where keys tell it. `known`
+            are config fields that the caller is sure of.
+    """
     odd = known.keys() - set().union(*map(_fields_of, KINDS))
     if odd:
         raise TypeError(f"no config has a field {', '.join(sorted(odd))}")
@@ -106,6 +110,9 @@ def detect(
     known = _from_metadata(kind, metadata) | {
         k: v for k, v in known.items() if k in _fields_of(kind)
     }
+    if kind == "dit":
+        tiles = any(key.endswith(".int8_weight") for key in tensors)
+        known["linear"] = linear or ("int8" if tiles else "float")
     try:
         found = {"dit": dit, "vae": vae, "text": text}[kind](tensors, naming, name, known)
     except KeyError as e:
@@ -144,7 +151,7 @@ def _fields_of(kind: str) -> set[str]:
 def rows(kind: str, naming: str, cfg: Config) -> tuple[Row, ...]:
     """The table of one kind and naming."""
     table = NAMINGS[kind].ROWS[naming]
-    return table(cfg) if kind == "vae" else table
+    return table(cfg) if callable(table) else table
 
 
 def _refuse_relatives(tensors, name: str) -> None:
@@ -197,6 +204,7 @@ def dit(tensors, naming: str, name: str, known: dict) -> DiTConfig:
     patch = tuple(known.pop("patch", patch_shape[2:] or (1, 2, 2)))
     volume = math.prod(patch)
     inputs = patch_shape[1] if len(patch_shape) == 5 else patch_shape[1] // volume
+    inputs -= 3 * bool(known.get("coordinates"))
     outputs = _shape(tensors, f"{head}.weight")[0] // volume
     if outputs == 48:
         raise CheckpointError(
@@ -204,8 +212,9 @@ def dit(tensors, naming: str, name: str, known: dict) -> DiTConfig:
             "it has 48 latent channels of another VAE, here 16",
             "give Wan2.1 or Wan2.2 A14B",
         )
-    proj = "blocks.0.self_attn.attn_op.local_attn.proj_l.weight"
-    width = _shape(tensors, proj)[0] if proj in tensors else HEAD_WIDTH
+    projection = wan_dit.sla_width(tensors, naming)
+    width = projection or HEAD_WIDTH
+    _check_condition(name, inputs, outputs)
     if "heads" not in known and dim % width:
         raise CheckpointError(
             f"{name}: width {dim} is no multiple of {width}",
@@ -225,10 +234,24 @@ def dit(tensors, naming: str, name: str, known: dict) -> DiTConfig:
         "image_dim": _shape(tensors, f"{image}.weight")[0]
         if f"{image}.weight" in tensors
         else None,
-        "attention": "sla" if proj in tensors else "dense",
-        "linear": "int8" if any(key.endswith(".int8_weight") for key in tensors) else "float",
+        "attention": "sla" if projection else "dense",
     }
     return DiTConfig(**{**fields, **known})
+
+
+def _check_condition(name: str, inputs: int, outputs: int) -> None:
+    """Raises CheckpointError for a transformer that reads something else beside its latents than
+    an image's mask and latents."""
+    beside = inputs - outputs
+    if beside in (0, MASK_CHANNELS + outputs):
+        return
+    what = "a Wan Fun control model" if beside > MASK_CHANNELS + outputs else "of another task"
+    raise CheckpointError(
+        f"{name} reads {inputs} channels: it is {what}",
+        f"its {outputs} latent channels stand alone (text to video), or with {MASK_CHANNELS} of a"
+        f" mask and {outputs} of an image (image to video)",
+        "give a text- or image-to-video model",
+    )
 
 
 def vae(tensors, naming: str, name: str, known: dict) -> VAEConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,19 @@ LEVELS = (
     "ema",
     "generator",
 )  # keys under which trainers put the weights
-LEADING = ("net.", "module.", "model.diffusion_model.", "_orig_mod.")  # what wrappers put in front
+# what wrappers put in front
+LEADING = (
+    "model.diffusion_model.",
+    "net.",
+    "module.",
+    "model.",
+    "diffusion_model.",
+    "_orig_mod.",
+    "generator.",
+    "generator_ema.",
+)
+# keys that mark a file and hold no weight: kijai's ComfyUI files, NVIDIA's TransformerEngine
+MARKS = re.compile(r"model_type\..*|(.*\.)?_extra_state")
 INNER = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")  # and in between
 
 LEGACY = (  # magic number of torch.save before torch 1.6
@@ -69,7 +82,8 @@ class Source:
 
     files: what was read, for sizes and hashes. stripped: how often each wrapper's prefix was
            removed from a key.
-    ignored: entries that are not tensors. metadata: the text fields of safetensors files.
+    ignored: entries that are not tensors. marks: keys that mark the file and hold no weight.
+    metadata: the text fields of safetensors files.
     """
 
     path: Path
@@ -78,6 +92,7 @@ class Source:
     stripped: dict[str, int]
     ignored: tuple[str, ...] = ()
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    marks: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -253,8 +268,12 @@ def _clean(path: Path, files, tensors: dict[str, Tensor], ignored, metadata) -> 
     """Strip wrappers' prefixes, counting them. Two keys must not become one."""
     out: dict[str, Tensor] = {}
     stripped: Counter[str] = Counter()
+    marks = []
     for key, tensor in tensors.items():
         short = _strip(key, stripped)
+        if MARKS.fullmatch(short):
+            marks.append(key)
+            continue
         if short in out:
             raise CheckpointError(
                 f"{path} holds {short!r} under two prefixes",
@@ -262,7 +281,7 @@ def _clean(path: Path, files, tensors: dict[str, Tensor], ignored, metadata) -> 
                 "keep one set of weights in the file",
             )
         out[short] = tensor
-    return Source(path, tuple(files), out, dict(stripped), tuple(ignored), metadata)
+    return Source(path, tuple(files), out, dict(stripped), tuple(ignored), metadata, tuple(marks))
 
 
 def _strip(key: str, stripped: Counter) -> str:

@@ -35,11 +35,11 @@ PREFIX = re.compile(
 
 
 def floats_only(tensors: Mapping[str, Any], name: str) -> None:
-    """Raises CheckpointError for int8 weights, to which nothing can be added."""
-    key = next((k for k in tensors if k.endswith(".int8_weight")), None)
+    """Raises CheckpointError for 8-bit weights with scales, to which nothing can be added."""
+    key = next((k for k in tensors if k.endswith((".int8_weight", ".weight_scale"))), None)
     if key is not None:
         raise CheckpointError(
-            f"{name} holds int8 weights ({key})",
+            f"{name} holds 8-bit weights ({key})",
             "weights are added in floating point",
             "merge the float file, then python -m convert.quantize",
         )
@@ -50,7 +50,6 @@ def add_lora(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the tensors with a LoRA added, counts). Every key of the LoRA must find its tensor."""
     source = open_source(file)
-    floats_only(tensors, "the base model")
     modules = _lora_modules(source.tensors, str(file))
     targets = {slot: key for slot, (_, key) in slots(tensors, found.rows)[0].items()}
     index = _Index(found, targets)

@@ -33,8 +33,8 @@ class Row:
     "" for as it is.
 
     role: "" usual; "optional": dropped where the model asked for has no such leaf; "twin": another
-          name of a tensor that
-    files may hold once or twice, dropped where the first name is there.
+          name of a tensor that files may hold once or twice, dropped where the first name is there;
+          or both.
     """
 
     source: str
@@ -140,7 +140,7 @@ def slots(keys: Iterable[str], rows: tuple[Row, ...]) -> tuple[dict, list[str], 
         row, slot = found[0]
         if row.path is None:
             dropped.append(key)
-        elif row.role == "twin":
+        elif "twin" in row.role:
             twins.append((slot, row, key))
         elif slot in out:
             raise ValueError(f"{key} and {out[slot][1]} both fill {slot}")
@@ -168,7 +168,7 @@ def bind(
     for (leaf, layer), (row, key) in found.items():
         if leaf in leaves:
             by_leaf.setdefault(leaf, {})[layer] = (row, key)
-        elif row.role == "optional":
+        elif "optional" in row.role:
             dropped.append(key)
         else:
             problems.append(
@@ -215,7 +215,7 @@ def row_of(leaf: str, rows: tuple[Row, ...]) -> Row:
     found = [
         row
         for row in rows
-        if row.path is not None and row.role != "twin" and row.path_pattern.fullmatch(leaf)
+        if row.path is not None and "twin" not in row.role and row.path_pattern.fullmatch(leaf)
     ]
     if len(found) != 1:
         raise ValueError(
@@ -262,5 +262,5 @@ def invert(
         yield leaf, row, [(layer, row.key(leaf, layer)) for layer in layers]
         if twins:
             for twin in rows:
-                if twin.role == "twin" and twin.path_pattern.fullmatch(leaf):
+                if "twin" in twin.role and twin.path_pattern.fullmatch(leaf):
                     yield leaf, twin, [(layer, twin.key(leaf, layer)) for layer in layers]

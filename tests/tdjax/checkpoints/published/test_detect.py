@@ -129,7 +129,6 @@ def test_quantised(published):
         ("control_adapter.conv.weight", "Fun control"),
         ("audio_injector.x", "speech"),
         ("motion_encoder.dec.weight", "Animate"),
-        ("blocks.0.self_attn.q.scale_weight", "fp8_scaled.*bf16 or fp16"),
         ("visual.transformer.0.weight", "CLIP"),
         ("decoder.block.0.layer.2.x", "decoder"),
         ("h.0.attn.weight", "not a model that is known.*h.0.attn.weight.*known are"),
