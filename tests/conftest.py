@@ -22,7 +22,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 GROWN = 2**30  # bytes of a worker from which on the programs of a finished module are dropped
 
-pytest_plugins = ("published_fixtures",)  # small checkpoints under published names
+# Small checkpoints under published names, and folders of small models.
+pytest_plugins = ("published_fixtures", "model_fixtures")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = (Path(__file__).parent / "golden", REPOSITORY.parent / "shared" / "golden")

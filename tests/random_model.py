@@ -3,6 +3,7 @@ seconds."""
 
 import json
 import math
+import shutil
 
 import numpy as np
 
@@ -50,7 +51,10 @@ DIT = DiTConfig(
     round_time=False,
     policy=FLOAT32,
 )
-FACTS = {"name": "random", "frames": 33, "height": 64, "width": 64, "prompts": [PROMPT]}
+FACTS = {"name": "random", "frames": 5, "height": 32, "width": 32, "prompts": [PROMPT]}
+
+# Of one call in most tests, so that programs are compiled once.
+SMALL = {"num_frames": 5, "width": 32, "height": 32}
 
 
 def random_leaves(kind: str, cfg, seed: int) -> dict[str, np.ndarray]:
@@ -78,3 +82,31 @@ def write(folder):
     build(captions.vocabulary()).save(str(folder / "tokenizer.json"))
     (folder / "model.json").write_text(json.dumps(FACTS, indent=1) + "\n")
     return folder
+
+
+def dit_folder(path, cfg: DiTConfig, seed: int = 0, **change):
+    """A transformer of random weights in our layout; change={leaf: value} fills a leaf (dots as
+    double underscores)."""
+    leaves = random_leaves("dit", cfg, seed)
+    for name, value in change.items():
+        leaves[name.replace("__", ".")][...] = value
+    return orbax.save(path, leaves, kind="dit", cfg=cfg, source={"name": "test"})
+
+
+def with_dit(model, folder, cfg: DiTConfig, **change):
+    """A copy of a model folder with another transformer, arguments as those of `dit_folder`."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("dit"))
+    dit_folder(folder / "dit", cfg, **change)
+    return folder
+
+
+def photograph(height=48, width=80) -> np.ndarray:
+    """Something like a photograph: a bright sky over dark ground, a sun, some grain. uint8 [H W
+    3]"""
+    y, x = np.mgrid[:height, :width] / np.array([height, width]).reshape(2, 1, 1)
+    sky = np.stack([0.4 + 0.4 * y, 0.6 + 0.2 * y, 0.95 - 0.1 * y], -1)
+    ground = np.stack([0.25 + 0.1 * x, 0.3 + 0.05 * x, 0.15 + 0 * x], -1)
+    image = np.where((y > 0.6 + 0.05 * np.sin(9 * x))[..., None], ground, sky)
+    sun = np.exp(-(((x - 0.7) ** 2 + (y - 0.25) ** 2) / 0.01))[..., None]
+    grain = np.random.default_rng(0).normal(0, 0.02, image.shape)
+    return np.clip((image + sun * [0.6, 0.5, 0.1] + grain) * 255, 0, 255).astype(np.uint8)

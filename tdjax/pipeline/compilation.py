@@ -179,19 +179,25 @@ class Programs:
         shapes = tuple((tuple(x.shape), str(x.dtype)) for x in leaves)
         key = function, tuple(sorted(static.items())), structure, shapes
         if key not in self._requested:
+            # Of the function itself, not of a closure: jax then has what another pipeline of this
+            # process has made.
             jitted = jax.jit(
-                lambda *a: function(*a, **static), donate_argnums=donate, out_shardings=self.whole
+                function,
+                static_argnames=tuple(static),
+                donate_argnums=donate,
+                out_shardings=self.whole,
             )
-            make = lambda: self.compile(jitted, args)
+            make = lambda: self.compile(jitted, args, static)
             self._requested[key] = Program(label, make, self)
         return self._requested[key]
 
-    def compile(self, jitted, args):
-        """Returns the executable of a jitted function for arguments or their shapes."""
+    def compile(self, jitted, args, static):
+        """Returns the executable of a jitted function for arguments or their shapes, and static
+        arguments."""
         if self.mesh is None:
-            return jitted.lower(*args).compile()
+            return jitted.lower(*args, **static).compile()
         with jax.set_mesh(self.mesh):
-            return jitted.lower(*args).compile()
+            return jitted.lower(*args, **static).compile()
 
     def submit(self, make: Callable[[], Any]) -> Future:
         """Has one of the compiling threads call a function."""

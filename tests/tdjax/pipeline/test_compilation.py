@@ -23,11 +23,6 @@ from tdjax.sampling import schedules
 SMALL = {"num_frames": 5, "width": 32, "height": 32, "num_steps": 1}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return random_model.write(tmp_path_factory.mktemp("models") / "random")
-
-
 def double(x):
     return 2 * x
 

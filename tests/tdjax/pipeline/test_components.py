@@ -21,11 +21,6 @@ from tdjax.pipeline.components import (
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return random_model.write(tmp_path_factory.mktemp("models") / "random")
-
-
-@pytest.fixture(scope="module")
 def pair(states, write_safetensors, tmp_path_factory):
     """The same tiny text encoder (published, in our layout)."""
     folder = tmp_path_factory.mktemp("text")

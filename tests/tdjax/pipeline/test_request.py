@@ -85,3 +85,10 @@ def test_every_preset_has_a_request(name):
     task = {"image": np.zeros((90, 160, 3), np.uint8)} if preset.config.task == "i2v" else {}
     own = model(preset=name, config=preset.config)
     assert make_request("a", task, own).sampler == preset.sampler
+
+
+def test_adaptive_size_follows_the_image():
+    image = np.zeros((40, 80, 3), np.uint8)
+    given = {"image": image, "fit": "adaptive", "width": 64, "height": 64}
+    size = make_request("a", given, model(channels=36)).size
+    assert (size.width, size.height) == (96, 48)

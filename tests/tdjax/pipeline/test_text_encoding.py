@@ -7,7 +7,6 @@ import weakref
 import jax
 import numpy as np
 import pytest
-import random_model
 from safetensors.numpy import save_file
 
 import tdjax
@@ -23,11 +22,6 @@ from tdjax.text.tokenizer import Tokenizer
 
 PROMPTS = ["a red circle", "three blue squares drift slowly over a green field of grass"]
 SMALL = {"num_frames": 5, "width": 32, "height": 32, "num_steps": 1, "output_type": "latent"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return random_model.write(tmp_path_factory.mktemp("models") / "random")
 
 
 @pytest.fixture(scope="module")

@@ -47,11 +47,6 @@ def test_impossible_tiles():
         Tiling(60, 104, tile=8, overlap=8)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return random_model.write(tmp_path_factory.mktemp("models") / "random")
-
-
 def vae_of(model) -> VAECoding:
     stages = Stages(show=False)
     return VAECoding(compilation.Programs(stages), open_component(model / "vae", "vae"), stages)
@@ -87,12 +82,12 @@ def test_seams(model, monkeypatch):
     coder = vae_of(model)
     z, found, step = smooth(16, 24), {}, {}
     monkeypatch.setattr(vae_tiling, "TILE", 12)
-    for name, vae in (
-        ("local", local(coder.component.load())),
-        ("as it is", coder.component.load()),
+    for name, vae, overlaps in (
+        ("local", local(coder.component.load()), (1, 6)),
+        ("as it is", coder.component.load(), (6,)),
     ):
         whole = np.concatenate([chunk for chunk, _ in coder.decode(vae, z, "uint8")]).astype(float)
-        for overlap in (1, 6):
+        for overlap in overlaps:
             monkeypatch.setattr(vae_tiling, "OVERLAP", overlap)
             chunks = list(coder.decode(vae, z, "uint8", tiled=True))
             tiled = np.concatenate([chunk for chunk, _ in chunks])
@@ -116,11 +111,8 @@ def test_seams(model, monkeypatch):
 def test_one_tile_is_the_whole(model):
     coder = vae_of(model)
     vae, z = coder.component.load(), smooth(4, 4)
-    for output in ("uint8", "float"):
-        pairs = zip(
-            coder.decode(vae, z, output), coder.decode(vae, z, output, tiled=True), strict=True
-        )
-        assert all(np.array_equal(a, b) for (a, _), (b, _) in pairs)
+    whole, tiled = coder.decode(vae, z, "uint8"), coder.decode(vae, z, "uint8", tiled=True)
+    assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(whole, tiled, strict=True))
 
 
 @pytest.mark.slow

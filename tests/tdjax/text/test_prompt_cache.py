@@ -19,11 +19,6 @@ SMALL = {"num_frames": 5, "width": 32, "height": 32, "num_steps": 1, "output_typ
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return random_model.write(tmp_path_factory.mktemp("models") / "random")
-
-
 def embeddings(seed: int, tokens: int = 3, shape=(8, 4)) -> np.ndarray:
     rows = np.random.default_rng(seed).normal(size=shape).astype(BFLOAT16)
     rows[tokens:] = 0
@@ -120,27 +115,9 @@ def test_other_weights_are_other_entries(model, tmp_path):
 @pytest.mark.slow
 def test_it_can_be_turned_off(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TDJAX_CACHE", str(tmp_path / "cache"))
-    argv = [
-        "--model",
-        str(model),
-        "--prompt",
-        "a red circle",
-        "--num_frames",
-        "5",
-        "--width",
-        "32",
-        "--height",
-        "32",
-    ]
-    argv += [
-        "--num_steps",
-        "1",
-        "--compile_cache_dir",
-        "none",
-        "--overwrite",
-        "--save_path",
-        str(tmp_path / "v.npy"),
-    ]
+    argv = ["--model", str(model), "--prompt", "a red circle", "--num_frames", "5"]
+    argv += ["--width", "32", "--height", "32", "--num_steps", "1", "--overwrite"]
+    argv += ["--compile_cache_dir", "none", "--save_path", str(tmp_path / "v.safetensors")]
     assert generate.main([*argv, "--prompt_cache", "off"]) == 0
     assert not (tmp_path / "cache" / "prompts").exists()
     assert generate.main(argv) == 0

@@ -1,0 +1,84 @@
+"""Arguments of `load`: refused before anything is read, and what they make of a model."""
+
+import shutil
+
+import numpy as np
+import pytest
+from random_model import SMALL
+
+import tdjax
+from tdjax.checkpoints import orbax
+from tdjax.errors import CheckpointError, UsageError
+from tdjax.pipeline.load import plan_pipeline
+from tdjax.pipeline.options import PipelineOptions
+from tdjax.presets import PRESETS
+
+
+def test_mesh_messages(model):
+    with pytest.raises(UsageError, match=r"legal sizes of sp .*: 1, 2$"):
+        tdjax.load(model, mesh="sp=3")
+    with pytest.raises(UsageError, match="AXIS=SIZE"):
+        tdjax.load(model, mesh="four")
+
+
+def test_the_reference_needs_no_kernel_in_any_part(model):
+    """--attention_impl reference is for GPUs without our kernels: the VAE follows it."""
+    pipe = tdjax.load(model, impl="reference")
+    assert pipe.config.impl == pipe.components["vae"].config.impl == "reference"
+    assert tdjax.load(model).components["vae"].config.impl == "auto"
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_preset_defaults_to_its_own_size(name):
+    pipe = plan_pipeline(name, PipelineOptions())
+    image = {"image": np.zeros((90, 160, 3), np.uint8)} if pipe.task == "i2v" else {}
+    size = pipe.request("a", **image).size
+    assert (size.width, size.height, size.frames) == {
+        "480p": (832, 480, 81),
+        "720p": (1280, 720, 81),
+    }[PRESETS[name].resolution]
+
+
+@pytest.mark.slow
+def test_quantised_at_load_and_back(model, tmp_path, capsys):
+    call = {"output_type": "latent", "num_steps": 2, **SMALL}
+    exact = tdjax.load(model)("a red circle", **call).latents
+    int8 = tdjax.load(model, quant="int8")
+    far = lambda pipe: (
+        np.linalg.norm(pipe("a red circle", **call).latents - exact) / np.linalg.norm(exact)
+    )
+    assert 1e-5 < far(int8) < 0.05
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    shutil.rmtree(folder / "dit")
+    orbax.save(folder / "dit", int8.components["dit"].load(), kind="dit", cfg=int8.config)
+    back = tdjax.load(folder, quant="none")
+    assert "dequantised at load" in capsys.readouterr().err and back.config.linear == "float"
+    assert 1e-5 < far(back) < 0.05
+    tdjax.load(folder)
+    assert "running as W8A8 (`quant` none dequantises at load)" in capsys.readouterr().err
+    channel = tdjax.load(folder, quant="int8_channel")
+    assert "int8 weights in the blocks, made int8_channel at load" in capsys.readouterr().err
+    assert 1e-5 < far(channel) < 0.05
+
+
+def test_load_arguments(model, tmp_path):
+    with pytest.raises(UsageError, match="cuDNN attention runs on NVIDIA GPUs"):
+        tdjax.load(model, impl="cudnn")
+    with pytest.raises(UsageError, match="Triton kernels run on NVIDIA GPUs"):
+        tdjax.load(model, impl="triton")
+    with pytest.raises(UsageError, match="attention is 'spares'"):
+        tdjax.load(model, attention="spares")
+    with pytest.raises(UsageError, match="allowed: auto, none, int8, int8_channel, fp8"):
+        tdjax.load(model, quant="int4")
+    with pytest.raises(CheckpointError):
+        tdjax.load(tmp_path / "nowhere.pth")
+
+
+def test_load_refuses_what_it_does_not_know(model):
+    with pytest.raises(UsageError, match="vae_dtype is 'float64'"):
+        tdjax.load(model, vae_dtype="float64")
+    with pytest.raises(UsageError, match="did you mean 'tokenizer_path'"):
+        tdjax.load(model, tokeniser_path="x")
+    with pytest.raises(UsageError, match="8192"):
+        tdjax.load(model).request("a", width=16000, height=16000)
