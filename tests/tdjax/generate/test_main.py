@@ -152,7 +152,7 @@ def test_serving_keeps_weights_and_survives_a_bad_line(model, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert generate.main(command(model, "--serve")) == 0
     out = capsys.readouterr()
-    assert out.out.split() == ["output/random_0_0.mp4", "output/random_0_0-2.mp4"]
+    assert out.out.split() == ["output/random_0_0.mp4", "output/random_0_1.mp4"]
     assert "num_steps is 9" in out.err
 
 

@@ -90,5 +90,5 @@ def test_every_preset_has_a_request(name):
 def test_adaptive_size_follows_the_image():
     image = np.zeros((40, 80, 3), np.uint8)
     given = {"image": image, "fit": "adaptive", "width": 64, "height": 64}
-    size = make_request("a", given, model(channels=36)).size
+    size = make_request("a", given, model(config=DiTConfig(in_channels=36))).size
     assert (size.width, size.height) == (96, 48)
