@@ -12,7 +12,7 @@ from pathlib import PurePath
 from tdjax.errors import CheckpointError
 from tdjax.presets import PRESETS
 
-WEIGHTS = (".pth", ".pt", ".safetensors", ".safetensors.index.json")
+WEIGHTS = (".pth", ".pt", ".safetensors", ".safetensors.index.json", ".gguf")
 # Names of each part, best first. A name without a suffix is a folder: ours (manifest.json) or
 # diffusers' (config.json).
 COMPONENTS = {

@@ -68,7 +68,9 @@ class Located:
     dit: tuple[Path, ...] = ()
     vae: Path | None = None
     text: Path | None = None
-    tokenizer: Path | None = None  # tokenizer.json or spiece.model, or a folder that holds one
+    tokenizer: Path | None = (
+        None  # tokenizer.json, spiece.model or a .gguf, or a folder that holds one
+    )
     distilled: bool = True  # False: by its names Wan's own weights, for the teacher's samplers
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # model.json of our folder
     warnings: tuple[str, ...] = ()
@@ -136,6 +138,9 @@ def locate(
         if name != "dit"
     }
     warnings = _swapped(own.get("dit") if high_noise_model_path else None, own.get("dit_low"))
+    text = found.parts.get("text")
+    if "tokenizer" not in found.parts and isinstance(text, Path) and text.suffix == ".gguf":
+        found.parts["tokenizer"] = text  # such files carry their own
     if (
         "tokenizer" not in found.parts and "tokenizer" in parts
     ):  # small, and the official folder of weights has none

@@ -25,11 +25,10 @@ from tdjax.pipeline.options import Call, PipelineOptions, arguments_of
 from tdjax.pipeline.preparation import Preparation
 from tdjax.pipeline.request import Request, make_request, model_info
 from tdjax.pipeline.result import Result, joined, metadata_of
-from tdjax.pipeline.text_encoding import TextEncoding
+from tdjax.pipeline.text_encoding import TextEncoding, open_tokenizer
 from tdjax.pipeline.vae_coding import ImageEncoding, VAECoding
 from tdjax.progress import Stages
 from tdjax.text.prompt_cache import PromptCache
-from tdjax.text.tokenizer import Tokenizer
 
 
 class Pipeline:
@@ -55,9 +54,7 @@ class Pipeline:
         self.mesh = make_mesh(options.mesh, dit)
         for component in components.values():
             component.mesh = self.mesh
-        self.tokenizer = None
-        if located.tokenizer is not None:
-            self.tokenizer = Tokenizer(located.tokenizer, info.text_len)
+        self.tokenizer = open_tokenizer(located.tokenizer, info.text_len)
         self.programs = programs = Programs(stages, self.mesh)
         self.text_encoding = TextEncoding(
             programs, text, self.tokenizer, prompt_cache, stages, dit.policy.compute_dtype

@@ -3,6 +3,7 @@ whole or layer by layer."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from tdjax.pipeline.request import Request
 from tdjax.pipeline.stage import Stage
 from tdjax.progress import Stages
 from tdjax.text.prompt_cache import PromptCache, entry_key
+from tdjax.text.sentencepiece import Spiece, build
 from tdjax.text.tokenizer import Tokenizer, Tokens
 
 STAGE = "text"
@@ -186,6 +188,17 @@ def _absent() -> UsageError:
         "a prompt cannot be encoded",
         "give prompt_embeds",
     )
+
+
+def open_tokenizer(path: Path | None, text_len: int) -> Tokenizer | None:
+    """Returns the tokenizer of a file or folder; a .gguf file of umT5 holds its own."""
+    if path is None:
+        return None
+    if path.suffix != ".gguf":
+        return Tokenizer(path, text_len)
+    from tdjax.checkpoints.published.read_gguf import vocabulary  # its library is slow to import
+
+    return Tokenizer(path, text_len, build(Spiece(**vocabulary(path))))
 
 
 def _check_vocabulary(tokenizer: Tokenizer | None, component: Component | None) -> None:

@@ -21,9 +21,9 @@ UNIGRAM = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class _Spiece:
-    """pieces: (text, score, type) in order of id. The rest is as the file's trainer and normalizer
-    sections say."""
+class Spiece:
+    """A unigram model. pieces: (text, score, type) in order of id. The rest is as the file's
+    trainer and normalizer sections say."""
 
     pieces: list[tuple[str, float, int]]
     model_type: int
@@ -49,7 +49,7 @@ def read_spiece(path: Path, data: bytes) -> Tokenizer:
     """
     try:
         model = parse(data)
-        tokenizer = _build(model) if model.supported else None
+        tokenizer = build(model) if model.supported else None
     except (
         Exception
     ) as error:  # a damaged file can fail anywhere, and the library raises bare Exception
@@ -67,7 +67,8 @@ def read_spiece(path: Path, data: bytes) -> Tokenizer:
     return tokenizer
 
 
-def _build(model: _Spiece) -> Tokenizer:
+def build(model: Spiece) -> Tokenizer:
+    """Returns the tokenizer of a model."""
     unknown = next((i for i, (_, _, kind) in enumerate(model.pieces) if kind == UNKNOWN), None)
     tokenizer = Tokenizer(
         models.Unigram(
@@ -86,7 +87,7 @@ def _build(model: _Spiece) -> Tokenizer:
     return tokenizer
 
 
-def parse(data: bytes) -> _Spiece:
+def parse(data: bytes) -> Spiece:
     """ModelProto: 1 pieces, 2 trainer (3 model type, 24 suffix, 35 byte fallback), 3 normalizer (2
     map, 3, 4, 5 flags)."""
     pieces, trainer, normalizer = [], {}, {}
@@ -106,7 +107,7 @@ def parse(data: bytes) -> _Spiece:
             normalizer = dict(_fields(value))
     if not pieces:
         raise ValueError("no pieces")
-    return _Spiece(
+    return Spiece(
         pieces=pieces,
         model_type=trainer.get(3, UNIGRAM),
         byte_fallback=bool(trainer.get(35, 0)),

@@ -51,12 +51,20 @@ def clean(text: str) -> str:
 
 
 class Tokenizer:
-    """umT5's tokenizer. path: a tokenizer.json, a SentencePiece unigram .model, or a folder that
-    holds one of them."""
+    """umT5's tokenizer.
 
-    def __init__(self, path: str | Path, text_len: int = 512):
+    path:    a tokenizer.json, a SentencePiece unigram .model, or a folder that holds one of them.
+    library: the tokenizer where it was read from `path` already.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        text_len: int = 512,
+        library: tokenizers.Tokenizer | None = None,
+    ):
         self.path, self.text_len = _find(Path(path)), text_len
-        self.library = _read(self.path)
+        self.library = library or _read(self.path)
         self.end = self.library.token_to_id(END)
         if self.end is None:
             raise CheckpointError(

@@ -30,7 +30,12 @@ NAMINGS = {"dit": wan_dit, "vae": wan_vae, "text": umt5}
 MARKS = {  # a key that only this kind has
     "dit": ("patch_embedding.weight",),
     "vae": ("encoder.conv1.weight", "encoder.conv_in.weight"),
-    "text": ("token_embedding.weight", "shared.weight", "encoder.embed_tokens.weight"),
+    "text": (
+        "token_embedding.weight",
+        "shared.weight",
+        "encoder.embed_tokens.weight",
+        "token_embd.weight",
+    ),
 }
 
 WAN21_VAE = "Wan2.1 and Wan2.2 A14B use Wan2.1_VAE.pth (16 latent channels)"
@@ -71,7 +76,7 @@ RELATIVES = (
         "Wan2.2 I2V needs none; give another file",
     ),
     (
-        r"decoder\.block\.\d+\.layer\.2\.|lm_head\.",
+        r"decoder\.block\.\d+\.layer\.2\.|lm_head\.|dec\.blk\.",
         "a whole T5 with its decoder",
         "give the encoder alone (umT5-xxl)",
     ),
@@ -299,6 +304,9 @@ def text(tensors, naming: str, name: str, known: dict) -> TextConfig:
             "blocks.0.pos_embedding.embedding.weight",
             "blocks.0.ffn.fc1.weight",
         )
+    elif naming == "gguf":
+        embedding, block = "token_embd.weight", "enc.blk."
+        q, bias, up = (f"{block}0.{name}.weight" for name in ("attn_q", "attn_rel_b", "ffn_up"))
     else:
         embedding = "shared.weight" if "shared.weight" in tensors else "encoder.embed_tokens.weight"
         block, layer = "encoder.block.", "encoder.block.0.layer"

@@ -43,12 +43,6 @@ LEGACY = (  # magic number of torch.save before torch 1.6
 )
 OTHERS = (
     (
-        b"GGUF",
-        "a GGUF file",
-        "block-quantised GGUF weights are not read",
-        "give the .safetensors or .pth file of the same model",
-    ),
-    (
         b"version https://git-lfs",
         "a git-lfs pointer, not the file itself",
         "git cloned without the large files",
@@ -152,6 +146,12 @@ def _open_file(path: Path) -> Source:
     for magic, what, why, fix in OTHERS:
         if head.startswith(magic):
             raise CheckpointError(f"{path} is {what}", why, fix)
+    if head.startswith(b"GGUF"):
+        from tdjax.checkpoints.published import read_gguf  # its library is slow to import
+
+        tensors, metadata = read_gguf.read_gguf(path)
+        read_gguf.check_network(path, metadata)
+        return _clean(path, (path,), tensors, (), {})
     if head.startswith(b"PK"):
         tensors, ignored = state_dict(path, read_torch(path))
         return _clean(path, (path,), tensors, ignored, {})
@@ -174,11 +174,11 @@ def _open_file(path: Path) -> Source:
     if head[8:9] == b"{":
         tensors, metadata = read_safetensors(path)
         return _clean(path, (path,), tensors, (), metadata)
-    what = "empty" if not head else "neither a torch zip file nor a safetensors file"
+    what = "empty" if not head else "neither a torch zip file, a safetensors file nor a GGUF file"
     raise CheckpointError(
         f"{path} is {what}",
         f"it begins with {head[:16]!r}",
-        "give a .pth or .safetensors file, or download it again",
+        "give a .pth, .safetensors or .gguf file, or download it again",
     )
 
 

@@ -1,5 +1,5 @@
 """Rows of the umT5 encoder. Names: Wan-Video/Wan2.1 wan/modules/t5.py, huggingface/transformers
-models/umt5."""
+models/umt5, ggml-org/llama.cpp gguf-py/gguf/constants.py."""
 
 from __future__ import annotations
 
@@ -35,9 +35,22 @@ TRANSFORMERS = (
     Row("encoder.final_layer_norm.weight", "norm.scale"),
 )
 
-ROWS = {"wan": WAN, "transformers": TRANSFORMERS}
+GGUF = (
+    Row("token_embd.weight", "embed.embedding"),
+    Row("enc.blk.{i}.attn_norm.weight", "blocks.norm1.scale"),
+    Row("enc.blk.{i}.attn_{p:q|k|v|o}.weight", "blocks.attn.{p}.kernel", "o i -> i o"),
+    Row("enc.blk.{i}.attn_rel_b.weight", "blocks.relative_bias"),
+    Row("enc.blk.{i}.ffn_norm.weight", "blocks.norm2.scale"),
+    Row("enc.blk.{i}.ffn_gate.weight", "blocks.gate.kernel", "o i -> i o"),
+    Row("enc.blk.{i}.ffn_up.weight", "blocks.up.kernel", "o i -> i o"),
+    Row("enc.blk.{i}.ffn_down.weight", "blocks.down.kernel", "o i -> i o"),
+    Row("enc.output_norm.weight", "norm.scale"),
+)
+
+ROWS = {"wan": WAN, "transformers": TRANSFORMERS, "gguf": GGUF}
 
 
 def naming(shapes: dict) -> str:
     """Whose names the keys are."""
-    return "wan" if "token_embedding.weight" in shapes else "transformers"
+    marks = {"token_embedding.weight": "wan", "token_embd.weight": "gguf"}
+    return next((name for mark, name in marks.items() if mark in shapes), "transformers")

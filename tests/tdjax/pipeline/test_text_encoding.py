@@ -2,6 +2,7 @@
 the memory plan."""
 
 import dataclasses
+import io
 import weakref
 
 import jax
@@ -10,14 +11,15 @@ import pytest
 from safetensors.numpy import save_file
 
 import tdjax
-from tdjax.errors import UsageError
+from tdjax.errors import CheckpointError, UsageError
 from tdjax.generate.__main__ import text_encoder_device
 from tdjax.generate.arguments import parse
 from tdjax.pipeline import memory
 from tdjax.pipeline.compilation import Programs
 from tdjax.pipeline.components import Component, PublishedComponent, open_component
-from tdjax.pipeline.text_encoding import TextEncoding
+from tdjax.pipeline.text_encoding import TextEncoding, open_tokenizer
 from tdjax.progress import Stages
+from tdjax.text.sentencepiece import parse as parse_spiece
 from tdjax.text.tokenizer import Tokenizer
 
 PROMPTS = ["a red circle", "three blue squares drift slowly over a green field of grass"]
@@ -156,3 +158,50 @@ def test_streaming_needs_one_device(model):
         tdjax.load(model, mesh="tp=2", text_encoder_device="stream")
     with pytest.raises(UsageError, match="text_encoder_device is 'disk'"):
         tdjax.load(model, text_encoder_device="disk")
+
+
+@pytest.mark.parametrize("byte_fallback", [False, True])
+def test_a_gguf_file_holds_its_own_tokenizer(tmp_path, byte_fallback):
+    """The ids of the SentencePiece model that it was made from."""
+    spm, gguf = pytest.importorskip("sentencepiece"), pytest.importorskip("gguf")
+    texts = ["a small red fox moves left over  snow", "Ein roter Fuchs läuft, №½ 草"] * 20
+    data = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=data,
+        vocab_size=330 if byte_fallback else 60,
+        byte_fallback=byte_fallback,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=3,
+    )
+    model = parse_spiece(data.getvalue())
+    writer = gguf.GGUFWriter(tmp_path / "umt5.gguf", "t5encoder")
+    writer.add_tokenizer_model("t5")
+    writer.add_token_list([text for text, _, _ in model.pieces])
+    writer.add_token_scores([score for _, score, _ in model.pieces])
+    writer.add_token_types([kind for _, _, kind in model.pieces])
+    writer.add_precompiled_charsmap(model.charsmap)
+    writer.add_remove_extra_whitespaces(model.remove_extra_spaces)
+    writer.add_add_space_prefix(model.dummy_prefix)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours = open_tokenizer(tmp_path / "umt5.gguf", 32)
+    oracle = spm.SentencePieceProcessor(model_proto=data.getvalue())
+    for text in (*texts[:2], "snow fox ½", "what  is ☃ this"):
+        assert ours.library.encode(text, add_special_tokens=False).ids == oracle.encode(text)
+
+
+def test_a_gguf_file_without_a_tokenizer(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "umt5.gguf", "t5encoder")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="no tokenizer of umT5"):
+        open_tokenizer(tmp_path / "umt5.gguf", 32)

@@ -294,7 +294,6 @@ def test_other_formats_are_named(torch, tmp_path):
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps({"a": 1}, protocol=2))
     (tmp_path / "web.pth").write_bytes(b"<!DOCTYPE html><html>")
     (tmp_path / "lfs.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    (tmp_path / "x.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(50))
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "noise.pth").write_bytes(bytes(range(60, 160)))
     for name, message in {
@@ -302,9 +301,8 @@ def test_other_formats_are_named(torch, tmp_path):
         "pickle.pth": "bare pickle",
         "web.pth": "web page",
         "lfs.safetensors": "git-lfs pointer",
-        "x.gguf": "GGUF",
         "empty.pth": "is empty",
-        "noise.pth": "neither a torch zip file nor a safetensors file",
+        "noise.pth": "neither a torch zip file, a safetensors file nor",
         "absent.pth": "does not exist",
     }.items():
         with pytest.raises(CheckpointError, match=message):
