@@ -8,10 +8,9 @@ code in float32. Sizes are taken from the file, so sets of other widths and seed
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +22,9 @@ from tdjax.checkpoints.published.checkpoint import Checkpoint
 from tdjax.checkpoints.published.detect import detect
 from tdjax.checkpoints.published.files import Source
 from tdjax.config import SLAConfig
-from tdjax.errors import CheckpointError
+from tdjax.errors import CheckpointError, TdjaxError
 from tdjax.models import intermediates, umt5, wan_vae
+from tdjax.parsing import json_object, mismatch, npz_arrays
 from tdjax.precision import FLOAT32
 
 # (atol, rtol); the floor of float32 itself is about 2e-6 in the transformer and the VAE, 6e-6 in
@@ -79,20 +79,19 @@ class _Golden:
     def __init__(self, path):
         self.path = Path(path)
         try:
-            with np.load(self.path, allow_pickle=False) as z:
-                self.arrays = {k: z[k] for k in z.files}
-            self.config: dict[str, Any] = json.loads(bytes(self.arrays.pop("config", b"{}")))
+            self.arrays = npz_arrays(self.path)
+            config = self.arrays.pop("config", np.frombuffer(b"{}", np.uint8))
+            self.config: dict[str, Any] = json_object(config.tobytes())
         except FileNotFoundError as e:
             raise CheckpointError(
                 f"{self.path} does not exist",
                 "a file of golden vectors was expected",
                 "check the path",
             ) from e
-        except Exception as e:  # numpy raises many kinds for a damaged archive
-            why = f"{type(e).__name__}: {e}"
+        except ValueError as e:
             raise CheckpointError(
                 f"{self.path} is not a file of golden vectors",
-                why,
+                str(e),
                 "it is an .npz with a JSON config",
             ) from e
         self.seen: set[str] = set()
@@ -147,10 +146,58 @@ class _Golden:
                 yield Row(key, note=note)
 
 
+class _TransformerConfig(TypedDict):
+    num_heads: int
+    text_len: int
+    eps: float
+    patch_size: tuple[int, int, int]
+    sla_topk: NotRequired[float]
+    BLKQ: NotRequired[int]
+    BLKK: NotRequired[int]
+
+
+class _VAEConfig(TypedDict):
+    latent_mean: list[float]
+    latent_std: list[float]
+
+
+class _TextConfig(TypedDict):
+    text_len: int
+
+
+class _OpConfig(TypedDict):
+    tag: str
+    BLKQ: int
+    BLKK: int
+    k_blocks: int
+    real_topk: int
+    topk_ratio: float
+
+
+class _OpConfigs(TypedDict):
+    configs: list[_OpConfig]
+
+
 def _check_of(g: _Golden):
-    """The function that runs a file of this kind, by a field of its config, or None."""
-    marks = {"num_layers": dit, "dim_mult": _vae, "encoder_layers": _text, "configs": _sla_op}
-    return next((check for mark, check in marks.items() if mark in g.config), None)
+    """The function that runs a file of this kind, by a field of its config, or None. Raises
+    CheckpointError where that config is not of its form."""
+    marks = {
+        "num_layers": (dit, _TransformerConfig),
+        "dim_mult": (_vae, _VAEConfig),
+        "encoder_layers": (_text, _TextConfig),
+        "configs": (_sla_op, _OpConfigs),
+    }
+    check, form = next((marks[mark] for mark in marks if mark in g.config), (None, Any))
+    wrong = mismatch(g.config, form, "its config")
+    if wrong:
+        raise _damaged(g, wrong)
+    return check
+
+
+def _damaged(g: _Golden, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{g.path} is not a file of golden vectors", why[:300], "it is an .npz with a JSON config"
+    )
 
 
 def files(path: Path) -> list[Path]:
@@ -179,8 +226,14 @@ def run(path, impl: str = "auto") -> list[Row]:
             f"its config: {str(g.config)[:200]}",
             f"run are: {known}",
         )
-    with jax.default_matmul_precision("highest"):
-        return [*check(g, impl), *g.rest()]
+    try:
+        with jax.default_matmul_precision("highest"):
+            return [*check(g, impl), *g.rest()]
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as e:
+        if isinstance(e, TdjaxError):
+            raise
+        why = "its arrays do not fit together"  # their shapes, which jax finds when it traces
+        raise _damaged(g, f"{why}: {str(e).splitlines()[0]}") from e
 
 
 def _channels_last(x):
@@ -230,6 +283,8 @@ def _sla_op(g: _Golden, impl: str) -> Iterator[Row]:
         "sla", {"o_l_raw": linear(*qkv, *identity), "o_l": linear(*qkv, *proj)}, "mid/"
     )
     for c in g.config["configs"]:
+        if c["k_blocks"] > qkv[1].shape[1]:
+            raise _damaged(g, f"k_blocks is {c['k_blocks']}, more than there are keys")
         scores, values = _sparse_values(c, impl)(*qkv, *proj)
         yield from g.compare("sla", {"pooled_score": scores}, f"mid/{c['tag']}/")
         prefix = f"out/{c['tag']}/"

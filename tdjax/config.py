@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from typing import Any
 
 from tdjax.errors import UsageError
+from tdjax.parsing import mismatch, shown
 from tdjax.precision import Policy
 from tdjax.values import settle
 
@@ -18,11 +20,31 @@ LINEAR = ("float", "int8", "int8_channel", "fp8")
 IMPLS = ("auto", "reference", "triton", "interpret")
 
 
-def positive(config, *names):
+LARGEST = 2**20  # what a size of a network stays below: umT5's vocabulary has a quarter of that
+MANY = 1024  # layers, blocks, and other counts of which each costs work
+
+
+def positive(config, *names, most: int = LARGEST):
+    """Raises ValueError for a size below 1, and for one that no network has: files say what they
+    like."""
     for name in names:
         value = getattr(config, name)
         if value < 1:
             raise ValueError(f"{type(config).__name__}.{name} is {value}; it must be at least 1")
+        if value > most:
+            raise ValueError(
+                f"{type(config).__name__}.{name} is {value}; it must be at most {most}"
+            )
+
+
+def finite(config, *names):
+    """Raises ValueError for a number that is negative, NaN or infinite."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"{type(config).__name__}.{name} is {value}; it must be finite and not negative"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +117,6 @@ class DiTConfig:
             self,
             "dim",
             "ffn_dim",
-            "layers",
             "heads",
             "in_channels",
             "out_channels",
@@ -103,6 +124,12 @@ class DiTConfig:
             "text_dim",
             "text_len",
         )
+        positive(self, "layers", most=MANY)
+        finite(self, "eps")
+        if len(self.patch) != 3 or not all(1 <= n <= MANY for n in self.patch):
+            raise ValueError(f"DiTConfig.patch is {self.patch}; it must be three sizes")
+        if self.image_dim is not None:
+            positive(self, "image_dim")
         if self.dim % self.heads or self.head_dim % 2:
             raise ValueError(
                 f"DiTConfig: dim {self.dim} over {self.heads} heads must give an even whole head"
@@ -175,7 +202,13 @@ class VAEConfig:
     impl: str = "auto"  # which kernels compute: an `impl` of pallas_kernels
 
     def __post_init__(self):
-        positive(self, "dim", "latent_channels", "res_blocks")
+        positive(self, "dim", "latent_channels")
+        positive(self, "res_blocks", most=MANY)
+        if not 1 <= len(self.multipliers) <= 8 or not all(1 <= n <= MANY for n in self.multipliers):
+            raise ValueError(
+                f"VAEConfig.multipliers are {self.multipliers}; they must be one to eight positive"
+                " numbers"
+            )
         if len(self.temporal_down) != len(self.multipliers) - 1:
             raise ValueError(
                 f"VAEConfig: {len(self.multipliers)} multipliers need {len(self.multipliers) - 1}"
@@ -186,6 +219,8 @@ class VAEConfig:
                 f"VAEConfig: mean and std need {self.latent_channels} values, one for each latent"
                 " channel"
             )
+        if not all(map(math.isfinite, self.mean)) or not all(0 < s < math.inf for s in self.std):
+            raise ValueError("VAEConfig: mean and std must be finite, and std positive")
 
     @property
     def spatial(self) -> int:
@@ -220,10 +255,12 @@ class TextConfig:
             "attention_dim",
             "ffn_dim",
             "heads",
-            "layers",
             "buckets",
+            "max_distance",
             "text_len",
         )
+        positive(self, "layers", most=MANY)
+        finite(self, "eps")
         if self.attention_dim % self.heads:
             raise ValueError(
                 f"TextConfig: attention_dim {self.attention_dim} is not a multiple of {self.heads}"
@@ -246,20 +283,26 @@ def to_dict(config) -> dict[str, Any]:
 
 
 def from_dict(cls, values: dict[str, Any]):
-    """The inverse of `to_dict`; an unknown or missing field raises with its name."""
+    """The inverse of `to_dict`, with defaults for fields that are not there. Raises ValueError with
+    the name of a field that is unknown, of another type, or not allowed."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{cls.__name__} is {shown(values)}, not a table")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:
         raise ValueError(
             f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(fields)}"
         )
-    nested = {"sla": SLAConfig, "policy": Policy}
+    hints = typing.get_type_hints(cls)
     out = {}
     for name, value in values.items():
-        if name in nested:
-            out[name] = from_dict(nested[name], value)
-        else:
-            out[name] = tuple(value) if isinstance(value, list) else value
+        if dataclasses.is_dataclass(hints[name]):
+            out[name] = from_dict(hints[name], value)
+            continue
+        wrong = mismatch(value, hints[name], f"{cls.__name__}.{name}")
+        if wrong:
+            raise ValueError(wrong)
+        out[name] = tuple(value) if isinstance(value, list) else value
     return cls(**out)
 
 
@@ -475,8 +518,17 @@ _EARLIER = {"steps": "num_steps", "mode": "sampler", "mid": "mid_t", "guidance":
 
 def sampler_changes(values: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of a SamplerConfig that a model's own folder sets (model.json), by the
-    names that they have now: folders written by tdjax 0.1 say steps, mode, mid and guidance."""
-    return {
+    names that they have now: folders written by tdjax 0.1 say steps, mode, mid and guidance. Raises
+    ValueError for another name or type."""
+    changes = {
         _EARLIER.get(name, name): tuple(value) if isinstance(value, list) else value
         for name, value in values.items()
     }
+    hints = typing.get_type_hints(SamplerConfig)
+    for name, value in changes.items():
+        if name not in hints:
+            raise ValueError(f"a sampler has no {name}; it has {', '.join(hints)}")
+        wrong = mismatch(value, hints[name], name)
+        if wrong:
+            raise ValueError(wrong)
+    return changes

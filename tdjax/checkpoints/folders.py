@@ -4,16 +4,16 @@ parts beside it."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from tdjax.checkpoints import filenames
 from tdjax.checkpoints.hub import Repo
-from tdjax.config import KINDS
+from tdjax.config import KINDS, sampler_changes
 from tdjax.errors import CheckpointError
+from tdjax.parsing import json_object, mismatch
 from tdjax.presets import PRESETS
 
 # What a model folder of tdjax holds: checkpoints under these names, and files.
@@ -90,12 +90,58 @@ def local(path: Path) -> Found:
     return found
 
 
-def _read_json(path: Path) -> dict:
-    """A table of a model folder; CheckpointError where it is damaged."""
+class Language(TypedDict):
+    """The closed language of a small model: all its words, and the values of what it tells
+    apart."""
+
+    words: list[str]
+    knows: dict[str, list[str]]
+
+
+class ModelFacts(TypedDict, total=False):
+    """What model.json may say of a model folder."""
+
+    name: str
+    preset: str
+    frames: int
+    height: int
+    width: int
+    prompts: list[str]
+    sampler: dict[str, Any]
+    language: Language
+
+
+class Manifest(TypedDict):
+    """manifest.json of a checkpoint; {leaf name: (shape, dtype name)}."""
+
+    format: int
+    kind: str
+    config: dict[str, Any]
+    leaves: dict[str, tuple[list[int], str]]
+    source: NotRequired[dict[str, Any]]
+    converter: NotRequired[str]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """manifest.json of a checkpoint folder. Raises ValueError where it is none of ours, whatever
+    its format."""
+    values = json_object((folder / "manifest.json").read_bytes())
+    wrong = mismatch(values, Manifest)
+    if wrong:
+        raise ValueError(wrong)
+    return values
+
+
+def _read_facts(path: Path) -> dict[str, Any]:
+    """model.json of a model folder; CheckpointError where it is damaged."""
     try:
-        values = json.loads(path.read_text())
-        if not isinstance(values, dict):
-            raise ValueError("it is not a table of names and values")
+        values = json_object(path.read_bytes())
+        wrong = mismatch(values, ModelFacts)
+        if not wrong and values.get("preset") not in (None, *PRESETS):
+            wrong = f"preset is {values['preset']!r}, and there is none of this name"
+        if wrong:
+            raise ValueError(wrong)
+        sampler_changes(values.get("sampler", {}))
     except ValueError as error:
         raise CheckpointError(
             f"{path} is damaged",
@@ -136,7 +182,7 @@ def folder(path: Path) -> Found:
     ):  # the other expert may be in the folder beside this one
         found = _one_file(path / dits[0])
         return dataclasses.replace(found, name=path.name, looked=[path, path.parent])
-    facts = _read_json(path / "model.json") if "model.json" in names else {}
+    facts = _read_facts(path / "model.json") if "model.json" in names else {}
     looked = [path, path.parent] if layout == "published" else [path]
     return Found(
         name=path.name,
@@ -188,15 +234,10 @@ def is_checkpoint(folder: Path) -> bool:
     if folder.is_symlink() or {p.name for p in folder.iterdir()} != {"manifest.json", "params"}:
         return False
     try:
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        found = read_manifest(folder)
     except (OSError, ValueError):
         return False
-    return (
-        isinstance(found, dict)
-        and str(found.get("converter", "")).startswith("tdjax ")
-        and isinstance(found.get("leaves"), dict)
-        and found.get("kind") in KINDS
-    )
+    return found.get("converter", "").startswith("tdjax ") and found["kind"] in KINDS
 
 
 def is_model(folder: Path) -> bool:
@@ -218,11 +259,18 @@ def is_model(folder: Path) -> bool:
 
 def _alias_of_source(dit: Path) -> str | None:
     """The preset that a converted checkpoint came from, by the source name in its manifest."""
-    manifest = dit / "manifest.json"
-    if not manifest.is_file():
+    if not (dit / "manifest.json").is_file():
         return None
-    source = _read_json(manifest).get("source") or {}
-    return filenames.alias_of_path(Path(str(source.get("name", ""))))
+    try:
+        source = json_object((dit / "manifest.json").read_bytes()).get("source")
+    except ValueError as error:
+        raise CheckpointError(
+            f"{dit / 'manifest.json'} is damaged",
+            str(error),
+            "write the folder again: python -m convert SRC DST --overwrite",
+        ) from error
+    name = source.get("name") if isinstance(source, dict) else None
+    return filenames.alias_of_path(Path(name)) if isinstance(name, str) else None
 
 
 def shown(path: Path) -> str:

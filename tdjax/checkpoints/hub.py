@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import json
 import sys
 from pathlib import Path
 
 from tdjax.errors import CheckpointError
 from tdjax.files import near
+from tdjax.parsing import json_object, mismatch
 
 INDEX = ".safetensors.index.json"
 
@@ -135,14 +135,17 @@ class Repo:
 def _shards_of(root: Path, index: str) -> list[str]:
     """Repository names of the shards that an index (a repository name) lists."""
     try:
-        files = sorted(set(json.loads((root / index).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        table = json_object((root / index).read_bytes()).get("weight_map")
+        wrong = mismatch(table, dict[str, str], "weight_map")
+        if wrong:
+            raise ValueError(wrong)
+    except ValueError as error:
         raise CheckpointError(
             f"{root / index} is no safetensors index",
             repr(error),
             "delete it and download it again",
         ) from error
-    folder = index.rpartition("/")[0]
+    folder, files = index.rpartition("/")[0], sorted(set(table.values()))
     return [f"{folder}/{file}" if folder else file for file in files]
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import tdjax
-from tdjax.checkpoints.folders import is_model
+from tdjax.checkpoints.folders import is_model, read_manifest
 from tdjax.config import KINDS, Config, from_dict, to_dict
 from tdjax.errors import CheckpointError
 from tdjax.files import written
@@ -250,25 +250,24 @@ def inspect(folder) -> dict[str, Any]:
             f"{folder} is not a tdjax checkpoint: it has no manifest.json", *_why_not(folder)
         )
     try:
-        manifest = json.loads(file.read_text())
-        version, kind, leaves = manifest["format"], manifest["kind"], manifest["leaves"]
-        ours = isinstance(leaves, dict) and all(
-            isinstance(shape, list) and isinstance(d, str) for shape, d in leaves.values()
-        )
-        ours = ours and isinstance(manifest["config"], dict) and isinstance(version, int)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        manifest = read_manifest(folder)
+        version, kind = manifest["format"], manifest["kind"]
+        sizes = [n for shape, _ in manifest["leaves"].values() for n in shape]
+        if any(n < 0 for n in sizes):
+            raise ValueError("a leaf has a negative size")
+    except ValueError as e:
         raise CheckpointError(
-            f"{file} is damaged or not ours",
-            f"{type(e).__name__}: {e}",
-            "convert the source file again",
+            f"{file} is damaged or not ours", str(e)[:300], "convert the source file again"
         ) from e
-    if not ours or version != FORMAT:
-        what = f"{file} has format {version}" if ours else f"{file} is not ours"
-        newer = ours and version > FORMAT
+    if version != FORMAT:
         fix = (
-            "update tdjax" if newer else "convert the source file again: python -m convert SRC DST"
+            "update tdjax"
+            if version > FORMAT
+            else "convert the source file again: python -m convert SRC DST"
         )
-        raise CheckpointError(what, f"this version of tdjax reads format {FORMAT}", fix)
+        raise CheckpointError(
+            f"{file} has format {version}", f"this version of tdjax reads format {FORMAT}", fix
+        )
     if kind not in KINDS:
         raise CheckpointError(
             f"{file} holds a {kind!r}", f"known kinds: {', '.join(KINDS)}", "update tdjax"

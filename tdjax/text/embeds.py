@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from tdjax.errors import UsageError
 from tdjax.files import written
+from tdjax.parsing import NPY, npy_array
 
 
 def save_embeds(path, embeds: np.ndarray, prompts: list[str], overwrite: bool = False) -> Path:
@@ -25,28 +26,35 @@ def save_embeds(path, embeds: np.ndarray, prompts: list[str], overwrite: bool = 
 def load_embeds(path) -> np.ndarray:
     """Returns [b s d]. Raises UsageError when the file is not one of `save_embeds`."""
     try:
-        with safe_open(path, framework="np") as f:
-            return f.get_tensor("prompt_embeds")
-    except (OSError, SafetensorError) as error:
+        return stored_tensor(path, "prompt_embeds")
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} holds no prompt embeddings", str(error), "make it with save_prompt_embeds"
         ) from error
+
+
+def stored_tensor(path, name: str) -> np.ndarray:
+    """Returns one tensor of a .safetensors file. Raises ValueError where the file has none of this
+    name or is damaged, OSError where it cannot be read."""
+    try:
+        with safe_open(path, framework="np") as f:
+            return f.get_tensor(name)
+    except OSError:
+        raise
+    except Exception as error:  # numpy lacks some of the format's types, and each fails in its way
+        raise ValueError(str(error).partition("\n")[0]) from error
 
 
 def load_latents(path) -> np.ndarray:
     """Start noise [1 t h w c] from .npy, or from a .safetensors that holds `latents`; UsageError
     otherwise."""
     try:
-        if str(path).endswith(".safetensors"):
-            with safe_open(path, framework="np") as f:
-                array = f.get_tensor("latents")
-        else:
-            array = np.load(path, allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-            raise ValueError(
-                f"it holds {getattr(array, 'dtype', type(array).__name__)}, not one array of floats"
-            )
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        with open(path, "rb") as f:
+            npy = f.read(len(NPY)) == NPY
+        array = npy_array(Path(path).read_bytes()) if npy else stored_tensor(path, "latents")
+        if array.dtype.kind != "f":
+            raise ValueError(f"it holds {array.dtype}, not floats")
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"{path} holds no latents",
             str(error),

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from tdjax.files import written
 from tdjax.text.characters import repaired
+from tdjax.text.embeds import stored_tensor
 
 FOLDER, SUFFIX = "prompts", ".safetensors"
 LIMIT = 2**29  # bytes of all entries; a prompt of 100 tokens takes 0.8 MB with umT5-xxl in bfloat16
@@ -53,9 +54,8 @@ class PromptCache:
         """[s d] with the zeros behind the prompt put back, or None."""
         path = self.path(key)
         try:
-            with safe_open(path, framework="np") as f:
-                rows = f.get_tensor("rows")
-        except (OSError, SafetensorError):
+            rows = stored_tensor(path, "rows")
+        except (OSError, ValueError):
             return None
         if (
             rows.ndim != 2

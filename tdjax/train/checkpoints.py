@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import orbax.checkpoint as ocp
@@ -22,6 +22,18 @@ import tdjax
 from tdjax.checkpoints.orbax import FORMAT, check_table, named_leaves, quiet, table
 from tdjax.errors import CheckpointError
 from tdjax.files import written
+from tdjax.parsing import json_object, mismatch
+
+
+class Manifest(TypedDict):
+    """manifest.json of a train state: {leaf name: (shape, dtype name)}, and what implements each
+    random key among them."""
+
+    format: int
+    kind: str
+    step: int
+    leaves: dict[str, tuple[list[int], str]]
+    keys: dict[str, str]
 
 
 def folder(run: Path, step: int) -> Path:
@@ -104,20 +116,17 @@ def inspect(path: Path) -> dict[str, Any]:
     """Returns the manifest of one checkpoint. Raises CheckpointError where it is no train state of
     ours."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        known = (
-            manifest["format"] == FORMAT
-            and manifest["kind"] == "train"
-            and isinstance(manifest["leaves"], dict)
-            and isinstance(manifest["keys"], dict)
-        )
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        manifest = json_object((path / "manifest.json").read_bytes())
+        wrong = mismatch(manifest, Manifest)
+        if wrong:
+            raise ValueError(wrong)
+    except (OSError, ValueError) as e:
         raise CheckpointError(
             f"{path} is no checkpoint of a run",
             f"{type(e).__name__}: {e}",
             "go on from an earlier step",
         ) from e
-    if not known:
+    if (manifest["format"], manifest["kind"]) != (FORMAT, "train"):
         raise CheckpointError(
             f"{path} is not ours",
             f"expected a train state of format {FORMAT}",

@@ -26,6 +26,7 @@ from einops import rearrange
 from tdjax.checkpoints.published import torch_pickle
 from tdjax.errors import CheckpointError
 from tdjax.files import written
+from tdjax.parsing import npy_array
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 _FIELDS = ("latent", "embed")
@@ -99,6 +100,7 @@ def index(shard: Path) -> tuple[Entry, ...]:
     DataError naming what is wrong."""
     found: dict[str, dict[str, Member]] = {}
     try:
+        size = shard.stat().st_size
         with tarfile.open(shard, "r:") as tar:
             for info in tar:
                 field, key = _field_of(info.name)
@@ -111,6 +113,8 @@ def index(shard: Path) -> tuple[Entry, ...]:
                         "a link or a device in a shard",
                         "do not trust this shard",
                     )
+                if not 0 <= info.size <= size - info.offset_data:
+                    raise tarfile.ReadError(f"{info.name} ends behind the end of the file")
                 if field in found.setdefault(key, {}):
                     raise DataError(
                         f"{member} is a second {field}",
@@ -118,7 +122,7 @@ def index(shard: Path) -> tuple[Entry, ...]:
                         "write the shard again",
                     )
                 found[key][field] = member
-    except (tarfile.TarError, OSError) as e:
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as e:
         raise DataError(
             f"{shard} cannot be read",
             f"{e}; a shard is an uncompressed tar file",
@@ -168,9 +172,7 @@ def decode(name: str, data: bytes) -> np.ndarray:
 
 
 def _npy_array(data: bytes) -> np.ndarray:
-    array = np.load(io.BytesIO(data), allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        raise ValueError("it is an archive, not one array")
+    array = npy_array(data)
     return array.view(BF16) if array.dtype == np.dtype("V2") else array  # how numpy writes bfloat16
 
 
@@ -185,6 +187,8 @@ def _torch_array(data: bytes) -> np.ndarray:
         if f"{root}byteorder" in z.namelist() and _stored(z, f"{root}byteorder") != b"little":
             raise ValueError("it was saved on a big-endian machine")
         view = torch_pickle.load(_stored(z, pickles[0]))
+        if isinstance(view, torch_pickle.Opaque):
+            raise ValueError(f"it names {view.text}, which is not part of a tensor")
         if not isinstance(view, torch_pickle.View):
             raise ValueError(f"it holds a {type(view).__name__}, not one tensor")
         values = _stored(z, f"{root}data/{view.storage.key}")

@@ -269,7 +269,7 @@ def test_folders_that_are_not_ours(tmp_path, folder):
         ("[]", "damaged or not ours"),
         ("{}", "damaged or not ours"),
         ('{"format": 1, "kind": "dit", "config": {}, "leaves": {"a": 3}}', "damaged or not ours"),
-        ('{"format": "1", "kind": "dit", "config": {}, "leaves": {}}', "is not ours"),
+        ('{"format": "1", "kind": "dit", "config": {}, "leaves": {}}', "is damaged or not ours"),
         (
             '{"format": 2, "kind": "dit", "config": {}, "leaves": {}}',
             "format 2\n.*reads format 1\nupdate tdjax",
