@@ -39,12 +39,15 @@ def text(report: dict[str, Any]) -> str:
     if report.get("stripped"):
         prefixes = ", ".join(f"{name} {n} times" for name, n in report["stripped"].items())
         lines.append(f"  prefixes    {prefixes} taken off")
+    if report.get("level"):
+        lines.append(f"  found       under {report['level']}")
     if report.get("ignored"):
-        lines.append(f"  ignored     {report['ignored']} entries that are not tensors")
+        lines.append(f"  ignored     {report['ignored']} entries that are not its tensors")
     lines += [f"  note        {note}" for note in report.get("notes", ())]
     for change in report.get("changes", ()):
-        shown = {name: value for name, value in change.items() if name != "kept_keys"}
+        shown = {name: value for name, value in change.items() if not name.endswith("_keys")}
         lines.append(f"  changed     {_listed(shown)}")
+        lines += [f"    left out  {key}" for key in change.get("left_out_keys", ())]
     lines.append(f"  dtypes      {dtypes or 'as stored'} -> {report['param']}")
     lines.append(f"  bytes       {report['bytes']} -> {report['written']}")
     if report.get("sha256"):

@@ -42,6 +42,7 @@ OTHER = re.compile(
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 EXPERT = re.compile(r"(?<![a-z])(high|low)(?=[_-]?noise|[^a-z]|$)")
 TWO_EXPERTS = re.compile(r"(high|low)[_-]?noise|a14b|wan2[._]?2")
+SECOND = "transformer_2"
 GENERIC = ("diffusion_pytorch_model", "transformer")
 WAN = re.compile(r"(?<![a-z])wan2[._]?[12]")
 FEW_STEP = re.compile(r"turbo|rcm|distill|lightning|lightx2v|causvid|dmd|fast|\dstep")
@@ -95,11 +96,14 @@ def looks_distilled(path: PurePath) -> bool:
 
 
 def expert(name: str) -> str | None:
-    """ "high" or "low" by a file's own name, else by its folder's."""
+    """ "high" or "low" by a file's own name, else by its folder's (diffusers calls the folder of
+    the low-noise expert transformer_2)."""
     for part in reversed(PurePath(name.lower()).parts[-2:]):
         found = EXPERT.findall(part)
         if found:
             return found[-1]
+        if part == SECOND:
+            return "low"
     return None
 
 

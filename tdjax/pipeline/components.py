@@ -226,9 +226,14 @@ class PublishedComponent(Component):
     """A component in a file that others wrote, known by its keys. LoRA files are merged into it as
     it is read."""
 
-    def __init__(self, path: Path, lora: Iterable[tuple[str | Path, float]] = ()):
+    def __init__(
+        self,
+        path: Path,
+        lora: Iterable[tuple[str | Path, float]] = (),
+        low_noise: bool | None = None,
+    ):
         self.lora = tuple((str(file), weight) for file, weight in lora)
-        self.file = published.open_checkpoint(path, lora=self.lora)
+        self.file = published.open_checkpoint(path, lora=self.lora, low_noise=low_noise)
         self.notes = tuple(self.file.notes)
         super().__init__(path, self.file.kind, self.file.config)
         self.linear = self.file.linear
@@ -298,9 +303,16 @@ class PlannedComponent(Component):
 
 
 def open_component(
-    path: str | Path, kind: str, *, lora: Iterable[tuple[str | Path, float]] = ()
+    path: str | Path,
+    kind: str,
+    *,
+    lora: Iterable[tuple[str | Path, float]] = (),
+    low_noise: bool | None = None,
 ) -> Component:
     """Returns the component of a published file or of a folder of ours; no tensor data is read.
+
+    low_noise: whether it is the low-noise one of two experts, for which a LoRA can have parts of
+               its own; None: by its name.
 
     Raises CheckpointError for another kind than `kind`, UsageError for LoRA over our own layout.
     """
@@ -312,7 +324,7 @@ def open_component(
             "LoRA is merged into published weights",
             "use python -m convert --lora",
         )
-    component = StoredComponent(path) if stored else PublishedComponent(path, lora)
+    component = StoredComponent(path) if stored else PublishedComponent(path, lora, low_noise)
     if component.kind != kind:
         found, argument = KINDS[component.kind]
         raise CheckpointError(

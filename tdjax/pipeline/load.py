@@ -210,7 +210,8 @@ def open_components(
     }
     components: dict[str, Component] = {}
     for name, path in zip(("dit", "dit_low"), located.dit, strict=False):
-        component = components[name] = open_component(path, "dit", lora=lora[name])
+        low = True if name == "dit_low" else None
+        component = components[name] = open_component(path, "dit", lora=lora[name], low_noise=low)
         component.config = _transformer_config(component, options, note)
     if "dit_low" not in components and lora["dit_low"] != lora["dit"]:
         raise UsageError(

@@ -17,10 +17,11 @@ import jax
 import numpy as np
 
 from tdjax.checkpoints import filenames, orbax
+from tdjax.checkpoints.folders import shown
 from tdjax.checkpoints.published import scaled, wan_dit
 from tdjax.checkpoints.published.detect import Detected, describe, detect, kind_of, stored_dtypes
 from tdjax.checkpoints.published.files import Source, open_source
-from tdjax.checkpoints.published.lora import add_lora
+from tdjax.checkpoints.published.lora import add_lora, left_out_note
 from tdjax.checkpoints.published.rules import Binding, Claim, bind
 from tdjax.checkpoints.published.tensor import Tensor
 from tdjax.checkpoints.published.upload import ahead, settle, upload
@@ -33,12 +34,18 @@ ON_DEVICE = 2**22
 
 
 def open_checkpoint(
-    path: str | Path, *, lora: tuple[tuple[str, float], ...] = (), **known
+    path: str | Path,
+    *,
+    lora: tuple[tuple[str, float], ...] = (),
+    low_noise: bool | None = None,
+    **known,
 ) -> Checkpoint:
     """Open a .pth, .safetensors, .safetensors.index.json, or a folder of (sharded) files; no tensor
     data is read.
 
-    lora:  (file, weight) pairs to add to the weights as they are read.
+    lora:  (file, weight) pairs to add to the weights as they are read. low_noise: whether the file
+           is the low-noise one of two experts, for which a LoRA can have parts of its own; told by
+           the file's name where it is not given.
     known: config fields that keys and shapes cannot tell, such as `heads` where the head width is
            not 128.
     Raises CheckpointError for anything that is not a whole model of a known kind.
@@ -51,9 +58,12 @@ def open_checkpoint(
         tensors = scaled.untiled(scaled.separate(tensors, {}, source.path.name).dequantized())
         found = detect(tensors, source.path.name, source.metadata, **known)
     changes = []
+    if low_noise is None:
+        low_noise = filenames.expert(shown(source.path)) == "low"
     for file, weight in lora:
-        tensors, counts = add_lora(tensors, found, file, weight)
+        tensors, counts = add_lora(tensors, found, file, weight, low_noise)
         changes.append(counts)
+    notes += filter(None, map(left_out_note, changes))
     return Checkpoint(source, found, tensors, tuple(changes), notes, stored)
 
 
@@ -288,6 +298,7 @@ class Checkpoint:
             "missing": 0,
             "unexpected": 0,
             "ignored": len(self.source.ignored),
+            "level": self.source.level,
             "stripped": self.source.stripped,
             "dtypes": stored_dtypes(self.source.tensors),
             "changes": list(self.changes),

@@ -1,37 +1,51 @@
 """LoRA files added to published weights: float32 inside, cast back to the base's dtype.
 
 Tensors are matched by the leaf and layer that they fill, so prefixes and naming (Wan's, diffusers'
-or kohya's) do not matter. LoRA: arXiv:2106.09685 section 4.1.
+or kohya's) do not matter. What a file has for other networks (a text encoder, the other expert,
+an image branch that this base lacks) is left out and counted; only where nothing fits it is an
+error. LoRA: arXiv:2106.09685 section 4.1; rank-stabilised: arXiv:2312.03732; DoRA:
+arXiv:2402.09353 equation 5.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 
 from tdjax.checkpoints.published import detect
-from tdjax.checkpoints.published.files import open_source
+from tdjax.checkpoints.published.files import Source, open_source
 from tdjax.checkpoints.published.rules import Row, slots
 from tdjax.checkpoints.published.tensor import changed
 from tdjax.errors import CheckpointError
+from tdjax.parsing import json_object, mismatch
 
 Slot = tuple[str, int | None]
 
 PARTS = (  # suffix of a LoRA key -> what it is
-    (r"\.(lora_A|lora_down|lora\.down)(\.default)?\.weight$", "down"),
-    (r"\.(lora_B|lora_up|lora\.up)(\.default)?\.weight$", "up"),
+    (r"[._]lora(_A|_down|\.down|_linear_layer\.down)(\.default\w*)?(\.weight)?$", "down"),
+    (r"[._]lora(_B|_up|\.up|_linear_layer\.up)(\.default\w*)?(\.weight)?$", "up"),
+    (r"\.lora_B(\.default\w*)?\.bias$", "up_bias"),
+    (r"\.(dora_scale|lora_magnitude_vector(\.default\w*)?(\.weight)?)$", "magnitude"),
     (r"\.alpha$", "alpha"),
     (r"\.diff$", "weight"),
     (r"\.diff_b$", "bias"),
     (r"\.diff_m$", "modulation"),
 )
+OWN = ("weight", "bias", "modulation")  # parts that are whole differences
 PREFIX = re.compile(
-    r"(base_model\.model\.|diffusion_model\.|transformer\.|lora_unet_+|lora_transformer_+)+"
+    r"(base_model\.model\.|pipe\.dit\.|(diffusion_)?model\.|unet\.|transformer\.|lycoris_+|"
+    r"lora_unet_+|lora_transformer_+)+"
 )
+SECOND = re.compile(r"(base_model\.model\.)*(lora_)?transformer_2[._]+")  # the low-noise expert's
+CONFIG = "adapter_config.json"  # what peft writes beside the file
+IN_FILE = "lora_adapter_metadata"  # where diffusers keeps the same, in the file's metadata
 
 
 def floats_only(tensors: Mapping[str, Any], name: str) -> None:
@@ -45,89 +59,369 @@ def floats_only(tensors: Mapping[str, Any], name: str) -> None:
         )
 
 
+@dataclasses.dataclass
+class _Module:
+    """The parts of one layer's change: {kind: tensor}, and whether they are for the low-noise
+    expert alone."""
+
+    name: str
+    second: bool
+    parts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def shown(self) -> str:
+        return f"transformer_2.{self.name}" if self.second else self.name
+
+    def base_kinds(self) -> list[str]:
+        """Which tensors of the base it changes."""
+        low_rank = ["weight"] if "down" in self.parts else []
+        bias = ["bias"] if "up_bias" in self.parts else []
+        return low_rank + bias + [kind for kind in OWN if kind in self.parts]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What scales the factors and does not lie among them. where: the file that says it."""
+
+    where: str = ""
+    alpha: float | None = None
+    rank_stabilised: bool = False
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    alphas: dict[str, float] = dataclasses.field(default_factory=dict)
+    rank: int | None = None
+
+    def scale(self, module: str, own_alpha: float | None, rank: int) -> float:
+        """alpha / rank, or alpha / sqrt(rank); 1 where nobody says an alpha."""
+        alpha = own_alpha
+        if alpha is None:
+            alpha = _by_suffix(self.alphas, module, self.alpha)
+        if alpha is None:
+            return 1.0
+        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+
+class _Adapter(TypedDict, total=False):
+    """The fields of peft's configuration that change what is added."""
+
+    peft_type: str | None
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    fan_in_fan_out: bool
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+
+
 def add_lora(
-    tensors: Mapping[str, Any], found: detect.Detected, file, weight: float
+    tensors: Mapping[str, Any],
+    found: detect.Detected,
+    file,
+    weight: float,
+    low_noise: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the tensors with a LoRA added, counts). Every key of the LoRA must find its tensor."""
-    source = open_source(file)
-    modules = _lora_modules(source.tensors, str(file))
-    targets = {slot: key for slot, (_, key) in slots(tensors, found.rows)[0].items()}
-    index = _Index(found, targets)
-    out, lost, counts = (
-        dict(tensors),
-        [],
-        {
-            "lora": source.path.name,
-            "weight": weight,
-            "low_rank": 0,
-            "full": 0,
-            "tensors": len(source.tensors),
-        },
-    )
-    for module, parts in modules.items():
-        for kind in ("down", *(k for k in ("weight", "bias", "modulation") if k in parts)):
-            if kind == "down" and "down" not in parts:
+    """(the tensors with a LoRA added, counts). low_noise: the base is the low-noise one of two
+    experts, for which a file can have changes of its own (transformer_2).
+
+    Raises CheckpointError where nothing fits, or what fits is damaged or of another size.
+    """
+    path = Path(file)
+    source = open_source(path)
+    modules, unknown = _modules(source.tensors)
+    settings = _settings(path, source, low_noise)
+    own_second = low_noise and any(module.second for module in modules)
+    index = _Index(found, {slot: key for slot, (_, key) in slots(tensors, found.rows)[0].items()})
+    out = dict(tensors)
+    counts: dict[str, Any] = {
+        "lora": source.path.name,
+        "weight": weight,
+        "low_rank": 0,
+        "full": 0,
+        "tensors": len(source.tensors),
+    }
+    left_out, total = list(unknown), len(unknown)
+    for module in modules:
+        fits = module.second == own_second
+        total += max(1, len(module.base_kinds()))
+        if not module.base_kinds():
+            left_out.append(f"{module.shown}: only {', '.join(module.parts)}")
+        for kind in module.base_kinds():
+            key = index.find(module.name, kind) if fits else None
+            if key is None or not _same_size(module, kind, tensors[key]):
+                left_out.append(f"{module.shown} ({kind})")
                 continue
-            key = index.find(module, "weight" if kind == "down" else kind)
-            full = parts[kind] if kind != "down" else None
-            if key is None or (
-                full is not None and np.prod(full.shape) != np.prod(tensors[key].shape)
-            ):
-                lost.append(f"{module} ({kind})")
-            elif full is not None:
-                out[key] = changed(out[key], functools.partial(_add_full, full, weight))
-                counts["full"] += 1
-            else:
-                _check_ranks(module, parts, tensors[key].shape, str(file))
-                out[key] = changed(out[key], functools.partial(_add_product, parts, weight))
-                counts["low_rank"] += 1
-    if lost:
-        raise CheckpointError(
-            f"{file}: {len(lost)} of {len(modules)} changes have no tensor in the base model",
-            f"first: {', '.join(lost[:3])}",
-            "all:\n" + "\n".join(f"  {line}" for line in lost),
-        )
+            step, counted = _change(module, kind, tensors[key], weight, settings, str(file))
+            out[key] = changed(out[key], step)
+            counts[counted] += 1
+    if not counts["low_rank"] + counts["full"]:
+        raise _nothing_fits(str(file), left_out, total, modules, low_noise)
+    if settings.where:
+        counts["scaled_by"] = settings.where
+    if left_out:
+        counts |= {"left_out": len(left_out), "left_out_keys": sorted(left_out)}
     return out, counts
 
 
-def _lora_modules(tensors: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
-    """{module: {"down": ..., "up": ..., ...}} from a LoRA file's keys."""
-    modules: dict[str, dict[str, Any]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        kind, hit = next(
-            ((kind, hit) for pattern, kind in PARTS if (hit := re.search(pattern, key))),
-            (None, None),
-        )
-        if hit is None:
-            unknown.append(key)
-        else:
-            modules.setdefault(
-                (
-                    PREFIX.sub("", key[: hit.start()], count=1)
-                    if PREFIX.match(key)
-                    else key[: hit.start()]
-                ),
-                {},
-            )[kind] = tensor
-    odd = [
-        m
-        for m, parts in modules.items()
-        if ("down" in parts) != ("up" in parts) or parts.keys() == {"alpha"}
-    ]
-    if unknown or odd or not modules:
-        lines = (
-            unknown
-            or [f"{m}: only {', '.join(modules[m])}" for m in odd]
-            or ["it holds no tensors"]
-        )
-        raise CheckpointError(
+def left_out_note(counts: Mapping[str, Any]) -> str | None:
+    """A line for the user about the parts of a LoRA that were not added."""
+    if not counts.get("left_out"):
+        return None
+    names = counts["left_out_keys"]
+    more = ", ..." if len(names) > 3 else ""
+    return (
+        f"{counts['lora']}: {len(names)} parts have no tensor in this model and were left out"
+        f" ({', '.join(names[:3])}{more})"
+    )
+
+
+def _nothing_fits(
+    name: str, left_out: list[str], total: int, modules: list[_Module], low_noise: bool
+) -> CheckpointError:
+    listed = "\n".join(f"  {line}" for line in left_out)
+    if not any(module.base_kinds() for module in modules):
+        lines = left_out or ["it holds no tensors"]
+        return CheckpointError(
             f"{name} is not a LoRA that is understood: {len(lines)} odd keys",
             f"first: {', '.join(lines[:3])}",
-            "known keys end in lora_A/lora_B or lora_up/lora_down .weight, .alpha, .diff, .diff_b,"
-            " .diff_m\n" + "\n".join(f"  {x}" for x in lines),
+            "known keys end in lora_A/lora_B or lora_up/lora_down .weight, .alpha, .dora_scale,"
+            f" .diff, .diff_b, .diff_m\n{listed}",
         )
-    return modules
+    if not low_noise and all(module.second for module in modules):
+        return CheckpointError(
+            f"{name} is for the low-noise expert (transformer_2)",
+            "the base model is another transformer",
+            "give it as lora_low",
+        )
+    return CheckpointError(
+        f"{name}: {len(left_out)} of {total} changes have no tensor in the base model",
+        f"first: {', '.join(left_out[:3])}",
+        f"all:\n{listed}",
+    )
+
+
+def _modules(tensors: Mapping[str, Any]) -> tuple[list[_Module], list[str]]:
+    """The changes in a LoRA file, and the keys that are no part of one."""
+    modules: dict[tuple[str, bool], _Module] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        hits = ((kind, re.search(pattern, key)) for pattern, kind in PARTS)
+        kind, hit = next(((kind, hit) for kind, hit in hits if hit), ("", None))
+        if hit is None:
+            unknown.append(key)
+            continue
+        name = key[: hit.start()]
+        second = SECOND.match(name)
+        prefix = second or PREFIX.match(name)
+        name = name[prefix.end() :] if prefix else name
+        place = name, second is not None
+        modules.setdefault(place, _Module(*place)).parts[kind] = tensor
+    return list(modules.values()), unknown
+
+
+def _same_size(module: _Module, kind: str, base) -> bool:
+    """Whether a whole difference has as many values as the tensor; factors are checked apart."""
+    return kind not in module.parts or math.prod(module.parts[kind].shape) == math.prod(base.shape)
+
+
+def _change(
+    module: _Module, kind: str, base, weight: float, settings: _Settings, name: str
+) -> tuple[Any, str]:
+    """(the step that changes one tensor of the base, what it counts as)."""
+    parts = module.parts
+    if kind in parts:
+        return functools.partial(_add_full, parts[kind], weight, f"{name}: {module.name}"), "full"
+    factors = _Factors(parts, settings, module.name, name)
+    if kind == "bias":
+        return functools.partial(factors.add_bias, weight), "full"
+    factors.check(tuple(base.shape))
+    return functools.partial(factors.add, weight), "low_rank"
+
+
+# Settings
+# --------------------------------------------------------------------------------------------------
+
+
+def _settings(path: Path, source: Source, low_noise: bool) -> _Settings:
+    """What adapter_config.json beside the file says (peft), else the file's own metadata. Raises
+    CheckpointError for settings that are damaged, and for those that are not read."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / CONFIG).is_file():
+        where, text = str(folder / CONFIG), (folder / CONFIG).read_bytes()
+        return _from_adapter(where, _table(where, text))
+    where = f"the metadata of {source.path.name}"
+    if IN_FILE in source.metadata:
+        values = _table(where, source.metadata[IN_FILE])
+        prefix = "transformer_2." if low_noise and "transformer_2.r" in values else "transformer."
+        own = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        return _from_adapter(where, own or values)
+    kohya = any(key.startswith("lora_unet") for key in source.tensors)
+    names = ("lora_alpha", *(("ss_network_alpha",) if kohya else ()))
+    given = next((source.metadata[name] for name in names if name in source.metadata), None)
+    stabilised = source.metadata.get("use_rslora", "").lower() == "true"
+    if given is None:
+        return _Settings(where if stabilised else "", rank_stabilised=stabilised)
+    try:
+        alpha = float(given)
+    except ValueError:
+        alpha = math.nan
+    if not math.isfinite(alpha):
+        raise _bad_settings(where, f"alpha is {given[:60]!r}")
+    return _Settings(where, alpha, stabilised)
+
+
+def _table(where: str, text: str | bytes) -> dict[str, Any]:
+    try:
+        return json_object(text)
+    except ValueError as error:
+        raise _bad_settings(where, str(error)) from error
+
+
+def _from_adapter(where: str, values: dict[str, Any]) -> _Settings:
+    wrong = mismatch(values, _Adapter)
+    if wrong:
+        raise _bad_settings(where, wrong)
+    if values.get("peft_type") not in (None, "LORA") or values.get("fan_in_fan_out"):
+        kind = values.get("peft_type")
+        raise CheckpointError(
+            f"{where} describes another adapter ({kind or 'fan_in_fan_out'})",
+            "only LoRA in the usual orientation is added",
+            "save it as a LoRA, or merge it with the library that made it",
+        )
+    return _Settings(
+        where,
+        values.get("lora_alpha"),
+        values.get("use_rslora", False),
+        values.get("rank_pattern", {}),
+        values.get("alpha_pattern", {}),
+        values.get("r"),
+    )
+
+
+def _bad_settings(where: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where} is damaged: {why}",
+        "it says how strongly the LoRA acts",
+        "download it again",
+    )
+
+
+def _by_suffix(patterns: Mapping[str, Any], module: str, default):
+    """The value for a module, by the last of its names; they are compared, not run as patterns."""
+    for pattern, value in patterns.items():
+        name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if module == name or module.endswith(f".{name}"):
+            return value
+    return default
+
+
+# Values
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Factors:
+    """The low-rank change of one module: up [out, rank], down [rank, in], and what scales it."""
+
+    parts: dict[str, Any]
+    settings: _Settings
+    module: str
+    name: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.name}: {self.module}"
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises CheckpointError unless the factors fit a tensor of `shape`, the settings the
+        factors, and a magnitude the outputs or the inputs."""
+        if not {"up", "down"} <= self.parts.keys():
+            raise CheckpointError(
+                f"{self.where} has only {', '.join(self.parts)}",
+                "a change is the product of two factors, and one of them is missing",
+                "download it again",
+            )
+        up, down = self.parts["up"].shape, self.parts["down"].shape
+        inputs = math.prod(shape[1:])
+        if (
+            len(up) < 2
+            or len(down) < 2
+            or up[0] != shape[0]
+            or up[1] != down[0]
+            or not down[0]
+            or math.prod(up[2:]) != 1
+            or math.prod(down[1:]) != inputs
+        ):
+            raise CheckpointError(
+                f"{self.where} has factors {list(up)} and {list(down)}",
+                f"the tensor is {list(shape)}",
+                "it is a LoRA of another model size",
+            )
+        rank = _by_suffix(self.settings.ranks, self.module, self.settings.rank)
+        if rank is not None and rank != down[0]:
+            raise CheckpointError(
+                f"{self.where} has rank {down[0]}, {self.settings.where} says {rank}",
+                "they do not belong together, and the rank scales the change",
+                "put the LoRA and its own settings into one folder",
+            )
+        size = math.prod(self.parts["magnitude"].shape) if "magnitude" in self.parts else inputs
+        if size not in (shape[0], inputs):
+            raise CheckpointError(
+                f"{self.where}: dora_scale has {size} values",
+                f"the tensor is {list(shape)}",
+                "it is a LoRA of another model size",
+            )
+        if math.prod(self.parts["alpha"].shape if "alpha" in self.parts else ()) != 1:
+            raise CheckpointError(
+                f"{self.where}: alpha is {list(self.parts['alpha'].shape)}",
+                "it is one number",
+                "download it again",
+            )
+
+    def values(self, kind: str) -> np.ndarray:
+        return _finite(self.parts[kind], self.where)
+
+    def scale(self) -> float:
+        alpha = float(self.values("alpha").reshape(())) if "alpha" in self.parts else None
+        return self.settings.scale(self.module, alpha, self.parts["down"].shape[0])
+
+    def add(self, weight: float, x: np.ndarray) -> np.ndarray:
+        """x + weight * scale * up down; with a magnitude, x and the product together are brought to
+        its length for every output."""
+        up, down = self.values("up"), self.values("down")
+        rank = down.shape[0]
+        product = (up.reshape(up.shape[0], rank) @ down.reshape(rank, -1)).reshape(x.shape)
+        if "magnitude" not in self.parts:
+            return x + np.float32(weight * self.scale()) * product
+        whole = (x + np.float32(self.scale()) * product).reshape(x.shape[0], -1)
+        magnitude = self.values("magnitude")
+        by_input = magnitude.size != x.shape[0] or magnitude.shape[:1] == (1,)
+        axis = 0 if by_input and magnitude.size == whole.shape[1] else 1
+        length = np.linalg.norm(whole, axis=axis, keepdims=True)
+        tiny = np.finfo(np.float32).tiny
+        decomposed = magnitude.reshape(length.shape) * whole / np.maximum(length, tiny)
+        return x + np.float32(weight) * (decomposed.reshape(x.shape) - x)
+
+    def add_bias(self, weight: float, x: np.ndarray) -> np.ndarray:
+        return x + np.float32(weight * self.scale()) * self.values("up_bias").reshape(x.shape)
+
+
+def _add_full(difference, weight: float, where: str, x: np.ndarray) -> np.ndarray:
+    return x + np.float32(weight) * _finite(difference, where).reshape(x.shape)
+
+
+def _finite(tensor, where: str) -> np.ndarray:
+    """The values in float32. Raises CheckpointError for NaN and infinity."""
+    values = tensor.read().astype(np.float32)
+    if not np.isfinite(values).all():
+        raise CheckpointError(
+            f"{where} holds NaN or infinity",
+            "it would spoil every weight that it is added to",
+            "download it again, or train it anew",
+        )
+    return values
+
+
+# Names
+# --------------------------------------------------------------------------------------------------
 
 
 class _Index:
@@ -150,45 +444,12 @@ class _Index:
                         self.flat.setdefault(name.replace(".", "_"), key)
 
     def find(self, module: str, kind: str) -> str | None:
+        """The base's key of a module's tensor. A module may also be a tensor by its own name, such
+        as blocks.0.modulation."""
+        names = [f"{module}.{kind}", module] if kind == "weight" else [f"{module}.{kind}"]
         for rows in self.rows:
-            found, _, _ = slots([f"{module}.{kind}"], rows)
-            for slot in found:
+            for slot in slots(names, rows)[0]:
                 if slot in self.targets:
                     return self.targets[slot]
-        return self.flat.get(f"{module}.{kind}".replace(".", "_"))
-
-
-def _check_ranks(module: str, parts: dict[str, Any], shape: tuple[int, ...], name: str) -> None:
-    up, down = parts["up"].shape, parts["down"].shape
-    inputs = int(np.prod(shape[1:]))
-    if (
-        len(up) < 2
-        or len(down) < 2
-        or up[0] != shape[0]
-        or up[1] != down[0]
-        or np.prod(up[2:]) != 1
-        or np.prod(down[1:]) != inputs
-    ):
-        raise CheckpointError(
-            f"{name}: {module} has factors {list(up)} and {list(down)}",
-            f"the tensor is {list(shape)}",
-            "it is a LoRA of another model size",
-        )
-
-
-def _add_product(parts: dict[str, Any], weight: float, x: np.ndarray) -> np.ndarray:
-    """x + weight * alpha / rank * up down; without alpha the scale is 1."""
-    up, down = (parts[k].read().astype(np.float32) for k in ("up", "down"))
-    rank = down.shape[0]
-    scale = (
-        float(parts["alpha"].read().astype(np.float32).reshape(())) / rank
-        if "alpha" in parts
-        else 1.0
-    )
-    return x + np.float32(weight * scale) * (
-        up.reshape(up.shape[0], rank) @ down.reshape(rank, -1)
-    ).reshape(x.shape)
-
-
-def _add_full(difference, weight: float, x: np.ndarray) -> np.ndarray:
-    return x + np.float32(weight) * difference.read().astype(np.float32).reshape(x.shape)
+        flat = (self.flat.get(name.replace(".", "_")) for name in names)
+        return next((key for key in flat if key is not None), None)

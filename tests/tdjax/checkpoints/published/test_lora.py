@@ -1,0 +1,193 @@
+"""What stands beside the factors of a LoRA, or is for another network: read, or left out and
+said."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from tdjax.checkpoints.published.checkpoint import open_checkpoint
+from tdjax.checkpoints.published.lora import left_out_note
+from tdjax.errors import CheckpointError
+
+Q, K = "blocks.0.self_attn.q", "blocks.0.self_attn.k"
+RANK = 4
+
+
+def factors(shape, seed=0):
+    rng = np.random.default_rng(seed)
+    noise = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    return noise(shape[0], RANK), noise(RANK, shape[1])
+
+
+def pair(module, up, down):
+    return {f"{module}.lora_B.weight": up, f"{module}.lora_A.weight": down}
+
+
+@pytest.fixture
+def added(tmp_path, write_safetensors, states):
+    """added(tensors, metadata=None, **known) -> (the base's arrays, the checkpoint with the LoRA at
+    weight 0.5)."""
+
+    def make(tensors, metadata=None, weight=0.5, name="lora.safetensors", **known):
+        base = write_safetensors(tmp_path / "base.safetensors", states("dit"))
+        lora = write_safetensors(tmp_path / name, tensors, metadata)
+        return states("dit"), open_checkpoint(base, heads=4, lora=((lora, weight),), **known)
+
+    return make
+
+
+def check(file, key, want):
+    np.testing.assert_allclose(file.tensors[key].read(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "lora_te1_text_model_encoder.lora_down.weight",
+        "transformer_2.blocks.0.attn1.to_q.lora_A.weight",
+        "diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight",
+        "diffusion_model.blocks.0.cross_attn.k_img.diff_b",
+        "diffusion_model.blocks.9.ffn.0.lora_down.weight",
+        "diffusion_model.patch_embedding.diff",
+        f"diffusion_model.{Q}.lokr_w1",
+        "text_model.embeddings.weight",
+        "lora_te_text_model.alpha",
+    ],
+)
+def test_parts_of_other_networks_are_left_out_and_told(added, foreign):
+    up, down = factors((80, 80))
+    lora = pair(f"transformer.{Q}", up, down)
+    state, file = added(lora | {foreign: np.ones((4, 4), np.float32)})
+    counts = file.changes[0]
+    assert (counts["low_rank"], counts["left_out"], counts["tensors"]) == (1, 1, 3)
+    note = left_out_note(counts)
+    assert "lora.safetensors: 1 parts" in note
+    assert counts["left_out_keys"][0].partition(" ")[0].partition(":")[0] in foreign
+    check(file, f"{Q}.weight", state[f"{Q}.weight"] + 0.5 * (up @ down))
+    check(file, f"{K}.weight", state[f"{K}.weight"])
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_each_expert_takes_its_own(added, low):
+    (up, down), (up2, down2) = factors((80, 80)), factors((80, 80), 1)
+    lora = pair("transformer.blocks.0.attn1.to_q", up, down)
+    lora |= pair("transformer_2.blocks.0.attn1.to_q", up2, down2)
+    state, file = added(lora, low_noise=low)
+    product = up2 @ down2 if low else up @ down
+    check(file, f"{Q}.weight", state[f"{Q}.weight"] + 0.5 * product)
+    assert file.changes[0]["left_out"] == 1
+
+
+def test_an_expert_s_own_file_on_the_other(added):
+    with pytest.raises(CheckpointError, match="low-noise expert.*\n.*\n.*lora_low"):
+        added(pair("transformer_2.blocks.0.attn1.to_q", *factors((80, 80))))
+    _, file = added(pair("transformer.blocks.0.attn1.to_q", *factors((80, 80))), low_noise=True)
+    assert "left_out" not in file.changes[0]
+
+
+@pytest.mark.parametrize("shape", [(80, 1), (80,), (1, 128)])
+def test_magnitudes(added, shape):
+    """DoRA, equation 5: the sum has the length that the file says, for each output or input."""
+    module = "blocks.0.ffn.2"  # 128 inputs, 80 outputs
+    up, down = factors((80, 128))
+    length = np.random.default_rng(3).uniform(0.5, 1.5, shape).astype(np.float32)
+    state, file = added(pair(module, up, down) | {f"{module}.dora_scale": length}, weight=1.0)
+    axis = 0 if shape[0] == 1 else 1
+    whole = state[f"{module}.weight"] + up @ down
+    want = (
+        whole
+        / np.linalg.norm(whole, axis=axis, keepdims=True)
+        * length.reshape((1, -1) if axis == 0 else (-1, 1))
+    )
+    check(file, f"{module}.weight", want)
+
+
+def test_a_bias_of_the_factors(added):
+    bias = np.linspace(-1, 1, 80, dtype=np.float32)
+    lora = pair(Q, *factors((80, 80))) | {f"{Q}.lora_B.bias": bias, f"{Q}.alpha": np.float32(8)}
+    state, file = added(lora)
+    check(file, f"{Q}.bias", state[f"{Q}.bias"] + 0.5 * 8 / RANK * bias)
+
+
+def test_a_tensor_by_its_own_name(added):
+    change = np.ones((1, 6, 80), np.float32)
+    state, file = added({"diffusion_model.blocks.1.modulation.diff": change})
+    check(file, "blocks.1.modulation", state["blocks.1.modulation"] + 0.5)
+
+
+# Settings
+# --------------------------------------------------------------------------------------------------
+
+ADAPTER = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16}
+
+
+@pytest.mark.parametrize(
+    "settings, scale",
+    [
+        ({}, 16 / RANK),
+        ({"use_rslora": True}, 16 / math.sqrt(RANK)),
+        ({"alpha_pattern": {"self_attn.q": 2}}, 2 / RANK),
+        ({"alpha_pattern": {"attn.q": 2}}, 16 / RANK),
+        ({"rank_pattern": {"self_attn.q": RANK}, "r": 99}, 16 / RANK),
+    ],
+)
+@pytest.mark.parametrize("where", ["beside", "inside"])
+def test_adapter_settings(tmp_path, added, settings, scale, where):
+    up, down = factors((80, 80))
+    values, metadata = ADAPTER | settings, None
+    if where == "beside":
+        (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    else:
+        values = {f"transformer.{name}": value for name, value in values.items()}
+        metadata = {"lora_adapter_metadata": json.dumps(values)}
+    state, file = added(pair(f"base_model.model.{Q}", up, down), metadata)
+    check(file, f"{Q}.weight", state[f"{Q}.weight"] + np.float32(0.5 * scale) * (up @ down))
+    assert file.changes[0]["scaled_by"]
+
+
+def test_alpha_among_the_metadata(added):
+    up, down = factors((80, 80))
+    flat = f"lora_unet_{Q.replace('.', '_')}"
+    kohya = {f"{flat}.lora_up.weight": up, f"{flat}.lora_down.weight": down}
+    state, file = added(kohya, {"ss_network_alpha": "2.0", "ss_network_dim": str(RANK)})
+    check(file, f"{Q}.weight", state[f"{Q}.weight"] + np.float32(0.5 * 2 / RANK) * (up @ down))
+    state, file = added(kohya | {f"{flat}.alpha": np.float32(4)}, {"ss_network_alpha": "2.0"})
+    check(file, f"{Q}.weight", state[f"{Q}.weight"] + np.float32(0.5) * (up @ down))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "is damaged"),
+        ("[" * 100_000, "nested too deep"),
+        ("[]", "not a table"),
+        ('{"r": "4"}', "r is '4', not int"),
+        ('{"lora_alpha": NaN}', "lora_alpha is nan"),
+        ('{"alpha_pattern": []}', "alpha_pattern is a list"),
+        ('{"peft_type": "LOHA"}', "another adapter .LOHA"),
+        ('{"fan_in_fan_out": true}', "another adapter"),
+        ('{"r": 8, "lora_alpha": 8}', "has rank 4, .*adapter_config.json says 8"),
+    ],
+)
+def test_settings_that_are_not_read(tmp_path, added, text, message):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        added(pair(Q, *factors((80, 80))))
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_values_that_are_not_finite(added, part):
+    both = factors((80, 80))
+    both[part][0, 0] = np.nan
+    _, file = added(pair(Q, *both))
+    with pytest.raises(CheckpointError, match="self_attn.q holds NaN"):
+        file.tensors[f"{Q}.weight"].read()
+
+
+def test_one_factor_alone(added):
+    up, down = factors((80, 80))
+    lora = pair(K, up, down) | {f"{Q}.lora_A.weight": down}
+    with pytest.raises(CheckpointError, match="self_attn.q has only down"):
+        added(lora)
