@@ -4,7 +4,6 @@ said on a command line."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from tdjax.checkpoints.published import umt5, wan_dit, wan_vae
 from tdjax.checkpoints.published.rules import Row
 from tdjax.config import KINDS, LATENT_MEAN, Config, DiTConfig, TextConfig, VAEConfig, from_dict
 from tdjax.errors import CheckpointError
+from tdjax.parsing import json_object
 
 HEAD_WIDTH = 128  # of every published Wan transformer
 MASK_CHANNELS = 4  # of image-to-video: one for each frame that a latent frame stands for
@@ -126,7 +126,7 @@ def detect(
             "its size cannot be told",
             "the file is incomplete",
         ) from e
-    except (ValueError, IndexError, ZeroDivisionError) as e:
+    except (ValueError, IndexError, ZeroDivisionError, OverflowError) as e:
         raise CheckpointError(
             f"{name} looks like a {kind} of an impossible size",
             str(e),
@@ -170,19 +170,24 @@ def _from_metadata(kind: str, metadata) -> dict[str, Any]:
     """Fields that our own export wrote beside the tensors and that shapes cannot tell; storage is
     told by the file."""
     try:
-        stored = json.loads((metadata or {}).get(METADATA, "{}"))
-        config = from_dict(KINDS[kind], stored["config"]) if stored.get("kind") == kind else None
-    except (ValueError, TypeError, KeyError, AttributeError):
+        stored = json_object((metadata or {}).get(METADATA, "{}"))
+        own = stored.get("kind") == kind
+        config = from_dict(KINDS[kind], stored.get("config")) if own else None
+    except ValueError:
         return {}
     return {} if config is None else {field: getattr(config, field) for field in UNSEEN[kind]}
 
 
 def _count(tensors, prefix: str) -> int:
-    """1 + the highest number after `prefix`."""
+    """1 + the highest number after `prefix`. Raises ValueError where the file has not even a tensor
+    for each."""
     numbers = {
         int(m[1]) for key in tensors if (m := re.match(re.escape(prefix) + r"(\d{1,5})\.", key))
     }
-    return max(numbers, default=-1) + 1
+    count = max(numbers, default=-1) + 1
+    if count > len(tensors):
+        raise ValueError(f"{prefix}{count - 1} is named, and there are {len(tensors)} tensors")
+    return count
 
 
 def _shape(tensors, key: str) -> tuple[int, ...]:

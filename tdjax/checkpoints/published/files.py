@@ -1,5 +1,5 @@
 """What a path holds: {key: Tensor} of a .pth, a .safetensors, a shard index or a folder, keys
-without wrappers' prefixes."""
+without wrappers' prefixes. What a file is, its first bytes tell, not its name."""
 
 from __future__ import annotations
 
@@ -15,14 +15,6 @@ from tdjax.checkpoints.published.read_torch import read_torch
 from tdjax.checkpoints.published.tensor import Tensor
 from tdjax.errors import CheckpointError
 
-LEVELS = (
-    "state_dict",
-    "model",
-    "module",
-    "model_state_dict",
-    "ema",
-    "generator",
-)  # keys under which trainers put the weights
 # what wrappers put in front
 LEADING = (
     "model.diffusion_model.",
@@ -36,6 +28,9 @@ LEADING = (
 )
 # keys that mark a file and hold no weight: kijai's ComfyUI files, NVIDIA's TransformerEngine
 MARKS = re.compile(r"model_type\..*|(.*\.)?_extra_state")
+TORCH = (".pth", ".pt", ".bin", ".ckpt")  # endings of torch files
+INDICES = (".safetensors.index.json", ".bin.index.json")
+KEY_LENGTH = 512  # characters; those of published files end at 100
 INNER = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "_orig_mod.")  # and in between
 
 LEGACY = (  # magic number of torch.save before torch 1.6
@@ -78,6 +73,7 @@ class Source:
            removed from a key.
     ignored: entries that are not tensors. marks: keys that mark the file and hold no weight.
     metadata: the text fields of safetensors files.
+    level: under which keys of a torch file the weights were, such as "model".
     """
 
     path: Path
@@ -87,6 +83,7 @@ class Source:
     ignored: tuple[str, ...] = ()
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
     marks: tuple[str, ...] = ()
+    level: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -114,6 +111,16 @@ def _file_sha256(file: Path, progress: Callable[[int], None] | None = None) -> s
     return digest.hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """One file, or several, as they are: a Source before its keys are cleaned."""
+
+    tensors: dict[str, Tensor]
+    ignored: tuple[str, ...] = ()
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    level: str = ""
+
+
 def open_source(path) -> Source:
     """Keys, shapes and dtypes of a published file or folder; no tensor data is read."""
     path = Path(path)
@@ -121,10 +128,9 @@ def open_source(path) -> Source:
         raise CheckpointError(f"{path} does not exist", *_nearby(path))
     if path.is_dir():
         return _open_folder(path)
-    if path.name.endswith(".index.json"):
-        tensors, files, metadata = read_index(path)
-        return _clean(path, tuple(files), tensors, (), metadata)
-    return _open_file(path)
+    if path.name.endswith(INDICES):
+        return _open_index(path, path)
+    return _clean(path, (path,), _read_file(path))
 
 
 def _nearby(path: Path) -> tuple[str, str]:
@@ -134,12 +140,12 @@ def _nearby(path: Path) -> tuple[str, str]:
     names = sorted(
         p.name
         for p in path.parent.iterdir()
-        if p.suffix in (".pth", ".safetensors", ".json") or p.is_dir()
+        if p.suffix in (*TORCH, ".safetensors", ".json") or p.is_dir()
     )
     return f"the folder {path.parent} does", f"it holds: {', '.join(names[:12]) or 'nothing'}"
 
 
-def _open_file(path: Path) -> Source:
+def _read_file(path: Path) -> _Read:
     """One file; the kind is told by its first bytes, not by its name."""
     with path.open("rb") as f:
         head = f.read(64)
@@ -151,10 +157,10 @@ def _open_file(path: Path) -> Source:
 
         tensors, metadata = read_gguf.read_gguf(path)
         read_gguf.check_network(path, metadata)
-        return _clean(path, (path,), tensors, (), {})
+        return _Read(tensors)
     if head.startswith(b"PK"):
-        tensors, ignored = state_dict(path, read_torch(path))
-        return _clean(path, (path,), tensors, ignored, {})
+        saved = read_torch(path)
+        return _Read(saved.tensors, saved.ignored, level=saved.level)
     if head.startswith(LEGACY):
         raise CheckpointError(
             f"{path} is in the format of torch before 1.6",
@@ -173,7 +179,7 @@ def _open_file(path: Path) -> Source:
         )
     if head[8:9] == b"{":
         tensors, metadata = read_safetensors(path)
-        return _clean(path, (path,), tensors, (), metadata)
+        return _Read(tensors, metadata=metadata)
     what = "empty" if not head else "neither a torch zip file, a safetensors file nor a GGUF file"
     raise CheckpointError(
         f"{path} is {what}",
@@ -183,19 +189,22 @@ def _open_file(path: Path) -> Source:
 
 
 def _open_folder(path: Path) -> Source:
-    """A folder of one model: a shard index, or its .safetensors files, or its one torch file."""
-    indices = sorted(path.glob("*.safetensors.index.json"))
-    if len(indices) == 1:
-        return dataclasses.replace(open_source(indices[0]), path=path)
+    """A folder of one model: a shard index, or its .safetensors files, or its torch files."""
+    indices = [p for ending in INDICES for p in sorted(path.glob(f"*{ending}"))]
     files = sorted(path.glob("*.safetensors")) or sorted(
-        [*path.glob("*.pth"), *path.glob("*.pt"), *path.glob("*.bin")]
+        file for ending in TORCH for file in path.glob(f"*{ending}")
     )
+    if any(p.name.endswith(INDICES[0]) for p in indices):  # beside copies in the other format
+        indices = [p for p in indices if p.name.endswith(INDICES[0])]
+    if len(indices) == 1:
+        return _open_index(indices[0], path)
     if len(indices) > 1:
         raise CheckpointError(
             f"{path} holds {len(indices)} shard indices",
             ", ".join(p.name for p in indices),
             "name one of them",
         )
+    _refuse_trainers(path)
     if not files:
         parts = sorted(p.name for p in path.iterdir() if p.is_dir())
         raise CheckpointError(
@@ -204,7 +213,7 @@ def _open_folder(path: Path) -> Source:
             "name the file or the component's folder",
         )
     if len(files) == 1:
-        return dataclasses.replace(_open_file(files[0]), path=path)
+        return _clean(path, (files[0],), _read_file(files[0]))
     if any("-of-" in f.name for f in files):
         return _open_shards(path, files)
     raise CheckpointError(
@@ -212,9 +221,42 @@ def _open_folder(path: Path) -> Source:
     )
 
 
+def _refuse_trainers(path: Path) -> None:
+    """Checkpoints that a trainer spread over its processes are named, with what joins them."""
+    if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
+        raise CheckpointError(
+            f"{path} is a checkpoint of torch.distributed",
+            "each process wrote its own part of every tensor",
+            "join them, with torch: python -m torch.distributed.checkpoint.format_utils"
+            f" dcp_to_torch {path} FILE.pth",
+        )
+    marks = ("zero_to_fp32.py", "*_model_states.pt", "*/*_model_states.pt", "*/*_optim_states.pt")
+    if any(found for mark in marks for found in path.glob(mark)):
+        raise CheckpointError(
+            f"{path} is a checkpoint of DeepSpeed",
+            "its weights lie in parts of its processes",
+            "join them with the script that DeepSpeed put there: python zero_to_fp32.py . FOLDER",
+        )
+
+
+def _open_index(index: Path, path: Path) -> Source:
+    """The shards that an index lists; every key must be in the shard that the index names."""
+    table = read_index(index)
+    shards = {name: _read_file(index.parent / name) for name in sorted(set(table.values()))}
+    for name, read in shards.items():
+        listed = {key for key, shard in table.items() if shard == name}
+        if listed != read.tensors.keys():
+            odd = sorted(listed ^ read.tensors.keys())
+            raise CheckpointError(
+                f"{index} and {name} differ in {len(odd)} keys",
+                ", ".join(odd[:5]),
+                "download it again",
+            )
+    return _joined(path, {index.parent / name: read for name, read in shards.items()})
+
+
 def _open_shards(path: Path, files: list[Path]) -> Source:
-    """Shards without an index: complete by their own numbering (name-00001-of-00004), no key
-    twice."""
+    """Shards without an index: complete by their own numbering (name-00001-of-00004)."""
     count = {f.stem.rpartition("-of-")[2] for f in files}
     if count != {f"{len(files):0{len(next(iter(count)))}d}"}:
         raise CheckpointError(
@@ -222,54 +264,40 @@ def _open_shards(path: Path, files: list[Path]) -> Source:
             "some are missing",
             "download the rest",
         )
+    return _joined(path, {file: _read_file(file) for file in files})
+
+
+def _joined(path: Path, shards: dict[Path, _Read]) -> Source:
+    """Several files as one; no key may be in two of them."""
     tensors: dict[str, Tensor] = {}
+    ignored: tuple[str, ...] = ()
     metadata: dict[str, str] = {}
-    for file in files:
-        part, facts = read_safetensors(file)
-        twice = sorted(tensors.keys() & part.keys())
+    for file, read in shards.items():
+        twice = sorted(tensors.keys() & read.tensors.keys())
         if twice:
             raise CheckpointError(
                 f"{file} repeats {len(twice)} keys of another shard",
                 ", ".join(twice[:5]),
                 "download it again",
             )
-        tensors, metadata = tensors | part, metadata | facts
-    return _clean(path, tuple(files), tensors, (), metadata)
+        tensors |= read.tensors
+        metadata |= read.metadata
+        ignored += read.ignored
+    return _clean(path, tuple(shards), _Read(tensors, ignored, metadata))
 
 
-def state_dict(path: Path, tree) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of a saved object and the names of its other entries, one or two known levels
-    down if need be."""
-    if isinstance(tree, Tensor):
-        raise CheckpointError(
-            f"{path} holds one tensor without a name",
-            "a checkpoint is a dict of tensors",
-            "give a checkpoint",
-        )
-    for _ in range(3):
-        if not isinstance(tree, dict):
-            break
-        tensors = {str(k): v for k, v in tree.items() if isinstance(v, Tensor)}
-        if tensors:
-            return tensors, tuple(str(k) for k, v in tree.items() if not isinstance(v, Tensor))
-        below = [level for level in LEVELS if isinstance(tree.get(level), dict)]
-        if not below:
-            break
-        tree = tree[below[0]]
-    seen = ", ".join(map(str, list(tree)[:8])) if isinstance(tree, dict) else type(tree).__name__
-    raise CheckpointError(
-        f"{path} holds no dict of tensors",
-        f"found: {seen or 'an empty dict'}",
-        f"weights are looked for at the top and under {', '.join(LEVELS)}",
-    )
-
-
-def _clean(path: Path, files, tensors: dict[str, Tensor], ignored, metadata) -> Source:
+def _clean(path: Path, files: tuple[Path, ...], read: _Read) -> Source:
     """Strip wrappers' prefixes, counting them. Two keys must not become one."""
     out: dict[str, Tensor] = {}
     stripped: Counter[str] = Counter()
     marks = []
-    for key, tensor in tensors.items():
+    for key, tensor in read.tensors.items():
+        if len(key) > KEY_LENGTH:
+            raise CheckpointError(
+                f"{path} holds a tensor whose name has {len(key)} characters",
+                f"it begins with {key[:40]!r}; at most {KEY_LENGTH} are read",
+                "the file is damaged, or of another network",
+            )
         short = _strip(key, stripped)
         if MARKS.fullmatch(short):
             marks.append(key)
@@ -281,7 +309,16 @@ def _clean(path: Path, files, tensors: dict[str, Tensor], ignored, metadata) -> 
                 "keep one set of weights in the file",
             )
         out[short] = tensor
-    return Source(path, tuple(files), out, dict(stripped), tuple(ignored), metadata, tuple(marks))
+    return Source(
+        path,
+        files,
+        out,
+        dict(stripped),
+        read.ignored,
+        read.metadata,
+        marks=tuple(marks),
+        level=read.level,
+    )
 
 
 def _strip(key: str, stripped: Counter) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,48 @@ def is_float(dtype) -> bool:
     return name.startswith(("F", "BF"))
 
 
+def damaged_entry(path: Path, name: str) -> CheckpointError:
+    """The error of an entry whose bytes are not those that were written."""
+    return CheckpointError(
+        f"{path} is damaged: the checksum of its entry {name!r} does not match",
+        "bytes have changed since it was written",
+        "download it again",
+    )
+
+
+@dataclasses.dataclass(eq=False)
+class Entry:
+    """An entry of an archive: `size` bytes from `start` with the CRC-32 that the archive has. Many
+    tensors, or rows of a table, may lie in one: then it is verified when the first is read."""
+
+    file: Path
+    name: str
+    start: int
+    size: int
+    crc: int
+    verified: bool = False
+
+    def verify(self, start: int, data) -> None:
+        """Raises CheckpointError where the entry's bytes are not those that were written; `data`
+        are those from `start`."""
+        if self.verified:
+            return
+        whole = (start, len(data)) == (self.start, self.size)
+        if (zlib.crc32(data) if whole else self._crc_of_file()) != self.crc:
+            raise damaged_entry(self.file, self.name)
+        self.verified = not whole  # a tensor alone in its entry is compared whenever it is read
+
+    def _crc_of_file(self) -> int:
+        crc, left, buffer = 0, self.size, memoryview(bytearray(min(self.size, 2**24)))
+        with self.file.open("rb", buffering=0) as f:
+            f.seek(self.start)
+            while left:
+                part = buffer[: min(left, len(buffer))]
+                _fill(f, part, self.file)
+                crc, left = zlib.crc32(part, crc), left - len(part)
+        return crc
+
+
 @dataclasses.dataclass(frozen=True)
 class Tensor:
     """A view of bytes in a file: element (i, j, ...) lies at start + itemsize * (i, j, ...) .
@@ -53,6 +96,7 @@ class Tensor:
     dtype: np.dtype
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None  # in elements; None: rows follow each other
+    entry: Entry | None = None  # what it lies in, where that has a checksum
 
     @property
     def size(self) -> int:
@@ -87,6 +131,8 @@ class Tensor:
         with self.file.open("rb", buffering=0) as f:
             f.seek(self.start)
             _fill(f, memoryview(data), self.file)
+        if self.entry is not None:
+            self.entry.verify(self.start, data)
         return data.view(self.dtype)
 
 

@@ -1,8 +1,9 @@
 """A machine for the pickles that torch.save writes, and for nothing else.
 
 Pickle is a program. This one runs without Python's unpickler: a class or function named by the file
-is looked up in the table CALLS of stand-ins and otherwise refused by its full name, so nothing that
-a file names is imported or executed.
+is looked up in the table CALLS of stand-ins; what any other would make is an `Opaque` with its full
+name, which stands beside the weights unread or is refused among them. So nothing that a file names
+is imported or executed.
 Opcodes: CPython Lib/pickletools.py; what torch writes: pytorch/pytorch torch/_utils.py,
          torch/serialization.py.
 """
@@ -53,9 +54,21 @@ TORCH_DTYPES = {
 }
 
 
+OPCODES = 2**20  # a pickle of the largest published model has a hundred thousand
+NAME_LENGTH = 256  # characters of a class's full name
+WHOLE = 2**63  # what sizes, offsets and strides stay below
+
+
 class Refused(Exception):
     """The pickle holds something that is not a tensor, or is not well formed. The text says
     what."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Opaque:
+    """What the file would have called, or built, and this machine does not. `text` says it."""
+
+    text: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +103,28 @@ def _whole(values, what: str) -> tuple[int, ...]:
     if (
         not isinstance(values, tuple | list)
         or len(values) > 64
-        or any(type(v) is not int or v < 0 for v in values)
+        or any(type(v) is not int or not 0 <= v < WHOLE for v in values)
     ):
-        raise Refused(f"a tensor's {what} is {str(values)[:80]}")
+        raise Refused(f"a tensor's {what} is {_shown(values)}")
     return tuple(values)
 
 
-def _view(storage, dtype, offset, shape, strides) -> View:
+def _shown(value) -> str:
+    """A value for a message: short, whatever the file has put there (tuples of tuples of one
+    tuple print for ever, and so do numbers of a million digits)."""
+    if isinstance(value, tuple | list):
+        inside = ", ".join(
+            repr(v) if type(v) is int and abs(v) < WHOLE else type(v).__name__ for v in value[:8]
+        )
+        more = ", ..." if len(value) > 8 else ""
+        return f"({inside}{',' if len(value) == 1 else ''}{more})"
+    return repr(value) if type(value) is int and abs(value) < WHOLE else type(value).__name__
+
+
+def _view(storage, dtype, offset, shape, strides) -> View | Opaque:
     """Checks that the view lies inside its storage."""
+    if isinstance(storage, Opaque):
+        return storage
     if not isinstance(storage, Storage):
         raise Refused(f"a tensor's storage is a {type(storage).__name__}")
     (offset,) = _whole((offset,), "offset")
@@ -120,11 +147,13 @@ def _view(storage, dtype, offset, shape, strides) -> View:
     return out
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *_) -> View:
+def _rebuild_tensor(storage, offset, shape, strides, *_) -> View | Opaque:
     return _view(storage, getattr(storage, "dtype", None), offset, shape, strides)
 
 
-def _rebuild_tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype, *_) -> View:
+def _rebuild_tensor_v3(
+    storage, offset, shape, strides, requires_grad, hooks, dtype, *_
+) -> View | Opaque:
     if not isinstance(dtype, _Name) or dtype.text.removeprefix("torch.") not in TORCH_DTYPES:
         raise Refused(f"a tensor's dtype is {getattr(dtype, 'text', type(dtype).__name__)}")
     return _view(
@@ -132,8 +161,8 @@ def _rebuild_tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dt
     )
 
 
-def _rebuild_parameter(data, *_) -> View:
-    if not isinstance(data, View):
+def _rebuild_parameter(data, *_) -> View | Opaque:
+    if not isinstance(data, View | Opaque):
         raise Refused(f"a parameter holds a {type(data).__name__}")
     return data
 
@@ -160,7 +189,7 @@ CALLS: dict[str, Callable] = {
     "torch._utils._rebuild_parameter": _rebuild_parameter,
     "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
     "torch.Size": _size,
-    "torch.device": lambda kind="cpu", *_: str(kind),
+    "torch.device": lambda *_: "a device",
     "collections.OrderedDict": _ordered_dict,
 }
 # Names that are values, not calls.
@@ -171,10 +200,14 @@ VALUES = {
 
 
 def _put(target, key, value) -> None:
-    """target[key] = value for plain keys: hashing a nested tuple can take for ever."""
-    if not isinstance(target, dict) or not isinstance(key, str | int):
+    """target[key] = value for plain keys: hashing a nested tuple can take for ever, so other keys
+    become opaque ones."""
+    if isinstance(target, Opaque):
+        return
+    if not isinstance(target, dict):
         raise Refused(f"a {type(key).__name__} is the key of a {type(target).__name__}")
-    target[key] = value
+    plain = isinstance(key, str | int)
+    target[key if plain else Opaque(f"a {type(key).__name__} as a key")] = value
 
 
 MARK = object()
@@ -190,19 +223,29 @@ LITERALS = {
     "BINUNICODE8",
     "SHORT_BINBYTES",
     "BINBYTES",
+    "BINBYTES8",
+    "BYTEARRAY8",
 }
-EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+EMPTY = {
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_SET": lambda: Opaque("a set"),
+}
+NEW = {"NEWOBJ": 2, "NEWOBJ_EX": 3}  # what they take from the stack: a class, and its arguments
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def load(data: bytes) -> Any:
-    """The object that a torch pickle describes: dicts, lists, plain values and Views. Raises
-    Refused."""
+    """The object that a torch pickle describes: dicts, lists, plain values, Views, and Opaque for
+    everything else. Raises Refused."""
     machine = _Machine()
     try:
-        for opcode, argument, _ in pickletools.genops(data):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if opcode.name == "STOP":
                 return machine.stack.pop()
+            if count == OPCODES:
+                raise Refused(f"its pickle has more than {OPCODES} steps")
             machine.step(opcode.name, argument)
     except (IndexError, KeyError, TypeError, ValueError, OverflowError, UnicodeDecodeError) as e:
         raise Refused(f"its pickle is malformed ({type(e).__name__}: {e})") from e
@@ -240,8 +283,10 @@ class _Machine:
         elif op == "GLOBAL":
             stack.append(_named(argument.replace(" ", ".")))
         elif op == "STACK_GLOBAL":
-            name = stack.pop()
-            stack.append(_named(f"{stack.pop()}.{name}"))
+            name, module = stack.pop(), stack.pop()
+            if not isinstance(name, str) or not isinstance(module, str):
+                raise TypeError("a name is no text")
+            stack.append(_named(f"{module[:NAME_LENGTH]}.{name[:NAME_LENGTH]}"))
         elif op not in ("PROTO", "FRAME"):
             self.build(op)
 
@@ -252,9 +297,10 @@ class _Machine:
             stack.append(tuple(self.since_mark()))
         elif op == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
-            if not isinstance(function, _Name) or function.text not in CALLS:
-                raise Refused(f"it calls {getattr(function, 'text', type(function).__name__)}")
-            stack.append(CALLS[function.text](*arguments))
+            stack.append(_called(function, arguments))
+        elif op in NEW:
+            made = Opaque(_text(stack[-NEW[op]]))
+            stack[-NEW[op] :] = [made]
         elif op == "BINPERSID":
             stack.append(_storage(stack.pop()))
         elif op == "SETITEM":
@@ -266,11 +312,21 @@ class _Machine:
                 _put(stack[-1], key, value)
         elif op in ("APPEND", "APPENDS"):
             items = self.since_mark() if op == "APPENDS" else [stack.pop()]
-            if not isinstance(stack[-1], list):
+            if isinstance(stack[-1], list):
+                stack[-1].extend(items)
+            elif not isinstance(stack[-1], Opaque):
                 raise TypeError("append to something else than a list")
-            stack[-1].extend(items)
+        elif op == "ADDITEMS":
+            self.since_mark()
+        elif op == "FROZENSET":
+            self.since_mark()
+            stack.append(Opaque("a frozenset"))
         elif op == "BUILD":
             stack.pop()  # attributes, such as a state dict's _metadata: not needed
+        elif op == "POP":
+            stack.pop()
+        elif op == "POP_MARK":
+            self.since_mark()
         else:
             raise Refused(
                 f"it uses the pickle opcode {op}, which torch.save does not need for tensors"
@@ -288,23 +344,34 @@ class _Machine:
         return out
 
 
-def _named(text: str) -> _Name:
-    if text not in CALLS and text not in VALUES:
-        raise Refused(f"it names {text}, which is not part of a tensor")
-    return _Name(text)
+def _named(text: str) -> _Name | Opaque:
+    """A name that tensors need, or what stands for any other."""
+    return _Name(text) if text in CALLS or text in VALUES else Opaque(text[: 2 * NAME_LENGTH])
 
 
-def _storage(pid) -> Storage:
+def _text(function) -> str:
+    """What a message says of a thing that is called."""
+    return getattr(function, "text", type(function).__name__)
+
+
+def _called(function, arguments):
+    """What a call makes: a stand-in's result, or what stands for the call."""
+    if isinstance(function, _Name) and function.text in CALLS:
+        return CALLS[function.text](*arguments)
+    return Opaque(_text(function))
+
+
+def _storage(pid) -> Storage | Opaque:
     """('storage', type, key, device, element count)"""
     if (
         not isinstance(pid, tuple)
         or len(pid) != 5
         or pid[0] != "storage"
-        or not isinstance(pid[1], _Name)
+        or not isinstance(pid[1], _Name | Opaque)
         or not isinstance(pid[2], str)
     ):
         raise Refused("it refers to something outside that is not a storage")
     name = pid[1].text.rpartition(".")[2]
-    if name not in STORAGES:
-        raise Refused(f"a storage is a {pid[1].text}")
+    if isinstance(pid[1], Opaque) or name not in STORAGES:
+        return Opaque(pid[1].text)
     return Storage(pid[2], DTYPES[STORAGES[name]], _whole((pid[4],), "size")[0])

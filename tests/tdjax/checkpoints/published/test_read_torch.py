@@ -1,6 +1,11 @@
 """Torch files read without torch: values, hostile contents, damage."""
 
+import argparse
+import collections
+import datetime
+import json
 import os
+import pathlib
 import pickle
 import random
 import zipfile
@@ -10,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tdjax.checkpoints.published import torch_pickle
 from tdjax.checkpoints.published.files import open_source
 from tdjax.errors import CheckpointError
 
@@ -147,6 +153,121 @@ def test_files_without_a_state_dict(torch, tmp_path, saved, message):
         open_source(tmp_path / "t.pth")
 
 
+def objects():
+    return {
+        "namespace": argparse.Namespace(lr=1e-4),
+        "path": pathlib.PurePosixPath("/x"),
+        "set": {1, 2},
+        "frozen": frozenset([1]),
+        "date": datetime.datetime(2026, 1, 1),
+        "scalar": np.float64(3),
+        "array": np.ones(2),
+        "counter": collections.Counter("aab"),
+        "tuples": {(1, 2): 3},
+        "complex": 1j,
+        "nested": [{"a": {"b": {1}}}],
+    }
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("name", objects())
+def test_objects_beside_the_weights_are_left_unread(torch, tmp_path, protocol, name):
+    weights = {"a": torch.ones(2), "b": torch.zeros(3)}
+    saved = {name: objects()[name], "state_dict": weights, "step": 3}
+    torch.save(saved, tmp_path / "t.pth", pickle_protocol=protocol)
+    source = same(torch, tmp_path / "t.pth", weights)
+    assert (source.level, source.ignored) == ("state_dict", (name,))
+    torch.save(weights | {"odd": objects()["set"]}, tmp_path / "t.pth", pickle_protocol=protocol)
+    with pytest.raises(CheckpointError, match="not a plain file of tensors.*set"):
+        open_source(tmp_path / "t.pth")
+
+
+@pytest.mark.parametrize(
+    "layout, level",
+    [
+        (lambda w, t: {"model": w, "global_step": t}, "model"),
+        (lambda w, t: {"global_step": t, "model": w, "rng": t}, "model"),
+        (lambda w, t: {"generator_ema": w, "step": 1000}, "generator_ema"),
+        (lambda w, t: {"generator": w, "generator_ema": w, "critic": {**w, "c": t}}, "generator"),
+        (lambda w, t: {"model": {"step": t, "module": w}, "lr": t}, "model.module"),
+        (lambda w, t: {"student": w, "optimizer": {"state": {0: {"m": t}}}}, "student"),
+        (lambda w, t: w | {"step": 3}, ""),
+        (lambda w, t: w | {"model": {"x": t}}, ""),
+    ],
+)
+def test_the_weights_are_found_among_other_tensors(torch, tmp_path, layout, level):
+    weights = {name: torch.full((2,), float(i)) for i, name in enumerate("abcd")}
+    torch.save(layout(weights, torch.tensor(1000)), tmp_path / "t.pth")
+    assert same(torch, tmp_path / "t.pth", weights).level == level
+
+
+def test_two_sets_of_weights_that_nothing_tells_apart(torch, tmp_path):
+    weights = {name: torch.ones(2) for name in "abcd"}
+    torch.save({"student": weights, "critic": dict(weights)}, tmp_path / "t.pth")
+    with pytest.raises(CheckpointError, match="several sets of tensors: student, critic"):
+        open_source(tmp_path / "t.pth")
+
+
+@pytest.mark.parametrize("where", ["data/0", "data/1", "data.pkl", "byteorder"])
+def test_a_changed_bit_of_an_entry_is_found_when_it_is_read(torch, tmp_path, where):
+    """By tensors that are a whole entry, that share one, and by rows of a table."""
+    shared = torch.arange(64.0)
+    path = tmp_path / "t.pth"
+    torch.save({"whole": torch.ones(8, 4), "part": shared[5:20], "turned": shared[:6]}, path)
+    read_all(path)
+    with zipfile.ZipFile(path) as z:
+        info = next(i for i in z.infolist() if i.filename.endswith(f"/{where}"))
+    data = bytearray(path.read_bytes())
+    name, extra = data[info.header_offset + 26], data[info.header_offset + 28]
+    extra += 256 * data[info.header_offset + 29]
+    data[info.header_offset + 30 + name + extra + info.file_size - 1] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"checksum of its entry '.*{where}'"):
+        read_all(path)
+    if where == "data/0":
+        tensor = open_source(path).tensors["whole"]
+        with pytest.raises(CheckpointError, match="checksum"):
+            tensor.rows(1, 2).read()
+
+
+def test_files_saved_without_checksums(torch, tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(8)}, tmp_path / "t.pth")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    same(torch, tmp_path / "t.pth", {"a": torch.ones(8)})
+
+
+def test_shards_of_torch(torch, tmp_path):
+    weights = {name: torch.full((2,), float(i)) for i, name in enumerate("abcd")}
+    names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    torch.save({k: weights[k] for k in "ab"}, tmp_path / names[0])
+    torch.save({k: weights[k] for k in "cd"}, tmp_path / names[1])
+    same(torch, tmp_path, weights)
+    table = {k: names[k in "cd"] for k in weights}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": table}))
+    same(torch, tmp_path, weights)
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ([".metadata", "__0_0.distcp"], "torch.distributed.*\n.*\n.*format_utils dcp_to_torch"),
+        (["__0_0.distcp"], "torch.distributed"),
+        (["zero_to_fp32.py", "latest"], "DeepSpeed.*\n.*\n.*zero_to_fp32.py"),
+        (["global_step5/mp_rank_00_model_states.pt"], "DeepSpeed"),
+    ],
+)
+def test_what_trainers_spread_over_files_is_named(tmp_path, files, message):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match=message):
+        open_source(tmp_path)
+
+
 # Hostile files
 # --------------------------------------------------------------------------------------------------
 
@@ -254,6 +375,8 @@ def test_pickles_that_would_take_for_ever(tmp_path, write_pickle):
         b"\x80\x02}(" + doubled[2:] + b"K\x01u.",  # as the key of a dict
         b"\x80\x02}q\x00h\x00X\x01\x00\x00\x00ah\x00s.",  # a dict that holds itself
         b"\x80\x02" + b"(" * 10000 + b".",
+        b"\x80\x02cx\n" + b"y" * 2**20 + b"\n(h\x00" + b"\x93" * 99 + b".",
+        b"\x80\x02\x8b\x00\x00\x10\x00" + b"\x7f" * 2**20 + b"\x85.",  # a number of a megabyte
         b"\x80\x02r\xff\xff\xff\xff.",  # a memo index of four thousand million
         b"\x80\x02X\xff\xff\xff\x7fa.",  # a string that says it has two gigabytes
         b"",
@@ -263,6 +386,12 @@ def test_pickles_that_would_take_for_ever(tmp_path, write_pickle):
     ):
         with pytest.raises(CheckpointError):
             open_source(write_pickle(tmp_path / "t.pth", data))
+
+
+def test_pickles_of_more_steps_than_any_model_has(tmp_path, write_pickle, monkeypatch):
+    monkeypatch.setattr(torch_pickle, "OPCODES", 1000)
+    with pytest.raises(CheckpointError, match="more than 1000 steps"):
+        open_source(write_pickle(tmp_path / "t.pth", b"\x80\x02" + b"N0" * 600 + b"."))
 
 
 def test_archives(tmp_path, write_pickle, torch_pickle_bytes):
