@@ -9,7 +9,7 @@ import typing
 from typing import Any
 
 from tdjax.errors import UsageError
-from tdjax.parsing import mismatch, shown
+from tdjax.parsing import mismatch, told
 from tdjax.precision import Policy
 from tdjax.values import settle
 
@@ -286,7 +286,7 @@ def from_dict(cls, values: dict[str, Any]):
     """The inverse of `to_dict`, with defaults for fields that are not there. Raises ValueError with
     the name of a field that is unknown, of another type, or not allowed."""
     if not isinstance(values, dict):
-        raise ValueError(f"{cls.__name__} is {shown(values)}, not a table")
+        raise ValueError(f"{cls.__name__} is {told(values)}, not a table")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - set(fields))
     if unknown:

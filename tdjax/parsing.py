@@ -16,6 +16,8 @@ from typing import Any, NotRequired
 
 import numpy as np
 
+from tdjax.values import shown
+
 NPY = b"\x93NUMPY"
 HEADER = 10_000  # bytes in the header of a .npy file, as numpy itself allows
 EXPANDED = 2**30  # bytes that the arrays of a small .npz may take
@@ -71,20 +73,20 @@ def mismatch(value: Any, expected: Any, where: str = "it") -> str | None:
         return _fields_mismatch(value, expected, where)
     if origin is dict:
         if not isinstance(value, dict):
-            return f"{where} is {shown(value)}, not a table"
+            return f"{where} is {told(value)}, not a table"
         pairs = ((mismatch(v, inside[1], f"{where}[{shown(k)}]"), k) for k, v in value.items())
         return next((found for found, _ in pairs if found), None)
     if origin in (list, tuple):
         return _items_mismatch(value, origin, inside, where)
     if not _is(value, expected):
         name = "null" if expected is type(None) else expected.__name__
-        return f"{where} is {shown(value)}, not {name}"
+        return f"{where} is {told(value)}, not {name}"
     return None
 
 
 def _fields_mismatch(value, expected, where: str) -> str | None:
     if not isinstance(value, dict):
-        return f"{where} is {shown(value)}, not a table"
+        return f"{where} is {told(value)}, not a table"
     hints = typing.get_type_hints(expected, include_extras=True)
     optional = {name for name, hint in hints.items() if typing.get_origin(hint) is NotRequired}
     hints = typing.get_type_hints(expected)
@@ -97,7 +99,7 @@ def _fields_mismatch(value, expected, where: str) -> str | None:
 
 def _items_mismatch(value, origin, inside, where: str) -> str | None:
     if not isinstance(value, list | tuple):
-        return f"{where} is {shown(value)}, not a list"
+        return f"{where} is {told(value)}, not a list"
     if origin is list or inside[-1] is Ellipsis:
         expected = [inside[0]] * len(value)
     else:
@@ -122,14 +124,11 @@ def _is(value, expected) -> bool:
     return type(value) is expected
 
 
-def shown(value) -> str:
-    """A value for a message, cut where it is long."""
+def told(value: Any) -> str:
+    """A JSON value for a message: what it is, not what is in it."""
     if isinstance(value, dict | list | tuple):
         return "a table" if isinstance(value, dict) else f"a list of {len(value)}"
-    if type(value) is int and abs(value) >= 2**63:
-        return "a number of more than 64 bits"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shown(value)
 
 
 # Arrays

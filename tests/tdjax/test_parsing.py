@@ -70,7 +70,7 @@ def test_values_that_fit(changes):
         ({"count": "3"}, "count is '3', not int"),
         ({"count": True}, "count is True, not int"),
         ({"count": 2.0}, "count is 2.0, not int"),
-        ({"count": 10**30}, "count is a number of more than 64 bits, not int"),
+        ({"count": 10**30}, "count is a number of 100 bits, not int"),
         ({"size": [1]}, "size has 1 items, not 2"),
         ({"size": [1, 2]}, r"size\[1\] is 2, not str"),
         ({"size": {"a": 1}}, "size is a table, not a list"),

@@ -8,7 +8,6 @@ ModelTC/LightX2V tools/convert (a scale for each output channel).
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 
 from tdjax.checkpoints.published.tensor import is_float
 from tdjax.errors import CheckpointError
+from tdjax.parsing import json_object
 
 TILE = 128  # side of the tiles of the official -quant files
 MARK = "scaled_fp8"  # ComfyUI's earlier layout: its dtype is that of the weights
@@ -255,14 +255,11 @@ def _about(found: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
 
 def _json(text: str | bytes, where: str, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
-        if not isinstance(found, dict):
-            raise ValueError("it is not a table of names and values")
-    except (ValueError, RecursionError) as error:
+        return json_object(text)
+    except ValueError as error:
         raise CheckpointError(
             f"{name}: {where} is damaged", str(error)[:200], "download the file again"
         ) from error
-    return found
 
 
 def _refuse_format(module: str, found: Mapping[str, Any], about: dict, name: str) -> None:
