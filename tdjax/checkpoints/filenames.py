@@ -95,6 +95,13 @@ def looks_distilled(path: PurePath) -> bool:
     return not (path.name.startswith(GENERIC) and WAN.search(text) and not FEW_STEP.search(text))
 
 
+def telling(path: PurePath) -> list[str]:
+    """Returns the names that may say what a file is: its own, its folder's, and that of the hub
+    repository whose cache it lies in."""
+    repositories = [part for part in path.parts[-6:-1] if part.startswith("models--")]
+    return [path.name, path.parent.name, *repositories]
+
+
 def expert(name: str) -> str | None:
     """ "high" or "low" by a file's own name, else by its folder's (diffusers calls the folder of
     the low-noise expert transformer_2)."""

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from tdjax.checkpoints import orbax
+from tdjax.checkpoints.filenames import telling
 from tdjax.checkpoints.published import checkpoint as published
 from tdjax.config import Config, DiTConfig
 from tdjax.errors import CheckpointError, UsageError
@@ -47,11 +48,13 @@ class Component(abc.ABC):
     coming: the load that a thread was asked for.
     lora:   the (file, weight) pairs that are merged into it.
     linear: kind of linear layers in its file, for a transformer.
+    gates:  whether its file has gates of FastVideo's sparse attention.
     notes:  lines for the user about what is in its file and not used.
     """
 
     lora: tuple[tuple[str, float], ...] = ()
     notes: tuple[str, ...] = ()
+    gates: bool = False
 
     def __init__(self, path: Path, kind: str, stored: Config):
         self.path = path
@@ -62,6 +65,11 @@ class Component(abc.ABC):
         self.mesh: jax.sharding.Mesh | None = None
         self.module: Any = None
         self.coming: Future | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The names that may say what the weights are, those that say most first."""
+        return telling(self.path)
 
     # -- what each kind of source does in its own way ----------------------------------------------
 
@@ -212,6 +220,12 @@ class StoredComponent(Component):
         """Returns the folder's name, and the source that our manifest recorded."""
         return {"name": self.path.name, "source": orbax.inspect(self.path).get("source")}
 
+    @property
+    def names(self) -> list[str]:
+        """Also the name of the file that it was converted from."""
+        source = orbax.inspect(self.path).get("source") or {}
+        return [str(source.get("name", "")), *telling(self.path)]
+
     def _names(self) -> dict[str, Any]:
         return orbax.named_leaves(orbax.abstract(self.kind, self.config))
 
@@ -235,6 +249,7 @@ class PublishedComponent(Component):
         self.lora = tuple((str(file), weight) for file, weight in lora)
         self.file = published.open_checkpoint(path, lora=self.lora, low_noise=low_noise)
         self.notes = tuple(self.file.notes)
+        self.gates = self.file.gates > 0
         super().__init__(path, self.file.kind, self.file.config)
         self.linear = self.file.linear
 

@@ -11,7 +11,9 @@ import jax
 
 from pallas_kernels import mosaic
 from tdjax.checkpoints import demo
+from tdjax.checkpoints.filenames import telling
 from tdjax.checkpoints.locate import Located, cache_folder, locate
+from tdjax.checkpoints.recipes import of_names, recognise
 from tdjax.config import DiTConfig
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.pipeline.components import Component, PlannedComponent, open_component
@@ -172,10 +174,30 @@ def open_pipeline(
         for line in located.warnings:
             stages.note(line)
         components = open_components(located, options, stages.note)
+        located = _with_recipe(located, components, stages.note)
     cache = None
     if options.prompt_cache:
         cache = PromptCache((Path(cache_dir) if cache_dir else cache_folder()) / FOLDER)
     return Pipeline(located, components, options, stages=stages, prompt_cache=cache)
+
+
+def _with_recipe(
+    located: Located, components: dict[str, Component], note: Callable[[str], None]
+) -> Located:
+    """The model with the sampler that its weights were made for, where neither a preset nor its own
+    folder says it; LoRA files that make undistilled weights need few steps say it of both."""
+    dits = [components[name] for name in ("dit", "dit_low") if name in components]
+    lora = [name for dit in dits for file, _ in dit.lora for name in telling(Path(file))]
+    if located.preset in PRESETS or located.facts:
+        found = None if located.distilled else of_names(lora, dits[0].config.task)
+    else:
+        names = [name for dit in dits for name in dit.names]
+        found = recognise(names, dits[0].stored, gates=dits[0].gates, lora=lora)
+    if found is None:
+        return located
+    note(found.line())
+    facts = {**located.facts, "sampler": dataclasses.asdict(found.sampler)}
+    return dataclasses.replace(located, distilled=found.distilled, facts=facts)
 
 
 def plan_pipeline(name: str, options: PipelineOptions, *, stages: Stages | None = None) -> Pipeline:

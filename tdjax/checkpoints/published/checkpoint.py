@@ -103,6 +103,7 @@ class Checkpoint:
         self.linear = linear
         self.sha256: Callable[..., str] = source.sha256
         self.bindings: dict[Config, Binding] = {}
+        self.binding(self.config)
         self.notes = [*(notes or []), *self._notes()]
 
     @property
@@ -113,13 +114,17 @@ class Checkpoint:
     def __repr__(self) -> str:
         return f"<{self.name}: {describe(self.kind, self.config)}, {len(self.tensors)} tensors>"
 
+    @property
+    def gates(self) -> int:
+        """How many tensors are gates of FastVideo's sparse attention."""
+        return sum(f".{wan_dit.GATE}." in key for key in self.tensors)
+
     def _notes(self) -> list[str]:
         """What is left out, where that may surprise."""
-        gates = [k for k in self.binding(self.config).dropped if f".{wan_dit.GATE}." in k]
         lines = []
-        if gates:
+        if self.gates:
             lines.append(
-                f"{self.name}: {len(gates)} gates of video sparse attention ({wan_dit.GATE}) are"
+                f"{self.name}: {self.gates} gates of video sparse attention ({wan_dit.GATE}) are"
                 " left out: attention is dense here"
             )
         if self.source.marks:

@@ -1,17 +1,21 @@
 """Arguments of `load`: refused before anything is read, and what they make of a model."""
 
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
-from random_model import SMALL
+import random_model
+from random_model import SMALL, dit_folder
 
 import tdjax
+from convert.export import export
+from convert.leaves import open_leaves
 from tdjax.checkpoints import orbax
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.pipeline.load import plan_pipeline
 from tdjax.pipeline.options import PipelineOptions
-from tdjax.presets import PRESETS
+from tdjax.presets import PRESETS, TEACHER_SAMPLER
 
 
 def test_mesh_messages(model):
@@ -82,3 +86,29 @@ def test_load_refuses_what_it_does_not_know(model):
         tdjax.load(model, tokeniser_path="x")
     with pytest.raises(UsageError, match="8192"):
         tdjax.load(model).request("a", width=16000, height=16000)
+
+
+@pytest.mark.parametrize(
+    "name, kind, steps",
+    [
+        ("wan2.1_t2v_lightx2v_4step.safetensors", "LightX2V or Lightning", ("euler", 4, 1.0)),
+        ("FastWan2.1-T2V.safetensors", "FastWan", ("sde", 3, 1.0)),
+        ("mine.safetensors", "TurboDiffusion or rCM (by its keys)", ("sde", 4, 1.0)),
+    ],
+)
+def test_weights_bring_their_sampler(model, tmp_path, capsys, name, kind, steps):
+    file = export(open_leaves(model / "dit"), tmp_path / name)
+    paths = {"vae_path": model / "vae", "text_encoder_path": model / "text"}
+    pipe = tdjax.load(file, tokenizer_path=model / "tokenizer.json", **paths)
+    sampler = pipe.sampler
+    assert (sampler.sampler, sampler.num_steps, sampler.guidance_scale) == steps
+    assert kind in capsys.readouterr().err
+    assert pipe.request("a", num_steps=2, sampler="ode").sampler.num_steps == 2
+
+
+def test_weights_that_nothing_tells_are_undistilled(model, tmp_path, capsys):
+    folder = dit_folder(tmp_path / "mine", dataclasses.replace(random_model.DIT, attention="dense"))
+    paths = {"vae_path": model / "vae", "text_encoder_path": model / "text"}
+    pipe = tdjax.load(folder, tokenizer_path=model / "tokenizer.json", **paths)
+    assert pipe.sampler == TEACHER_SAMPLER
+    assert "undistilled (nothing in names" in capsys.readouterr().err
