@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tdjax import values
 from tdjax.errors import TdjaxError, UsageError
 from tdjax.files import near
 
@@ -30,6 +31,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, **arguments: Any):
         arguments.setdefault("formatter_class", _Help)
         super().__init__(prog=prog, allow_abbrev=False, **arguments)
+        self.register("type", int, values.parse_whole)
+        self.register("type", float, values.parse_real)
 
     def error(self, message: str) -> NoReturn:
         """Raises what argparse has found as a UsageError."""
@@ -43,27 +46,35 @@ class Parser(argparse.ArgumentParser):
     def _surplus(self, word: str) -> UsageError:
         if not word.startswith("-"):
             why = f"it follows no option, and is too much for: {self.format_usage().strip()[7:]}"
-            return UsageError(f"{word!r} is surplus", why, "a value with blanks needs quotes")
+            return UsageError(
+                f"{values.shown(word)} is surplus", why, "a value with blanks needs quotes"
+            )
         name = word.partition("=")[0]
         close = near(name.lstrip("-"), options(self))
         fix = f"did you mean --{close[0]}?" if close else "names are written in full"
-        return UsageError(f"unknown option {name}", self._see(), fix)
+        return UsageError(f"unknown option {name[: values.SHOWN]}", self._see(), fix)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        name = _name(action)
+        if not arg_string and action.default != "":
+            raise UsageError(f"{name} is empty", "it needs a value", self._meaning(name))
+        if action.type in (path, os.path.expanduser):
+            values.path(name, os.path.expanduser(arg_string))
         try:
             return super()._get_value(action, arg_string)
         except argparse.ArgumentError as error:
             wanted = "a whole number" if action.type is int else "a number"
-            name = _name(action)
             raise UsageError(
-                f"{name} is {arg_string!r}", f"{wanted} is needed", self._meaning(name)
+                f"{name} is {values.shown(arg_string)}",
+                f"{wanted} is needed, in digits 0 to 9",
+                self._meaning(name),
             ) from error
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             raise UsageError(
-                f"{_name(action)} is {str(value)!r}",
+                f"{_name(action)} is {values.shown(str(value))}",
                 f"allowed: {', '.join(choices)}",
                 f"nearest: {near(value, choices, cutoff=0.0)[0]}",
             )

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import hashlib
 import os
 import re
 import secrets
 import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from tdjax.errors import UsageError
 
 LONGEST = 200  # characters of a word that is compared with names
 FULL = 2**20  # bytes: less is free on a disk that a write has just filled
+_OWN = secrets.token_hex(4)  # tells this process from an earlier one with its number
 _PART = re.compile(r"\.tdjax-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}\.part")
 
 
@@ -73,6 +76,22 @@ def refuse_existing(
             "only a folder that tdjax wrote, with nothing else in it, is replaced",
             f"give another name, for example {path / 'NAME'}",
         )
+
+
+def refuse_unwritable(target: Path) -> None:
+    """Raises UsageError where nothing can be written under a name: tried in the nearest folder that
+    is there, before any work; nothing of it stays."""
+    target = Path(os.path.abspath(target))
+    folder = next((p for p in target.parents if os.path.lexists(p)), target)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".tdjax-", dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{target} cannot be written",
+            f"{folder}: {error.strerror or error}",
+            "give a path in a folder that can be written",
+        ) from error
 
 
 def refuse_inputs(target: Path, inputs: Iterable[Path]) -> None:
@@ -127,6 +146,51 @@ def written(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def claimed(targets: Iterable[Path]) -> Iterator[bool]:
+    """Whether these files are this process's to make: False where another one is making any of
+    them. They stay so until the block ends, or the process does."""
+    held: list[Path] = []
+    try:
+        yield all(_claim(target, held) for target in targets)
+    finally:
+        for mark in held:
+            mark.unlink(missing_ok=True)
+
+
+def _claim(target: Path, held: list[Path]) -> bool:
+    """Whether a hidden mark beside a target could be made, which is then among those held."""
+    target = Path(os.path.abspath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(target.name.encode(errors="surrogatepass")).hexdigest()[:16]
+    mark = target.with_name(f".tdjax-{name}.claim")
+    if mark in held:
+        return True
+    if mark.exists() and _abandoned(mark):
+        mark.unlink(missing_ok=True)
+    try:
+        descriptor = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    held.append(mark)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(f"{socket.gethostname()} {os.getpid()} {_OWN}")
+    return True
+
+
+def _abandoned(mark: Path) -> bool:
+    """Whether the process of this host that made a mark is gone."""
+    try:
+        host, pid, token = mark.read_text(encoding="utf-8").split()
+    except (OSError, ValueError):  # it is being written, or was removed
+        return False
+    if host != socket.gethostname() or not Path("/proc/self").exists():
+        return False  # nothing says here which processes are alive
+    if int(pid) == os.getpid():
+        return token != _OWN  # one of a process before, which had the same number
+    return not Path(f"/proc/{pid}").exists()
+
+
 def write_text(target: Path, text: str) -> None:
     """Writes or replaces a small file in one step."""
     with written(target, overwrite=True) as part:
@@ -154,6 +218,9 @@ def _remove_abandoned(folder: Path) -> None:
         here = match is not None and match["host"] == socket.gethostname()
         if here and not Path(f"/proc/{match['pid']}").exists() and not part.is_symlink():
             shutil.rmtree(part, ignore_errors=True)
+    for mark in folder.glob(".tdjax-*.claim"):
+        if _abandoned(mark):
+            mark.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

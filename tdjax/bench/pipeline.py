@@ -186,8 +186,8 @@ def clip(pipe: Pipeline, call: dict, seed: int, **more) -> Result:
     """Tokens of a prompt, as many as there may be, to uint8 frames on the host."""
     ones = np.ones((1, pipe.info.text_len), np.int32)
     plan = pipe.plan(pipe.request("bench", **call))
-    embeds = pipe.text_encoding.encode(Tokens(ones, ones), plan)
-    return pipe(prompt_embeds=embeds, seed=seed, **call, **more)
+    (row,) = pipe.text_encoding.encode(Tokens(ones, ones), plan)
+    return pipe(prompt_embeds=row[None], seed=seed, **call, **more)
 
 
 def clip_to_file(pipe: Pipeline, call: dict, seed: int, path: Path) -> None:

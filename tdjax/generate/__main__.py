@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tdjax import cli
 from tdjax.checkpoints.locate import PATHS
@@ -15,13 +16,14 @@ from tdjax.errors import CheckpointError, TdjaxError, UsageError
 from tdjax.files import near_files, refuse_existing
 from tdjax.generate import outputs
 from tdjax.generate.arguments import OFFICIAL_MODELS, build_parser, parse
-from tdjax.generate.jobs import Job, drawn_seed, read_jobs, standard_input
+from tdjax.generate.jobs import Job, drawn_seed, read_jobs, standard_input, with_seed
 from tdjax.media.resolution import choose_size
 from tdjax.presets import PRESETS
 from tdjax.progress import Stages
 from tdjax.text.characters import repaired
 from tdjax.text.language import understood
 
+GROUP = 64  # rows of a prompt file that are encoded together
 # Arguments of the library that the command calls otherwise.
 NAMES = {"image": "image_path", "attention": "attention_type", "impl": "attention_impl"}
 
@@ -172,14 +174,11 @@ def run(args) -> int:
     _check_model(args, pipe)
     if args.model == "demo" and not any(getattr(args, name) for name in PATHS):
         stages.note(f"the embedded demo model, {pipe.size}; --model gives another")
-    if args.seed < 0:
-        args.seed = drawn_seed()
-        stages.note(f"seed {args.seed}")
     jobs = read_jobs(args, pipe.default_prompt(drawn_seed()), stages.note)
     if args.prompt is None and jobs[0].prompt and not args.prompt_file and not args.serve:
         stages.note(
             f'no prompt was given, this one is drawn: --prompt "{jobs[0].prompt}" --seed'
-            f" {args.seed}"
+            f" {jobs[0].seed}"
         )
     if args.serve:
         return serve(args, pipe)
@@ -212,7 +211,8 @@ def run(args) -> int:
         except TdjaxError as error:
             error.args = (f"row {job.row}: {error}" if args.prompt_file else str(error),)
             raise
-    return _run_jobs(args, pipe, outputs.assign(args, pipe.name, jobs, stages.note))
+    asked = lambda job: _asked(args, pipe, job)
+    return _run_jobs(args, pipe, outputs.assign(args, pipe.name, jobs, stages.note, asked))
 
 
 PASSED = (
@@ -252,23 +252,34 @@ def _call_arguments(args, job: Job) -> dict:
     return {k: v for k, v in out.items() if v is not None}
 
 
-def _run_jobs(args, pipe, todo: list[tuple[Job, list[Path]]]) -> int:
-    """All prompts through the text encoder first, so that it is loaded once and gone before the
-    transformer comes."""
-    embeds = {}
-    if len(todo) > 1 and not args.prompt_embeds:
-        prompts = sorted({job.prompt for job, _ in todo})
-        embeds = dict(zip(prompts, pipe.embed(prompts), strict=True))
-    for job, paths in todo:
-        arguments = _call_arguments(args, job)
-        if job.prompt in embeds:
-            arguments["prompt_embeds"] = embeds[job.prompt][None]
-        _make(args, pipe, job, paths, arguments)
+def _facts(args, pipe, job: Job) -> dict[str, Any]:
+    """What the metadata of a job's videos says, but for their timings."""
+    return pipe.metadata(pipe.request(job.prompt, **_call_arguments(args, job)))
+
+
+def _asked(args, pipe, job: Job) -> dict[str, Any]:
+    """The same without a seed that was drawn, so that it does not tell whether a row is done."""
+    facts = _facts(args, pipe, job)
+    return {key: value for key, value in facts.items() if key != "seed" or not job.drawn}
+
+
+def _run_jobs(args, pipe, todo: list[outputs.Task]) -> int:
+    """Prompts go through the text encoder a group at a time, so that it is loaded once for them and
+    gone before the transformer comes; how many rows there are costs no memory."""
+    for begin in range(0, len(todo), GROUP):
+        group = todo[begin : begin + GROUP]
+        embeds = {}
+        if len(todo) > 1 and not args.prompt_embeds:
+            prompts = sorted({task.job.prompt for task in group})
+            embeds = dict(zip(prompts, pipe.embed(prompts), strict=True))
+        for task in group:
+            row = embeds.get(task.job.prompt)
+            _make(args, pipe, task, {} if row is None else {"prompt_embeds": row[None]})
     if args.profile and todo:
         import jax
 
         with jax.profiler.trace(args.profile):
-            pipe(todo[-1][0].prompt, **_call_arguments(args, todo[-1][0]))
+            pipe(todo[-1].job.prompt, **_call_arguments(args, todo[-1].job))
     return _report(args, pipe)
 
 
@@ -281,12 +292,18 @@ def text_encoder_device(args) -> str:
     return "stream" if args.text_encoder_device == "auto" and once else args.text_encoder_device
 
 
-def _make(args, pipe, job: Job, paths: list[Path], arguments: dict) -> None:
-    """One job from prompt to complete files."""
-    if pipe.info.language and job.prompt:
-        pipe.stages.note(understood(pipe.info.language, job.prompt))
-    with outputs.Files(args, pipe, job, paths, arguments) as files:
-        files.finish(pipe(job.prompt, **arguments, **files.listen))
+def _make(args, pipe, task: outputs.Task, embeds: dict[str, Any]) -> None:
+    """One job from prompt to complete files. embeds: {"prompt_embeds": those of its prompt}, or
+    nothing."""
+    job, arguments = task.job, _call_arguments(args, task.job)
+    with outputs.claimed(args, task, pipe.stages.note) as paths:
+        if paths is None:
+            return
+        if pipe.info.language and job.prompt:
+            pipe.stages.note(understood(pipe.info.language, job.prompt))
+        facts = _facts(args, pipe, job)
+        with outputs.Files(args, pipe.stages, paths, facts, overwrite=task.overwrite) as made:
+            made.finish(pipe(job.prompt, **(arguments | embeds), **made.listen))
 
 
 def _check_model(args, pipe) -> None:
@@ -396,9 +413,6 @@ def _serve_prompt(args, pipe, line: str, row: int, session: dict[Path, int]) -> 
     prompt = repaired(line)
     if prompt != line:
         pipe.stages.note("the line was not UTF-8: U+FFFD stands for what was not")
-    if args.seed < 0:
-        args.seed = drawn_seed()
-        pipe.stages.note(f"seed {args.seed}")
     job = Job(
         prompt=prompt,
         seed=args.seed,
@@ -406,9 +420,11 @@ def _serve_prompt(args, pipe, line: str, row: int, session: dict[Path, int]) -> 
         num_frames=args.num_frames,
         row=row,
     )
+    job = with_seed(job, pipe.stages.note)
     pipe.request(prompt, **_call_arguments(args, job))
-    ((_, paths),) = outputs.assign(args, pipe.name, [job], pipe.stages.note, session)
-    _make(args, pipe, job, paths, _call_arguments(args, job))
+    asked = lambda job: _asked(args, pipe, job)
+    (task,) = outputs.assign(args, pipe.name, [job], pipe.stages.note, asked, session)
+    _make(args, pipe, task, {})
 
 
 def _setting(words: list[str], line: str) -> list[str]:

@@ -38,11 +38,12 @@ _SEPARATORS = re.compile("[\v\f\x1c-\x1e\x85\u2028\u2029]+")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """One video request. out is a path as it stands, not a template; None where the command says
-    where videos go."""
+    """One video request. drawn: whether nobody asked for this seed. out is a path as it stands, not
+    a template; None where the command says where videos go."""
 
     prompt: str | None
     seed: int
+    drawn: bool = False
     image: str | None = None
     num_frames: int | None = None
     out: str | None = None
@@ -64,7 +65,7 @@ def read_jobs(
         own = dataclasses.replace(own, prompt=standard_input().read().strip())
     if own.prompt is None and not args.prompt_embeds and default_prompt:
         own = dataclasses.replace(own, prompt=default_prompt)
-    return [_with_clean_prompt(own, note, "the prompt")]
+    return [_with_clean_prompt(with_seed(own, note), note, "the prompt")]
 
 
 def standard_input():
@@ -74,6 +75,15 @@ def standard_input():
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     return sys.stdin
+
+
+def with_seed(job: Job, note: Callable[[str], None], where: str = "") -> Job:
+    """The job with a seed drawn where it asks for none, by a negative one."""
+    if job.seed >= 0:
+        return job
+    seed = drawn_seed()
+    note(f"{where}seed {seed}")
+    return dataclasses.replace(job, seed=seed, drawn=True)
 
 
 def drawn_seed() -> int:
@@ -202,10 +212,7 @@ def _job(name: str, number: int, row: Any, own: Job, note: Callable[[str], None]
         if column in given:
             place = os.path.expanduser(given[column])
             given[column] = str(checked_path(f"{name}, row {number}: {column}", place))
-    if given.get("seed", 0) < 0:
-        given["seed"] = drawn_seed()
-        note(f"row {number}: seed {given['seed']}")
-    job = dataclasses.replace(own, row=number, **given)
+    job = with_seed(dataclasses.replace(own, row=number, **given), note, f"row {number}: ")
     return _with_clean_prompt(job, note, f"row {number}")
 
 

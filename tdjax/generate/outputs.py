@@ -3,18 +3,23 @@ runs."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import re
 import string
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
+from typing import Any
 
+from tdjax import files
 from tdjax.errors import UsageError
 from tdjax.generate.jobs import Job
+from tdjax.generate.resume import finished, replaceable, shown
 from tdjax.media.video import Writer
 from tdjax.pipeline.result import check_save, sidecar, write_json
+from tdjax.progress import Stages
 
 DEFAULT = "output/{model}_{seed}_{index}.mp4"
 # prompt files: the row keeps equal prompts apart
@@ -109,6 +114,14 @@ def _going_on(args, name: str, job: Job, taken: Container[Path], session: bool) 
     return paths
 
 
+def _next(path: Path) -> Path:
+    """The next unused name after one that is taken: demo_0_0.mp4, demo_0_0-2.mp4."""
+    stem, _, number = path.stem.rpartition("-")
+    if stem and number.isascii() and number.isdecimal():
+        return _unused(path.with_stem(f"{stem}-{int(number) + 1}"))
+    return _unused(path.with_stem(f"{path.stem}-2"))
+
+
 def _there(path: Path) -> bool:
     return path.exists() or sidecar(path).exists()
 
@@ -121,16 +134,32 @@ def _unused(path: Path) -> Path:
     return candidate
 
 
-def assign(
-    args, name: str, jobs: list[Job], note, session: dict[Path, int] | None = None
-) -> list[tuple[Job, list[Path]]]:
-    """Jobs with their files. Rows of a prompt file that are there already are skipped; anything
-    else in the way is refused.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """A job with its files, one a sample, or the tiled one. overwrite: whether those that are there
+    may be replaced."""
 
+    job: Job
+    paths: list[Path]
+    overwrite: bool
+
+
+def assign(
+    args,
+    name: str,
+    jobs: list[Job],
+    note: Callable[[str], None],
+    facts: Callable[[Job], dict[str, Any]],
+    session: dict[Path, int] | None = None,
+) -> list[Task]:
+    """What is to be made. Rows of a prompt file whose videos are there are skipped, if these were
+    made in the same way; anything else in the way is refused.
+
+    facts:   gives what the metadata of a job's videos will be.
     session: {file: row} of the lines before in an interactive session, to which those of these jobs
              are added.
     """
-    todo: list[tuple[Job, list[Path]]] = []
+    todo: list[Task] = []
     taken = {} if session is None else session
     for job in jobs:
         paths = _going_on(args, name, job, taken, session is not None)
@@ -142,30 +171,66 @@ def assign(
                     "give each row its own out",
                 )
             taken[path] = job.row
-        if args.prompt_file and not args.overwrite and all(path.exists() for path in paths):
-            note(f"{', '.join(map(str, paths))} is there already: skipped")
-            continue
-        again = args.overwrite or bool(args.prompt_file)  # an interrupted row is made anew, whole
-        for path in paths:
-            check_save(
-                path, fps=args.fps, crf=args.crf, metadata=args.metadata == "on", overwrite=again
-            )
-        todo.append((job, paths))
+        overwrite = args.overwrite
+        if args.prompt_file and not overwrite and any(map(_there, paths)):
+            if finished(args, paths, facts(job), note):
+                continue
+            overwrite = replaceable(args, paths)  # an interrupted row is made anew, whole
+        _check(args, paths, overwrite)
+        todo.append(Task(job=job, paths=paths, overwrite=overwrite))
     return todo
+
+
+def _check(args, paths: list[Path], overwrite: bool) -> None:
+    metadata = args.metadata == "on"
+    for path in paths:
+        check_save(path, fps=args.fps, crf=args.crf, metadata=metadata, overwrite=overwrite)
+
+
+@contextlib.contextmanager
+def claimed(args, task: Task, note: Callable[[str], None]) -> Iterator[list[Path] | None]:
+    """The files of a task, which no other process makes while the block runs. A default name gives
+    way to other processes as it does to files; None for a row that another one makes or has made.
+    Raises UsageError for a name that was asked for and is taken."""
+    gives_way = not (args.overwrite or args.prompt_file) and template(args) == DEFAULT
+    paths = task.paths
+    with contextlib.ExitStack() as stack:
+        while True:
+            mine = stack.enter_context(files.claimed(paths))
+            free = mine and (task.overwrite or not any(map(_there, paths)))
+            if free or not gives_way:
+                break
+            stack.close()
+            paths = [_next(path) for path in paths]
+        if args.prompt_file and not free:
+            note(f"{shown(paths)} is made by another process: skipped")
+            yield None
+            return
+        if not mine:
+            raise UsageError(
+                f"{shown(paths)} is being made by another process",
+                "two videos of one name would be one",
+                "give another save_path",
+            )
+        _check(args, paths, task.overwrite)
+        yield paths
 
 
 class Files:
     """The files of one job, encoded in a thread while the frames are decoded. None of them is there
     before `finish`.
 
-    with Files(args, pipe, job, paths, arguments) as files:
-        files.finish(pipe(job.prompt, **arguments, **files.listen))
+    with Files(args, pipe.stages, paths, facts, overwrite=False) as made:
+        made.finish(pipe(prompt, **arguments, **made.listen))
+
+    facts: the metadata of all videos.
     """
 
-    def __init__(self, args, pipe, job: Job, paths: list[Path], arguments: dict):
-        self.args, self.stages, self.paths = args, pipe.stages, paths
-        self.options = {"crf": args.crf, "overwrite": args.overwrite or bool(args.prompt_file)}
-        self.facts = pipe.metadata(pipe.request(job.prompt, **arguments))
+    def __init__(
+        self, args, stages: Stages, paths: list[Path], facts: dict[str, Any], *, overwrite: bool
+    ):
+        self.args, self.stages, self.paths, self.facts = args, stages, paths, facts
+        self.options = {"crf": args.crf, "overwrite": overwrite}
         self.writers: dict[int, Writer] = {}
         # a grid and latents are made of what is there at the end only
         whole = args.grid or any(path.suffix == ".safetensors" for path in paths)
@@ -190,6 +255,8 @@ class Files:
     def finish(self, result) -> None:
         """Complete every file; each path on stdout once it is there."""
         metadata = self.args.metadata == "on"
+        facts = {**self.facts, "timings": result.timings}
+        result = dataclasses.replace(result, metadata=facts)
         if self.args.grid:
             result = _tiled(result)
         for index, path in enumerate(self.paths):

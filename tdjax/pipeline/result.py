@@ -17,7 +17,7 @@ import numpy as np
 import tdjax
 from tdjax.config import to_dict
 from tdjax.errors import UsageError
-from tdjax.files import refuse_existing, write_text, written
+from tdjax.files import refuse_existing, refuse_unwritable, write_text, written
 from tdjax.media import video
 
 if TYPE_CHECKING:  # files are named and refused before jax is there
@@ -137,16 +137,7 @@ def check_save(path: Path, *, fps: float, crf: int, metadata: bool, overwrite: b
             "the video's metadata goes there",
             "give another name, `overwrite`, or `metadata` off",
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"cannot write into {path.parent}",
-            error.strerror or str(error),
-            "give another save_path",
-        ) from error
+    refuse_unwritable(path)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

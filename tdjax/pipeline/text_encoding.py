@@ -3,6 +3,7 @@ whole or layer by layer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from tdjax.text.sentencepiece import Spiece, build
 from tdjax.text.tokenizer import Tokenizer, Tokens
 
 STAGE = "text"
+TOGETHER = (
+    64  # prompts that pass a streamed layer together: 270 MB of them on the device (umT5-xxl)
+)
 BLOCKS = "blocks."  # how names of the encoder's stacked leaves begin
 
 
@@ -77,44 +81,48 @@ class TextEncoding(Stage):
 
     def embed(self, prompts: list[str], plan: ExecutionPlan) -> np.ndarray:
         """Returns embeddings [b s d]. The encoder runs for the prompts that the cache does not
-        know, all at once, and not at all if it knows them all."""
+        know, and not at all if it knows them all. No row is held twice: there may be many."""
         if self.tokenizer is None:
             raise _absent()
         cfg, tokens = self.encoder.config, self.tokenizer.encode(prompts)
-        rows: list[Any] = [None] * len(prompts)
+        dtype = np.dtype(cfg.policy.compute_dtype)
+        embeds = np.zeros((len(prompts), cfg.text_len, cfg.dim), dtype)
         keys: list[str] = []
+        missing = list(range(len(prompts)))
         if self.cache is not None:
             with self.stages("prompt cache"):
                 facts = self.facts()
                 each = zip(tokens.ids, tokens.mask, strict=True)
                 keys = [entry_key(ids, mask, facts) for ids, mask in each]
-                dtype = np.dtype(cfg.policy.compute_dtype)
-                rows = [self.cache.get(key, (cfg.text_len, cfg.dim), dtype) for key in keys]
-        missing = [i for i, row in enumerate(rows) if row is None]
-        if missing:
-            encoded = self.encode(Tokens(tokens.ids[missing], tokens.mask[missing]), plan)
-            for i, row in zip(missing, encoded, strict=True):
-                rows[i] = row
-                if self.cache is not None:
-                    note = self.cache.put(keys[i], row, int(tokens.mask[i].sum()), prompts[i])
-                    if note:
-                        self.stages.note(note)
-        return np.stack(rows)
+                missing = [i for i, key in enumerate(keys) if not self.cache.read(key, embeds[i])]
+        if not missing:
+            return embeds
+        encoded = self.encode(Tokens(tokens.ids[missing], tokens.mask[missing]), plan)
+        for i, row in zip(missing, encoded, strict=True):
+            embeds[i] = row
+            if self.cache is not None:
+                note = self.cache.put(keys[i], row, int(tokens.mask[i].sum()), prompts[i])
+                if note:
+                    self.stages.note(note)
+        return embeds
 
-    def encode(self, tokens: Tokens, plan: ExecutionPlan) -> np.ndarray:
-        """Returns embeddings [b s d] of tokens [b s], on the host; the encoder is freed where
-        weights do not stay."""
+    def encode(self, tokens: Tokens, plan: ExecutionPlan) -> Iterator[np.ndarray]:
+        """Yields the embedding [s d] of each row of tokens [b s], on the host; the encoder is freed
+        at the end where weights do not stay."""
         with memory.naming("text", plan, STAGE):
             if self.encoder.module is None and plan.stream_text:
                 self.compiled(self._layer_programs(), plan, STAGE)
-                with self.timed("text, layer by layer", plan, STAGE):
-                    return self.streamed(tokens)
+                for begin in range(0, len(tokens.ids), TOGETHER):
+                    rows = slice(begin, begin + TOGETHER)
+                    with self.timed("text, layer by layer", plan, STAGE):
+                        embeds = self.streamed(Tokens(tokens.ids[rows], tokens.mask[rows]))
+                    yield from embeds
+                return
             _, encoder = self.ready(self._program(), self.encoder, plan, STAGE)
             with self.timed("text", plan, STAGE):
-                embeds = self.whole(encoder, tokens)
+                yield from self.whole(encoder, tokens)
             if not plan.keep_resident:
                 self.encoder.free()
-            return embeds
 
     def facts(self) -> dict[str, Any]:
         """Returns everything beside the tokens that an embedding's bits depend on."""
@@ -129,12 +137,11 @@ class TextEncoding(Stage):
 
     # -- the whole encoder on the device -----------------------------------------------------------
 
-    def whole(self, encoder, tokens: Tokens) -> np.ndarray:
-        """Returns embeddings [b s d] of tokens [b s] on the host, one prompt at a time."""
+    def whole(self, encoder, tokens: Tokens) -> Iterator[np.ndarray]:
+        """Yields the embedding [s d] of each row of tokens [b s] on the host."""
         run, place = self._program()[0].wait(), self.compiler.place
-        each = zip(tokens.ids[:, None], tokens.mask[:, None], strict=True)
-        rows = [run(encoder, *place(row)) for row in each]
-        return np.concatenate([np.asarray(row) for row in rows])
+        for row in zip(tokens.ids[:, None], tokens.mask[:, None], strict=True):
+            yield np.asarray(run(encoder, *place(row)))[0]
 
     def _program(self) -> list[Program]:
         row = self.compiler.shape((1, self.encoder.config.text_len), jnp.int32)
@@ -144,9 +151,9 @@ class TextEncoding(Stage):
     # -- a layer at a time -------------------------------------------------------------------------
 
     def streamed(self, tokens: Tokens) -> np.ndarray:
-        """The same, with one layer of the encoder on the device and the next on its way; all
-        prompts pass each layer together, one after another. Of the embedding table only the rows of
-        the prompts are read."""
+        """Returns embeddings [b s d] of tokens [b s], with one layer of the encoder on the device
+        and the next on its way; all prompts pass each layer together, one after another. Of the
+        embedding table only the rows of the prompts are read."""
         layer, end = (program.wait() for program in self._layer_programs())
         cfg, place = self.encoder.config, self.compiler.place
         module = self.encoder.abstract()

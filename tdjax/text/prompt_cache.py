@@ -50,23 +50,20 @@ class PromptCache:
     def path(self, key: str) -> Path:
         return self.folder / f"{key}{SUFFIX}"
 
-    def get(self, key: str, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray | None:
-        """[s d] with the zeros behind the prompt put back, or None."""
+    def read(self, key: str, into: np.ndarray) -> bool:
+        """Whether the entry is there; its rows are written into an array [s d] of zeros."""
         path = self.path(key)
         try:
             rows = stored_tensor(path, "rows")
         except (OSError, ValueError):
-            return None
-        if (
-            rows.ndim != 2
-            or len(rows) > shape[0]
-            or rows.shape[1] != shape[1]
-            or rows.dtype != dtype
-        ):
-            return None
+            return False
+        fits = rows.ndim == 2 and len(rows) <= len(into) and rows.shape[1] == into.shape[1]
+        if not fits or rows.dtype != into.dtype:
+            return False
         with contextlib.suppress(OSError):
             os.utime(path)
-        return np.concatenate([rows, np.zeros((shape[0] - len(rows), shape[1]), dtype)])
+        into[: len(rows)] = rows
+        return True
 
     def put(self, key: str, embeds: np.ndarray, tokens: int, prompt: str) -> str | None:
         """Keep the first `tokens` rows of [s d]; a line for the user where that is not possible,

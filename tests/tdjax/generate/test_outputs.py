@@ -1,15 +1,38 @@
 """Names of the videos of a command: templates, names given by rows, names that are taken."""
 
+import contextlib
 import datetime
+import json
+import os
+import socket
 
 import pytest
 
+from tdjax import files
 from tdjax.errors import UsageError
 from tdjax.generate.arguments import parse
 from tdjax.generate.jobs import Job
-from tdjax.generate.outputs import assign, check_template, targets
+from tdjax.generate.outputs import Task, assign, check_template, claimed, targets
+from tdjax.pipeline.result import sidecar
 
 TODAY = datetime.date.today()
+FACTS = {"tdjax": "1", "transformer": {}, "prompts": ["a"], "seed": 0, "size": {"frames": 5}}
+
+
+def assigned(args, jobs, session=None, notes=None):
+    note = (lambda text: None) if notes is None else notes.append
+    return assign(args, "demo", jobs, note, lambda job: FACTS, session)
+
+
+def made_before(path, **others):
+    path.write_bytes(b"video")
+    facts = {**FACTS, "fps": 16, "index": 0, "timings": {"denoise": 1.0}, **others}
+    sidecar(path).write_text(json.dumps(facts))
+
+
+def row(tmp_path, *options):
+    args = parse(["--prompt_file", "p.csv", "--num_samples", "2", *options])
+    return args, [Job(prompt="a", seed=0, out=str(tmp_path / "v.gif"))]
 
 
 def names(template, *options, job=None):
@@ -48,18 +71,18 @@ def test_the_name_of_a_row_is_not_a_template(out):
 def test_two_rows_of_one_name_are_refused(tmp_path):
     jobs = [Job(prompt=p, seed=0, out=str(tmp_path / "v.gif"), row=i) for i, p in enumerate("ab")]
     with pytest.raises(UsageError, match="two videos would be written"):
-        assign(parse(["--prompt_file", "p.csv"]), "demo", jobs, print)
+        assigned(parse(["--prompt_file", "p.csv"]), jobs)
 
 
 def test_the_index_goes_on_where_rows_would_meet(tmp_path):
     args = parse(["--prompt_file", "p.txt", "-o", f"{tmp_path}/x_{{index}}.gif", "--num_samples=2"])
     jobs = [Job(prompt=prompt, seed=0, row=row) for row, prompt in enumerate("abc", 1)]
-    made = [[path.name for path in paths] for _, paths in assign(args, "demo", jobs, print)]
+    made = [[path.name for path in task.paths] for task in assigned(args, jobs)]
     assert made == [["x_0.gif", "x_1.gif"], ["x_2.gif", "x_3.gif"], ["x_4.gif", "x_5.gif"]]
     for name in ("x_0.gif", "x_1.gif", "x_2.gif"):  # the second row was interrupted
-        (tmp_path / name).touch()
-    again = assign(args, "demo", jobs, lambda text: None)
-    assert [[path.name for path in paths] for _, paths in again] == made[1:]
+        made_before(tmp_path / name)
+    again = assigned(args, jobs)
+    assert [[path.name for path in task.paths] for task in again] == made[1:]
 
 
 @pytest.mark.parametrize("template", [None, "out/x_{index}.gif", "x_{seed}_{index:02d}.gif"])
@@ -70,7 +93,7 @@ def test_in_a_session_the_index_goes_on(tmp_path, monkeypatch, template):
     made = []
     for row in (1, 2, 3):
         job = Job(prompt="a", seed=0, row=row)
-        ((_, (path,)),) = assign(args, "demo", [job], print, session)
+        (path,) = assigned(args, [job], session)[0].paths
         path.parent.mkdir(exist_ok=True)
         path.touch()
         made.append(path)
@@ -79,7 +102,7 @@ def test_in_a_session_the_index_goes_on(tmp_path, monkeypatch, template):
         text.format(model="demo", seed=0, index=index) for index, text in enumerate(expected)
     ]
     job = Job(prompt="a", seed=0, row=1)  # another session, beside the files of the first
-    ((_, (path,)),) = assign(args, "demo", [job], print, {})
+    (path,) = assigned(args, [job], {})[0].paths
     assert str(path) == expected[0].format(model="demo", seed=0, index=3)
 
 
@@ -87,4 +110,101 @@ def test_a_name_that_the_file_system_cannot_have_is_found_before_anything_runs(t
     for length in (251, 256, 300):
         job = Job(prompt="a", seed=0, out=str(tmp_path / f"{'n' * (length - 4)}.gif"))
         with pytest.raises(OSError, match="too long"):
-            assign(parse([]), "demo", [job], print)
+            assigned(parse([]), [job])
+
+
+def test_a_row_is_done_where_its_videos_were_made_so(tmp_path):
+    args, jobs = row(tmp_path)
+    for name in ("v_0.gif", "v_1.gif"):
+        made_before(tmp_path / name)
+    assert not assigned(args, jobs)
+
+
+OTHERS = [{"prompts": ["b"]}, {"seed": 1}, {"size": {"frames": 9}}, {"fps": 24}]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: next(iter(other)))
+def test_a_row_of_other_videos_is_made_anew(tmp_path, other):
+    args, jobs = row(tmp_path)
+    made_before(tmp_path / "v_0.gif")
+    made_before(tmp_path / "v_1.gif", **other)
+    notes = []
+    (task,) = assigned(args, jobs, notes=notes)
+    assert task.overwrite and len(notes) == 1
+    assert next(iter(other)).rstrip("s") in notes[0] and "made anew" in notes[0]
+
+
+def test_other_software_is_no_other_video(tmp_path):
+    args, jobs = row(tmp_path)
+    for name in ("v_0.gif", "v_1.gif"):
+        made_before(tmp_path / name, tdjax="0", versions={"jax": "0"}, device="another")
+    assert not assigned(args, jobs)
+
+
+def test_empty_files_are_not_done_and_foreign_ones_stay(tmp_path):
+    args, jobs = row(tmp_path)
+    for name in ("v_0.gif", "v_1.gif"):
+        (tmp_path / name).touch()
+    assert assigned(args, jobs)[0].overwrite
+    (tmp_path / "v_0.gif").write_bytes(b"somebody's")
+    with pytest.raises(UsageError, match="v_0.gif exists"):
+        assigned(args, jobs)
+    (tmp_path / "v_1.gif").write_bytes(b"somebody's")
+    notes = []
+    assert not assigned(args, jobs, notes=notes) and "nothing says how" in notes[0]
+    without, _ = row(tmp_path, "--metadata", "off")
+    assert not assigned(without, jobs, notes=notes) and "skipped" in notes[1]
+
+
+@contextlib.contextmanager
+def other_process(path, monkeypatch):
+    """Another process, which lives, makes a file."""
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "getpid", os.getppid)
+        with files.claimed([path]) as mine:
+            assert mine
+            patch.undo()
+            yield
+
+
+def test_a_default_name_gives_way_to_another_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = Job(prompt="a", seed=0)
+    (task,) = assigned(parse([]), [job])
+    with other_process(task.paths[0], monkeypatch):
+        with claimed(parse([]), task, print) as paths:
+            assert [path.name for path in paths] == ["demo_0_0-2.mp4"]
+        assert not list(tmp_path.rglob("*.mp4"))
+    task.paths[0].touch()  # the other one is done
+    with claimed(parse([]), task, print) as paths:
+        assert [path.name for path in paths] == ["demo_0_0-2.mp4"]
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["demo_0_0.mp4"]
+
+
+def test_a_name_that_was_asked_for_is_refused_and_a_row_skipped(tmp_path, monkeypatch):
+    path, job = tmp_path / "v.gif", Job(prompt="a", seed=0, out=str(tmp_path / "v.gif"))
+    task = Task(job=job, paths=[path], overwrite=False)
+    notes = []
+    with other_process(path, monkeypatch):
+        with (
+            pytest.raises(UsageError, match="made by another process"),
+            claimed(parse(["-o", str(path)]), task, print),
+        ):
+            pass
+        with claimed(parse(["--prompt_file", "p.csv"]), task, notes.append) as paths:
+            assert paths is None and "skipped" in notes[0]
+    with claimed(parse(["-o", str(path)]), task, print) as paths:
+        assert paths == [path]
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_mark_of_a_process_that_is_gone_counts_for_nothing(tmp_path):
+    with files.claimed([tmp_path / "v.gif"]) as mine:
+        (mark,) = tmp_path.iterdir()
+        assert mine
+        with files.claimed([tmp_path / "v.gif"]) as again:  # by another thread
+            assert not again
+    mark.write_text(f"{socket.gethostname()} {2**22 + 1} 00000000")
+    with files.claimed([tmp_path / "v.gif"]) as mine:
+        assert mine
+    assert not list(tmp_path.iterdir())

@@ -71,7 +71,7 @@ def encoder(path, tokenizer, dtype="float32") -> TextEncoding:
 def test_streamed_is_whole(model, published, kind, dtype):
     text = encoder(model / "text" if kind == "ours" else published, model / "tokenizer.json", dtype)
     tokens = text.tokenizer.encode(PROMPTS)
-    whole = text.whole(text.component.load(), tokens)
+    whole = np.stack(list(text.whole(text.component.load(), tokens)))
     streamed = text.streamed(tokens)
     assert streamed.dtype == whole.dtype and streamed.shape == (2, 32, text.component.config.dim)
     assert np.array_equal(streamed.astype(np.float32), whole.astype(np.float32))
