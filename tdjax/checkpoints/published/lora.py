@@ -4,7 +4,7 @@ Tensors are matched by the leaf and layer that they fill, so prefixes and naming
 or kohya's) do not matter. What a file has for other networks (a text encoder, the other expert,
 an image branch that this base lacks) is left out and counted; only where nothing fits it is an
 error. LoRA: arXiv:2106.09685 section 4.1; rank-stabilised: arXiv:2312.03732; DoRA:
-arXiv:2402.09353 equation 5.
+arXiv:2402.09353 equation 5; LoKr and LoHa: arXiv:2309.14859 section 3 (KohakuBlueleaf/LyCORIS).
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from tdjax.parsing import json_object, mismatch
 
 Slot = tuple[str, int | None]
 
+# Parts of LyCORIS: each of w1 and w2 whole, or a product of two.
+KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 PARTS = (  # suffix of a LoRA key -> what it is
     (r"[._]lora(_A|_down|\.down|_linear_layer\.down)(\.default\w*)?(\.weight)?$", "down"),
     (r"[._]lora(_B|_up|\.up|_linear_layer\.up)(\.default\w*)?(\.weight)?$", "up"),
@@ -37,6 +40,7 @@ PARTS = (  # suffix of a LoRA key -> what it is
     (r"\.diff$", "weight"),
     (r"\.diff_b$", "bias"),
     (r"\.diff_m$", "modulation"),
+    *((rf"\.{part}$", part) for part in (*KRONECKER, *HADAMARD)),
 )
 OWN = ("weight", "bias", "modulation")  # parts that are whole differences
 PREFIX = re.compile(
@@ -74,7 +78,8 @@ class _Module:
 
     def base_kinds(self) -> list[str]:
         """Which tensors of the base it changes."""
-        low_rank = ["weight"] if "down" in self.parts else []
+        products = {"down", *KRONECKER, *HADAMARD}
+        low_rank = ["weight"] if products & self.parts.keys() else []
         bias = ["bias"] if "up_bias" in self.parts else []
         return low_rank + bias + [kind for kind in OWN if kind in self.parts]
 
@@ -183,7 +188,7 @@ def _nothing_fits(
             f"{name} is not a LoRA that is understood: {len(lines)} odd keys",
             f"first: {', '.join(lines[:3])}",
             "known keys end in lora_A/lora_B or lora_up/lora_down .weight, .alpha, .dora_scale,"
-            f" .diff, .diff_b, .diff_m\n{listed}",
+            f" .diff, .diff_b, .diff_m, .lokr_*, .hada_*\n{listed}",
         )
     if not low_noise and all(module.second for module in modules):
         return CheckpointError(
@@ -229,7 +234,10 @@ def _change(
     parts = module.parts
     if kind in parts:
         return functools.partial(_add_full, parts[kind], weight, f"{name}: {module.name}"), "full"
-    factors = _Factors(parts, settings, module.name, name)
+    made = _Factors
+    if "down" not in parts:
+        made = _Kronecker if parts.keys() & set(KRONECKER) else _Hadamard
+    factors = made(parts, settings, module.name, name)
     if kind == "bias":
         return functools.partial(factors.add_bias, weight), "full"
     factors.check(tuple(base.shape))
@@ -330,35 +338,59 @@ class _Factors:
     def where(self) -> str:
         return f"{self.name}: {self.module}"
 
-    def check(self, shape: tuple[int, ...]) -> None:
-        """Raises CheckpointError unless the factors fit a tensor of `shape`, the settings the
-        factors, and a magnitude the outputs or the inputs."""
-        if not {"up", "down"} <= self.parts.keys():
+    @property
+    def rank(self) -> int | None:
+        """What alpha is divided by; None where alpha has no say."""
+        return self.parts["down"].shape[0]
+
+    def product(self) -> np.ndarray:
+        """The change [out in], before it is scaled."""
+        up, down = self.values("up"), self.values("down")
+        return up.reshape(len(up), -1) @ down.reshape(len(down), -1)
+
+    def check_factors(self, shape: tuple[int, ...]) -> None:
+        """Raises CheckpointError unless all factors are there and fit a tensor of `shape`."""
+        self.check_complete({"up", "down"} <= self.parts.keys())
+        up, down = self.parts["up"].shape, self.parts["down"].shape
+        self.check_shapes(
+            len(up) >= 2
+            and len(down) >= 2
+            and up[0] == shape[0]
+            and up[1] == down[0] > 0
+            and math.prod(up[2:]) == 1
+            and math.prod(down[1:]) == math.prod(shape[1:]),
+            shape,
+        )
+
+    def check_complete(self, complete: bool) -> None:
+        """Raises CheckpointError for a change of which a part is missing."""
+        if not complete:
             raise CheckpointError(
                 f"{self.where} has only {', '.join(self.parts)}",
                 "a change is the product of two factors, and one of them is missing",
                 "download it again",
             )
-        up, down = self.parts["up"].shape, self.parts["down"].shape
-        inputs = math.prod(shape[1:])
-        if (
-            len(up) < 2
-            or len(down) < 2
-            or up[0] != shape[0]
-            or up[1] != down[0]
-            or not down[0]
-            or math.prod(up[2:]) != 1
-            or math.prod(down[1:]) != inputs
-        ):
+
+    def check_shapes(self, fit: bool, shape: tuple[int, ...]) -> None:
+        """Raises CheckpointError, naming the factors, unless they fit."""
+        if not fit:
+            known = ("up", "down", *KRONECKER, *HADAMARD)
+            factors = [str(list(x.shape)) for name, x in self.parts.items() if name in known]
             raise CheckpointError(
-                f"{self.where} has factors {list(up)} and {list(down)}",
+                f"{self.where} has factors {' and '.join(factors)}",
                 f"the tensor is {list(shape)}",
                 "it is a LoRA of another model size",
             )
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises CheckpointError unless the factors fit a tensor of `shape`, the settings the
+        factors, and a magnitude the outputs or the inputs."""
+        self.check_factors(shape)
+        inputs = math.prod(shape[1:])
         rank = _by_suffix(self.settings.ranks, self.module, self.settings.rank)
-        if rank is not None and rank != down[0]:
+        if rank is not None and self.rank is not None and rank != self.rank:
             raise CheckpointError(
-                f"{self.where} has rank {down[0]}, {self.settings.where} says {rank}",
+                f"{self.where} has rank {self.rank}, {self.settings.where} says {rank}",
                 "they do not belong together, and the rank scales the change",
                 "put the LoRA and its own settings into one folder",
             )
@@ -380,15 +412,16 @@ class _Factors:
         return _finite(self.parts[kind], self.where)
 
     def scale(self) -> float:
+        """The factor of the product."""
+        if self.rank is None:
+            return 1.0
         alpha = float(self.values("alpha").reshape(())) if "alpha" in self.parts else None
-        return self.settings.scale(self.module, alpha, self.parts["down"].shape[0])
+        return self.settings.scale(self.module, alpha, self.rank)
 
     def add(self, weight: float, x: np.ndarray) -> np.ndarray:
-        """x + weight * scale * up down; with a magnitude, x and the product together are brought to
-        its length for every output."""
-        up, down = self.values("up"), self.values("down")
-        rank = down.shape[0]
-        product = (up.reshape(up.shape[0], rank) @ down.reshape(rank, -1)).reshape(x.shape)
+        """x + weight * scale * product; with a magnitude, x and the product together are brought
+        to its length for every output."""
+        product = self.product().reshape(x.shape)
         if "magnitude" not in self.parts:
             return x + np.float32(weight * self.scale()) * product
         whole = (x + np.float32(self.scale()) * product).reshape(x.shape[0], -1)
@@ -402,6 +435,61 @@ class _Factors:
 
     def add_bias(self, weight: float, x: np.ndarray) -> np.ndarray:
         return x + np.float32(weight * self.scale()) * self.values("up_bias").reshape(x.shape)
+
+
+class _Kronecker(_Factors):
+    """LoKr: the change is the Kronecker product of w1 [a b] and w2 [c d], for a tensor
+    [a c, b d]."""
+
+    @property
+    def rank(self) -> int | None:
+        """That of the factor which is a product; None where both are whole."""
+        inner = [self.parts[p].shape[0] for p in ("lokr_w2_b", "lokr_w1_b") if p in self.parts]
+        return inner[0] if inner else None
+
+    def factor(self, name: str) -> np.ndarray:
+        if name in self.parts:
+            return self.values(name)
+        return self.values(f"{name}_a") @ self.values(f"{name}_b")
+
+    def product(self) -> np.ndarray:
+        return np.kron(self.factor("lokr_w1"), self.factor("lokr_w2"))
+
+    def check_factors(self, shape: tuple[int, ...]) -> None:
+        sizes = []
+        for name in ("lokr_w1", "lokr_w2"):
+            pair = f"{name}_a", f"{name}_b"
+            whole = name in self.parts
+            self.check_complete(whole or set(pair) <= self.parts.keys())
+            names = (name,) if whole else pair
+            shapes = [tuple(self.parts[part].shape) for part in names]
+            self.check_shapes(
+                all(len(s) == 2 for s in shapes) and shapes[0][-1] == shapes[-1][whole], shape
+            )
+            sizes.append((shapes[0][0], shapes[-1][1]))
+        (a, b), (c, d) = sizes
+        self.check_shapes((a * c, b * d) == (shape[0], math.prod(shape[1:])), shape)
+
+
+class _Hadamard(_Factors):
+    """LoHa: the change is the product of two low-rank matrices, element by element."""
+
+    @property
+    def rank(self) -> int | None:
+        return self.parts["hada_w1_b"].shape[0]
+
+    def product(self) -> np.ndarray:
+        first, second = (
+            self.values(f"hada_{w}_a") @ self.values(f"hada_{w}_b") for w in ("w1", "w2")
+        )
+        return first * second
+
+    def check_factors(self, shape: tuple[int, ...]) -> None:
+        self.check_complete(set(HADAMARD) <= self.parts.keys())
+        for w in ("w1", "w2"):
+            up, down = (tuple(self.parts[f"hada_{w}_{x}"].shape) for x in "ab")
+            fit = len(up) == len(down) == 2 and up[0] == shape[0] and up[1] == down[0] > 0
+            self.check_shapes(fit and down[1] == math.prod(shape[1:]), shape)
 
 
 def _add_full(difference, weight: float, where: str, x: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ def check(file, key, want):
         "diffusion_model.blocks.0.cross_attn.k_img.diff_b",
         "diffusion_model.blocks.9.ffn.0.lora_down.weight",
         "diffusion_model.patch_embedding.diff",
-        f"diffusion_model.{Q}.lokr_w1",
+        f"diffusion_model.{Q}.oft_blocks",
         "text_model.embeddings.weight",
         "lora_te_text_model.alpha",
     ],
@@ -102,6 +102,61 @@ def test_magnitudes(added, shape):
         * length.reshape((1, -1) if axis == 0 else (-1, 1))
     )
     check(file, f"{module}.weight", want)
+
+
+def lycoris(kind, shape, rank=RANK, seed=0):
+    """(the parts of a change, the change itself in float64)."""
+    rng = np.random.default_rng(seed)
+    noise = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    (out, inputs), exact = shape, lambda x: x.astype(np.float64)
+    if kind == "loha":
+        parts = {f"hada_{w}_{x}": noise(*(out, rank) if x == "a" else (rank, inputs))
+                 for w in ("w1", "w2") for x in "ab"}  # fmt: skip
+        first, second = (exact(parts[f"hada_{w}_a"]) @ parts[f"hada_{w}_b"] for w in ("w1", "w2"))
+        return parts, first * second
+    small, large = noise(4, 8), (out // 4, inputs // 8)
+    if kind == "lokr, whole":
+        parts = {"lokr_w1": small, "lokr_w2": noise(*large)}
+        return parts, np.kron(exact(small), parts["lokr_w2"])
+    up, down = noise(large[0], rank), noise(rank, large[1])
+    if kind == "lokr, second":
+        parts = {"lokr_w1": small, "lokr_w2_a": up, "lokr_w2_b": down}
+        return parts, np.kron(exact(small), exact(up) @ down)
+    a, b = noise(4, rank), noise(rank, 8)
+    parts = {"lokr_w1_a": a, "lokr_w1_b": b, "lokr_w2_a": up, "lokr_w2_b": down}
+    return parts, np.kron(exact(a) @ b, exact(up) @ down)
+
+
+LYCORIS = ("loha", "lokr, whole", "lokr, second", "lokr, both")
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+@pytest.mark.parametrize("kind", LYCORIS)
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "lycoris_"])
+def test_lycoris(added, kind, alpha, prefix):
+    """LoHa and LoKr, against float64; alpha says nothing where no factor is a product."""
+    module = "blocks.0.ffn.2"
+    parts, change = lycoris(kind, (80, 128))
+    name = prefix + (module.replace(".", "_") if prefix == "lycoris_" else module)
+    lora = {f"{name}.{part}": value for part, value in parts.items()}
+    scale = 1.0
+    if alpha is not None:
+        lora[f"{name}.alpha"] = np.float32(alpha)
+        scale = 1.0 if kind == "lokr, whole" else alpha / RANK
+    state, file = added(lora)
+    check(file, f"{module}.weight", state[f"{module}.weight"] + 0.5 * scale * change)
+    assert file.changes[0]["low_rank"] == 1 and "left_out" not in file.changes[0]
+
+
+@pytest.mark.parametrize("kind", LYCORIS)
+def test_lycoris_of_another_size_or_without_a_part(added, kind):
+    parts, _ = lycoris(kind, (80, 128))
+    whole = {f"{Q}.{part}": value for part, value in parts.items()}
+    with pytest.raises(CheckpointError, match="another model size"):
+        added(whole)
+    lacking = {f"blocks.0.ffn.2.{part}": value for part, value in list(parts.items())[1:]}
+    with pytest.raises(CheckpointError, match="one of them is missing"):
+        added(lacking)
 
 
 def test_a_bias_of_the_factors(added):
