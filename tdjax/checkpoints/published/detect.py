@@ -39,7 +39,10 @@ MARKS = {  # a key that only this kind has
 }
 
 WAN21_VAE = "Wan2.1 and Wan2.2 A14B use Wan2.1_VAE.pth (16 latent channels)"
-LORA_KEYS = r"(.*\.)?lora_(A|B|up|down)\.|.*\.lora\.(up|down)\.|.*\.(diff|diff_b)$|.*\.(lokr|hada)_w[12]"
+LORA_KEYS = (
+    r"(.*\.)?lora_(A|B|up|down)\.|.*\.lora\.(up|down)\.|.*\.(diff|diff_b)$"
+    r"|.*\.(lokr|hada)_w[12]"
+)
 VAE22_KEYS = r"encoder\.downsamples\.0\.downsamples\.|encoder\.down_blocks\.0\.resnets\."
 # models of the same family that are not this network: (key pattern, what it is, what to do)
 RELATIVES = (
