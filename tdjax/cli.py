@@ -253,11 +253,18 @@ def set_compile_cache(given: str | None = None) -> str | None:
     return None
 
 
-def start_jax() -> str:
-    """The name of JAX's default backend, which this starts. Raises UsageError where the environment
-    asks for what is not there, or for programs that are not compiled."""
+def start_jax(note: Callable[[str], None]) -> str:
+    """The name of JAX's default backend, which this starts. Numbers of 64 bits, which no network or
+    kernel here has, are turned off. Raises UsageError where the environment asks for what is not
+    there, or for programs that are not compiled.
+
+    note: takes a line for the user.
+    """
     import jax
 
+    if jax.config.read("jax_enable_x64"):
+        jax.config.update("jax_enable_x64", False)
+        note("JAX_ENABLE_X64 has no effect: the numbers here have 32 bits or fewer")
     if jax.config.jax_disable_jit:
         raise UsageError(
             "JAX_DISABLE_JIT is set",

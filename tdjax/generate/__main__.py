@@ -139,7 +139,7 @@ def run(args) -> int:
     if cache_note:
         stages.note(cache_note)
     with stages("start device"):
-        cli.start_jax()
+        cli.start_jax(stages.note)
         text_device = text_encoder_device(args)
     options = PipelineOptions(
         attention=args.attention_type,

@@ -4,7 +4,6 @@ jax."""
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tomllib
 from pathlib import Path
@@ -15,6 +14,8 @@ from tdjax import cli
 from tdjax.errors import UsageError
 from tdjax.files import near
 from tdjax.generate.again import is_metadata, options_of
+from tdjax.parsing import json_value
+from tdjax.values import shown
 
 FORMATS = ("mp4", "webm", "mkv", "gif", "png", "npy", "latents")
 # Class names that the official scripts take as --model, beside a checkpoint path.
@@ -428,10 +429,10 @@ def _config_words(path: Path, parser: argparse.ArgumentParser, argv: list[str]) 
     checked like it. argv: the words beside it."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-        values = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+        values = tomllib.loads(text) if path.suffix.lower() == ".toml" else json_value(text)
         if not isinstance(values, dict):
             raise ValueError("it is not a table of names and values")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last from tomllib
         raise UsageError(
             f"--config {path} cannot be read",
             str(error),
@@ -455,19 +456,27 @@ def _config_words(path: Path, parser: argparse.ArgumentParser, argv: list[str]) 
                 "names are those of the options",
                 f"did you mean {close[0]!r}?" if close else "",
             )
-        words += _option_words(path, option, actions[option].nargs, value)
+        words += _option_words(path, option, actions[option], value)
     return words
 
 
-def _option_words(path: Path, option: str, nargs: int | str | None, value: Any) -> list[str]:
+def _option_words(path: Path, option: str, action: argparse.Action, value: Any) -> list[str]:
     """One entry of a config file as words of the command line."""
-    values = value if isinstance(value, list) else [value]
-    if nargs == 0:
+    if action.nargs == 0:
         if not isinstance(value, bool):
             raise UsageError(
-                f"{path}: {option} is {value!r}", "it is a switch: true or false", "write true"
+                f"{path}: {option} is {shown(value)}", "it is a switch: true or false", "write true"
             )
         return [f"--{option}"] if value else []
-    if nargs == "+":
-        return [f"--{option}", *map(str, values)]
-    return [f"--{option}={item}" for item in values]
+    several = action.nargs == "+" or isinstance(action.default, list)
+    values = value if several and isinstance(value, list) else [value]
+    if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in values):
+        raise UsageError(
+            f"{path}: {option} is {shown(value)}",
+            "a list of texts or numbers is needed" if several else "a text or a number is needed",
+            "leave it away for the option's default",
+        )
+    items = [str(item) for item in values]
+    if action.nargs == "+":
+        return [f"--{option}", *items]
+    return [f"--{option}={item}" for item in items]

@@ -11,7 +11,6 @@ import codecs
 import csv
 import dataclasses
 import io
-import json
 import os
 import re
 import secrets
@@ -22,6 +21,7 @@ from typing import Any
 
 from tdjax.errors import UsageError
 from tdjax.files import near
+from tdjax.parsing import json_value
 from tdjax.text.characters import repaired
 from tdjax.values import DIGITS, LIMIT, parse_whole, shown
 from tdjax.values import path as checked_path
@@ -116,10 +116,10 @@ def _read_prompt_file(name: str, own: Job, note: Callable[[str], None]) -> list[
         elif suffix == ".json":
             rows = _json_rows(text)
         elif suffix in _JSON_LINES:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = [json_value(line) for line in text.split("\n") if line.strip()]
         else:
             rows = _line_rows(text)
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, csv.Error) as error:
         raise UsageError(
             f"--prompt_file {name} cannot be read",
             str(error),
@@ -160,7 +160,7 @@ def _line_rows(text: str) -> list[Any]:
 
 
 def _json_rows(text: str) -> list[Any]:
-    rows = json.loads(text)
+    rows = json_value(text)
     if not isinstance(rows, list):
         raise ValueError("it is not a list of rows or prompts")
     return rows

@@ -17,7 +17,7 @@ from tdjax import files
 from tdjax.errors import UsageError
 from tdjax.generate.jobs import Job
 from tdjax.generate.resume import finished, replaceable, shown
-from tdjax.media.video import Writer
+from tdjax.media.video import Writer, target_notes
 from tdjax.pipeline.result import check_save, sidecar, write_json
 from tdjax.progress import Stages
 
@@ -160,6 +160,7 @@ def assign(
              are added.
     """
     todo: list[Task] = []
+    lines: dict[str, None] = {}
     taken = {} if session is None else session
     for job in jobs:
         paths = _going_on(args, name, job, taken, session is not None)
@@ -177,7 +178,12 @@ def assign(
                 continue
             overwrite = replaceable(args, paths)  # an interrupted row is made anew, whole
         _check(args, paths, overwrite)
+        lines |= dict.fromkeys(target_notes(paths[0], args.fps, args.crf))
         todo.append(Task(job=job, paths=paths, overwrite=overwrite))
+    if args.grid and args.num_samples == 1:
+        lines["--grid has no effect: there is one sample"] = None
+    for line in lines:
+        note(line)
     return todo
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tdjax.generate.again import is_metadata
+from tdjax.parsing import json_object
 from tdjax.pipeline.result import sidecar
 
 # What metadata says of the software and the run, and not of the video.
@@ -56,7 +57,7 @@ def _holds_something(path: Path) -> bool:
 def _about(path: Path) -> dict[str, Any] | None:
     """The metadata beside a file; None where there is none that tdjax wrote."""
     try:
-        about = json.loads(sidecar(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        about = json_object(sidecar(path).read_bytes())
+    except (OSError, ValueError):
         return None
-    return about if isinstance(about, dict) and is_metadata(about) else None
+    return about if is_metadata(about) else None

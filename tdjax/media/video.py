@@ -23,6 +23,8 @@ from tdjax.media.image import read_image
 
 BT709 = 1  # the code of this colour matrix, of its primaries and of its transfer curve in ffmpeg
 FRAME_NAME = re.compile(r"\d{5}\.png")
+CRF = 17
+GIF_FPS = 50  # players show frames of less than two hundredths of a second for ten
 FOLDER = ""  # a path without a suffix is a folder of numbered PNG files
 
 
@@ -55,7 +57,7 @@ def write(
     frames: np.ndarray | Iterable[np.ndarray],  # uint8 [T H W 3], or chunks of it in order
     *,
     fps: float = 16,
-    crf: int = 17,
+    crf: int = CRF,
     metadata: str | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -162,6 +164,26 @@ def check_target(path: Path, fps: float, crf: int, overwrite: bool) -> None:
         ) from error
 
 
+def target_notes(path: Path, fps: float, crf: int = CRF) -> list[str]:
+    """Returns lines about settings that a file cannot have, or that players do not take."""
+    codec = CODECS.get(path.suffix)
+    lines = []
+    if path.suffix == ".gif" and fps > GIF_FPS:
+        lines.append(
+            f"a .gif shows {GIF_FPS} frames a second at most: some of {fps:g} are left out, and the"
+            " speed stays"
+        )
+    if crf != CRF and (codec is None or codec.crf_max is None):
+        kind = path.suffix or "PNG"
+        lines.append(f"`crf` has no effect: {kind} has no such quality")
+    if path.suffix == ".mp4" and crf == 0:
+        lines.append(
+            "`crf` 0 is lossless h264, which browsers and phones do not play; 1 is the best that"
+            " they do"
+        )
+    return lines
+
+
 def is_frames(folder: Path) -> bool:
     """Whether a folder is one of frames as `write` makes it: numbered PNG files, nothing else."""
     names = [p.name for p in folder.iterdir()]
@@ -233,6 +255,8 @@ def _write_gif(part: Path, images: Iterator[np.ndarray], fps: float, metadata: s
     """One palette for all frames and an ordered dither, which stands still where the picture does.
     Loops for ever."""
     clip = np.stack(list(images))
+    kept, durations = _gif_times(len(clip), fps)
+    clip = clip[kept]
     sample = rearrange(clip[:: max(1, len(clip) // 8), ::2, ::2], "t h w c -> (t h) w c")
     palette = Image.fromarray(sample).quantize(256)
     step = 3.5 * np.std(
@@ -245,14 +269,24 @@ def _write_gif(part: Path, images: Iterator[np.ndarray], fps: float, metadata: s
         Image.fromarray(image).quantize(palette=palette, dither=Image.Dither.NONE)
         for image in dithered
     ]
-    ends = [
-        round(i * 100 / fps) for i in range(len(pages) + 1)
-    ]  # hundredths of a second: the rounding must not add up
-    durations = [10 * max(1, b - a) for a, b in zip(ends, ends[1:], strict=False)]
     comment = {} if metadata is None else {"comment": metadata.encode()}
     pages[0].save(
         part, save_all=True, append_images=pages[1:], duration=durations, loop=0, **comment
     )
+
+
+def _gif_times(count: int, fps: float) -> tuple[list[int], list[int]]:
+    """(frames that are shown, milliseconds of each): whole hundredths of a second, two or more,
+    whose rounding does not add up."""
+    least = 100 // GIF_FPS
+    begins = [round(i * 100 / fps) for i in range(count + 1)]
+    kept = [0]
+    for i in range(1, count):
+        if begins[i] - begins[kept[-1]] >= least:
+            kept.append(i)
+    ends = [begins[i] for i in kept[1:]] + [begins[-1]]
+    pairs = zip(kept, ends, strict=True)
+    return kept, [10 * max(least, end - begins[i]) for i, end in pairs]
 
 
 def _bayer(size: int) -> np.ndarray:  # [size size] in -0.5..0.5; size is a power of two

@@ -252,10 +252,22 @@ def open_components(
         policy = Policy(param=options.dtype, compute=options.dtype)
         component.config = dataclasses.replace(component.stored, policy=policy)
     _check_together(components)
+    _check_bits(components["dit"].config)
     for component in components.values():
         for line in component.notes:
             note(line)
     return components
+
+
+def _check_bits(dit: DiTConfig) -> None:
+    """Raises UsageError where JAX makes numbers of 64 bits, and kernels run that have none."""
+    wide = jax.config.read("jax_enable_x64")
+    if wide and (dit.attention, dit.linear) != ("dense", "float"):
+        raise UsageError(
+            "jax_enable_x64 is on",
+            "the kernels of sparse attention and 8-bit layers take numbers of 32 bits and fewer",
+            'jax.config.update("jax_enable_x64", False)',
+        )
 
 
 def _check_impl(options: PipelineOptions) -> None:

@@ -71,6 +71,8 @@ def idle_notes(request: Request, info: ModelInfo) -> list[str]:
         lines.append(f"mid_t has no effect: it is of sde and ode, and this is {cfg.sampler}")
     if not info.experts and cfg.boundary != SamplerConfig.boundary:
         lines.append("`boundary` has no effect: it is between two experts, and this model is one")
+    if request.fit != Request.fit and request.image is None:
+        lines.append("`fit` has no effect: there is no image")
     return lines
 
 

@@ -165,13 +165,14 @@ def run(args, parts: dict[str, Tree]) -> int:
         print("\n".join(text))
         return 0
     cache_note = cli.set_compile_cache()
-    cli.start_jax()
     from tdjax.progress import Stages
-    from tdjax.train.run import TrainingRun
 
-    stages = Stages(False if args.quiet else True if args.verbose else None)
+    stages = Stages(False if args.quiet else args.verbose or None)
     if cache_note:
         stages.note(cache_note)
+    cli.start_jax(stages.note)
+    from tdjax.train.run import TrainingRun
+
     preset = PRESETS[args.preset.lower()]
     settings = dict(line.split("=", 1) for line in text)
     training = TrainingRun(args.preset.lower(), preset.method, config, settings, stages)

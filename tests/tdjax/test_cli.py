@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from tdjax import cli
@@ -276,7 +277,7 @@ def test_a_compile_cache_that_cannot_be_written_costs_a_line(tmp_path):
 STARTS = """
 import argparse
 from tdjax import cli
-command = lambda words: cli.start_jax() and 0
+command = lambda words: cli.start_jax(print) and 0
 cli.run(lambda: cli.main(command, [], parser=argparse.ArgumentParser))
 """
 
@@ -297,6 +298,17 @@ def test_a_device_that_is_not_there_is_told_in_three_lines(variable):
     errors = done.stderr[done.stderr.index("error: ") :]
     assert done.returncode == 2 and errors.count("\n") == 3 and name in errors
     assert "Traceback" not in done.stderr
+
+
+def test_numbers_of_64_bits_are_turned_off():
+    notes = []
+    before = jax.config.jax_enable_x64
+    try:
+        jax.config.update("jax_enable_x64", True)
+        cli.start_jax(notes.append)
+        assert not jax.config.jax_enable_x64 and "JAX_ENABLE_X64" in notes[0]
+    finally:
+        jax.config.update("jax_enable_x64", before)
 
 
 @pytest.mark.slow

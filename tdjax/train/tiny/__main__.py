@@ -123,13 +123,14 @@ def stage_function(name: str) -> Callable:
 
 def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
     note = cli.set_compile_cache(args.compile_cache_dir)
-    cli.start_jax()
     from tdjax.progress import Stages
-    from tdjax.train.tiny import work
 
     stages = Stages(not args.quiet)
     if note:
         stages.note(note)
+    cli.start_jax(stages.note)
+    from tdjax.train.tiny import work
+
     until = begun + args.seconds if args.seconds else math.inf
     tiny = work.Run(
         folder=Path(args.folder), settings=parts, seed=args.seed, until=until, stages=stages

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import av
 import numpy as np
@@ -354,3 +355,19 @@ def test_errors_of_the_thread_come_back(tmp_path):
     with pytest.raises(ValueError, match="uint8"):
         writer.put(waves(1))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fps", [1, 16, 24, 30, 50, 51, 60, 120, 1000])
+def test_players_take_the_times_of_a_gif(fps):
+    kept, durations = video._gif_times(33, fps)
+    assert min(durations) >= 20 and abs(sum(durations) - 33e3 / fps) <= 25
+    assert kept == sorted(set(kept)) and kept[0] == 0
+    assert (len(kept) < 33) == (fps > 50) == bool(video.target_notes(Path("a.gif"), fps))
+
+
+def test_settings_that_a_file_cannot_have_are_told():
+    notes = lambda name, **settings: video.target_notes(Path(name), 16, **settings)
+    assert not notes("a.mp4", crf=5) and not notes("a.gif") and not notes("a.webm", crf=0)
+    assert "do not play" in notes("a.mp4", crf=0)[0]
+    for name in ("a.gif", "a.mkv", "a.npy", "a", "a.safetensors"):
+        assert "no effect" in notes(name, crf=5)[0]
