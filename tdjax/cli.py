@@ -8,7 +8,6 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -20,7 +19,6 @@ from tdjax.errors import TdjaxError, UsageError
 from tdjax.files import near
 
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
-WORTH_KEEPING = 0.1  # seconds of compiling from which on the persistent cache keeps a program
 NOTHING_HALF_WRITTEN = "nothing was left half-written; the same command starts again"
 
 
@@ -226,31 +224,15 @@ def lora_pair(text: str) -> tuple[str, float]:
 
 
 def set_compile_cache(given: str | None = None) -> str | None:
-    """Turns the persistent compile cache on, before jax is used; returns a line for the user where
-    the folder cannot be written, which costs time and not the run.
+    """Turns the persistent compile cache on; returns a line for the user where that fails.
 
     given: a folder, None for the one of this user, "none" for no cache.
     """
-    from tdjax.checkpoints.locate import cache_folder
-
     if given == "none":
         return None
-    folder = Path(given).expanduser() if given else cache_folder() / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{secrets.token_hex(4)}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        return (
-            f"compile cache {folder} is not writable ({error.strerror}): going on without;"
-            " --compile_cache_dir DIR chooses another"
-        )
-    import jax
+    from tdjax.checkpoints.compiled import keep_programs
 
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
-    return None
+    return keep_programs(Path(given).expanduser() if given else None)
 
 
 def start_jax(note: Callable[[str], None]) -> str:

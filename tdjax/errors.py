@@ -41,6 +41,10 @@ class OutOfMemory(TdjaxError):
     exit_code = 4
 
 
+class Cancelled(TdjaxError):
+    """A call was ended by who made it."""
+
+
 class NotFinite(TdjaxError):
     """A network or the sampler returned NaN or infinity."""
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import sys
+import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from tdjax.errors import Cancelled
 
 GIB = 2**30
+LOGGER = logging.getLogger("tdjax")
 
 
 def host_peak_bytes() -> int | None:
@@ -55,14 +62,62 @@ class Stage:
     host_peak: int | None = None
 
 
+class Listener:
+    """What a call of a pipeline is asked to tell, and whether it should go on.
+
+    on_stage: called with the name of each stage as it begins. on_step: called with (number of the
+              step that is done, steps) of each video. Either ends the call by returning False.
+    cancel:   a threading.Event, which ends the call once it is set.
+    """
+
+    def __init__(
+        self,
+        on_stage: Callable[[str], Any] | None = None,
+        on_step: Callable[[int, int], Any] | None = None,
+        cancel: threading.Event | None = None,
+    ):
+        self.on_stage, self.on_step, self.cancel = on_stage, on_step, cancel
+        self.notes: list[str] = []
+
+    def stage(self, name: str) -> None:
+        """Tells that a stage begins. Raises Cancelled."""
+        self.check(f"before {name}")
+        if self.on_stage is not None and self.on_stage(name) is False:
+            raise _cancelled(f"before {name}")
+
+    def step(self, step: int, steps: int) -> None:
+        """Tells that a step is done. Raises Cancelled."""
+        where = f"after step {step} of {steps}"
+        if self.on_step is not None and self.on_step(step, steps) is False:
+            raise _cancelled(where)
+        self.check(where)
+
+    def check(self, where: str) -> None:
+        """Raises Cancelled where the event is set."""
+        if self.cancel is not None and self.cancel.is_set():
+            raise _cancelled(where)
+
+
+def _cancelled(where: str) -> Cancelled:
+    return Cancelled(
+        f"the call was cancelled {where}",
+        "on_step or on_stage returned False, or `cancel` was set",
+        "the pipeline can be called again",
+    )
+
+
 class Stages:
-    """Collects stages. `with stages("decode"):` shows the name while it runs."""
+    """Collects stages. `with stages("decode"):` shows the name while it runs.
+
+    show: lines on stderr; None: where it is a terminal.
+    """
 
     def __init__(self, show: bool | None = None):
         self.show = sys.stderr.isatty() if show is None else show
         self.rows: list[Stage] = []
         self.begun = time.perf_counter()
-        self.line_open = False  # a stage's name stands on the terminal, without its time
+        self.line_open = False  # a line stands on the terminal that the next one replaces
+        self.listener = Listener()
 
     def __call__(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Times what runs within, as a row of that name."""
@@ -70,31 +125,77 @@ class Stages:
 
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:
-        if self.show:
-            print(f"  {name} ...", end="", flush=True, file=sys.stderr)
-            self.line_open = True
+        self.listener.stage(name)
+        self.began(name)
         reset_host_peak()
         start = time.perf_counter()
         try:
             yield
         except BaseException:
-            if self.show:
-                print("\n" if self.line_open else "", end="", file=sys.stderr)
-            self.line_open = False
+            self.failed(name)
             raise
         seconds = time.perf_counter() - start
         device = device_bytes()
         self.rows.append(Stage(name, seconds, device[1] if device else None, host_peak_bytes()))
+        self.ended(name, seconds)
+
+    @contextlib.contextmanager
+    def listening(self, listener: Listener, videos: int, steps: int) -> Iterator[None]:
+        """One call of a pipeline, which makes so many videos in so many steps each."""
+        before, self.listener = self.listener, listener
+        try:
+            yield
+        finally:
+            self.listener = before
+
+    def next_video(self) -> None:
+        """Tells that the noise of another video is about to be drawn."""
+
+    def expect(self, videos: int, steps: int) -> None:
+        """Tells what a command will make in all, in one call of a pipeline or several."""
+
+    def close(self) -> None:
+        """Tells that all of it is made."""
+
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """A place in which lines may be printed."""
+        return contextlib.nullcontext()
+
+    # -- what is shown -----------------------------------------------------------------------------
+
+    def began(self, name: str) -> None:
+        """Shows that a stage runs: a line that its end replaces, on a terminal."""
+        if self.show and sys.stderr.isatty():
+            print(f"  {name} ...", end="", flush=True, file=sys.stderr)
+            self.line_open = True
+
+    def ended(self, name: str, seconds: float) -> None:
+        """Shows how long a stage took."""
         if self.show:
-            back = "\r" if self.line_open else ""
-            print(f"{back}  {name}: {seconds:.1f} s   ", file=sys.stderr)
-        self.line_open = False
+            print(f"{self._erased()}  {name}: {seconds:.1f} s", file=sys.stderr)
+
+    def failed(self, name: str) -> None:
+        """Shows in which stage something went wrong."""
+        if self.show:
+            print(f"{self._erased()}  {name}: failed", file=sys.stderr)
+
+    def step(self, step: int, steps: int) -> None:
+        """Tells that a step of the sampler is done. Raises Cancelled."""
+        self.listener.step(step, steps)
 
     def note(self, text: str) -> None:
-        """One line on stderr that a user should see even in a log file."""
-        ended = "\n" if self.line_open else ""
-        print(f"{ended}tdjax: {text}", file=sys.stderr)
-        self.line_open = False
+        """One line that a user should see even in a log file."""
+        self.listener.notes.append(text)
+        self.tell(text)
+
+    def tell(self, text: str) -> None:
+        """Shows a note: on stderr."""
+        print(f"{self._erased()}tdjax: {text}", file=sys.stderr)
+
+    def _erased(self) -> str:
+        """What replaces the open line, if there is one."""
+        open_, self.line_open = self.line_open, False
+        return "\r\033[K" if open_ else ""
 
     def seconds(self, first: int = 0) -> dict[str, float]:
         """Total seconds by stage name, in order of appearance, from row `first` on."""
@@ -124,3 +225,116 @@ class Stages:
         with console.capture() as capture:
             console.print(table)
         return capture.get()
+
+
+class Bar(Stages):
+    """Stages as one bar with the time left: a share for each step of each video, and one for its
+    frames. What stands before it is the video, where there are several, and the stage."""
+
+    def __init__(self, show: bool | None = None):
+        super().__init__(show)
+        self.bar: Any = None
+        self.videos = self.video = self.steps = 0  # how many, which one, and of how many steps
+        self._closed = threading.Event()
+
+    def expect(self, videos: int, steps: int) -> None:
+        """Draws the bar of so many videos, in one call of a pipeline or several."""
+        if self.show and self.bar is None:
+            self.videos, self.video, self.steps = videos, 0, steps
+            self.bar = _drawn(videos * (steps + 1))
+            self._closed = threading.Event()
+            threading.Thread(target=_tick, args=(self.bar, self._closed), daemon=True).start()
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self.bar is not None:
+            self._closed.set()
+            self.bar.close()
+            self.bar = None
+
+    @contextlib.contextmanager
+    def listening(self, listener: Listener, videos: int, steps: int) -> Iterator[None]:
+        """As of `Stages`; draws a bar for this call alone where none is expected to go on."""
+        alone = self.bar is None
+        self.expect(videos, steps)
+        try:
+            with super().listening(listener, videos, steps):
+                yield
+        finally:
+            if alone:
+                self.close()
+
+    def next_video(self) -> None:
+        """Counts videos; the frames of the one before are there."""
+        self.video += 1
+        if self.bar is not None:
+            self.bar.n = (self.video - 1) * (self.steps + 1)
+
+    def began(self, name: str) -> None:
+        """Shows the stage before the bar."""
+        if self.bar is not None:
+            several = f"video {max(self.video, 1)} of {self.videos}: " if self.videos > 1 else ""
+            self.bar.set_description_str(f"{several}{name.partition(':')[0]}")
+
+    def ended(self, name: str, seconds: float) -> None:
+        """Shows nothing: the next stage is shown, or the bar goes."""
+
+    def failed(self, name: str) -> None:
+        """Takes the bar away."""
+        self.close()
+
+    def step(self, step: int, steps: int) -> None:
+        """Moves the bar on. Raises Cancelled."""
+        if self.bar is not None:
+            self.bar.update()
+        super().step(step, steps)
+
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """A place in which lines may be printed: the bar is out of their way there."""
+        return contextlib.nullcontext() if self.bar is None else self.bar.external_write_mode()
+
+    def tell(self, text: str) -> None:
+        """Shows a note above the bar."""
+        with self.aside():
+            super().tell(text)
+
+
+class LibraryStages(Bar):
+    """Those of `tdjax.load`: a bar in a notebook and on a terminal, notes by `logging` ("tdjax"),
+    and rows of the call that runs only."""
+
+    def __init__(self, show: bool | None = None):
+        notebook = "ipykernel" in sys.modules
+        super().__init__(notebook or None if show is None else show)
+
+    @contextlib.contextmanager
+    def listening(self, listener: Listener, videos: int, steps: int) -> Iterator[None]:
+        """As of `Bar`; the rows of this call are dropped at its end."""
+        first = len(self.rows)
+        try:
+            with super().listening(listener, videos, steps):
+                yield
+        finally:
+            del self.rows[first:]
+
+    def tell(self, text: str) -> None:
+        """Hands a note to the logger."""
+        with self.aside():
+            LOGGER.warning(text)
+
+
+def _drawn(total: int) -> Any:
+    """A bar of tqdm, as a widget where there are some."""
+    import tqdm
+    from tqdm.auto import tqdm as kind
+
+    layout = "{desc} {percentage:3.0f}% {bar} {elapsed}, {remaining} left"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", tqdm.TqdmWarning)  # of widgets that are not installed
+        return kind(total=total, bar_format=layout, leave=False, dynamic_ncols=True)
+
+
+def _tick(bar: Any, closed: threading.Event) -> None:
+    """Has the bar's clock go on while nothing else moves."""
+    while not closed.wait(1):
+        bar.refresh()

@@ -17,8 +17,8 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from tdjax.bench.stages import Row, host_peak, label, random_weights, row_of, timed, variants
+from tdjax.checkpoints.compiled import WORTH_KEEPING
 from tdjax.checkpoints.locate import Located
-from tdjax.cli import WORTH_KEEPING
 from tdjax.config import DiTConfig, TextConfig, VAEConfig, VideoSize, to_dict
 from tdjax.errors import UsageError
 from tdjax.media.video import Writer

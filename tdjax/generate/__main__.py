@@ -19,20 +19,45 @@ from tdjax.generate.arguments import OFFICIAL_MODELS, build_parser, parse
 from tdjax.generate.jobs import Job, drawn_seed, read_jobs, standard_input, with_seed
 from tdjax.media.resolution import choose_size
 from tdjax.presets import PRESETS
-from tdjax.progress import Stages
+from tdjax.progress import Bar, Stages
 from tdjax.text.characters import repaired
 from tdjax.text.language import understood
 
 GROUP = 64  # rows of a prompt file that are encoded together
 # Arguments of the library that the command calls otherwise.
-NAMES = {"image": "image_path", "attention": "attention_type", "impl": "attention_impl"}
+NAMES = {
+    "image": "image_path",
+    "attention": "attention_type",
+    "impl": "attention_impl",
+    "compile_cache": "compile_cache_dir",
+}
 
 
-class CommandStages(Stages):
-    """Stages whose notes, which the library writes, speak of the command's options."""
+class Told:
+    """What a command's stages have beside what they show: notes, which the library writes, speak of
+    options, and there are none with -q."""
 
-    def note(self, text: str) -> None:
-        super().note(_spelled(text))
+    quiet = False
+
+    def tell(self, text: str) -> None:
+        if not self.quiet:
+            super().tell(_spelled(text))  # type: ignore[misc]
+
+
+class Lines(Told, Stages):
+    """A line for each stage, as a log file wants it."""
+
+
+class OneBar(Told, Bar):
+    """A bar over all that the command makes."""
+
+
+def command_stages(quiet: bool, verbose: bool) -> Stages:
+    """A bar on a terminal, lines elsewhere where they were asked for, nothing with -q."""
+    terminal = sys.stderr.isatty()
+    stages = OneBar(not quiet) if terminal and not verbose else Lines(verbose and not quiet)
+    stages.quiet = quiet
+    return stages
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,7 +160,7 @@ def run(args) -> int:
     from tdjax.pipeline.load import open_pipeline, plan_pipeline
     from tdjax.pipeline.options import PipelineOptions
 
-    stages = CommandStages(False if args.quiet else args.verbose or None)
+    stages = command_stages(args.quiet, args.verbose)
     if cache_note:
         stages.note(cache_note)
     with stages("start device"):
@@ -266,6 +291,9 @@ def _asked(args, pipe, job: Job) -> dict[str, Any]:
 def _run_jobs(args, pipe, todo: list[outputs.Task]) -> int:
     """Prompts go through the text encoder a group at a time, so that it is loaded once for them and
     gone before the transformer comes; how many rows there are costs no memory."""
+    if todo:
+        sampler = pipe.request("", **_call_arguments(args, todo[0].job)).sampler
+        pipe.stages.expect(len(todo) * args.num_samples, sampler.num_steps)
     for begin in range(0, len(todo), GROUP):
         group = todo[begin : begin + GROUP]
         embeds = {}
@@ -275,6 +303,7 @@ def _run_jobs(args, pipe, todo: list[outputs.Task]) -> int:
         for task in group:
             row = embeds.get(task.job.prompt)
             _make(args, pipe, task, {} if row is None else {"prompt_embeds": row[None]})
+    pipe.stages.close()
     if args.profile and todo:
         import jax
 

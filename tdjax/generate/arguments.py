@@ -352,9 +352,12 @@ def build_parser() -> argparse.ArgumentParser:
             " command line wins"
         ),
     )
-    look.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    look.add_argument("-q", "--quiet", action="store_true", help="no progress and no notes")
     look.add_argument(
-        "-v", "--verbose", action="store_true", help="progress also where stderr is not a terminal"
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="a line for each stage, also where stderr is not a terminal",
     )
     return p
 

@@ -280,7 +280,8 @@ class Files:
                 "index": index,
                 "timings": result.timings,
             }
-            print(json.dumps(line) if self.args.json else path, flush=True)
+            with self.stages.aside():
+                print(json.dumps(line) if self.args.json else path, flush=True)
 
 
 def _tiled(result):

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
-from tdjax.values import shown
+from tdjax.values import shown, whole
 
 # What users write -> the names of sharding.RULES.
 AXES = {"fsdp": "fsdp", "tp": "tensor", "sp": "seq"}
@@ -34,17 +34,23 @@ def parse_mesh(text: str) -> dict[str, int]:
     return out
 
 
-def make_mesh(text: str | None, cfg: DiTConfig) -> Mesh | None:
-    """Returns the mesh over the first devices; None for None and "auto".
+def make_mesh(given: str | int | Mesh | None, cfg: DiTConfig) -> Mesh | None:
+    """Returns the mesh of a network; None for None and "auto".
 
-    text: AXIS=SIZE with commas between, of fsdp (parameters), tp (heads and MLP), sp (sequence):
-          "sp=4", "tp=2,sp=2".
-    Raises UsageError for other words, for tp times sp that does not divide the heads, and for more
-        devices than there are.
+    given: AXIS=SIZE with commas between, of fsdp (parameters), tp (heads and MLP), sp (sequence):
+           "sp=4", "tp=2,sp=2", over the first devices; a number, which is that of sp; or a Mesh
+           with these names for its axes.
+    Raises UsageError for anything else, for tp times sp that does not divide the heads, and for
+        more devices than there are.
     """
-    if text is None or text == "auto":
+    if given is None or given == "auto":
         return None
-    sizes = parse_mesh(text)
+    if isinstance(given, Mesh):
+        devices, sizes = given.devices.ravel(), _axes_of(given)
+    else:
+        devices = np.array(jax.devices())
+        sizes = parse_mesh(given if isinstance(given, str) else f"sp={whole('mesh', given)}")
+    text = ",".join(f"{name}={size}" for name, size in sizes.items())
     heads, over = cfg.heads, sizes.get("tp", 1) * sizes.get("sp", 1)
     if heads % over:
         legal = [n for n in range(1, heads + 1) if heads % n == 0]
@@ -53,7 +59,7 @@ def make_mesh(text: str | None, cfg: DiTConfig) -> Mesh | None:
             "inside attention each device works on whole heads",
             f"legal sizes of sp (or tp times sp) for this model: {', '.join(map(str, legal))}",
         )
-    count, devices = math.prod(sizes.values()), jax.devices()
+    count = math.prod(sizes.values())
     if count > len(devices):
         raise UsageError(
             f"`mesh` {text} needs {count} devices",
@@ -62,7 +68,18 @@ def make_mesh(text: str | None, cfg: DiTConfig) -> Mesh | None:
         )
     names = tuple(AXES[name] for name in sizes)
     return Mesh(
-        np.array(devices[:count]).reshape(tuple(sizes.values())),
+        devices[:count].reshape(tuple(sizes.values())),
         names,
         axis_types=(AxisType.Auto,) * len(names),
     )
+
+
+def _axes_of(mesh: Mesh) -> dict[str, int]:
+    """A caller's mesh as {"tp": 2, "sp": 4}. Raises UsageError for axes of other names."""
+    if wrong := [name for name in mesh.axis_names if name not in AXES]:
+        raise UsageError(
+            f"`mesh` has an axis {wrong[0]!r}",
+            f"its axes are named {', '.join(AXES)} (parameters, heads and MLP, sequence)",
+            'for example jax.make_mesh((4,), ("sp",))',
+        )
+    return dict(mesh.shape)

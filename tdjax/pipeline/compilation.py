@@ -3,7 +3,7 @@ seed or set of weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -129,16 +129,24 @@ class Program:
         Waiting is a row of its own in the table of stages. Raises what went wrong: the next request
         for the same program tries again.
         """
-        if self._make is not None:
-            with self._owner.stages(f"compile {self.label}"):
-                coming, self.coming = self.coming, None
-                try:
-                    self.executable = self._make() if coming is None else coming.result()
-                except BaseException:
-                    self._owner.drop(self)
-                    raise
-            self._make = None  # it holds the arguments
-        return self.executable
+        return self._owner.wait([self])[0]
+
+    @property
+    def ready(self) -> bool:
+        """Whether the executable is there."""
+        return self._make is None
+
+    def finish(self) -> None:
+        """Makes the executable, or takes it from the thread that was asked for it."""
+        if self._make is None:
+            return
+        coming, self.coming = self.coming, None
+        try:
+            self.executable = self._make() if coming is None else coming.result()
+        except BaseException:
+            self._owner.drop(self)
+            raise
+        self._make = None  # it holds the arguments
 
 
 class Programs:
@@ -190,6 +198,15 @@ class Programs:
             make = lambda: self.compile(jitted, args, static)
             self._requested[key] = Program(label, make, self)
         return self._requested[key]
+
+    def wait(self, programs: Sequence[Program]) -> list[Any]:
+        """Returns the executables of programs of one stage. Waiting for those that are not there is
+        one row."""
+        if not all(program.ready for program in programs):
+            with self.stages(f"compile {programs[0].label}"):
+                for program in programs:
+                    program.finish()
+        return [program.executable for program in programs]
 
     def compile(self, jitted, args, static):
         """Returns the executable of a jitted function for arguments or their shapes, and static

@@ -139,6 +139,7 @@ class Denoising(Stage):
         Raises NotFinite with the first bad step.
         """
         with memory.naming("denoise", plan, FIRST):
+            self.stages.next_video()
             segments = self.segments(request, plan)
             inputs = self._inputs(request, request.random_key(), sample)
             inputs = self.compiler.place(inputs)
@@ -155,6 +156,8 @@ class Denoising(Stage):
                 with self.timed(_label(segment, request), plan, segment.expert):
                     state, ok = run(model, state, text, condition, chunk)
                     finite += np.asarray(ok).tolist()
+                if request.single_steps or self.stages.show:
+                    self.stages.step(segment.last, request.sampler.num_steps)
                 if segment.first == 0 and not plan.keep_resident:
                     self._read_second(segments[1:], plan)
             if not plan.keep_resident:
@@ -170,7 +173,8 @@ class Denoising(Stage):
         expert is read while the first one runs."""
         experts = SECOND in self.components
         if single is None:
-            single = bool(self.stages.show) or (experts and not plan.keep_resident)
+            told = request.single_steps or bool(self.stages.show)
+            single = told or (experts and not plan.keep_resident)
         return segments_of(request.sampler, experts=experts, single=single)
 
     def program(self, request: Request, state, text, condition, chunk) -> Program:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Unpack
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from pallas_kernels import mosaic
-from tdjax.checkpoints import demo
+from tdjax.checkpoints import compiled, demo
 from tdjax.checkpoints.filenames import telling
 from tdjax.checkpoints.locate import Located, cache_folder, locate
 from tdjax.checkpoints.recipes import of_names, recognise
@@ -32,7 +34,7 @@ from tdjax.pipeline.options import (
 from tdjax.pipeline.pipeline import Pipeline
 from tdjax.precision import Policy
 from tdjax.presets import PRESETS, UMT5_XXL, WAN_VAE
-from tdjax.progress import Stages
+from tdjax.progress import LibraryStages, Stages
 from tdjax.text.prompt_cache import FOLDER, PromptCache
 from tdjax.values import settled, shown, switch
 
@@ -46,7 +48,7 @@ def load(
     dtype: DType = "auto",
     vae_dtype: DType | None = None,
     sla_topk: float | None = None,
-    mesh: str | None = None,
+    mesh: str | int | Mesh | None = None,
     low_memory: bool = False,
     text_encoder: bool = True,
     text_encoder_device: TextEncoderDevice = "auto",
@@ -64,6 +66,8 @@ def load(
     revision: str | None = None,
     offline: bool = False,
     cache_dir: str | Path | None = None,
+    compile_cache: bool | str | Path = True,
+    progress: bool | None = None,
     stages: Stages | None = None,
     **aliases: Unpack[LoadAliases],
 ) -> Pipeline:
@@ -84,7 +88,8 @@ def load(
     dtype:      "auto" (bfloat16 on an accelerator, float32 on a CPU), "bfloat16", "float16",
                 "float32". vae_dtype: the VAE's, where it is another.
     sla_topk:   share of key blocks that sparse attention keeps, in place of the weights' own.
-    mesh:       several devices for one video, for example "sp=4" or "tp=2,sp=2".
+    mesh:       several devices for one video, for example "sp=4" or "tp=2,sp=2"; 4 is "sp=4"; or
+                a jax.sharding.Mesh whose axes have these names.
     low_memory: free every component as soon as its stage ends, also where all would fit together;
                 the text encoder is streamed unless text_encoder_device says otherwise.
     text_encoder: False where only prompt_embeds will be given: the text encoder and the tokenizer
@@ -97,11 +102,16 @@ def load(
                 does not fit.
     prompt_cache: keep embeddings of prompts on disk (`tdjax.text.prompt_cache`), so that a repeated
                 prompt needs no text encoder.
-    lora:       ((file, weight), ...) merged at load into every expert; lora_high and lora_low into
-                one.
+    lora:       a file, a (file, weight) pair, or a list of them, merged at load into every expert;
+                lora_high and lora_low into one.
     *_path:     files that replace those of the model.
     revision:   of the hub repository. offline: never ask the hub.
-    cache_dir:  where tdjax keeps its own files. stages: where progress is told.
+    cache_dir:  where tdjax keeps its own files.
+    compile_cache: keep compiled programs on disk, where the command does, so that the next process
+                starts in seconds: True, False, or a folder. It is a setting of JAX and of the whole
+                process; one that was made before is left as it is, unless a folder is given.
+    progress:   whether calls show a bar; None: in a notebook and on a terminal. stages: a
+                tdjax.progress.Stages, where progress is told instead.
     Raises CheckpointError for files that are missing, damaged or of another kind; UsageError for
         bad arguments.
     """
@@ -131,7 +141,9 @@ def load(
         "text_encoder_path": text_encoder_path,
         "tokenizer_path": tokenizer_path,
     }
-    return open_pipeline(
+    stages = LibraryStages(progress) if stages is None else stages
+    note = _keep_programs(compile_cache)
+    pipe = open_pipeline(
         model,
         options,
         paths,
@@ -140,6 +152,16 @@ def load(
         cache_dir=cache_dir,
         stages=stages,
     )
+    if note:
+        pipe.stages.note(note)
+    return pipe
+
+
+def _keep_programs(asked: bool | str | Path) -> str | None:
+    """Turns the cache of compiled programs on; a line for the user where it cannot be written."""
+    if isinstance(asked, bool | np.bool_):
+        return compiled.keep_programs() if asked else None
+    return compiled.keep_programs(Path(settled("compile_cache", asked, "str | Path")).expanduser())
 
 
 _ACCEPTED = tuple(name for name in load.__annotations__ if name not in ("return", "aliases"))
@@ -161,7 +183,7 @@ def open_pipeline(
         raise UsageError(
             f"stages is {shown(stages)}", "it tells of progress", "use tdjax.progress.Stages()"
         )
-    stages = stages or Stages(show=False)
+    stages = stages or LibraryStages(False)
     for name, file in {"model": model, "cache_dir": cache_dir, **paths}.items():
         settled(name, file, "str | Path" if name == "model" else "str | Path | None")
     revision, offline = settled("revision", revision, "str | None"), switch("offline", offline)
@@ -203,7 +225,7 @@ def _with_recipe(
 def plan_pipeline(name: str, options: PipelineOptions, *, stages: Stages | None = None) -> Pipeline:
     """Returns the pipeline of a preset whose files are not here: it can check requests and plan
     their memory, on a GPU unless another dtype was asked for, and nothing else."""
-    preset, stages = PRESETS[name], stages or Stages(show=False)
+    preset, stages = PRESETS[name], stages or LibraryStages(False)
     options = options.with_dtype("bfloat16")
     options = dataclasses.replace(options, impl="auto", vae_dtype=options.dtype)
     policy = Policy(param=options.dtype, compute=options.dtype)
@@ -227,8 +249,8 @@ def open_components(
     together are refused. note: called with lines for the user."""
     _check_impl(options)
     lora = {
-        "dit": (*options.lora, *options.lora_high),
-        "dit_low": (*options.lora, *options.lora_low),
+        "dit": options.loras("lora", "lora_high"),
+        "dit_low": options.loras("lora", "lora_low"),
     }
     components: dict[str, Component] = {}
     for name, path in zip(("dit", "dit_low"), located.dit, strict=False):
@@ -322,12 +344,10 @@ def _chosen_attention(component: Component, asked: str) -> str:
 def _chosen_linear(component: Component, quant: str, note: Callable[[str], None]) -> str:
     stored, name = component.linear, component.path.name
     linear = {"auto": stored, "none": "float"}.get(quant, quant)
-    if stored == "float":
+    if stored == "float" or (linear == stored and not component.lora):
         return linear
     if component.lora:
         what = "dequantised, `lora` added" + (", and quantised again" if linear != "float" else "")
-    elif linear == stored:
-        what = "running as W8A8 (`quant` none dequantises at load)"
     elif linear == "float":
         what = "dequantised at load"
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Collection, Iterable
 from typing import (
     TYPE_CHECKING,
@@ -13,6 +14,7 @@ from typing import (
     Protocol,
     TypedDict,
     TypeVar,
+    Union,
     Unpack,
     cast,
     get_args,
@@ -20,13 +22,15 @@ from typing import (
 
 from tdjax.errors import UsageError
 from tdjax.files import near
-from tdjax.values import settle, shown
+from tdjax.values import path, real, settle, shown, whole
 
 if TYPE_CHECKING:
+    import threading
     from pathlib import Path
 
     import jax
     import numpy as np
+    from jax.sharding import Mesh
     from PIL.Image import Image as PILImage
 
     from tdjax.pipeline.result import Result
@@ -43,7 +47,8 @@ Sampler = Literal["sde", "ode", "unipc", "euler"]
 Fit = Literal["crop", "pad", "stretch", "adaptive"]
 OutputType = Literal["uint8", "float", "latent"]
 Check = Literal["finite", "none"]
-Lora = Iterable[tuple["str | Path", float]]  # (file, weight) pairs
+LoraFile = Union["str | Path", tuple["str | Path", float]]  # of weight 1, or with its own
+Lora = LoraFile | Iterable[LoraFile]
 
 
 class LoadAliases(TypedDict, total=False):
@@ -59,6 +64,7 @@ class CallAliases(TypedDict, total=False):
     image_path: Image | None
     num_videos_per_prompt: int
     generator: jax.Array | None
+    callback_on_step_end: Callable[[int, int], Any] | None
 
 
 class Call(Protocol):
@@ -92,6 +98,9 @@ class Call(Protocol):
         fps: int = 16,
         check: Check = "finite",
         on_frames: Callable[[int, np.ndarray], None] | None = None,
+        on_step: Callable[[int, int], Any] | None = None,
+        on_stage: Callable[[str], Any] | None = None,
+        cancel: threading.Event | None = None,
         **aliases: Unpack[CallAliases],
     ) -> Result:
         """Makes videos. Arguments that are None are the model's own.
@@ -110,10 +119,15 @@ class Call(Protocol):
         output_type: "uint8", "float" (0 to 1) or "latent". fps: written into files.
         check:       "finite" (raises NotFinite) or "none".
         on_frames:   called with (number of the video, chunk [t H W 3]) as chunks are decoded.
+        on_step:     called with (step that is done, steps) of each video. on_stage: called with the
+                     name of each stage as it begins. Either ends the call by returning False.
+        cancel:      a threading.Event: the call ends once it is set, between steps and chunks.
         aliases:     names that diffusers and TurboDiffusion have for the same things.
 
         Same seed, shapes, version and device kind: same bits. Sample i of a prompt uses
-        fold_in(key, i). Raises UsageError, OutOfMemory, NotFinite, CheckpointError, KernelError.
+        fold_in(key, i). Threads may share a pipeline: their calls run one after another, and each
+        result has its own timings and warnings. Raises UsageError, OutOfMemory, NotFinite,
+        CheckpointError, KernelError, and Cancelled where the caller ended it.
         """
         ...
 
@@ -126,6 +140,7 @@ ALIASES = {
     "image_path": "image",
     "num_videos_per_prompt": "num_samples",
     "generator": "key",
+    "callback_on_step_end": "on_step",
 }
 
 
@@ -140,7 +155,7 @@ class PipelineOptions:
     dtype: DType = "auto"
     vae_dtype: DType | None = None
     sla_topk: float | None = None
-    mesh: str | None = None
+    mesh: str | int | Mesh | None = None
     low_memory: bool = False
     text_encoder: bool = True
     text_encoder_device: TextEncoderDevice = "auto"
@@ -152,6 +167,11 @@ class PipelineOptions:
 
     def __post_init__(self):
         settle(self)
+        for name in ("lora", "lora_high", "lora_low"):
+            object.__setattr__(self, name, lora_pairs(name, getattr(self, name)))
+        named = self.mesh is None or isinstance(self.mesh, str)
+        if not named and not hasattr(self.mesh, "axis_names"):
+            object.__setattr__(self, "mesh", whole("mesh", self.mesh))
         check_choice("attention", self.attention, get_args(Attention))
         check_choice("quant", self.quant, get_args(Quant))
         check_choice("dtype", self.dtype, get_args(DType))
@@ -166,6 +186,10 @@ class PipelineOptions:
                 "layers are streamed to one device",
                 "use device, or no mesh",
             )
+
+    def loras(self, *names: str) -> tuple[tuple[str, float], ...]:
+        """Returns the (file, weight) pairs of these arguments, one after another."""
+        return tuple(pair for name in names for pair in lora_pairs(name, getattr(self, name)))
 
     @property
     def stream_text(self) -> bool | None:
@@ -230,6 +254,38 @@ def without_aliases(
             )
         out[own] = value
     return out
+
+
+def lora_pairs(name: str, given: Any) -> tuple[tuple[str, float], ...]:
+    """Returns ((file, weight), ...) of one file, a (file, weight) pair, or a list of both. Raises
+    UsageError.
+
+    name: of the argument.
+    """
+    one = isinstance(given, str | os.PathLike)
+    pair = isinstance(given, tuple) and len(given) == 2 and not isinstance(given[1], _FILES)
+    if not one and not pair and not isinstance(given, list | tuple):
+        raise _no_lora(name, given)
+    return tuple(_lora_pair(name, each) for each in ([given] if one or pair else given))
+
+
+_FILES = (str, os.PathLike, tuple, list)
+
+
+def _lora_pair(name: str, given: Any) -> tuple[str, float]:
+    if isinstance(given, str | os.PathLike):
+        return str(path(name, given)), 1.0
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise _no_lora(name, given)
+    return str(path(name, given[0])), real(f"the weight of {name}", given[1])
+
+
+def _no_lora(name: str, given: Any) -> UsageError:
+    return UsageError(
+        f"{name} is {shown(given)}",
+        "it is a file, a (file, weight) pair, or a list of them",
+        f'for example {name}="x.safetensors", or {name}=[("x.safetensors", 0.8)]',
+    )
 
 
 P = ParamSpec("P")

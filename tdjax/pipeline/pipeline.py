@@ -9,6 +9,7 @@ VAE decoder  -> frames
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,7 @@ class Pipeline:
         self.info = info = model_info(
             located, dit, text.config if text else None, "dit_low" in components
         )
+        self.lock = threading.RLock()  # calls of several threads run one after another
         self.name, self.task = info.name, info.task  # "t2v" or "i2v"
         self.size, self.sampler = info.size, info.sampler  # where a call gives none
         self.mesh = make_mesh(options.mesh, dit)
@@ -74,17 +76,18 @@ class Pipeline:
     @arguments_of(Call.__call__)
     def __call__(self, prompt: str | list[str] | None = None, **arguments: Any) -> Result:
         request = self.request(prompt, **arguments)
-        plan = self.plan(request)
-        first = len(self.stages.rows)
-        for line in self.warnings(request):
-            self.stages.note(line)
-        try:
-            latents, frames = self._run(request, plan)
-        finally:
-            self.programs.forget()
-            if not plan.keep_resident:
-                self.free()
-        timings = self.stages.seconds(first)
+        plan, listener, steps = self.plan(request), request.listener(), request.sampler.num_steps
+        with self.lock, self.stages.listening(listener, request.videos, steps):
+            first = len(self.stages.rows)
+            for line in self.warnings(request):
+                self.stages.note(line)
+            try:
+                latents, frames = self._run(request, plan)
+            finally:
+                self.programs.forget()
+                if not plan.keep_resident:
+                    self.free()
+            timings = self.stages.seconds(first)
         return Result(
             frames=joined(frames) if frames else None,
             latents=np.concatenate(latents),
@@ -92,6 +95,7 @@ class Pipeline:
             fps=request.fps,
             timings=timings,
             metadata={**self.metadata(request), "timings": timings},
+            warnings=listener.notes,
         )
 
     @arguments_of(Call.__call__)
@@ -139,14 +143,16 @@ class Pipeline:
             arguments["image"] = np.zeros((self.size.height, self.size.width, 3), np.uint8)
         request = self.request(prompt or "warm up", **arguments)
         # The whole loop, and its single steps for a terminal.
-        self.preparation.compile(request, self.plan(request), (False, True))
+        with self.lock:
+            self.preparation.compile(request, self.plan(request), (False, True))
 
     def embed(self, prompts: str | list[str]) -> np.ndarray:
         """Returns embeddings [b s d] of prompts, on the host: from the cache, or one prompt at a
         time through the text encoder."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         request = Request(prompts=tuple(prompts), size=self.size, sampler=self.sampler)
-        return self.text_encoding.embed(prompts, self.plan(request))
+        with self.lock:
+            return self.text_encoding.embed(prompts, self.plan(request))
 
     def warnings(self, request: Request) -> list[str]:
         """Returns what a user should know before waiting: the prompt's length, an unusual size,
@@ -160,8 +166,9 @@ class Pipeline:
     def free(self, *names: str) -> None:
         """Drops weights from the device: the named components ("text", "vae", "dit", "dit_low"), or
         all."""
-        for name in names or tuple(self.components):
-            self.components[name].free()
+        with self.lock:
+            for name in names or tuple(self.components):
+                self.components[name].free()
 
     def memory(self) -> dict[str, int]:
         """Returns XLA's count of peak bytes on a device for every stage compiled so far."""

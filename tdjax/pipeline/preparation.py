@@ -48,7 +48,8 @@ class Preparation:
         program, which takes memory too, and then loads."""
         if not plan.keep_resident:
             return
-        shapes = (request.size, request.sampler, request.output_type, self.stages.show)
+        single = self.stages.show or request.single_steps
+        shapes = (request.size, request.sampler, request.output_type, single)
         if shapes not in self._begun:
             self._begun.add(shapes)
             with self.stages("prepare"):

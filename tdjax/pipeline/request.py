@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -32,6 +33,7 @@ from tdjax.pipeline.options import (
     without_aliases,
 )
 from tdjax.presets import I2V_SAMPLER, PRESETS, T2V_SAMPLER, TEACHER_SAMPLER
+from tdjax.progress import Listener
 from tdjax.values import reals, settle, shown, text
 
 _SIZE = ("resolution", "aspect_ratio", "width", "height", "num_frames")
@@ -58,9 +60,27 @@ class Request:
     resolution: str | None = None  # the name that the size came from, where there was one
     check: str = "finite"
     on_frames: Callable[[int, np.ndarray], None] | None = None  # takes chunks [t H W 3]
+    on_step: Callable[[int, int], Any] | None = None  # takes (step that is done, steps)
+    on_stage: Callable[[str], Any] | None = None  # takes the name of a stage that begins
+    cancel: Any = None  # a threading.Event
 
     def __post_init__(self):
         settle(self)
+
+    @property
+    def single_steps(self) -> bool:
+        """Whether somebody listens between the steps of the sampler."""
+        return self.on_step is not None or self.cancel is not None
+
+    @property
+    def videos(self) -> int:
+        """How many videos the call makes."""
+        prompts = self.prompts if self.prompt_embeds is None else self.prompt_embeds
+        return len(prompts) * self.num_samples
+
+    def listener(self) -> Listener:
+        """Returns whom the call tells how it goes."""
+        return Listener(self.on_stage, self.on_step, self.cancel)
 
     def random_key(self) -> jax.Array:
         """Returns the key that was given, or that of the seed."""
@@ -242,6 +262,7 @@ def _checked(request: Request, model: ModelInfo) -> Request:
             "it is a function of (number of the video, frames), and latents have no frames",
             "see help",
         )
+    _check_listeners(request)
     if request.key is not None and not _is_key(request.key):
         raise UsageError(
             f"key is {shown(request.key)}",
@@ -262,6 +283,37 @@ def _checked(request: Request, model: ModelInfo) -> Request:
         )
     _check_arrays(request, model)
     return request if request.key is None else dataclasses.replace(request, seed=None)
+
+
+def _check_listeners(request: Request) -> None:
+    """Raises UsageError for functions that cannot be called as they will be."""
+    for name, example in (("on_step", (1, 4)), ("on_stage", ("denoise",))):
+        function = getattr(request, name)
+        if function is not None and not _takes(function, example):
+            raise UsageError(
+                f"{name} is {shown(function)}",
+                f"it is a function that is called as {name}{example!r}".replace(",)", ")"),
+                f"for example {name}=print",
+            )
+    if request.cancel is not None and not callable(getattr(request.cancel, "is_set", None)):
+        raise UsageError(
+            f"cancel is {shown(request.cancel)}",
+            "it is a threading.Event, which ends the call once it is set",
+            "use threading.Event()",
+        )
+
+
+def _takes(function: Any, arguments: tuple) -> bool:
+    """Whether a function can be called with these arguments."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:  # a function of C that does not say what it takes
+        return True
+    return True
 
 
 def _check_floats(name: str, value: Any) -> None:

@@ -34,6 +34,7 @@ class Result:
     latents:  float32 [b t h w c], normalised, on the host.
     seed:     the seed, or None where the caller gave a key.
     timings:  seconds by stage. metadata: everything needed to run it again, JSON values only.
+    warnings: lines that a user should know, which also went to the logger "tdjax".
     """
 
     frames: np.ndarray | None
@@ -42,6 +43,7 @@ class Result:
     fps: int
     timings: dict[str, float]
     metadata: dict[str, Any]
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.latents)

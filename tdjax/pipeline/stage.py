@@ -34,7 +34,7 @@ class Stage:
     def compiled(self, programs: Sequence[Program], plan: ExecutionPlan, stage: str) -> list:
         """Returns the executables of programs, once they are there."""
         with memory.naming(f"compile {programs[0].label}", plan, stage):
-            return [program.wait() for program in programs]
+            return self.compiler.wait(programs)
 
     def loaded(self, component: Component, plan: ExecutionPlan, stage: str) -> Any:
         """Returns the module of a component, which is loaded in a row of its own unless it is there

@@ -154,7 +154,7 @@ class TextEncoding(Stage):
         """Returns embeddings [b s d] of tokens [b s], with one layer of the encoder on the device
         and the next on its way; all prompts pass each layer together, one after another. Of the
         embedding table only the rows of the prompts are read."""
-        layer, end = (program.wait() for program in self._layer_programs())
+        layer, end = self.compiler.wait(self._layer_programs())
         cfg, place = self.encoder.config, self.compiler.place
         module = self.encoder.abstract()
         ids, where = np.unique(tokens.ids, return_inverse=True)

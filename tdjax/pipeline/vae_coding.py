@@ -66,6 +66,7 @@ class VAECoding(Stage):
                     chunk = video[0, start : start + len(frames)]
                     chunk[...] = frames
                     start += len(frames)
+                    self.stages.listener.check("between frames")
                     if request.on_frames is not None:
                         request.on_frames(index, chunk)
             return video
@@ -125,7 +126,7 @@ class VAECoding(Stage):
         if tiled and len(tiling(*latents.shape[2:4]).corners) > 1:
             yield from self._decode_tiles(vae, latents, output)
             return
-        bodies = [program.wait() for program in self.decoder(latents.shape, output)]
+        bodies = self.compiler.wait(self.decoder(latents.shape, output))
         place = self.compiler.place
         chunks = (place(latents[:, i : i + 1]) for i in range(latents.shape[1]))
         for frames, finite in arriving(_carried(bodies, vae, chunks)):
@@ -159,7 +160,7 @@ class VAECoding(Stage):
     def encode(self, vae, image: np.ndarray, size: VideoSize) -> np.ndarray:
         """Returns latents f32 [1 t h w z] on the host, of the image f32 [1 1 H W 3] followed by
         grey frames."""
-        bodies = [program.wait() for program in self.encoder(size)]
+        bodies = self.compiler.wait(self.encoder(size))
         place, later = self.compiler.place, size.latent_frames - 1
         chunks = iter([place(image)])
         if later:

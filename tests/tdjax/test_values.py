@@ -35,8 +35,6 @@ def test_what_is_no_whole_number_is_refused_by_name(value):
 def test_no_field_takes_what_it_is_not(cls):
     for field in dataclasses.fields(cls):
         for value in (object(), b"x", {}, np.zeros((2, 2))):
-            if field.name.startswith("lora"):
-                continue
             with pytest.raises(UsageError):
                 cls(**{field.name: value})
 
