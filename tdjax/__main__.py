@@ -12,6 +12,7 @@ from tdjax.files import near
 
 COMMANDS = {
     "generate": ("tdjax.generate.__main__", "prompt or image to video"),
+    "decode": ("tdjax.generate.decode", "saved latents to a video"),
     "models": ("tdjax.generate.models", "models that have a name: sizes, files, downloads"),
     "bench": ("tdjax.bench.__main__", "time and memory of every stage, with random weights"),
     "train": ("tdjax.train.__main__", "SLA fine-tuning, rCM distillation, flow matching"),

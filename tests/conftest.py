@@ -116,6 +116,12 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder_of_the_session(tmp_path_factory):
+    """Nor does what a fixture of a module or the session opens."""
+    os.environ["TDJAX_CACHE"] = str(tmp_path_factory.mktemp("tdjax"))
+
+
 @pytest.fixture(autouse=True)
 def own_cache_folder(tmp_path_factory, monkeypatch):
     """No test sees what another one, or the user, has left in tdjax's cache folder."""

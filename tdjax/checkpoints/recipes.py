@@ -81,7 +81,9 @@ RECIPES = (
     ),
     Recipe(
         kind="few-step weights",
-        names=re.compile(r"(?<!\d)[1-8][_-]?steps?(?![a-z])|distill|causvid|accvid|(?<![a-z])dmd"),
+        names=re.compile(
+            r"(?<!\d)[1-8][_-]?steps?(?![a-z])|(?<!un)distill|causvid|accvid|(?<![a-z])dmd"
+        ),
         sampler=EULER,
         note="their own times are not known here",
     ),

@@ -103,6 +103,8 @@ def check_early(args) -> None:
         SamplerConfig(**{name: value for name, value in changes.items() if value is not None})
     check_samples(args.num_samples)
     check_fps(args.fps)
+    if args.upscale is not None and not 1 <= args.upscale <= 64:
+        raise UsageError(f"--upscale is {args.upscale}", "it is a number from 1 to 64", "use 1")
     _check_inputs(args)
     if args.save_path and args.save_path.endswith(".safetensors") and args.format is None:
         args.format = "latents"
@@ -331,7 +333,8 @@ def _make(args, pipe, task: outputs.Task, embeds: dict[str, Any]) -> None:
         if pipe.info.language and job.prompt:
             pipe.stages.note(understood(pipe.info.language, job.prompt))
         facts = _facts(args, pipe, job)
-        with outputs.Files(args, pipe.stages, paths, facts, overwrite=task.overwrite) as made:
+        demo, again = pipe.info.language is not None, task.overwrite
+        with outputs.Files(args, pipe.stages, paths, facts, overwrite=again, demo=demo) as made:
             made.finish(pipe(job.prompt, **(arguments | embeds), **made.listen))
 
 

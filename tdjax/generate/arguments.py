@@ -306,6 +306,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--format", choices=FORMATS, help="default: from the suffix of --save_path")
     out.add_argument(
+        "--upscale",
+        type=int,
+        metavar="N",
+        help=(
+            "each pixel as a square of N x N; default 6 for the embedded demo's .mp4, .webm and"
+            " .gif, else 1"
+        ),
+    )
+    out.add_argument(
         "--crf", type=int, default=17, help="quality of mp4 and webm; lower is better, and larger"
     )
     out.add_argument(

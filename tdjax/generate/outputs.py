@@ -17,7 +17,7 @@ from tdjax import files
 from tdjax.errors import UsageError
 from tdjax.generate.jobs import Job
 from tdjax.generate.resume import finished, replaceable, shown
-from tdjax.media.video import Writer, target_notes
+from tdjax.media.video import Writer, enlarged, target_notes
 from tdjax.pipeline.result import check_save, sidecar, write_json
 from tdjax.progress import Stages
 
@@ -25,6 +25,8 @@ DEFAULT = "output/{model}_{seed}_{index}.mp4"
 # prompt files: the row keeps equal prompts apart
 DEFAULT_ROWS = "output/{model}_{row}_{prompt_slug}_{seed}_{index}.mp4"
 FIELDS = ("model", "seed", "index", "prompt_slug", "date", "row")
+DEMO_UPSCALE = 6  # the embedded model's 64 pixels are a stamp in a player
+_VIEWED = (".mp4", ".webm", ".gif")  # what people look at; other files are read by programs
 SUFFIX = {"png": "", "latents": ".safetensors"}
 
 
@@ -233,9 +235,19 @@ class Files:
     """
 
     def __init__(
-        self, args, stages: Stages, paths: list[Path], facts: dict[str, Any], *, overwrite: bool
+        self,
+        args,
+        stages: Stages,
+        paths: list[Path],
+        facts: dict[str, Any],
+        *,
+        overwrite: bool,
+        demo: bool = False,
     ):
         self.args, self.stages, self.paths, self.facts = args, stages, paths, facts
+        self.upscale = args.upscale or (DEMO_UPSCALE if demo else 1)
+        if args.upscale is None and not all(path.suffix in _VIEWED for path in paths):
+            self.upscale = 1
         self.options = {"crf": args.crf, "overwrite": overwrite}
         self.writers: dict[int, Writer] = {}
         # a grid and latents are made of what is there at the end only
@@ -256,7 +268,7 @@ class Files:
             self.writers[index] = Writer(
                 self.paths[index], fps=self.args.fps, metadata=metadata, **self.options
             )
-        self.writers[index].put(frames)
+        self.writers[index].put(enlarged(frames, self.upscale))
 
     def finish(self, result) -> None:
         """Complete every file; each path on stdout once it is there."""
@@ -273,7 +285,13 @@ class Files:
                         facts = {**result.metadata, "index": index, "fps": self.args.fps}
                         write_json(sidecar(path), facts)
                 else:
-                    result.save(path, index=index, metadata=metadata, **self.options)
+                    result.save(
+                        path,
+                        index=index,
+                        metadata=metadata,
+                        upscale=self.upscale,
+                        **self.options,
+                    )
             line = {
                 "path": str(path),
                 "seed": result.seed,

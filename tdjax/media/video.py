@@ -89,6 +89,13 @@ def write(
     return path
 
 
+def enlarged(frames: np.ndarray, factor: int) -> np.ndarray:
+    """Returns uint8 [... H W 3] with every pixel as a square of factor x factor."""
+    if factor == 1:
+        return frames
+    return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
+
+
 class Writer:
     """`write` in a thread of its own: `put` each chunk as it is made, then `close`; or `cancel`,
     which leaves nothing.

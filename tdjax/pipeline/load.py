@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels import mosaic
-from tdjax.checkpoints import compiled, demo
+from tdjax.checkpoints import compiled, demo, scheduler
 from tdjax.checkpoints.filenames import telling
 from tdjax.checkpoints.locate import Located, cache_folder, locate
 from tdjax.checkpoints.recipes import of_names, recognise
@@ -33,7 +33,7 @@ from tdjax.pipeline.options import (
 )
 from tdjax.pipeline.pipeline import Pipeline
 from tdjax.precision import Policy
-from tdjax.presets import PRESETS, UMT5_XXL, WAN_VAE
+from tdjax.presets import PRESETS, TEACHER_SAMPLER, UMT5_XXL, WAN_VAE
 from tdjax.progress import LibraryStages, Stages
 from tdjax.text.prompt_cache import FOLDER, PromptCache
 from tdjax.values import settled, shown, switch
@@ -115,9 +115,11 @@ def load(
     Raises CheckpointError for files that are missing, damaged or of another kind; UsageError for
         bad arguments.
     """
-    own = without_aliases({"impl": impl, **aliases}, LoadAliases, _ACCEPTED, {"impl": "auto"})
+    defaults = {"impl": "auto", "attention": "auto", "offline": False}
+    given = {"impl": impl, "attention": attention, "offline": offline, **aliases}
+    own = without_aliases(given, LoadAliases, _ACCEPTED, defaults)
     options = PipelineOptions(
-        attention=attention,
+        attention=own["attention"],
         impl=own["impl"],
         quant=quant,
         dtype=dtype,
@@ -148,7 +150,7 @@ def load(
         options,
         paths,
         revision=revision,
-        offline=offline,
+        offline=own["offline"],
         cache_dir=cache_dir,
         stages=stages,
     )
@@ -215,11 +217,24 @@ def _with_recipe(
     else:
         names = [name for dit in dits for name in dit.names]
         found = recognise(names, dits[0].stored, gates=dits[0].gates, lora=lora)
-    if found is None:
+    if found is not None:
+        note(found.line())
+        facts = {**located.facts, "sampler": dataclasses.asdict(found.sampler)}
+        located = dataclasses.replace(located, distilled=found.distilled, facts=facts)
+    return _with_scheduler(located, note)
+
+
+def _with_scheduler(located: Located, note: Callable[[str], None]) -> Located:
+    """Undistilled weights of a diffusers folder, with the sampler that they were saved with."""
+    if located.distilled or located.layout != "diffusers":
         return located
-    note(found.line())
-    facts = {**located.facts, "sampler": dataclasses.asdict(found.sampler)}
-    return dataclasses.replace(located, distilled=found.distilled, facts=facts)
+    saved = scheduler.saved_sampler(located.dit[0].parent)
+    if not saved:
+        return located
+    note(f"{scheduler.FILE}: {saved['sampler']} with `shift` {saved['shift']:g}")
+    own = PRESETS[located.preset].sampler if located.preset in PRESETS else TEACHER_SAMPLER
+    before = located.facts.get("sampler", dataclasses.asdict(own))
+    return dataclasses.replace(located, facts={**located.facts, "sampler": {**before, **saved}})
 
 
 def plan_pipeline(name: str, options: PipelineOptions, *, stages: Stages | None = None) -> Pipeline:

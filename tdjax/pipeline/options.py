@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -55,6 +55,8 @@ class LoadAliases(TypedDict, total=False):
     """Other names of arguments of `tdjax.load`."""
 
     attention_impl: Impl
+    attention_type: Attention
+    local_files_only: bool
 
 
 class CallAliases(TypedDict, total=False):
@@ -65,6 +67,7 @@ class CallAliases(TypedDict, total=False):
     num_videos_per_prompt: int
     generator: jax.Array | None
     callback_on_step_end: Callable[[int, int], Any] | None
+    flow_shift: float | None
 
 
 class Call(Protocol):
@@ -89,7 +92,7 @@ class Call(Protocol):
         shift: float | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | None = "",
-        seed: int | None = 0,
+        seed: int | Sequence[int] | None = 0,
         key: jax.Array | None = None,
         num_samples: int = 1,
         latents: np.ndarray | jax.Array | None = None,
@@ -114,7 +117,8 @@ class Call(Protocol):
         sigma_max, mid_t: where sampling begins, and TrigFlow times between the first and the last.
         boundary:    time below which the second of two experts takes over.
         shift, guidance_scale, negative_prompt: of undistilled weights.
-        seed:        0 to 2**32 - 1; or key, a jax.random key. num_samples: videos of each prompt.
+        seed:        0 to 2**32 - 1, or a list of one for each prompt; or key, a jax.random key.
+                     num_samples: videos of each prompt.
         latents:     start noise [1 t h w c]. prompt_embeds: [b s d], in place of a prompt.
         output_type: "uint8", "float" (0 to 1) or "latent". fps: written into files.
         check:       "finite" (raises NotFinite) or "none".
@@ -136,11 +140,14 @@ class Call(Protocol):
 # the door and nowhere else.
 ALIASES = {
     "attention_impl": "impl",
+    "attention_type": "attention",
+    "local_files_only": "offline",
     "num_inference_steps": "num_steps",
     "image_path": "image",
     "num_videos_per_prompt": "num_samples",
     "generator": "key",
     "callback_on_step_end": "on_step",
+    "flow_shift": "shift",
 }
 
 
@@ -240,7 +247,7 @@ def without_aliases(
             raise UsageError(
                 f"unknown argument {name!r}",
                 f"allowed: {', '.join(known)}",
-                f"did you mean {nearest[0]!r}?" if nearest else "see help(tdjax.Pipeline)",
+                f"did you mean {nearest[0]!r}?" if nearest else "help(tdjax.load) says more",
             )
         own = ALIASES[name]
         if value is None:

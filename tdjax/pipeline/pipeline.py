@@ -19,10 +19,11 @@ from tdjax.parallel.mesh import make_mesh
 from tdjax.pipeline import memory
 from tdjax.pipeline.compilation import Programs
 from tdjax.pipeline.components import Component
+from tdjax.pipeline.decoding import decode
 from tdjax.pipeline.denoising import Denoising
 from tdjax.pipeline.memory import ExecutionPlan
 from tdjax.pipeline.notes import request_notes
-from tdjax.pipeline.options import Call, PipelineOptions, arguments_of
+from tdjax.pipeline.options import Call, OutputType, PipelineOptions, arguments_of
 from tdjax.pipeline.preparation import Preparation
 from tdjax.pipeline.request import Request, make_request, model_info
 from tdjax.pipeline.result import Result, joined, metadata_of
@@ -71,6 +72,14 @@ class Pipeline:
             self.denoising,
             self.vae_coding,
             stages,
+        )
+
+    def __repr__(self) -> str:
+        cfg, sampler = self.config, self.sampler
+        return (
+            f"Pipeline({self.name}: {self.task}, {self.size}; {sampler.num_steps} steps of"
+            f" {sampler.sampler}; {cfg.attention} attention, {cfg.linear} linears,"
+            f" {cfg.policy.compute})"
         )
 
     @arguments_of(Call.__call__)
@@ -125,10 +134,12 @@ class Pipeline:
         condition = self.image_encoding.run(request, plan)
         latents: list[np.ndarray] = []
         frames: list[np.ndarray] = []
-        for text, sample in itertools.product(texts, range(request.num_samples)):
+        samples = range(request.num_samples)
+        for (number, text), sample in itertools.product(enumerate(texts), samples):
+            one = request.of(number)
             if not plan.keep_resident:
                 self.free("vae")
-            latents.append(self.denoising.run(request, plan, text, condition, sample))
+            latents.append(self.denoising.run(one, plan, text, condition, sample))
             if request.output_type != "latent":
                 frames.append(self.vae_coding.run(request, plan, latents[-1], len(frames)))
         return latents, frames
@@ -145,6 +156,17 @@ class Pipeline:
         # The whole loop, and its single steps for a terminal.
         with self.lock:
             self.preparation.compile(request, self.plan(request), (False, True))
+
+    def decode(
+        self,
+        latents: np.ndarray | Result,
+        *,
+        output_type: OutputType = "uint8",
+        fps: int | None = None,
+    ) -> Result:
+        """Returns the frames of finished latents [b t h w c], or of a result that has them, such as
+        `Result.load(file)`."""
+        return decode(self, latents, output_type, fps)
 
     def embed(self, prompts: str | list[str]) -> np.ndarray:
         """Returns embeddings [b s d] of prompts, on the host: from the cache, or one prompt at a

@@ -34,7 +34,7 @@ from tdjax.pipeline.options import (
 )
 from tdjax.presets import I2V_SAMPLER, PRESETS, T2V_SAMPLER, TEACHER_SAMPLER
 from tdjax.progress import Listener
-from tdjax.values import reals, settle, shown, text
+from tdjax.values import reals, settle, shown, text, whole
 
 _SIZE = ("resolution", "aspect_ratio", "width", "height", "num_frames")
 _SAMPLER = tuple(field.name for field in dataclasses.fields(SamplerConfig))
@@ -51,7 +51,7 @@ class Request:
     image: np.ndarray | None = None  # uint8 [H W 3]
     fit: str = "crop"
     num_samples: int = 1
-    seed: int | None = 0  # None where the caller gave a key
+    seed: int | tuple[int, ...] | None = 0  # one, or one for each prompt; None beside a key
     key: Any = None
     latents: np.ndarray | None = None  # start noise [1 t h w c]
     prompt_embeds: np.ndarray | None = None  # [b s d], in place of the text encoder
@@ -84,7 +84,15 @@ class Request:
 
     def random_key(self) -> jax.Array:
         """Returns the key that was given, or that of the seed."""
-        return jax.random.key(self.seed or 0) if self.key is None else self.key
+        if self.key is not None:
+            return self.key
+        return jax.random.key(self.seed if isinstance(self.seed, int) else 0)
+
+    def of(self, number: int) -> Request:
+        """Returns the request with the seed of one of its prompts."""
+        if not isinstance(self.seed, tuple):
+            return self
+        return dataclasses.replace(self, seed=self.seed[number])
 
     def digests(self) -> dict[str, str]:
         """Returns sha256 of the arrays that the caller gave, so that a sidecar tells whether they
@@ -186,6 +194,8 @@ def make_request(
     size, resolution = _chosen_size(size_given, fit, image, model)
     changes = {name: given.pop(name) for name in _SAMPLER if name in given}
     sampler = _chosen_sampler(changes, model.sampler)
+    if "seed" in given:
+        given["seed"] = _seeds(given["seed"])
     request = Request(
         prompts=prompts,
         size=size,
@@ -242,12 +252,7 @@ def _chosen_sampler(changes: dict[str, Any], own: SamplerConfig) -> SamplerConfi
 
 def _checked(request: Request, model: ModelInfo) -> Request:
     check_samples(request.num_samples)
-    if request.seed is not None and not 0 <= request.seed < 2**32:
-        raise UsageError(
-            f"seed is {request.seed!r}",
-            "a whole number from 0 to 4294967295",
-            "use 0, or give a jax.random key as key",
-        )
+    _check_seeds(request)
     for name in ("latents", "prompt_embeds"):
         if (value := getattr(request, name)) is not None:
             _check_floats(name, value)
@@ -283,6 +288,33 @@ def _checked(request: Request, model: ModelInfo) -> Request:
         )
     _check_arrays(request, model)
     return request if request.key is None else dataclasses.replace(request, seed=None)
+
+
+def _seeds(given: Any) -> int | tuple[int, ...]:
+    """One seed, or several of a list. Raises UsageError."""
+    if isinstance(given, list | tuple) or (isinstance(given, np.ndarray) and given.ndim == 1):
+        return tuple(whole("seed", seed) for seed in given)
+    return whole("seed", given)
+
+
+def _check_seeds(request: Request) -> None:
+    """Raises UsageError for seeds that no key can be made of, and for another number of them than
+    there are prompts."""
+    seeds = request.seed if isinstance(request.seed, tuple) else (request.seed,)
+    for seed in seeds:
+        if seed is not None and not 0 <= seed < 2**32:
+            raise UsageError(
+                f"seed is {seed!r}",
+                "a whole number from 0 to 4294967295",
+                "use 0, or give a jax.random key as key",
+            )
+    prompts = request.videos // request.num_samples
+    if isinstance(request.seed, tuple) and len(seeds) != prompts:
+        raise UsageError(
+            f"{len(seeds)} seeds for {prompts} prompts",
+            "`seed` is one for all prompts, or a list of one for each",
+            "for several videos of one prompt, num_samples",
+        )
 
 
 def _check_listeners(request: Request) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import html
 import json
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,27 +20,33 @@ from tdjax.config import to_dict
 from tdjax.errors import UsageError
 from tdjax.files import refuse_existing, refuse_unwritable, write_text, written
 from tdjax.media import video
+from tdjax.text import embeds
+from tdjax.values import whole
 
 if TYPE_CHECKING:  # files are named and refused before jax is there
     from tdjax.pipeline.components import Component
     from tdjax.pipeline.request import Request
 
+FPS = 16  # of files that say nothing else
+SHOWN_WIDTH = 384  # pixels that a small video is enlarged to in a notebook
+
 
 @dataclasses.dataclass
 class Result:
-    """One call's videos.
+    """One call's videos: of each prompt in order, and of each prompt its samples. Iterating gives a
+    result for each.
 
     frames:   uint8 [b T H W 3] (output_type "uint8"), float32 in [0, 1] ("float"), or None
               ("latent").
     latents:  float32 [b t h w c], normalised, on the host.
-    seed:     the seed, or None where the caller gave a key.
+    seed:     the seed, a tuple of one for each prompt, or None where the caller gave a key.
     timings:  seconds by stage. metadata: everything needed to run it again, JSON values only.
     warnings: lines that a user should know, which also went to the logger "tdjax".
     """
 
     frames: np.ndarray | None
     latents: np.ndarray
-    seed: int | None
+    seed: int | tuple[int, ...] | None
     fps: int
     timings: dict[str, float]
     metadata: dict[str, Any]
@@ -72,31 +79,86 @@ class Result:
 
         return Image.fromarray(self.pixels(index)[i])
 
+    def __iter__(self) -> Iterator[Result]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Result:
+        """One video as a result of its own. Raises IndexError."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there are {len(self)} videos, and none with the number {index}")
+        index %= len(self)
+        about = self.about(index)
+        return dataclasses.replace(
+            self,
+            frames=None if self.frames is None else self.frames[index : index + 1],
+            latents=self.latents[index : index + 1],
+            seed=about.get("seed", self.seed),
+            metadata=about,
+        )
+
+    def about(self, index: int = 0) -> dict[str, Any]:
+        """Returns the metadata of one video: its own prompt and seed among them, and its `index`
+        among those of this prompt."""
+        samples, about = self.metadata.get("num_samples", 1), dict(self.metadata)
+        number, sample = divmod(index, samples)
+        if len(about.get("prompts", ())) > 1:
+            about["prompts"] = [about["prompts"][number]]
+        if isinstance(about.get("seed"), list):
+            about["seed"] = about["seed"][number]
+        return {**about, "index": about.get("index", 0) + sample, "fps": self.fps}
+
     def save(
         self,
-        path,
+        path: str | Path,
         *,
-        index: int = 0,
+        index: int | None = None,
         fps: int | None = None,
         crf: int = 17,
         metadata: bool = True,
         overwrite: bool = False,
-    ) -> Path:
-        """Write one video; the suffix chooses the form (.mp4 .webm .mkv .gif .npy, .safetensors =
-        latents, no suffix = png folder).
+        upscale: int = 1,
+    ) -> Path | list[Path]:
+        """Writes the video, or one of them, and returns its path; several are all written, as
+        NAME_0, NAME_1 and so on, and their paths returned.
 
-        With `metadata` a sidecar `<file>.json` is written beside it. Files appear under their name
-        only when complete.
+        path:     the suffix chooses the form: .mp4 .webm .mkv .gif .npy, .safetensors = latents, no
+                  suffix = png folder.
+        metadata: a sidecar `<file>.json` is written beside each.
+        upscale:  side of the square that each pixel becomes, for small videos.
+        Files appear under their names only when complete. Raises UsageError before the first one
+        where any of them cannot be written.
         """
-        path, fps = Path(path), fps or self.fps
-        check_save(path, fps=fps, crf=crf, metadata=metadata, overwrite=overwrite)
-        about = {**self.metadata, "index": index, "fps": fps}
+        path, factor = Path(path), whole("upscale", upscale)
+        if not 1 <= factor <= 64:
+            raise UsageError(f"upscale is {factor}", "it is a number from 1 to 64", "use 6")
+        if index is None and len(self) > 1:
+            paths = [path.with_stem(f"{path.stem}_{number}") for number in range(len(self))]
+        else:
+            paths = [path]
+        numbers = range(len(self)) if index is None else [index]
+        for each in paths:
+            check_save(each, fps=fps or self.fps, crf=crf, metadata=metadata, overwrite=overwrite)
+        for number, each in zip(numbers, paths, strict=True):
+            self._save_one(each, number, fps or self.fps, crf, metadata, overwrite, factor)
+        return paths[0] if len(paths) == 1 else paths
+
+    def _save_one(
+        self,
+        path: Path,
+        index: int,
+        fps: int,
+        crf: int,
+        metadata: bool,
+        overwrite: bool,
+        upscale: int,
+    ) -> None:
+        about = {**self.about(index), "fps": fps}
         if path.suffix == ".safetensors":
             save_latents(path, self.latents[index : index + 1], overwrite)
         else:
             video.write(
                 path,
-                self.pixels(index),
+                video.enlarged(self.pixels(index), upscale),
                 fps=fps,
                 crf=crf,
                 metadata=json.dumps(about) if metadata else None,
@@ -104,22 +166,52 @@ class Result:
             )
         if metadata:
             write_json(sidecar(path), about)
-        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """Returns what `save` wrote as .safetensors: latents, and the metadata beside them, where
+        it is. `Pipeline.decode` makes frames of it. Raises UsageError."""
+        path = Path(path).expanduser()
+        latents, about = load_latents(path), {}
+        if sidecar(path).is_file():
+            about = json.loads(sidecar(path).read_text(encoding="utf-8"))
+        return cls(
+            frames=None,
+            latents=latents,
+            seed=about.get("seed"),
+            fps=about.get("fps", FPS),
+            timings={},
+            metadata=about,
+        )
 
     def _repr_html_(self) -> str:
-        """Inline video for notebooks."""
+        """Inline videos for notebooks, side by side, with prompt and seed."""
         if self.frames is None:
-            return f"<pre>{self!r}</pre>"
+            return f"<pre>{html.escape(repr(self))}</pre>"
         with tempfile.TemporaryDirectory() as folder:
             tags = []
             for i in range(len(self)):
                 path = video.write(Path(folder) / f"{i}.mp4", self.pixels(i), fps=self.fps, crf=20)
                 data = base64.b64encode(path.read_bytes()).decode()
-                tags.append(
-                    "<video controls autoplay loop muted"
-                    f' src="data:video/mp4;base64,{data}"></video>'
-                )
-        return "\n".join(tags)
+                tags.append(_figure(data, self.frames.shape[3], self._caption(i)))
+        return f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(tags)}</div>'
+
+    def _caption(self, index: int) -> str:
+        about = self.about(index)
+        prompt = next(iter(about.get("prompts", ())), "")
+        sample = f", sample {about['index']}" if about.get("num_samples", 1) > 1 else ""
+        return f"{prompt} (seed {about.get('seed', self.seed)}{sample})".strip()
+
+
+def _figure(data: str, width: int, caption: str) -> str:
+    """One video as HTML, small ones enlarged with hard pixels. data: an mp4 in base64."""
+    shown = max(width, SHOWN_WIDTH)
+    style = f"width:{shown}px;max-width:100%;image-rendering:pixelated"
+    return (
+        f'<figure style="margin:0;max-width:{shown}px"><video controls autoplay loop muted'
+        f' playsinline style="{style}" src="data:video/mp4;base64,{data}"></video>'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
 
 
 def sidecar(path: Path) -> Path:
@@ -148,11 +240,30 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def save_latents(path: Path, latents: np.ndarray, overwrite: bool = False) -> None:
-    """Writes normalised latents [1 t h w c] as a safetensors file. Raises UsageError."""
+    """Writes normalised latents [1 t h w c] of a finished video as a safetensors file, marked as
+    such. Raises UsageError."""
     from safetensors.numpy import save_file
 
     with written(path, overwrite) as part:
-        save_file({"latents": np.ascontiguousarray(latents)}, part)
+        save_file({"latents": np.ascontiguousarray(latents)}, part, metadata=embeds.FINISHED)
+
+
+def load_latents(path: Path) -> np.ndarray:
+    """Returns latents [b t h w c] of finished videos. Raises UsageError for other files."""
+    if path.suffix != ".safetensors":
+        raise UsageError(
+            f"{path} is not .safetensors",
+            "a result is loaded from its latents, which are all that a decoder needs",
+            "save it as .safetensors",
+        )
+    latents = embeds.read_latents(path)
+    if latents.ndim != 5:
+        raise UsageError(
+            f"{path} holds an array of {latents.ndim} axes",
+            "latents are [b t h w c]",
+            'write it with result.save("x.safetensors")',
+        )
+    return latents
 
 
 def metadata_of(name: str, request: Request, components: Mapping[str, Component]) -> dict[str, Any]:
@@ -171,7 +282,7 @@ def metadata_of(name: str, request: Request, components: Mapping[str, Component]
         "model": name,
         "prompts": list(request.prompts),
         "negative_prompt": request.negative_prompt,
-        "seed": request.seed,
+        "seed": list(request.seed) if isinstance(request.seed, tuple) else request.seed,
         "num_samples": request.num_samples,
         "fit": request.fit,
         "given": request.digests(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from safetensors.numpy import save_file
 from tdjax.errors import UsageError
 from tdjax.files import written
 from tdjax.parsing import NPY, npy_array
+
+FINISHED = {"tdjax": "finished latents"}  # mark of a file that is a video and not noise
 
 
 def save_embeds(path, embeds: np.ndarray, prompts: list[str], overwrite: bool = False) -> Path:
@@ -47,6 +50,28 @@ def stored_tensor(path, name: str) -> np.ndarray:
 
 def load_latents(path) -> np.ndarray:
     """Start noise [1 t h w c] from .npy, or from a .safetensors that holds `latents`; UsageError
+    otherwise, and for the latents of a finished video."""
+    if _finished(Path(path)):
+        raise UsageError(
+            f"{path} holds latents of a finished video",
+            "`latents` is the noise that sampling begins with",
+            f"tdjax decode {path} makes frames of it; in Python, pipe.decode(Result.load(file))",
+        )
+    return read_latents(path)
+
+
+def _finished(path: Path) -> bool:
+    """Whether a file says that it is a video's latents, or the metadata beside it does."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="np") as f:
+        if (f.metadata() or {}).items() >= FINISHED.items():
+            return True
+    return path.with_name(path.name + ".json").is_file()
+
+
+def read_latents(path) -> np.ndarray:
+    """One array of floats from .npy, or from a .safetensors that holds `latents`; UsageError
     otherwise."""
     try:
         with open(path, "rb") as f:

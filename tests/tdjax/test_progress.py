@@ -1,9 +1,13 @@
 """Stages: what ran is added up, and the clock is told beside it."""
 
 import re
+import threading
 import time
 
-from tdjax.progress import Stages
+import pytest
+
+from tdjax.errors import Cancelled
+from tdjax.progress import Bar, LibraryStages, Listener, Stages
 
 
 def test_the_table_tells_the_sum_of_the_stages_and_the_clock(capsys):
@@ -19,3 +23,68 @@ def test_the_table_tells_the_sum_of_the_stages_and_the_clock(capsys):
     }
     assert 0.04 <= seconds["sum of the stages"] <= seconds["by the clock"] - 0.045
     assert "load dit" in table and seconds["denoise"] < seconds["sum of the stages"]
+
+
+def test_lines_are_for_log_files(capsys):
+    stages = Stages(show=True)
+    with stages("open"):
+        stages.note("a note")
+    with pytest.raises(ZeroDivisionError), stages("load dit"):
+        raise ZeroDivisionError
+    assert re.sub(r"[\d.]+ s", "0 s", capsys.readouterr().err) == (
+        "tdjax: a note\n  open: 0 s\n  load dit: failed\n"
+    )
+
+
+def test_what_a_call_says_belongs_to_it():
+    stages, first, second = LibraryStages(False), Listener(), Listener()
+    for listener in (first, second):
+        with stages.listening(listener, 1, 4), stages("text"):
+            stages.note("cold")
+    stages.note("outside")
+    assert first.notes == second.notes == ["cold"] and stages.rows == []
+
+
+def test_a_call_can_be_ended():
+    event, seen = threading.Event(), []
+    stages = Stages(show=False)
+    with stages.listening(Listener(seen.append, lambda *step: seen.append(step), event), 1, 2):
+        with stages("text"):
+            pass
+        stages.step(1, 2)
+        event.set()
+        with pytest.raises(Cancelled, match="before vae decode"), stages("vae decode"):
+            seen.append("never")
+    no = stages.listening(Listener(lambda name: False), 1, 2)
+    with pytest.raises(Cancelled), no, stages("text"):
+        pass
+    assert seen == ["text", (1, 2)]
+
+
+def test_the_bar_counts_videos_and_goes_away(capsys):
+    bar = Bar(show=True)
+    bar.expect(2, 3)
+    for _ in range(2):  # two calls of a command
+        with bar.listening(Listener(), 1, 3):
+            bar.next_video()
+            for step in range(3):
+                with bar(f"denoise: step {step + 1} of 3"):
+                    pass
+                bar.step(step + 1, 3)
+            with bar("vae decode"):
+                assert bar.bar.n == 4 * bar.video - 1 and bar.bar.total == 8
+    bar.bar.refresh()
+    bar.note("a note")
+    shown = capsys.readouterr().err
+    assert "video 2 of 2: vae decode  88%" in shown and "left" in shown and "a note\n" in shown
+    bar.close()
+    assert bar.bar is None
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_bar_of_one_call_goes_with_it(error):
+    bar = Bar(show=True)
+    with pytest.raises(error), bar.listening(Listener(), 1, 3):
+        assert bar.bar.total == 4
+        raise error
+    assert bar.bar is None

@@ -1,6 +1,8 @@
 """Meshes by their names: how many devices they need."""
 
+import jax
 import pytest
+from jax.sharding import AxisType
 
 from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
@@ -10,3 +12,29 @@ from tdjax.parallel.mesh import make_mesh
 def test_more_devices_than_there_are():
     with pytest.raises(UsageError, match="needs 8 devices"):
         make_mesh("tp=8", DiTConfig(heads=8, dim=128))
+
+
+CFG = DiTConfig(heads=8, dim=128)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_number_is_that_of_sp(count):
+    mesh = make_mesh(count, CFG)
+    assert mesh == make_mesh(f"sp={count}", CFG) and dict(mesh.shape) == {"seq": count}
+
+
+def test_a_mesh_of_jax():
+    devices = jax.devices()[::-1]
+    mesh = make_mesh(jax.make_mesh((2, 2), ("tp", "sp"), devices=devices), CFG)
+    assert dict(mesh.shape) == {"tensor": 2, "seq": 2} and list(mesh.devices.ravel()) == devices
+    assert set(mesh.axis_types) == {AxisType.Auto}
+    with pytest.raises(UsageError, match="has an axis 'x'(.|\n)*fsdp, tp, sp"):
+        make_mesh(jax.make_mesh((4,), ("x",)), CFG)
+    with pytest.raises(UsageError, match="divides 6 attention heads by 4"):
+        make_mesh(jax.make_mesh((4,), ("sp",)), DiTConfig(heads=6, dim=96))
+
+
+@pytest.mark.parametrize("given", [2.5, True, "sp", [4], object()])
+def test_other_meshes_are_refused(given):
+    with pytest.raises(UsageError, match="mesh"):
+        make_mesh(given, CFG)

@@ -111,7 +111,7 @@ def test_damaged_weights_are_told_when_they_are_needed(model, tmp_path, capsys):
     names = [row.name for row in stages.rows]
     assert (
         names[-2:] == ["text", "compile start noise"]
-        and "load dit ..." in capsys.readouterr().err.splitlines()[-1]
+        and "load dit: failed" in capsys.readouterr().err.splitlines()[-1]
     )
     assert pipe.components["dit"].module is None
 
@@ -162,16 +162,14 @@ class Watched:
     """A program whose executable tells before each call."""
 
     def __init__(self, program, tell):
-        self.program, self.label, self.begin, self.tell = (
-            program,
-            program.label,
-            program.begin,
-            tell,
-        )
+        self.program, self.tell = program, tell
 
-    def wait(self):
-        run = self.program.wait()
-        return lambda *args: self.tell() or run(*args)
+    def __getattr__(self, name):
+        return getattr(self.program, name)
+
+    @property
+    def executable(self):
+        return lambda *args: self.tell() or self.program.executable(*args)
 
 
 def watch_steps(monkeypatch, pipe, tell) -> None:

@@ -14,7 +14,7 @@ LATENT = {"output_type": "latent", **SMALL}
 
 @pytest.fixture(scope="module")
 def pipe(model):
-    return tdjax.load(model)
+    return tdjax.load(model, prompt_cache=False)  # so that the text encoder runs in every test
 
 
 @pytest.mark.slow

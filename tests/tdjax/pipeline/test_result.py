@@ -5,6 +5,7 @@ import pytest
 
 from tdjax.errors import UsageError
 from tdjax.pipeline.result import Result
+from tdjax.text.embeds import load_latents as load_noise
 
 
 def result(frames) -> Result:
@@ -25,3 +26,58 @@ def test_formats(tmp_path):
 def test_latents_alone_have_no_frames():
     with pytest.raises(UsageError, match="no frames"):
         result(None).pixels()
+
+
+def several() -> Result:
+    frames = np.random.default_rng(0).integers(0, 256, (4, 1, 16, 16, 3)).astype(np.uint8)
+    metadata = {"prompts": ["a <fox>", "b"], "seed": [5, 6], "num_samples": 2}
+    latents = np.zeros((4, 1, 2, 2, 8), np.float32)
+    return Result(frames, latents, seed=(5, 6), fps=12, timings={}, metadata=metadata)
+
+
+def test_each_video_knows_its_prompt_and_seed():
+    made = several()
+    about = [(*v.metadata["prompts"], v.seed, v.metadata["index"], v.metadata["fps"]) for v in made]
+    assert about == [("a <fox>", 5, 0, 12), ("a <fox>", 5, 1, 12), ("b", 6, 0, 12), ("b", 6, 1, 12)]
+    assert all(np.array_equal(v.frames[0], made.frames[i]) for i, v in enumerate(made))
+    assert made[-1][0].metadata == made[3].metadata
+    with pytest.raises(IndexError, match="4 videos"):
+        made[4]
+
+
+def test_several_are_all_written_or_none(tmp_path):
+    (tmp_path / "v_2.npy").touch()
+    with pytest.raises(UsageError, match="v_2.npy exists"):
+        several().save(tmp_path / "v.npy")
+    assert [path.name for path in tmp_path.iterdir()] == ["v_2.npy"]
+    assert several().save(tmp_path / "w.npy", index=3) == tmp_path / "w.npy"
+
+
+def test_small_videos_are_shown_large():
+    page = several()._repr_html_()
+    assert page.count("width:384px;") == page.count("image-rendering:pixelated") == 4
+    assert "a &lt;fox&gt; (seed 5, sample 1)" in page and "b (seed 6, sample 0)" in page
+
+
+def test_pixels_as_squares(tmp_path):
+    made = several()
+    made.save(tmp_path / "v.npy", index=0, upscale=3)
+    large = np.load(tmp_path / "v.npy")
+    assert large.shape == (1, 48, 48, 3) and np.array_equal(large[:, ::3, 2::3], made.frames[0])
+    for factor in (0, 65, 1.5, "2"):
+        with pytest.raises(UsageError, match="upscale"):
+            made.save(tmp_path / "w.npy", index=0, upscale=factor)
+
+
+def test_latents_come_back_with_their_metadata(tmp_path):
+    path = several().save(tmp_path / "v.safetensors", index=2)
+    back = Result.load(path)
+    assert (back.seed, back.fps, back.metadata["prompts"]) == (6, 12, ["b"])
+    (tmp_path / "v.safetensors.json").unlink()
+    assert Result.load(path).fps == 16
+    with pytest.raises(UsageError, match="finished video"):
+        load_noise(path)
+    with pytest.raises(UsageError, match="is not .safetensors"):
+        Result.load(tmp_path / "v.mp4")
+    with pytest.raises(UsageError, match="holds no latents"):
+        Result.load(tmp_path / "absent.safetensors")

@@ -1,0 +1,49 @@
+"""The persistent cache of programs: on by default, also where jax has compiled before."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from tdjax.checkpoints.compiled import keep_programs
+
+
+def test_what_was_set_for_jax_stays(tmp_path):
+    before = jax.config.jax_compilation_cache_dir
+    assert before and keep_programs() is None
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_a_folder_that_cannot_be_written_costs_a_line(tmp_path):
+    (tmp_path / "file").touch()
+    assert "is not writable" in keep_programs(tmp_path / "file" / "x")
+
+
+LOADS = """
+import sys, jax
+jax.jit(lambda x: x + 1)(1)  # jax has settled that there is no cache
+import tdjax
+tdjax.load("demo", compile_cache=eval(sys.argv[1]))
+print(jax.config.jax_compilation_cache_dir)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: x * 3)(1)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", ["True", "False", "'own'"])
+def test_a_process_keeps_programs_after_load(tmp_path, given):
+    env = {**os.environ, "TDJAX_CACHE": str(tmp_path / "cache")}
+    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS, given], env=env, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    folder = {"True": tmp_path / "cache" / "compiled", "'own'": tmp_path / "own"}.get(given)
+    if folder is None:
+        assert done.stdout == "None\n"
+    else:
+        assert os.path.samefile(tmp_path / done.stdout.strip(), folder)
+        assert any(path.name.endswith("-cache") for path in folder.iterdir())
