@@ -12,6 +12,11 @@ TEACHER_SAMPLER = SamplerConfig(
     num_steps=50, sampler="unipc", sigma_max=5000.0, shift=5.0, guidance_scale=5.0
 )
 
+PURE_NOISE = 1e6  # sigma of samplers that begin at pure noise: flow time 1 in float32
+# ModelTC/LightX2V's distilled weights: 1, 0.9375, 0.8333, 0.625, two of them for each expert.
+EULER_SAMPLER = SamplerConfig(num_steps=4, sampler="euler", sigma_max=PURE_NOISE, shift=5.0)
+RCM_720P_SAMPLER = SamplerConfig(sigma_max=120.0)
+
 WAN_1_3B = DiTConfig()
 WAN_14B = DiTConfig(dim=5120, ffn_dim=13824, layers=40, heads=40)
 WAN_A14B_I2V = dataclasses.replace(WAN_14B, in_channels=36)
@@ -38,7 +43,8 @@ class Preset:
 
     @property
     def distilled(self) -> bool:
-        return self.sampler.few_step
+        """Whether it was made for few steps, with guidance built in."""
+        return not self.sampler.guided
 
 
 def _turbo(
@@ -81,6 +87,31 @@ def _turbo_i2v(suffix: str, linear: str, gigabytes: float) -> Preset:
     )
 
 
+def _lightx2v_i2v(kind: str, linear: str, gigabytes: float) -> Preset:
+    return Preset(
+        repo="lightx2v/Wan2.2-Distill-Models",
+        dit=tuple(
+            f"wan2.2_i2v_A14b_{expert}_noise{kind}_lightx2v_4step.safetensors"
+            for expert in ("high", "low")
+        ),
+        config=dataclasses.replace(WAN_A14B_I2V, linear=linear),
+        resolution="480p",
+        gigabytes=gigabytes,
+        sampler=EULER_SAMPLER,
+    )
+
+
+def _rcm(size: str, config: DiTConfig, gigabytes: float, sampler=T2V_SAMPLER) -> Preset:
+    return Preset(
+        repo="worstcoder/rcm-Wan",
+        dit=(f"rCM_Wan2.1_T2V_{size}.pt",),
+        config=config,
+        resolution=size.rpartition("_")[2],
+        gigabytes=gigabytes,
+        sampler=sampler,
+    )
+
+
 PRESETS: dict[str, Preset] = {
     **_turbo("TurboWan2.1-T2V-1.3B-480P", WAN_1_3B, "480p", (2.8, 1.5)),
     **_turbo("TurboWan2.1-T2V-14B-480P", WAN_14B, "480p", (28.6, 14.5)),
@@ -114,4 +145,23 @@ PRESETS: dict[str, Preset] = {
         gigabytes=114.3,
         sampler=dataclasses.replace(TEACHER_SAMPLER, num_steps=40, guidance_scale=3.5),
     ),
+    "wan2.2-t2v-a14b": Preset(
+        repo="Wan-AI/Wan2.2-T2V-A14B",
+        dit=(
+            "high_noise_model/diffusion_pytorch_model.safetensors.index.json",
+            "low_noise_model/diffusion_pytorch_model.safetensors.index.json",
+        ),
+        config=WAN_14B,
+        resolution="720p",
+        gigabytes=114.3,
+        # The published code takes guidance 4 above the boundary and 3 below.
+        sampler=dataclasses.replace(
+            TEACHER_SAMPLER, num_steps=40, shift=12.0, boundary=0.875, guidance_scale=3.5
+        ),
+    ),
+    "wan2.2-i2v-a14b-lightx2v": _lightx2v_i2v("", "float", 57.2),
+    "wan2.2-i2v-a14b-lightx2v-int8": _lightx2v_i2v("_int8", "int8_channel", 29.1),
+    "rcm-wan2.1-t2v-1.3b-480p": _rcm("1.3B_480p", WAN_1_3B, 2.8),
+    "rcm-wan2.1-t2v-14b-480p": _rcm("14B_480p", WAN_14B, 28.6),
+    "rcm-wan2.1-t2v-14b-720p": _rcm("14B_720p", WAN_14B, 28.6, RCM_720P_SAMPLER),
 }

@@ -43,24 +43,31 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 EXPERT = re.compile(r"(?<![a-z])(high|low)(?=[_-]?noise|[^a-z]|$)")
 TWO_EXPERTS = re.compile(r"(high|low)[_-]?noise|a14b|wan2[._]?2")
 SECOND = "transformer_2"
+# Other suffixes of torch files, taken where a file is named: a folder may hold the same weights
+# under these as well.
+ALSO = (".ckpt", ".bin", ".sft")
 GENERIC = ("diffusion_pytorch_model", "transformer")
 WAN = re.compile(r"(?<![a-z])wan2[._]?[12]")
 FEW_STEP = re.compile(r"turbo|rcm|distill|lightning|lightx2v|causvid|dmd|fast|\dstep")
-STEMS = {
-    file.removesuffix(".pth").lower(): alias
-    for alias, p in PRESETS.items()
-    for file in p.dit
-    if file.endswith(".pth")
-}
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file is one of weights by its suffix, in any case."""
+    return name.lower().endswith((*WEIGHTS, *ALSO))
 
 
 def stem(name: str) -> str:
     """A file's name without its suffix of weights."""
-    return (
-        name[: -len(max((s for s in WEIGHTS if name.endswith(s)), key=len))]
-        if name.endswith(WEIGHTS)
-        else name
-    )
+    ends = [suffix for suffix in (*WEIGHTS, *ALSO) if name.lower().endswith(suffix)]
+    return name[: -max(map(len, ends))] if ends else name
+
+
+STEMS = {
+    stem(file).lower(): alias
+    for alias, p in PRESETS.items()
+    for file in p.dit
+    if not PurePath(file).name.startswith(GENERIC)
+}
 
 
 def alias_of(model: str) -> str | None:

@@ -152,8 +152,8 @@ def _read_facts(path: Path) -> dict[str, Any]:
 
 
 def _one_file(path: Path) -> Found:
-    if not path.name.endswith(filenames.WEIGHTS):
-        allowed = ", ".join(filenames.WEIGHTS)
+    if not filenames.is_weights(path.name):
+        allowed = ", ".join((*filenames.WEIGHTS, *filenames.ALSO))
         raise CheckpointError(
             f"{path} is no weight file by its name",
             f"allowed: {allowed}",

@@ -220,7 +220,7 @@ def _find(model: str, revision: str | None, offline: bool) -> Found:
     if alias:
         return published(alias, revision, offline)
     segments = model.split("/")
-    is_file = model.endswith(filenames.WEIGHTS)
+    is_file = filenames.is_weights(model)
     is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(/[^/].*)?", model) and len(segments) >= (
         3 if is_file else 2
     )

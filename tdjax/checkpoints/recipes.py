@@ -9,17 +9,21 @@ import re
 from collections.abc import Iterable
 
 from tdjax.config import DiTConfig, SamplerConfig
-from tdjax.presets import I2V_SAMPLER, T2V_SAMPLER, TEACHER_SAMPLER
-
-START = 1e6  # sigma of samplers that begin at pure noise: 1 in float32
-EULER = SamplerConfig(num_steps=4, sampler="euler", sigma_max=START, shift=5.0, boundary=0.9)
+from tdjax.presets import (
+    EULER_SAMPLER,
+    I2V_SAMPLER,
+    PURE_NOISE,
+    RCM_720P_SAMPLER,
+    T2V_SAMPLER,
+    TEACHER_SAMPLER,
+)
 
 
 def _ladder(times: tuple[float, ...], boundary: float = 0.9) -> SamplerConfig:
     """Fresh noise at flow times after the first, which is pure noise."""
     return SamplerConfig(
         num_steps=len(times) + 1,
-        sigma_max=START,
+        sigma_max=PURE_NOISE,
         mid_t=tuple(math.atan2(u, 1.0 - u) for u in times),
         boundary=boundary,
     )
@@ -55,7 +59,7 @@ RECIPES = (
     Recipe(
         kind="rCM at 14B 720p",
         names=_names(r"rcm[_.\-]?wan2[._]?1[_.\-]t2v[_.\-]14b[_.\-]720p"),
-        sampler=dataclasses.replace(T2V_SAMPLER, sigma_max=120.0),
+        sampler=RCM_720P_SAMPLER,
     ),
     Recipe(
         kind="TurboDiffusion or rCM",
@@ -77,14 +81,14 @@ RECIPES = (
     Recipe(
         kind="LightX2V or Lightning",
         names=re.compile(r"lightx2v|lightwan|wan.*lightning|lightning.*(wan|steps?)"),
-        sampler=EULER,
+        sampler=EULER_SAMPLER,
     ),
     Recipe(
         kind="few-step weights",
         names=re.compile(
             r"(?<!\d)[1-8][_-]?steps?(?![a-z])|(?<!un)distill|causvid|accvid|(?<![a-z])dmd"
         ),
-        sampler=EULER,
+        sampler=EULER_SAMPLER,
         note="their own times are not known here",
     ),
 )

@@ -167,25 +167,36 @@ def test_policy_dtypes():
 # Presets against the released files
 # ---------------------------------------------------------------------------------------
 
-FILES = {
-    **{
-        f"{name}{q}": f"{name.lower()}{q}"
-        for name in ("TurboWan2.1-T2V-1.3B-480P", "TurboWan2.1-T2V-14B-480P")
+# Manifest of a file -> the presets that have its network: others' weights under Wan's own names,
+# with the patch embedding flat or not and layers of 8 bits or not, have no manifest of their own.
+FILES = [
+    *(
+        (f"{name}{q}", f"{name.lower()}{q}")
+        for name in (
+            "TurboWan2.1-T2V-1.3B-480P",
+            "TurboWan2.1-T2V-14B-480P",
+            "TurboWan2.1-T2V-14B-720P",
+        )
         for q in ("", "-quant")
-    },
-    **{f"TurboWan2.1-T2V-14B-720P{q}": f"turbowan2.1-t2v-14b-720p{q}" for q in ("", "-quant")},
-    **{
-        f"TurboWan2.2-I2V-A14B-{e}-720P{q}": f"turbowan2.2-i2v-a14b-720p{q}"
+    ),
+    *(
+        (f"TurboWan2.2-I2V-A14B-{e}-720P{q}", f"turbowan2.2-i2v-a14b-720p{q}")
         for e in ("high", "low")
         for q in ("", "-quant")
-    },
-    "Wan-AI_Wan2.1-T2V-1.3B": "wan2.1-t2v-1.3b",
-    "Wan-AI_Wan2.1-T2V-14B": "wan2.1-t2v-14b",
-    "Wan-AI_Wan2.2-I2V-A14B": "wan2.2-i2v-a14b",
-}
+    ),
+    ("Wan-AI_Wan2.1-T2V-1.3B", "wan2.1-t2v-1.3b"),
+    ("Wan-AI_Wan2.1-T2V-14B", "wan2.1-t2v-14b"),
+    ("Wan-AI_Wan2.2-I2V-A14B", "wan2.2-i2v-a14b"),
+    ("Wan-AI_Wan2.1-T2V-14B", "wan2.2-t2v-a14b"),
+    ("Wan-AI_Wan2.2-I2V-A14B", "wan2.2-i2v-a14b-lightx2v"),
+    ("Wan-AI_Wan2.2-I2V-A14B", "wan2.2-i2v-a14b-lightx2v-int8"),
+    ("Wan-AI_Wan2.1-T2V-1.3B", "rcm-wan2.1-t2v-1.3b-480p"),
+    ("Wan-AI_Wan2.1-T2V-14B", "rcm-wan2.1-t2v-14b-480p"),
+    ("Wan-AI_Wan2.1-T2V-14B", "rcm-wan2.1-t2v-14b-720p"),
+]
 
 
-@pytest.mark.parametrize("file, alias", FILES.items())
+@pytest.mark.parametrize("file, alias", FILES)
 def test_presets_have_the_shapes_of_their_files(manifest, file, alias):
     tensors = {key: row["shape"] for key, row in manifest(file)["tensors"].items()}
     preset, blocks = (
@@ -197,7 +208,9 @@ def test_presets_have_the_shapes_of_their_files(manifest, file, alias):
         any("int8_weight" in key for key in tensors),
         any("proj_l" in key for key in tensors),
     )
-    assert (cfg.linear, cfg.attention) == ("int8" if int8 else "float", "sla" if sla else "dense")
+    linear = cfg.linear.removesuffix("_channel") if "lightx2v" in alias else cfg.linear
+    stored = "int8" if int8 or alias.endswith("int8") else "float"
+    assert (linear, cfg.attention) == (stored, "sla" if sla else "dense")
     assert blocks == set(range(cfg.layers))
     weight = "int8_weight" if int8 else "weight"
     assert tensors[f"blocks.0.ffn.0.{weight}"] == [cfg.ffn_dim, cfg.dim]
@@ -212,21 +225,20 @@ def test_presets_have_the_shapes_of_their_files(manifest, file, alias):
             cfg.head_dim,
             cfg.head_dim,
         ]
-    assert preset.distilled == file.startswith("Turbo") and len(preset.dit) == (
-        2 if "A14B" in file else 1
-    )
-    assert cfg.task == ("i2v" if "I2V" in file else "t2v") and preset.resolution in VIDEO_SIZES
+    assert preset.distilled == (not alias.startswith("wan") or "lightx2v" in alias)
+    assert len(preset.dit) == (2 if "a14b" in alias else 1)
+    assert cfg.task == ("i2v" if "i2v" in alias else "t2v") and preset.resolution in VIDEO_SIZES
 
 
 def test_every_preset_has_a_file_here():
-    assert set(FILES.values()) == set(PRESETS)
+    assert {alias for _, alias in FILES} == set(PRESETS)
     published = {
         file.removesuffix(".pth")
-        for preset in PRESETS.values()
-        if preset.distilled
+        for name, preset in PRESETS.items()
+        if name.startswith("turbo")
         for file in preset.dit
     }
-    assert published == {file for file in FILES if file.startswith("Turbo")}
+    assert published == {file for file, _ in FILES if file.startswith("Turbo")}
 
 
 def test_vae_and_text_encoder_have_the_shapes_of_their_files(manifest):

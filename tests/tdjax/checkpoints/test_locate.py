@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-from tdjax.checkpoints import filenames, hub
+from tdjax.checkpoints import filenames, folders, hub
 from tdjax.checkpoints.locate import cache_folder, locate
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.presets import PRESETS
@@ -643,3 +643,10 @@ def test_cache_folder(monkeypatch, system, variables, expected):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "platform", system)
     assert cache_folder() == Path(expected)
+
+
+@pytest.mark.parametrize("name", ["a.CKPT", "a.bin", "a.sft", "a.Safetensors", "a.gguf", "a.PT"])
+def test_a_file_that_is_named_may_have_any_suffix_of_weights(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    found = folders.local(tmp_path / name)
+    assert found.parts["dit"] == tmp_path / name and found.name == "a"

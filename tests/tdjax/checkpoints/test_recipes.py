@@ -7,7 +7,7 @@ import pytest
 
 from tdjax.checkpoints import recipes
 from tdjax.config import DiTConfig
-from tdjax.presets import I2V_SAMPLER, T2V_SAMPLER, TEACHER_SAMPLER
+from tdjax.presets import EULER_SAMPLER, I2V_SAMPLER, T2V_SAMPLER, TEACHER_SAMPLER
 from tdjax.sampling import schedules
 
 T2V, I2V = DiTConfig(), DiTConfig(in_channels=36)
@@ -69,7 +69,7 @@ def test_keys():
 
 def test_image_to_video():
     assert recipes.recognise(["TurboWan.pth"], I2V).sampler == I2V_SAMPLER
-    assert recipes.recognise(["wan_i2v_lightx2v"], I2V).sampler == recipes.EULER
+    assert recipes.recognise(["wan_i2v_lightx2v"], I2V).sampler == EULER_SAMPLER
 
 
 @pytest.mark.parametrize(
@@ -93,4 +93,4 @@ def test_times(name, times, boundary):
 
 
 def test_two_steps_of_lightx2v_belong_to_each_expert():
-    assert schedules.split_times(schedules.times(recipes.EULER), recipes.EULER.boundary) == 2
+    assert schedules.split_times(schedules.times(EULER_SAMPLER), EULER_SAMPLER.boundary) == 2
