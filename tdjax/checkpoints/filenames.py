@@ -47,8 +47,6 @@ SECOND = "transformer_2"
 # under these as well.
 ALSO = (".ckpt", ".bin", ".sft")
 GENERIC = ("diffusion_pytorch_model", "transformer")
-WAN = re.compile(r"(?<![a-z])wan2[._]?[12]")
-FEW_STEP = re.compile(r"turbo|rcm|distill|lightning|lightx2v|causvid|dmd|fast|\dstep")
 
 
 def is_weights(name: str) -> bool:
@@ -93,13 +91,6 @@ def alias_of_path(path: PurePath) -> str | None:
         part.split("--")[-1].lower().removesuffix("-diffusers") for part in path.parts[-6:-1]
     ]
     return next((folder for folder in reversed(folders) if folder in PRESETS), None)
-
-
-def looks_distilled(path: PurePath) -> bool:
-    """False for what seems to be Wan's own weights, which need many guided steps. The keys are the
-    same: only names tell."""
-    text = "/".join(path.parts[-6:]).lower()
-    return not (path.name.startswith(GENERIC) and WAN.search(text) and not FEW_STEP.search(text))
 
 
 def telling(path: PurePath) -> list[str]:

@@ -47,11 +47,9 @@ class Found:
 
     @property
     def distilled(self) -> bool:
-        if self.preset:
-            return PRESETS[self.preset].distilled
-        dit = self.parts.get("dit")
-        path = Path(dit.repo.id) / dit.name if isinstance(dit, Remote) else dit
-        return path is None or filenames.looks_distilled(path)
+        """False for a preset of undistilled weights; what files without a preset are is told where
+        they are opened."""
+        return self.preset is None or PRESETS[self.preset].distilled
 
 
 def slots(dits: tuple) -> dict:
