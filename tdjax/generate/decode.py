@@ -68,7 +68,7 @@ def _command(argv: list[str]) -> int:
     stages = Bar()
     if note:
         stages.note(note)
-    cli.start_jax()
+    cli.start_jax(stages.note)
     paths = dict.fromkeys(PATHS) | {"vae_path": args.vae_path}
     options = PipelineOptions(vae=args.vae, text_encoder=False)
     pipe = open_pipeline(model, options, paths, stages=stages)
