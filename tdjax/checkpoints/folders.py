@@ -13,7 +13,7 @@ from tdjax.checkpoints import filenames
 from tdjax.checkpoints.hub import Repo
 from tdjax.config import KINDS, sampler_changes
 from tdjax.errors import CheckpointError
-from tdjax.parsing import json_object, mismatch
+from tdjax.parsing import json_object, mismatch, told
 from tdjax.presets import PRESETS
 
 # What a model folder of tdjax holds: checkpoints under these names, and files.
@@ -88,12 +88,36 @@ def local(path: Path) -> Found:
     return found
 
 
+class Reading(TypedDict):
+    """What words mean beside one of `when`: {word: place of the value}."""
+
+    when: list[str]
+    says: dict[str, int]
+
+
 class Language(TypedDict):
-    """The closed language of a small model: all its words, and the values of what it tells
-    apart."""
+    """The closed language of a small model; tdjax.text.language says what the fields are."""
 
     words: list[str]
     knows: dict[str, list[str]]
+    needs: NotRequired[list[str]]
+    says: NotRequired[dict[str, tuple[str, int]]]
+    phrases: NotRequired[dict[str, list[Reading]]]
+
+
+def _language_fault(language: dict[str, Any]) -> str | None:
+    """What a language says of values that it does not have, as a line for a message."""
+    knows = language["knows"]
+    phrases = language.get("phrases", {})
+    places = [*language.get("says", {}).values()]
+    for factor, readings in phrases.items():
+        if all(reading["when"] for reading in readings):
+            return f"language.phrases of {told(factor)} have no reading for all other words"
+        places += [(factor, place) for one in readings for place in one["says"].values()]
+    for factor, place in places:
+        if not 0 <= place < len(knows.get(factor, ())):
+            return f"language has no value {place} of {told(factor)}"
+    return None
 
 
 class ModelFacts(TypedDict, total=False):
@@ -118,6 +142,7 @@ class Manifest(TypedDict):
     leaves: dict[str, tuple[list[int], str]]
     source: NotRequired[dict[str, Any]]
     converter: NotRequired[str]
+    files: NotRequired[dict[str, int]]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -137,6 +162,8 @@ def _read_facts(path: Path) -> dict[str, Any]:
         wrong = mismatch(values, ModelFacts)
         if not wrong and values.get("preset") not in (None, *PRESETS):
             wrong = f"preset is {values['preset']!r}, and there is none of this name"
+        if not wrong and "language" in values:
+            wrong = _language_fault(values["language"])
         if wrong:
             raise ValueError(wrong)
         sampler_changes(values.get("sampler", {}))

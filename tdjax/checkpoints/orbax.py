@@ -33,8 +33,10 @@ from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.models.wan_vae import VAE
 from tdjax.parallel.sharding import leaf_name
+from tdjax.parsing import told
 
 FORMAT = 1
+AGAIN = "convert the source file again: python -m convert SRC DST --overwrite"
 MODULES = {"dit": DiT, "vae": VAE, "text": UMT5}
 DENSE_DROPS = (  # parameters of sparse attention, which dense attention does without
     ".self_attn.core."
@@ -232,8 +234,29 @@ def save(
             told.write_text(
                 "complete\n"
             )  # Orbax says where on this machine the folder was, which is nobody's business
+        manifest["files"] = file_sizes(part / "params")
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return Path(folder)
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """{name below the folder: bytes} of all files in it, for a manifest: TensorStore reads zeros
+    where a file of values was cut short."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in files}
+
+
+def check_files(folder: Path, listed: dict[str, int] | None, fix: str) -> None:
+    """Raises CheckpointError where a file that a manifest lists is missing or has another size;
+    manifests of 0.1 list none."""
+    have = file_sizes(folder)
+    for name, size in (listed or {}).items():
+        if have.get(name) != size:
+            raise CheckpointError(
+                f"{folder} cannot be read: files are missing or damaged",
+                f"{told(name)} should have {size} bytes and has {have.get(name, 'none')}",
+                fix,
+            )
 
 
 # Reading
@@ -321,11 +344,10 @@ def checked(folder) -> tuple[str, Config]:
         f"{folder / 'manifest.json'} does not describe its own config",
     )
     stored = _readable(
-        folder, lambda reader: _described(reader.metadata(_params(folder)).item_metadata)
+        folder, lambda reader: table(_described(reader.metadata(_params(folder)).item_metadata))
     )
-    check_table(
-        listed, table(stored), f"{folder / 'params'} does not hold what manifest.json lists"
-    )
+    check_table(listed, stored, f"{folder / 'params'} does not hold what manifest.json lists")
+    check_files(folder / "params", manifest.get("files"), AGAIN)
     return kind, cfg
 
 
@@ -360,7 +382,7 @@ def _readable(folder: Path, action: Callable[[ocp.Checkpointer], Any]):
         raise CheckpointError(
             f"{folder / 'params'} cannot be read: files are missing or damaged",
             f"{type(e).__name__}: {first}",
-            "convert the source file again: python -m convert SRC DST --overwrite",
+            AGAIN,
         ) from e
 
 

@@ -13,13 +13,21 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jax
 import orbax.checkpoint as ocp
 
 import tdjax
-from tdjax.checkpoints.orbax import FORMAT, check_table, named_leaves, quiet, table
+from tdjax.checkpoints.orbax import (
+    FORMAT,
+    check_files,
+    check_table,
+    file_sizes,
+    named_leaves,
+    quiet,
+    table,
+)
 from tdjax.errors import CheckpointError
 from tdjax.files import written
 from tdjax.parsing import json_object, mismatch
@@ -34,6 +42,7 @@ class Manifest(TypedDict):
     step: int
     leaves: dict[str, tuple[list[int], str]]
     keys: dict[str, str]
+    files: NotRequired[dict[str, int]]
 
 
 def folder(run: Path, step: int) -> Path:
@@ -90,6 +99,7 @@ def save(run: Path, step: int, state, metadata: dict[str, Any], keep: int = 0) -
             ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
         ) as writer:
             writer.save(os.path.abspath(part / "state"), args=ocp.args.PyTreeSave(leaves))
+        manifest["files"] = file_sizes(part / "state")
         (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     if keep:
         delete(run, keep)
@@ -150,6 +160,7 @@ def restore(path: Path, state):
         listed,
         f"{path} holds another train state: the model, the method or the optimizer is not the same",
     )
+    check_files(path / "state", manifest.get("files"), "go on from an earlier step")
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     where = {name: x.sharding or here for name, x in wanted.items()}
     how = lambda name, x: ocp.ArrayRestoreArgs(

@@ -350,6 +350,20 @@ def test_truncated_or_missing_files(copy, capfd):
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"x", None])
+def test_every_file_has_the_size_that_it_was_written_with(copy, change):
+    """TensorStore reads zeros where a file of values was cut."""
+    for file in sorted(p for p in (copy / "params").rglob("*") if p.is_file()):
+        whole = file.read_bytes()
+        file.unlink()
+        if change is not None:
+            file.write_bytes(change(whole))
+        with pytest.raises(CheckpointError, match="missing or damaged"):
+            orbax.checked(copy)
+        file.write_bytes(whole)
+    orbax.checked(copy)
+
+
 def test_nothing_is_overwritten_by_itself(tmp_path, modules):
     orbax.save(tmp_path / "x", modules["text"], "text", CONFIGS["text"])
     with pytest.raises(UsageError, match="exists"):
