@@ -7,7 +7,7 @@ import argparse
 import os
 from pathlib import Path
 
-from convert.cli import INTERRUPTED, check_target, finish
+from convert.cli import INTERRUPTED, check_target, finish, known
 from tdjax import cli
 from tdjax.cli import lora_pair
 from tdjax.errors import UsageError
@@ -83,12 +83,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def convert(args) -> int:
     """Converts one file or a whole model, and reports."""
+    from convert.merge import merged_files
     from convert.model import components, convert_model, convert_one
     from convert.report import text
 
     *sources, target = args.paths
     check(args, sources, target)
-    merged = map(Path, args.merge.split(",")[:3] if args.merge else ())
+    known(args)
+    merged = merged_files(args.merge)[0] if args.merge else ()
     loras = (Path(lora_pair(text)[0]) for text in args.lora)
     check_target(target, args.overwrite, [*sources, *merged, *loras])
     parts = components(sources) if sources else {"dit": None}

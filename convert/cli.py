@@ -10,12 +10,20 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tdjax.errors import UsageError
+
 # What Ctrl-C leaves behind.
 INTERRUPTED = "nothing was written under the final name"
 
 
 def known(args) -> dict[str, int]:
-    """Config fields given on the command line."""
+    """Config fields given on the command line. Raises UsageError."""
+    if args.heads is not None and not 1 <= args.heads <= 1024:
+        raise UsageError(
+            f"--heads is {args.heads}",
+            "a network has 1 to 1024 of them",
+            "leave it away where the head width is 128",
+        )
     return {} if args.heads is None else {"heads": args.heads}
 
 
@@ -68,8 +76,9 @@ def check_target(target: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
     """Before any work: a destination that may not be written is an error, not something to find out
     after an hour. Raises UsageError."""
     from tdjax.checkpoints.folders import is_model
-    from tdjax.files import refuse_existing, refuse_inputs
+    from tdjax.files import refuse_existing, refuse_inputs, refuse_unwritable
 
+    refuse_unwritable(target)
     refuse_existing(target, overwrite, owned=is_model)
     refuse_inputs(target, inputs)
 

@@ -9,6 +9,8 @@ Arithmetic: thu-ml/TurboDiffusion turbodiffusion/scripts/merge_models.py.
 from __future__ import annotations
 
 import functools
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,36 @@ import numpy as np
 from tdjax.checkpoints.published.lora import Slot, floats_only
 from tdjax.checkpoints.published.rules import row_of, slots
 from tdjax.checkpoints.published.tensor import changed
-from tdjax.errors import CheckpointError
+from tdjax.errors import CheckpointError, UsageError
+from tdjax.files import near_files
+from tdjax.values import parse_real, path, shown
+
+
+def merged_files(text: str) -> tuple[list[Path], float]:
+    """BASE,DIFF_BASE,TARGET[,W] -> (the three paths, W or 1). Raises UsageError."""
+    fields = text.split(",")
+    *names, weight = fields if len(fields) == 4 else [*fields, "1"]
+    if len(names) != 3 or not all(names):
+        raise UsageError(
+            f"--merge {text[:80]}",
+            "three files and a weight, separated by commas",
+            "--merge rcm.pth,wan.safetensors,sla.pth,1.0",
+        )
+    try:
+        number = parse_real(weight)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(
+            f"--merge: the weight is {shown(weight)}", "it must be a number", "such as 1.0"
+        )
+    paths = [Path(path("--merge", name)).expanduser() for name in names]
+    for place in paths:
+        if not place.exists():
+            raise UsageError(
+                f"--merge: {place} does not exist", "it is a source", near_files(place)
+            )
+    return paths, number
 
 
 def merge(base, diff_base, target, weight: float) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -21,6 +21,7 @@ from tdjax.config import to_dict
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.files import written
 
+NAMES = ("turbo", "wan", "diffusers", "transformers")  # that an export can have
 TOKENIZERS = ("tokenizer.json", "spiece.model")
 FOLDERS = {"dit": "dit", "dit_low": "dit_low", "vae": "vae", "text": "text"}
 
@@ -87,6 +88,8 @@ def _in_folder(folder: Path) -> dict[str, Path]:
 def convert_one(args, path: Path | None, target: Path) -> dict[str, Any]:
     """Convert a file, or the merge that --merge asks for; the report."""
     leaves = _merged(args) if path is None else _opened(args, path)
+    if args.names:
+        _check_names(leaves.kind, args.names)
     digest = None
     if leaves.file is not None and not args.no_hash:
         with bar(leaves.facts["bytes"], f"{leaves.path.name}: hash") as progress:
@@ -115,6 +118,17 @@ def convert_one(args, path: Path | None, target: Path) -> dict[str, Any]:
     }
 
 
+def _check_names(kind: str, names: str) -> None:
+    """Raises UsageError where nobody has published such a network under these names."""
+    known = [name for name in detect.NAMINGS[kind].ROWS if name in NAMES]
+    if names not in known:
+        raise UsageError(
+            f"--names {names} for a {kind}",
+            f"its published names are {', '.join(known)}",
+            f"use --names {known[0]}, or leave it away for those of the source",
+        )
+
+
 def _opened(args, path: Path) -> Leaves:
     """A source with the LoRA files of the command line, which only a transformer takes."""
     lora = tuple(map(lora_pair, args.lora)) if args.lora and _kind_of(path) == "dit" else ()
@@ -123,27 +137,15 @@ def _opened(args, path: Path) -> Leaves:
 
 def _merged(args) -> Leaves:
     """--merge BASE,DIFF_BASE,TARGET[,W], then --lora on the result."""
-    fields = args.merge.split(",")
-    if len(fields) not in (3, 4):
-        raise UsageError(
-            f"--merge {args.merge}",
-            "three files and a weight, separated by commas",
-            "--merge rcm.pth,wan.safetensors,sla.pth,1.0",
-        )
-    try:
-        weight = float(fields[3]) if len(fields) == 4 else 1.0
-    except ValueError as e:
-        raise UsageError(
-            f"--merge: the weight is {fields[3]!r}", "it must be a number", "such as 1.0"
-        ) from e
-    for name in fields[:3]:
-        if (Path(name) / "manifest.json").is_file():
+    names, weight = merge.merged_files(args.merge)
+    for name in names:
+        if (name / "manifest.json").is_file():
             raise CheckpointError(
                 f"{name} is a converted checkpoint",
                 "--merge works on published files",
                 f"first: python -m convert {name} FILE.safetensors",
             )
-    base, diff_base, target = (open_checkpoint(name, **known(args)) for name in fields[:3])
+    base, diff_base, target = (open_checkpoint(name, **known(args)) for name in names)
     tensors, counts = merge.merge(base, diff_base, target, weight)
     found = detect.detect(tensors, base.name, base.source.metadata, **known(args))
     changes = [counts]

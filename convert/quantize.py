@@ -59,6 +59,7 @@ def quantize_file(args) -> int:
     from convert.leaves import open_leaves
     from convert.quantized import error_table, quantized
 
+    known(args)
     check_target(args.target, args.overwrite, [args.source])
     before = open_leaves(args.source, **known(args))
     after, errors = quantized(before, args.quant)

@@ -4,8 +4,9 @@ FILE]`, or --golden FILE.npz."""
 from __future__ import annotations
 
 import argparse
+import math
 
-from convert.cli import INTERRUPTED, finish
+from convert.cli import INTERRUPTED, finish, known
 from tdjax import cli
 from tdjax.errors import UsageError
 
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--impl",
         default="auto",
+        choices=("auto", "reference", "triton", "mosaic", "interpret"),
         help="kernels of attention: auto, reference, triton, mosaic, interpret",
     )
     p.add_argument(
@@ -88,10 +90,30 @@ def main(argv: list[str] | None = None) -> int:
     )
 
 
+def check(args) -> None:
+    """Raises UsageError for options that make no sense, before anything is opened."""
+    known(args)
+    for name in ("atol", "rtol"):
+        value = getattr(args, name)
+        if value is None:
+            continue
+        if not 0 <= value < math.inf:
+            raise UsageError(
+                f"--{name} is {value:g}", "a finite number is needed, not negative", "such as 1e-2"
+            )
+        if args.against is None or args.level == "keys":
+            raise UsageError(
+                f"--{name} {value:g} compares nothing",
+                "it is the tolerance of --against, at the levels values and forward",
+                "add --against FILE, or leave it away",
+            )
+
+
 def validate(args) -> int:
     """Runs the golden vectors and the levels that were asked for; 3 where one fails."""
     from convert import checks, golden
 
+    check(args)
     if not args.golden and args.checkpoint is None:
         raise UsageError(
             "nothing to validate",

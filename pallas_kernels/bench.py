@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -139,9 +140,19 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.bench", description="Times and errors of the kernels."
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str, why: str = "", fix: str = "") -> NoReturn:
+        """Ends the process, as argparse does, with an error in three lines."""
+        fix = fix or f"see {self.prog} --help"
+        lines = [f"error: {message}", why or self.format_usage().strip(), fix]
+        self.exit(2, "\n".join(" ".join(line.split()) for line in lines) + "\n")
+
+
+def build_parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m pallas_kernels.bench",
+        description="Times and errors of the kernels.",
+        allow_abbrev=False,
     )
     parser.add_argument("op", nargs="*", help=f"which ops; default all: {', '.join(CASES)}")
     parser.add_argument(
@@ -156,15 +167,50 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="leave out the comparison with the reference",
     )
     parser.add_argument("--json", type=Path, help="append one JSON line for each row to this file")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options of the command; ends the process for those that make no sense."""
+    parser = build_parser()
     args = parser.parse_args(argv)
-    for name in args.op:
-        if name not in CASES:
-            near = difflib.get_close_matches(name, CASES, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            parser.error(f"no op {name!r}; allowed: {', '.join(CASES)}{hint}")
-    if args.repeats < 1:
-        parser.error(f"--repeats is {args.repeats}; it must be at least 1")
+    impls = dict.fromkeys(impl for case in CASES.values() for impl in case.impls)
+    asked = args.impl.split(",") if args.impl else []
+    for flag, names, known in (("op", args.op, CASES), ("--impl", asked, impls)):
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name[:200], known, 1, 0)
+                parser.error(
+                    f"{flag} {name[:80]!r} is unknown",
+                    f"allowed: {', '.join(known)}",
+                    f"did you mean {near[0]!r}?" if near else "",
+                )
+    if not 1 <= args.repeats <= 100_000:
+        parser.error(
+            f"--repeats is {args.repeats}", "it must be at least 1 and at most 100000", "use 20"
+        )
+    workloads = [name for op in args.op or CASES for name in CASES[op].workloads]
+    if not any(args.workload in name for name in workloads):
+        parser.error(
+            f"--workload {args.workload[:80]!r} is in no name",
+            f"names are {', '.join(dict.fromkeys(workloads))}",
+            "leave it away for all",
+        )
+    if args.json is not None:
+        _check_file(parser, args.json)
     return args
+
+
+def _check_file(parser: _Parser, path: Path) -> None:
+    """Ends the process where lines cannot be appended to a file."""
+    try:
+        there = path.exists()
+        with path.open("a"):
+            pass
+        if not there:
+            path.unlink()
+    except (OSError, ValueError) as error:
+        parser.error(f"--json {str(path)[:80]!r} cannot be written", str(error), "name a file")
 
 
 def refusal() -> str | None:

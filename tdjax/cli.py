@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import math
 import os
 import re
 import signal
@@ -211,10 +212,10 @@ def lora_pair(text: str) -> tuple[str, float]:
     """FILE or FILE:WEIGHT, such as fox.safetensors:0.8 -> (file, weight). A colon that no number
     follows belongs to the name. Raises UsageError for what is meant as a number and is none."""
     match = re.fullmatch(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", text, re.ASCII)
-    if match:
+    if match and math.isfinite(float(match[2])):
         return match[1], float(match[2])
     name, _, weight = text.rpartition(":")
-    if name and re.fullmatch(r"[\d.,+-]+", weight) and not Path(text).exists():
+    if name and re.fullmatch(r"[\d.,+\-e]+|nan|[+-]?inf", weight) and not Path(text).exists():
         raise UsageError(
             f"{text}: the weight {weight!r} is no number",
             "a LoRA is given as FILE or FILE:WEIGHT",

@@ -14,15 +14,24 @@ import argparse
 import dataclasses
 import json
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tdjax import cli
-from tdjax.config import ATTENTION, LINEAR, DiTConfig, TextConfig, VAEConfig, VideoSize
+from tdjax.config import (
+    ATTENTION,
+    LINEAR,
+    DiTConfig,
+    SamplerConfig,
+    TextConfig,
+    VAEConfig,
+    VideoSize,
+)
 from tdjax.errors import UsageError
+from tdjax.files import refuse_unwritable
 from tdjax.media.resolution import choose_size
 from tdjax.precision import FLOATS, Policy
 from tdjax.presets import PRESETS, TEACHER_SAMPLER
@@ -63,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--impl",
         default="auto",
+        choices=("auto", "reference", "triton", "mosaic", "cudnn"),
         help=(
             "implementation of every op: auto, reference, triton; of sparse attention and 8-bit"
             " linear layers: mosaic; of dense attention: cudnn"
@@ -92,9 +102,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--save",
         metavar="FOLDER",
+        type=cli.path,
         help="also time runs from prompt to mp4, written into FOLDER (stage e2e)",
     )
-    parser.add_argument("--json", metavar="FILE", help="append one JSON line for each row")
+    parser.add_argument(
+        "--json", metavar="FILE", type=cli.path, help="append one JSON line for each row"
+    )
     return parser
 
 
@@ -103,7 +116,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def chosen(text: str, allowed: tuple[str, ...], flag: str) -> list[str]:
-    names = [name for name in text.split(",") if name]
+    names = text.split(",")
     for name in names:
         if name not in allowed:
             raise UsageError(
@@ -124,7 +137,11 @@ def configs(args) -> tuple[DiTConfig, VAEConfig, TextConfig, VideoSize]:
     else:
         preset = PRESETS[args.model]
         dit, vae, text = preset.config, VAEConfig(), TextConfig()
-        size = choose_size(resolution=args.size or preset.resolution)
+        sides = re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", args.size or "")
+        if sides:
+            size = choose_size(width=int(sides[1]), height=int(sides[2]))
+        else:
+            size = choose_size(resolution=args.size or preset.resolution)
     if args.model == "demo" and args.size:
         raise UsageError(
             "--size with --model demo", "the demo model makes 64x64", "leave --size away"
@@ -135,7 +152,7 @@ def configs(args) -> tuple[DiTConfig, VAEConfig, TextConfig, VideoSize]:
         vae = dataclasses.replace(vae, policy=policy)
         text = dataclasses.replace(text, policy=policy)
     vae = dataclasses.replace(vae, impl="reference" if args.impl == "reference" else "auto")
-    if args.num_frames:
+    if args.num_frames is not None:
         size = dataclasses.replace(size, frames=args.num_frames)
     return dit, vae, text, size
 
@@ -213,14 +230,34 @@ def conclusions(rows: list[Row], steps: int) -> list[str]:
     ]
 
 
-def run(args) -> int:
-    *_, size = configs(args)
-    if args.repeats < 1 or args.num_steps < 1:
+def check_early(args) -> None:
+    """Raises UsageError for whatever can be wrong before anything is timed."""
+    if not 1 <= args.repeats <= 100_000:
         raise UsageError(
-            "--repeats and --num_steps", "both must be at least 1", "use --repeats 20 --num_steps 4"
+            f"--repeats is {args.repeats}", "it must be at least 1 and at most 100000", "use 20"
         )
+    SamplerConfig(num_steps=args.num_steps)
+    for flag, stage in (("save", "e2e"), ("error", "dit"), ("teacher", "dit")):
+        if getattr(args, flag) and args.stage not in ("all", stage):
+            raise UsageError(
+                f"--{flag} with --stage {args.stage}",
+                f"it is of the stage {stage}",
+                f"use --stage {stage}, or all",
+            )
+    if args.save:
+        refuse_unwritable(args.save / "clip.mp4")
+    if args.json:
+        if args.json.is_dir():
+            raise UsageError(f"--json {args.json} is a folder", "lines go to a file", "name one")
+        refuse_unwritable(args.json)
+
+
+def run(args) -> int:
+    check_early(args)
+    *_, size = configs(args)
     args.attention = chosen(args.attention, ATTENTION, "attention")
     args.linear = chosen(args.linear, LINEAR, "linear")
+    cli.start_jax(lambda text: print(f"tdjax: {text}", file=sys.stderr))
     facts = machine()
     told = ", ".join(f"{k} {v}" for k, v in facts.items())
     print(f"{args.model}, {size.frames} frames of {size.width}x{size.height}, {told}", flush=True)
@@ -232,7 +269,7 @@ def run(args) -> int:
                 print(f"  {row.stage}, {row.what}: {row.ms:.2f} ms", file=sys.stderr, flush=True)
                 if args.json:
                     line = {"model": args.model, **facts, **dataclasses.asdict(rows[-1])}
-                    with Path(args.json).open("a") as file:
+                    with args.json.open("a") as file:
                         file.write(json.dumps(line) + "\n")
     finally:  # what was measured before a stage failed is not lost
         if rows:

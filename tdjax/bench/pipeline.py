@@ -177,7 +177,7 @@ def run_rows(pipe: Pipeline, call: dict, args) -> Iterator[Row]:
         "end to end", f"prompt to frames on the host, {kind}", times, **counted_memory(pipe)
     )
     if args.save:
-        path = Path(args.save) / f"{pipe.name}-{pipe.config.attention}-{pipe.config.linear}.mp4"
+        path = args.save / f"{pipe.name}-{pipe.config.attention}-{pipe.config.linear}.mp4"
         times = timed(lambda: clip_to_file(pipe, call, next(seeds), path), args.repeats)
         yield row_of("end to end", f"prompt to mp4, {kind}", times, **counted_memory(pipe))
 

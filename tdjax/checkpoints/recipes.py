@@ -63,7 +63,7 @@ RECIPES = (
     ),
     Recipe(
         kind="TurboDiffusion or rCM",
-        names=_names(r"turbowan|turbodiffusion|rcm(?![a-z])"),
+        names=_names(r"turbowan|turbodiffusion|turbo[_.\-]?[ti]2v|rcm(?![a-z])"),
         sampler=T2V_SAMPLER,
         i2v=I2V_SAMPLER,
     ),

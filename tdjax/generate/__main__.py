@@ -13,7 +13,7 @@ from tdjax import cli
 from tdjax.checkpoints.locate import PATHS
 from tdjax.config import SamplerConfig, SLAConfig, VideoSize, check_fps, check_samples
 from tdjax.errors import CheckpointError, TdjaxError, UsageError
-from tdjax.files import near_files, refuse_existing
+from tdjax.files import near_files, refuse_existing, refuse_unwritable
 from tdjax.generate import outputs
 from tdjax.generate.arguments import OFFICIAL_MODELS, build_parser, parse
 from tdjax.generate.jobs import Job, drawn_seed, read_jobs, standard_input, with_seed
@@ -110,12 +110,12 @@ def check_early(args) -> None:
         args.format = "latents"
     if args.grid and args.format == "latents":
         raise UsageError("--grid with latents", "a grid is made of pixels", "leave --grid away")
-    outputs.check_template(args.save_path or outputs.DEFAULT, args.format)
+    outputs.check_early(args)
     if args.save_prompt_embeds:
         refuse_existing(Path(args.save_prompt_embeds), args.overwrite)
-    if args.save_path and not args.prompt_file and not args.overwrite and "{" not in args.save_path:
-        for path in outputs.targets(args, "", Job(prompt="", seed=args.seed)):
-            refuse_existing(path, overwrite=False)
+        refuse_unwritable(Path(args.save_prompt_embeds))
+    if args.profile:
+        refuse_unwritable(Path(args.profile) / "trace")
 
 
 def _check_inputs(args) -> None:
@@ -127,6 +127,10 @@ def _check_inputs(args) -> None:
         plain = path and path != "-" and "://" not in path
         if plain and (not Path(path).exists() or Path(path).is_dir()):
             raise _absent(path)
+    if args.serve and (args.prompt or args.prompt_file):
+        raise UsageError(
+            "--serve beside a prompt", "prompts are read from standard input", "give one of them"
+        )
     if args.prompt_embeds and (args.prompt or args.prompt_file or args.serve):
         raise UsageError(
             "--prompt_embeds beside a prompt", "the embeddings are the prompt", "give one of them"

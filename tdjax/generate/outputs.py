@@ -15,9 +15,10 @@ from typing import Any
 
 from tdjax import files
 from tdjax.errors import UsageError
+from tdjax.files import refuse_unwritable
 from tdjax.generate.jobs import Job
 from tdjax.generate.resume import finished, replaceable, shown
-from tdjax.media.video import Writer, enlarged, target_notes
+from tdjax.media.video import Writer, check_settings, enlarged, target_notes
 from tdjax.pipeline.result import check_save, sidecar, write_json
 from tdjax.progress import Stages
 
@@ -35,8 +36,23 @@ def template(args) -> str:
     return args.save_path or (DEFAULT_ROWS if args.prompt_file else DEFAULT)
 
 
-def check_template(text: str, given_format: str | None) -> None:
-    """Raises UsageError for unknown fields, and for a suffix that contradicts --format."""
+def check_early(args) -> None:
+    """Whatever can be refused about the command's files before the model's name is known: fields of
+    the template, suffix and settings of the file, a folder that cannot be written, and names
+    without fields that are there. Raises UsageError."""
+    text = template(args)
+    path = check_template(text, args.format)
+    if path.suffix != SUFFIX["latents"]:
+        check_settings(path, args.fps, args.crf)
+    if args.save_path and not args.prompt_file and "{" not in text:
+        _check(args, targets(args, "", Job(prompt="", seed=args.seed)), args.overwrite)
+    elif "{" not in str(Path(text).parent):
+        refuse_unwritable(path)
+
+
+def check_template(text: str, given_format: str | None) -> Path:
+    """An example of the paths that a template means. Raises UsageError for unknown fields, and for
+    a suffix that contradicts --format."""
     try:
         path = Path(_filled(text, "model", Job(prompt="prompt", seed=0), 0))
     except (KeyError, IndexError, ValueError) as error:
@@ -53,6 +69,7 @@ def check_template(text: str, given_format: str | None) -> None:
             "the suffix says another format",
             "give one of them",
         )
+    return path if suffix is None else path.with_suffix(suffix)
 
 
 def _names(text: str) -> set[str]:
@@ -74,6 +91,8 @@ def _filled(text: str, model: str, job: Job, index: int) -> str:
     }
     if unknown := sorted(_names(text) - values.keys()):
         raise KeyError(f"unknown field {{{unknown[0]}}}")
+    if re.search(r"\{\w+:[^{}]*[0-9]{4}", text):
+        raise ValueError("a field is a thousand characters wide or more")
     return text.format(**values)
 
 

@@ -140,6 +140,12 @@ class Writer:
 
 def check_target(path: Path, fps: float, crf: int, overwrite: bool) -> None:
     """Everything that can be refused before any frame exists; long runs call it first."""
+    check_settings(path, fps, crf)
+    refuse_existing(path, overwrite, owned=is_frames)
+
+
+def check_settings(path: Path, fps: float, crf: int) -> None:
+    """Raises UsageError unless files of this suffix can be written, and with these settings."""
     if path.suffix not in SUFFIXES:
         allowed = ", ".join(s for s in SUFFIXES if s)
         raise UsageError(
@@ -147,7 +153,6 @@ def check_target(path: Path, fps: float, crf: int, overwrite: bool) -> None:
             f"allowed: {allowed}, or none for a folder of PNG files",
             "use .mp4",
         )
-    refuse_existing(path, overwrite, owned=is_frames)
     if not 0 < fps <= 1000:
         raise UsageError(
             f"fps is {fps}", "it must be positive and at most 1000", "the models were trained at 16"

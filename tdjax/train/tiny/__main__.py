@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 from tdjax import cli
 from tdjax.errors import UsageError
+from tdjax.files import refuse_unwritable
 from tdjax.train.settings import Tree, build, put
 from tdjax.train.tiny import settings
 
@@ -48,7 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
         ),
     )
     p.add_argument(
-        "--folder", default="runs/tiny", help="where results, states and metrics are kept"
+        "--folder",
+        type=cli.path,
+        default="runs/tiny",
+        help="where results, states and metrics are kept",
     )
     p.add_argument(
         "--scale",
@@ -61,7 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--again", action="store_true", help="run the named stages also where they are finished"
     )
-    p.add_argument("--compile_cache_dir", help="folder of compiled programs, or none")
+    p.add_argument(
+        "--compile_cache_dir", type=os.path.expanduser, help="folder of compiled programs, or none"
+    )
     p.add_argument("-q", "--quiet", action="store_true", help="no progress")
     return p
 
@@ -72,11 +78,24 @@ def main(argv: list[str] | None = None) -> int:
 
     def command(words: list[str]) -> int:
         args = build_parser().parse_intermixed_args(words)
+        check_early(args)
         chosen = chosen_stages(args.stage)
         return run(args, chosen, resolve(args.settings, args.scale), begun)
 
     kept = "the same command goes on from the last saved state"
     return cli.main(command, argv, parser=build_parser, interrupted=kept)
+
+
+def check_early(args) -> None:
+    """Raises UsageError for a time that is none, a seed that is none, or a folder that cannot be
+    written."""
+    if args.seconds is not None and not 0 < args.seconds < math.inf:
+        raise UsageError(
+            f"--seconds is {args.seconds:g}", "a positive time is needed", "leave it away for none"
+        )
+    if not 0 <= args.seed < 2**32:
+        raise UsageError(f"--seed is {args.seed}", "a whole number from 0 to 4294967295", "use 0")
+    refuse_unwritable(args.folder / "vae")
 
 
 def chosen_stages(given: str | None) -> tuple[str, ...]:
@@ -132,9 +151,7 @@ def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
     from tdjax.train.tiny import work
 
     until = begun + args.seconds if args.seconds else math.inf
-    tiny = work.Run(
-        folder=Path(args.folder), settings=parts, seed=args.seed, until=until, stages=stages
-    )
+    tiny = work.Run(folder=args.folder, settings=parts, seed=args.seed, until=until, stages=stages)
     for name in chosen:
         result = parts["rcm"].name if name == "rcm" else _RESULT.get(name)
         if result and work.finished(tiny, result) and not args.again:

@@ -25,6 +25,7 @@ NAMES = {  # of files as people hold them -> kind
     "rCM_Wan2.1_T2V_14B_720p.pt": "rCM at 14B 720p",
     "Wan2.2-I2V-A14B-high-rCM4.0-merged.pt": "TurboDiffusion or rCM",
     "TurboWan2.1-T2V-14B-720P-quant.pth": "TurboDiffusion or rCM",
+    "my_turbo_t2v.safetensors": "TurboDiffusion or rCM",
     "Wan21_CausVid_14B_T2V_lora_rank32.safetensors": "few-step weights",
     "Wan21_T2V_14B_StepDistill_rank64.safetensors": "few-step weights",
     "wan2.1_t2v_1.3B_fp16.safetensors": "undistilled",
@@ -38,6 +39,7 @@ LORA = {  # styles that are no recipe
     "lightning_strike_effect.safetensors",
     "hyperrealism_wan.safetensors",
     "slow_motion_v2.safetensors",
+    "turbo_car.safetensors",
 }
 
 
