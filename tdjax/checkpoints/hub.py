@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tdjax.errors import CheckpointError
 from tdjax.files import near
-from tdjax.parsing import json_object, mismatch
+from tdjax.values.parsing import json_object, mismatch
 
 INDEX = ".safetensors.index.json"
 

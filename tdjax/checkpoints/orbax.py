@@ -33,7 +33,7 @@ from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.models.wan_vae import VAE
 from tdjax.parallel.sharding import leaf_name
-from tdjax.parsing import told
+from tdjax.values.parsing import told
 
 FORMAT = 1
 AGAIN = "convert the source file again: python -m convert SRC DST --overwrite"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tdjax.errors import CheckpointError
-from tdjax.parsing import json_object
+from tdjax.values.parsing import json_object
 
 FILE = "scheduler/scheduler_config.json"
 # Schedulers of undistilled weights, and where each has its shift.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tdjax.generate.again import is_metadata
-from tdjax.parsing import json_object
 from tdjax.pipeline.result import sidecar
+from tdjax.values.parsing import json_object
 
 # What metadata says of the software and the run, and not of the video.
 _NOT_COMPARED = ("tdjax", "versions", "device", "timings", "index")

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from tdjax.errors import UsageError
 from tdjax.files import written
-from tdjax.parsing import NPY, npy_array
+from tdjax.values.parsing import NPY, npy_array
 
 FINISHED = {"tdjax": "finished latents"}  # mark of a file that is a video and not noise
 

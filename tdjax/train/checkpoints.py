@@ -30,7 +30,7 @@ from tdjax.checkpoints.orbax import (
 )
 from tdjax.errors import CheckpointError
 from tdjax.files import written
-from tdjax.parsing import json_object, mismatch
+from tdjax.values.parsing import json_object, mismatch
 
 
 class Manifest(TypedDict):

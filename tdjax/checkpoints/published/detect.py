@@ -15,7 +15,7 @@ from tdjax.checkpoints.published import umt5, wan_dit, wan_vae
 from tdjax.checkpoints.published.rules import Row
 from tdjax.config import KINDS, LATENT_MEAN, Config, DiTConfig, TextConfig, VAEConfig, from_dict
 from tdjax.errors import CheckpointError
-from tdjax.parsing import json_object
+from tdjax.values.parsing import json_object
 
 HEAD_WIDTH = 128  # of every published Wan transformer
 MASK_CHANNELS = 4  # of image-to-video: one for each frame that a latent frame stands for

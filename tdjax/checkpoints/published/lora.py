@@ -24,7 +24,7 @@ from tdjax.checkpoints.published.files import Source, open_source
 from tdjax.checkpoints.published.rules import Row, slots
 from tdjax.checkpoints.published.tensor import changed
 from tdjax.errors import CheckpointError
-from tdjax.parsing import json_object, mismatch
+from tdjax.values.parsing import json_object, mismatch
 
 Slot = tuple[str, int | None]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tdjax.checkpoints.published.tensor import DTYPES, Tensor
 from tdjax.errors import CheckpointError
-from tdjax.parsing import json_object
+from tdjax.values.parsing import json_object
 
 HEADER_BYTES = 100 * 2**20  # the limit of the format's own library
 AGAIN = "download it again"

@@ -17,7 +17,7 @@ import numpy as np
 
 from tdjax.checkpoints.published.tensor import is_float
 from tdjax.errors import CheckpointError
-from tdjax.parsing import json_object
+from tdjax.values.parsing import json_object
 
 TILE = 128  # side of the tiles of the official -quant files
 MARK = "scaled_fp8"  # ComfyUI's earlier layout: its dtype is that of the weights
