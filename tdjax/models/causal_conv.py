@@ -10,22 +10,24 @@ from jax import lax
 
 from pallas_kernels.temporal_unfold import norm_silu, temporal_unfold
 from tdjax.config import VAEConfig
+from tdjax.parallel.space import with_edges
 
 
 def conv2d(x, kernel, bias, stride: int = 1, plus=None):
     """The same 2-D convolution of every frame: x [b t h w i], kernel [h w i o], bias [o] -> [b t h
     w o]. Odd kernels, zeros outside; stride 2 needs even h and w. plus: what else is added.
 
-    "SAME" is then what the network was trained with: one zero on every side at stride 1, one zero
-    at the right and bottom only at stride 2. Frames are images until all is added: so cuDNN does it
-    as it writes.
+    One zero stands on every side at stride 1, and one at the right and bottom only at stride 2, as
+    the network was trained; between devices it is the neighbour's edge. Frames are images until all
+    is added: so cuDNN does it as it writes.
     """
     if kernel.shape[:2] == (1, 1) and stride == 1:
         y = jnp.einsum("bthwi,io->bthwo", x, kernel[0, 0]) + bias
         return y if plus is None else y + plus
     b, layout = x.shape[0], ("NHWC", "HWIO", "NHWC")
-    strides = stride, stride
-    y = lax.conv_general_dilated(_images(x), kernel, strides, "SAME", dimension_numbers=layout)
+    strides, reach = (stride, stride), kernel.shape[0] // 2
+    x, pads = with_edges(x, reach if stride == 1 else 0, reach)
+    y = lax.conv_general_dilated(_images(x), kernel, strides, pads, dimension_numbers=layout)
     y = y + bias
     return rearrange(y if plus is None else y + _images(plus), "(b t) h w o -> b t h w o", b=b)
 
@@ -44,7 +46,8 @@ def conv2d_upsampled(x, kernel, bias):  # x [b t h w i], kernel [3 3 i o], bias 
     """
     rows = _folded(kernel.astype(jnp.float32))
     taps = rearrange(_folded(jnp.moveaxis(rows, 2, 0)), "q b p a i o -> a b i (p q o)")
-    b, layout, pads = x.shape[0], ("NHWC", "HWIO", "NHWC"), ((1, 1), (1, 1))
+    b, layout = x.shape[0], ("NHWC", "HWIO", "NHWC")
+    x, pads = with_edges(x, 1, 1)
     taps = taps.astype(kernel.dtype)
     y = lax.conv_general_dilated(_images(x), taps, (1, 1), pads, dimension_numbers=layout)
     y = _interleaved(rearrange(y + jnp.tile(bias, 4), "n h w (p q o) -> n h w p q o", p=2, q=2))

@@ -24,6 +24,7 @@ from tdjax.config import VAEConfig, neighbours
 from tdjax.errors import UsageError
 from tdjax.models.abstract import as_shapes
 from tdjax.models.causal_conv import CausalConv, Conv, NarrowCausalConv, zero_past
+from tdjax.parallel.space import whole_frame
 
 COLOURS = 3
 # queries of the middle attention whose scores exist at once: 14400 keys x 2048 x 4 bytes = 118 MB
@@ -74,11 +75,13 @@ class Attention(nnx.Module):
     def __call__(self, x, cache):  # [b t h w c] -> [b t h w c]; nothing to remember
         b, t, h, w, _ = x.shape
         q, k, v = rearrange(self.qkv(self.norm(x)), "b t h w (n c) -> n (b t) (h w) c", n=3)
-        y = rearrange(attend(q, k, v), "(b t) (h w) c -> b t h w c", b=b, h=h)
+        y = rearrange(
+            attend(q, whole_frame(k), whole_frame(v)), "(b t) (h w) c -> b t h w c", b=b, h=h
+        )
         return x + self.proj(y), ()
 
 
-def attend(q, k, v):  # [b l c] x3 -> [b l c]
+def attend(q, k, v):  # [b l c], [b s c] x2 -> [b l c]
     """softmax(q k' / sqrt(c)) v for a block of queries at a time; scores and softmax in float32."""
 
     def one(query):  # [b c]

@@ -53,7 +53,8 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     # text encoder
     (r"embed\.embedding", ("vocab", "embed")),
     (r"norm\.scale", ()),
-    # the video VAE is small and stays whole on every device
+    # the weights of the video VAE are small and whole on every device; its frames are divided
+    # (`parallel/space.py`)
     (r"((encoder|decoder)\.|(post_)?quant_conv\.).*", ()),
 )
 

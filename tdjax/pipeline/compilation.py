@@ -3,6 +3,7 @@ seed or set of weights."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -13,6 +14,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdjax.models.umt5 import without_padding
+from tdjax.parallel import space
 from tdjax.progress import Stages
 from tdjax.sampling import few_step
 
@@ -60,10 +62,26 @@ def decode_later(vae, cache, latents, *, output: str):
 
 def pixels(video, output: str):
     """f32 in [-1, 1] -> (uint8, or float32 in [0, 1]; whether all of it was finite)."""
-    finite, video = jnp.isfinite(video).all(), jnp.clip(video, -1.0, 1.0)
+    finite = space.on_every_device(jnp.isfinite(video).all())
+    video = jnp.clip(video, -1.0, 1.0)
     if output == "uint8":
         return jnp.round((video + 1.0) * 127.5).astype(jnp.uint8), finite
     return (video + 1.0) * 0.5, finite
+
+
+@functools.cache
+def over_space(
+    body: Callable, mesh: Mesh, inputs: tuple[bool, ...], outputs: tuple[bool, ...]
+) -> Callable:
+    """Returns a body of the VAE with its frames divided over a mesh of `space.space_mesh`; the same
+    function for the same arguments. inputs, outputs: which of them are divided."""
+
+    @functools.wraps(body)
+    def divided(*args, **static):
+        op = functools.partial(body, **static)
+        return space.over_space(op, mesh, inputs, outputs)(*args)
+
+    return divided
 
 
 def start_noise(key, steps: int, shape: tuple[int, ...]):
@@ -179,10 +197,20 @@ class Programs:
         return jax.device_put(tree, self.whole)
 
     def request(
-        self, label: str, function, *args, donate: tuple[int, ...] = (), **static
+        self,
+        label: str,
+        function,
+        *args,
+        donate: tuple[int, ...] = (),
+        mesh: Mesh | None = None,
+        **static,
     ) -> Program:
         """Returns the program of a function for these arguments (arrays or shapes): the same one
-        for the same function, static arguments and shapes. Nothing is compiled yet."""
+        for the same function, static arguments and shapes. Nothing is compiled yet.
+
+        mesh: another one over the same devices, by which the function itself says where its results
+              lie; by default they are whole on every device.
+        """
         leaves, structure = jax.tree.flatten(args)
         shapes = tuple((tuple(x.shape), str(x.dtype)) for x in leaves)
         key = function, tuple(sorted(static.items())), structure, shapes
@@ -193,9 +221,9 @@ class Programs:
                 function,
                 static_argnames=tuple(static),
                 donate_argnums=donate,
-                out_shardings=self.whole,
+                out_shardings=self.whole if mesh is None else None,
             )
-            make = lambda: self.compile(jitted, args, static)
+            make = lambda: self.compile(jitted, args, static, mesh or self.mesh)
             self._requested[key] = Program(label, make, self)
         return self._requested[key]
 
@@ -208,12 +236,12 @@ class Programs:
                     program.finish()
         return [program.executable for program in programs]
 
-    def compile(self, jitted, args, static):
+    def compile(self, jitted, args, static, mesh: Mesh | None):
         """Returns the executable of a jitted function for arguments or their shapes, and static
-        arguments."""
-        if self.mesh is None:
+        arguments, on a mesh."""
+        if mesh is None:
             return jitted.lower(*args, **static).compile()
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(mesh):
             return jitted.lower(*args, **static).compile()
 
     def submit(self, make: Callable[[], Any]) -> Future:

@@ -18,11 +18,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from tdjax.checkpoints import orbax
 from tdjax.config import Config, DiTConfig, TextConfig, VAEConfig, VideoSize
 from tdjax.errors import OutOfMemory
 from tdjax.models.wan_vae import cache_bytes
+from tdjax.parallel.sharding import shardings
+from tdjax.parallel.space import space_mesh
 from tdjax.pipeline.vae_tiling import tiling
 
 GIB = 2**30
@@ -104,8 +107,9 @@ def make_plan(
     low_memory: bool = False,
     stream_text: bool | None = None,
     tiled_vae: bool | None = None,
+    mesh: Mesh | None = None,
 ) -> ExecutionPlan:
-    """Returns the plan of a request on the first device.
+    """Returns the plan of a request on the first device, or on each device of a mesh.
 
     configs:     of "text" (or not), "vae", "dit" and "dit_low" (or not).
     guided:      every step runs a doubled batch.
@@ -115,10 +119,10 @@ def make_plan(
     """
     limit = memory_limit()
     if tiled_vae is None:
-        decode = _vae_stage(configs["vae"], size, encode=False, tiled=False)
+        decode = _vae_stage(configs["vae"], size, encode=False, tiled=False, mesh=mesh)
         tiled_vae = limit is not None and decode.total > USABLE * limit
     plans = lambda streamed: stage_plans(
-        configs, size, guided=guided, stream_text=streamed, tiled=tiled_vae
+        configs, size, guided=guided, stream_text=streamed, tiled=tiled_vae, mesh=mesh
     )
     resident = lambda stages: not low_memory and fit_together(stages, limit)
     if stream_text is None:
@@ -133,10 +137,17 @@ def module_bytes(module) -> int:
 
 
 @functools.cache
-def weight_bytes(kind: str, cfg: Config) -> int:
-    """Bytes of a network's weights. Counting the leaves takes milliseconds, and every call has a
-    plan."""
-    return module_bytes(orbax.abstract(kind, cfg))
+def weight_bytes(kind: str, cfg: Config, mesh: Mesh | None = None) -> int:
+    """Bytes of a network's weights on a device. Counting the leaves takes milliseconds, and every
+    call has a plan."""
+    module = orbax.abstract(kind, cfg)
+    if mesh is None:
+        return module_bytes(module)
+    lies = jax.tree.leaves(shardings(module, mesh))
+    return sum(
+        math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, where in zip(jax.tree.leaves(module), lies, strict=True)
+    )
 
 
 @functools.cache
@@ -151,16 +162,20 @@ def text_working(cfg: TextConfig, batch: int) -> int:
     return batch * (3 * cfg.heads * s * s * 4 + 3 * s * cfg.ffn_dim * size)
 
 
-def dit_working(cfg: DiTConfig, size: VideoSize, batch: int) -> int:
+def dit_working(cfg: DiTConfig, size: VideoSize, batch: int, mesh: Mesh | None = None) -> int:
     """Keys and values of the text, residual stream, its float32 island, the three of q k v and
-    attention's output, or the two of the MLP if larger."""
+    attention's output, or the two of the MLP if larger. On a mesh, its tokens are divided by "seq",
+    what has heads or is as wide as the MLP by "tensor" too."""
+    sizes = {} if mesh is None else dict(mesh.shape)
+    by_tokens = sizes.get("seq", 1)
+    by_heads = by_tokens * sizes.get("tensor", 1)
     tokens, item = batch * size.tokens(cfg.patch), np.dtype(cfg.policy.compute).itemsize
     text = 2 * cfg.layers * batch * cfg.text_len * cfg.dim * item
     stream = tokens * cfg.dim * (item + 4)
     attention = tokens * cfg.dim * (4 * item + 4)
     mlp = tokens * cfg.ffn_dim * (2 * item + (0 if cfg.linear == "float" else 5))
     sparse = 0 if cfg.attention == "dense" else tokens * cfg.dim * 3 * item + GIB // 2
-    return text + stream + max(attention + sparse, mlp)
+    return text + stream // by_tokens + max(attention + sparse, mlp) // by_heads
 
 
 def vae_working(cfg: VAEConfig, height: int, width: int, *, encode: bool) -> int:
@@ -180,34 +195,39 @@ def stage_plans(
     guided: bool,
     stream_text: bool = False,
     tiled: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[StagePlan, ...]:
     """Returns the stages in the order in which they run; arguments as those of `make_plan`."""
     plans = []
     if "text" in configs:
-        plans.append(_text_stage(configs["text"], stream_text))
+        plans.append(_text_stage(configs["text"], stream_text, mesh))
     if configs["dit"].task == "i2v":
-        plans.append(_vae_stage(configs["vae"], size, encode=True, tiled=False))
+        plans.append(_vae_stage(configs["vae"], size, encode=True, tiled=False, mesh=mesh))
     names = {"dit": "denoise"}
     if "dit_low" in configs:
         names = {"dit": "denoise (high noise)", "dit_low": "denoise (low noise)"}
     for stage, name in names.items():
         cfg = configs[stage]
-        working = dit_working(cfg, size, 2 if guided else 1)
-        plans.append(StagePlan(stage, name, stage, weight_bytes("dit", cfg), working))
-    return (*plans, _vae_stage(configs["vae"], size, encode=False, tiled=tiled))
+        working = dit_working(cfg, size, 2 if guided else 1, mesh)
+        plans.append(StagePlan(stage, name, stage, weight_bytes("dit", cfg, mesh), working))
+    return (*plans, _vae_stage(configs["vae"], size, encode=False, tiled=tiled, mesh=mesh))
 
 
-def _text_stage(cfg: TextConfig, streamed: bool) -> StagePlan:
-    weights = STREAMED_LAYERS * layer_bytes(cfg) if streamed else weight_bytes("text", cfg)
+def _text_stage(cfg: TextConfig, streamed: bool, mesh: Mesh | None) -> StagePlan:
+    weights = STREAMED_LAYERS * layer_bytes(cfg) if streamed else weight_bytes("text", cfg, mesh)
     return StagePlan("text", "text", "text", weights, text_working(cfg, 1))
 
 
-def _vae_stage(cfg: VAEConfig, size: VideoSize, *, encode: bool, tiled: bool) -> StagePlan:
+def _vae_stage(
+    cfg: VAEConfig, size: VideoSize, *, encode: bool, tiled: bool, mesh: Mesh | None
+) -> StagePlan:
     sides = (size.height // cfg.spatial, size.width // cfg.spatial)
-    height, width = (n * cfg.spatial for n in (tiling(*sides).size if tiled else sides))
+    sides = tiling(*sides).size if tiled else sides
     stage = "vae encode" if encode else "vae decode"
-    working = vae_working(cfg, height, width, encode=encode)
-    return StagePlan(stage, stage, "vae", weight_bytes("vae", cfg), working)
+    working = vae_working(cfg, *(n * cfg.spatial for n in sides), encode=encode)
+    if mesh is not None:
+        working //= space_mesh(mesh, *sides).devices.shape[0]
+    return StagePlan(stage, stage, "vae", weight_bytes("vae", cfg, mesh), working)
 
 
 def memory_limit(device=None) -> int | None:

@@ -122,6 +122,7 @@ class Pipeline:
             low_memory=self.options.low_memory,
             stream_text=self.options.stream_text,
             tiled_vae=self.options.tiled_vae,
+            mesh=self.mesh,
         )
 
     def _run(

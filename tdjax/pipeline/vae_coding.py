@@ -3,7 +3,7 @@ memory does not depend on the length of the clip.
 
 One compiled body for the first latent frame and one for every later one, called from the host; what
 the VAE remembers of the past is donated from call to call. The bits are those of `VAE.decode` and
-`VAE.encode` (tested).
+`VAE.encode` (tested). On a mesh every device has some rows or columns of all frames.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from tdjax.config import VideoSize
 from tdjax.errors import NotFinite
 from tdjax.media.resolution import fit_image
 from tdjax.models.wan_vae import cache_shapes
+from tdjax.parallel.space import part, space_mesh
 from tdjax.pipeline import compilation, memory
 from tdjax.pipeline.compilation import Program, Programs
 from tdjax.pipeline.components import Component
@@ -93,7 +95,10 @@ class VAECoding(Stage):
         cfg, one = self.component.config, (1, 1, h, w, z)
         bodies = compilation.decode_first, compilation.decode_later
         cache = cache_shapes(cfg, h * cfg.spatial, w * cfg.spatial)
-        return self._pair(DECODE, bodies, (one, one if t > 1 else None), cache, output=output)
+        # of (frames, whether they are finite, cache), which are divided over a mesh
+        bodies, mesh = self._divided(bodies, h, w, (True, False, True))
+        chunks = one, one if t > 1 else None
+        return self._pair(DECODE, bodies, chunks, cache, mesh, output=output)
 
     def encoder(self, size: VideoSize) -> list[Program]:
         """Returns the programs for the first frame and, if there are more, for each four others."""
@@ -102,18 +107,46 @@ class VAECoding(Stage):
         cache = cache_shapes(cfg, size.height, size.width, encode=True)
         bodies = compilation.encode_first, compilation.encode_later
         chunks = frames(1), frames(cfg.temporal) if size.frames > 1 else None
-        return self._pair(ENCODE, bodies, chunks, cache)
+        grid = size.height // cfg.spatial, size.width // cfg.spatial
+        bodies, mesh = self._divided(bodies, *grid, (True, True))
+        return self._pair(ENCODE, bodies, chunks, cache, mesh)
+
+    def _divided(
+        self, bodies: tuple[Callable, Callable], h: int, w: int, outputs: tuple[bool, ...]
+    ) -> tuple[tuple[Callable, Callable], Mesh | None]:
+        """(the bodies with frames divided over the devices of a mesh, that mesh); as they are
+        without one."""
+        if self.compiler.mesh is None:
+            return bodies, None
+        mesh, (first, later) = space_mesh(self.compiler.mesh, h, w), bodies
+        divided = compilation.over_space
+        return (
+            divided(first, mesh, (False, True), outputs),
+            divided(later, mesh, (False, True, True), outputs),
+        ), mesh
 
     def _pair(
-        self, label: str, bodies: tuple[Callable, Callable], chunks: tuple, cache, **static
+        self,
+        label: str,
+        bodies: tuple[Callable, Callable],
+        chunks: tuple,
+        cache,
+        mesh: Mesh | None,
+        **static,
     ) -> list[Program]:
-        """chunks: (shape of the first, of each later one or None)."""
+        """chunks: (shape of the first, of each later one or None). mesh: over which they are
+        divided, or None."""
         shape, vae = self.compiler.shape, self.component.abstract()
-        first, later = bodies
-        programs = [self.compiler.request(label, first, vae, shape(chunks[0]), **static)]
+        request, (first, later) = self.compiler.request, bodies
+        programs = [request(label, first, vae, shape(chunks[0]), mesh=mesh, **static)]
         if chunks[1] is not None:
-            inputs = vae, self.compiler.shapes_of(cache), shape(chunks[1])
-            programs.append(self.compiler.request(label, later, *inputs, donate=(1,), **static))
+            if mesh is not None:
+                lies = NamedSharding(mesh, part(mesh))
+                cache = jax.tree.map(
+                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), cache
+                )
+            inputs = vae, cache, shape(chunks[1])
+            programs.append(request(label, later, *inputs, donate=(1,), mesh=mesh, **static))
         return programs
 
     # -- loops over chunks -------------------------------------------------------------------------

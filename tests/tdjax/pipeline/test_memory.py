@@ -9,6 +9,7 @@ import pytest
 from tdjax.checkpoints import orbax
 from tdjax.config import VideoSize
 from tdjax.errors import OutOfMemory
+from tdjax.parallel.mesh import make_mesh
 from tdjax.pipeline import memory
 from tdjax.pipeline.memory import GIB
 from tdjax.presets import UMT5_XXL, WAN_1_3B, WAN_A14B_I2V, WAN_VAE
@@ -49,6 +50,20 @@ def test_a_plan_is_frozen():
 def test_guidance_doubles_the_batch():
     once, twice = (memory.make_plan(T2V, SIZE, guided=guided).of("dit") for guided in (False, True))
     assert twice.weights == once.weights and 1.9 < twice.working / once.working < 2.1
+
+
+@pytest.mark.parametrize("text, weights, working", [("sp=4", 1, 4), ("tp=2,sp=2", 2, 4)])
+def test_a_device_of_a_mesh_has_its_share(text, weights, working):
+    """Tokens and frames are divided, weights where the mesh has an axis for them; keys and values
+    of the text are whole."""
+    mesh = make_mesh(text, WAN_1_3B)
+    one, each = (memory.make_plan(T2V, SIZE, guided=False, mesh=m) for m in (None, mesh))
+    assert one.of("dit").weights / each.of("dit").weights == pytest.approx(weights, rel=0.1)
+    assert one.of("vae decode").weights == each.of("vae decode").weights
+    assert one.of("vae decode").working // 4 == each.of("vae decode").working
+    text_kv = 2 * WAN_1_3B.layers * WAN_1_3B.text_len * WAN_1_3B.dim * 2
+    share = (one.of("dit").working - text_kv) / (each.of("dit").working - text_kv)
+    assert 0.7 * working < share <= working
 
 
 def test_what_a_device_has_room_for(monkeypatch):
