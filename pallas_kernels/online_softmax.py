@@ -23,11 +23,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.dispatch import automatic, bound, choose
 from pallas_kernels.linear_branch import rows_of_branch
 from pallas_kernels.primitives import blocks as count
 from pallas_kernels.primitives import dot, exp2, fma_exp2, launch, load, store
 
-__all__ = ["BOUND", "Plan", "attend", "key_block", "kernel_name", "refusal"]
+__all__ = ["BOUND", "Plan", "attend", "key_block", "kernel_name", "refusal", "run"]
 
 BOUND = 48.0  # the largest bound that is subtracted: 2^(-2 BOUND - 24) is a normal float32
 
@@ -216,3 +217,11 @@ def refusal(width, block_q, block_k, dtype, interpret=False) -> str | None:
     if dtype == jnp.float32 and not interpret:
         return "float32 is for impl='interpret' and 'reference'; allowed: bfloat16, float16"
     return None
+
+
+def run(tables, name, impl, q, *args, block_q, block_k, **sizes):
+    """Returns what the implementation `impl` of the op `name` gives for its arguments; "auto" is
+    chosen by the dtype and sizes of q and the blocks. tables: the package's IMPLEMENTATIONS."""
+    table = bound(tables[name], block_q=block_q, block_k=block_k, **sizes)
+    auto = automatic(table, refusal(q.shape[-1], block_q, block_k, q.dtype))
+    return choose(name, impl, table, auto)(q, *args)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.flash_attention.spans import block_of, inside, own, rows, sweep, whole
+from pallas_kernels.flash_attention.segments import block_of, inside, own, rows, sweep, whole
 from pallas_kernels.primitives import LOG2E, blocks, dot, exp2, fma, fma_exp2, launch, store
 
 LOWEST = float(jnp.finfo(jnp.float32).min)

@@ -24,7 +24,7 @@ from pallas_kernels.derivatives import forward_only
 from pallas_kernels.dispatch import automatic, bound, choose, implementations
 from pallas_kernels.linear_branch import linear_attention
 from pallas_kernels.mosaic import imported
-from pallas_kernels.online_softmax import refusal
+from pallas_kernels.online_softmax import run
 from pallas_kernels.primitives import blocks as count
 from pallas_kernels.sage_attention import reference, triton
 from pallas_kernels.sage_attention.reference import quantize_blocks
@@ -79,13 +79,7 @@ IMPLEMENTATIONS = {
     "quantize_keys": implementations(reference.quantize_keys, triton.quantize_keys),
 }
 
-
-def _run(name, impl, q, *args, block_q, block_k, **sizes):
-    """The implementation called `impl`, on its arguments; "auto" by the dtype and sizes of q and
-    the blocks."""
-    table = bound(IMPLEMENTATIONS[name], block_q=block_q, block_k=block_k, **sizes)
-    auto = automatic(table, refusal(q.shape[-1], block_q, block_k, q.dtype))
-    return choose(name, impl, table, auto)(q, *args)
+_run = partial(run, IMPLEMENTATIONS)
 
 
 def sage_sparse_linear_attention(

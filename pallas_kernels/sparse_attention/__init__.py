@@ -9,14 +9,16 @@ and sizes that they take (`online_softmax.refusal`), and the reference elsewhere
 
 from __future__ import annotations
 
+from functools import partial
+
 from pallas_kernels import block_map as block_map_kernels
 from pallas_kernels import blocking
 from pallas_kernels.blocking import chosen_blocks, dense_map, pooled_scores
 from pallas_kernels.checks import check_attention, check_block_list, check_means
-from pallas_kernels.dispatch import automatic, bound, choose, implementations
+from pallas_kernels.dispatch import implementations
 from pallas_kernels.linear_branch import linear_attention
 from pallas_kernels.mosaic import imported
-from pallas_kernels.online_softmax import refusal
+from pallas_kernels.online_softmax import run
 from pallas_kernels.sparse_attention import reference, triton
 
 __all__ = [
@@ -53,13 +55,7 @@ IMPLEMENTATIONS = {
     "block_map": implementations(blocking.block_map, block_map_kernels.block_map),
 }
 
-
-def _run(name, impl, q, *args, block_q, block_k, **sizes):
-    """The implementation called `impl`, on its arguments; "auto" by the dtype and sizes of q and
-    the blocks."""
-    table = bound(IMPLEMENTATIONS[name], block_q=block_q, block_k=block_k, **sizes)
-    auto = automatic(table, refusal(q.shape[-1], block_q, block_k, q.dtype))
-    return choose(name, impl, table, auto)(q, *args)
+_run = partial(run, IMPLEMENTATIONS)
 
 
 def sparse_linear_attention(
