@@ -52,10 +52,9 @@ def _residual_norm(pick, x, factor, shift, residual, gate, **options):
     return over_tokens(norm, *(a for a in arrays if a is not None))
 
 
-class Linear(nnx.Module):
-    """x [... i] -> x kernel + bias [... o], in x.dtype. impl: as in pallas_kernels."""
-
-    leaves: ClassVar = ("kernel",)
+class _Layer(nnx.Module):
+    """What the kinds have in common: `i` inputs, `o` outputs, a bias or none, and `impl` as in
+    pallas_kernels. `draw(kernel, policy)` of a kind makes its leaves of kernel(dtype) [i o]."""
 
     def __init__(
         self,
@@ -69,8 +68,17 @@ class Linear(nnx.Module):
         impl: str = "auto",
     ):
         self.impl = impl
-        self.kernel = nnx.Param(init(rngs.params(), (i, o), policy.param_dtype))
+        self.draw(lambda dtype: init(rngs.params(), (i, o), dtype), policy)
         self.bias = nnx.Param(jnp.zeros(o, policy.param_dtype)) if bias else None
+
+
+class Linear(_Layer):
+    """x [... i] -> x kernel + bias [... o], in x.dtype."""
+
+    leaves: ClassVar = ("kernel",)
+
+    def draw(self, kernel, policy: Policy) -> None:
+        self.kernel = nnx.Param(kernel(policy.param_dtype))
 
     def __call__(self, x):
         y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=EXACT)
@@ -100,9 +108,9 @@ class Linear(nnx.Module):
         return (rearrange(weight, "o i -> i o").astype(dtype),)
 
 
-class QuantizedLinear(nnx.Module):
+class QuantizedLinear(_Layer):
     """Linear of 8-bit weights [o i] on float x [b l i], or on activations that were quantised for
-    another layer of the class. impl: as in pallas_kernels; "mosaic" is the product's alone.
+    another layer of the class. impl "mosaic" is the product's alone.
 
     A subclass names its scheme of `pallas_kernels.int8_matmul` and its two leaves, values and
     scale.
@@ -114,22 +122,10 @@ class QuantizedLinear(nnx.Module):
     # impl -> impl of the product, where the scheme has no kernel for it
     products: ClassVar[dict[str, str]] = {}
 
-    def __init__(
-        self,
-        i: int,
-        o: int,
-        policy: Policy,
-        *,
-        rngs: nnx.Rngs,
-        bias: bool = True,
-        init=xavier,
-        impl: str = "auto",
-    ):
-        self.impl = impl
-        weight = rearrange(init(rngs.params(), (i, o), jnp.float32), "i o -> o i")
+    def draw(self, kernel, policy: Policy) -> None:
+        weight = rearrange(kernel(jnp.float32), "i o -> o i")
         for name, value in zip(self.leaves, self.packed(weight, None), strict=True):
             setattr(self, name, nnx.Variable(value))
-        self.bias = nnx.Param(jnp.zeros(o, policy.param_dtype)) if bias else None
 
     def __call__(self, x):
         x = self.quantize_input(x)
