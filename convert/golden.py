@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -240,6 +241,11 @@ def _channels_last(x):
     return jnp.asarray(rearrange(x, "b c t h w -> b t h w c"))
 
 
+@jax.jit
+def _of_dit(model, *inputs):
+    return intermediates.intermediates(model, *inputs), model(*inputs)
+
+
 def dit(g: _Golden, impl: str) -> Iterator[Row]:
     """dit_*: text- and image-to-video, dense and SLA."""
     c = g.config
@@ -263,9 +269,7 @@ def dit(g: _Golden, impl: str) -> Iterator[Row]:
         features,
     )
     kind = "sla" if "sla_topk" in c else "dit"
-    inside, v = jax.jit(lambda model, *x: (intermediates.intermediates(model, *x), model(*x)))(
-        model, *inputs
-    )
+    inside, v = _of_dit(model, *inputs)
     yield from g.compare(kind, inside | {"sinusoid_f64": inside["sinusoid"]}, "mid/")
     yield from g.compare(kind, {"v": rearrange(v, "b t h w c -> b c t h w")}, "out/")
 
@@ -285,7 +289,8 @@ def _sla_op(g: _Golden, impl: str) -> Iterator[Row]:
     for c in g.config["configs"]:
         if c["k_blocks"] > qkv[1].shape[1]:
             raise _damaged(g, f"k_blocks is {c['k_blocks']}, more than there are keys")
-        scores, values = _sparse_values(c, impl)(*qkv, *proj)
+        sizes = {name: c[name] for name in ("BLKQ", "BLKK", "topk_ratio", "k_blocks")}
+        scores, values = _of_sparse(*qkv, *proj, **sizes, impl=impl)
         yield from g.compare("sla", {"pooled_score": scores}, f"mid/{c['tag']}/")
         prefix = f"out/{c['tag']}/"
         yield from g.compare("sla", values if c["real_topk"] else {}, prefix)
@@ -296,37 +301,33 @@ def _sla_op(g: _Golden, impl: str) -> Iterator[Row]:
                 yield Row(key, note=f"not a target: {NOT_A_TARGET['bf16' if bf16 else 'empty']}")
 
 
-def _sparse_values(c: dict[str, Any], impl: str):
-    """A jitted function of q, k, v and the projection for one configuration: pooled scores, and the
-    outputs by name."""
-    size, topk = {"block_q": c["BLKQ"], "block_k": c["BLKK"]}, c["topk_ratio"]
+@partial(jax.jit, static_argnames=("BLKQ", "BLKK", "topk_ratio", "k_blocks", "impl"))
+def _of_sparse(q, k, v, kernel, bias, *, BLKQ, BLKK, topk_ratio, k_blocks, impl):
+    """Pooled scores, and the outputs by name, of one configuration of the file."""
+    size, topk = {"block_q": BLKQ, "block_k": BLKK}, topk_ratio
+    blocks = sparse.block_map(q, k, topk=topk, **size)
+    o_s = sparse.sparse_attention(q, k, v, blocks, **size, impl=impl)
+    o = sparse.sparse_linear_attention(q, k, v, kernel, bias, topk=topk, **size, impl=impl)
+    return sparse.pooled_scores(q, k, **size), {
+        "sparse_map": sparse.dense_map(blocks, k_blocks),
+        "o_s": o_s,
+        "o": o,
+    }
 
-    def values(q, k, v, kernel, bias):
-        blocks = sparse.block_map(q, k, topk=topk, **size)
-        o_s = sparse.sparse_attention(q, k, v, blocks, **size, impl=impl)
-        o = sparse.sparse_linear_attention(q, k, v, kernel, bias, topk=topk, **size, impl=impl)
-        return sparse.pooled_scores(q, k, **size), {
-            "sparse_map": sparse.dense_map(blocks, c["k_blocks"]),
-            "o_s": o_s,
-            "o": o,
-        }
 
-    return jax.jit(values)
+@jax.jit
+def _of_vae(vae, video, latents):
+    outputs = {"encoded": vae.encode(video), "decoded": vae.decode(latents)}
+    return wan_vae.intermediates(vae, video, latents), outputs
 
 
 def _vae(g: _Golden, impl: str) -> Iterator[Row]:
     """vae_*: encoder and decoder at several numbers of frames."""
     known = {"mean": tuple(g.config["latent_mean"]), "std": tuple(g.config["latent_std"])}
     model = g.module(**known)
-    both = jax.jit(
-        lambda m, x, z: (
-            wan_vae.intermediates(m, x, z),
-            {"encoded": m.encode(x), "decoded": m.decode(z)},
-        )
-    )
     for case in sorted({key.split("/")[1] for key in g.arrays if key.startswith("in/")}):
         video, latents = (_channels_last(g[f"in/{case}/{name}"]) for name in ("video", "latent"))
-        inside, out = both(model, video, latents)
+        inside, out = _of_vae(model, video, latents)
         yield from g.compare("vae", inside, f"mid/{case}/")
         yield from g.compare(
             "vae",
@@ -335,17 +336,20 @@ def _vae(g: _Golden, impl: str) -> Iterator[Row]:
         )
 
 
+@jax.jit
+def _of_text(model, ids, mask):
+    bias = umt5.position_bias(model.blocks.relative_bias[...][0], model.cfg, ids.shape[1])
+    outer = {"block0/pos_bias_first_query": bias[:, 0], "block0/pos_bias_last_query": bias[:, -1]}
+    return umt5.intermediates(model, ids, mask) | outer, model(ids, mask)
+
+
 def _text(g: _Golden, impl: str) -> Iterator[Row]:
     """umt5_*: the encoder, with its position buckets and the bias of the outer queries."""
     model = g.module(text_len=g.config["text_len"])
     ids, mask = jnp.asarray(g["in/ids"]), jnp.asarray(g["in/mask"])
-    inside = jax.jit(umt5.intermediates)(model, ids, mask)
-    bias = umt5.position_bias(model.blocks.relative_bias[...][0], model.cfg, ids.shape[1])
-    inside |= {"block0/pos_bias_first_query": bias[:, 0], "block0/pos_bias_last_query": bias[:, -1]}
+    inside, out = _of_text(model, ids, mask)
     yield from g.compare("text", inside, "mid/")
-    yield from g.compare(
-        "text", {"embedding": jax.jit(lambda m, *x: m(*x))(model, ids, mask)}, "out/"
-    )
+    yield from g.compare("text", {"embedding": out}, "out/")
 
 
 def table(rows: list[Row]) -> str:
