@@ -6,9 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from tdjax.config import DiTConfig, SLAConfig
+from tdjax.models.abstract import as_shapes
 from tdjax.models.wan_dit import DiT
 from tdjax.precision import FLOAT32
 from tdjax.train.state import Batch
@@ -38,7 +38,7 @@ def dit(seed=0, **changes):
     """A model whose every leaf is random but the projection of the linear branch, which starts at
     zero."""
     cfg = dataclasses.replace(TINY, **changes)
-    names = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
+    names = as_shapes(DiT, cfg)
     draw = np.random.default_rng(seed).normal
     value = lambda path, x: (
         jnp.zeros(x.shape)

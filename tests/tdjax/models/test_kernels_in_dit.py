@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from tdjax.config import DiTConfig, SLAConfig
+from tdjax.models.abstract import as_shapes
 from tdjax.models.wan_dit import DiT, with_linear
 from tdjax.precision import FLOAT32
 
@@ -35,7 +35,7 @@ run = jax.jit(lambda model, *args: model(*args))
 def floats(**changes):
     """A float model whose every leaf is random."""
     draw = np.random.default_rng(0).normal
-    abstract = jax.eval_shape(lambda: DiT(dataclasses.replace(CFG, **changes), rngs=nnx.Rngs(0)))
+    abstract = as_shapes(DiT, dataclasses.replace(CFG, **changes))
     width = lambda leaf: leaf.shape[-2] ** 0.5 if leaf.ndim > 1 and leaf.shape[-2] > 6 else 3
     return jax.tree.map(
         lambda leaf: jnp.asarray(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract
@@ -44,9 +44,7 @@ def floats(**changes):
 
 def with_impl(model, impl):
     """The same weights under another `impl`."""
-    abstract = jax.eval_shape(
-        lambda: DiT(dataclasses.replace(model.cfg, impl=impl), rngs=nnx.Rngs(0))
-    )
+    abstract = as_shapes(DiT, dataclasses.replace(model.cfg, impl=impl))
     return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(model))
 
 
@@ -99,7 +97,7 @@ def test_mosaic_lowers_for_hopper():
     """Ten products, two passes over tokens and the loop of attention; Triton's for the rest."""
     arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     cfg = DiTConfig(attention="sagesla", linear="int8_channel", impl="mosaic")
-    model = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
+    model = as_shapes(DiT, cfg)
     args = arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096)
     text = described.lower(described.trace(run, model, *args)).as_text()
     called = Counter(re.findall(r"custom_call @([\w.$]+)", text))
@@ -113,7 +111,7 @@ def test_kernels_lower_for_cuda_at_real_size(attention, linear):
     should."""
     arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     cfg = DiTConfig(attention=attention, linear=linear, impl="triton")
-    model = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
+    model = as_shapes(DiT, cfg)
     lowered = described.lower(
         described.trace(run, model, arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096))
     )

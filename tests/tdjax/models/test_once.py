@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jaxprs import equations
 from tolerances import assert_close
 
 from tdjax.config import LINEAR, DiTConfig, SLAConfig
+from tdjax.models.abstract import as_shapes
 from tdjax.models.rope import rope
 from tdjax.models.wan_dit import DiT, with_linear
 from tdjax.pipeline import compilation
@@ -39,7 +39,7 @@ run = jax.jit(lambda model, *args: model(*args))
 def floats(**changes):
     """A float model whose every leaf is random."""
     draw = np.random.default_rng(0).normal
-    abstract = jax.eval_shape(lambda: DiT(dataclasses.replace(CFG, **changes), rngs=nnx.Rngs(0)))
+    abstract = as_shapes(DiT, dataclasses.replace(CFG, **changes))
     width = lambda leaf: leaf.shape[-2] ** 0.5 if leaf.ndim > 1 and leaf.shape[-2] > 6 else 3
     return jax.tree.map(
         lambda leaf: jnp.asarray(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract

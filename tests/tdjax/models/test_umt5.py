@@ -9,6 +9,7 @@ from flax import nnx
 from tolerances import assert_close
 
 from tdjax.config import TextConfig
+from tdjax.models.abstract import as_shapes
 from tdjax.models.umt5 import UMT5, intermediates, relative_bucket, relative_positions
 from tdjax.precision import BF16, FLOAT32
 from tdjax.presets import UMT5_XXL
@@ -60,7 +61,7 @@ def name(path):
 
 def build(cfg, weights, dialect):
     """A UMT5 with the weights of a state dict in one of the two dialects of KEYS."""
-    model = jax.eval_shape(lambda: UMT5(cfg, rngs=nnx.Rngs(0)))
+    model = as_shapes(UMT5, cfg)
 
     def leaf(path, shape):
         key = KEYS[name(path)][dialect]
@@ -237,7 +238,7 @@ def test_gradient_reaches_every_leaf():
         policy=FLOAT32,
     )
     rng = np.random.default_rng(0)
-    abstract = jax.eval_shape(lambda: UMT5(cfg, rngs=nnx.Rngs(0)))
+    abstract = as_shapes(UMT5, cfg)
     model = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), abstract
     )
@@ -251,7 +252,7 @@ def test_gradient_reaches_every_leaf():
 
 def test_published_sizes(manifest):
     """Abstract umT5-xxl: names, shapes and parameter count of the published file."""
-    model = jax.eval_shape(lambda: UMT5(UMT5_XXL, rngs=nnx.Rngs(0)))
+    model = as_shapes(UMT5, UMT5_XXL)
     leaves = {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(model)}
     assert set(leaves) == set(KEYS)
     published = manifest("models_t5_umt5-xxl-enc-bf16")

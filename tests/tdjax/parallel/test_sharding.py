@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 
 from tdjax.config import DiTConfig, SLAConfig, TextConfig, VAEConfig
+from tdjax.models.abstract import as_shapes
 from tdjax.models.linear import LINEAR
 from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT, with_linear
@@ -38,25 +39,18 @@ TINY = DiTConfig(
     sla=SLAConfig(topk=0.5),
 )
 MODELS = {
-    "dense": lambda: DiT(TINY, rngs=nnx.Rngs(0)),
-    "sla": lambda: DiT(dataclasses.replace(TINY, attention="sla"), rngs=nnx.Rngs(0)),
-    "int8": lambda: DiT(
-        dataclasses.replace(TINY, attention="sla", linear="int8"), rngs=nnx.Rngs(0)
-    ),
-    "channel": lambda: DiT(
+    "dense": (DiT, TINY),
+    "sla": (DiT, dataclasses.replace(TINY, attention="sla")),
+    "int8": (DiT, dataclasses.replace(TINY, attention="sla", linear="int8")),
+    "channel": (
+        DiT,
         dataclasses.replace(TINY, in_channels=36, image_dim=40, linear="int8_channel"),
-        rngs=nnx.Rngs(0),
     ),
-    "fp8": lambda: DiT(dataclasses.replace(TINY, attention="sla", linear="fp8"), rngs=nnx.Rngs(0)),
-    "image": lambda: DiT(dataclasses.replace(TINY, in_channels=36, image_dim=40), rngs=nnx.Rngs(0)),
-    "image int8": lambda: DiT(
-        dataclasses.replace(TINY, in_channels=36, image_dim=40, linear="int8"), rngs=nnx.Rngs(0)
-    ),
-    "text": lambda: UMT5(
-        TextConfig(vocab=64, dim=32, attention_dim=32, ffn_dim=48, heads=4, layers=2),
-        rngs=nnx.Rngs(0),
-    ),
-    "vae": lambda: VAE(VAEConfig(dim=8), rngs=nnx.Rngs(0)),
+    "fp8": (DiT, dataclasses.replace(TINY, attention="sla", linear="fp8")),
+    "image": (DiT, dataclasses.replace(TINY, in_channels=36, image_dim=40)),
+    "image int8": (DiT, dataclasses.replace(TINY, in_channels=36, image_dim=40, linear="int8")),
+    "text": (UMT5, TextConfig(vocab=64, dim=32, attention_dim=32, ffn_dim=48, heads=4, layers=2)),
+    "vae": (VAE, VAEConfig(dim=8)),
 }
 
 
@@ -66,8 +60,12 @@ def mesh(**axes):
     )
 
 
+def abstract(name):
+    return as_shapes(*MODELS[name])
+
+
 def leaves(name):
-    paths = jax.tree_util.tree_leaves_with_path(jax.eval_shape(MODELS[name]))
+    paths = jax.tree_util.tree_leaves_with_path(abstract(name))
     return {leaf_name(path): leaf for path, leaf in paths}
 
 
@@ -125,9 +123,10 @@ def test_constrain_lays_out_activations():
     assert odd.sharding.is_fully_replicated
 
 
-def random_model(abstract):
+def random_model(name):
     draw = np.random.default_rng(0).normal
-    return jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape) / 16, leaf.dtype), abstract)
+    value = lambda leaf: jnp.asarray((draw(size=leaf.shape) / 16).astype(leaf.dtype))
+    return jax.tree.map(value, abstract(name))
 
 
 def sharded_and_whole(run, model, *args, **axes):
@@ -148,7 +147,7 @@ def inputs():
 @pytest.mark.slow
 def test_sharded_forward_equals_the_unsharded_one(inputs):
     """Tokens and heads divided: heads take over the devices of the tokens inside attention."""
-    model, devices = random_model(jax.eval_shape(MODELS["sla"])), mesh(tensor=2, seq=2)
+    model, devices = random_model("sla"), mesh(tensor=2, seq=2)
     split = jax.device_put(model, shardings(model, devices))
     assert {shard.data.shape for shard in split.blocks.up.kernel[...].addressable_shards} == {
         (2, 256, 192)
@@ -166,10 +165,10 @@ def test_sharded_forward_equals_the_unsharded_one(inputs):
 def test_sharded_layers_of_8_bits(inputs, linear, impl):
     """Kernels see their part; rows keep their scales. A last bit may move a value over an edge, and
     that moves the next layer's."""
-    model = with_linear(random_model(jax.eval_shape(MODELS["dense"])), linear)
+    model = with_linear(random_model("dense"), linear)
     cfg = dataclasses.replace(model.cfg, impl=impl)
     model = jax.tree.unflatten(
-        jax.tree.structure(jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))),
+        jax.tree.structure(as_shapes(DiT, cfg)),
         jax.tree.leaves(model),
     )
     actual, whole = sharded_and_whole(
@@ -184,7 +183,7 @@ def test_sharded_layers_of_8_bits(inputs, linear, impl):
 def test_sharded_gradient_equals_the_unsharded_one(inputs):
     """Through rows divided by samples and tokens: what they share sums its gradient over the
     devices."""
-    model = random_model(jax.eval_shape(MODELS["dense"]))
+    model = random_model("dense")
     grad = jax.jit(jax.grad(lambda model, *args: jnp.square(model(*args)).mean()))
     actual, whole = sharded_and_whole(grad, model, *inputs, data=2, seq=2)
     for (path, a), w in zip(

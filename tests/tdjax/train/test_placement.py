@@ -2,12 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 from train_cases import OPTIMIZER, mesh, same_bits
 
 from tdjax.checkpoints import orbax
 from tdjax.config import DiTConfig
+from tdjax.models.abstract import as_shapes
 from tdjax.models.wan_dit import DiT
 from tdjax.precision import FLOAT32
 from tdjax.train import checkpoints, placement
@@ -28,7 +28,7 @@ def test_averages_moments_and_critics_lie_as_their_weights_do():
         text_dim=6,
         policy=FLOAT32,
     )
-    model = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
+    model = as_shapes(DiT, cfg)
     key, plain, masked = (
         jax.random.key(0),
         adamw(OptimizerConfig(b1=0.9)),

@@ -12,7 +12,7 @@ from tdjax.train.tiny.stages import evaluate
 pytestmark = pytest.mark.slow
 
 CFG = settings.EvaluateStage(
-    clips=6, seeds=2, batch=6, real=6, prompts=2, compute="float32", rows="truth,student_1"
+    clips=4, seeds=2, batch=4, real=4, prompts=2, compute="float32", rows="truth,student_1"
 )
 
 
@@ -37,7 +37,7 @@ def test_true_clips_are_all_right_and_results_are_kept(run, monkeypatch, capsys)
     )
     assert 0 <= student["values"]["diversity"] < 1 and student["values"]["megabytes"] > 0.1
     table = (run.folder / "table.md").read_text()
-    assert "| ground truth | 0 | 0 | 12 | 100.0% |" in table and len(table.splitlines()) == 4
+    assert "| ground truth | 0 | 0 | 8 | 100.0% |" in table and len(table.splitlines()) == 4
     monkeypatch.setattr(evaluate, "evaluate", None)  # nothing is computed again
     evaluate.run_stage(run)
     evaluate.write(
