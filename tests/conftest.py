@@ -24,7 +24,7 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-GROWN = 7 * 2**28  # bytes of a worker from which on the programs of a finished module are dropped
+GROWN = 3 * 2**29  # bytes of a worker from which on the programs of a finished module are dropped
 
 # Small checkpoints under published names, and folders of small models.
 pytest_plugins = ("published_fixtures", "model_fixtures")
