@@ -140,7 +140,22 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _whole(text: str) -> int:
+    if not re.fullmatch("[+-]?[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a whole number")
+    return int(text)
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.register("type", int, _whole)
+
+    def _get_values(self, action, arg_strings):
+        if action.option_strings and arg_strings == ["--"]:  # which argparse would take away
+            self.error(f"argument {action.option_strings[0]}: it needs a value")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str, why: str = "", fix: str = "") -> NoReturn:
         """Ends the process, as argparse does, with an error in three lines."""
         fix = fix or f"see {self.prog} --help"
@@ -218,8 +233,9 @@ def refusal() -> str | None:
     if jax.default_backend() == "gpu":
         return None
     return (
-        "the kernels run on NVIDIA GPUs, and the first device here is"
-        f" {jax.devices()[0].device_kind}; records: docs/bench/kernels.jsonl"
+        "the kernels run on NVIDIA GPUs\n"
+        f"the first device here is {jax.devices()[0].device_kind}\n"
+        "records of an H100 are in docs/bench/kernels.jsonl"
     )
 
 

@@ -53,6 +53,12 @@ class Parser(argparse.ArgumentParser):
         fix = f"did you mean --{close[0]}?" if close else "names are written in full"
         return UsageError(f"unknown option {name[: values.SHOWN]}", self._see(), fix)
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.option_strings and action.nargs is None and arg_strings == ["--"]:
+            name = _name(action)  # argparse takes it away, and lets the option be an empty list
+            raise UsageError(f"{name} is '--'", "it needs a value", self._meaning(name))
+        return super()._get_values(action, arg_strings)
+
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         name = _name(action)
         if not arg_string and action.default != "":

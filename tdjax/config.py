@@ -372,9 +372,11 @@ class VideoSize:
                 "the video VAE codes one frame, then groups of four: the number must be 4k+1",
                 f"nearest allowed: {low} and {high}",
             )
-        if max(self.height, self.width) > 8192 or self.frames > 4097:
+        sides = {"height": self.height, "width": self.width, "num_frames": self.frames}
+        large = [name for name, n in sides.items() if n > (4097 if name == "num_frames" else 8192)]
+        if large:
             raise UsageError(
-                f"the size is {self.width}x{self.height}, {self.frames} frames",
+                f"{large[0]} is {sides[large[0]]}",
                 "sides end at 8192 pixels and clips at 4097 frames, far beyond what the models were"
                 " trained on",
                 "use 832x480 or 1280x720, 81 frames",
@@ -471,8 +473,9 @@ class SamplerConfig:
         times = (math.atan(self.sigma_max), *self.mid_t[: self.num_steps - 1], 0.0)
         if not all(a > b for a, b in zip(times, times[1:], strict=False)):
             raise UsageError(
-                f"mid times are {', '.join(map(str, self.mid_t))}",
-                f"they must fall from {times[0]:.4f} (arctan of sigma_max {self.sigma_max:g}) to 0",
+                f"mid_t is {', '.join(map(str, self.mid_t))}",
+                f"mid times must fall from {times[0]:.4f} (arctan of sigma_max"
+                f" {self.sigma_max:g}) to 0",
                 "the published ones are 1.5 1.4 1.0",
             )
         if self.guidance_scale != 1.0:

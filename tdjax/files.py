@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tdjax.errors import UsageError
+from tdjax.values import shown
 
 LONGEST = 200  # characters of a word that is compared with names
 FULL = 2**20  # bytes: less is free on a disk that a write has just filled
@@ -31,7 +32,8 @@ _PART = re.compile(r"\.tdjax-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}\.part")
 def near(word: str, names: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
     """Returns the names that are most like a word, the nearest first; with cutoff 0 there is one
     whenever there are names."""
-    return difflib.get_close_matches(str(word)[:LONGEST], list(names), count, cutoff)
+    text = word if isinstance(word, str) else shown(word)
+    return difflib.get_close_matches(text[:LONGEST], list(names), count, cutoff)
 
 
 def near_files(path: Path) -> str:

@@ -60,6 +60,7 @@ def choose_size(
     is then the one of 16:9, whatever the image, as in the published script.
     """
     _check_fit(fit, image_size)
+    width, height = settled("width", width, "int | None"), settled("height", height, "int | None")
     resolution = settled("resolution", resolution, "str | None")
     aspect_ratio = settled("aspect_ratio", aspect_ratio, "str | None")
     if (width is None) != (height is None):

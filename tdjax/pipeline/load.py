@@ -143,6 +143,7 @@ def load(
         "text_encoder_path": text_encoder_path,
         "tokenizer_path": tokenizer_path,
     }
+    progress = settled("progress", progress, "bool | None")
     stages = LibraryStages(progress) if stages is None else stages
     note = _keep_programs(compile_cache)
     pipe = open_pipeline(

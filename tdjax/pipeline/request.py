@@ -28,13 +28,15 @@ from tdjax.media.resolution import choose_size
 from tdjax.pipeline.options import (
     CallAliases,
     Check,
+    Fit,
     OutputType,
+    Sampler,
     check_choice,
     without_aliases,
 )
 from tdjax.presets import I2V_SAMPLER, PRESETS, T2V_SAMPLER, TEACHER_SAMPLER
 from tdjax.progress import Listener
-from tdjax.values import reals, settle, shown, text, whole
+from tdjax.values import reals, settle, shown, whole
 
 _SIZE = ("resolution", "aspect_ratio", "width", "height", "num_frames")
 _SAMPLER = tuple(field.name for field in dataclasses.fields(SamplerConfig))
@@ -190,7 +192,8 @@ def make_request(
         image = as_image(image)
     _check_task(model.task, image)
     size_given = {name: given.pop(name) for name in _SIZE if name in given}
-    fit = text("fit", given.pop("fit", Request.fit))
+    fit = given.pop("fit", Request.fit)
+    check_choice("fit", fit, get_args(Fit))
     size, resolution = _chosen_size(size_given, fit, image, model)
     changes = {name: given.pop(name) for name in _SAMPLER if name in given}
     sampler = _chosen_sampler(changes, model.sampler)
@@ -244,6 +247,7 @@ def _chosen_sampler(changes: dict[str, Any], own: SamplerConfig) -> SamplerConfi
         times = reals("mid_t", changes["mid_t"])
         changes = {"num_steps": len(times) + 1} | changes | {"mid_t": times}
     if "sampler" in changes:
+        check_choice("sampler", changes["sampler"], get_args(Sampler))
         few_step = changes["sampler"] in ("sde", "ode")
         if few_step != own.few_step:
             own = SamplerConfig() if few_step else TEACHER_SAMPLER
@@ -252,10 +256,11 @@ def _chosen_sampler(changes: dict[str, Any], own: SamplerConfig) -> SamplerConfi
 
 def _checked(request: Request, model: ModelInfo) -> Request:
     check_samples(request.num_samples)
-    _check_seeds(request)
     for name in ("latents", "prompt_embeds"):
         if (value := getattr(request, name)) is not None:
             _check_floats(name, value)
+    _check_arrays(request, model)
+    _check_seeds(request)
     check_choice("output_type", request.output_type, get_args(OutputType))
     check_choice("check", request.check, get_args(Check))
     check_fps(request.fps)
@@ -286,7 +291,6 @@ def _checked(request: Request, model: ModelInfo) -> Request:
             "the negative prompt is encoded by it",
             "give the prompt itself, or guidance_scale 1",
         )
-    _check_arrays(request, model)
     return request if request.key is None else dataclasses.replace(request, seed=None)
 
 

@@ -22,9 +22,14 @@ SHOWN = 80  # characters of a value in a message
 
 def shown(value: Any) -> str:
     """Returns a value as a message shows it, cut where it is long."""
-    if isinstance(value, int) and abs(value) >= LIMIT:  # Python refuses to write the longest
+    if isinstance(value, int) and abs(value) >= LIMIT:
         return f"a number of {value.bit_length()} bits"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write the longest numbers
+        return f"a {type(value).__name__} of long numbers"
+    if not isinstance(value, str):
+        text = " ".join(text.split())
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 

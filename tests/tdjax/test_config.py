@@ -56,7 +56,7 @@ def test_usage_errors_say_what_why_and_what_to_do():
         (lambda: SamplerConfig(sigma_max=float("nan")), "sigma_max is nan"),
         (
             lambda: SamplerConfig(mid_t=(1.4, 1.5, 1.0)),
-            "(?s)mid times are 1.4, 1.5, 1.0.*must fall.*1.5 1.4 1.0",
+            "(?s)mid_t is 1.4, 1.5, 1.0.*must fall.*1.5 1.4 1.0",
         ),
         (lambda: SamplerConfig(sigma_max=5.0), "(?s)must fall from 1.3734"),
         (lambda: SamplerConfig(guidance_scale=5.0), "(?s)guidance_scale is 5.*built in.*unipc"),
