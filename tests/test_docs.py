@@ -5,7 +5,9 @@ import argparse
 import ast
 import html
 import importlib
+import importlib.util
 import inspect
+import json
 import os
 import re
 import shlex
@@ -26,9 +28,11 @@ import tdjax.env
 import tdjax.train.__main__
 import tdjax.train.tiny.__main__
 from tdjax import cli
+from tdjax.__main__ import COMMANDS
 from tdjax.cli import hyphens
 from tdjax.generate import __main__ as generate
-from tdjax.generate import arguments
+from tdjax.generate import arguments, decode, models
+from tdjax.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -43,8 +47,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ids = lambda path: str(path.relative_to(ROOT))
 
 # What a fence may say. "sh main" and "sh test": .ci/run executes them; "bash": executed here; "sh":
-# read by the commands' parsers.
-FENCES = {"", "text", "sh", "sh main", "sh test", "bash", "python"}
+# read by the commands' parsers. "py": code that needs what is not here (a GPU, another package);
+# it is parsed.
+FENCES = {"", "text", "sh", "sh main", "sh test", "bash", "python", "py"}
 
 
 def blocks(path: Path) -> list[tuple[str, str]]:
@@ -55,7 +60,7 @@ def blocks(path: Path) -> list[tuple[str, str]]:
 def commands(path: Path) -> list[str]:
     """Every command line of a page: in fences, and in backquotes of the text."""
     text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
-    inline = re.findall(r"`(python -m [^`]+)`", text)
+    inline = re.findall(r"`((?:python -m|tdjax) [^`]+)`", text)
     return inline + [
         line.split("  #")[0]
         for fence, body in blocks(path)
@@ -66,7 +71,7 @@ def commands(path: Path) -> list[str]:
 
 
 def is_command(line: str) -> bool:
-    return re.match(r"(\.venv/bin/)?(python3?|pip|jupyter|mkdocs) ", line) is not None
+    return re.match(r"(\.venv/bin/)?(python3?|pip|jupyter|mkdocs|tdjax) ", line) is not None
 
 
 # -- parsers: each reads a command as far as it can without opening a file -------------------------
@@ -117,12 +122,23 @@ READERS = {
     "convert": read_convert,
     "convert.validate": lambda argv: convert.validate.build_parser().parse_args(argv),
     "convert.quantize": lambda argv: convert.quantize.build_parser().parse_args(argv),
+    "tdjax.generate.models": lambda argv: models.build_parser().parse_args(argv),
+    "tdjax.generate.decode": lambda argv: decode.build_parser().parse_args(argv),
     "pallas_kernels.bench": pallas_kernels.bench.parse,
     "pytest": lambda argv: None,  # .ci/run executes it
     "venv": lambda argv: None,
 }
 # Commands that the text names without their arguments, or with a word that stands for some.
 SHORT = {
+    "tdjax --help",
+    "tdjax decode",
+    "tdjax decode FILE",
+    "tdjax generate --config clip.mp4.json",
+    "tdjax bench --model NAME",
+    "tdjax generate --model NAME --dry_run",
+    "tdjax convert",
+    "tdjax quantize",
+    "tdjax train PRESET key=value ...",
     "python -m convert",
     "python -m convert.quantize",
     "python -m convert --merge",
@@ -133,6 +149,12 @@ SHORT = {
 }
 
 
+def as_module(match: re.Match) -> str:
+    """tdjax cache -> python -m tdjax.cache"""
+    module, _ = COMMANDS[match[1]]
+    return f"python -m {module.removesuffix('.__main__')}"
+
+
 def read_pip(argv):
     for word in argv:
         for extra in re.findall(r"\[(\w+)\]", word):
@@ -140,9 +162,9 @@ def read_pip(argv):
 
 
 def read(line: str) -> None:
-    line = line.strip()
-    if line in SHORT:
+    if line.strip() in SHORT:
         return None
+    line = re.sub(r"^tdjax (\w+)", as_module, line.strip())
     program, *argv = shlex.split(line)
     program = Path(program).name
     if program == "pip":
@@ -188,7 +210,7 @@ def test_fences_are_known(path):
     assert len(re.findall(r"^```", text, re.M)) == 2 * len(blocks(path))
     for fence, body in blocks(path):
         assert fence in FENCES, fence
-        if fence == "python":
+        if fence in ("python", "py"):
             ast.parse(body)
 
 
@@ -298,7 +320,11 @@ def test_paths_that_pages_name_exist(path):
     ):
         assert (ROOT / name).exists(), name
     for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[\w-]+)?\)", text):
-        assert (path.parent / target).exists(), target
+        assert (path.parent / target).exists() or Path(target).name in MADE, target
+
+
+# Pages that docs/scripts/pages.py makes.
+MADE = {"commands.md", "license.md", "changelog.md", "contributing.md"}
 
 
 def documented():
@@ -339,6 +365,21 @@ def test_public_names_are_on_the_api_pages():
     assert not missing, missing
 
 
+def test_the_commands_page_has_every_option():
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "docs/scripts/pages.py")
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    text = pages.commands()
+    for name, (module, about) in COMMANDS.items():
+        section = text.split(f"## tdjax {name}\n")[1].split("\n## ")[0]
+        assert f"| [`tdjax {name}`](#tdjax-{name}) | {about} |" in text
+        for action in importlib.import_module(module).build_parser()._actions:
+            for option in set(action.option_strings) - {"-h", "--help"}:
+                assert f"`{option}`" in section, f"{name} {option}"
+    table = pages.model_table()
+    assert all(f"| `{name}` |" in table for name in ("demo", *PRESETS))
+
+
 def test_built_site(tmp_path):
     """Where mkdocs is installed: the site builds, shows all that the API pages name, and its links
     lead to files and headings."""
@@ -354,6 +395,9 @@ def test_built_site(tmp_path):
         assert name in names[tmp_path / "api" / Path(page).stem / "index.html"], (
             f"{page}: {name} is not shown"
         )
+    index = json.loads((tmp_path / "search/search_index.json").read_text())["docs"]
+    for word in ("install", "quickstart", "4090", "docker", "license", "fastapi", "glossary"):
+        assert any(word in f"{row['title']} {row['text']}".lower() for row in index), word
     for path, text in pages.items():
         for target in re.findall(r'(?:href|src)="(?!https?:|data:|/)([^"]+)"', text):
             place, _, heading = html.unescape(target).partition("#")

@@ -1,5 +1,5 @@
 """For the API pages: comments that give shapes of a signature or meanings of a config's fields
-become part of the docstring."""
+become part of the docstring, and what a docstring says of arguments becomes a table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,32 @@ import re
 import griffe
 
 FIELD = re.compile(r"    (\w+): [^#]*  # (.+)")
+ARGUMENT = re.compile(r"(\*?\w+(?:, \w+)*): +(\S.*)")  # "fps:   written into files"
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Returns names and what is said of them as a table of Markdown."""
+    cell = lambda text: text.replace("|", "\\|")
+    lines = [f"| `{name}` | {cell(meaning)} |" for name, meaning in rows]
+    return "\n".join(["| argument | meaning |", "|---|---|", *lines])
+
+
+def with_table(text: str, known: set[str]) -> str:
+    """Returns a docstring whose lines about arguments, with those that go on below them, are a
+    table. known: names of the arguments."""
+    out: list[str] = []
+    rows: list[tuple[str, str]] = []
+    for line in [*text.splitlines(), ""]:
+        match = ARGUMENT.fullmatch(line)
+        if match and (match[1].split(", ")[0] in known or match[1].startswith("*")):
+            rows.append((match[1], match[2]))
+        elif rows and line.startswith("    "):
+            rows[-1] = (rows[-1][0], f"{rows[-1][1]} {line.strip()}")
+        else:
+            out += ["", *table(rows).splitlines(), ""] if rows else []
+            rows = []
+            out.append(line)
+    return "\n".join(out).strip()
 
 
 class Shapes(griffe.Extension):
@@ -18,6 +44,9 @@ class Shapes(griffe.Extension):
         self.of_packages: list[griffe.Function] = []
 
     def on_function_instance(self, *, node, func: griffe.Function, **_) -> None:
+        if func.docstring is not None:
+            known = {parameter.name for parameter in func.parameters}
+            func.docstring.value = with_table(func.docstring.value, known)
         if func.parent is not None and func.parent.is_init_module:
             self.of_packages.append(func)
         if func.docstring is None or not func.source:
@@ -37,13 +66,11 @@ class Shapes(griffe.Extension):
         fields = [
             match for line in (cls.source or "").splitlines() if (match := FIELD.fullmatch(line))
         ]
-        if cls.docstring is not None and fields:
-            width = max(len(name) for name, _ in (match.groups() for match in fields))
-            told = "\n".join(
-                f"{name:{width}}  {meaning}"
-                for name, meaning in (match.groups() for match in fields)
-            )
-            cls.docstring.value = f"{cls.docstring.value.rstrip()}\n\n{told}"
+        if cls.docstring is not None:
+            known = set(re.findall(r"^    (\w+): ", cls.source or "", re.M))
+            text = with_table(cls.docstring.value, known)
+            rows = [(match[1], match[2]) for match in fields]
+            cls.docstring.value = f"{text.rstrip()}\n\n{table(rows)}" if rows else text
 
     def on_package(self, **_) -> None:
         for func in self.of_packages:
