@@ -149,12 +149,6 @@ SHORT = {
 }
 
 
-def as_module(match: re.Match) -> str:
-    """tdjax cache -> python -m tdjax.cache"""
-    module, _ = COMMANDS[match[1]]
-    return f"python -m {module.removesuffix('.__main__')}"
-
-
 def read_pip(argv):
     for word in argv:
         for extra in re.findall(r"\[(\w+)\]", word):
@@ -162,11 +156,14 @@ def read_pip(argv):
 
 
 def read(line: str) -> None:
-    if line.strip() in SHORT:
+    line = line.strip()
+    if line in SHORT:
         return None
-    line = re.sub(r"^tdjax (\w+)", as_module, line.strip())
     program, *argv = shlex.split(line)
     program = Path(program).name
+    if program == "tdjax":
+        module, _ = COMMANDS[argv[0]]
+        program, argv = "python", ["-m", module.removesuffix(".__main__"), *argv[1:]]
     if program == "pip":
         return read_pip(argv)
     if program == "jupyter":

@@ -35,7 +35,7 @@ def test_every_option_named_in_the_readme_exists():
     named = {
         option
         for line in README.splitlines()
-        if line.startswith("tdjax generate") or line.startswith("| `--")
+        if line.startswith(("tdjax generate", "| `--"))
         for option in re.findall(r"--\w+", line)
     }
     assert len(named) >= 4 and named <= known, named - known
