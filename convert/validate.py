@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 
 from convert.cli import INTERRUPTED, finish, known
 from tdjax import cli
@@ -114,6 +115,7 @@ def validate(args) -> int:
     from convert import checks, golden
 
     check(args)
+    cli.start_jax(lambda text: print(f"tdjax: {text}", file=sys.stderr))
     if not args.golden and args.checkpoint is None:
         raise UsageError(
             "nothing to validate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shutil
 import time
@@ -97,6 +98,10 @@ def _table(found: dict, shown: int) -> str:
 def remove(root: Path, what: list[str], older_than: float) -> tuple[int, int]:
     """(entries, bytes) removed. what: kinds, names of model folders, beginnings of prompt keys (8
     characters or more)."""
+    if not 0 <= older_than < math.inf:
+        raise UsageError(
+            f"older_than is {older_than:g}", "it is a number of days, not negative", "such as 30"
+        )
     found = contents(root)
     chosen: list[Path] = []
     for name in what:

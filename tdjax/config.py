@@ -440,6 +440,7 @@ class SamplerConfig:
             raise UsageError(
                 f"sampler is {self.sampler!r}",
                 "allowed: sde, ode (distilled weights), unipc, euler (teacher)",
+                "leave it away for the weights' own",
             )
         if self.num_steps < 1:
             raise UsageError(

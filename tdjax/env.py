@@ -128,8 +128,8 @@ def report() -> dict[str, Any]:
     }
     try:
         out |= {"devices": devices(), "error": None}
-    except RuntimeError as error:  # jax: a plugin that is installed and cannot start
-        out |= {"devices": [], "error": str(error)}
+    except (RuntimeError, AssertionError) as error:  # jax: a plugin that cannot start, or is absent
+        out |= {"devices": [], "error": str(error) or type(error).__name__}
     from huggingface_hub import constants
 
     return out | {
@@ -185,6 +185,7 @@ def selftest() -> int:
 
     from pallas_kernels import selftest
 
+    cli.start_jax(print)
     device = jax.devices()[0]
     impl = "triton" if device.platform == "gpu" else "interpret"
     how = "compiled" if impl == "triton" else "interpreted (no CUDA device)"

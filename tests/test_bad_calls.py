@@ -3,6 +3,7 @@ them by existing. Each ends before any work, with the documented code and three 
 """
 
 import argparse
+import ast
 import importlib
 import inspect
 import itertools
@@ -18,7 +19,7 @@ import pytest
 import tdjax
 from tdjax import cli
 from tdjax.__main__ import COMMANDS
-from tdjax.errors import UsageError
+from tdjax.errors import TdjaxError, UsageError
 from tdjax.pipeline import options
 from tdjax.train import __main__ as train
 from tdjax.train.presets import PRESETS
@@ -305,3 +306,34 @@ def test_prompts_that_are_none():
         texts = isinstance(value, str) or getattr(value, "dtype", None) == np.dtype("<U1")
         if not texts:
             refuses(pipe.request, "prompt", value)
+
+
+ERRORS = {error.__name__ for error in TdjaxError.__subclasses__()}
+ROOT = Path(tdjax.__file__).parent.parent
+
+
+def raised(path):
+    """(line, arguments) of every error of ours that a file makes."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ERRORS
+        ):
+            yield node.lineno, [*node.args, *(keyword.value for keyword in node.keywords)]
+
+
+def test_every_error_says_what_and_why_and_what_to_do():
+    found = [
+        (path, line, arguments)
+        for package in ("tdjax", "convert")
+        for path in (ROOT / package).rglob("*.py")
+        for line, arguments in raised(path)
+    ]
+    assert len(found) > 300
+    for path, line, arguments in found:
+        if any(isinstance(value, ast.Starred) for value in arguments):
+            continue
+        ends = [value.orelse if isinstance(value, ast.IfExp) else value for value in arguments]
+        empty = [value for value in ends if isinstance(value, ast.Constant) and not value.value]
+        assert len(arguments) == 3 and not empty, f"{path}:{line}"

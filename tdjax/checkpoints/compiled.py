@@ -1,13 +1,17 @@
-"""The persistent cache of compiled programs, which JAX keeps: where it is, and from which programs
-on. Imports jax when it is turned on."""
+"""The persistent cache of compiled programs, which JAX keeps: where it is, from which programs on,
+and that no damaged entry stays in it. Imports jax when it is turned on."""
 
 from __future__ import annotations
 
+import os
 import secrets
+import zlib
 from pathlib import Path
 
 from tdjax.checkpoints.locate import cache_folder
 
+CHECKED = ".tdjax-checked"  # is as old as the last look at the entries
+PIECE = 2**20  # bytes that are decompressed at once
 WORTH_KEEPING = 0.1  # seconds of compiling from which on a program is kept
 
 
@@ -27,7 +31,7 @@ def keep_programs(folder: Path | None = None) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{secrets.token_hex(4)}"
         probe.touch()
-        probe.unlink()
+        _remove_damaged(folder, probe)
     except OSError as error:
         return (
             f"compile cache {folder} is not writable ({error.strerror}): going on without;"
@@ -37,3 +41,37 @@ def keep_programs(folder: Path | None = None) -> str | None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
     compilation_cache.reset_cache()  # a process asks once whether there is one
     return None
+
+
+def _remove_damaged(folder: Path, now: Path) -> None:
+    """Removes entries that were cut while they were written: JAX replaces none that is there, and
+    would compile its program in every process. Only those are looked at that were written since
+    the last time.
+
+    now: a file that was made just now; it becomes the mark of this look.
+    """
+    mark = folder / CHECKED
+    since = mark.stat().st_mtime_ns if mark.exists() else 0
+    for entry in folder.glob("*-cache"):
+        try:
+            if entry.stat().st_mtime_ns >= since and not _is_whole(entry):
+                entry.unlink()
+        except FileNotFoundError:  # another process was first
+            continue
+    os.replace(now, mark)
+
+
+def _is_whole(entry: Path) -> bool:
+    """Whether an entry is not empty, and comes to its end where zlib has compressed it."""
+    with entry.open("rb") as file:
+        data = file.read(PIECE)
+        if data[:1] != b"\x78":
+            return bool(data)
+        stream = zlib.decompressobj()
+        try:
+            while data and not stream.eof:
+                stream.decompress(data)
+                data = file.read(PIECE)
+        except zlib.error:
+            return False
+    return stream.eof

@@ -175,7 +175,9 @@ def check_table(expected: dict, got: dict, what: str) -> None:
             lines.append(f"different   {name} {list(s)} {d}, expected {list(s2)} {d2}")
     if lines:
         raise CheckpointError(
-            f"{what}: {len(lines)} of {len(expected)} leaves differ", "\n".join(sorted(lines))
+            f"{what}: {len(lines)} of {len(expected)} leaves differ",
+            "\n".join(sorted(lines)),
+            "give the files of one network",
         )
 
 

@@ -1,4 +1,5 @@
-"""The sampler that a diffusers folder was saved with, from its scheduler_config.json."""
+"""The sampler that a diffusers folder was saved with, from its scheduler_config.json and
+model_index.json."""
 
 from __future__ import annotations
 
@@ -10,11 +11,40 @@ from tdjax.errors import CheckpointError
 from tdjax.values.parsing import json_object
 
 FILE = "scheduler/scheduler_config.json"
+INDEX = "model_index.json"
 # Schedulers of undistilled weights, and where each has its shift.
 _SAMPLERS = {
     "UniPCMultistepScheduler": ("unipc", "flow_shift"),
     "FlowMatchEulerDiscreteScheduler": ("euler", "shift"),
 }
+
+
+def saved_boundary(folder: Path) -> float | None:
+    """Returns the time at which the low-noise expert of a diffusers folder takes over, where the
+    folder says one. Raises CheckpointError for a damaged file."""
+    file = folder / INDEX
+    if not file.is_file():
+        return None
+    boundary = _table(file).get("boundary_ratio")
+    if boundary is None:
+        return None
+    plain = isinstance(boundary, int | float) and not isinstance(boundary, bool)
+    if not plain or not 0 < boundary < 1:
+        raise CheckpointError(
+            f"{file}: boundary_ratio is {boundary!r}",
+            "it is a time between 0 and 1",
+            "write 0.9, or null for one transformer",
+        )
+    return float(boundary)
+
+
+def _table(file: Path) -> dict[str, Any]:
+    try:
+        return json_object(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be read", str(error), "download it again, or remove it"
+        ) from error
 
 
 def saved_sampler(folder: Path) -> dict[str, Any]:
@@ -24,12 +54,7 @@ def saved_sampler(folder: Path) -> dict[str, Any]:
     file = folder / FILE
     if not file.is_file():
         return {}
-    try:
-        about = json_object(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read", str(error), "download it again, or remove it"
-        ) from error
+    about = _table(file)
     name = about.get("_class_name")
     if not isinstance(name, str) or name not in _SAMPLERS:
         return {}

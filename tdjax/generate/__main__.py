@@ -236,14 +236,26 @@ def run(args) -> int:
             )
         )
         return _report(args, pipe)
-    for job in jobs:  # every row is checked before the first one runs
+    _check_rows(args, pipe, jobs)
+    asked = lambda job: _asked(args, pipe, job)
+    return _run_jobs(args, pipe, outputs.assign(args, pipe.name, jobs, stages.note, asked))
+
+
+def _check_rows(args, pipe, jobs: list[Job]) -> None:
+    """Raises UsageError for a row that cannot run, before the first one does."""
+    for job in jobs:
         try:
-            pipe.request(job.prompt, **_call_arguments(args, job))
+            request = pipe.request(job.prompt, **_call_arguments(args, job))
         except TdjaxError as error:
             error.args = (f"row {job.row}: {error}" if args.prompt_file else str(error),)
             raise
-    asked = lambda job: _asked(args, pipe, job)
-    return _run_jobs(args, pipe, outputs.assign(args, pipe.name, jobs, stages.note, asked))
+        prompts = request.videos // request.num_samples
+        if args.prompt_embeds and prompts != 1:
+            raise UsageError(
+                f"--prompt_embeds {args.prompt_embeds} holds {prompts} prompts",
+                "a command makes the videos of one",
+                "save them one by one, or give them to a pipeline in Python",
+            )
 
 
 PASSED = (
@@ -367,6 +379,8 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
     """Prints what would be made and the memory of each stage; loads nothing."""
     import numpy as np
 
+    whole = [job for job in jobs if job.prompt and (job.image or pipe.task == "t2v")]
+    _check_rows(args, pipe, whole)
     image = (
         {"image": np.zeros((1080, 1920, 3), np.uint8)}
         if pipe.task == "i2v" and not jobs[0].image
@@ -486,7 +500,9 @@ def _setting(words: list[str], line: str) -> list[str]:
     try:
         check_early(parse([*words, *new]))
     except SystemExit as error:  # --help among the values of an option
-        raise UsageError(f"{line!r} was not taken", "its value is an option") from error
+        raise UsageError(
+            f"{line!r} was not taken", "its value is an option", ":set seed 3 changes an option"
+        ) from error
     return new
 
 

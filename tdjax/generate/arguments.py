@@ -466,7 +466,7 @@ def _config_words(path: Path, parser: argparse.ArgumentParser, argv: list[str]) 
             raise UsageError(
                 f"{path}: unknown name {name!r}",
                 "names are those of the options",
-                f"did you mean {close[0]!r}?" if close else "",
+                f"did you mean {close[0]!r}?" if close else "see tdjax generate --help",
             )
         words += _option_words(path, option, actions[option], value)
     return words

@@ -71,7 +71,11 @@ def read_jobs(
 def standard_input():
     """sys.stdin, with bytes that are not UTF-8 let through for `repaired` to replace."""
     if sys.stdin is None:
-        raise UsageError("standard input is closed", "prompts were to be read from it")
+        raise UsageError(
+            "standard input is closed",
+            "prompts were to be read from it",
+            "give --prompt or --prompt_file FILE",
+        )
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     return sys.stdin

@@ -226,15 +226,22 @@ def _with_recipe(
 
 
 def _with_scheduler(located: Located, note: Callable[[str], None]) -> Located:
-    """Undistilled weights of a diffusers folder, with the sampler that they were saved with."""
-    if located.distilled or located.layout != "diffusers":
+    """Weights of a diffusers folder with the boundary between two experts that they were saved
+    with, and undistilled ones with their sampler."""
+    if located.layout != "diffusers":
         return located
-    saved = scheduler.saved_sampler(located.dit[0].parent)
+    folder, saved = located.dit[0].parent, {}
+    if not located.distilled and (saved := scheduler.saved_sampler(folder)):
+        note(f"{scheduler.FILE}: {saved['sampler']} with `shift` {saved['shift']:g}")
+    boundary = scheduler.saved_boundary(folder) if len(located.dit) == 2 else None
+    if boundary is not None:
+        note(f"{scheduler.INDEX}: `boundary` {boundary:g}")
+        saved = {**saved, "boundary": boundary}
     if not saved:
         return located
-    note(f"{scheduler.FILE}: {saved['sampler']} with `shift` {saved['shift']:g}")
     own = PRESETS[located.preset].sampler if located.preset in PRESETS else TEACHER_SAMPLER
-    before = located.facts.get("sampler", dataclasses.asdict(own))
+    before = {} if located.distilled else dataclasses.asdict(own)
+    before = located.facts.get("sampler", before)
     return dataclasses.replace(located, facts={**located.facts, "sampler": {**before, **saved}})
 
 

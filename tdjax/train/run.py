@@ -111,6 +111,7 @@ class TrainingRun:
             raise UsageError(
                 f"model, data and loss do not fit together: {error}",
                 f"samples of {self.stream.source.folder}",
+                "give shards that were made for this network, or the sizes of theirs",
             ) from error
         return state
 

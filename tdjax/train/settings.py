@@ -109,7 +109,7 @@ def _unknown(parts: dict[str, Tree], key: str) -> UsageError:
     return UsageError(
         f"unknown key {key[:80]}",
         "PRESET --help lists the keys",
-        f"did you mean {close[0]}?" if close else "",
+        f"did you mean {close[0]}?" if close else "keys are dotted, such as run.steps",
     )
 
 

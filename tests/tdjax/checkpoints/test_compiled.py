@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import zlib
 
 import jax
 import pytest
 
+from tdjax.checkpoints import compiled
 from tdjax.checkpoints.compiled import keep_programs
 
 
@@ -47,3 +49,36 @@ def test_a_process_keeps_programs_after_load(tmp_path, given):
     else:
         assert os.path.samefile(tmp_path / done.stdout.strip(), folder)
         assert any(path.name.endswith("-cache") for path in folder.iterdir())
+
+
+def entries(folder, **contents):
+    for name, data in contents.items():
+        (folder / f"{name}-cache").write_bytes(data)
+
+
+def kept(folder):
+    """The entries that stay where the cache is turned on."""
+    probe = folder / ".probe"
+    probe.touch()
+    compiled._remove_damaged(folder, probe)
+    return {path.name.removesuffix("-cache") for path in folder.glob("*-cache")}
+
+
+def test_entries_that_were_cut_are_removed(tmp_path):
+    whole = zlib.compress(os.urandom(3000))
+    entries(
+        tmp_path, empty=b"", whole=whole, cut=whole[:-1], half=whole[:99], other=b"\x28\xb5/\xfd"
+    )
+    entries(tmp_path, flipped=whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
+    (tmp_path / "mine.txt").touch()
+    assert kept(tmp_path) == {"whole", "other"}
+    entries(tmp_path, later=b"")
+    assert kept(tmp_path) == {"whole", "other"} and (tmp_path / "mine.txt").exists()
+
+
+def test_an_entry_is_looked_at_once(tmp_path, monkeypatch):
+    entries(tmp_path, a=zlib.compress(b"a"))
+    os.utime(tmp_path / "a-cache", (1, 1))
+    assert kept(tmp_path) == {"a"}
+    monkeypatch.setattr(compiled, "_is_whole", lambda entry: pytest.fail("looked at again"))
+    assert kept(tmp_path) == {"a"}

@@ -1,12 +1,13 @@
 """The sampler that a diffusers folder was saved with, read as diffusers writes it."""
 
+import dataclasses
 import json
 
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from tdjax.checkpoints.locate import Located
-from tdjax.checkpoints.scheduler import FILE, saved_sampler
+from tdjax.checkpoints.scheduler import FILE, INDEX, saved_boundary, saved_sampler
 from tdjax.errors import CheckpointError
 from tdjax.pipeline.load import _with_scheduler
 
@@ -65,3 +66,29 @@ def test_shifts_that_are_none(tmp_path, shift):
     about = {"_class_name": "UniPCMultistepScheduler", "flow_shift": shift}
     with pytest.raises(CheckpointError, match="flow_shift"):
         saved_sampler(written(tmp_path, json.dumps(about)))
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_the_boundary_of_two_experts_is_read(tmp_path, distilled):
+    (tmp_path / INDEX).write_text('{"_class_name": "WanPipeline", "boundary_ratio": 0.875}')
+    folders = (tmp_path / "transformer", tmp_path / "transformer_2")
+    model = Located(name="fox", layout="diffusers", preset=None, dit=folders, distilled=distilled)
+    notes = []
+    found = _with_scheduler(model, notes.append).facts["sampler"]
+    assert found["boundary"] == 0.875 and "0.875" in notes[0]
+    assert set(found) == {"boundary"} or found["num_steps"] == 50
+    one = dataclasses.replace(model, dit=folders[:1])
+    assert _with_scheduler(one, notes.append) is one
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"boundary_ratio": "x"}', '{"boundary_ratio": 2}'])
+def test_a_damaged_index_is_refused(tmp_path, text):
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match=INDEX):
+        saved_boundary(tmp_path)
+
+
+def test_an_index_without_a_boundary(tmp_path):
+    assert saved_boundary(tmp_path) is None
+    (tmp_path / INDEX).write_text('{"boundary_ratio": null}')
+    assert saved_boundary(tmp_path) is None
