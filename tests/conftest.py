@@ -2,13 +2,10 @@
 devices."""
 
 import os
-from importlib import metadata
 
-FLAGS = ["--xla_force_host_platform_device_count=4"]
-if metadata.version("jax").startswith("0.10."):
-    # The older emitters of XLA's CPU compiler, which later versions no longer have: a program is
-    # made in less than half of the time.
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+from compiling import QUICK
+
+FLAGS = ["--xla_force_host_platform_device_count=4", *QUICK]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import ctypes  # noqa: E402

@@ -1,11 +1,14 @@
-"""Model folders of random weights, each written once by a process."""
+"""Model folders of random weights, each written once by a process, and how pipelines compile."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
+import jax
 import pytest
 import random_model
+from compiling import AS_USERS
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +29,13 @@ def i2v_model(model, tmp_path_factory):
     random_model.dit_folder(folder / "dit_low", cfg, 2)
     (folder / "model.json").write_text(json.dumps({**random_model.FACTS, "name": "i2v-test"}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def as_users():
+    """Programs of pipelines have the bits that users have: where those of two are compared."""
+    lowered = jax.stages.Lowered
+    with pytest.MonkeyPatch.context() as patch:
+        options = {"compiler_options": AS_USERS} if AS_USERS else {}
+        patch.setattr(lowered, "compile", functools.partialmethod(lowered.compile, **options))
+        yield

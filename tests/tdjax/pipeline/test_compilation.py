@@ -20,6 +20,8 @@ from tdjax.pipeline.components import Component
 from tdjax.progress import Stages
 from tdjax.sampling import schedules
 
+pytestmark = pytest.mark.usefixtures("as_users")  # bits of programs are compared
+
 SMALL = {"num_frames": 5, "width": 32, "height": 32, "num_steps": 1}
 
 

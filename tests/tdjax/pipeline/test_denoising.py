@@ -15,6 +15,8 @@ from tdjax.pipeline import compilation
 from tdjax.pipeline.denoising import Segment, segments_of
 from tdjax.progress import Stages
 
+pytestmark = pytest.mark.usefixtures("as_users")  # bits of programs are compared
+
 SIZE = VideoSize(frames=5, height=32, width=32)  # SMALL's
 LATENT = {"output_type": "latent", **SMALL}
 DENSE = dataclasses.replace(random_model.DIT, layers=1, attention="dense")

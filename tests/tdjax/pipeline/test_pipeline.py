@@ -9,6 +9,8 @@ import tdjax
 from tdjax.errors import UsageError
 from tdjax.pipeline import memory
 
+pytestmark = pytest.mark.usefixtures("as_users")  # bits of programs are compared
+
 LATENT = {"output_type": "latent", **SMALL}
 
 

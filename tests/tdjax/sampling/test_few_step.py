@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import AS_USERS
 from einops import rearrange
 from tolerances import assert_close
 
@@ -13,6 +14,7 @@ from tdjax.config import SamplerConfig
 from tdjax.sampling import few_step, schedules
 
 SHAPE = (2, 3, 5, 7, 2)  # b t h w c
+jit = functools.partial(jax.jit, compiler_options=AS_USERS)
 
 
 def fake(model, dtype=jnp.float32):
@@ -65,7 +67,7 @@ def golden_noise(g, prefix, steps):
 @functools.cache
 def run(mode, model, bf16):
     velocity = fake(model, jnp.bfloat16 if bf16 else jnp.float32)
-    return jax.jit(lambda x, noise, times: few_step.sample_from(velocity, x, noise, times, mode))
+    return jit(lambda x, noise, times: few_step.sample_from(velocity, x, noise, times, mode))
 
 
 def test_every_golden_case_is_named(golden):
@@ -90,7 +92,7 @@ def test_official_loops(golden, prefix, mode):
         assert_close(x, expected[i], "sampler", f"{prefix} step {i}")
         assert finite.tolist() == [True]
     if not index.any():
-        whole, finite = jax.jit(
+        whole, finite = jit(
             functools.partial(
                 few_step.sample, fake(0, jnp.bfloat16 if bf16 else jnp.float32), sampler=mode
             )
@@ -126,8 +128,8 @@ def test_two_calls_give_the_bits_of_one(mode, cut):
     velocity = lambda x, timestep: (
         jnp.sin(3.0 * x) + 0.1 * jnp.cos(timestep / 100.0)[:, None, None, None, None] * x
     )
-    whole, finite = jax.jit(functools.partial(few_step.sample, velocity, sampler=mode))(z, times)
-    part = jax.jit(functools.partial(few_step.sample_from, velocity, sampler=mode))
+    whole, finite = jit(functools.partial(few_step.sample, velocity, sampler=mode))(z, times)
+    part = jit(functools.partial(few_step.sample_from, velocity, sampler=mode))
     eps = few_step.injected(z)
     x, first = part(few_step.start(z[0], times), eps[:cut], times[: cut + 1])
     x, second = part(x, eps[cut:], times[cut:])
@@ -141,7 +143,7 @@ def test_the_start_noise_and_the_last_entry_are_not_injected():
     for ode."""
     times = schedules.times(SamplerConfig(num_steps=3))
     for mode, used in (("sde", [True, True, True]), ("ode", [True, False, False])):
-        run = jax.jit(functools.partial(few_step.sample, fake(0), sampler=mode))
+        run = jit(functools.partial(few_step.sample, fake(0), sampler=mode))
         base = np.asarray(run(noise(3), times)[0])
         for i in range(3):
             other = noise(3)
@@ -162,7 +164,7 @@ def test_finite_names_the_first_bad_step():
             * x
         )
 
-    _, finite = jax.jit(functools.partial(few_step.sample, velocity, sampler="sde"))(
+    _, finite = jit(functools.partial(few_step.sample, velocity, sampler="sde"))(
         noise(4), schedules.times(SamplerConfig())
     )
     assert finite.dtype == bool and finite.tolist() == [True, True, False, False]

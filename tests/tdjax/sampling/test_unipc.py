@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import AS_USERS
 from tolerances import assert_close
 
 from tdjax.config import SamplerConfig
 from tdjax.sampling import few_step, schedules, unipc
 
 NOISE = np.random.default_rng(0).standard_normal((2, 3, 5, 7, 2)).astype(np.float32)  # b t h w c
+jit = functools.partial(jax.jit, compiler_options=AS_USERS)
 
 
 def numpy_unipc(velocity, x, u):
@@ -68,7 +70,7 @@ def jax_curved(x, timestep):
 def test_teachers_against_float64(mode, reference, steps, shift, sigma_max):
     cfg = SamplerConfig(num_steps=steps, sampler=mode, sigma_max=sigma_max, shift=shift)
     z = NOISE
-    got, finite = jax.jit(lambda z: few_step.sample_teacher(jax_curved, z, cfg))(z)
+    got, finite = jit(lambda z: few_step.sample_teacher(jax_curved, z, cfg))(z)
     assert_close(
         got,
         reference(curved, z.astype(np.float64), schedules.grid(cfg)),
@@ -111,8 +113,8 @@ def test_order_of_convergence_on_a_gaussian():
 def test_teacher_in_two_calls_gives_the_bits_of_one():
     cfg = SamplerConfig(num_steps=6, sampler="unipc", sigma_max=5000.0)
     rows, z = unipc.step_coefficients(cfg), NOISE
-    whole, _ = jax.jit(lambda z: few_step.sample_teacher(jax_curved, z, cfg))(z)
-    go = jax.jit(functools.partial(few_step.teacher_from, jax_curved), donate_argnums=0)
+    whole, _ = jit(lambda z: few_step.sample_teacher(jax_curved, z, cfg))(z)
+    go = jit(functools.partial(few_step.teacher_from, jax_curved), donate_argnums=0)
     for cut in (1, 3, 5):
         state, first = go(few_step.teacher_start(jnp.array(z)), rows.segment(0, cut))
         state, second = go(state, rows.segment(cut, 6))

@@ -8,7 +8,6 @@ import tiny_cases
 import tdjax
 from tdjax.checkpoints import orbax
 from tdjax.train.tiny import configs, work
-from tdjax.train.tiny.data import captions
 from tdjax.train.tiny.stages import package
 
 pytestmark = pytest.mark.slow
@@ -53,18 +52,17 @@ def test_the_pipeline_uses_it(run):
     pipe = tdjax.load(run.folder / "demo")
     assert pipe.sampler.mid_t == (1.3, 1.0, 0.6)
     assert (pipe.size.frames, pipe.size.height) == (33, 64)
-    assert pipe.default_prompt(0) == package.PROMPT and pipe.default_prompt(
-        3
-    ) == captions.random_prompt(3)
+    assert pipe.default_prompt(0) == package.PROMPT
+    assert "quickly" in pipe.default_prompt(3) and "still" not in pipe.default_prompt(3)
     assert pipe(pipe.default_prompt(1), **SMALL).frames.shape == (1, 5, 32, 32, 3)
 
 
 def test_it_says_what_it_does_not_know(run):
     pipe = tdjax.load(run.folder / "demo")
-    (line,) = pipe.warnings(pipe.request("A fox and a RED circle", **SMALL))
+    told = pipe.warnings(pipe.request("A fox and a RED circle", **SMALL))
+    (line,) = [line for line in told if "'fox'" in line]
     assert (
-        "'fox'" in line
-        and "'red'" not in line.lower().split("knows only")[0]
+        "'red'" not in line.lower().split("knows only")[0]
         and "shape: circle, square, triangle, cross" in line
     )
     assert pipe.warnings(pipe.request(package.PROMPT)) == []

@@ -1,0 +1,12 @@
+"""How programs of tests are made: in little time, or with the bits that users have."""
+
+from importlib import metadata
+
+_OLDER = metadata.version("jax").startswith("0.10.")
+
+# The older emitters of XLA's CPU compiler, which later versions no longer have: a program is made
+# in less than half of the time. They contract products and sums otherwise in a loop than outside.
+QUICK = ["--xla_cpu_use_fusion_emitters=false"] if _OLDER else []
+
+# Compiler options of programs whose bits are compared with those of other programs.
+AS_USERS = {"xla_cpu_use_fusion_emitters": True} if _OLDER else {}
