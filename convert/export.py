@@ -76,7 +76,8 @@ def export(
         offsets[p.key] = at
         at += p.nbytes
     header = _header_bytes(leaves, order, offsets)
-    with written(Path(path), overwrite) as part, part.open("wb") as f:
+    size = len(header) + at
+    with written(Path(path), overwrite, size=size) as part, part.open("wb") as f:
         f.write(header)
         f.truncate(len(header) + at)
         for leaf in leaves.lazy:

@@ -26,6 +26,7 @@ from tdjax.values import shown
 LONGEST = 200  # characters of a word that is compared with names
 FULL = 2**20  # bytes: less is free on a disk that a write has just filled
 _OWN = secrets.token_hex(4)  # tells this process from an earlier one with its number
+_OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")  # as TensorStore says it
 _PART = re.compile(r"\.tdjax-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}\.part")
 
 
@@ -113,18 +114,24 @@ def refuse_inputs(target: Path, inputs: Iterable[Path]) -> None:
 
 @contextlib.contextmanager
 def written(
-    target: str | Path, overwrite: bool = False, owned: Callable[[Path], bool] | None = None
+    target: str | Path,
+    overwrite: bool = False,
+    owned: Callable[[Path], bool] | None = None,
+    size: int = 0,
 ) -> Iterator[Path]:
     """A path to write to, which becomes `target` when the block ends well and vanishes when it
     does not: `target` is never half there, and on disk before it has its name.
 
     The path has the target's name, by whose suffix libraries choose a format, in a hidden folder
     beside it. Raises UsageError as `refuse_existing`, OSError where the disk is full.
+
+    size: bytes that will be written, where they are known: without room for them nothing begins.
     """
     target = Path(os.path.abspath(target))
     refuse_existing(target, overwrite, owned)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target.parent)
+    _check_room(target, size)
     token = secrets.token_hex(4)
     folder = target.with_name(f".tdjax-{socket.gethostname()}-{os.getpid()}-{token}.part")
     folder.mkdir()
@@ -225,13 +232,32 @@ def _remove_abandoned(folder: Path) -> None:
             mark.unlink(missing_ok=True)
 
 
+def _check_room(target: Path, size: int) -> None:
+    """Raises OSError where `size` bytes are more than the disk, or this user's limit for one file,
+    allows."""
+    refused = errno.ENOSPC if shutil.disk_usage(target.parent).free < size else 0
+    if os.name == "posix":
+        import resource  # other systems have none
+
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit != resource.RLIM_INFINITY and limit < size:
+            refused = errno.EFBIG
+    if refused:
+        raise OSError(refused, os.strerror(refused), str(target))
+
+
 @contextlib.contextmanager
 def _disk_full(target: Path) -> Iterator[None]:
-    """Libraries report a full disk in many ways; here it is an OSError with its number."""
+    """Libraries report what the system refuses in many ways, a full disk above all; here it is an
+    OSError with its number."""
     try:
         yield
     except Exception as error:
         known = isinstance(error, OSError) and error.errno is not None
+        code = _OS_ERROR.search(str(error))
+        if not known and code:
+            number = int(code[1])
+            raise OSError(number, os.strerror(number), str(target)) from error
         if not known and shutil.disk_usage(target.parent).free < FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
         raise

@@ -223,7 +223,8 @@ def save(
         "converter": f"tdjax {tdjax.__version__}",
         "leaves": {name: [list(shape), dtype] for name, (shape, dtype) in expected.items()},
     }
-    with written(folder, overwrite, owned=is_model) as part, quiet():
+    size = sum(x.nbytes for x in lazy.values())
+    with written(folder, overwrite, owned=is_model, size=size) as part, quiet():
         part.mkdir()
         registry = ocp.type_handlers.create_type_handler_registry(
             (Lazy, InTurn(deepcopy_host_arrays=False))

@@ -93,7 +93,8 @@ def save(run: Path, step: int, state, metadata: dict[str, Any], keep: int = 0) -
         name: str(jax.random.key_impl(x)) for name, x in named_leaves(state).items() if is_key(x)
     }
     target = folder(run, step)
-    with written(target, overwrite=True, owned=_is_checkpoint) as part, quiet():
+    size = sum(x.nbytes for x in leaves.values())
+    with written(target, overwrite=True, owned=_is_checkpoint, size=size) as part, quiet():
         part.mkdir()
         with contextlib.closing(
             ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))

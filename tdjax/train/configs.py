@@ -51,7 +51,7 @@ class RunConfig:
     mesh: str = _field("auto", "several devices: fsdp=4, or fsdp=2,tp=2")
 
     def __post_init__(self):
-        positive(self, "steps", "log_every", "save_every", "patience")
+        positive(self, "steps", "log_every", "save_every", "patience", most=10**9)
         if self.keep < 0 or self.seed < 0:
             raise ValueError(
                 f"RunConfig: keep is {self.keep}, seed {self.seed}; they must be at least 0"
