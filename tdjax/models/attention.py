@@ -15,7 +15,8 @@ from pallas_kernels.qk_prep import rms_norm_rope, rms_norm_rope_pool
 from tdjax.config import DiTConfig
 from tdjax.models.linear import LINEAR, Linear
 from tdjax.models.norms import RMSNorm
-from tdjax.parallel.sharding import constrain, mesh_sizes, over_heads, over_tokens
+from tdjax.models.rope import Rotation
+from tdjax.parallel.sharding import constrain, mesh_sizes, over_heads, over_queries, over_tokens
 from tdjax.precision import FLOAT32
 
 
@@ -31,16 +32,24 @@ class DenseCore(nnx.Module):
 
     keys = queries
 
-    def __call__(self, q, k, v, means=None):  # q [b l h k], k v [b s h k]
+    def __call__(self, q, k, v, means=None, tokens=None):  # [b l h k]
+        return over_heads(self.op, q, k, v, tokens=tokens)
+
+    def across(self, q, k, v):  # q [b l h k], k v [b s h k]
+        """Attention to keys and values that every device has."""
+        return over_queries(self.op, q, k, v)
+
+    @property
+    def op(self):
         impl = "auto" if self.cfg.impl == "mosaic" else self.cfg.impl  # which has no dense kernel
-        return over_heads(partial(attention, impl=impl), q, k, v)
+        return partial(attention, impl=impl)
 
 
-def _rotated(x, norm: RMSNorm, rope, cfg: DiTConfig):
-    """RMS norm over all heads and rotation, tokens divided over the mesh: x [b l d], rope (cos,
-    sin) [l k/2] -> [b l h k]."""
+def _rotated(x, norm: RMSNorm, rope: Rotation, cfg: DiTConfig):
+    """RMS norm over all heads and rotation, tokens divided over the mesh: x [b l d] -> [b l h
+    k]."""
     run = partial(rms_norm_rope, eps=norm.eps, impl=cfg.row_impl)
-    tables = (rearrange(table, "l k -> 1 l k") for table in rope)
+    tables = (rearrange(table, "l k -> 1 l k") for table in (rope.cos, rope.sin))
     weight = rearrange(norm.scale[...], "d -> 1 1 d")
     op = lambda x, weight, cos, sin: run(x, weight[0, 0], cos[0], sin[0])
     return over_tokens(op, x, weight, *tables)
@@ -70,17 +79,18 @@ class SLACore(nnx.Module):
         if mesh_sizes():
             return _rotated(x, norm, rope, self.cfg), None
         sizes = {"eps": norm.eps, "block": block, "impl": self.cfg.row_impl}
-        return rms_norm_rope_pool(x, norm.scale[...], *rope, **sizes)
+        return rms_norm_rope_pool(x, norm.scale[...], rope.cos, rope.sin, **sizes)
 
-    def __call__(self, q, k, v, means=None):
-        """[b l h k] -> [b l h k]; means: those of the blocks of q and of k, if they are at hand."""
+    def __call__(self, q, k, v, means=None, tokens=None):
+        """[b l h k] -> [b l h k]; means: those of the blocks of q and of k, if they are at hand.
+        tokens: how many of l are the clip's, by default all."""
         sla = self.cfg.sla
         sizes = {"topk": sla.topk, "block_q": sla.block_q, "block_k": sla.block_k}
         run = partial(self.op, **sizes, impl=self.cfg.impl)
         proj = self.proj.kernel[...], self.proj.bias[...]
         if means is not None:
             return run(q, k, v, *proj, means=means)
-        return over_heads(run, q, k, v, *proj)
+        return over_heads(run, q, k, v, *proj, tokens=tokens)
 
 
 class SageSLACore(SLACore):
@@ -133,14 +143,14 @@ class SelfAttention(Attention):
         self.core = SELF_ATTENTION[cfg.attention](cfg, rngs=rngs)
 
     @jax.named_scope("self_attention")
-    def __call__(self, x, rope):  # x [b l d], float or quantised for q; rope (cos, sin) [l k/2]
+    def __call__(self, x, rope: Rotation):  # x [b l d], float or quantised for q
         x = self.q.quantize_input(x)
         with jax.named_scope("queries_and_keys"):
             q, q_means = self.core.queries(self.q(x), self.norm_q, rope)
             k, k_means = self.core.keys(self.k(x), self.norm_k, rope)
         means = None if q_means is None else (q_means, k_means)
         with jax.named_scope("core"):
-            y = self.core(q, k, self.values(x), means)
+            y = self.core(q, k, self.values(x), means, rope.tokens)
         return self.merge(y)
 
 
@@ -176,13 +186,13 @@ class CrossAttention(Attention):
             k_img = self.heads(self.norm_k_img(self.k_img(features)))
             kv = kv._replace(k_img=k_img, v_img=self.heads(self.v_img(features)))
         # as attention wants them
-        return jax.tree.map(lambda x: constrain(x, "batch", None, "head", None), kv)
+        return jax.tree.map(lambda x: constrain(x, "batch", None, "heads", None), kv)
 
     @jax.named_scope("cross_attention")
     def __call__(self, x, kv: TextKV):  # x [b l d], float or quantised for q
         q = self.queries(x)
         with jax.named_scope("core"):
-            y = self.core(q, kv.k, kv.v)
+            y = self.core.across(q, kv.k, kv.v)
             if kv.k_img is not None:
-                y = y + self.core(q, kv.k_img, kv.v_img)
+                y = y + self.core.across(q, kv.k_img, kv.v_img)
         return self.merge(y)

@@ -46,7 +46,7 @@ def _around(model, x, timestep, text, image, features):
     """What is computed before the blocks."""
     grid = model.grid(x)
     e, e0 = model.time(timestep)
-    cos, sin = rope(grid, model.cfg.head_dim)
+    cos, sin, _ = rope(grid, model.cfg.head_dim)
     tables = [jnp.asarray(table, jnp.float32) for table in angles(grid, model.cfg.head_dim)]
     out = {
         "patch_embed": model.patchify(x, image),

@@ -3,6 +3,9 @@ rcm/networks/wan2pt1.py)."""
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from einops import repeat
@@ -36,10 +39,25 @@ def angles(grid: tuple[int, int, int], head_dim: int) -> list[np.ndarray]:
     return [_axis_angles(n, d) for n, d in zip(grid, widths(head_dim), strict=True)]
 
 
-def rope(grid: tuple[int, int, int], head_dim: int):  # -> cos, sin f32 [l head_dim/2]
-    """Cosines and sines of every token's angles; only the small per-axis tables are constants of
-    the program."""
+class Rotation(NamedTuple):
+    """cos, sin f32 [l head_dim/2] of every token's angles. tokens: those of the clip; beyond them
+    are rows that only fill up a mesh."""
+
+    cos: Any
+    sin: Any
+    tokens: int
+
+    def filled(self, rows: int) -> Rotation:
+        """Returns the tables with more rows behind."""
+        fill = lambda table: jnp.pad(table, ((0, rows), (0, 0))) if rows else table
+        return Rotation(fill(self.cos), fill(self.sin), self.tokens)
+
+
+def rope(grid: tuple[int, int, int], head_dim: int) -> Rotation:
+    """Returns the tables of a grid of tokens; only the small per-axis tables are constants of the
+    program."""
     tables = angles(grid, head_dim)
-    return tuple(
+    cos, sin = (
         over_grid([jnp.asarray(f(x), jnp.float32) for x in tables], grid) for f in (np.cos, np.sin)
     )
+    return Rotation(cos, sin, math.prod(grid))

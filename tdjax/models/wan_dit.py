@@ -8,6 +8,7 @@ throughout.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -22,8 +23,8 @@ from tdjax.models.abstract import as_shapes
 from tdjax.models.attention import CrossAttention, SelfAttention, TextKV
 from tdjax.models.linear import LINEAR, Linear, converted
 from tdjax.models.norms import LayerNorm, modulate, sinusoid
-from tdjax.models.rope import rope
-from tdjax.parallel.sharding import constrain, leaf_name
+from tdjax.models.rope import Rotation, rope
+from tdjax.parallel.sharding import constrain, leaf_name, missing_tokens
 from tdjax.precision import Policy
 
 small = jax.nn.initializers.normal(0.02)
@@ -99,7 +100,7 @@ class Block(nnx.Module):
         self.modulation = nnx.Param(_modulation(rngs, 6, cfg))
 
     @jax.named_scope("block")
-    def __call__(self, x, e, kv: TextKV, rope):  # x [b l d], e f32 [b 6 d]
+    def __call__(self, x, e, kv: TextKV, rope: Rotation):  # x [b l d], e f32 [b 6 d]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulations(e)
         x, h = self.norm1(x, scale1, shift1)
         y = self.self_attn(h, rope)
@@ -189,7 +190,8 @@ class DiT(nnx.Module):
     def forward(self, x, timestep, image, kv_of: Callable, kvs):
         """kv_of(the cross-attention of a block, its part of kvs) -> its TextKV."""
         grid = self.grid(x)
-        table = rope(grid, self.cfg.head_dim)
+        fill = missing_tokens(math.prod(grid))
+        table = rope(grid, self.cfg.head_dim).filled(fill)
         e, e0 = self.time(timestep)
 
         def step(x, each):
@@ -199,9 +201,10 @@ class DiT(nnx.Module):
         # Kept activations of a loop are copied into a stack and out of it again; blocks written out
         # one by one hand them over.
         step, unroll = (jax.checkpoint(step), 1) if self.cfg.remat else (step, self.cfg.layers)
-        x = self.between(self.patchify(x, image))
+        x = self.patchify(x, image)
+        x = self.between(jnp.pad(x, ((0, 0), (0, fill), (0, 0))) if fill else x)
         x, _ = lax.scan(step, x, (self.blocks, kvs), unroll=unroll)
-        return self.unpatchify(self.head(x, e), grid)
+        return self.unpatchify(self.head(x, e)[:, : table.tokens], grid)
 
     def context(self, text, features):
         """(text, features) [b s d] as the cross-attention of every block reads them: quantised once

@@ -40,8 +40,8 @@ def make_mesh(given: str | int | Mesh | None, cfg: DiTConfig) -> Mesh | None:
     given: AXIS=SIZE with commas between, of fsdp (parameters), tp (heads and MLP), sp (sequence):
            "sp=4", "tp=2,sp=2", over the first devices; a number, which is that of sp; or a Mesh
            with these names for its axes.
-    Raises UsageError for anything else, for tp times sp that does not divide the heads, and for
-        more devices than there are.
+    Raises UsageError for anything else, for tp that does not divide the heads, and for more devices
+        than there are. Heads that sp does not divide are filled up.
     """
     if given is None or given == "auto":
         return None
@@ -51,13 +51,13 @@ def make_mesh(given: str | int | Mesh | None, cfg: DiTConfig) -> Mesh | None:
         devices = np.array(jax.devices())
         sizes = parse_mesh(given if isinstance(given, str) else f"sp={whole('mesh', given)}")
     text = ",".join(f"{name}={size}" for name, size in sizes.items())
-    heads, over = cfg.heads, sizes.get("tp", 1) * sizes.get("sp", 1)
+    heads, over = cfg.heads, sizes.get("tp", 1)
     if heads % over:
         legal = [n for n in range(1, heads + 1) if heads % n == 0]
         raise UsageError(
             f"`mesh` {text} divides {heads} attention heads by {over}",
-            "inside attention each device works on whole heads",
-            f"legal sizes of sp (or tp times sp) for this model: {', '.join(map(str, legal))}",
+            "the layers of each device make whole heads",
+            f"legal sizes of tp for this model: {', '.join(map(str, legal))}; sp takes any",
         )
     count = math.prod(sizes.values())
     if count > len(devices):

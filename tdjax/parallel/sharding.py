@@ -11,7 +11,11 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
+
+TOKENS = "seq"  # the mesh axis that tokens are divided over
 
 # Pattern of a leaf name (whole) -> the names of its axes; every leaf of every network matches
 # exactly one row.
@@ -69,8 +73,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "tokens": ("seq",),
     "channels": ("tensor",),  # of a product's output
-    # heads inside attention: the token axis is gathered, the heads take over its devices
-    "head": ("tensor", "seq"),
 }
 
 
@@ -139,15 +141,60 @@ def constrain(x, *axes: str | None):
     return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, sizes)) if sizes else x
 
 
-def over_heads(op, q, k, v, *shared):  # q k v [b l h k]
-    """op(q, k, v, *shared) with samples and heads divided over the mesh; each device sees every
-    token of its heads."""
+def missing_tokens(count: int) -> int:
+    """Returns how many tokens fill up the axis that the current mesh divides them over."""
+    return -count % mesh_sizes().get(TOKENS, 1)
+
+
+def over_heads(op, q, k, v, *shared, tokens: int | None = None):  # q k v [b l h k]
+    """op(q, k, v, *shared) with samples and heads divided over the mesh: each device sees every
+    token of its heads.
+
+    Tokens lie divided before and after: one exchange brings q, k and v to their heads, one brings
+    the result back. Heads that do not divide are filled up with zeros. tokens: how many of l are
+    the clip's; op does not see the others.
+    """
     sizes = mesh_sizes()
     if not sizes:
         return op(q, k, v, *shared)
-    split = spec(q.shape, ("batch", None, "head", None), sizes)
-    specs = (split, split, split, *(PartitionSpec() for _ in shared))
-    return jax.shard_map(op, in_specs=specs, out_specs=split, check_vma=False)(q, k, v, *shared)
+    lies = spec(q.shape, ("batch", "tokens", "heads", None), sizes)
+    devices = sizes[TOKENS] if lies[1] == TOKENS else 1
+
+    def run(q, k, v, *shared):
+        heads, rows = q.shape[2], q.shape[1] * devices
+        count = rows if tokens is None else tokens
+        x = _to_heads(jnp.stack((q, k, v)), devices)[:, :, :count]
+        y = op(*x, *shared)
+        y = jnp.pad(y, ((0, 0), (0, rows - count), (0, 0), (0, 0)))
+        return _to_tokens(y, devices)[:, :, :heads]
+
+    specs = (lies, lies, lies, *(PartitionSpec() for _ in shared))
+    return jax.shard_map(run, in_specs=specs, out_specs=lies, check_vma=False)(q, k, v, *shared)
+
+
+def _to_heads(x, devices: int):  # [3 b l/n h k] -> [3 b l ceil(h/n) k]
+    if devices == 1:
+        return x
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[3] % devices), (0, 0)))
+    return lax.all_to_all(x, TOKENS, split_axis=3, concat_axis=2, tiled=True)
+
+
+def _to_tokens(y, devices: int):  # [b l h k] -> [b l/n h*n k]
+    if devices == 1:
+        return y
+    return lax.all_to_all(y, TOKENS, split_axis=1, concat_axis=2, tiled=True)
+
+
+def over_queries(op, q, k, v):  # q [b l h k], k v [b s h k]
+    """op(q, k, v) with samples, heads and the queries' tokens divided over the mesh; each device
+    sees all keys and values of its heads."""
+    sizes = mesh_sizes()
+    if not sizes:
+        return op(q, k, v)
+    queries = spec(q.shape, ("batch", "tokens", "heads", None), sizes)
+    keys = spec(k.shape, ("batch", None, "heads", None), sizes)
+    specs = queries, keys, keys
+    return jax.shard_map(op, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v)
 
 
 def over_tokens(op, *arrays):  # [b l ...], or [b 1 ...] and [1 l ...]

@@ -253,10 +253,10 @@ def dit(tensors, naming: str, name: str, known: dict) -> DiTConfig:
 
 
 def _check_condition(name: str, inputs: int, outputs: int) -> None:
-    """Raises CheckpointError for a transformer that reads something else beside its latents than
-    an image's mask and latents."""
+    """Raises CheckpointError for a transformer on Wan's latents that reads something else beside
+    them than an image's mask and latents."""
     beside = inputs - outputs
-    if beside in (0, MASK_CHANNELS + outputs):
+    if beside in (0, MASK_CHANNELS + outputs) or outputs != len(LATENT_MEAN):
         return
     what = "a Wan Fun control model" if beside > MASK_CHANNELS + outputs else "of another task"
     raise CheckpointError(

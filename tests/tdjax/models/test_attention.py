@@ -115,7 +115,7 @@ def test_axes_share_the_channels(width, split):
 
 @pytest.mark.slow
 def test_rotation_keeps_lengths_and_depends_on_distance_alone():
-    cos, sin = rope(GRID, 16)
+    cos, sin, _ = rope(GRID, 16)
     assert cos.shape == sin.shape == (154, 8)
     x = normal(1, 1, 32)
     x = x / jnp.sqrt(jnp.square(x).mean())
@@ -135,7 +135,7 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
 def test_angles_at_the_far_end_are_exact():
     """Positions up to 128 an axis: host float64, so cos and sin are right to the last bit of
     float32."""
-    cos, _ = rope((21, 45, 80), 128)
+    cos, *_ = rope((21, 45, 80), 128)
     t, h, w = angles((21, 45, 80), 128)
     assert_close(cos[-1], np.cos(np.concatenate([t[-1], h[-1], w[-1]])), "float32")
     assert h[-1][0] == 44 and w[-1][0] == 79

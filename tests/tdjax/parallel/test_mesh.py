@@ -31,7 +31,8 @@ def test_a_mesh_of_jax():
     with pytest.raises(UsageError, match="has an axis 'x'(.|\n)*fsdp, tp, sp"):
         make_mesh(jax.make_mesh((4,), ("x",)), CFG)
     with pytest.raises(UsageError, match="divides 6 attention heads by 4"):
-        make_mesh(jax.make_mesh((4,), ("sp",)), DiTConfig(heads=6, dim=96))
+        make_mesh(jax.make_mesh((4,), ("tp",)), DiTConfig(heads=6, dim=96))
+    assert make_mesh("sp=4", DiTConfig(heads=6, dim=96)).size == 4  # filled up to eight
 
 
 @pytest.mark.parametrize("given", [2.5, True, "sp", [4], object()])

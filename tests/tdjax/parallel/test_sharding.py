@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 
 import jax
@@ -22,6 +23,9 @@ from tdjax.parallel.sharding import (
     axes_of,
     constrain,
     leaf_name,
+    missing_tokens,
+    over_heads,
+    over_queries,
     shardings,
     spec,
 )
@@ -102,12 +106,10 @@ def test_axes_that_are_missing_or_do_not_divide_are_left_whole():
     assert spec((2, 64, 97), ("n", "embed", "heads"), {"fsdp": 2, "tensor": 4}) == P(
         None, "fsdp", None
     )
-    assert spec(
-        (4, 9, 6, 8), ("batch", None, "head", None), {"data": 2, "tensor": 3, "seq": 2}
-    ) == P("data", None, ("tensor", "seq"), None)
-    assert spec(
-        (4, 9, 3, 8), ("batch", None, "head", None), {"data": 2, "tensor": 3, "seq": 2}
-    ) == P("data", None, "tensor", None)
+    sizes = {"data": 2, "fsdp": 2, "tensor": 3, "seq": 2}
+    axes = ("batch", "tokens", "heads", None)
+    assert spec((4, 10, 6, 8), axes, sizes) == P(("data", "fsdp"), "seq", "tensor", None)
+    assert spec((2, 9, 6, 8), axes, sizes) == P("data", None, "tensor", None)
 
 
 def test_without_a_mesh_constrain_is_the_identity():
@@ -234,3 +236,63 @@ def test_divided_weights_give_the_same_layer(linear):
     assert np.linalg.norm(actual - whole) < 1e-5 * np.linalg.norm(
         whole
     )  # an int8 value on a rounding edge may move
+
+
+@pytest.mark.parametrize("heads", [8, 6, 3])
+@pytest.mark.parametrize("tokens", [12, 10])
+def test_heads_and_tokens_that_do_not_divide_are_filled_up(heads, tokens):
+    """Over four devices every head sees all tokens of the clip and no others."""
+    q, k, v = (
+        jnp.asarray(np.random.default_rng(i).normal(size=(2, tokens, heads, 4)), jnp.float32)
+        for i in range(3)
+    )
+    op = lambda q, k, v: jax.nn.dot_product_attention(q, k, v)
+    whole = jax.jit(op)(q, k, v)
+    with jax.set_mesh(mesh(seq=4)):
+        fill = missing_tokens(tokens)
+        assert (tokens + fill) % 4 == 0 and fill < 4
+        rows = lambda x: jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0)), constant_values=9.0)
+        run = jax.jit(lambda *x: over_heads(op, *map(rows, x), tokens=tokens))
+        filled = run(q, k, v)
+    assert filled.shape[1] == tokens + fill
+    assert_close(filled[:, :tokens], whole, "float32")
+
+
+def test_queries_stay_where_they_are():
+    q, kv = jnp.ones((1, 8, 4, 4)), jnp.ones((1, 5, 4, 4))
+    op = lambda q, k, v: jax.nn.dot_product_attention(q, k, v)
+    here = mesh(seq=4)
+    with jax.set_mesh(here):
+        lies = NamedSharding(here, P(None, "seq"))
+        program = jax.jit(lambda *x: over_queries(op, *x), in_shardings=(lies, None, None))
+        text = program.lower(q, kv, kv).compile().as_text()
+    assert not re.findall(r" (all-gather|all-to-all|all-reduce|collective-permute)", text)
+
+
+@pytest.mark.slow
+def test_a_step_exchanges_twice_in_a_block_and_gathers_its_result():
+    """Heads for tokens and back in self-attention, once each; cross-attention, norms and layers
+    move nothing. The loop over blocks is one body of the program."""
+    cfg = dataclasses.replace(TINY, attention="sla", heads=2, dim=256)
+    model = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
+    here = mesh(seq=4)
+    whole = NamedSharding(here, P())
+    model, x, t, text = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        (
+            model,
+            jnp.zeros((1, 3, 8, 8, 16)),
+            jnp.zeros(1),
+            jnp.zeros((1, 8, 24)),
+        ),
+    )
+    step = lambda model, x, t, text: model.velocity(x, t, model.text_kv(text))
+    with jax.set_mesh(here):
+        program = jax.jit(step, out_shardings=whole).lower(model, x, t, text).compile()
+    found = re.findall(
+        r"= (.+?) (all-[\w-]+|collective-permute|reduce-scatter)\(", program.as_text()
+    )
+    assert sorted(kind for _, kind in found) == ["all-gather", "all-to-all", "all-to-all"]
+    (gathered,) = [shape for shape, kind in found if kind == "all-gather"]
+    sizes = map(int, re.match(r"f32\[([\d,]+)\]", gathered)[1].split(","))
+    assert math.prod(sizes) == x.size

@@ -19,8 +19,8 @@ from tdjax.presets import PRESETS, TEACHER_SAMPLER
 
 
 def test_mesh_messages(model):
-    with pytest.raises(UsageError, match=r"legal sizes of sp .*: 1, 2$"):
-        tdjax.load(model, mesh="sp=3")
+    with pytest.raises(UsageError, match=r"legal sizes of tp .*: 1, 2; sp takes any$"):
+        tdjax.load(model, mesh="tp=3")
     with pytest.raises(UsageError, match="AXIS=SIZE"):
         tdjax.load(model, mesh="four")
 
