@@ -36,6 +36,11 @@ LIKELY = {
     "vae": re.compile(r"(^|[^a-z])vae([^a-z]|$)"),
     "text": re.compile(r"(^|[^a-z])u?m?t5([^a-z0-9]|$)"),
 }
+OWN = {"vae": re.compile(r"wan_?2[._]?1"), "text": re.compile(r"umt5")}
+SCALED = re.compile(r"fp8|int8|scaled|q\d_")
+# ComfyUI's tree: folders of transformers, and those beside them where other parts lie.
+COMFY_MODELS = ("diffusion_models", "unet")
+COMFY_PARTS = ("vae", "text_encoders", "clip")
 OTHER = re.compile(
     r"(^|[/_.-])(vae|tae\w*|u?m?t5|clip|lora|text|text_encoder|image_encoder|tokenizer)([/_.-]|$)"
 )
@@ -140,7 +145,7 @@ def swap_expert(text: str) -> str:
 
 def component(names: list[str], part: str) -> str | None:
     """The name of a part ("vae", "text", "tokenizer"): a known name, or the only file that looks
-    like it."""
+    like it, or of several the one that says Wan2.1 or umT5 (of those, one that is not scaled)."""
     have = set(names)
     for name in COMPONENTS[part]:
         if (
@@ -159,6 +164,9 @@ def component(names: list[str], part: str) -> str | None:
         and not SHARD.search(n)
         and LIKELY[part].search(n.lower())
     ]
+    if len(likely) > 1:
+        own = [n for n in likely if OWN[part].search(n.lower())]
+        likely = [n for n in own if not SCALED.search(n.lower())] or own
     return likely[0] if len(likely) == 1 else None
 
 

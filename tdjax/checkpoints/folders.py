@@ -72,7 +72,8 @@ def absolute(path: str | Path) -> Path:
 
 
 def local(path: Path) -> Found:
-    """A file or a folder, with the parts that lie beside it, in it, or one folder up."""
+    """A file or a folder, with the parts that lie beside it, in it, or one folder up; in ComfyUI's
+    tree in the folders of their kind."""
     path = absolute(path)
     found = _one_file(path) if path.is_file() else folder(path)
     for place in found.looked:
@@ -187,7 +188,16 @@ def _one_file(path: Path) -> Found:
     up = path.parent.parent
     dits = experts(f"{path.parent.name}/{path.name}", lambda name: (up / name).is_file())
     parts = {slot: up / name for slot, name in slots(dits).items()}
-    return Found(name=filenames.stem(path.name), parts=parts, looked=[path.parent, up])
+    looked = [path.parent, up, *_comfyui(path)]
+    return Found(name=filenames.stem(path.name), parts=parts, looked=looked)
+
+
+def _comfyui(path: Path) -> list[Path]:
+    """Where the other parts of a file in ComfyUI's tree lie: models/vae, models/text_encoders for
+    models/diffusion_models/[folder/]file."""
+    roots = [p.parent for p in path.parents[:2] if p.name in filenames.COMFY_MODELS]
+    places = [root / name for root in roots for name in (".", *filenames.COMFY_PARTS)]
+    return [place for place in places if place.is_dir()]
 
 
 def folder(path: Path) -> Found:

@@ -47,6 +47,7 @@ ARGUMENTS = {
     "text": "text_encoder_path",
     "tokenizer": "tokenizer_path",
 }
+HEADER = 2**24  # bytes of a .safetensors header that are looked through
 UNWANTED = (
     ".bin",
     ".msgpack",
@@ -69,7 +70,7 @@ class Located:
     vae: Path | None = None
     text: Path | None = None
     tokenizer: Path | None = (
-        None  # tokenizer.json, spiece.model or a .gguf, or a folder that holds one
+        None  # tokenizer.json or spiece.model, a folder or a text encoder's file that holds one
     )
     distilled: bool = True  # False: by its names Wan's own weights, for the teacher's samplers
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # model.json of our folder
@@ -139,8 +140,8 @@ def locate(
     }
     warnings = _swapped(own.get("dit") if high_noise_model_path else None, own.get("dit_low"))
     text = found.parts.get("text")
-    if "tokenizer" not in found.parts and isinstance(text, Path) and text.suffix == ".gguf":
-        found.parts["tokenizer"] = text  # such files carry their own
+    if "tokenizer" not in found.parts and isinstance(text, Path) and _carries_tokenizer(text):
+        found.parts["tokenizer"] = text
     if (
         "tokenizer" not in found.parts and "tokenizer" in parts
     ):  # small, and the official folder of weights has none
@@ -174,6 +175,16 @@ def locate(
         warnings=tuple(warnings),
         **{name: paths.get(name) for name in ("vae", "text", "tokenizer")},
     )
+
+
+def _carries_tokenizer(text: Path) -> bool:
+    """Whether a text encoder's file holds its tokenizer: every .gguf, and ComfyUI's .safetensors,
+    which have it among their tensors."""
+    if text.suffix != ".safetensors" or not text.is_file():
+        return text.suffix == ".gguf"
+    with text.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        return b'"spiece_model"' in f.read(min(length, HEADER))
 
 
 def cache_folder() -> Path:

@@ -13,6 +13,7 @@ import numpy as np
 
 import tdjax
 from tdjax.checkpoints import orbax
+from tdjax.checkpoints.published.files import open_source
 from tdjax.config import to_dict
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.pipeline import compilation, memory
@@ -23,7 +24,7 @@ from tdjax.pipeline.request import Request
 from tdjax.pipeline.stage import Stage
 from tdjax.progress import Stages
 from tdjax.text.prompt_cache import PromptCache, entry_key
-from tdjax.text.sentencepiece import Spiece, build
+from tdjax.text.sentencepiece import Spiece, build, read_spiece
 from tdjax.text.tokenizer import Tokenizer, Tokens
 
 STAGE = "text"
@@ -198,9 +199,19 @@ def _absent() -> UsageError:
 
 
 def open_tokenizer(path: Path | None, text_len: int) -> Tokenizer | None:
-    """Returns the tokenizer of a file or folder; a .gguf file of umT5 holds its own."""
+    """Returns the tokenizer of a file or folder; a .gguf file of umT5 holds its own, and so does a
+    .safetensors file of ComfyUI, as a tensor of bytes."""
     if path is None:
         return None
+    if path.suffix == ".safetensors":
+        held = open_source(path).tensors.get("spiece_model")
+        if held is None:
+            raise CheckpointError(
+                f"no tokenizer in {path}",
+                "a text encoder's file may hold it as spiece_model",
+                "give tokenizer.json or spiece.model of google/umt5-xxl as tokenizer_path",
+            )
+        return Tokenizer(path, text_len, read_spiece(path, held.read().tobytes()))
     if path.suffix != ".gguf":
         return Tokenizer(path, text_len)
     from tdjax.checkpoints.published.read_gguf import vocabulary  # its library is slow to import

@@ -208,7 +208,10 @@ class Harness:
         except subprocess.TimeoutExpired:
             run.send_signal(number)
             _, said = run.communicate(timeout=120)
-        assert run.returncode in ENDED, f"{job.name}: {run.returncode}\n{said[-2000:]}"
+        if run.returncode == -signal.SIGSEGV:  # threads of XLA, taken down in their work
+            self.counts["crashes on the way out"] += 1
+        else:
+            assert run.returncode in ENDED, f"{job.name}: {run.returncode}\n{said[-2000:]}"
         self.counts[f"{job.name} {number.name}" if run.returncode else f"{job.name} ended"] += 1
         if "Traceback" in said:
             self.counts["tracebacks"] += 1

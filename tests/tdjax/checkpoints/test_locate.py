@@ -650,3 +650,33 @@ def test_a_file_that_is_named_may_have_any_suffix_of_weights(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     found = folders.local(tmp_path / name)
     assert found.parts["dit"] == tmp_path / name and found.name == "a"
+
+
+@pytest.mark.parametrize("home", ["diffusion_models", "unet", "diffusion_models/Wan"])
+@pytest.mark.parametrize("encoders", ["text_encoders", "clip"])
+def test_the_tree_of_comfyui(tmp_path, cache, home, encoders):
+    """Among files of other models, and 8-bit copies beside the plain ones."""
+    models = put(
+        tmp_path / "models",
+        f"{home}/wan2.1_t2v_1.3B_fp16.safetensors",
+        f"{home}/flux1-dev.safetensors",
+        "vae/wan_2.1_vae.safetensors",
+        "vae/ae.safetensors",
+        "vae/wan2.2_vae.safetensors",
+        f"{encoders}/umt5_xxl_fp16.safetensors",
+        f"{encoders}/umt5_xxl_fp8_e4m3fn_scaled.safetensors",
+        f"{encoders}/t5xxl_fp16.safetensors",
+        f"{encoders}/clip_l.safetensors",
+    )
+    header = b'{"spiece_model":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
+    text = models / encoders / "umt5_xxl_fp16.safetensors"
+    text.write_bytes(len(header).to_bytes(8, "little") + header)
+    got = locate(models / home / "wan2.1_t2v_1.3B_fp16.safetensors")
+    assert got.vae == models / "vae" / "wan_2.1_vae.safetensors"
+    assert got.text == got.tokenizer == text
+
+
+def test_two_files_that_nothing_tells_apart(tmp_path):
+    names = ["a_umt5.safetensors", "b_umt5.safetensors"]
+    assert filenames.component(names, "text") is None
+    assert filenames.component(["x_vae.safetensors", "y_vae.safetensors"], "vae") is None

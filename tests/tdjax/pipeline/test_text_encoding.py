@@ -205,3 +205,15 @@ def test_a_gguf_file_without_a_tokenizer(tmp_path):
     writer.close()
     with pytest.raises(CheckpointError, match="no tokenizer of umT5"):
         open_tokenizer(tmp_path / "umt5.gguf", 32)
+
+
+def test_a_safetensors_file_may_hold_its_own_tokenizer(tmp_path, write_safetensors):
+    pieces = [(b"</s>", 3), (b"<unk>", 2), ("\u2581a".encode(), 1)]
+    rows = [b"\n" + bytes([len(text)]) + text + b"\x18" + bytes([kind]) for text, kind in pieces]
+    model = b"".join(b"\n" + bytes([len(row)]) + row for row in rows)
+    held = {"spiece_model": np.frombuffer(model, np.uint8), "shared.weight": np.ones((3, 2), "f4")}
+    path = write_safetensors(tmp_path / "umt5.safetensors", held)
+    assert open_tokenizer(path, 4).encode(["a a"]).ids.tolist() == [[2, 2, 0, 0]]
+    del held["spiece_model"]
+    with pytest.raises(CheckpointError, match="no tokenizer in"):
+        open_tokenizer(write_safetensors(path, held), 4)
