@@ -235,7 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
             " fallback"
         ),
     )
-    speed.add_argument("--mesh", help="several devices for one video: sp=4, tp=2,sp=2")
+    speed.add_argument("--mesh", help="several devices for one video: sp=4, tp=2,sp=2, auto")
     speed.add_argument(
         "--sla_topk", type=float, help="share of key blocks kept (default 0.1; 0.15 for quality)"
     )

@@ -34,16 +34,23 @@ def parse_mesh(text: str) -> dict[str, int]:
     return out
 
 
+def every_device(axis: str) -> str | None:
+    """Returns the mesh of all devices along one axis ("sp=4"); None where there is one, and for the
+    devices of a CPU, which are the same cores."""
+    count = len(jax.devices())
+    return f"{axis}={count}" if count > 1 and jax.default_backend() != "cpu" else None
+
+
 def make_mesh(given: str | int | Mesh | None, cfg: DiTConfig) -> Mesh | None:
-    """Returns the mesh of a network; None for None and "auto".
+    """Returns the mesh of a network, or None.
 
     given: AXIS=SIZE with commas between, of fsdp (parameters), tp (heads and MLP), sp (sequence):
            "sp=4", "tp=2,sp=2", over the first devices; a number, which is that of sp; or a Mesh
-           with these names for its axes.
+           with these names for its axes. None: no mesh.
     Raises UsageError for anything else, for tp that does not divide the heads, and for more devices
         than there are. Heads that sp does not divide are filled up.
     """
-    if given is None or given == "auto":
+    if given is None:
         return None
     if isinstance(given, Mesh):
         devices, sizes = given.devices.ravel(), _axes_of(given)

@@ -18,6 +18,7 @@ from tdjax.checkpoints.locate import Located, cache_folder, locate
 from tdjax.checkpoints.recipes import of_names, recognise
 from tdjax.config import DiTConfig
 from tdjax.errors import CheckpointError, UsageError
+from tdjax.parallel.mesh import every_device
 from tdjax.pipeline.components import Component, PlannedComponent, open_component
 from tdjax.pipeline.options import (
     Attention,
@@ -88,8 +89,8 @@ def load(
     dtype:      "auto" (bfloat16 on an accelerator, float32 on a CPU), "bfloat16", "float16",
                 "float32". vae_dtype: the VAE's, where it is another.
     sla_topk:   share of key blocks that sparse attention keeps, in place of the weights' own.
-    mesh:       several devices for one video, for example "sp=4" or "tp=2,sp=2"; 4 is "sp=4"; or
-                a jax.sharding.Mesh whose axes have these names.
+    mesh:       several devices for one video, for example "sp=4" or "tp=2,sp=2"; 4 is "sp=4",
+                "auto" is sp over all GPUs; or a jax.sharding.Mesh whose axes have these names.
     low_memory: free every component as soon as its stage ends, also where all would fit together;
                 the text encoder is streamed unless text_encoder_device says otherwise.
     text_encoder: False where only prompt_embeds will be given: the text encoder and the tokenizer
@@ -193,6 +194,10 @@ def open_pipeline(
     if str(model) == "demo" and not any(paths.values()):
         model = demo.folder()
     options = options.with_dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if options.mesh == "auto":
+        chosen = every_device("sp")
+        options = dataclasses.replace(options, mesh=chosen)
+        stages.note(f"mesh auto: {chosen or 'one device'}, {jax.devices()[0].device_kind}")
     with stages("open"):
         wanted = ("dit", "vae", "text", "tokenizer") if options.text_encoder else ("dit", "vae")
         located = locate(str(model), revision=revision, offline=offline, parts=wanted, **paths)

@@ -48,7 +48,7 @@ class RunConfig:
     save_every: int = _field(250, "steps between checkpoints")
     keep: int = _field(3, "checkpoints that stay; 0 for all")
     patience: int = _field(10, "losses in a row that may fail to be finite before the run stops")
-    mesh: str = _field("auto", "several devices: fsdp=4, or fsdp=2,tp=2")
+    mesh: str = _field("auto", "several devices: fsdp=4, or fsdp=2,tp=2; auto is fsdp over all")
 
     def __post_init__(self):
         positive(self, "steps", "log_every", "save_every", "patience", most=10**9)

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tdjax.checkpoints import orbax
 from tdjax.checkpoints.orbax import Lazy
 from tdjax.errors import UsageError
-from tdjax.parallel.mesh import make_mesh, parse_mesh
+from tdjax.parallel.mesh import every_device, make_mesh, parse_mesh
 from tdjax.precision import Policy
 from tdjax.progress import Stages
 from tdjax.train import checkpoints, loop, placement
@@ -57,12 +57,15 @@ class TrainingRun:
                 "checkpoints are written by one",
                 "use the devices of one host",
             )
-        if config["run"].mesh != "auto":
-            parse_mesh(config["run"].mesh)  # a wrong word is told before anything is downloaded
+        mesh = config["run"].mesh
+        if mesh == "auto":
+            mesh = every_device("fsdp")
+        else:
+            parse_mesh(mesh)  # a wrong word is told before anything is downloaded
         self.method = method(name, config)
         self.negative = self._open_negative()
         self.networks = Networks(config["model"], name)
-        self.mesh = make_mesh(config["run"].mesh, self.networks.config)
+        self.mesh = make_mesh(mesh, self.networks.config)
         self.stream = self._open_data()
         self.shapes = self._check_steps()
 

@@ -6,7 +6,7 @@ from jax.sharding import AxisType
 
 from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
-from tdjax.parallel.mesh import make_mesh
+from tdjax.parallel.mesh import every_device, make_mesh
 
 
 def test_more_devices_than_there_are():
@@ -39,3 +39,12 @@ def test_a_mesh_of_jax():
 def test_other_meshes_are_refused(given):
     with pytest.raises(UsageError, match="mesh"):
         make_mesh(given, CFG)
+
+
+def test_every_device(monkeypatch):
+    """Fake devices of a CPU are the same cores: they are no mesh unless one is asked for."""
+    assert every_device("sp") is None
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert every_device("sp") == f"sp={len(jax.devices())}"
+    monkeypatch.setattr(jax, "devices", lambda: [None])
+    assert every_device("fsdp") is None
