@@ -13,6 +13,8 @@ import tdjax
 from tdjax.__main__ import main
 from tdjax.errors import CheckpointError, UsageError
 
+pytestmark = pytest.mark.usefixtures("as_users")  # bits of programs are compared
+
 PROMPTS = ["a red circle", "a blue square"]
 
 
