@@ -4,9 +4,10 @@ jax."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from tdjax.errors import UsageError
+from tdjax.values.parsing import mismatch
 
 # What metadata has of arrays that were given (as their sha256), and the options that give them.
 _GIVEN = {
@@ -14,6 +15,58 @@ _GIVEN = {
     "latents": ("--latents",),
     "prompt_embeds": ("--prompt_embeds",),
 }
+
+
+class Size(TypedDict):
+    frames: int
+    height: int
+    width: int
+
+
+class Sampler(TypedDict):
+    num_steps: int
+    sampler: str
+    sigma_max: float
+    mid_t: list[float]
+    boundary: float
+    shift: float
+    guidance_scale: float
+
+
+class Sparse(TypedDict):
+    topk: float
+
+
+class Policy(TypedDict):
+    compute: str
+
+
+class Transformer(TypedDict):
+    attention: str
+    linear: str
+    sla: Sparse
+    policy: Policy
+
+
+class Video(TypedDict):
+    """What is read of a video's metadata; other names in it are free."""
+
+    model: str
+    prompts: list[str]
+    negative_prompt: str
+    seed: int
+    num_samples: int
+    fit: str
+    fps: float
+    size: Size
+    sampler: Sampler
+    transformer: Transformer
+    vae_dtype: str
+    given: dict[str, str]
+    lora: dict[str, list[tuple[str, float]]]
+    index: NotRequired[int]  # of the video among all of its call
+
+
 _FEW_STEP = ("num_steps", "sampler", "sigma_max", "mid_t", "boundary")
 _TEACHER = ("num_steps", "sampler", "sigma_max", "boundary", "shift", "guidance_scale")
 
@@ -29,8 +82,9 @@ def options_of(about: dict[str, Any], path: Path, said: set[str]) -> dict[str, A
     path: where it was read. said: options of the command line, which must give what the metadata
     has as a digest only. Raises UsageError where they do not, or where no option can.
     """
+    given = about.get("given")
     for name, options in _GIVEN.items():
-        if name in about.get("given", {}) and not said & set(options):
+        if isinstance(given, dict) and name in given and not said & set(options):
             raise UsageError(
                 f"{path}: the video was made with {name} of its own",
                 "its metadata has only their sha256",
@@ -42,17 +96,18 @@ def options_of(about: dict[str, Any], path: Path, said: set[str]) -> dict[str, A
             "a command takes seeds only",
             "make it again in Python",
         )
-    try:
-        return _options(about)
-    except (KeyError, TypeError, AttributeError) as error:
+    wrong = mismatch(about, Video)
+    if wrong is None and not about["prompts"] and "prompt_embeds" not in about["given"]:
+        wrong = "it has no prompt"
+    if wrong:
         raise UsageError(
-            f"{path} cannot be read", f"as metadata of a video it lacks {error}", "give the options"
-        ) from error
+            f"{path} is no whole metadata of a video", wrong, "give the options themselves"
+        )
+    return _options(about)
 
 
 def _options(about: dict[str, Any]) -> dict[str, Any]:
     sampler, size, dit = about["sampler"], about["size"], about["transformer"]
-    number = about.get("index", 0) // about["num_samples"]
     names = _FEW_STEP if sampler["sampler"] in ("sde", "ode") else _TEACHER
     linear = {"float": "none"}.get(dit["linear"], dit["linear"])
     out = {
@@ -71,10 +126,11 @@ def _options(about: dict[str, Any]) -> dict[str, Any]:
         "dtype": dit["policy"]["compute"],
         "vae_dtype": about["vae_dtype"],
         **{name: sampler[name] for name in names},
-        **_loras(about.get("lora", {})),
+        **_loras(about["lora"]),
     }
-    if "prompt_embeds" not in about.get("given", {}):
-        out["prompt"] = about["prompts"][number]
+    if "prompt_embeds" not in about["given"]:
+        number = about.get("index", 0) // max(about["num_samples"], 1)
+        out["prompt"] = about["prompts"][min(number, len(about["prompts"]) - 1)]
     return out
 
 

@@ -11,7 +11,7 @@ import platform
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from tdjax.files import refuse_existing, refuse_unwritable, write_text, written
 from tdjax.media import video
 from tdjax.text import embeds
 from tdjax.values import whole
+from tdjax.values.parsing import json_object, mismatch
 
 if TYPE_CHECKING:  # files are named and refused before jax is there
     from tdjax.pipeline.components import Component
@@ -102,9 +103,9 @@ class Result:
         samples, about = self.metadata.get("num_samples", 1), dict(self.metadata)
         number, sample = divmod(index, samples)
         if len(about.get("prompts", ())) > 1:
-            about["prompts"] = [about["prompts"][number]]
+            about["prompts"] = about["prompts"][number : number + 1]
         if isinstance(about.get("seed"), list):
-            about["seed"] = about["seed"][number]
+            about["seed"] = next(iter(about["seed"][number : number + 1]), None)
         return {**about, "index": about.get("index", 0) + sample, "fps": self.fps}
 
     def save(
@@ -172,9 +173,7 @@ class Result:
         """Returns what `save` wrote as .safetensors: latents, and the metadata beside them, where
         it is. `Pipeline.decode` makes frames of it. Raises UsageError."""
         path = Path(path).expanduser()
-        latents, about = load_latents(path), {}
-        if sidecar(path).is_file():
-            about = json.loads(sidecar(path).read_text(encoding="utf-8"))
+        latents, about = load_latents(path), _read_metadata(sidecar(path))
         return cls(
             frames=None,
             latents=latents,
@@ -201,6 +200,33 @@ class Result:
         prompt = next(iter(about.get("prompts", ())), "")
         sample = f", sample {about['index']}" if about.get("num_samples", 1) > 1 else ""
         return f"{prompt} (seed {about.get('seed', self.seed)}{sample})".strip()
+
+
+class _Metadata(TypedDict, total=False):
+    """What a result reads of metadata; other names in it are free."""
+
+    model: str
+    prompts: list[str]
+    seed: int | list[int] | None
+    num_samples: int
+    index: int
+    fps: int
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata beside a file; nothing where there is none. Raises UsageError for damage."""
+    if not path.is_file():
+        return {}
+    try:
+        about = json_object(path.read_bytes())
+        wrong = mismatch(about, _Metadata)
+        if wrong or about.get("num_samples", 1) < 1 or about.get("fps", 1) < 1:
+            raise ValueError(wrong or "its num_samples or fps is less than 1")
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path} cannot be read", str(error), "remove it: the latents do without"
+        ) from error
+    return about
 
 
 def _figure(data: str, width: int, caption: str) -> str:

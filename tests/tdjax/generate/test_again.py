@@ -67,9 +67,31 @@ def test_what_metadata_has_as_a_digest_only_is_asked_for(pipe, tmp_path):
     path.write_text(json.dumps(about | {"given": {}, "seed": None}))
     with pytest.raises(UsageError, match="random key"):
         parse(["--config", str(path)])
-    path.write_text(json.dumps({"tdjax": "0", "transformer": {}, "seed": 0}))
-    with pytest.raises(UsageError, match="it lacks 'sampler'"):
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"sampler": None}, "sampler is None, not a table"),
+        ({"size": {"frames": 5}}, "has no height"),
+        ({"transformer": {}}, "has no attention"),
+        ({"prompts": "a"}, "prompts"),
+        ({"prompts": []}, "it has no prompt"),
+        ({"seed": "x"}, "seed"),
+        ({"seed": [1]}, "seed"),
+        ({"fps": True}, "fps"),
+        ({"num_samples": 1.5}, "num_samples"),
+        ({"lora": {"dit": ["x"]}}, "lora"),
+        ({"given": 3}, "given"),
+        ({"index": "x"}, "index"),
+    ],
+)
+def test_metadata_that_is_not_whole_is_refused(pipe, tmp_path, change, why):
+    path = tmp_path / "v.mp4.json"
+    path.write_text(json.dumps(saved(pipe, path, prompt="a") | change))
+    with pytest.raises(UsageError) as error:
         parse(["--config", str(path)])
+    assert "no whole metadata" in error.value.what and why in error.value.why
 
 
 def test_loras_go_to_their_experts():

@@ -191,3 +191,29 @@ def test_settings_of_a_session(tmp_path, monkeypatch, line, field, value):
 def test_settings_that_are_not_taken(line, capsys):
     with pytest.raises(UsageError):
         generate._setting([], line)
+
+
+def test_a_prompt_needs_no_option(capsys, tmp_path):
+    for words in (["a fox", "--seed", "3"], ["--seed", "3", "a fox"], ["--prompt=a fox"]):
+        assert parse(words).prompt == "a fox"
+    (tmp_path / "run.toml").write_text('prompt = "a cat"\nmid_t = [1.5, 1.2]\n')
+    args = parse(["--config", str(tmp_path / "run.toml"), "a fox"])
+    assert (args.prompt, args.mid_t) == ("a fox", [1.5, 1.2])
+    assert "both are the prompt" in fails(capsys, "a fox", "--prompt", "a cat")
+    assert "'fox' is surplus" in fails(capsys, "a", "fox")
+
+
+def test_short_words_for_options():
+    args = parse(["-o", "v.gif", "--image", "photo.png", "--cfg=4", "--num_inference_steps=3"])
+    assert (args.save_path, args.image_path) == ("v.gif", "photo.png")
+    assert (args.guidance_scale, args.num_steps) == (4.0, 3)
+
+
+@pytest.mark.parametrize(("quiet", "verbose"), [(True, False), (True, True), (False, True)])
+def test_quiet_and_verbose(capsys, quiet, verbose):
+    stages = generate.command_stages(quiet, verbose)
+    stages.note("give `image`")
+    with stages("open"):
+        pass
+    err = capsys.readouterr().err
+    assert (err == "") if quiet else ("give --image_path" in err and "open: " in err)

@@ -81,3 +81,11 @@ def test_latents_come_back_with_their_metadata(tmp_path):
         Result.load(tmp_path / "v.mp4")
     with pytest.raises(UsageError, match="holds no latents"):
         Result.load(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize("about", ["", "[]", '{"seed": "x"}', '{"num_samples": 0}', '{"fps": -1}'])
+def test_damaged_metadata_beside_latents_is_told(tmp_path, about):
+    path = several().save(tmp_path / "v.safetensors", index=2)
+    (tmp_path / "v.safetensors.json").write_text(about)
+    with pytest.raises(UsageError, match="v.safetensors.json cannot be read"):
+        Result.load(path)
