@@ -12,9 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels import mosaic
-from tdjax.checkpoints import compiled, demo, scheduler
+from tdjax.checkpoints import compiled, demo, filenames, scheduler
 from tdjax.checkpoints.filenames import telling
 from tdjax.checkpoints.locate import Located, cache_folder, locate
+from tdjax.checkpoints.published.detect import kind_of
+from tdjax.checkpoints.published.files import open_source
 from tdjax.checkpoints.recipes import of_names, recognise
 from tdjax.config import DiTConfig
 from tdjax.errors import CheckpointError, UsageError
@@ -200,6 +202,7 @@ def open_pipeline(
         stages.note(f"mesh auto: {chosen or 'one device'}, {jax.devices()[0].device_kind}")
     with stages("open"):
         wanted = ("dit", "vae", "text", "tokenizer") if options.text_encoder else ("dit", "vae")
+        _check_kind(Path(model).expanduser())
         located = locate(str(model), revision=revision, offline=offline, parts=wanted, **paths)
         for line in located.warnings:
             stages.note(line)
@@ -209,6 +212,24 @@ def open_pipeline(
     if options.prompt_cache:
         cache = PromptCache((Path(cache_dir) if cache_dir else cache_folder()) / FOLDER)
     return Pipeline(located, components, options, stages=stages, prompt_cache=cache)
+
+
+def _check_kind(model: Path) -> None:
+    """Raises CheckpointError for a file that is no network: a LoRA, or a damaged file, is told
+    before what is missing beside it."""
+    if model.is_file() and filenames.is_weights(model.name):
+        kind_of(open_source(model).tensors, model.name)
+
+
+def _swapped_lora(high: Lora, low: Lora) -> list[str]:
+    """Lines about LoRA files whose names say the other expert."""
+    given = {"lora_high": ("low", high), "lora_low": ("high", low)}
+    return [
+        f"{Path(file).name} was given as {argument}, but its name says {other}"
+        for argument, (other, files) in given.items()
+        for file, _ in files
+        if filenames.expert(Path(file).name) == other
+    ]
 
 
 def _with_recipe(
@@ -280,10 +301,14 @@ def open_components(
         "dit": options.loras("lora", "lora_high"),
         "dit_low": options.loras("lora", "lora_low"),
     }
+    for line in _swapped_lora(options.loras("lora_high"), options.loras("lora_low")):
+        note(line)
     components: dict[str, Component] = {}
     for name, path in zip(("dit", "dit_low"), located.dit, strict=False):
-        low = True if name == "dit_low" else None
-        component = components[name] = open_component(path, "dit", lora=lora[name], low_noise=low)
+        second = True if name == "dit_low" else None
+        component = components[name] = open_component(
+            path, "dit", lora=lora[name], low_noise=second
+        )
         component.config = _transformer_config(component, options, note)
     if "dit_low" not in components and lora["dit_low"] != lora["dit"]:
         raise UsageError(

@@ -171,7 +171,7 @@ class Harness:
         run = self.start(argv)
         _, said = run.communicate(timeout=600)
         assert run.returncode == 0, f"{argv}: exit code {run.returncode}\n{said[-2000:]}"
-        hidden = [str(p) for p in self.folder.rglob(".tdjax-*")]
+        hidden = [str(p) for end in ("part", "claim") for p in self.folder.rglob(f".tdjax-*.{end}")]
         assert not hidden, f"left behind: {hidden}"
 
     def baseline(self, job: Job) -> tuple[dict[str, str], float]:

@@ -13,7 +13,7 @@ from convert.export import export
 from convert.leaves import open_leaves
 from tdjax.checkpoints import orbax
 from tdjax.errors import CheckpointError, UsageError
-from tdjax.pipeline.load import plan_pipeline
+from tdjax.pipeline.load import _swapped_lora, plan_pipeline
 from tdjax.pipeline.options import PipelineOptions
 from tdjax.presets import PRESETS, TEACHER_SAMPLER
 
@@ -113,3 +113,20 @@ def test_weights_that_nothing_tells_are_undistilled(model, tmp_path, caplog):
     pipe = tdjax.load(folder, tokenizer_path=model / "tokenizer.json", **paths)
     assert pipe.sampler == TEACHER_SAMPLER
     assert "undistilled (nothing in names" in caplog.text
+
+
+def test_what_a_file_is_comes_before_what_is_missing_beside_it(tmp_path, write_safetensors):
+    factors = {f"blocks.0.self_attn.q.lora_{x}.weight": np.ones((2, 2), "f4") for x in "AB"}
+    with pytest.raises(CheckpointError, match="is a LoRA, not a model"):
+        tdjax.load(write_safetensors(tmp_path / "style.safetensors", factors))
+    (tmp_path / "page.safetensors").write_bytes(b"<!DOCTYPE html>")
+    with pytest.raises(CheckpointError, match="is a web page"):
+        tdjax.load(tmp_path / "page.safetensors")
+
+
+def test_a_lora_whose_name_says_the_other_expert():
+    low, high = ("a_low_noise.safetensors", 1.0), ("high.safetensors", 1.0)
+    assert _swapped_lora([low], [low, high]) == [
+        "a_low_noise.safetensors was given as lora_high, but its name says low",
+        "high.safetensors was given as lora_low, but its name says high",
+    ]
