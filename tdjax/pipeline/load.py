@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -221,7 +221,7 @@ def _check_kind(model: Path) -> None:
         kind_of(open_source(model).tensors, model.name)
 
 
-def _swapped_lora(high: Lora, low: Lora) -> list[str]:
+def _swapped_lora(high: Iterable[tuple[str, float]], low: Iterable[tuple[str, float]]) -> list[str]:
     """Lines about LoRA files whose names say the other expert."""
     given = {"lora_high": ("low", high), "lora_low": ("high", low)}
     return [
