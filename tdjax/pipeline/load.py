@@ -210,7 +210,9 @@ def open_pipeline(
         located = _with_recipe(located, components, stages.note)
     cache = None
     if options.prompt_cache:
-        cache = PromptCache((Path(cache_dir) if cache_dir else cache_folder()) / FOLDER)
+        cache = PromptCache(
+            (Path(cache_dir).expanduser() if cache_dir else cache_folder()) / FOLDER
+        )
     return Pipeline(located, components, options, stages=stages, prompt_cache=cache)
 
 

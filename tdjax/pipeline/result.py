@@ -21,6 +21,7 @@ from tdjax.errors import UsageError
 from tdjax.files import refuse_existing, refuse_unwritable, write_text, written
 from tdjax.media import video
 from tdjax.text import embeds
+from tdjax.values import path as checked_path
 from tdjax.values import whole
 from tdjax.values.parsing import json_object, mismatch
 
@@ -129,7 +130,16 @@ class Result:
         Files appear under their names only when complete. Raises UsageError before the first one
         where any of them cannot be written.
         """
-        path, factor = Path(path), whole("upscale", upscale)
+        path = Path(checked_path("path", path)).expanduser()
+        factor = whole("upscale", upscale)
+        fps = self.fps if fps is None else whole("fps", fps)
+        crf = whole("crf", crf)
+        if index is not None and not 0 <= whole("index", index) < len(self):
+            raise UsageError(
+                f"index is {index}",
+                f"there are {len(self)} videos, and the first is 0",
+                "leave it away for all of them",
+            )
         if not 1 <= factor <= 64:
             raise UsageError(f"upscale is {factor}", "it is a number from 1 to 64", "use 6")
         if index is None and len(self) > 1:
@@ -138,9 +148,9 @@ class Result:
             paths = [path]
         numbers = range(len(self)) if index is None else [index]
         for each in paths:
-            check_save(each, fps=fps or self.fps, crf=crf, metadata=metadata, overwrite=overwrite)
+            check_save(each, fps=fps, crf=crf, metadata=metadata, overwrite=overwrite)
         for number, each in zip(numbers, paths, strict=True):
-            self._save_one(each, number, fps or self.fps, crf, metadata, overwrite, factor)
+            self._save_one(each, number, fps, crf, metadata, overwrite, factor)
         return paths[0] if len(paths) == 1 else paths
 
     def _save_one(

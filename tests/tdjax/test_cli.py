@@ -300,6 +300,19 @@ def test_a_device_that_is_not_there_is_told_in_three_lines(variable):
     assert "Traceback" not in done.stderr
 
 
+ALL_HELP = """
+import importlib
+from tdjax.__main__ import COMMANDS
+for module, _ in COMMANDS.values():
+    importlib.import_module(module).build_parser().format_help()
+"""
+
+
+@pytest.mark.slow  # imports every command
+def test_commands_need_no_docstrings():
+    subprocess.run([sys.executable, "-OO", "-c", ALL_HELP], check=True, timeout=120)
+
+
 def test_numbers_of_64_bits_are_turned_off():
     notes = []
     before = jax.config.jax_enable_x64

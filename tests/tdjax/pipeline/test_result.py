@@ -89,3 +89,20 @@ def test_damaged_metadata_beside_latents_is_told(tmp_path, about):
     (tmp_path / "v.safetensors.json").write_text(about)
     with pytest.raises(UsageError, match="v.safetensors.json cannot be read"):
         Result.load(path)
+
+
+WRONG = [{"path": 3}, {"path": "a\0.npy"}, {"path": ""}, {"index": 4}, {"index": -1}]
+WRONG += [{"index": "0"}, {"fps": 0}, {"fps": "16"}, {"crf": 1.5}, {"path": "n" * 300 + ".npy"}]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_arguments_of_save_are_refused_by_name(tmp_path, monkeypatch, wrong):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        several().save(**{"path": "v.npy", "index": 0, **wrong})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_video_is_saved_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert several().save("~/v.npy", index=0) == tmp_path / "v.npy"
