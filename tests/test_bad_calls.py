@@ -9,6 +9,7 @@ import inspect
 import itertools
 import os
 import random
+import re
 import types
 from pathlib import Path
 from typing import get_args
@@ -310,6 +311,22 @@ def test_prompts_that_are_none():
 
 ERRORS = {error.__name__ for error in TdjaxError.__subclasses__()}
 ROOT = Path(tdjax.__file__).parent.parent
+
+
+def test_python_methods_refuse_by_name():
+    pipe = tdjax.load("demo", prompt_cache=False)
+    for call, words in {
+        lambda: pipe.embed(3): "prompt is 3",
+        lambda: pipe.embed([b"x"]): "prompt is",
+        lambda: pipe.request(np.array("x")): "prompt is",
+        lambda: pipe.free("vea"): "nearest: vae",
+        lambda: pipe.default_prompt("x"): "seed is 'x'",
+        lambda: pipe.decode(3): "latents are 3",
+        lambda: tdjax.Result.load(3): "path is 3",
+        lambda: pipe.request("a", seed=[1, 2]): "2 seeds",
+    }.items():
+        with pytest.raises(UsageError, match=re.escape(words)):
+            call()
 
 
 def raised(path):

@@ -23,14 +23,15 @@ from tdjax.pipeline.decoding import decode
 from tdjax.pipeline.denoising import Denoising
 from tdjax.pipeline.memory import ExecutionPlan
 from tdjax.pipeline.notes import request_notes
-from tdjax.pipeline.options import Call, OutputType, PipelineOptions, arguments_of
+from tdjax.pipeline.options import Call, OutputType, PipelineOptions, arguments_of, check_choice
 from tdjax.pipeline.preparation import Preparation
-from tdjax.pipeline.request import Request, make_request, model_info
+from tdjax.pipeline.request import Request, make_request, model_info, texts_of
 from tdjax.pipeline.result import Result, joined, metadata_of
 from tdjax.pipeline.text_encoding import TextEncoding, open_tokenizer
 from tdjax.pipeline.vae_coding import ImageEncoding, VAECoding
 from tdjax.progress import Stages
 from tdjax.text.prompt_cache import PromptCache
+from tdjax.values import whole
 
 
 class Pipeline:
@@ -172,10 +173,10 @@ class Pipeline:
     def embed(self, prompts: str | list[str]) -> np.ndarray:
         """Returns embeddings [b s d] of prompts, on the host: from the cache, or one prompt at a
         time through the text encoder."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        request = Request(prompts=tuple(prompts), size=self.size, sampler=self.sampler)
+        texts = texts_of(prompts)
+        request = Request(prompts=texts, size=self.size, sampler=self.sampler)
         with self.lock:
-            return self.text_encoding.embed(prompts, self.plan(request))
+            return self.text_encoding.embed(list(texts), self.plan(request))
 
     def warnings(self, request: Request) -> list[str]:
         """Returns what a user should know before waiting: the prompt's length, an unusual size,
@@ -189,6 +190,8 @@ class Pipeline:
     def free(self, *names: str) -> None:
         """Drops weights from the device: the named components ("text", "vae", "dit", "dit_low"), or
         all."""
+        for name in names:
+            check_choice("a component", name, tuple(self.components))
         with self.lock:
             for name in names or tuple(self.components):
                 self.components[name].free()
@@ -201,7 +204,7 @@ class Pipeline:
         """Returns a prompt that suits the model, another one for each seed; None for models that
         name none."""
         prompts = self.info.prompts
-        return prompts[seed % len(prompts)] if prompts else None
+        return prompts[whole("seed", seed) % len(prompts)] if prompts else None
 
     def latent_shape(self, request: Request) -> tuple[int, ...]:
         """Returns (1, t, h, w, c) of the latents of one video."""

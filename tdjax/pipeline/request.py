@@ -183,7 +183,7 @@ def make_request(
 
     Raises UsageError.
     """
-    prompts = _prompts(prompt)
+    prompts = texts_of(prompt)
     defaults = {"num_samples": Request.num_samples}
     named = without_aliases(arguments, CallAliases, ACCEPTED, defaults)
     given = {name: value for name, value in named.items() if value is not None}
@@ -211,14 +211,15 @@ def make_request(
     return _checked(request, model)
 
 
-def _prompts(given: Any) -> tuple[str, ...]:
+def texts_of(given: Any) -> tuple[str, ...]:
     """The texts of one, a list of them, or None. Raises UsageError."""
     several = (given,) if isinstance(given, str) else given
     if given is None:
         several = ()
-    if not isinstance(several, list | tuple | np.ndarray) or not all(
-        isinstance(each, str) for each in several
-    ):
+    flat = isinstance(several, list | tuple) or (
+        isinstance(several, np.ndarray) and several.ndim == 1
+    )
+    if not flat or not all(isinstance(each, str) for each in several):
         raise UsageError(
             f"prompt is {shown(given)}",
             "it is a text, or a list of texts with one video each",

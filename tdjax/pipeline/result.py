@@ -182,7 +182,7 @@ class Result:
     def load(cls, path: str | Path) -> Result:
         """Returns what `save` wrote as .safetensors: latents, and the metadata beside them, where
         it is. `Pipeline.decode` makes frames of it. Raises UsageError."""
-        path = Path(path).expanduser()
+        path = Path(checked_path("path", path)).expanduser()
         latents, about = load_latents(path), _read_metadata(sidecar(path))
         return cls(
             frames=None,
