@@ -18,6 +18,7 @@ from tdjax.generate import outputs
 from tdjax.generate.arguments import OFFICIAL_MODELS, build_parser, parse
 from tdjax.generate.jobs import Job, drawn_seed, read_jobs, standard_input, with_seed
 from tdjax.media.resolution import choose_size
+from tdjax.pipeline.options import PipelineOptions
 from tdjax.presets import PRESETS
 from tdjax.progress import Bar, Stages
 from tdjax.text.characters import repaired
@@ -164,7 +165,6 @@ def run(args) -> int:
     """Opens the model and does what the command asks for; the exit code."""
     cache_note = cli.set_compile_cache(args.compile_cache_dir)
     from tdjax.pipeline.load import open_pipeline, plan_pipeline
-    from tdjax.pipeline.options import PipelineOptions
 
     stages = command_stages(args.quiet, args.verbose)
     if cache_note:
@@ -172,22 +172,11 @@ def run(args) -> int:
     with stages("start device"):
         cli.start_jax(stages.note)
         text_device = text_encoder_device(args)
-    options = PipelineOptions(
-        attention=args.attention_type,
-        impl=args.attention_impl,
-        quant=args.quant,
-        dtype=args.dtype,
-        vae_dtype=args.vae_dtype,
-        sla_topk=args.sla_topk,
-        mesh=args.mesh,
-        low_memory=args.low_memory,
+    options = pipeline_options(
+        args,
+        text_device,
         text_encoder=not args.prompt_embeds,
-        text_encoder_device=text_device,
-        vae=args.vae,
         prompt_cache=args.prompt_cache == "on",
-        lora=tuple(map(cli.lora_pair, args.lora)),
-        lora_high=tuple(map(cli.lora_pair, args.lora_high)),
-        lora_low=tuple(map(cli.lora_pair, args.lora_low)),
     )
     if args.dry_run and _not_downloaded(args):
         pipe = plan_pipeline(args.model.lower(), options, stages=stages)
@@ -256,6 +245,29 @@ def _check_rows(args, pipe, jobs: list[Job]) -> None:
                 "a command makes the videos of one",
                 "save them one by one, or give them to a pipeline in Python",
             )
+
+
+def pipeline_options(
+    args, text_device: str, *, text_encoder: bool = True, prompt_cache: bool = True
+) -> PipelineOptions:
+    """How the options of `add_model_options` and `add_speed_options` have a model opened."""
+    return PipelineOptions(
+        attention=args.attention_type,
+        impl=args.attention_impl,
+        quant=args.quant,
+        dtype=args.dtype,
+        vae_dtype=args.vae_dtype,
+        sla_topk=args.sla_topk,
+        mesh=args.mesh,
+        low_memory=args.low_memory,
+        text_encoder=text_encoder,
+        text_encoder_device=text_device,
+        vae=args.vae,
+        prompt_cache=prompt_cache,
+        lora=tuple(map(cli.lora_pair, args.lora)),
+        lora_high=tuple(map(cli.lora_pair, args.lora_high)),
+        lora_low=tuple(map(cli.lora_pair, args.lora_low)),
+    )
 
 
 PASSED = (

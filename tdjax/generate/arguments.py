@@ -60,43 +60,13 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--version", action="version", version=f"tdjax {tdjax.__version__}")
     p.add_argument("words", nargs="?", metavar="PROMPT", help="the same as --prompt")
     what = p.add_argument_group("what to run")
-    what.add_argument(
-        "--model",
-        default="demo",
-        help="a name of `tdjax models`, hub id, .pth/.safetensors file, or folder",
-    )
+    add_model_options(what)
     what.add_argument(
         "--task",
         choices=("auto", "t2v", "i2v"),
         default="auto",
         help="of the weights; read from them, so that this is only a check",
     )
-    for name, text in (
-        ("dit_path", "transformer file, instead of the model's own"),
-        ("high_noise_model_path", "high-noise expert (Wan2.2 A14B)"),
-        ("low_noise_model_path", "low-noise expert (Wan2.2 A14B)"),
-        ("vae_path", "Wan2.1_VAE.pth"),
-        ("text_encoder_path", "models_t5_umt5-xxl-enc-bf16.pth"),
-        ("tokenizer_path", "folder or file: tokenizer.json or spiece.model"),
-    ):
-        what.add_argument(f"--{name}", metavar="PATH", type=_PATH, help=text)
-    what.add_argument("--revision", metavar="REV", help="hub revision")
-    what.add_argument(
-        "--offline", action="store_true", help="never ask the hub; use what is in its cache"
-    )
-    for name, text in (
-        ("lora", "merged at load, into every expert"),
-        ("lora_high", "high-noise expert only"),
-        ("lora_low", "low-noise expert only"),
-    ):
-        what.add_argument(
-            f"--{name}",
-            action="append",
-            default=[],
-            type=_PATH,
-            metavar="FILE[:WEIGHT]",
-            help=text,
-        )
 
     prompt = p.add_argument_group("prompt and image")
     prompt.add_argument(
@@ -212,84 +182,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--latents", metavar="FILE.npy", type=_PATH, help="start noise [1 t h w c]"
     )
 
-    speed = p.add_argument_group("speed and memory")
-    speed.add_argument(
-        "--attention_type",
-        *ALIASES["attention_type"],
-        dest="attention_type",
-        choices=("auto", "original", "dense", "sla", "sagesla"),
-        default="auto",
-        help=(
-            "original is dense; sagesla: sla with int8 scores; auto: sla where the weights have its"
-            " projection"
-        ),
-    )
-    speed.add_argument(
-        "--attention_impl",
-        *ALIASES["attention_impl"],
-        dest="attention_impl",
-        default="auto",
-        choices=("auto", "reference", "triton", "mosaic", "cudnn"),
-        help=(
-            "triton: every Triton kernel of this package; mosaic: those for Hopper; never a silent"
-            " fallback"
-        ),
-    )
-    speed.add_argument("--mesh", help="several devices for one video: sp=4, tp=2,sp=2, auto")
-    speed.add_argument(
-        "--sla_topk", type=float, help="share of key blocks kept (default 0.1; 0.15 for quality)"
-    )
-    speed.add_argument(
-        "--quant",
-        choices=("auto", "none", "int8", "int8_channel", "fp8"),
-        default="auto",
-        help=(
-            "auto: as stored; none: dequantise; int8 (published tiles), int8_channel, fp8 (by token"
-            " and channel): quantise at load"
-        ),
-    )
+    speed = add_speed_options(p)
     speed.add_argument("--quant_linear", action="store_true", help="same as --quant int8")
     speed.add_argument(
         "--default_norm",
         action="store_true",
         help="accepted: LayerNorm is always the true one here",
-    )
-    speed.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="auto",
-        help="of weights and computation; auto: bfloat16 on an accelerator, float32 on a CPU",
-    )
-    speed.add_argument(
-        "--vae_dtype",
-        choices=("bfloat16", "float16", "float32"),
-        help="of the VAE, where it is another (default: --dtype)",
-    )
-    speed.add_argument(
-        "--text_encoder_device",
-        choices=("auto", "device", "stream"),
-        default="auto",
-        help=(
-            "stream: a layer at a time, no weights stay; auto: streamed on a GPU unless --serve or"
-            " --mesh, or where not all fits together"
-        ),
-    )
-    speed.add_argument(
-        "--vae",
-        choices=("auto", "full", "tiled"),
-        default="auto",
-        help="decode whole frames or tiles; auto: tiles where a frame does not fit",
-    )
-    speed.add_argument(
-        "--low_memory",
-        action="store_true",
-        help="free every part as soon as its stage ends; stream the text encoder",
-    )
-    speed.add_argument(
-        "--compile_cache_dir",
-        metavar="DIR",
-        type=_PATH,
-        help="persistent compile cache (default: user cache); none turns it off",
     )
 
     out = p.add_argument_group("output")
@@ -369,6 +267,119 @@ def build_parser() -> argparse.ArgumentParser:
         help="a line for each stage, also where stderr is not a terminal",
     )
     return p
+
+
+def add_model_options(group: argparse._ArgumentGroup) -> None:
+    """Adds the options that name a model and its files."""
+    group.add_argument(
+        "--model",
+        default="demo",
+        help="a name of `tdjax models`, hub id, .pth/.safetensors file, or folder",
+    )
+    for name, text in (
+        ("dit_path", "transformer file, instead of the model's own"),
+        ("high_noise_model_path", "high-noise expert (Wan2.2 A14B)"),
+        ("low_noise_model_path", "low-noise expert (Wan2.2 A14B)"),
+        ("vae_path", "Wan2.1_VAE.pth"),
+        ("text_encoder_path", "models_t5_umt5-xxl-enc-bf16.pth"),
+        ("tokenizer_path", "folder or file: tokenizer.json or spiece.model"),
+    ):
+        group.add_argument(f"--{name}", metavar="PATH", type=_PATH, help=text)
+    group.add_argument("--revision", metavar="REV", help="hub revision")
+    group.add_argument(
+        "--offline", action="store_true", help="never ask the hub; use what is in its cache"
+    )
+    for name, text in (
+        ("lora", "merged at load, into every expert"),
+        ("lora_high", "high-noise expert only"),
+        ("lora_low", "low-noise expert only"),
+    ):
+        group.add_argument(
+            f"--{name}",
+            action="append",
+            default=[],
+            type=_PATH,
+            metavar="FILE[:WEIGHT]",
+            help=text,
+        )
+
+
+def add_speed_options(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds the options that say how a model runs; returns their group."""
+    speed = p.add_argument_group("speed and memory")
+    speed.add_argument(
+        "--attention_type",
+        *ALIASES["attention_type"],
+        dest="attention_type",
+        choices=("auto", "original", "dense", "sla", "sagesla"),
+        default="auto",
+        help=(
+            "original is dense; sagesla: sla with int8 scores; auto: sla where the weights have its"
+            " projection"
+        ),
+    )
+    speed.add_argument(
+        "--attention_impl",
+        *ALIASES["attention_impl"],
+        dest="attention_impl",
+        default="auto",
+        choices=("auto", "reference", "triton", "mosaic", "cudnn"),
+        help=(
+            "triton: every Triton kernel of this package; mosaic: those for Hopper; never a silent"
+            " fallback"
+        ),
+    )
+    speed.add_argument("--mesh", help="several devices for one video: sp=4, tp=2,sp=2, auto")
+    speed.add_argument(
+        "--sla_topk", type=float, help="share of key blocks kept (default 0.1; 0.15 for quality)"
+    )
+    speed.add_argument(
+        "--quant",
+        choices=("auto", "none", "int8", "int8_channel", "fp8"),
+        default="auto",
+        help=(
+            "auto: as stored; none: dequantise; int8 (published tiles), int8_channel, fp8 (by token"
+            " and channel): quantise at load"
+        ),
+    )
+    speed.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="of weights and computation; auto: bfloat16 on an accelerator, float32 on a CPU",
+    )
+    speed.add_argument(
+        "--vae_dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the VAE, where it is another (default: --dtype)",
+    )
+    speed.add_argument(
+        "--text_encoder_device",
+        choices=("auto", "device", "stream"),
+        default="auto",
+        help=(
+            "stream: a layer at a time, no weights stay; auto: streamed on a GPU unless --serve or"
+            " --mesh, or where not all fits together"
+        ),
+    )
+    speed.add_argument(
+        "--vae",
+        choices=("auto", "full", "tiled"),
+        default="auto",
+        help="decode whole frames or tiles; auto: tiles where a frame does not fit",
+    )
+    speed.add_argument(
+        "--low_memory",
+        action="store_true",
+        help="free every part as soon as its stage ends; stream the text encoder",
+    )
+    speed.add_argument(
+        "--compile_cache_dir",
+        metavar="DIR",
+        type=_PATH,
+        help="persistent compile cache (default: user cache); none turns it off",
+    )
+    return speed
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -1,5 +1,5 @@
 """One call of the pipeline as checked values. Everything wrong with the arguments is found here,
-before any long work."""
+before any long work, and without jax unless there is a key."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import dataclasses
 import hashlib
 import inspect
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-import jax
 import numpy as np
 
 from tdjax.checkpoints.locate import Located
@@ -37,6 +36,9 @@ from tdjax.pipeline.options import (
 from tdjax.presets import I2V_SAMPLER, PRESETS, T2V_SAMPLER, TEACHER_SAMPLER
 from tdjax.progress import Listener
 from tdjax.values import reals, settle, shown, whole
+
+if TYPE_CHECKING:
+    import jax
 
 _SIZE = ("resolution", "aspect_ratio", "width", "height", "num_frames")
 _SAMPLER = tuple(field.name for field in dataclasses.fields(SamplerConfig))
@@ -86,6 +88,8 @@ class Request:
 
     def random_key(self) -> jax.Array:
         """Returns the key that was given, or that of the seed."""
+        import jax
+
         if self.key is not None:
             return self.key
         return jax.random.key(self.seed if isinstance(self.seed, int) else 0)
@@ -374,6 +378,8 @@ def _check_floats(name: str, value: Any) -> None:
 
 def _is_key(key: Any) -> bool:
     """Whether this is one key, of jax.random.key or of jax.random.PRNGKey."""
+    import jax
+
     if not isinstance(key, jax.Array):
         return False
     if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):

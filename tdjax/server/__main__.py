@@ -1,0 +1,295 @@
+"""`python -m tdjax.server`: videos over HTTP. With no argument, the embedded demo model on this
+machine alone."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from tdjax import cli
+from tdjax.checkpoints.locate import cache_folder
+from tdjax.errors import UsageError
+from tdjax.files import refuse_unwritable
+from tdjax.generate.arguments import add_model_options, add_speed_options
+from tdjax.server.app import App
+from tdjax.server.keys import Keys, read_keys
+from tdjax.server.limits import GIB, Limits
+from tdjax.server.service import Service, note
+from tdjax.server.store import Store
+
+LOCAL = {"localhost", "127.0.0.1", "[::1]", "::1"}
+CONNECTIONS = 1000  # at once; others are answered 503
+# Limits that the command calls otherwise.
+NAMES = {name: f"max_{name}" for name in ("frames", "pixels", "steps", "body", "image_pixels")}
+EXAMPLES = """examples:
+  python -m tdjax.server
+  python -m tdjax.server --model turbowan2.1-t2v-1.3b-480p --workers 2
+  python -m tdjax.server --host 0.0.0.0 --api_keys keys.toml --allow_host videos.example.org
+
+A page for people is at /, the API that OpenAI's clients speak at /v1."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every option of the command."""
+    p = cli.Parser(
+        "python -m tdjax.server",
+        description="Videos over HTTP: POST /v1/videos, and a page at /.",
+        epilog=EXAMPLES,
+    )
+    add_model_options(p.add_argument_group("what to run"))
+    add_speed_options(p)
+    service = p.add_argument_group("service")
+    service.add_argument("--host", default="127.0.0.1", help="address to listen at")
+    service.add_argument("--port", type=int, default=8000, help="0 draws one")
+    service.add_argument(
+        "--api_keys",
+        metavar="FILE",
+        help=(
+            "TOML of keys (python -m tdjax.server.keys), or none: everybody who reaches --host may"
+            " ask (default: none on this machine alone, needed elsewhere)"
+        ),
+    )
+    service.add_argument(
+        "--allow_host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that clients know this server by, beside --host; * for any",
+    )
+    service.add_argument(
+        "--folder",
+        type=os.path.expanduser,
+        help="of jobs and videos, one server's own (default: server in tdjax's cache)",
+    )
+    service.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes that make videos, one a GPU or mesh",
+    )
+    service.add_argument(
+        "--drain", type=float, default=30, help="seconds that running jobs have when it is stopped"
+    )
+    service.add_argument("--verbose", "-v", action="store_true", help="a line for each request")
+    limits = p.add_argument_group("limits")
+    own = Limits()
+    for name, kind, text in (
+        ("queue", int, "jobs that wait"),
+        ("jobs", int, "jobs of one key that wait or run"),
+        ("max_frames", int, "of a clip"),
+        ("max_pixels", int, "of a frame"),
+        ("max_steps", int, "of the sampler"),
+        ("max_body", int, "bytes of a request"),
+        ("max_image_pixels", int, "of an image that is sent"),
+        ("job_seconds", float, "until a job that runs is given up"),
+        ("attempts", int, "how often a job is begun whose process dies"),
+    ):
+        default = getattr(own, name.removeprefix("max_"))
+        limits.add_argument(f"--{name}", type=kind, default=default, help=text)
+    limits.add_argument(
+        "--keep_hours", type=float, default=own.keep_seconds / 3600, help="that videos are kept"
+    )
+    limits.add_argument(
+        "--keep_gb", type=float, default=own.keep_bytes / GIB, help="that videos take, at most"
+    )
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 stopped, 2 usage, and those of a model that cannot be opened."""
+    return cli.main(_command, argv, parser=build_parser, names=NAMES)
+
+
+def _command(argv: list[str]) -> int:
+    args = build_parser().parse_args(argv)
+    limits, keys = limits_of(args), keys_of(args)
+    if not 1 <= args.workers <= 64:
+        raise UsageError(f"--workers is {args.workers}", "1 to 64 processes can run", "use 1")
+    if not 0 <= args.drain < math.inf:
+        raise UsageError(f"--drain is {args.drain}", "it is seconds, 0 or more", "use 30")
+    folder = Path(args.folder) if args.folder else cache_folder() / "server"
+    refuse_unwritable(folder / "jobs")
+    devices = devices_of(args.workers, args.mesh, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    with listening(args.host, args.port) as sock:
+        store = Store(folder, limits)
+        try:
+            service = Service(store, worker_command(args), devices)
+            hosts = None if "*" in args.allow_host else LOCAL | {args.host, *args.allow_host}
+            app = App(service, keys, limits, hosts).build()
+            return Server(app, service, args.drain, args.verbose).serve_on(sock)
+        finally:
+            store.close()
+
+
+def limits_of(args) -> Limits:
+    """Returns the limits of the command line. Raises UsageError."""
+    for name in ("keep_hours", "keep_gb", "job_seconds"):
+        if not 0 < getattr(args, name) < math.inf:
+            given = getattr(args, name)
+            raise UsageError(f"--{name} is {given}", "a number above zero is needed", "leave it")
+    return Limits(
+        queue=args.queue,
+        jobs=args.jobs,
+        frames=args.max_frames,
+        pixels=args.max_pixels,
+        steps=args.max_steps,
+        body=args.max_body,
+        image_pixels=args.max_image_pixels,
+        job_seconds=args.job_seconds,
+        attempts=args.attempts,
+        keep_seconds=args.keep_hours * 3600,
+        keep_bytes=int(args.keep_gb * GIB),
+    )
+
+
+def keys_of(args) -> Keys:
+    """Returns the keys of the command line. Raises UsageError where a server that others reach
+    would have none."""
+    if args.api_keys is None and args.host not in LOCAL:
+        raise UsageError(
+            f"--host {args.host} without --api_keys",
+            "whoever reaches this address could have videos made",
+            "python -m tdjax.server.keys alice > keys.toml and --api_keys keys.toml, or"
+            " --api_keys none if it is meant",
+        )
+    if args.api_keys in (None, "none"):
+        return Keys()
+    return read_keys(cli.path(args.api_keys))
+
+
+def devices_of(workers: int, mesh: str | None, visible: str | None) -> list[str | None]:
+    """Returns CUDA_VISIBLE_DEVICES of each worker: as many devices as its mesh has places.
+
+    visible: the variable as it is. One worker sees what the server sees.
+    """
+    if workers == 1:
+        return [None]
+    each = math.prod(int(n) for n in re.findall(r"[0-9]{1,4}", mesh or "")) if mesh else 1
+    names = visible.split(",") if visible else [str(n) for n in range(workers * each)]
+    if len(names) < workers * each:
+        raise UsageError(
+            f"--workers {workers} need {workers * each} devices",
+            f"CUDA_VISIBLE_DEVICES names {len(names)}",
+            f"use --workers {max(1, len(names) // each)}",
+        )
+    return [",".join(names[i * each : (i + 1) * each]) for i in range(workers)]
+
+
+def worker_command(args) -> list[str]:
+    """Returns what starts a worker that opens the model of the command line."""
+    service = build_parser()
+    names = {
+        action.dest
+        for group in service._action_groups
+        if group.title in ("what to run", "speed and memory")
+        for action in group._group_actions
+    }
+    options = {name: value for name, value in vars(args).items() if name in names}
+    return [sys.executable, "-m", "tdjax.server.worker", json.dumps(options)]
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket at an address. Raises UsageError."""
+    if not 0 <= port < 2**16:
+        raise UsageError(f"--port is {port}", "0 to 65535 are allowed", "use 8000")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        sock = socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise UsageError(
+            f"{host}:{port} cannot be listened at",
+            error.strerror or str(error),
+            "give another --port, or stop what has it",
+        ) from error
+    with sock:
+        yield sock
+
+
+class Server(uvicorn.Server):
+    """Serves until a signal, then lets jobs end."""
+
+    def __init__(self, app: Any, service: Service, drain: float, verbose: bool):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="info" if verbose else "warning",
+                access_log=verbose,
+                limit_concurrency=CONNECTIONS,
+                timeout_graceful_shutdown=5,
+                server_header=False,
+                ws="none",
+            )
+        )
+        self.service, self.drain = service, drain
+
+    def serve_on(self, sock: socket.socket) -> int:
+        """The exit code of the command."""
+        asyncio.run(self._serve_on(sock))
+        refused = self.service.refused
+        if refused is not None:
+            print(f"error: {refused}", file=sys.stderr)
+            return refused.code
+        return 0
+
+    async def _serve_on(self, sock: socket.socket) -> None:
+        watching = asyncio.create_task(self._watch_model())
+        name = sock.getsockname()
+        place = f"[{name[0]}]" if ":" in name[0] else name[0]
+        note(f"http://{place}:{name[1]} (the page), http://{place}:{name[1]}/v1 (the API)")
+        await self.serve(sockets=[sock])
+        watching.cancel()
+
+    async def _watch_model(self) -> None:
+        """Ends the server where its model cannot be opened."""
+        await self.service.model_known.wait()
+        if self.service.refused is not None:
+            self.should_exit = True
+        elif self.service.model is not None:
+            note(f"the model is {self.service.model.name}, {self.service.model.size}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Lets jobs end, while clients are still answered; another Ctrl-C ends it at once."""
+        running = sum(len(worker.jobs) for worker in self.service.workers)
+        if running and not self.force_exit:
+            note(f"stopping: {running} jobs have up to {self.drain:g} s to end")
+        stopping = asyncio.create_task(self.service.stop(self.drain))
+        while not stopping.done() and not self.force_exit:
+            await asyncio.sleep(0.05)
+        if not stopping.done():
+            stopping.cancel()
+            await self.service.stop(0)
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals end the server, and are not raised again when it has ended."""
+        before = {n: signal.signal(n, self.handle_exit) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal stops the server, a second one its jobs as well."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,480 @@
+"""The routes: videos as OpenAI's clients know them, what operators ask, and the page."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from tdjax.errors import UsageError
+from tdjax.files import written
+from tdjax.server import store
+from tdjax.server.asking import (
+    FORMATS,
+    Asked,
+    Unfit,
+    asked,
+    decoded_image,
+    fields_of,
+    read_body,
+    spelled,
+)
+from tdjax.server.keys import Key, Keys
+from tdjax.server.limits import Limits
+from tdjax.server.metrics import Metrics
+from tdjax.server.service import Service
+from tdjax.server.store import Conflict, Full, Job
+
+PAGE = Path(__file__).parent / "page.html"
+LARGE = 2**20  # bytes: of bodies from here on only some are read at a time
+LARGE_AT_ONCE = 4
+IDEMPOTENCY = 200  # characters of a key
+STARTING = 10.0  # seconds that a request waits for a model that is being opened
+
+
+class App:
+    """One server's routes over its service.
+
+    hosts: names under which it is asked; None: any. Others are refused, so that no page of another
+           site reaches a server of this machine by a name of its own.
+    """
+
+    def __init__(self, service: Service, keys: Keys, limits: Limits, hosts: set[str] | None):
+        self.service, self.keys, self.limits, self.hosts = service, keys, limits, hosts
+        self.metrics = Metrics(service)
+        service.on_end = self.metrics.ended
+        self.decoder = ThreadPoolExecutor(1, "image")
+        self.large = asyncio.Semaphore(LARGE_AT_ONCE)
+        self.page = PAGE.read_text(encoding="utf-8")
+        self.policy = content_policy(self.page)
+
+    def build(self) -> Starlette:
+        """Returns the application."""
+        one = "/v1/videos/{id}"
+        routes = [
+            Route("/", self.show_page),
+            Route("/health", self.health),
+            Route("/ready", self.readiness),
+            Route("/metrics", self.show_metrics),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{id:path}", self.one_model),
+            Route("/v1/videos", self.create, methods=["POST"]),
+            Route("/v1/videos", self.page_of_jobs),
+            Route("/v1/videos/sync", self.create_and_wait, methods=["POST"]),
+            Route(one, self.retrieve),
+            Route(one, self.delete, methods=["DELETE"]),
+            Route(one + "/cancel", self.cancel, methods=["POST"]),
+            Route(one + "/content", self.content),
+            Route(one + "/events", self.events),
+        ]
+        app = Starlette(
+            routes=routes,
+            lifespan=self._lifespan,
+            exception_handlers={
+                HTTPException: _http_error,  # type: ignore[dict-item]
+                Unfit: _unfit,  # type: ignore[dict-item]
+                UsageError: _usage,  # type: ignore[dict-item]
+                Full: self._full,  # type: ignore[dict-item]
+                Conflict: _conflict,  # type: ignore[dict-item]
+                Exception: _fault,
+            },
+        )
+        app.add_middleware(_Guard, hosts=self.hosts)
+        return app
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self.service.start()
+        yield
+        await self.service.stop(0)
+        self.decoder.shutdown(cancel_futures=True)
+
+    # -- who asks, and for what --------------------------------------------------------------------
+
+    def _key(self, request: Request) -> Key:
+        key = self.keys.of(request.headers.get("authorization"))
+        if key is None:
+            why = "no valid API key: send Authorization: Bearer KEY"
+            raise HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
+        return key
+
+    def _job(self, request: Request) -> Job:
+        id = request.path_params["id"]
+        job = self.service.store.get(id, self._key(request).name)
+        if job is None:
+            raise HTTPException(404, "no video has this id: it was deleted, or is another key's")
+        return job
+
+    async def _asked(self, request: Request, key: Key) -> tuple[Asked, str]:
+        """(what is asked for, digest of the request)."""
+        await self._model_known()
+        declared = request.headers.get("content-length", "")
+        small = declared.isascii() and declared.isdigit() and len(declared) < 8
+        crowded = not small or int(declared) > LARGE
+        async with self.large if crowded else contextlib.nullcontext():
+            body = await read_body(request, self.limits)
+            fields, data = await fields_of(request, body)
+            del body
+            digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode() + (data or b""))
+            model = self.service.model
+            assert model is not None
+            name = fields.get("model")
+            if name is not None and name != model.name:
+                raise HTTPException(404, f"the model here is {model.name}; /v1/models lists it")
+            image = None
+            if data is not None:
+                image = await self._in_thread(decoded_image, data, self.limits.image_pixels)
+            return asked(fields, image, model, key.limits(self.limits)), digest.hexdigest()
+
+    async def _model_known(self) -> None:
+        """Waits for a model that is being opened. Raises HTTPException."""
+        if self.service.draining:
+            raise HTTPException(503, "the server is being stopped", {"Retry-After": "30"})
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.service.model_known.wait(), STARTING)
+        if self.service.model is None:
+            raise HTTPException(503, "the model is being opened", {"Retry-After": "10"})
+
+    async def _in_thread(self, function, *arguments):
+        return await asyncio.get_running_loop().run_in_executor(self.decoder, function, *arguments)
+
+    async def _add(self, request: Request) -> Job:
+        """The job that a request becomes. Raises what the handlers answer."""
+        key = self._key(request)
+        idempotency = request.headers.get("idempotency-key")
+        if idempotency is not None and not re.fullmatch(rf"[!-~]{{1,{IDEMPOTENCY}}}", idempotency):
+            why = f"1 to {IDEMPOTENCY} printable characters without blanks are allowed"
+            raise UsageError("the Idempotency-Key cannot be taken", why, "use a UUID")
+        what, digest = await self._asked(request, key)
+        id, jobs = store.new_id(), self.service.store
+        job: Job | None = None
+        try:
+            if what.image is not None:
+                await self._in_thread(_save_image, jobs.image(id), what.image)
+            job = jobs.add(
+                key.name,
+                what.arguments,
+                digest=digest,
+                shape=what.shape,
+                priority=key.priority,
+                jobs=key.limits(self.limits).jobs,
+                idempotency=idempotency,
+                id=id,
+            )
+        finally:
+            if job is None or job.id != id:
+                jobs.image(id).unlink(missing_ok=True)
+        self.service.feed()
+        return job
+
+    # -- videos ------------------------------------------------------------------------------------
+
+    async def create(self, request: Request) -> Response:
+        """Queues a video."""
+        job = await self._add(request)
+        return JSONResponse(self.shown(self.service.store.get(job.id) or job))
+
+    async def create_and_wait(self, request: Request) -> Response:
+        """Makes a video and returns it. A client that goes away ends it."""
+        job = await self._add(request)
+        gone = asyncio.create_task(_gone(request))
+        waiting = asyncio.create_task(self._wait(job.id))
+        await asyncio.wait({gone, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            waiting.cancel()
+            self.service.cancel(job)
+            return Response(status_code=499)
+        gone.cancel()
+        ended = waiting.result()
+        if ended is None or ended.status == store.CANCELLED:
+            return _error(409, "the video was cancelled", "cancelled")
+        if ended.status == store.FAILED:
+            assert ended.error is not None
+            status = 400 if ended.error["code"] == "invalid_request" else 500
+            return _error(status, ended.error["message"], ended.error["code"])
+        if ended.status != store.COMPLETED:
+            return _error(503, f"the server is being stopped; {job.id} is kept", "stopped")
+        return self._file(ended)
+
+    async def _wait(self, id: str) -> Job | None:
+        last: Job | None = None
+        async for job in self.service.news(id):
+            last = job or last
+        return self.service.store.get(id)
+
+    async def page_of_jobs(self, request: Request) -> Response:
+        """A page of the key's videos."""
+        key, query = self._key(request), request.query_params
+        limit, order = query.get("limit", "20"), query.get("order", "desc")
+        if not re.fullmatch("[0-9]{1,3}", limit) or not 1 <= int(limit) <= 100:
+            raise UsageError(f"limit is {limit[:20]!r}", "1 to 100 are allowed", "use 20")
+        if order not in ("asc", "desc"):
+            raise UsageError(f"order is {order[:20]!r}", "asc and desc are allowed", "use desc")
+        jobs = self.service.store.page(
+            key.name, query.get("after"), int(limit) + 1, order == "desc"
+        )
+        data = [self.shown(job) for job in jobs[: int(limit)]]
+        return JSONResponse(
+            {
+                "object": "list",
+                "data": data,
+                "first_id": data[0]["id"] if data else None,
+                "last_id": data[-1]["id"] if data else None,
+                "has_more": len(jobs) > int(limit),
+            }
+        )
+
+    async def retrieve(self, request: Request) -> Response:
+        """One video's state."""
+        return JSONResponse(self.shown(self._job(request)))
+
+    async def delete(self, request: Request) -> Response:
+        """Removes a video; one that is being made is ended."""
+        job = self._job(request)
+        self.service.delete(job)
+        return JSONResponse({"id": job.id, "object": "video.deleted", "deleted": True})
+
+    async def cancel(self, request: Request) -> Response:
+        """Ends a video that waits or is made."""
+        job = self._job(request)
+        if not self.service.cancel(job) and job.status != store.CANCELLED:
+            return _error(409, f"the video is {job.status} already", "ended")
+        return JSONResponse(self.shown(self._job(request)))
+
+    async def content(self, request: Request) -> Response:
+        """The file of a complete video."""
+        job, variant = self._job(request), request.query_params.get("variant", "video")
+        if variant not in ("video", "thumbnail"):
+            raise UsageError(
+                f"variant is {variant[:20]!r}", "allowed: video, thumbnail", "nearest: thumbnail"
+            )
+        if job.status != store.COMPLETED:
+            return _error(409, f"the video is {job.status}", "not_completed")
+        return self._file(job, thumbnail=variant == "thumbnail")
+
+    def _file(self, job: Job, thumbnail: bool = False) -> Response:
+        jobs = self.service.store
+        path = jobs.thumbnail(job) if thumbnail else jobs.video(job)
+        if not path.is_file():
+            return _error(404, "the file is no longer kept", "expired")
+        kind = "image/jpeg" if thumbnail else FORMATS[job.request["format"]]
+        response = FileResponse(path, media_type=kind, filename=f"{job.id}{path.suffix}")
+        response.headers["X-Video-Id"] = job.id
+        response.headers["Cache-Control"] = "private"
+        return response
+
+    async def events(self, request: Request) -> Response:
+        """A video's states as they change, as server-sent events."""
+        job = self._job(request)
+
+        async def lines() -> AsyncIterator[str]:
+            async for news in self.service.news(job.id):
+                if news is None:
+                    yield ": still there\n\n"
+                else:
+                    yield f"event: {news.status}\ndata: {json.dumps(self.shown(news))}\n\n"
+
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+
+    def shown(self, job: Job) -> dict[str, Any]:
+        """Returns a job as OpenAI's clients read a video; the names after `error` are tdjax's."""
+        request = job.request
+        progress = self.service.progress.get(job.id)
+        percent = progress.percent if progress else 0
+        expires = None
+        if job.completed_at is not None:
+            expires = int(job.completed_at + self.limits.keep_seconds)
+        completed = job.status == store.COMPLETED
+        return {
+            "id": job.id,
+            "object": "video",
+            "model": request["model"],
+            "status": job.status,
+            "progress": 100 if completed else percent,
+            "created_at": int(job.created_at),
+            "completed_at": int(job.completed_at) if job.completed_at and completed else None,
+            "expires_at": expires,
+            "prompt": request["prompt"],
+            "seconds": f"{(request['num_frames'] - 1) / request['fps']:g}",
+            "size": f"{request['width']}x{request['height']}",
+            "remixed_from_video_id": None,
+            "error": job.error,
+            "stage": progress.stage if progress else "",
+            "seed": request["seed"],
+            "num_frames": request["num_frames"],
+            "num_steps": request["num_steps"],
+            "fps": request["fps"],
+            "format": request["format"],
+            "warnings": (job.result or {}).get("warnings", []),
+            "timings": (job.result or {}).get("timings", {}),
+        }
+
+    # -- models and the server ---------------------------------------------------------------------
+
+    async def models(self, request: Request) -> Response:
+        """The model that is served."""
+        self._key(request)
+        await self._model_known()
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def one_model(self, request: Request) -> Response:
+        """The same, by its name."""
+        self._key(request)
+        await self._model_known()
+        if request.path_params["id"] != self._model()["id"]:
+            raise HTTPException(404, f"the model here is {self._model()['id']}")
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        model = self.service.model
+        assert model is not None
+        size = model.size
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "tdjax",
+            "task": model.task,
+            "size": f"{size.width}x{size.height}",
+            "num_frames": size.frames,
+            "num_steps": model.sampler.num_steps,
+            "prompts": list(model.prompts[:8]),
+        }
+
+    async def health(self, request: Request) -> Response:
+        """Whether the web process lives."""
+        return JSONResponse({"status": "ok"})
+
+    async def readiness(self, request: Request) -> Response:
+        """Whether a job would begin now."""
+        ready = self.service.ready
+        return JSONResponse({"ready": ready}, 200 if ready else 503)
+
+    async def show_metrics(self, request: Request) -> Response:
+        """For Prometheus."""
+        self._key(request)
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def show_page(self, request: Request) -> Response:
+        """For people."""
+        headers = {"Content-Security-Policy": self.policy, "Cache-Control": "no-cache"}
+        return Response(self.page, media_type="text/html", headers=headers)
+
+    async def _full(self, request: Request, error: Full) -> Response:
+        headers = {"Retry-After": str(self.service.retry_after())}
+        return _error(429, str(error), "queue_full", headers=headers)
+
+
+class _Guard:
+    """Refuses what another site's page makes a browser send, and names that are not this
+    server's."""
+
+    def __init__(self, app, hosts: set[str] | None):
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "http":
+            headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+            host, origin = headers.get(b"host", ""), headers.get(b"origin")
+            response: Response | None = None
+            if self.hosts is not None and _name_of(host) not in self.hosts:
+                response = _error(421, "the server is not known under this name", "host")
+            elif origin is not None and origin.partition("://")[2] != host:
+                response = _error(403, "requests of other sites' pages are refused", "origin")
+            if response is not None:
+                await response(scope, receive, send)
+                return
+
+        async def sending(message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"referrer-policy", b"no-referrer"),
+                ]
+            await send(message)
+
+        await self.app(scope, receive, sending)
+
+
+def _name_of(host: str) -> str:
+    """The name in a Host header, without its port."""
+    return host.rpartition(":")[0] if re.search(r":[0-9]*$", host) else host
+
+
+def content_policy(page: str) -> str:
+    """What the page may do: run its own script and style, and ask this server."""
+
+    def hashes(tag: str) -> str:
+        found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.S)
+        digests = (base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in found)
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')};"
+        " connect-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:;"
+        " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+async def _gone(request: Request) -> None:
+    """Waits until the client has gone away."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.5)
+
+
+def _save_image(path: Path, image: np.ndarray) -> None:
+    """An image as a file that is quick to write."""
+    with written(path, overwrite=True) as part:
+        Image.fromarray(image).save(part, compress_level=1)
+
+
+# Errors as OpenAI's clients read them
+# --------------------------------------------------------------------------------------------------
+
+
+def _error(
+    status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = {"message": message, "type": kind, "param": None, "code": code}
+    return JSONResponse({"error": body}, status, headers)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    headers = dict(error.headers or {})
+    return _error(error.status_code, error.detail, headers=headers)
+
+
+async def _unfit(request: Request, error: Unfit) -> Response:
+    # What has not been read of a body that is too large is not read: the connection ends.
+    headers = {"Connection": "close"} if error.status in (408, 413) else None
+    return _error(error.status, spelled(error), headers=headers)
+
+
+async def _usage(request: Request, error: UsageError) -> Response:
+    return _error(400, spelled(error), "invalid_value")
+
+
+async def _conflict(request: Request, error: Conflict) -> Response:
+    return _error(409, str(error), "idempotency")
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    return _error(500, "the server failed; its log says more", "internal")

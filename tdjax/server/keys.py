@@ -1,0 +1,153 @@
+"""Who may ask a server: keys, of which only hashes are kept. `python -m tdjax.server.keys NAME`
+draws one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import re
+import secrets
+import sys
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+from tdjax import cli
+from tdjax.errors import UsageError
+from tdjax.files import near
+from tdjax.server.limits import Limits
+from tdjax.values import settle
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Key:
+    """Who asks. priority: of the jobs, higher ones run first. jobs, frames, pixels: limits of this
+    key below those of the server; None: the server's."""
+
+    name: str
+    priority: int = 0
+    jobs: int | None = None
+    frames: int | None = None
+    pixels: int | None = None
+
+    def __post_init__(self):
+        settle(self)
+
+    def limits(self, server: Limits) -> Limits:
+        """Returns the server's limits, with the key's own where they are lower."""
+        own = {
+            name: min(getattr(self, name), getattr(server, name))
+            for name in ("jobs", "frames", "pixels")
+            if getattr(self, name) is not None
+        }
+        return dataclasses.replace(server, **own)
+
+
+NOBODY = Key(name="")  # who asks where no keys are needed
+
+
+class Keys:
+    """The keys of a server by the SHA-256 of their text; none: everybody may ask."""
+
+    def __init__(self, by_digest: dict[str, Key] | None = None):
+        self.by_digest = by_digest or {}
+
+    def of(self, authorization: str | None) -> Key | None:
+        """Returns the key of a header "Bearer KEY", None where there is no such key."""
+        if not self.by_digest:
+            return NOBODY
+        scheme, _, text = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer":
+            return None
+        return self.by_digest.get(digest(text.strip()))
+
+
+def digest(text: str) -> str:
+    """The SHA-256 of a key's text. Keys are drawn with 256 bits, so that no slow hash is needed."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def read_keys(path: Path) -> Keys:
+    """Returns the keys of a TOML file: a table for each, with sha256 and perhaps limits. Raises
+    UsageError."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{path} cannot be read",
+            str(error),
+            "it is TOML, with a table for each key: python -m tdjax.server.keys NAME",
+        ) from error
+    keys: dict[str, Key] = {}
+    for name, table in tables.items():
+        values = dict(table) if isinstance(table, dict) else {}
+        hashed = values.pop("sha256", None)
+        if not isinstance(hashed, str) or not re.fullmatch(r"[0-9a-f]{64}", hashed):
+            raise _bad_key(path, name, "it has no sha256 of 64 hexadecimal digits")
+        if hashed in keys:
+            raise _bad_key(path, name, f"it is the same key as {keys[hashed].name}")
+        known = {field.name for field in dataclasses.fields(Key)} - {"name"}
+        for unknown in set(values) - known:
+            close = near(unknown, known, cutoff=0.0)[0]
+            raise _bad_key(path, name, f"{unknown} is unknown; nearest: {close}")
+        keys[hashed] = Key(name=name, **values)
+    if not keys:
+        raise UsageError(
+            f"{path} has no keys",
+            "with an empty file nobody could ask",
+            f"python -m tdjax.server.keys NAME >> {path}",
+        )
+    return Keys(keys)
+
+
+def _bad_key(path: Path, name: str, why: str) -> UsageError:
+    return UsageError(
+        f"{path}: the key {name}", why, "python -m tdjax.server.keys NAME draws a key"
+    )
+
+
+def table_of(name: str, text: str) -> str:
+    """The lines that stand in the file for a key."""
+    return f'[{name}]\nsha256 = "{digest(text)}"\n'
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every option of the command that draws keys."""
+    p = cli.Parser(
+        "python -m tdjax.server.keys",
+        description=(
+            "Draws API keys for python -m tdjax.server --api_keys FILE. Lines for the file, with"
+            " hashes, go to stdout; the keys, which are stored nowhere, to stderr."
+        ),
+    )
+    p.add_argument("names", nargs="+", metavar="NAME", help="whom each is for: letters, digits, _-")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 ok, 2 usage."""
+    return cli.main(_command, argv, parser=build_parser)
+
+
+def _command(argv: list[str]) -> int:
+    print(*drawn(build_parser().parse_args(argv).names), sep="\n", end="")
+    return 0
+
+
+def drawn(names: Iterable[str]) -> list[str]:
+    """Returns the tables of new keys, after telling each key on stderr. Raises UsageError."""
+    tables = []
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+            raise UsageError(
+                f"the name {name!r}", "letters, digits, _ and -, 64 at most", "for example alice"
+            )
+        text = f"tdjax-{secrets.token_urlsafe(32)}"
+        print(f"{name}: {text}", file=sys.stderr)
+        tables.append(table_of(name, text))
+    return tables
+
+
+if __name__ == "__main__":
+    cli.run(main)

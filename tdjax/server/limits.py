@@ -1,0 +1,46 @@
+"""What a server allows, as one frozen value."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tdjax.errors import UsageError
+from tdjax.values import settle
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request, one key and the queue may have.
+
+    queue:  jobs that wait, of all keys; jobs: that wait or run, of one key.
+    frames: of a clip; pixels: of a frame; steps: of the sampler.
+    body:   bytes of a request; image_pixels: of an image that is sent; body_seconds: until a
+            request has arrived.
+    job_seconds: until a job that runs is given up, with its worker. attempts: how often a job is
+            begun, where the process that ran it dies each time.
+    keep_seconds, keep_bytes: of finished videos; the oldest go first.
+    """
+
+    queue: int = 200
+    jobs: int = 100
+    frames: int = 161
+    pixels: int = 1280 * 720
+    steps: int = 60
+    body: int = 20 * 2**20
+    image_pixels: int = 24_000_000
+    body_seconds: float = 30.0
+    job_seconds: float = 3600.0
+    attempts: int = 3
+    keep_seconds: float = 7 * 86400.0
+    keep_bytes: int = 20 * GIB
+
+    def __post_init__(self):
+        settle(self)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not value > 0:
+                raise UsageError(
+                    f"`{field.name}` is {value}", "a limit is a number above zero", "leave it away"
+                )

@@ -1,0 +1,230 @@
+"""The process that makes videos: `python -m tdjax.server.worker JSON`, started by the server.
+
+It reads orders from its standard input and tells of them on its standard output, a JSON value a
+line. It ends when its input does, so that none outlives the server. While a file is written the
+next video is made.
+
+orders: {"do": "make", "id", "request", "image", "video", "thumbnail"} and {"do": "cancel",
+        "id"}.
+told:   {"event": "model", "info"}, "ready", and of a job, with its "id": "progress" ("progress" in
+        percent, "stage"), "made" (another one may come), then one of "done" ("result"), "failed"
+        ("code", "message") and "cancelled".
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from tdjax import cli
+from tdjax.errors import Cancelled, NotFinite, OutOfMemory, TdjaxError, UsageError
+
+Tell = Callable[..., None]
+WRITING = 2  # videos that are made and not yet written; another one waits until there is room
+TEXT, STEPS, FRAMES = 5, 80, 97  # percent that are done after each part
+# Errors whose lines a client may read; those of weight files name folders of this machine.
+CODES = {UsageError: "invalid_request", OutOfMemory: "out_of_memory", NotFinite: "not_finite"}
+
+
+class Maker(Protocol):
+    """What a worker does its work with."""
+
+    def open(self) -> dict[str, Any]:
+        """Returns what the server tells clients of the model, as JSON values."""
+
+    def warm(self) -> None:
+        """Compiles what most requests will need."""
+
+    def make(self, order: dict[str, Any], told: Tell, cancel: threading.Event) -> Any:
+        """Returns a video that is not yet written. told: called with percent and stage."""
+
+    def write(self, order: dict[str, Any], made: Any) -> dict[str, Any]:
+        """Writes it, and returns what the server keeps of it, as JSON values."""
+
+
+class PipelineMaker:
+    """Videos by a pipeline. options: those of `python -m tdjax.server` that name and open the
+    model."""
+
+    def __init__(self, options: dict[str, Any]):
+        self.args = argparse.Namespace(**options)
+        self.pipe: Any = None
+
+    def open(self) -> dict[str, Any]:
+        """Opens the model; no weights are read yet."""
+        note = cli.set_compile_cache(self.args.compile_cache_dir)
+        from tdjax.checkpoints.locate import PATHS
+        from tdjax.generate.__main__ import pipeline_options
+        from tdjax.pipeline.load import open_pipeline
+        from tdjax.progress import LibraryStages
+
+        stages = LibraryStages(False)
+        if note:
+            stages.note(note)
+        cli.start_jax(stages.note)
+        args = self.args
+        self.pipe = open_pipeline(
+            args.model,
+            pipeline_options(args, args.text_encoder_device),
+            {name: getattr(args, name) for name in PATHS},
+            revision=args.revision,
+            offline=args.offline,
+            stages=stages,
+        )
+        return dataclasses.asdict(self.pipe.info)
+
+    def warm(self) -> None:
+        """Compiles for the model's own size and steps."""
+        self.pipe.warmup()
+
+    def make(self, order: dict[str, Any], told: Tell, cancel: threading.Event) -> Any:
+        """Runs the pipeline."""
+        arguments = dict(order["request"])
+        for name in ("model", "format"):  # of the answer, and of the file
+            arguments.pop(name)
+        if order["image"]:
+            arguments["image"] = order["image"]
+        frames = arguments["num_frames"]
+        shown = 0
+
+        def on_stage(name: str) -> None:
+            if name == "denoise":
+                told(progress=TEXT, stage=name)
+
+        def on_step(step: int, steps: int) -> None:
+            told(progress=TEXT + (STEPS - TEXT) * step // steps, stage="denoise")
+
+        def on_frames(number: int, chunk) -> None:
+            nonlocal shown
+            shown += len(chunk)
+            told(progress=STEPS + (FRAMES - STEPS) * shown // frames, stage="decode")
+
+        return self.pipe(
+            arguments.pop("prompt"),
+            **arguments,
+            on_stage=on_stage,
+            on_step=on_step,
+            on_frames=on_frames,
+            cancel=cancel,
+        )
+
+    def write(self, order: dict[str, Any], made: Any) -> dict[str, Any]:
+        """Writes the video, its metadata and a picture of its first frame."""
+        from tdjax.files import written
+        from tdjax.generate.outputs import DEMO_UPSCALE
+
+        factor = DEMO_UPSCALE if self.pipe.info.language else 1
+        with written(Path(order["thumbnail"]), overwrite=True) as part:
+            made.frame().save(part, quality=85)
+        made.save(Path(order["video"]), overwrite=True, upscale=factor)
+        return {"timings": made.timings, "warnings": made.warnings}
+
+
+class Worker:
+    """Orders of one stream, made by one maker, told on another stream."""
+
+    def __init__(self, maker: Maker, orders: TextIO, told: TextIO):
+        self.maker, self.orders, self.out = maker, orders, told
+        self.todo: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.cancels: dict[str, threading.Event] = {}
+        self.lock = threading.Lock()
+        self.room = threading.Semaphore(WRITING)
+
+    def tell(self, event: str, **values: Any) -> None:
+        """Writes one line to the server."""
+        line = json.dumps({"event": event, **values})
+        with self.lock:
+            self.out.write(line + "\n")
+            self.out.flush()
+
+    def run(self) -> int:
+        """Works until the orders end; the process's exit code."""
+        try:
+            self.tell("model", info=self.maker.open())
+            threading.Thread(target=self._read, daemon=True).start()
+            self.maker.warm()
+        except TdjaxError as error:
+            self.tell("refused", message=str(error), code=error.exit_code)
+            return error.exit_code
+        self.tell("ready")
+        with ThreadPoolExecutor(1) as writer:
+            while True:
+                self.room.acquire()
+                if not self._make(self.todo.get(), writer):
+                    return 1
+
+    def _read(self) -> None:
+        """Takes orders in; ends the process with them, whatever runs."""
+        for line in self.orders:
+            order = json.loads(line)
+            if order["do"] == "make":
+                self.cancels[order["id"]] = threading.Event()
+                self.todo.put(order)
+            elif order["id"] in self.cancels:
+                self.cancels[order["id"]].set()
+        os._exit(0)
+
+    def _make(self, order: dict[str, Any], writer: ThreadPoolExecutor) -> bool:
+        """Whether the process can go on after a job."""
+        id = order["id"]
+        told = lambda **values: self.tell("progress", id=id, **values)
+        try:
+            made = self.maker.make(order, told, self.cancels[id])
+        except Cancelled:
+            self.tell("cancelled", id=id)
+        except TdjaxError as error:
+            traceback.print_exc()
+            code = CODES.get(type(error), "internal")
+            message = str(error) if type(error) in CODES else _internal(error)
+            self.tell("failed", id=id, code=code, message=message)
+        except Exception as error:  # of the device, or a fault here: this process is not trusted
+            traceback.print_exc()
+            self.tell("failed", id=id, code="internal", message=_internal(error))
+            return False
+        else:
+            self.tell("made", id=id)
+            writer.submit(self._write, order, made)
+            return True
+        self.room.release()
+        del self.cancels[id]
+        return True
+
+    def _write(self, order: dict[str, Any], made: Any) -> None:
+        id = order["id"]
+        try:
+            result = self.maker.write(order, made)
+        except Exception as error:  # such as a full disk
+            traceback.print_exc()
+            self.tell("failed", id=id, code="not_written", message=_internal(error))
+        else:
+            self.tell("done", id=id, result=result)
+        finally:
+            del self.cancels[id]
+            self.room.release()
+
+
+def _internal(error: Exception) -> str:
+    """What clients are told of an error that is not theirs: no message, which may name files."""
+    return f"the server failed ({type(error).__name__}); its log says more"
+
+
+def serve(maker: Maker) -> int:
+    """Works for the server that started this process. What libraries print goes to stderr, as the
+    standard output is the server's."""
+    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return Worker(maker, sys.stdin, told).run()
+
+
+if __name__ == "__main__":
+    cli.run(lambda: serve(PipelineMaker(json.loads(sys.argv[1]))))

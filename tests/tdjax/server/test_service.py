@@ -1,0 +1,108 @@
+"""Workers that die, hang, fail and are stopped: every job ends once, and none is lost."""
+
+import os
+import signal
+import time
+
+import pytest
+from server_cases import serving, until
+from stub_worker import MODEL
+
+from tdjax.server.service import _model
+
+
+def kill_worker(served, number=0):
+    process = served.service.workers[number].process
+    os.kill(process.pid, signal.SIGKILL)
+    until(lambda: served.service.workers[number].process is not process)
+
+
+def running(served, id):
+    return until(lambda: served.get(id)["status"] == "in_progress")
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A server that gives jobs up soon."""
+    with serving(tmp_path_factory.mktemp("short"), attempts=2, job_seconds=3.0) as server:
+        yield server
+
+
+def test_a_job_whose_worker_dies_is_made_by_the_next(short):
+    id, waiting = short.add("sleep 0.5"), short.add("a fox")
+    running(short, id)
+    kill_worker(short)
+    assert short.get(id)["status"] == "queued"
+    jobs = short.ended(id), short.ended(waiting)
+    assert [job["status"] for job in jobs] == ["completed", "completed"]
+    names = [path.name for path in short.service.store.videos.glob(f"{id}.*.mp4")]
+    assert names == [f"{id}.2.mp4"]
+
+
+def test_a_job_that_kills_workers_fails_and_the_others_do_not(short):
+    poison, fine = short.add("die"), short.add("a fox")
+    assert short.ended(poison)["error"]["code"] == "worker_died"
+    assert short.ended(fine)["status"] == "completed"
+
+
+def test_a_fault_fails_its_job_without_a_word_of_the_machine(short):
+    starts = short.service.workers[0].starts
+    broken, fine = short.add("break"), short.add("a fox")
+    error = short.ended(broken)["error"]
+    assert error["code"] == "internal" and "RuntimeError" in error["message"]
+    assert "secret" not in error["message"]
+    assert short.ended(fine)["status"] == "completed"
+    assert short.service.workers[0].starts == starts + 1
+
+
+@pytest.mark.slow  # it waits for the limit
+def test_a_job_that_takes_too_long_is_given_up(short):
+    stuck, fine = short.add("sleep 60"), short.add("a fox")
+    assert short.ended(stuck)["error"]["code"] == "timeout"
+    assert short.ended(fine)["status"] == "completed"
+
+
+def test_workers_share_the_queue(tmp_path):
+    with serving(tmp_path, workers=2) as server:
+        until(lambda: all(worker.ready for worker in server.service.workers))
+        ids = [server.add("sleep 0.3") for _ in range(4)]
+        until(lambda: all(worker.jobs for worker in server.service.workers))
+        assert {server.ended(id)["status"] for id in ids} == {"completed"}
+
+
+def test_a_server_that_stops_keeps_what_was_not_made(tmp_path):
+    with serving(tmp_path) as server:
+        running(server, long := server.add("sleep 60"))
+        waiting = server.add("a fox")
+    with serving(tmp_path) as server:
+        assert server.get(long)["status"] == "in_progress"
+        assert server.service.store.get(long).deaths == 0
+        server.client.delete(f"/v1/videos/{long}")
+        assert server.ended(waiting)["status"] == "completed"
+
+
+def test_a_model_that_cannot_be_opened_is_said(tmp_path):
+    with serving(tmp_path, task="none") as server:
+        until(lambda: server.service.refused is not None)
+        assert "no such model" in str(server.service.refused) and server.service.refused.code == 2
+        assert server.client.get("/ready").status_code == 503
+        assert server.post("a fox").status_code == 503
+
+
+def test_what_a_worker_tells_of_its_model_is_the_model():
+    import dataclasses
+    import json
+
+    assert _model(json.loads(json.dumps(dataclasses.asdict(MODEL)))) == MODEL
+
+
+def test_the_time_until_a_place_is_free_is_bounded(short):
+    service = short.service
+    before, service.seconds = service.seconds, 1e9
+    assert service.retry_after() == 600
+    service.seconds = 0.0
+    assert service.retry_after() == 1
+    service.seconds = before
+    begun = time.monotonic()
+    short.ended(short.add("a fox"))
+    assert time.monotonic() - begun < 5

@@ -1,0 +1,185 @@
+"""Jobs in their file: who comes next, what ends once, and what is found after a crash."""
+
+import pytest
+
+from tdjax.errors import UsageError
+from tdjax.server import store
+from tdjax.server.limits import Limits
+from tdjax.server.store import Conflict, Full, Store
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    opened = Store(tmp_path, Limits(queue=20, jobs=20, attempts=2))
+    yield opened
+    opened.close()
+
+
+def add(opened, owner="", shape="small", **values):
+    request = {"format": "mp4", "prompt": "a"}
+    return opened.add(owner, request, digest=values.pop("digest", "d"), shape=shape, **values)
+
+
+def written(jobs, job, content=b"video"):
+    jobs.video(job).write_bytes(content)
+    return job
+
+
+def test_jobs_come_back_as_they_went(jobs):
+    job = add(jobs, owner="alice", priority=2)
+    assert jobs.get(job.id) == job and job.status == "queued" and job.request["prompt"] == "a"
+    assert jobs.get(job.id, "alice") == job
+    assert jobs.get(job.id, "bob") is None and jobs.get("video_none") is None
+
+
+def test_the_oldest_comes_first(jobs):
+    ids = [add(jobs).id for _ in range(4)]
+    assert [jobs.claim().id for _ in ids] == ids
+    assert jobs.claim() is None
+
+
+def test_a_higher_priority_comes_before_all(jobs):
+    add(jobs, shape="small")
+    high = add(jobs, shape="large", priority=1)
+    assert jobs.claim("small").id == high.id
+
+
+def test_jobs_of_one_shape_run_in_a_row(jobs):
+    small, large, small_again = add(jobs), add(jobs, shape="large"), add(jobs)
+    assert jobs.claim().id == small.id
+    assert jobs.claim("small").id == small_again.id
+    assert jobs.claim("small").id == large.id
+
+
+def test_owners_take_turns(jobs):
+    for owner in ("alice", "alice", "alice", "bob", "carol", "bob"):
+        add(jobs, owner=owner)
+    order = [jobs.claim().owner for _ in range(6)]
+    assert order == ["alice", "bob", "carol", "alice", "bob", "alice"]
+
+
+def test_a_job_ends_once(jobs):
+    add(jobs)
+    job = written(jobs, jobs.claim())
+    assert jobs.complete(job, {"timings": {}})
+    assert not jobs.fail(job, "late", "too late") and not jobs.cancel(job.id)
+    after = jobs.get(job.id)
+    assert after.status == "completed" and after.bytes == 5 and after.result == {"timings": {}}
+
+
+def test_a_beginning_that_was_given_up_ends_nothing(jobs):
+    add(jobs)
+    first = jobs.claim()
+    assert not jobs.give_back(first, counted=True)
+    second = written(jobs, jobs.claim())
+    written(jobs, first, b"of the first")
+    assert first.id == second.id and not jobs.complete(first, {})
+    assert not jobs.video(first).exists() and jobs.video(second).exists()
+    assert jobs.complete(second, {}) and jobs.get(second.id).attempts == 2
+
+
+def test_a_job_that_kills_its_worker_fails_in_the_end(jobs):
+    add(jobs)
+    assert not jobs.give_back(jobs.claim(), counted=True)
+    assert not jobs.give_back(jobs.claim(), counted=False)  # the server was stopped
+    assert jobs.give_back(jobs.claim(), counted=True)
+    job = jobs.page("", None, 1, True)[0]
+    assert job.status == "failed" and job.error["code"] == "worker_died"
+
+
+def test_a_job_without_its_video_is_not_complete(jobs):
+    add(jobs)
+    job = jobs.claim()
+    jobs.complete(job, {})
+    assert jobs.get(job.id).error["code"] == "no_video"
+
+
+def test_cancelled_jobs_end_and_leave_no_files(jobs):
+    waiting = add(jobs)
+    assert jobs.cancel(waiting.id) and not jobs.cancel(waiting.id)
+    add(jobs)
+    running = written(jobs, jobs.claim())
+    jobs.image(running.id).write_bytes(b"image")
+    assert jobs.cancel(running.id)
+    assert not list(jobs.videos.iterdir()) and not list(jobs.inputs.iterdir())
+    written(jobs, running)  # its worker had not heard yet
+    assert not jobs.complete(running, {}) and not list(jobs.videos.iterdir())
+
+
+def test_one_key_of_idempotency_is_one_job(jobs):
+    first = add(jobs, owner="alice", idempotency="k")
+    assert add(jobs, owner="alice", idempotency="k").id == first.id
+    assert add(jobs, owner="bob", idempotency="k").id != first.id
+    assert add(jobs, owner="alice").id != first.id
+    with pytest.raises(Conflict, match="another request"):
+        add(jobs, owner="alice", idempotency="k", digest="other")
+
+
+def test_the_queue_is_bounded(jobs):
+    for _ in range(20):
+        add(jobs, jobs=100)
+    with pytest.raises(Full, match="queue is full"):
+        add(jobs, owner="bob", jobs=100)
+
+
+def test_the_jobs_of_a_key_are_bounded_while_they_run_too(jobs):
+    add(jobs, owner="alice", jobs=2)
+    jobs.claim()
+    add(jobs, owner="alice", jobs=2)
+    with pytest.raises(Full, match="2 wait or run"):
+        add(jobs, owner="alice", jobs=2)
+    add(jobs, owner="bob", jobs=2)
+
+
+def test_pages_follow_one_another(jobs):
+    ids = [add(jobs, owner="alice").id for _ in range(5)]
+    add(jobs, owner="bob")
+    newest = [job.id for job in jobs.page("alice", None, 2, True)]
+    assert newest == ids[:2:-1]
+    assert [job.id for job in jobs.page("alice", newest[-1], 9, True)] == ids[2::-1]
+    assert [job.id for job in jobs.page("alice", ids[1], 2, False)] == ids[2:4]
+    assert jobs.page("alice", "video_none", 9, True) == []
+
+
+def test_what_a_crash_left_is_ended_or_queued_again(tmp_path):
+    before = Store(tmp_path, Limits(attempts=2))
+    for _ in range(3):
+        add(before)
+    done, half, waiting = before.claim(), before.claim(), before.page("", None, 9, False)[2]
+    written(before, done)
+    (before.videos / "video_gone.1.mp4").write_bytes(b"of no job")
+    before.image("video_gone").write_bytes(b"of no job")
+    before.image(half.id).write_bytes(b"image")
+    before.close()
+    after = Store(tmp_path, Limits(attempts=2))
+    assert after.recover() == (1, 1)
+    states = [after.get(job.id).status for job in (done, half, waiting)]
+    assert states == ["completed", "queued", "queued"]
+    assert [path.name for path in after.videos.iterdir()] == [after.video(done).name]
+    assert [path.stem for path in after.inputs.iterdir()] == [half.id]
+    after.claim()
+    assert after.recover() == (0, 1)  # the second time it is given up
+    assert after.get(half.id).status == "failed"
+    after.close()
+
+
+def test_a_folder_is_one_servers(tmp_path, jobs):
+    with pytest.raises(UsageError, match="another server's"):
+        Store(tmp_path, Limits())
+
+
+def test_old_and_large_videos_go(tmp_path):
+    jobs = Store(tmp_path, Limits(keep_bytes=10, keep_seconds=1000))
+    ended = []
+    for _ in range(3):
+        add(jobs)
+        ended.append(written(jobs, jobs.claim()))
+        jobs.complete(ended[-1], {})
+    waiting = add(jobs)
+    assert jobs.expire() == 1 and jobs.get(ended[0].id) is None
+    assert not jobs.video(ended[0]).exists() and jobs.video(ended[1]).exists()
+    jobs.db.execute("UPDATE jobs SET completed_at = completed_at - 2000 WHERE status = 'completed'")
+    assert jobs.expire() == 2
+    assert [job.id for job in jobs.page("", None, 9, True)] == [waiting.id]
+    assert jobs.counts()[store.WAITING] == 1
+    jobs.close()
