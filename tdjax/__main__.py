@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": ("tdjax.generate.__main__", "prompt or image to video"),
     "decode": ("tdjax.generate.decode", "saved latents to a video"),
     "models": ("tdjax.generate.models", "models that have a name: sizes, files, downloads"),
+    "server": ("tdjax.server.__main__", "videos over HTTP, for programs and people"),
     "bench": ("tdjax.bench.__main__", "time and memory of every stage, with random weights"),
     "train": ("tdjax.train.__main__", "SLA fine-tuning, rCM distillation, flow matching"),
     "env": ("tdjax.env", "versions, devices, caches"),

@@ -25,6 +25,8 @@ import pallas_kernels.bench
 import tdjax.bench.__main__
 import tdjax.cache
 import tdjax.env
+import tdjax.server.__main__
+import tdjax.server.keys
 import tdjax.train.__main__
 import tdjax.train.tiny.__main__
 from tdjax import cli
@@ -114,6 +116,8 @@ def read_cache(argv):
 
 READERS = {
     "tdjax.generate": read_generate,
+    "tdjax.server": lambda argv: tdjax.server.__main__.build_parser().parse_args(hyphens(argv)),
+    "tdjax.server.keys": lambda argv: tdjax.server.keys.build_parser().parse_args(argv),
     "tdjax.train": read_train,
     "tdjax.train.tiny": read_tiny,
     "tdjax.bench": tdjax.bench.__main__.parse,
@@ -288,12 +292,13 @@ PARSERS = (
     convert.__main__,
     convert.quantize,
     convert.validate,
+    tdjax.server.__main__,
     tdjax.train.__main__,
     tdjax.train.tiny.__main__,
 )
 
 
-@pytest.mark.parametrize("name", ["troubleshooting", "training", "quickstart"])
+@pytest.mark.parametrize("name", ["troubleshooting", "training", "quickstart", "howto/api"])
 def test_options_that_pages_name_exist(name):
     known = {"--strict", "--selftest"}.union(
         *(options_of(module.build_parser()) for module in PARSERS)

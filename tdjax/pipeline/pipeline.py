@@ -155,9 +155,10 @@ class Pipeline:
         if self.task == "i2v" and arguments.get("image") is None:
             arguments["image"] = np.zeros((self.size.height, self.size.width, 3), np.uint8)
         request = self.request(prompt or "warm up", **arguments)
-        # The whole loop, and its single steps for a terminal.
+        # The whole loop, and its single steps for a terminal; only these for who listens to them.
+        kinds = (True,) if request.single_steps else (False, True)
         with self.lock:
-            self.preparation.compile(request, self.plan(request), (False, True))
+            self.preparation.compile(request, self.plan(request), kinds)
 
     def decode(
         self,

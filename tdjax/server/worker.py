@@ -84,8 +84,8 @@ class PipelineMaker:
         return dataclasses.asdict(self.pipe.info)
 
     def warm(self) -> None:
-        """Compiles for the model's own size and steps."""
-        self.pipe.warmup()
+        """Compiles for the model's own size and steps, which jobs run one by one."""
+        self.pipe.warmup(on_step=lambda step, steps: None)
 
     def make(self, order: dict[str, Any], told: Tell, cancel: threading.Event) -> Any:
         """Runs the pipeline."""

@@ -1,0 +1,89 @@
+"""The web server around the application: it says where it is, and lets jobs end when it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from tdjax.server.service import Service, note
+
+CONNECTIONS = 1000  # at once; others are answered 503
+
+
+class Server(uvicorn.Server):
+    """Serves until a signal, then lets jobs end."""
+
+    def __init__(self, app: Any, service: Service, drain: float, verbose: bool):
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="info" if verbose else "warning",
+                access_log=verbose,
+                limit_concurrency=CONNECTIONS,
+                timeout_graceful_shutdown=5,
+                server_header=False,
+                ws="none",
+            )
+        )
+        self.service, self.drain = service, drain
+
+    def serve_on(self, sock: socket.socket) -> int:
+        """The exit code of the command."""
+        asyncio.run(self._serve_on(sock))
+        refused = self.service.refused
+        if refused is not None:
+            print(f"error: {refused}", file=sys.stderr)
+            return refused.code
+        return 0
+
+    async def _serve_on(self, sock: socket.socket) -> None:
+        watching = asyncio.create_task(self._watch_model())
+        name = sock.getsockname()
+        place = f"[{name[0]}]" if ":" in name[0] else name[0]
+        note(f"http://{place}:{name[1]} (the page), http://{place}:{name[1]}/v1 (the API)")
+        await self.serve(sockets=[sock])
+        watching.cancel()
+
+    async def _watch_model(self) -> None:
+        """Ends the server where its model cannot be opened."""
+        await self.service.model_known.wait()
+        if self.service.refused is not None:
+            self.should_exit = True
+        elif self.service.model is not None:
+            note(f"the model is {self.service.model.name}, {self.service.model.size}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Lets jobs end, while clients are still answered; another Ctrl-C ends it at once."""
+        running = sum(len(worker.jobs) for worker in self.service.workers)
+        if running and not self.force_exit:
+            note(f"stopping: {running} jobs have up to {self.drain:g} s to end")
+        stopping = asyncio.create_task(self.service.stop(self.drain))
+        while not stopping.done() and not self.force_exit:
+            await asyncio.sleep(0.05)
+        if not stopping.done():
+            stopping.cancel()
+            await self.service.stop(0)
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals end the server, and are not raised again when it has ended."""
+        before = {n: signal.signal(n, self.handle_exit) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal stops the server, a second one its jobs as well."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
