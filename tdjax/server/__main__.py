@@ -38,7 +38,8 @@ A page for people is at /, the API that OpenAI's clients speak at /v1."""
 def build_parser() -> argparse.ArgumentParser:
     """Every option of the command."""
     p = cli.Parser(
-        "python -m tdjax.server",
+        "tdjax server",
+        usage="%(prog)s [options]",
         description="Videos over HTTP: POST /v1/videos, and a page at /.",
         epilog=EXAMPLES,
     )
