@@ -197,14 +197,14 @@ def spelled(message: str, options: Mapping[str, str]) -> str:
     """A message of the library with its arguments written as the command's options.
 
     Names with an underscore are recognised as they are, others between backticks: `seed`. Names
-    inside paths and words, and those that the command lacks, stay.
+    inside paths, words and quotes, and those that the command lacks, stay.
     """
 
     def option(match: re.Match) -> str:
         name = match["quoted"] or match["plain"]
         return options.get(name, match[0])
 
-    name = r"`(?P<quoted>\w+)`|(?<![\w\-./`])(?P<plain>\w+_\w+)(?![\w./`(])"
+    name = r"`(?P<quoted>\w+)`|(?<![\w\-./`'])(?P<plain>\w+_\w+)(?![\w./`(])"
     return re.sub(name, option, message)
 
 

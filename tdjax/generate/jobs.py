@@ -207,7 +207,7 @@ def _job(name: str, number: int, row: Any, own: Job, note: Callable[[str], None]
     if wrong := _wrong(values):
         raise UsageError(
             f"{name}, row {number}: {wrong}",
-            f"columns are {', '.join(COLUMNS)}; seed and num_frames are whole numbers",
+            f"columns are {', '.join(map(repr, COLUMNS))}; 'seed', 'num_frames': whole numbers",
             "only prompt is needed",
         )
     given = {k: str(v).strip() for k, v in values.items() if v not in (None, "")}

@@ -185,7 +185,9 @@ def _typed(name: str, value: str) -> Any:
         return parse_whole(value) if kind is int else parse_real(value)
     except ValueError as error:
         wanted = "a whole number" if kind is int else "a number"
-        raise UsageError(f"{name} is {shown(value)}", f"{wanted} is needed", "") from error
+        raise UsageError(
+            f"{name} is {shown(value)}", f"{wanted} is needed", "written in digits 0 to 9"
+        ) from error
 
 
 # The image
