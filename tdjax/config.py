@@ -37,14 +37,12 @@ def positive(config, *names, most: int = LARGEST):
             )
 
 
-def finite(config, *names):
-    """Raises ValueError for a number that is negative, NaN or infinite."""
+def small(config, *names):
+    """Raises ValueError for a number that is not between 0 and 1."""
     for name in names:
         value = getattr(config, name)
-        if not 0 <= value < math.inf:
-            raise ValueError(
-                f"{type(config).__name__}.{name} is {value}; it must be finite and not negative"
-            )
+        if not 0 <= value <= 1:
+            raise ValueError(f"{type(config).__name__}.{name} is {value}; it must be from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +123,7 @@ class DiTConfig:
             "text_len",
         )
         positive(self, "layers", most=MANY)
-        finite(self, "eps")
+        small(self, "eps")
         if len(self.patch) != 3 or not all(1 <= n <= MANY for n in self.patch):
             raise ValueError(f"DiTConfig.patch is {self.patch}; it must be three sizes")
         if self.image_dim is not None:
@@ -260,7 +258,7 @@ class TextConfig:
             "text_len",
         )
         positive(self, "layers", most=MANY)
-        finite(self, "eps")
+        small(self, "eps")
         if self.attention_dim % self.heads:
             raise ValueError(
                 f"TextConfig: attention_dim {self.attention_dim} is not a multiple of {self.heads}"

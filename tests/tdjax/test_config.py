@@ -3,11 +3,13 @@ of the released files."""
 
 import dataclasses
 import json
+import math
 
 import pytest
 
 from tdjax.config import (
     KINDS,
+    LARGEST,
     VIDEO_SIZES,
     DiTConfig,
     SamplerConfig,
@@ -17,6 +19,7 @@ from tdjax.config import (
     VideoSize,
     from_dict,
     neighbours,
+    sampler_changes,
     to_dict,
 )
 from tdjax.errors import UsageError
@@ -154,6 +157,45 @@ def test_json_of_another_version():
         from_dict(DiTConfig, {"sla": {"top": 0.1}})
     assert from_dict(DiTConfig, {"dim": 128, "heads": 2}) == DiTConfig(dim=128, heads=2)
     assert set(KINDS) == {"dit", "vae", "text"}
+
+
+STRANGE = [None, True, -1, 0, 1.5, math.nan, math.inf, 2**40, 10**400, "x", [], {}, [[1]], [None]]
+STRANGE += [[1, 2], [1, 2, 3, 4], ["a", "b", "c"], {"a": 1}, [2**62] * 3, "\ud800"]
+
+
+@pytest.mark.parametrize("cls", KINDS.values(), ids=KINDS)
+def test_any_json_in_any_field_is_taken_or_refused_by_name(cls):
+    """What is taken is a network that can be built: its numbers are bounded."""
+    for field in dataclasses.fields(cls):
+        refused = 0
+        for value in STRANGE:
+            try:
+                config = from_dict(cls, {field.name: value})
+            except ValueError as error:
+                assert field.name in str(error) or "SLA" in str(error) or "Policy" in str(error)
+                refused += 1
+                continue
+            numbers = [n for n in to_dict(config).values() if type(n) in (int, float)]
+            assert all(0 <= n <= LARGEST for n in numbers), config
+        assert refused > len(STRANGE) / 2, field.name
+    for whole in (None, [], "x", 3):
+        with pytest.raises(ValueError, match="not a table"):
+            from_dict(cls, whole)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"steps": "2"}, "num_steps is '2', not int"),
+        ({"mid_t": 1.0}, "mid_t is 1.0, not a list"),
+        ({"mid_t": [1.0, None]}, r"mid_t\[1\] is None"),
+        ({"speed": 1}, "a sampler has no speed; it has num_steps"),
+        ({"sigma_max": math.nan}, "sigma_max is nan"),
+    ],
+)
+def test_samplers_of_model_folders(values, message):
+    with pytest.raises(ValueError, match=message):
+        sampler_changes(values)
 
 
 def test_policy_dtypes():
