@@ -31,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import hypothesis
 import numpy as np
 from hypothesis import strategies as st
@@ -228,6 +229,21 @@ def write_torch(path: Path, arrays: dict[str, np.ndarray]) -> Path:
     return path
 
 
+def write_gguf(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """By the format's own library, one tensor in blocks and a tokenizer's words among the rest."""
+    writer = gguf.GGUFWriter(path, "wan")
+    writer.add_token_list(["a", "b"])
+    writer.add_token_scores([0.5, 1.5])
+    for key, value in list(tensors.items())[:6]:
+        writer.add_tensor(key, np.ascontiguousarray(value))
+    kind = gguf.GGMLQuantizationType.Q8_0
+    writer.add_tensor("x", gguf.quants.quantize(np.ones((2, 32), np.float32), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def spiece() -> bytes:
     """A small SentencePiece model in the wire format."""
 
@@ -278,7 +294,10 @@ def _weights(folder: Path, plain: Path, tensors, few) -> list[Reader]:
     index = shards_folder / "model.safetensors.index.json"
     table = {key: names[i >= 3] for i, key in enumerate(keys)}
     index.write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    quantised = folder / "wan.gguf"
+    write_gguf(quantised, tensors)
     return [
+        Reader("gguf", quantised, read_all),
         Reader("torch", pth, read_all, (WHOLE, WHOLE, zip_entry("data.pkl")), summed=True),
         Reader("safetensors", plain, checkpoint, (SAFETENSORS, SAFETENSORS, metadata_of("tdjax"))),
         Reader("shard index", index, read_all, (TEXT,)),
@@ -292,6 +311,10 @@ def _loras(folder: Path, plain: Path) -> list[Reader]:
     factors = {f"{q}.lora_B.weight": ones, f"{q}.lora_A.weight": ones.T.copy()}
     lora = folder / "adapter_model.safetensors"
     more = {f"{q}.alpha": np.float32(4), "diffusion_model.blocks.1.norm3.diff": np.float32([1] * 8)}
+    flat = "lora_unet_blocks_0_self_attn_q"
+    kohya = folder / "kohya.safetensors"
+    names = {f"{flat}.lora_up.weight": ones, f"{flat}.lora_down.weight": ones.T.copy()}
+    save_file(names | {f"{flat}.dora_scale": ones[:, :1].copy()}, kohya, {"ss_network_alpha": "2"})
     inside_it = {"lora_adapter_metadata": json.dumps({"transformer.r": 2})}
     save_file(factors | {k: np.asarray(v) for k, v in more.items()}, lora, inside_it)
     beside = folder / "peft"
@@ -306,6 +329,7 @@ def _loras(folder: Path, plain: Path) -> list[Reader]:
 
     return [
         Reader("lora", lora, added, (SAFETENSORS, metadata_of("lora_adapter_metadata"))),
+        Reader("kohya's lora", kohya, added, (SAFETENSORS, WHOLE)),
         Reader("adapter config", adapter, lambda path: added(path.parent), (TEXT,)),
     ]
 
