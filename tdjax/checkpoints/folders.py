@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -104,6 +105,8 @@ class Language(TypedDict):
     needs: NotRequired[list[str]]
     says: NotRequired[dict[str, tuple[str, int]]]
     phrases: NotRequired[dict[str, list[Reading]]]
+    orders: NotRequired[list[list[str]]]
+    caption: NotRequired[str]
 
 
 def _language_fault(language: dict[str, Any]) -> str | None:
@@ -115,6 +118,9 @@ def _language_fault(language: dict[str, Any]) -> str | None:
         if all(reading["when"] for reading in readings):
             return f"language.phrases of {told(factor)} have no reading for all other words"
         places += [(factor, place) for one in readings for place in one["says"].values()]
+    fields = re.findall(r"{(.*?)}", language.get("caption", ""))
+    if "caption" in language and (set(fields) - set(knows) or "orders" not in language):
+        return "language.caption needs orders, and braces around factors"
     for factor, place in places:
         if not 0 <= place < len(knows.get(factor, ())):
             return f"language has no value {place} of {told(factor)}"

@@ -61,7 +61,13 @@ class Pipeline:
         self.tokenizer = open_tokenizer(located.tokenizer, info.text_len)
         self.programs = programs = Programs(stages, self.mesh)
         self.text_encoding = TextEncoding(
-            programs, text, self.tokenizer, prompt_cache, stages, dit.policy.compute_dtype
+            programs,
+            text,
+            self.tokenizer,
+            prompt_cache,
+            stages,
+            dit.policy.compute_dtype,
+            info.language,
         )
         self.vae_coding = VAECoding(programs, components["vae"], stages)
         self.image_encoding = ImageEncoding(self.vae_coding)

@@ -23,6 +23,7 @@ from tdjax.pipeline.memory import ExecutionPlan
 from tdjax.pipeline.request import Request
 from tdjax.pipeline.stage import Stage
 from tdjax.progress import Stages
+from tdjax.text.language import caption_of
 from tdjax.text.prompt_cache import PromptCache, entry_key
 from tdjax.text.sentencepiece import Spiece, build, read_spiece
 from tdjax.text.tokenizer import Tokenizer, Tokens
@@ -39,6 +40,7 @@ class TextEncoding(Stage):
 
     component, tokenizer: None where the model was opened without them.
     cache:                of embeddings, or None.
+    language:             the closed language of a small model, or None.
     dtype:                in which the transformer reads embeddings.
     """
 
@@ -50,6 +52,7 @@ class TextEncoding(Stage):
         cache: PromptCache | None,
         stages: Stages,
         dtype: Any = np.float32,
+        language: dict[str, Any] | None = None,
     ):
         super().__init__(compiler, stages)
         _check_vocabulary(tokenizer, component)
@@ -57,6 +60,7 @@ class TextEncoding(Stage):
         self.tokenizer = tokenizer
         self.cache = cache
         self.dtype = dtype
+        self.language = language
 
     @property
     def encoder(self) -> Component:
@@ -85,6 +89,8 @@ class TextEncoding(Stage):
         know, and not at all if it knows them all. No row is held twice: there may be many."""
         if self.tokenizer is None:
             raise _absent()
+        if self.language is not None:
+            prompts = [caption_of(self.language, prompt) for prompt in prompts]
         cfg, tokens = self.encoder.config, self.tokenizer.encode(prompts)
         dtype = np.dtype(cfg.policy.compute_dtype)
         embeds = np.zeros((len(prompts), cfg.text_len, cfg.dim), dtype)

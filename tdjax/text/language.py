@@ -2,13 +2,15 @@
 
 {"words": all words, "knows": {factor: its values}, "needs": factors that every caption of training
 named, "says": {word: [factor, place of the value]}, "phrases": {factor: readings of words that say
-a value together}}; folders of 0.1.0 have the first two. A reading is {"when": words, "says": {word:
-place}}: the first one counts of which a word of `when` is in the prompt; without words there it
-always does.
+a value together}, "orders": [factors as a caption of training named them], "caption": such a
+caption with factors in braces}; older folders have the first ones. A reading is {"when": words,
+"says": {word: place}}: the first one counts of which a word of `when` is in the prompt; without
+words there it always does.
 """
 
 from __future__ import annotations
 
+import random
 import re
 from typing import Any
 
@@ -18,30 +20,74 @@ def words_of(prompt: str) -> list[str]:
     return re.findall(r"[^\W_]+", prompt.lower())
 
 
+def _mentions(language: dict[str, Any], prompt: str) -> list[tuple[str, int]]:
+    """(factor, place of the value) for every word that says one, in the prompt's order."""
+    words = words_of(prompt)
+    says = {word: tuple(said) for word, said in language.get("says", {}).items()}
+    for factor, readings in language.get("phrases", {}).items():
+        reading = next(each for each in readings if not each["when"] or {*each["when"]} & {*words})
+        says |= {word: (factor, place) for word, place in reading["says"].items()}
+    return [says[word] for word in words if word in says]
+
+
 def said(language: dict[str, Any], prompt: str) -> dict[str, list[int]]:
     """Returns {factor: places in its values that the prompt names, in order}. One value by several
     words of a phrase counts once."""
-    words = words_of(prompt)
+    phrases = language.get("phrases", {})
     out: dict[str, list[int]] = {}
-    for word in words:
-        if word in language.get("says", {}):
-            factor, place = language["says"][word]
-            out.setdefault(factor, []).append(place)
-    for factor, readings in language.get("phrases", {}).items():
-        reading = next(each for each in readings if not each["when"] or {*each["when"]} & {*words})
-        places = [reading["says"][word] for word in words if word in reading["says"]]
-        if places:
-            out[factor] = list(dict.fromkeys(places))
+    for factor, place in _mentions(language, prompt):
+        places = out.setdefault(factor, [])
+        if factor not in phrases or place not in places:
+            places.append(place)
     return out
 
 
+def caption_of(language: dict[str, Any], prompt: str) -> str:
+    """Returns what a model of this language reads for a prompt: the prompt, if it is like a caption
+    of training, else such a caption of what it says. Of a factor that is named twice the last value
+    counts; factors that every caption names are drawn where they are missing, the same for the same
+    prompt."""
+    words, template = words_of(prompt), language.get("caption")
+    if not words or template is None or _as_trained(language, prompt):
+        return prompt
+    named = {
+        f: values[-1] for f, values in (said(language, prompt) | _drawn(language, prompt)).items()
+    }
+    knows = language["knows"]
+    texts = {factor: knows[factor][named[factor]] if factor in named else "" for factor in knows}
+    text = " ".join(template.format(**texts).split())
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+
+def _as_trained(language: dict[str, Any], prompt: str) -> bool:
+    """Whether a prompt has known words only, names what it must, nothing twice, and in an order of
+    training."""
+    found = said(language, prompt)
+    order = list(dict.fromkeys(factor for factor, _ in _mentions(language, prompt)))
+    return (
+        set(words_of(prompt)) <= set(language["words"])
+        and set(language.get("needs", ())) <= found.keys()
+        and all(len(places) == 1 for places in found.values())
+        and any(order == [f for f in each if f in found] for each in language["orders"])
+    )
+
+
+def _drawn(language: dict[str, Any], prompt: str) -> dict[str, list[int]]:
+    """{factor: [place]} of those that a prompt lacks, drawn for it."""
+    rng, found = random.Random(" ".join(words_of(prompt))), said(language, prompt)
+    missing = [factor for factor in language.get("needs", ()) if factor not in found]
+    return {factor: [rng.randrange(len(language["knows"][factor]))] for factor in missing}
+
+
 def understood(language: dict[str, Any], prompt: str) -> str:
-    """Returns a line that says what a model of this language reads in a prompt, and which factors
-    it will draw by chance."""
+    """Returns a line that says what a model of this language reads in a prompt, what was drawn for
+    it, and which factors are left to the model."""
     found, knows = said(language, prompt), language["knows"]
-    named = [f"{factor} {knows[factor][places[-1]]}" for factor, places in found.items()]
-    line = f"understood: {', '.join(named) or 'nothing'}"
-    left = [factor for factor in knows if factor not in found]
+    drawn = _drawn(language, prompt) if "caption" in language and words_of(prompt) else {}
+    told = lambda each: ", ".join(f"{f} {knows[f][places[-1]]}" for f, places in each.items())
+    line = f"understood: {told(found) or 'nothing'}"
+    line += f"; drawn: {told(drawn)}" if drawn else ""
+    left = [factor for factor in knows if factor not in found and factor not in drawn]
     return f"{line}; left to chance: {', '.join(left)}" if left else line
 
 
@@ -61,14 +107,14 @@ def language_notes(language: dict[str, Any], prompt: str) -> list[str]:
     missing = [factor for factor in language.get("needs", ()) if factor not in found]
     if missing and not unknown:
         lines.append(
-            f"the prompt names no {' and no '.join(missing)}: this small model was trained on"
-            " prompts that do, and may fail without"
+            f"the prompt names no {' and no '.join(missing)}, which every clip of this small model"
+            " has: drawn"
         )
     for factor, places in found.items():
         if len(places) > 1:
             values = " and ".join(knows[factor][place] for place in places)
             lines.append(
                 f"the prompt names the {factor} {len(places)} times ({values}): this small model"
-                " knows one object, and may fail"
+                " knows one object, and takes the last"
             )
     return lines

@@ -11,6 +11,7 @@ import pytest
 import tdjax
 from tdjax.checkpoints import demo, orbax
 from tdjax.generate import __main__ as generate
+from tdjax.text.language import caption_of
 from tdjax.train.tiny import configs
 from tdjax.train.tiny.data import captions
 from tdjax.train.tiny.data.factors import UNSAID
@@ -63,6 +64,17 @@ def test_the_prompts_ask_for_everything():
 def test_it_obeys(packaged):
     found = obeyed(packaged, PROMPTS)
     assert sum(found.values()) >= 6, found
+
+
+FREE = tuple(captions.free_prompt(seed) for seed in range(6))
+
+
+@pytest.mark.slow
+def test_it_obeys_prompts_of_any_order():
+    """What they name, and what was drawn for them; docs/scripts/free_prompts.py tries many."""
+    frames = tdjax.load("demo")(list(FREE), seed=list(range(6))).frames
+    read = [caption_of(captions.LANGUAGE, prompt) for prompt in FREE]
+    assert sum(obeyed(frames, read).values()) >= 5
 
 
 @pytest.mark.slow

@@ -5,8 +5,14 @@ import random
 
 import pytest
 
-from tdjax.text.language import language_notes, said, understood
-from tdjax.train.tiny.data.captions import LANGUAGE, TEMPLATES, caption, random_prompt
+from tdjax.text.language import caption_of, language_notes, said, understood
+from tdjax.train.tiny.data.captions import (
+    LANGUAGE,
+    TEMPLATES,
+    caption,
+    free_prompt,
+    random_prompt,
+)
 from tdjax.train.tiny.data.factors import STILL, UNSAID
 
 
@@ -50,14 +56,46 @@ def test_what_was_never_trained_is_told(prompt, parts):
     assert all(part in line for line, part in zip(lines, parts, strict=True))
 
 
+def test_captions_of_training_are_read_as_they_are():
+    for seed in range(200):
+        for template in TEMPLATES:
+            prompt = random_prompt(seed, template=template)
+            assert caption_of(LANGUAGE, prompt) == prompt
+
+
+def test_other_prompts_are_read_as_a_caption_of_what_they_say():
+    """In any order; of what is named twice the last counts; what is missing is drawn, the same for
+    the same prompt."""
+    read = lambda prompt: caption_of(LANGUAGE, prompt)
+    assert read("moving right, on navy: a circle, red") == (
+        "a red circle moves right on a navy background"
+    )
+    assert read("up, orange disc on black, tiny") == (
+        "a small orange circle moves up on a black background"
+    )
+    assert read("an orange box over gray, not moving, cyan") == (
+        "a cyan square stays still on a gray background"
+    )
+    assert read("blue").startswith("a blue ") and read("blue") == read("Blue!")
+    assert read("a red fox moves left on black") != read("a red circle moves left on black")
+    assert read("") == "" and "  " not in read("ein roter Kreis")
+    for seed in range(300):
+        prompt = free_prompt(seed)
+        found, wanted = said(LANGUAGE, read(prompt)), said(LANGUAGE, prompt)
+        assert wanted.items() <= found.items(), prompt
+        assert set(LANGUAGE["needs"]) <= found.keys()
+
+
 def test_what_is_understood():
     line = understood(LANGUAGE, "A RED disc, moving to the right, over navy")
     assert line == (
-        "understood: colour red, shape circle, background navy, motion moves right;"
+        "understood: colour red, shape circle, motion moves right, background navy;"
         " left to chance: size, speed"
     )
 
 
 def test_folders_that_say_less_are_read():
     old = {name: LANGUAGE[name] for name in ("words", "knows")}
+    assert caption_of(old, "moves left blue") == "moves left blue"
+    assert "drawn: shape" in understood(LANGUAGE, "blue")
     assert language_notes(old, "blue") == [] and "'fox'" in language_notes(old, "fox")[0]

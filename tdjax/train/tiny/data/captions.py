@@ -121,6 +121,26 @@ def random_prompt(seed: int, split: str = "train", template: str | None = None) 
     return caption(said, rng, template)
 
 
+def free_prompt(seed: int, split: str = "train") -> str:
+    """Returns a prompt as no template has it: any order, any synonyms, each factor left out in one
+    of six."""
+    rng = random.Random(f"free {seed}")
+    said = dict(
+        zip(("shape", "colour", "background"), rng.choice(scenes(split).tolist()), strict=True)
+    )
+    motion = rng.randrange(len(NAMES["motion"]))
+    way = lambda factor, place: _either(_WAYS[factor][place], rng)
+    pieces = {factor: way(factor, place) for factor, place in said.items()}
+    pieces["background"] = f"{_either(ON, rng)} {pieces['background']}"
+    pieces["size"] = way("size", rng.randrange(2))
+    pieces["motion"] = rng.choice(_motion(motion, rng))
+    if motion != STILL:
+        pieces["speed"] = way("speed", rng.randrange(2))
+    kept = [text for text in pieces.values() if rng.random() > 1 / 6] or list(pieces.values())
+    rng.shuffle(kept)
+    return rng.choice((" ", ", ")).join(kept)
+
+
 # -- reading ---------------------------------------------------------------------------------------
 
 
@@ -155,6 +175,13 @@ def knows() -> dict[str, tuple[str, ...]]:
     return {factor: plain[factor] for factor in NAMES}
 
 
+def orders() -> list[list[str]]:
+    """Returns the factors of each template in its order; its verb is where the motion is."""
+    fields = {"verb": "motion", "gerund": "motion"}
+    named = lambda text: [fields.get(word, word) for word in re.findall(r"{(\w+)}", text)]
+    return [[word for word in named(text) if word in NAMES] for text in TEMPLATES]
+
+
 # What is written into model.json; `tdjax.text.language` reads it.
 LANGUAGE = {
     "words": vocabulary(),
@@ -168,4 +195,6 @@ LANGUAGE = {
             {"when": (), "says": HEADINGS},
         ]
     },
+    "orders": orders(),
+    "caption": "a {size} {colour} {shape} {motion} {speed} on a {background} background",
 }
