@@ -198,6 +198,7 @@ def test_assemble_lists_every_difference():
         "different   embed.embedding [11, 7] float32, expected [11, 6] float32",
         "missing     norm.scale [6] float32",
         "unexpected  odd [2] float64",
+        "give the files of one network",
     ]
 
 
