@@ -7,11 +7,20 @@ import importlib
 import importlib.util
 import json
 import math
-import os
 from pathlib import Path
+from typing import Any, TypedDict
+
+from tdjax.files import write_text
+from tdjax.values.parsing import json_object, mismatch
 
 _WRITER = "tensorboardX"
 _FILE = "metrics.jsonl"
+
+
+class _Report(TypedDict):
+    """A line; the other keys are names of numbers."""
+
+    step: int
 
 
 class Metrics:
@@ -47,10 +56,19 @@ class Metrics:
 
 
 def read(run: Path) -> list[dict]:
-    """Returns all reports of a run; a last line cut short by a kill is left out."""
+    """Returns all reports of a run; a line that a kill cut short, or that is damaged, is left
+    out."""
     path = run / _FILE
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    return [row for row in map(_report, lines) if row is not None]
+
+
+def _report(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json_object(line)
+    except ValueError:
+        return None
+    return row if mismatch(row, _Report) is None else None
 
 
 def _forget(path: Path, step: int) -> None:
@@ -58,6 +76,4 @@ def _forget(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(row) + "\n" for row in read(path.parent) if row["step"] <= step]
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(kept))
-    os.replace(part, path)
+    write_text(path, "".join(kept))

@@ -19,6 +19,15 @@ def test_reports_after_the_checkpoint_are_forgotten(tmp_path):
     assert [row["step"] for row in metrics.read(tmp_path)] == [2, 4, 6, 8]
 
 
+@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"step": "x"}', b"[" * 100_000, b"\xff", b""])
+def test_lines_that_are_damaged_are_left_out(tmp_path, line):
+    whole = b'{"step": 1, "a": 0.5}\n', b'{"step": 2, "a": 0.5}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(whole[0] + line + b"\n" + whole[1])
+    assert [row["step"] for row in metrics.read(tmp_path)] == [1, 2]
+    with metrics.Metrics(tmp_path, step=1):
+        assert (tmp_path / "metrics.jsonl").read_bytes() == whole[0]
+
+
 def test_metrics_that_json_does_not_know(tmp_path):
     with metrics.Metrics(tmp_path) as out:
         out.write(3, {"a": 1.5, "b": float("nan"), "c": float("inf")})

@@ -4,19 +4,21 @@ timing of rows on one machine."""
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from tdjax.errors import CheckpointError
+from tdjax.files import write_text
 from tdjax.train.tiny import work
 from tdjax.train.tiny.evaluation import report
 from tdjax.train.tiny.evaluation.evaluate import Bench, evaluate, seconds
 from tdjax.train.tiny.evaluation.variants import Variant, variants
 from tdjax.train.tiny.settings import EvaluateStage
 from tdjax.train.tiny.work import OutOfTime, Run
+from tdjax.values.parsing import json_object
 
 SHOWN = (  # on the sheets of frames
     "truth",
@@ -37,9 +39,15 @@ def _file_of(run: Run, row: Variant) -> Path:
 
 
 def read(run: Run, row: Variant) -> dict:
-    """Returns a row's results so far; {} where there are none."""
+    """Returns a row's results so far; {} where there are none. Raises CheckpointError where they
+    are damaged."""
     path = _file_of(run, row)
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json_object(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged", str(error), "remove it: the row is then measured again"
+        ) from error
 
 
 def write(run: Run, row: Variant, found: dict) -> None:
@@ -48,9 +56,7 @@ def write(run: Run, row: Variant, found: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     old = read(run, row)
     values = old.get("values", {}) | found.get("values", {})
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(old | found | {"values": values}, indent=1) + "\n")
-    os.replace(part, path)
+    write_text(path, json.dumps(old | found | {"values": values}, indent=1) + "\n")
 
 
 def possible(run: Run, cfg: EvaluateStage) -> dict[str, Variant]:
