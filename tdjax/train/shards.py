@@ -122,6 +122,11 @@ def index(shard: Path) -> tuple[Entry, ...]:
                         "write the shard again",
                     )
                 found[key][field] = member
+            # The library takes a header that is damaged for the end of the archive.
+            with shard.open("rb") as rest:
+                rest.seek(tar.offset)
+                if any(block.strip(b"\0") for block in iter(lambda: rest.read(2**20), b"")):
+                    raise tarfile.ReadError(f"the header at byte {tar.offset} is damaged")
     except (tarfile.TarError, OSError, ValueError, OverflowError) as e:
         raise DataError(
             f"{shard} cannot be read",

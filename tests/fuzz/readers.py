@@ -424,7 +424,7 @@ def _arrays(folder: Path) -> list[Reader]:
         Reader("latents", latents, lambda path: one(load_latents(path)), (WHOLE, NPY)),
         Reader("latents' tensors", in_tensors, lambda path: one(load_latents(path))),
         Reader("prompt cache", entry, cached, (WHOLE, SAFETENSORS)),
-        Reader("training shard", shard, members, (WHOLE, tensor, pickled)),
+        Reader("training shard", shard, members, (WHOLE, tensor, pickled), summed=True),
         Reader("golden", vectors, golden_arrays, (WHOLE, array, inside(array, NPY)), summed=True),
     ]
 

@@ -187,3 +187,16 @@ def test_members_of_an_entry_are_named():
     assert shards._field_of("a.b/000.latent.pt") == ("latent", "a.b/000")
     assert shards._field_of("000.latent.safetensors") == (None, "000")
     assert [f.name for f in dataclasses.fields(shards.Entry)] == list(shards._FIELDS)
+
+
+def test_a_damaged_header_is_not_the_end_of_a_shard(tmp_path):
+    """The library stops there without a word, and samples would be missing."""
+    path = tmp_path / "shard_000000.tar"
+    write_shard(path, samples(0, 3))
+    whole = path.read_bytes()
+    assert len(index(path)) == 3
+    at = whole.index(b"000000001.latent.pt")
+    for place in (at + 4, at + 150):  # in its name, in its checksum
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(DataError, match="cannot be read.*\\n.*header at byte"):
+            index(path)
