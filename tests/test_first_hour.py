@@ -5,9 +5,12 @@ import logging
 import queue
 import threading
 
+import jax
 import numpy as np
 import pytest
+from PIL import Image
 from random_model import SMALL, photograph
+from tolerances import assert_close
 
 import tdjax
 from tdjax.__main__ import main
@@ -207,6 +210,27 @@ def test_a_pipeline_and_a_result_say_what_they_are(pipe):
         "Pipeline(random: t2v, 32x32, 5 frames; 4 steps of sde; sla attention, float linears,"
         " float32)"
     )
+
+
+@pytest.mark.slow
+def test_a_picture_moves(i2v_model, tmp_path):
+    """An image as a path, a PIL image or an array is the same image."""
+    pipe = tdjax.load(i2v_model)
+    Image.fromarray(photograph()).save(tmp_path / "boat.png")
+    call = {"num_steps": 2, "output_type": "latent", **SMALL}
+    forms = (tmp_path / "boat.png", Image.fromarray(photograph()), photograph())
+    made = [pipe("the boat leaves", image=image, **call).latents for image in forms]
+    assert np.array_equal(made[0], made[1]) and np.array_equal(made[0], made[2])
+    assert np.array_equal(made[0], pipe("the boat leaves", image_path=forms[0], **call).latents)
+
+
+@pytest.mark.slow
+def test_two_devices_by_a_number_and_by_a_mesh(model):
+    call = {"num_steps": 2, "output_type": "latent", **SMALL}
+    one = tdjax.load(model)("a red circle", **call).latents
+    for mesh in (2, jax.make_mesh((2,), ("sp",))):
+        two = tdjax.load(model, mesh=mesh)("a red circle", **call).latents
+        assert_close(two, one, "dit")  # the same arithmetic, its sums in another order
 
 
 def test_an_image_for_a_model_of_text_is_refused(pipe):

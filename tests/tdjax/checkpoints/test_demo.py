@@ -11,7 +11,7 @@ import pytest
 import tdjax
 from tdjax.checkpoints import demo, orbax
 from tdjax.generate import __main__ as generate
-from tdjax.text.language import caption_of
+from tdjax.text.language import caption_of, language_notes
 from tdjax.train.tiny import configs
 from tdjax.train.tiny.data import captions
 from tdjax.train.tiny.data.factors import UNSAID
@@ -90,6 +90,21 @@ def test_it_obeys_prompts_of_any_order():
 def test_its_variants_obey(options):
     found = obeyed(tdjax.load("demo", **options)(list(SOME), seed=0).frames)
     assert sum(found.values()) >= 3, found
+
+
+@pytest.mark.slow
+def test_words_may_come_in_any_order():
+    """Where shape, colour, background and motion are named once, notes say nothing and the clip is
+    right, also in orders that no caption of training has."""
+    prompts = [
+        "moving left quickly, a large red circle on a gray background",
+        "square, green, small, black background, moving up slowly",
+        "a triangle on navy, yellow and large, moving right quickly",
+        "slowly moving down a blue small cross over olive",
+    ]
+    assert not any(language_notes(captions.LANGUAGE, prompt) for prompt in prompts)
+    found = obeyed(tdjax.load("demo")(prompts, seed=0).frames, prompts)
+    assert sum(found.values()) >= len(prompts) - 1, found
 
 
 @pytest.mark.slow
