@@ -93,21 +93,6 @@ def test_its_variants_obey(options):
 
 
 @pytest.mark.slow
-def test_words_may_come_in_any_order():
-    """Where shape, colour, background and motion are named once, notes say nothing and the clip is
-    right, also in orders that no caption of training has."""
-    prompts = [
-        "moving left quickly, a large red circle on a gray background",
-        "square, green, small, black background, moving up slowly",
-        "a triangle on navy, yellow and large, moving right quickly",
-        "slowly moving down a blue small cross over olive",
-    ]
-    assert not any(language_notes(captions.LANGUAGE, prompt) for prompt in prompts)
-    found = obeyed(tdjax.load("demo")(prompts, seed=0).frames, prompts)
-    assert sum(found.values()) >= len(prompts) - 1, found
-
-
-@pytest.mark.slow
 def test_another_seed_is_another_clip_of_the_same_prompt(packaged):
     frames = tdjax.load("demo")(list(SOME), seed=1).frames
     found = obeyed(frames)
