@@ -11,7 +11,7 @@ import pytest
 import tdjax
 from tdjax.checkpoints import demo, orbax
 from tdjax.generate import __main__ as generate
-from tdjax.text.language import caption_of, language_notes
+from tdjax.text.language import caption_of
 from tdjax.train.tiny import configs
 from tdjax.train.tiny.data import captions
 from tdjax.train.tiny.data.factors import UNSAID
