@@ -509,12 +509,11 @@ def _setting(words: list[str], line: str) -> list[str]:
     if value[0] in "'\"" and value[0] == value[-1] and len(value) > 1:
         value = value[1:-1]
     new = [option, *value.split()] if several else [f"{option}={value}"]
-    try:
-        check_early(parse([*words, *new]))
-    except SystemExit as error:  # --help among the values of an option
+    if any(word.startswith(("--", "-h")) for word in new[1:]):
         raise UsageError(
             f"{line!r} was not taken", "its value is an option", ":set seed 3 changes an option"
-        ) from error
+        )
+    check_early(parse([*words, *new]))
     return new
 
 

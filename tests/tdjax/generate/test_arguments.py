@@ -187,7 +187,10 @@ def test_settings_of_a_session(tmp_path, monkeypatch, line, field, value):
     assert later.seed == 0 and (field == "seed" or getattr(later, field) == value)
 
 
-@pytest.mark.parametrize("line", [":set seed", ":set", ":odd seed 3", ":set sede 3", ":set seed x"])
+@pytest.mark.parametrize(
+    "line",
+    [":set seed", ":set", ":odd seed 3", ":set sede 3", ":set seed x", ":set mid_t 1 --help"],
+)
 def test_settings_that_are_not_taken(line, capsys):
     with pytest.raises(UsageError):
         generate._setting([], line)
