@@ -51,6 +51,7 @@ def test_a_video_is_made_by_keyboard_alone(served, opened):
     assert "stub · 64x48, 5 frames, 4 steps" in page.inner_text("#model")
     page.keyboard.press("Tab")
     page.keyboard.type("a fox <b>&")
+    page.keyboard.press("Tab")  # an example
     for value in ("32x32", "9", "2", "7"):
         page.keyboard.press("Tab")
         page.keyboard.type(value)
@@ -67,6 +68,8 @@ def test_a_video_is_made_by_keyboard_alone(served, opened):
     assert page.input_value("#prompt") == "a fox <b>&" and page.input_value("#seed") == "7"
     page.click("text=Delete")
     page.wait_for_selector("#jobs li", state="detached")
+    page.click("#example")
+    assert page.input_value("#prompt") == "a stub"
 
 
 def test_progress_errors_and_cancelling_are_seen(served, opened):
