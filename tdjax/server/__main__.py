@@ -217,10 +217,15 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     """A socket at an address. Raises UsageError."""
     if not 0 <= port < 2**16:
         raise UsageError(f"--port is {port}", "0 to 65535 are allowed", "use 8000")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Of TCP by name: asyncio sends small answers at once (TCP_NODELAY) only then.
+    sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        sock = socket.create_server((host, port), family=family, backlog=512)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(512)
     except OSError as error:
+        sock.close()
         raise UsageError(
             f"{host}:{port} cannot be listened at",
             error.strerror or str(error),

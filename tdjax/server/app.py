@@ -9,12 +9,9 @@ import hashlib
 import json
 import re
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -22,18 +19,9 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 
 from tdjax.errors import UsageError
-from tdjax.files import written
 from tdjax.server import store
-from tdjax.server.asking import (
-    FORMATS,
-    Asked,
-    Unfit,
-    asked,
-    decoded_image,
-    fields_of,
-    read_body,
-    spelled,
-)
+from tdjax.server.asking import FORMATS, Asked, asked, asked_apart, spelled
+from tdjax.server.body import Unfit, fields_of, read_body
 from tdjax.server.keys import Key, Keys
 from tdjax.server.limits import Limits
 from tdjax.server.metrics import Metrics
@@ -43,6 +31,7 @@ from tdjax.server.store import Conflict, Full, Job
 PAGE = Path(__file__).parent / "page.html"
 LARGE = 2**20  # bytes: of bodies from here on only some are read at a time
 LARGE_AT_ONCE = 4
+IMAGES_AT_ONCE = 2
 IDEMPOTENCY = 200  # characters of a key
 STARTING = 10.0  # seconds that a request waits for a model that is being opened
 
@@ -58,8 +47,8 @@ class App:
         self.service, self.keys, self.limits, self.hosts = service, keys, limits, hosts
         self.metrics = Metrics(service)
         service.on_end = self.metrics.ended
-        self.decoder = ThreadPoolExecutor(1, "image")
         self.large = asyncio.Semaphore(LARGE_AT_ONCE)
+        self.images = asyncio.Semaphore(IMAGES_AT_ONCE)
         self.page = PAGE.read_text(encoding="utf-8")
         self.policy = content_policy(self.page)
 
@@ -102,7 +91,6 @@ class App:
         self.service.start()
         yield
         await self.service.stop(0)
-        self.decoder.shutdown(cancel_futures=True)
 
     # -- who asks, and for what --------------------------------------------------------------------
 
@@ -120,8 +108,8 @@ class App:
             raise HTTPException(404, "no video has this id: it was deleted, or is another key's")
         return job
 
-    async def _asked(self, request: Request, key: Key) -> tuple[Asked, str]:
-        """(what is asked for, digest of the request)."""
+    async def _asked(self, request: Request, key: Key, image: Path) -> tuple[Asked, str]:
+        """(what is asked for, digest of the request). image: the file that one becomes."""
         await self._model_known()
         declared = request.headers.get("content-length", "")
         small = declared.isascii() and declared.isdigit() and len(declared) < 8
@@ -136,10 +124,12 @@ class App:
             name = fields.get("model")
             if name is not None and name != model.name:
                 raise HTTPException(404, f"the model here is {model.name}; /v1/models lists it")
-            image = None
-            if data is not None:
-                image = await self._in_thread(decoded_image, data, self.limits.image_pixels)
-            return asked(fields, image, model, key.limits(self.limits)), digest.hexdigest()
+            limits = key.limits(self.limits)
+            if data is None:
+                return asked(fields, None, model, limits), digest.hexdigest()
+            async with self.images:
+                what = await asked_apart(fields, data, model, limits, image)
+            return what, digest.hexdigest()
 
     async def _model_known(self) -> None:
         """Waits for a model that is being opened. Raises HTTPException."""
@@ -150,9 +140,6 @@ class App:
         if self.service.model is None:
             raise HTTPException(503, "the model is being opened", {"Retry-After": "10"})
 
-    async def _in_thread(self, function, *arguments):
-        return await asyncio.get_running_loop().run_in_executor(self.decoder, function, *arguments)
-
     async def _add(self, request: Request) -> Job:
         """The job that a request becomes. Raises what the handlers answer."""
         key = self._key(request)
@@ -160,12 +147,10 @@ class App:
         if idempotency is not None and not re.fullmatch(rf"[!-~]{{1,{IDEMPOTENCY}}}", idempotency):
             why = f"1 to {IDEMPOTENCY} printable characters without blanks are allowed"
             raise UsageError("the Idempotency-Key cannot be taken", why, "use a UUID")
-        what, digest = await self._asked(request, key)
         id, jobs = store.new_id(), self.service.store
         job: Job | None = None
         try:
-            if what.image is not None:
-                await self._in_thread(_save_image, jobs.image(id), what.image)
+            what, digest = await self._asked(request, key, jobs.image(id))
             job = jobs.add(
                 key.name,
                 what.arguments,
@@ -437,12 +422,6 @@ async def _gone(request: Request) -> None:
     """Waits until the client has gone away."""
     while not await request.is_disconnected():
         await asyncio.sleep(0.5)
-
-
-def _save_image(path: Path, image: np.ndarray) -> None:
-    """An image as a file that is quick to write."""
-    with written(path, overwrite=True) as part:
-        Image.fromarray(image).save(part, compress_level=1)
 
 
 # Errors as OpenAI's clients read them

@@ -1,34 +1,35 @@
-"""What a client asks for: a body within bounds, its fields, its image, and the checked request of
-the pipeline that they become. Nothing of it names a file of this machine, and no address is
-fetched."""
+"""What a client asks for: fields and an image, and the checked request of the pipeline that they
+become. Nothing of it names a file of this machine.
+
+`python -m tdjax.server.asking` does so in a process of its own, for requests with an image: a
+picture that makes its decoder fail, or take much memory, harms nothing else.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import dataclasses
 import io
+import json
 import re
 import secrets
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect, Request
 
 from tdjax import cli
-from tdjax.config import check_fps
+from tdjax.config import SamplerConfig, VideoSize, check_fps
 from tdjax.errors import TdjaxError, UsageError
-from tdjax.files import near
+from tdjax.files import near, written
 from tdjax.media.image import as_image
 from tdjax.pipeline.request import ModelInfo, make_request
 from tdjax.server.limits import Limits
-from tdjax.values import parse_real, parse_whole, real, shown, text, whole
-from tdjax.values.parsing import json_object
+from tdjax.values import parse_real, real, shown, text, whole
 
 # {field of a request: the type of a field of a form}
 FIELDS = {
@@ -48,7 +49,6 @@ FIELDS = {
     "format": str,
 }
 IMAGE = "input_reference"
-ALIASES = {"output_format": "format", "num_inference_steps": "num_steps", "image": IMAGE}
 FORMATS = {
     "mp4": "video/mp4",
     "webm": "video/webm",
@@ -57,161 +57,21 @@ FORMATS = {
 }
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 PROMPT = 10_000  # characters
-FORM_FIELD = 64 * 2**10  # bytes of a form's field that is no file
+DECODING = 30.0  # seconds that an image may take
 NAMES = {"image": IMAGE, "width": "size", "height": "size"}  # as clients know the arguments
-
-
-class Unfit(TdjaxError):
-    """A request that is refused for its form. status: of HTTP."""
-
-    def __init__(self, status: int, what: str, why: str, fix: str):
-        super().__init__(what, why, fix)
-        self.status = status
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A checked request. arguments: of the pipeline's call, as JSON values, with `format`. image:
-    uint8 [H W 3]. shape: see `store.Job`."""
+    """A checked request. arguments: of the pipeline's call, as JSON values, with `model` and
+    `format`. shape: see `store.Job`."""
 
     arguments: dict[str, Any]
-    image: np.ndarray | None
     shape: str
-
-
-# The body
-# --------------------------------------------------------------------------------------------------
-
-
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """Returns the body. Raises Unfit where it is longer, or takes longer, than it may."""
-    declared = request.headers.get("content-length", "0")
-    if not re.fullmatch(r"[0-9]{1,18}", declared) or int(declared) > limits.body:
-        raise _too_large(limits)
-    try:
-        return await asyncio.wait_for(_chunks(request, limits), limits.body_seconds)
-    except TimeoutError as error:
-        raise Unfit(
-            408,
-            "the request did not arrive in time",
-            f"{limits.body_seconds:g} seconds are allowed",
-            "send a smaller image",
-        ) from error
-    except ClientDisconnect as error:
-        raise Unfit(400, "the request is incomplete", "the client went away", "send it") from error
-
-
-async def _chunks(request: Request, limits: Limits) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limits.body:
-            raise _too_large(limits)
-    return bytes(body)
-
-
-def _too_large(limits: Limits) -> Unfit:
-    return Unfit(
-        413,
-        "the request is too large",
-        f"a body may have {limits.body} bytes",
-        "send a smaller image",
-    )
-
-
-async def fields_of(request: Request, body: bytes) -> tuple[dict[str, Any], bytes | None]:
-    """Returns (fields, bytes of the image) of a JSON body or a form. Raises Unfit."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "application/json":
-        try:
-            fields = json_object(body, unique=True)
-        except ValueError as error:
-            raise Unfit(400, "the body is not a JSON object", str(error), "send one") from error
-        fields = _own_names(fields)
-        return fields, _inline_image(fields.pop(IMAGE, None))
-    if kind == "multipart/form-data":
-        return await _form(request, body)
-    raise Unfit(
-        415,
-        f"the content type is {shown(kind)}",
-        "allowed: application/json, multipart/form-data",
-        'for example curl -H "Content-Type: application/json"',
-    )
-
-
-async def _form(request: Request, body: bytes) -> tuple[dict[str, Any], bytes | None]:
-    async def stream():
-        yield body
-
-    parser = MultiPartParser(
-        request.headers, stream(), max_files=1, max_fields=32, max_part_size=FORM_FIELD
-    )
-    try:
-        form = await parser.parse()
-    except (MultiPartException, ValueError, KeyError) as error:
-        why = str(getattr(error, "message", None) or error)
-        raise Unfit(400, "the form cannot be read", why, "send multipart/form-data") from error
-    try:
-        if len(set(form)) != len(form.multi_items()):
-            raise Unfit(400, "a field is there twice", "each is given once", "send it once")
-        given = _own_names(dict(form))
-        file = given.pop(IMAGE, None)
-        for name, value in given.items():
-            if isinstance(value, UploadFile):
-                raise Unfit(400, f"{name} is a file", f"the image is {IMAGE}", f"name it {IMAGE}")
-        image = await file.read() if isinstance(file, UploadFile) else _inline_image(file)
-        return {name: _typed(name, value) for name, value in given.items()}, image
-    finally:
-        await form.close()
-
-
-def _own_names(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields by the names that they have here. Raises Unfit for one that is given twice."""
-    out: dict[str, Any] = {}
-    for name, value in fields.items():
-        own = ALIASES.get(name, name)
-        if own in out:
-            raise Unfit(400, f"{own} and {name} were both given", "they are the same", "give one")
-        out[own] = value
-    return out
-
-
-def _typed(name: str, value: str) -> Any:
-    """A form's field as the type that JSON would have. Raises UsageError."""
-    kind = FIELDS.get(name, str)
-    if kind is str:
-        return value
-    try:
-        return parse_whole(value) if kind is int else parse_real(value)
-    except ValueError as error:
-        wanted = "a whole number" if kind is int else "a number"
-        raise UsageError(
-            f"{name} is {shown(value)}", f"{wanted} is needed", "written in digits 0 to 9"
-        ) from error
 
 
 # The image
 # --------------------------------------------------------------------------------------------------
-
-
-def _inline_image(given: Any) -> bytes | None:
-    """The bytes of an image that is written into JSON: {"image_url": "data:image/png;base64,..."},
-    or that text alone. Raises UsageError for addresses, which are not fetched."""
-    if isinstance(given, dict) and set(given) == {"image_url"}:
-        given = given["image_url"]
-    if given is None:
-        return None
-    head, comma, data = given.partition(",") if isinstance(given, str) else ("", "", "")
-    if not comma or not re.fullmatch(r"data:image/[a-z]{1,10};base64", head):
-        raise UsageError(
-            f"{IMAGE} is {shown(given)}",
-            "an image is sent with the request; no address is fetched",
-            f'send a form with a file, or {{"{IMAGE}": "data:image/png;base64,..."}}',
-        )
-    try:
-        return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
-        raise UsageError(f"{IMAGE} is not base64", str(error), "encode it again") from error
 
 
 def decoded_image(data: bytes, limit: int) -> np.ndarray:
@@ -300,7 +160,7 @@ def asked(
         settled["fit"] = request.fit
     elif image is not None:
         settled["fit"] = "stretch"
-    return Asked(arguments=settled, image=image, shape=f"{size}, {steps} steps")
+    return Asked(arguments=settled, shape=f"{size}, {steps} steps")
 
 
 def _check(name: str, value: int, limit: int) -> None:
@@ -346,3 +206,73 @@ def _frames(given: dict[str, Any]) -> dict[str, Any]:
 def spelled(error: TdjaxError) -> str:
     """The message of an error with the names that clients know."""
     return cli.spelled(str(error), NAMES)
+
+
+def model_of(info: dict[str, Any]) -> ModelInfo:
+    """Returns what a worker tells of its model as the value that requests are checked with."""
+    sampler = info["sampler"]
+    return ModelInfo(
+        **{
+            **info,
+            "size": VideoSize(**info["size"]),
+            "sampler": SamplerConfig(**{**sampler, "mid_t": tuple(sampler["mid_t"])}),
+            "prompts": tuple(info["prompts"]),
+        }
+    )
+
+
+# A process of its own
+# --------------------------------------------------------------------------------------------------
+
+
+async def asked_apart(
+    fields: dict[str, Any], data: bytes, model: ModelInfo, limits: Limits, target: Path
+) -> Asked:
+    """As `asked`, for the bytes of an image, which becomes a PNG file. Raises UsageError."""
+    process = await asyncio.create_subprocess_exec(
+        *[sys.executable, "-m", "tdjax.server.asking"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    order = {"fields": fields, "target": str(target)}
+    order |= {"model": dataclasses.asdict(model), "limits": dataclasses.asdict(limits)}
+    try:
+        sent = process.communicate(json.dumps(order).encode() + b"\n" + data)
+        out, _ = await asyncio.wait_for(sent, DECODING)
+    except TimeoutError:
+        out = b""
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if not out:
+        raise UsageError(
+            f"{IMAGE} cannot be decoded",
+            f"what decodes it failed, or took over {DECODING:g} seconds",
+            "save it as PNG again",
+        )
+    answer = json.loads(out)
+    if "error" in answer:
+        raise UsageError(*answer["error"])
+    return Asked(**answer)
+
+
+def _main() -> int:
+    """Reads an order and the bytes of an image, and writes what is asked for, or the error."""
+    order = json.loads(sys.stdin.buffer.readline())
+    limits = Limits(**order["limits"])
+    try:
+        image = decoded_image(sys.stdin.buffer.read(), limits.image_pixels)
+        what = asked(order["fields"], image, model_of(order["model"]), limits)
+        with written(Path(order["target"]), overwrite=True) as part:
+            Image.fromarray(image).save(part, compress_level=1)  # quick to write
+    except UsageError as error:
+        print(json.dumps({"error": [error.what, error.why, error.fix]}))
+    else:
+        print(json.dumps(dataclasses.asdict(what)))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(_main)

@@ -14,9 +14,9 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from tdjax.config import SamplerConfig, VideoSize
 from tdjax.pipeline.request import ModelInfo
 from tdjax.server import store
+from tdjax.server.asking import model_of
 from tdjax.server.store import Job, Store
 
 LINE = 2**20  # bytes of a line that a worker tells, at most
@@ -280,7 +280,7 @@ class Worker:
         service, event, id = self.service, told["event"], told.get("id", "")
         job = self.jobs.get(id)
         if event == "model":
-            service.model = _model(told["info"])
+            service.model = model_of(told["info"])
             service.model_known.set()
         elif event == "refused":
             # What could be opened once is tried again: files may be on a disk that comes back.
@@ -320,19 +320,6 @@ class Worker:
         if told.get("code") == "internal":
             self.busy = True  # the process takes no other one, and ends by itself
         self.feed()
-
-
-def _model(info: dict[str, Any]) -> ModelInfo:
-    """What a worker tells of its model, as the value that requests are checked with."""
-    sampler = info["sampler"]
-    return ModelInfo(
-        **{
-            **info,
-            "size": VideoSize(**info["size"]),
-            "sampler": SamplerConfig(**{**sampler, "mid_t": tuple(sampler["mid_t"])}),
-            "prompts": tuple(info["prompts"]),
-        }
-    )
 
 
 def note(text: str) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -68,6 +69,11 @@ def test_workers_open_the_model_of_the_command_line():
     options = json.loads(server.worker_command(args)[-1])
     assert (options["model"], options["quant"]) == ("m", "int8")
     assert "lora_low" in options and "vae_path" in options and "port" not in options
+
+
+def test_small_answers_leave_at_once():
+    with server.listening("127.0.0.1", 0) as sock:
+        assert sock.proto == socket.IPPROTO_TCP  # by which asyncio tells
 
 
 def test_libraries_that_are_missing_are_named(capsys, monkeypatch, tmp_path):

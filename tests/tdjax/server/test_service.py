@@ -8,7 +8,7 @@ import pytest
 from server_cases import serving, until
 from stub_worker import MODEL
 
-from tdjax.server.service import _model
+from tdjax.server.asking import model_of
 
 
 def kill_worker(served, number=0):
@@ -93,7 +93,7 @@ def test_what_a_worker_tells_of_its_model_is_the_model():
     import dataclasses
     import json
 
-    assert _model(json.loads(json.dumps(dataclasses.asdict(MODEL)))) == MODEL
+    assert model_of(json.loads(json.dumps(dataclasses.asdict(MODEL)))) == MODEL
 
 
 def test_the_time_until_a_place_is_free_is_bounded(short):

@@ -1,0 +1,161 @@
+"""The body of a request, read within bounds, as fields and the bytes of an image."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import re
+from typing import Any
+
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from tdjax.errors import TdjaxError, UsageError
+from tdjax.server.asking import FIELDS, IMAGE
+from tdjax.server.limits import Limits
+from tdjax.values import parse_real, parse_whole, shown
+from tdjax.values.parsing import json_object
+
+ALIASES = {"output_format": "format", "num_inference_steps": "num_steps", "image": IMAGE}
+FORM_FIELD = 64 * 2**10  # bytes of a form's field that is no file
+MARKS = 20_000  # commas and brackets in JSON, of which parsing makes Python's objects
+
+
+class Unfit(TdjaxError):
+    """A request that is refused for its form. status: of HTTP."""
+
+    def __init__(self, status: int, what: str, why: str, fix: str):
+        super().__init__(what, why, fix)
+        self.status = status
+
+
+async def read_body(request: Request, limits: Limits) -> bytes:
+    """Returns the body. Raises Unfit where it is longer, or takes longer, than it may."""
+    declared = request.headers.get("content-length", "0")
+    if not re.fullmatch(r"[0-9]{1,18}", declared) or int(declared) > limits.body:
+        raise _too_large(limits)
+    try:
+        return await asyncio.wait_for(_chunks(request, limits), limits.body_seconds)
+    except TimeoutError as error:
+        raise Unfit(
+            408,
+            "the request did not arrive in time",
+            f"{limits.body_seconds:g} seconds are allowed",
+            "send a smaller image",
+        ) from error
+    except ClientDisconnect as error:
+        raise Unfit(400, "the request is incomplete", "the client went away", "send it") from error
+
+
+async def _chunks(request: Request, limits: Limits) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limits.body:
+            raise _too_large(limits)
+    return bytes(body)
+
+
+def _too_large(limits: Limits) -> Unfit:
+    return Unfit(
+        413,
+        "the request is too large",
+        f"a body may have {limits.body} bytes",
+        "send a smaller image",
+    )
+
+
+async def fields_of(request: Request, body: bytes) -> tuple[dict[str, Any], bytes | None]:
+    """Returns (fields, bytes of the image) of a JSON body or a form. Raises Unfit."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        marks = sum(body.count(mark) for mark in (b",", b"[", b"{"))
+        if marks > MARKS:
+            why = f"it has {marks} commas and brackets, and {MARKS} are allowed"
+            raise Unfit(400, "the body has too many values", why, "leave them away")
+        try:
+            fields = json_object(body, unique=True)
+        except ValueError as error:
+            raise Unfit(400, "the body is not a JSON object", str(error), "send one") from error
+        fields = _own_names(fields)
+        return fields, _inline_image(fields.pop(IMAGE, None))
+    if kind == "multipart/form-data":
+        return await _form(request, body)
+    raise Unfit(
+        415,
+        f"the content type is {shown(kind)}",
+        "allowed: application/json, multipart/form-data",
+        'for example curl -H "Content-Type: application/json"',
+    )
+
+
+async def _form(request: Request, body: bytes) -> tuple[dict[str, Any], bytes | None]:
+    async def stream():
+        yield body
+
+    parser = MultiPartParser(
+        request.headers, stream(), max_files=1, max_fields=32, max_part_size=FORM_FIELD
+    )
+    try:
+        form = await parser.parse()
+    except (MultiPartException, ValueError, KeyError) as error:
+        why = str(getattr(error, "message", None) or error)
+        raise Unfit(400, "the form cannot be read", why, "send multipart/form-data") from error
+    try:
+        if len(set(form)) != len(form.multi_items()):
+            raise Unfit(400, "a field is there twice", "each is given once", "send it once")
+        given = _own_names(dict(form))
+        file = given.pop(IMAGE, None)
+        for name, value in given.items():
+            if isinstance(value, UploadFile):
+                raise Unfit(400, f"{name} is a file", f"the image is {IMAGE}", f"name it {IMAGE}")
+        image = await file.read() if isinstance(file, UploadFile) else _inline_image(file)
+        return {name: _typed(name, value) for name, value in given.items()}, image
+    finally:
+        await form.close()
+
+
+def _own_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields by the names that they have here. Raises Unfit for one that is given twice."""
+    out: dict[str, Any] = {}
+    for name, value in fields.items():
+        own = ALIASES.get(name, name)
+        if own in out:
+            raise Unfit(400, f"{own} and {name} were both given", "they are the same", "give one")
+        out[own] = value
+    return out
+
+
+def _typed(name: str, value: str) -> Any:
+    """A form's field as the type that JSON would have. Raises UsageError."""
+    kind = FIELDS.get(name, str)
+    if kind is str:
+        return value
+    try:
+        return parse_whole(value) if kind is int else parse_real(value)
+    except ValueError as error:
+        wanted = "a whole number" if kind is int else "a number"
+        why, fix = f"{wanted} is needed", "written in digits 0 to 9"
+        raise UsageError(f"{name} is {shown(value)}", why, fix) from error
+
+
+def _inline_image(given: Any) -> bytes | None:
+    """The bytes of an image that is written into JSON: {"image_url": "data:image/png;base64,..."},
+    or that text alone. Raises UsageError for addresses, which are not fetched."""
+    if isinstance(given, dict) and set(given) == {"image_url"}:
+        given = given["image_url"]
+    if given is None:
+        return None
+    head, comma, data = given.partition(",") if isinstance(given, str) else ("", "", "")
+    if not comma or not re.fullmatch(r"data:image/[a-z]{1,10};base64", head):
+        raise UsageError(
+            f"{IMAGE} is {shown(given)}",
+            "an image is sent with the request; no address is fetched",
+            f'send a form with a file, or {{"{IMAGE}": "data:image/png;base64,..."}}',
+        )
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise UsageError(f"{IMAGE} is not base64", str(error), "encode it again") from error
