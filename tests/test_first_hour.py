@@ -30,8 +30,8 @@ def pipe(model):
 def test_prompts_with_seeds(pipe, tmp_path):
     result = pipe(PROMPTS, seed=[1, 2], num_samples=2, **SMALL)
     assert result.seed == (1, 2) and len(result) == 4
-    paths = result.save(tmp_path / "clip.gif")
-    assert [path.name for path in paths] == [f"clip_{i}.gif" for i in range(4)]
+    assert result.save(tmp_path / "clip.gif") == tmp_path / "clip_0.gif"
+    assert {path.name for path in tmp_path.glob("*.gif")} == {f"clip_{i}.gif" for i in range(4)}
     for number, video in enumerate(result):
         about = json.loads((tmp_path / f"clip_{number}.gif.json").read_text())
         assert json.loads(json.dumps(video.metadata)) == about

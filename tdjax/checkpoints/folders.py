@@ -107,6 +107,7 @@ class Language(TypedDict):
     phrases: NotRequired[dict[str, list[Reading]]]
     orders: NotRequired[list[list[str]]]
     caption: NotRequired[str]
+    apart: NotRequired[list[tuple[str, int, str]]]
 
 
 def _language_fault(language: dict[str, Any]) -> str | None:
@@ -119,8 +120,10 @@ def _language_fault(language: dict[str, Any]) -> str | None:
             return f"language.phrases of {told(factor)} have no reading for all other words"
         places += [(factor, place) for one in readings for place in one["says"].values()]
     fields = re.findall(r"{(.*?)}", language.get("caption", ""))
-    if "caption" in language and (set(fields) - set(knows) or "orders" not in language):
-        return "language.caption needs orders, and braces around factors"
+    if "caption" in language and (
+        set(fields) - set(knows) or not {"orders", "apart"} <= language.keys()
+    ):
+        return "language.caption needs orders, apart, and braces around factors"
     for factor, place in places:
         if not 0 <= place < len(knows.get(factor, ())):
             return f"language has no value {place} of {told(factor)}"

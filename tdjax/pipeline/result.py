@@ -119,9 +119,9 @@ class Result:
         metadata: bool = True,
         overwrite: bool = False,
         upscale: int = 1,
-    ) -> Path | list[Path]:
+    ) -> Path:
         """Writes the video, or one of them, and returns its path; several are all written, as
-        NAME_0, NAME_1 and so on, and their paths returned.
+        NAME_0, NAME_1 and so on, and the path of the first returned.
 
         path:     the suffix chooses the form: .mp4 .webm .mkv .gif .npy, .safetensors = latents, no
                   suffix = png folder.
@@ -151,7 +151,7 @@ class Result:
             check_save(each, fps=fps, crf=crf, metadata=metadata, overwrite=overwrite)
         for number, each in zip(numbers, paths, strict=True):
             self._save_one(each, number, fps, crf, metadata, overwrite, factor)
-        return paths[0] if len(paths) == 1 else paths
+        return paths[0]
 
     def _save_one(
         self,

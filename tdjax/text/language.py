@@ -3,7 +3,8 @@
 {"words": all words, "knows": {factor: its values}, "needs": factors that every caption of training
 named, "says": {word: [factor, place of the value]}, "phrases": {factor: readings of words that say
 a value together}, "orders": [factors as a caption of training named them], "caption": such a
-caption with factors in braces}; older folders have the first ones. A reading is {"when": words,
+caption with factors in braces, "apart": [factor, place, factor that no caption names beside that
+value]}; older folders have the first ones. A reading is {"when": words,
 "says": {word: place}}: the first one counts of which a word of `when` is in the prompt; without
 words there it always does.
 """
@@ -75,8 +76,13 @@ def _as_trained(language: dict[str, Any], prompt: str) -> bool:
 def _drawn(language: dict[str, Any], prompt: str) -> dict[str, list[int]]:
     """{factor: [place]} of those that a prompt lacks, drawn for it."""
     rng, found = random.Random(" ".join(words_of(prompt))), said(language, prompt)
-    missing = [factor for factor in language.get("needs", ()) if factor not in found]
-    return {factor: [rng.randrange(len(language["knows"][factor]))] for factor in missing}
+    never = {(factor, place) for factor, place, other in language["apart"] if other in found}
+    out = {}
+    for factor in language.get("needs", ()):
+        if factor not in found:
+            places = range(len(language["knows"][factor]))
+            out[factor] = [rng.choice([i for i in places if (factor, i) not in never])]
+    return out
 
 
 def understood(language: dict[str, Any], prompt: str) -> str:

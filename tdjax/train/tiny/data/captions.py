@@ -197,4 +197,5 @@ LANGUAGE = {
     },
     "orders": orders(),
     "caption": "a {size} {colour} {shape} {motion} {speed} on a {background} background",
+    "apart": [["motion", STILL, "speed"]],
 }
