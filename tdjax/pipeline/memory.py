@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -27,6 +27,11 @@ from tdjax.models.wan_vae import cache_bytes
 from tdjax.parallel.sharding import shardings
 from tdjax.parallel.space import space_mesh
 from tdjax.pipeline.vae_tiling import tiling
+
+if TYPE_CHECKING:
+    from tdjax.pipeline.components import Component
+    from tdjax.pipeline.options import PipelineOptions
+    from tdjax.pipeline.request import Request
 
 GIB = 2**30
 USABLE = 0.9  # share of the device's memory that a plan may count on
@@ -129,6 +134,24 @@ def make_plan(
         stream_text = not resident(plans(False))
     stages = plans(stream_text)
     return ExecutionPlan(stages, limit, resident(stages), stream_text, tiled_vae)
+
+
+def plan_of(
+    request: Request,
+    components: Mapping[str, Component],
+    options: PipelineOptions,
+    mesh: Mesh | None,
+) -> ExecutionPlan:
+    """Returns the plan of a request to a pipeline that was opened with these options."""
+    return make_plan(
+        {name: component.config for name, component in components.items()},
+        request.size,
+        guided=request.sampler.guided,
+        low_memory=options.low_memory,
+        stream_text=options.stream_text,
+        tiled_vae=options.tiled_vae,
+        mesh=mesh,
+    )
 
 
 def module_bytes(module) -> int:

@@ -20,15 +20,13 @@ from tdjax.pipeline import memory
 from tdjax.pipeline.compilation import Programs
 from tdjax.pipeline.components import Component
 from tdjax.pipeline.decoding import decode
-from tdjax.pipeline.denoising import Denoising
 from tdjax.pipeline.memory import ExecutionPlan
 from tdjax.pipeline.notes import request_notes
 from tdjax.pipeline.options import Call, OutputType, PipelineOptions, arguments_of, check_choice
 from tdjax.pipeline.preparation import Preparation
 from tdjax.pipeline.request import Request, make_request, model_info, texts_of
 from tdjax.pipeline.result import Result, joined, metadata_of
-from tdjax.pipeline.text_encoding import TextEncoding, open_tokenizer
-from tdjax.pipeline.vae_coding import ImageEncoding, VAECoding
+from tdjax.pipeline.text_encoding import open_tokenizer
 from tdjax.progress import Stages
 from tdjax.text.prompt_cache import PromptCache
 from tdjax.values import whole
@@ -46,40 +44,25 @@ class Pipeline:
         stages: Stages,
         prompt_cache: PromptCache | None = None,
     ):
-        dit, text = components["dit"].config, components.get("text")
+        text = components.get("text")
         self.components, self.options, self.stages = components, options, stages
-        self.config = dit
+        self.config = components["dit"].config
         self.info = info = model_info(
-            located, dit, text.config if text else None, "dit_low" in components
+            located, self.config, text.config if text else None, "dit_low" in components
         )
-        self.lock = threading.RLock()  # calls of several threads run one after another
         self.name, self.task = info.name, info.task  # "t2v" or "i2v"
         self.size, self.sampler = info.size, info.sampler  # where a call gives none
-        self.mesh = make_mesh(options.mesh, dit)
+        self.lock = threading.RLock()  # calls of several threads run one after another
+        self.mesh = make_mesh(options.mesh, self.config)
         for component in components.values():
             component.mesh = self.mesh
         self.tokenizer = open_tokenizer(located.tokenizer, info.text_len)
-        self.programs = programs = Programs(stages, self.mesh)
-        self.text_encoding = TextEncoding(
-            programs,
-            text,
-            self.tokenizer,
-            prompt_cache,
-            stages,
-            dit.policy.compute_dtype,
-            info.language,
+        self.programs = Programs(stages, self.mesh)
+        self.preparation = made = Preparation(
+            self.programs, components, self.tokenizer, prompt_cache, info
         )
-        self.vae_coding = VAECoding(programs, components["vae"], stages)
-        self.image_encoding = ImageEncoding(self.vae_coding)
-        self.denoising = Denoising(programs, components, info.text_len, stages)
-        self.preparation = Preparation(
-            components,
-            self.text_encoding,
-            self.image_encoding,
-            self.denoising,
-            self.vae_coding,
-            stages,
-        )
+        self.text_encoding, self.image_encoding = made.text_encoding, made.image_encoding
+        self.denoising, self.vae_coding = made.denoising, made.vae_coding
 
     def __repr__(self) -> str:
         cfg, sampler = self.config, self.sampler
@@ -122,15 +105,7 @@ class Pipeline:
     def plan(self, request: Request) -> ExecutionPlan:
         """Returns how a request will run and the memory of each of its stages; nothing is
         loaded."""
-        return memory.make_plan(
-            {name: component.config for name, component in self.components.items()},
-            request.size,
-            guided=request.sampler.guided,
-            low_memory=self.options.low_memory,
-            stream_text=self.options.stream_text,
-            tiled_vae=self.options.tiled_vae,
-            mesh=self.mesh,
-        )
+        return memory.plan_of(request, self.components, self.options, self.mesh)
 
     def _run(
         self, request: Request, plan: ExecutionPlan

@@ -3,35 +3,43 @@ weights read ahead in the order of the stages."""
 
 from __future__ import annotations
 
-from tdjax.pipeline.compilation import Program
+from tdjax.pipeline.compilation import Program, Programs
 from tdjax.pipeline.components import Component
 from tdjax.pipeline.denoising import Denoising
 from tdjax.pipeline.kernel_check import check_kernels
 from tdjax.pipeline.memory import ExecutionPlan
-from tdjax.pipeline.request import Request
+from tdjax.pipeline.request import ModelInfo, Request
 from tdjax.pipeline.text_encoding import TextEncoding
 from tdjax.pipeline.vae_coding import ImageEncoding, VAECoding
-from tdjax.progress import Stages
+from tdjax.text.prompt_cache import PromptCache
+from tdjax.text.tokenizer import Tokenizer
 
 
 class Preparation:
-    """The stages of a pipeline, seen from before they run."""
+    """The stages of a pipeline, made, and seen from before they run."""
 
     def __init__(
         self,
+        programs: Programs,
         components: dict[str, Component],
-        text_encoding: TextEncoding,
-        image_encoding: ImageEncoding,
-        denoising: Denoising,
-        vae_coding: VAECoding,
-        stages: Stages,
+        tokenizer: Tokenizer | None,
+        prompt_cache: PromptCache | None,
+        info: ModelInfo,
     ):
-        self.components = components
-        self.text_encoding = text_encoding
-        self.image_encoding = image_encoding
-        self.denoising = denoising
-        self.vae_coding = vae_coding
-        self.stages = stages
+        self.components, self.stages = components, programs.stages
+        dtype = components["dit"].config.policy.compute_dtype
+        self.text_encoding = TextEncoding(
+            programs,
+            components.get("text"),
+            tokenizer,
+            prompt_cache,
+            self.stages,
+            dtype,
+            info.language,
+        )
+        self.vae_coding = VAECoding(programs, components["vae"], self.stages)
+        self.image_encoding = ImageEncoding(self.vae_coding)
+        self.denoising = Denoising(programs, components, info.text_len, self.stages)
         self._kernels_checked = False
         self._begun: set[tuple] = set()
 
