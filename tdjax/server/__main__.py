@@ -135,6 +135,12 @@ def _command(argv: list[str]) -> int:
 
 def check_installed() -> None:
     """Raises UsageError where the libraries of the extra `server` are missing."""
+    if importlib.util.find_spec("fcntl") is None:
+        raise UsageError(
+            "the server does not run on Windows itself",
+            "it needs locks and processes of a Unix",
+            "use Linux, macOS or WSL 2",
+        )
     needed = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import re
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tdjax.server.body import Unfit, fields_of, read_body
 from tdjax.server.keys import Key, Keys
 from tdjax.server.limits import Limits
 from tdjax.server.metrics import Metrics
-from tdjax.server.service import Service
+from tdjax.server.service import Service, note
 from tdjax.server.store import Conflict, Full, Job
 
 PAGE = Path(__file__).parent / "page.html"
@@ -80,6 +81,8 @@ class App:
                 UsageError: _usage,  # type: ignore[dict-item]
                 Full: self._full,  # type: ignore[dict-item]
                 Conflict: _conflict,  # type: ignore[dict-item]
+                OSError: _unwritable,  # type: ignore[dict-item]
+                sqlite3.OperationalError: _unwritable,  # type: ignore[dict-item]
                 Exception: _fault,
             },
         )
@@ -453,6 +456,11 @@ async def _usage(request: Request, error: UsageError) -> Response:
 
 async def _conflict(request: Request, error: Conflict) -> Response:
     return _error(409, str(error), "idempotency")
+
+
+async def _unwritable(request: Request, error: Exception) -> Response:
+    note(f"a request could not be kept: {error}")
+    return _error(503, "the server cannot write to its disk", "disk", {"Retry-After": "60"})
 
 
 async def _fault(request: Request, error: Exception) -> Response:

@@ -58,6 +58,7 @@ FORMATS = {
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 PROMPT = 10_000  # characters
 DECODING = 30.0  # seconds that an image may take
+UNWRITABLE = 3  # the exit code of a decoder that cannot write
 NAMES = {"image": IMAGE, "width": "size", "height": "size"}  # as clients know the arguments
 
 
@@ -246,6 +247,8 @@ async def asked_apart(
         if process.returncode is None:
             process.kill()
             await process.wait()
+    if process.returncode == UNWRITABLE:
+        raise OSError(f"{target} cannot be written")
     if not out:
         raise UsageError(
             f"{IMAGE} cannot be decoded",
@@ -269,6 +272,8 @@ def _main() -> int:
             Image.fromarray(image).save(part, compress_level=1)  # quick to write
     except UsageError as error:
         print(json.dumps({"error": [error.what, error.why, error.fix]}))
+    except OSError:
+        return UNWRITABLE
     else:
         print(json.dumps(dataclasses.asdict(what)))
     return 0

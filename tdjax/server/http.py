@@ -42,23 +42,26 @@ class Server(uvicorn.Server):
         if refused is not None:
             print(f"error: {refused}", file=sys.stderr)
             return refused.code
+        if self.service.fault is not None:
+            raise self.service.fault
         return 0
 
     async def _serve_on(self, sock: socket.socket) -> None:
-        watching = asyncio.create_task(self._watch_model())
+        watching = asyncio.create_task(self._watch())
         name = sock.getsockname()
         place = f"[{name[0]}]" if ":" in name[0] else name[0]
         note(f"http://{place}:{name[1]} (the page), http://{place}:{name[1]}/v1 (the API)")
         await self.serve(sockets=[sock])
         watching.cancel()
 
-    async def _watch_model(self) -> None:
-        """Ends the server where its model cannot be opened."""
+    async def _watch(self) -> None:
+        """Ends the server where its model cannot be opened, and where its queue has a fault."""
         await self.service.model_known.wait()
-        if self.service.refused is not None:
-            self.should_exit = True
-        elif self.service.model is not None:
+        if self.service.model is not None:
             note(f"the model is {self.service.model.name}, {self.service.model.size}")
+        while self.service.refused is None and self.service.fault is None:
+            await asyncio.sleep(0.5)
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Lets jobs end, while clients are still answered; another Ctrl-C ends it at once."""

@@ -51,6 +51,8 @@ class Metrics:
         ready = sum(worker.ready for worker in workers)
         yield GaugeMetricFamily("tdjax_workers_ready", "Worker processes that are ready", ready)
         starts = sum(worker.starts for worker in workers)
+        peak = self.service.device_peak
+        yield GaugeMetricFamily("tdjax_device_peak_bytes", "Most memory of a device in use", peak)
         yield GaugeMetricFamily("tdjax_workers_started", "Worker processes started so far", starts)
 
     def ended(self, job: Job) -> None:

@@ -52,9 +52,11 @@ class Service:
         self.workers = [Worker(self, command, each) for each in devices]
         self.model: ModelInfo | None = None
         self.refused: Refused | None = None
+        self.fault: BaseException | None = None  # of this process: what it was doing is not known
         self.draining = False
         self.progress: dict[str, Progress] = {}
         self.listeners: dict[str, set[asyncio.Event]] = {}
+        self.device_peak = 0  # bytes, of any worker
         self.seconds = 10.0  # that a job has lately taken
         self.on_end: Callable[[Job], None] = lambda job: None
         self.model_known = asyncio.Event()
@@ -67,6 +69,15 @@ class Service:
             note(f"{again} jobs that ran are queued again, {done} videos were complete already")
         self._tasks = [asyncio.create_task(worker.run()) for worker in self.workers]
         self._tasks.append(asyncio.create_task(self._expire()))
+        for task in self._tasks:
+            task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task) -> None:
+        """What cannot be written down (a full disk) ends the server: the next one finds in the
+        store what was going on."""
+        if not task.cancelled() and task.exception() is not None:
+            self.fault = task.exception()
+            self.model_known.set()
 
     async def stop(self, seconds: float) -> None:
         """Takes no more jobs, waits for those that run, and queues the rest again. seconds: to
@@ -84,7 +95,10 @@ class Service:
 
     async def _expire(self) -> None:
         while True:
-            self.store.expire()
+            try:
+                self.store.expire()
+            except OSError as error:
+                note(f"an old video cannot be removed: {error}")
             await asyncio.sleep(60)
 
     @property
@@ -308,6 +322,7 @@ class Worker:
         service = self.service
         self._drop(job.id)
         if event == "done":
+            service.device_peak = max(service.device_peak, told["result"].get("device_peak") or 0)
             counts = service.store.complete(job, told["result"])
         elif event == "failed":
             counts = service.store.fail(job, told["code"], told["message"])

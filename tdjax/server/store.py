@@ -24,6 +24,7 @@ from tdjax.server.limits import Limits
 WAITING, RUNNING = "queued", "in_progress"
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
 ENDED = (COMPLETED, FAILED, CANCELLED)
+VERSION = 1  # of the tables
 IN_A_ROW = 8  # jobs of one size and number of steps that one worker runs before others' turn
 
 _SCHEMA = """
@@ -109,13 +110,11 @@ class Store:
         for each in (self.videos, self.inputs):
             each.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(folder)
-        self.db = sqlite3.connect(
-            folder / "jobs.sqlite3", isolation_level=None, check_same_thread=False
-        )
-        self.db.row_factory = sqlite3.Row
-        self.db.execute("PRAGMA journal_mode = WAL")
-        self.db.execute("PRAGMA synchronous = FULL")  # what was answered outlives a power cut
-        self.db.executescript(_SCHEMA)
+        try:
+            self.db = _opened(folder / "jobs.sqlite3")
+        except (sqlite3.Error, UsageError):
+            os.close(self._lock)
+            raise
 
     def close(self) -> None:
         """Lets another process have the folder."""
@@ -385,6 +384,26 @@ class Store:
         """Returns how many jobs there are of every status."""
         rows = self.db.execute("SELECT status, COUNT(*) AS n FROM jobs GROUP BY status")
         return dict.fromkeys((WAITING, RUNNING, *ENDED), 0) | {r["status"]: r["n"] for r in rows}
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    """The tables of a file. Raises UsageError where it holds something else."""
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    db.row_factory = sqlite3.Row
+    try:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version not in (0, VERSION):
+            raise sqlite3.DatabaseError(f"its tables have version {version}, not {VERSION}")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")  # what was answered outlives a power cut
+        db.executescript(_SCHEMA)
+        db.execute(f"PRAGMA user_version = {VERSION}")
+    except sqlite3.DatabaseError as error:
+        db.close()
+        raise UsageError(
+            f"{path} cannot be read", str(error), "move it away, or give another folder"
+        ) from error
+    return db
 
 
 def new_id() -> str:

@@ -122,12 +122,15 @@ class PipelineMaker:
         """Writes the video, its metadata and a picture of its first frame."""
         from tdjax.files import written
         from tdjax.generate.outputs import DEMO_UPSCALE
+        from tdjax.progress import device_bytes
 
         factor = DEMO_UPSCALE if self.pipe.info.language else 1
         with written(Path(order["thumbnail"]), overwrite=True) as part:
             made.frame().save(part, quality=85)
         made.save(Path(order["video"]), overwrite=True, upscale=factor)
-        return {"timings": made.timings, "warnings": made.warnings}
+        device = device_bytes()
+        peak = device[1] if device else None
+        return {"timings": made.timings, "warnings": made.warnings, "device_peak": peak}
 
 
 class Worker:

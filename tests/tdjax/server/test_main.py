@@ -77,8 +77,10 @@ def test_small_answers_leave_at_once():
 
 
 def test_libraries_that_are_missing_are_named(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "fcntl" or None)
     assert "pip install" in refused(capsys, "--folder", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "WSL" in refused(capsys, "--folder", tmp_path)
 
 
 def test_the_web_process_has_no_jax():

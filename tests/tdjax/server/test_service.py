@@ -81,6 +81,21 @@ def test_a_server_that_stops_keeps_what_was_not_made(tmp_path):
         assert server.ended(waiting)["status"] == "completed"
 
 
+def test_a_full_disk_is_said_and_ends_the_server_rather_than_its_queue(tmp_path):
+    with serving(tmp_path) as server:
+        running(server, id := server.add("sleep 0.3"))
+        pages = server.service.store.db.execute("PRAGMA page_count").fetchone()[0]
+        server.service.store.db.execute(f"PRAGMA max_page_count = {pages}")
+        answers = [server.post("a" * 9000) for _ in range(3)]
+        assert answers[-1].status_code == 503 and "disk" in answers[-1].text
+        assert answers[-1].headers["retry-after"] == "60"
+        server.service.store.complete = lambda *arguments: 1 / 0  # as sqlite does then
+        until(lambda: isinstance(server.service.fault, ZeroDivisionError))
+        assert server.get(id)["status"] == "in_progress"
+    with serving(tmp_path) as server:
+        assert server.ended(id)["status"] == "completed"
+
+
 def test_a_model_that_cannot_be_opened_is_said(tmp_path):
     with serving(tmp_path, task="none") as server:
         until(lambda: server.service.refused is not None)

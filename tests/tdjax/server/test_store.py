@@ -168,6 +168,19 @@ def test_a_folder_is_one_servers(tmp_path, jobs):
         Store(tmp_path, Limits())
 
 
+@pytest.mark.parametrize("content", [b"no database at all" * 100, None])
+def test_a_file_that_holds_something_else_is_refused(tmp_path, content):
+    if content is None:
+        jobs = Store(tmp_path, Limits())
+        jobs.db.execute("PRAGMA user_version = 99")
+        jobs.close()
+    else:
+        (tmp_path / "jobs.sqlite3").write_bytes(content)
+    for _ in range(2):  # it also lets the folder go
+        with pytest.raises(UsageError, match="jobs.sqlite3 cannot be read"):
+            Store(tmp_path, Limits())
+
+
 def test_old_and_large_videos_go(tmp_path):
     jobs = Store(tmp_path, Limits(keep_bytes=10, keep_seconds=1000))
     ended = []
