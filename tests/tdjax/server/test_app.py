@@ -9,9 +9,12 @@ import time
 
 import httpx2 as httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from server_cases import REFUSED, STRANGE, encoded, serving, until
 
 from tdjax.server.app import PAGE, content_policy
+from tdjax.server.asking import FIELDS
 from tdjax.server.keys import Key, Keys, digest
 
 
@@ -389,3 +392,55 @@ def test_the_page_stands_alone(served):
     assert "default-src 'none'" in policy and policy.count("sha256-") == 2
     assert policy == content_policy(PAGE.read_text())
     assert " on" not in "".join(re.findall(r"<[a-z]+ [^>]*>", text.partition("<script>")[0]))
+
+
+# -- anything --------------------------------------------------------------------------------------
+
+IDS = st.sampled_from(["video_" + "0" * 24, "x", "..", "%2e%2e%2f", "sync", "%00", "é", "a/b"])
+PATHS = st.sampled_from(
+    [
+        "/",
+        "/health",
+        "/ready",
+        "/metrics",
+        "/v1/models",
+        "/v1/videos",
+        "/v1/videos/sync",
+        "/v1",
+        "//",
+    ]
+) | st.builds(
+    lambda id, rest: f"/v1/videos/{id}{rest}",
+    IDS,
+    st.sampled_from(["", "/content", "/events", "/cancel", "/content?variant=x"]),
+)
+KINDS = ["application/json", "multipart/form-data; boundary=b", "text/plain", "", "a" * 300, "/;="]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inside: (
+        st.lists(inside, max_size=3)
+        | st.dictionaries(st.sampled_from([*FIELDS, "input_reference", "x"]), inside, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    method=st.sampled_from(["GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"]),
+    path=PATHS,
+    query=st.dictionaries(st.sampled_from(["limit", "after", "order", "x"]), st.text(max_size=9)),
+    kind=st.sampled_from(KINDS),
+    body=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()),
+    headers=st.dictionaries(
+        st.sampled_from(["Range", "Idempotency-Key", "Authorization", "If-Range", "X"]),
+        st.text("ab =-,/0123456789~", min_size=1, max_size=12).map(str.strip),
+    ),
+)
+def test_nothing_makes_the_server_fail(served, method, path, query, kind, body, headers):
+    headers = headers | ({"Content-Type": kind} if kind else {})
+    url = path + ("&" if "?" in path else "?") + str(httpx.QueryParams(query))
+    answer = served.client.request(method, url, content=body, headers=headers)
+    assert answer.status_code < 500, answer.text
+    if answer.status_code >= 400 and method != "HEAD":
+        error_of(answer, answer.status_code)
