@@ -26,6 +26,7 @@ from tdjax.server.body import Unfit, fields_of, read_body
 from tdjax.server.keys import Key, Keys
 from tdjax.server.limits import Limits
 from tdjax.server.metrics import Metrics
+from tdjax.server.openapi import description
 from tdjax.server.service import Service, note
 from tdjax.server.store import Conflict, Full, Job
 
@@ -61,6 +62,7 @@ class App:
             Route("/health", self.health),
             Route("/ready", self.readiness),
             Route("/metrics", self.show_metrics),
+            Route("/openapi.json", self.describe),
             Route("/v1/models", self.models),
             Route("/v1/models/{id:path}", self.one_model),
             Route("/v1/videos", self.create, methods=["POST"]),
@@ -358,6 +360,10 @@ class App:
         """For Prometheus."""
         self._key(request)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def describe(self, request: Request) -> Response:
+        """The routes, for programs."""
+        return JSONResponse(description())
 
     async def show_page(self, request: Request) -> Response:
         """For people."""
