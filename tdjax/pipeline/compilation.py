@@ -277,6 +277,12 @@ class Programs:
         """The next request for it makes a new one."""
         self._requested = {k: other for k, other in self._requested.items() if other is not program}
 
+    def clear(self) -> None:
+        """Lets every program go, as new sizes for hours would fill the memory; the next request for
+        one compiles it, or reads it from disk."""
+        self.forget()
+        self._requested = {}
+
     def memory(self) -> dict[str, int]:
         """Returns XLA's own count of peak bytes on a device (arguments, outputs and temporaries)
         for each compiled stage."""

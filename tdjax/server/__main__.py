@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tdjax import cli
 from tdjax.checkpoints.locate import cache_folder
+from tdjax.config import VideoSize
 from tdjax.errors import UsageError
 from tdjax.files import refuse_unwritable
 from tdjax.generate.arguments import add_model_options, add_speed_options
@@ -94,6 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
         default = getattr(own, name.removeprefix("max_"))
         limits.add_argument(f"--{name}", type=kind, default=default, help=text)
     limits.add_argument(
+        "--sizes",
+        nargs="+",
+        default=[],
+        metavar="SIZE",
+        help="832x480 or 832x480x81, and no others: each new one has to be compiled",
+    )
+    limits.add_argument(
         "--keep_hours", type=float, default=own.keep_seconds / 3600, help="that videos are kept"
     )
     limits.add_argument(
@@ -157,7 +165,10 @@ def limits_of(args) -> Limits:
         if not 0 < getattr(args, name) < math.inf:
             given = getattr(args, name)
             raise UsageError(f"--{name} is {given}", "a number above zero is needed", "leave it")
+    for size in args.sizes:
+        _check_size(size)
     return Limits(
+        sizes=tuple(args.sizes),
         queue=args.queue,
         jobs=args.jobs,
         frames=args.max_frames,
@@ -170,6 +181,15 @@ def limits_of(args) -> Limits:
         keep_seconds=args.keep_hours * 3600,
         keep_bytes=int(args.keep_gb * GIB),
     )
+
+
+def _check_size(text: str) -> None:
+    match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})(?:x([0-9]{1,5}))?", text)
+    if match is None:
+        raise UsageError(
+            f"--sizes {text}", "WIDTHxHEIGHT or WIDTHxHEIGHTxFRAMES is needed", "use 832x480x81"
+        )
+    VideoSize(width=int(match[1]), height=int(match[2]), frames=int(match[3] or 81))
 
 
 def keys_of(args) -> Keys:

@@ -143,6 +143,13 @@ def asked(
     _check("num_frames", size.frames, limits.frames)
     _check("the size in pixels", size.width * size.height, limits.pixels)
     _check("num_steps", steps, limits.steps)
+    names = (f"{size.width}x{size.height}", f"{size.width}x{size.height}x{size.frames}")
+    if limits.sizes and not set(names) & set(limits.sizes):
+        raise UsageError(
+            f"the size is {names[1]}",
+            f"this server makes: {', '.join(limits.sizes)}",
+            f"nearest: {near(names[1], limits.sizes, cutoff=0.0)[0]}",
+        )
     settled = {
         "model": model.name,
         "prompt": prompt,

@@ -15,7 +15,8 @@ class Limits:
     """What one request, one key and the queue may have.
 
     queue:  jobs that wait, of all keys; jobs: that wait or run, of one key.
-    frames: of a clip; pixels: of a frame; steps: of the sampler.
+    frames: of a clip; pixels: of a frame; steps: of the sampler. sizes: WIDTHxHEIGHT, or
+            WIDTHxHEIGHTxFRAMES, and no others; none: all.
     body:   bytes of a request; image_pixels: of an image that is sent; body_seconds: until a
             request has arrived.
     job_seconds: until a job that runs is given up, with its worker. attempts: how often a job is
@@ -28,6 +29,7 @@ class Limits:
     frames: int = 161
     pixels: int = 1280 * 720
     steps: int = 60
+    sizes: tuple[str, ...] = ()
     body: int = 20 * 2**20
     image_pixels: int = 24_000_000
     body_seconds: float = 30.0
@@ -40,7 +42,7 @@ class Limits:
         settle(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not value > 0:
+            if field.name != "sizes" and not value > 0:
                 raise UsageError(
                     f"`{field.name}` is {value}", "a limit is a number above zero", "leave it away"
                 )

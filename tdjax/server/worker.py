@@ -30,6 +30,7 @@ from tdjax import cli
 from tdjax.errors import Cancelled, NotFinite, OutOfMemory, TdjaxError, UsageError
 
 Tell = Callable[..., None]
+SHAPES = 8  # sizes and numbers of steps whose programs stay in memory
 WRITING = 2  # videos that are made and not yet written; another one waits until there is room
 TEXT, STEPS, FRAMES = 5, 80, 97  # percent that are done after each part
 # Errors whose lines a client may read; those of weight files name folders of this machine.
@@ -59,6 +60,7 @@ class PipelineMaker:
     def __init__(self, options: dict[str, Any]):
         self.args = argparse.Namespace(**options)
         self.pipe: Any = None
+        self.shapes: set[tuple[int, ...]] = set()
 
     def open(self) -> dict[str, Any]:
         """Opens the model; no weights are read yet."""
@@ -90,6 +92,7 @@ class PipelineMaker:
     def make(self, order: dict[str, Any], told: Tell, cancel: threading.Event) -> Any:
         """Runs the pipeline."""
         arguments = dict(order["request"])
+        self._make_room(arguments)
         for name in ("model", "format"):  # of the answer, and of the file
             arguments.pop(name)
         if order["image"]:
@@ -117,6 +120,15 @@ class PipelineMaker:
             on_frames=on_frames,
             cancel=cancel,
         )
+
+    def _make_room(self, arguments: dict[str, Any]) -> None:
+        """Lets programs of other shapes go, where there are many and this one is new."""
+        names = ("width", "height", "num_frames", "num_steps")
+        shape = tuple(arguments[name] for name in names)
+        if shape not in self.shapes and len(self.shapes) >= SHAPES:
+            self.pipe.programs.clear()
+            self.shapes.clear()
+        self.shapes.add(shape)
 
     def write(self, order: dict[str, Any], made: Any) -> dict[str, Any]:
         """Writes the video, its metadata and a picture of its first frame."""
@@ -168,14 +180,16 @@ class Worker:
 
     def _read(self) -> None:
         """Takes orders in; ends the process with them, whatever runs."""
-        for line in self.orders:
-            order = json.loads(line)
-            if order["do"] == "make":
-                self.cancels[order["id"]] = threading.Event()
-                self.todo.put(order)
-            elif order["id"] in self.cancels:
-                self.cancels[order["id"]].set()
-        os._exit(0)
+        try:
+            for line in self.orders:
+                order = json.loads(line)
+                if order["do"] == "make":
+                    self.cancels[order["id"]] = threading.Event()
+                    self.todo.put(order)
+                elif order["id"] in self.cancels:
+                    self.cancels[order["id"]].set()
+        finally:
+            os._exit(0)
 
     def _make(self, order: dict[str, Any], writer: ThreadPoolExecutor) -> bool:
         """Whether the process can go on after a job."""

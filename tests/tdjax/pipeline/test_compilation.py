@@ -49,6 +49,16 @@ def test_a_program_begun_early_is_made_by_a_thread():
     assert [row.name for row in stages.rows] == ["compile double"]
 
 
+def test_programs_that_were_let_go_are_made_again():
+    programs = Programs(Stages(show=False))
+    shape = programs.shape((3,))
+    before = programs.request("double", double, shape)
+    before.wait()
+    programs.clear()
+    assert not programs.compiled and programs.request("double", double, shape) is not before
+    assert np.array_equal(programs.request("double", double, shape).wait()(jnp.ones(3)), [2, 2, 2])
+
+
 def test_a_program_that_nobody_began_is_made_where_it_is_waited_for():
     where, programs = [], Programs(Stages(show=False))
     traced = lambda x: where.append(threading.current_thread()) or x

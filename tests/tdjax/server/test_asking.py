@@ -67,6 +67,14 @@ def test_an_image_belongs_to_image_to_video():
         ask(model=dataclasses.replace(MODEL, task="i2v"))
 
 
+def test_other_sizes_than_those_of_the_server_are_refused():
+    limits = Limits(sizes=("64x48", "32x32x9"))
+    for fields in ({}, {"num_frames": 9}, {"size": "32x32", "num_frames": 9}):
+        asked({"prompt": "a", **fields}, None, MODEL, limits)
+    with pytest.raises(UsageError, match="this server makes: 64x48, 32x32x9\nnearest: 32x32x9"):
+        asked({"prompt": "a", "size": "32x32"}, None, MODEL, limits)
+
+
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=2), max_leaves=4)
 

@@ -34,6 +34,8 @@ WRONG = {
     "--port 70000": "65535",
     "--drain -1": "seconds",
     "--queue 0": "--queue is 0",
+    "--sizes large": "832x480x81",
+    "--sizes 64x64 65x64": "width is 65",
     "--max_frames -3": "--max_frames is -3",
     "--keep_hours nan": "--keep_hours",
     "--host 0.0.0.0": "whoever reaches this address",

@@ -1,0 +1,64 @@
+"""The worker's own part, in this process: orders in, lines out."""
+
+import io
+import json
+import threading
+import types
+
+from tdjax.server import worker
+from tdjax.server.worker import PipelineMaker, Worker
+
+
+def test_many_shapes_do_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(worker, "SHAPES", 2)
+    cleared = []
+    maker = PipelineMaker({})
+    programs = types.SimpleNamespace(clear=lambda: cleared.append(len(maker.shapes)))
+    maker.pipe = types.SimpleNamespace(programs=programs)
+    for width in (16, 32, 16, 32, 48, 48, 16, 64):
+        maker._make_room({"width": width, "height": 16, "num_frames": 5, "num_steps": 1})
+    assert cleared == [2, 2]  # at 48 and at 64
+
+
+def stream(*orders):
+    """Lines of orders, and then none for as long as the test takes."""
+    yield from map(json.dumps, orders)
+    threading.Event().wait()
+
+
+def told(maker, *orders) -> list[dict]:
+    out = io.StringIO()
+    Worker(maker, stream(*orders), out).run()
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+class Broken:
+    """A maker that makes one video and then meets a fault."""
+
+    count = 0
+
+    def open(self):
+        return {}
+
+    def warm(self):
+        pass
+
+    def make(self, order, told, cancel):
+        self.count += 1
+        if self.count > 1:
+            raise RuntimeError("device lost at /a/path")
+        told(progress=50, stage="denoise")
+        return "made"
+
+    def write(self, order, made):
+        return {"made": made}
+
+
+def test_a_video_that_is_made_is_written_also_when_the_next_one_breaks(capsys):
+    lines = told(Broken(), *({"do": "make", "id": id} for id in "ab"))
+    events = [line["event"] for line in lines]
+    assert events[:4] == ["model", "ready", "progress", "made"]
+    assert sorted(events[4:]) == ["done", "failed"]
+    failed = next(line for line in lines if line["event"] == "failed")
+    assert failed["id"] == "b" and "/a/path" not in failed["message"]
+    assert "device lost" in capsys.readouterr().err  # the log has it
