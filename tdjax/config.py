@@ -230,6 +230,33 @@ class VAEConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TinyVAEConfig:
+    """Sizes of a small decoder of the same latents, normalised. Defaults are taew2_1."""
+
+    latent_channels: int = 16
+    widths: tuple[int, ...] = (256, 128, 64, 64)
+    temporal_up: tuple[bool, ...] = (False, True, True)
+    policy: Policy = Policy()
+
+    def __post_init__(self):
+        positive(self, "latent_channels")
+        good = all(isinstance(n, int) and 1 <= n <= MANY**2 for n in self.widths)
+        if not good or len(self.widths) != len(self.temporal_up) + 1 or not self.temporal_up:
+            raise ValueError(
+                f"TinyVAEConfig: widths {self.widths} and temporal_up {self.temporal_up}; positive"
+                " widths are needed, one more than there are flags"
+            )
+
+    @property
+    def spatial(self) -> int:
+        return 2 ** len(self.temporal_up)
+
+    @property
+    def temporal(self) -> int:
+        return 2 ** sum(self.temporal_up)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
     """Sizes of the umT5 encoder. Defaults are umT5-xxl."""
 
@@ -270,9 +297,14 @@ class TextConfig:
         return self.attention_dim // self.heads
 
 
-Config = DiTConfig | VAEConfig | TextConfig
+Config = DiTConfig | VAEConfig | TinyVAEConfig | TextConfig
 SAMPLES = 10_000  # videos of one prompt in a call
-KINDS: dict[str, type] = {"dit": DiTConfig, "vae": VAEConfig, "text": TextConfig}
+KINDS: dict[str, type] = {
+    "dit": DiTConfig,
+    "vae": VAEConfig,
+    "tiny_vae": TinyVAEConfig,
+    "text": TextConfig,
+}
 
 
 def to_dict(config) -> dict[str, Any]:

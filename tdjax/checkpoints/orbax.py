@@ -29,6 +29,7 @@ from tdjax.config import KINDS, Config, from_dict, to_dict
 from tdjax.errors import CheckpointError
 from tdjax.files import written
 from tdjax.models.abstract import as_shapes
+from tdjax.models.tiny_vae import TinyVAE
 from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.models.wan_vae import VAE
@@ -37,7 +38,7 @@ from tdjax.values.parsing import told
 
 FORMAT = 1
 AGAIN = "convert the source file again: python -m convert SRC DST --overwrite"
-MODULES = {"dit": DiT, "vae": VAE, "text": UMT5}
+MODULES = {"dit": DiT, "vae": VAE, "tiny_vae": TinyVAE, "text": UMT5}
 DENSE_DROPS = (  # parameters of sparse attention, which dense attention does without
     ".self_attn.core."
 )

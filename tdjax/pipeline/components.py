@@ -29,6 +29,7 @@ from tdjax.parallel.sharding import shardings
 KINDS = {
     "dit": ("a video transformer", "dit_path"),
     "vae": ("a video VAE", "vae_path"),
+    "tiny_vae": ("a small video decoder", "vae_path"),
     "text": ("a umT5 text encoder", "text_encoder_path"),
 }
 LOADER = ThreadPoolExecutor(1, thread_name_prefix="load")  # one after another, as asked for
@@ -340,7 +341,7 @@ def open_component(
             "use python -m convert --lora",
         )
     component = StoredComponent(path) if stored else PublishedComponent(path, lora, low_noise)
-    if component.kind != kind:
+    if component.kind not in (kind, f"tiny_{kind}"):
         found, argument = KINDS[component.kind]
         raise CheckpointError(
             f"{path} is {found}, not {KINDS[kind][0]}",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tdjax.config import VAEConfig, VideoSize, check_fps
+from tdjax.config import TinyVAEConfig, VAEConfig, VideoSize, check_fps
 from tdjax.errors import UsageError
 from tdjax.pipeline.options import OutputType, check_choice
 from tdjax.pipeline.request import Request
@@ -69,7 +69,7 @@ def _bare(latents: np.ndarray, fps: int | None) -> Result:
     return Result(frames=None, latents=array, seed=None, fps=fps or 16, timings={}, metadata={})
 
 
-def size_of(shape: tuple[int, ...], vae: VAEConfig) -> VideoSize:
+def size_of(shape: tuple[int, ...], vae: VAEConfig | TinyVAEConfig) -> VideoSize:
     """Returns the size of the video of latents [b t h w c]. Raises UsageError for those of another
     model."""
     _, t, h, w, channels = shape

@@ -322,8 +322,10 @@ def open_components(
         component = components["vae"] = open_component(located.vae, "vae")
         dtype = options.vae_dtype or options.dtype
         policy = Policy(param=dtype, compute=dtype)
-        impl = "reference" if options.impl == "reference" else "auto"
-        component.config = dataclasses.replace(component.stored, policy=policy, impl=impl)
+        changes: dict[str, Any] = {"policy": policy}
+        if component.kind == "vae":  # a small decoder has no kernels
+            changes["impl"] = "reference" if options.impl == "reference" else "auto"
+        component.config = dataclasses.replace(component.stored, **changes)
     if located.text is not None:
         component = components["text"] = open_component(located.text, "text")
         policy = Policy(param=options.dtype, compute=options.dtype)
@@ -422,6 +424,12 @@ def _check_together(components: dict[str, Component]) -> None:
             f" {dit.out_channels}",
             "Wan2.1 and Wan2.2 A14B use the Wan2.1 VAE (16 latent channels); the Wan2.2 VAE (48)"
             " belongs to TI2V-5B only",
+            "give Wan2.1_VAE.pth as vae_path",
+        )
+    if vae and vae.kind == "tiny_vae" and dit.task == "i2v":
+        raise CheckpointError(
+            f"{vae.path.name} is a decoder alone",
+            "image-to-video needs the VAE's encoder for its first frame",
             "give Wan2.1_VAE.pth as vae_path",
         )
     if text and text.config.dim != dit.text_dim:

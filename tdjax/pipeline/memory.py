@@ -21,8 +21,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tdjax.checkpoints import orbax
-from tdjax.config import Config, DiTConfig, TextConfig, VAEConfig, VideoSize
+from tdjax.config import Config, DiTConfig, TextConfig, TinyVAEConfig, VAEConfig, VideoSize
 from tdjax.errors import OutOfMemory
+from tdjax.models import tiny_vae
 from tdjax.models.wan_vae import cache_bytes
 from tdjax.parallel.sharding import shardings
 from tdjax.parallel.space import space_mesh
@@ -211,6 +212,17 @@ def vae_working(cfg: VAEConfig, height: int, width: int, *, encode: bool) -> int
     return cache_bytes(cfg, height, width, encode=encode) + int(steps * activation)
 
 
+def tiny_working(cfg: TinyVAEConfig, height: int, width: int) -> int:
+    """The cache and, of the last stage's frames at full resolution, what goes in and comes out of a
+    convolution, beside a third for the taps that are summed."""
+    item, frames = np.dtype(cfg.policy.compute).itemsize, cfg.temporal
+    widest = max(cfg.widths[-1], cfg.widths[-2])
+    leaves = jax.tree.leaves(tiny_vae.cache_shapes(cfg, height, width))
+    return sum(x.size * x.dtype.itemsize for x in leaves) + (
+        3 * frames * widest * height * width * item
+    )
+
+
 def stage_plans(
     configs: Mapping[str, Any],
     size: VideoSize,
@@ -242,15 +254,19 @@ def _text_stage(cfg: TextConfig, streamed: bool, mesh: Mesh | None) -> StagePlan
 
 
 def _vae_stage(
-    cfg: VAEConfig, size: VideoSize, *, encode: bool, tiled: bool, mesh: Mesh | None
+    cfg: VAEConfig | TinyVAEConfig, size: VideoSize, *, encode: bool, tiled: bool, mesh: Mesh | None
 ) -> StagePlan:
     sides = (size.height // cfg.spatial, size.width // cfg.spatial)
     sides = tiling(*sides).size if tiled else sides
     stage = "vae encode" if encode else "vae decode"
-    working = vae_working(cfg, *(n * cfg.spatial for n in sides), encode=encode)
+    pixels = tuple(n * cfg.spatial for n in sides)
+    if isinstance(cfg, TinyVAEConfig):
+        kind, working = "tiny_vae", tiny_working(cfg, *pixels)
+    else:
+        kind, working = "vae", vae_working(cfg, *pixels, encode=encode)
     if mesh is not None:
         working //= space_mesh(mesh, *sides).devices.shape[0]
-    return StagePlan(stage, stage, "vae", weight_bytes("vae", cfg, mesh), working)
+    return StagePlan(stage, stage, "vae", weight_bytes(kind, cfg, mesh), working)
 
 
 def memory_limit(device=None) -> int | None:

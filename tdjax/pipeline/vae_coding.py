@@ -16,9 +16,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from tdjax.config import VideoSize
+from tdjax.config import VAEConfig, VideoSize
 from tdjax.errors import NotFinite
 from tdjax.media.resolution import fit_image
+from tdjax.models import tiny_vae
 from tdjax.models.wan_vae import cache_shapes
 from tdjax.parallel.space import part, space_mesh
 from tdjax.pipeline import compilation, memory
@@ -94,7 +95,8 @@ class VAECoding(Stage):
             output = "float"
         cfg, one = self.component.config, (1, 1, h, w, z)
         bodies = compilation.decode_first, compilation.decode_later
-        cache = cache_shapes(cfg, h * cfg.spatial, w * cfg.spatial)
+        shapes = cache_shapes if isinstance(cfg, VAEConfig) else tiny_vae.cache_shapes
+        cache = shapes(cfg, h * cfg.spatial, w * cfg.spatial)
         # of (frames, whether they are finite, cache), which are divided over a mesh
         bodies, mesh = self._divided(bodies, h, w, (True, False, True))
         chunks = one, one if t > 1 else None

@@ -156,7 +156,7 @@ def test_json_of_another_version():
     with pytest.raises(ValueError, match="SLAConfig has no field top"):
         from_dict(DiTConfig, {"sla": {"top": 0.1}})
     assert from_dict(DiTConfig, {"dim": 128, "heads": 2}) == DiTConfig(dim=128, heads=2)
-    assert set(KINDS) == {"dit", "vae", "text"}
+    assert set(KINDS) == {"dit", "vae", "tiny_vae", "text"}
 
 
 STRANGE = [None, True, -1, 0, 1.5, math.nan, math.inf, 2**40, 10**400, "x", [], {}, [[1]], [None]]

@@ -18,7 +18,7 @@ import numpy as np
 
 from tdjax.checkpoints import filenames, orbax
 from tdjax.checkpoints.folders import shown
-from tdjax.checkpoints.published import scaled, wan_dit
+from tdjax.checkpoints.published import scaled, tiny_vae, wan_dit
 from tdjax.checkpoints.published.detect import Detected, describe, detect, kind_of, stored_dtypes
 from tdjax.checkpoints.published.files import Source, open_source
 from tdjax.checkpoints.published.lora import add_lora, left_out_note
@@ -52,6 +52,7 @@ def open_checkpoint(
     """
     source = open_source(path)
     tensors, linear, notes = _scaled(source)
+    tensors = tiny_vae.trimmed(tensors)
     found = detect(tensors, source.path.name, source.metadata, linear=linear, **known)
     stored = getattr(found.config, "linear", "float")
     if lora and stored != "float":  # changes are added in floating point

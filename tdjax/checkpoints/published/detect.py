@@ -11,9 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from tdjax.checkpoints.published import umt5, wan_dit, wan_vae
+from tdjax.checkpoints.published import tiny_vae, umt5, wan_dit, wan_vae
 from tdjax.checkpoints.published.rules import Row
-from tdjax.config import KINDS, LATENT_MEAN, Config, DiTConfig, TextConfig, VAEConfig, from_dict
+from tdjax.config import (
+    KINDS,
+    LATENT_MEAN,
+    Config,
+    DiTConfig,
+    TextConfig,
+    TinyVAEConfig,
+    VAEConfig,
+    from_dict,
+)
 from tdjax.errors import CheckpointError
 from tdjax.values.parsing import json_object
 
@@ -24,12 +33,14 @@ METADATA = "tdjax"  # text field of a safetensors file in which our export keeps
 UNSEEN = {  # fields that shapes do not show
     "dit": ("heads", "patch", "text_len", "eps", "sla", "round_time", "coordinates"),
     "vae": ("mean", "std"),
+    "tiny_vae": (),
     "text": ("max_distance", "text_len", "eps"),
 }
-NAMINGS = {"dit": wan_dit, "vae": wan_vae, "text": umt5}
+NAMINGS = {"dit": wan_dit, "vae": wan_vae, "tiny_vae": tiny_vae, "text": umt5}
 MARKS = {  # a key that only this kind has
     "dit": ("patch_embedding.weight",),
     "vae": ("encoder.conv1.weight", "encoder.conv_in.weight"),
+    "tiny_vae": ("decoder.7.conv.weight",),
     "text": (
         "token_embedding.weight",
         "shared.weight",
@@ -122,7 +133,8 @@ def detect(
         tiles = any(key.endswith(".int8_weight") for key in tensors)
         known["linear"] = linear or ("int8" if tiles else "float")
     try:
-        found = {"dit": dit, "vae": vae, "text": text}[kind](tensors, naming, name, known)
+        made = {"dit": dit, "vae": vae, "tiny_vae": tiny, "text": text}[kind]
+        found = made(tensors, naming, name, known)
     except KeyError as e:
         raise CheckpointError(
             f"{name} looks like a {kind} but lacks {e.args[0]}",
@@ -147,7 +159,8 @@ def kind_of(tensors: Mapping[str, Any], name: str) -> str:
         raise CheckpointError(
             f"{name} is not a model that is known here",
             f"{len(tensors)} keys such as {', '.join(list(tensors)[:4]) or 'none'}",
-            "known are: Wan2.1/2.2 A14B video transformers, the Wan2.1 VAE, the umT5 encoder",
+            "known are: Wan2.1/2.2 A14B video transformers, the Wan2.1 VAE and taew2_1, the umT5"
+            " encoder",
         )
     return kinds[0]
 
@@ -303,6 +316,27 @@ def vae(tensors, naming: str, name: str, known: dict) -> VAEConfig:
     return VAEConfig(**{**fields, **known})
 
 
+def tiny(tensors, naming: str, name: str, known: dict) -> TinyVAEConfig:
+    """Sizes of a small decoder, from the numbers of its layers."""
+    latent = _shape(tensors, "decoder.1.weight")[1]
+    if latent != len(LATENT_MEAN):
+        raise CheckpointError(
+            f"{name} is a small decoder of {latent} latent channels, not {len(LATENT_MEAN)}",
+            "taew2_2 has 48 and belongs to TI2V-5B",
+            "give taew2_1 or lighttaew2_1",
+        )
+    begins = range(tiny_vae.FIRST, _count(tensors, "decoder."), tiny_vae.PER_STAGE)
+    stages = [n for n in begins if f"decoder.{n + tiny_vae.GROW}.conv.weight" in tensors]
+    grown = [_shape(tensors, f"decoder.{n + tiny_vae.GROW}.conv.weight")[:2] for n in stages]
+    ends = [_shape(tensors, f"decoder.{n + tiny_vae.CONV_AT}.weight")[0] for n in stages]
+    fields = {
+        "latent_channels": latent,
+        "widths": (_shape(tensors, "decoder.1.weight")[0], *ends),
+        "temporal_up": tuple(outputs == 2 * inputs for outputs, inputs in grown),
+    }
+    return TinyVAEConfig(**{**fields, **known})
+
+
 def text(tensors, naming: str, name: str, known: dict) -> TextConfig:
     """Sizes of a umT5 encoder."""
     if naming == "wan":
@@ -347,6 +381,8 @@ def describe(kind: str, cfg: Config) -> str:
             f"Wan video transformer, {task}, {cfg.layers} layers of {cfg.dim}, {cfg.attention}"
             f" attention, {cfg.linear} linears{branch}"
         )
+    if isinstance(cfg, TinyVAEConfig):
+        return f"small video decoder, {cfg.latent_channels} latent channels, widths {cfg.widths}"
     if isinstance(cfg, VAEConfig):
         return f"video VAE, {cfg.latent_channels} latent channels, base width {cfg.dim}"
     return f"umT5 encoder, {cfg.layers} layers of {cfg.dim}, {cfg.vocab} tokens"

@@ -281,7 +281,7 @@ def test_folders_that_are_not_ours(tmp_path, folder):
         ),
         (
             '{"format": 1, "kind": "audio", "config": {}, "leaves": {}}',
-            "'audio'\nknown kinds: dit, vae, text",
+            "'audio'\nknown kinds: dit, vae, tiny_vae, text",
         ),
         ('{"format": 1, "kind": "dit", "config": {"odd": 1}, "leaves": {}}', "no field odd"),
         (
