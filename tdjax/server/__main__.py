@@ -134,7 +134,8 @@ def _command(argv: list[str]) -> int:
         store = Store(folder, limits)
         try:
             service = Service(store, worker_command(args), devices)
-            hosts = None if "*" in args.allow_host else LOCAL | {args.host, *args.allow_host}
+            names = LOCAL | {name.lower() for name in (args.host, *args.allow_host)}
+            hosts = None if "*" in args.allow_host else names
             app = App(service, keys, limits, hosts).build()
             return Server(app, service, args.drain, args.verbose).serve_on(sock)
         finally:

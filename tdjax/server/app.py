@@ -34,6 +34,7 @@ PAGE = Path(__file__).parent / "page.html"
 LARGE = 2**20  # bytes: of bodies from here on only some are read at a time
 LARGE_AT_ONCE = 4
 IMAGES_AT_ONCE = 2
+PROBES = ("/health", "/ready")  # what runs containers asks them by addresses that change
 IDEMPOTENCY = 200  # characters of a key
 STARTING = 10.0  # seconds that a request waits for a model that is being opened
 
@@ -387,7 +388,8 @@ class _Guard:
             headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
             host, origin = headers.get(b"host", ""), headers.get(b"origin")
             response: Response | None = None
-            if self.hosts is not None and _name_of(host) not in self.hosts:
+            known = self.hosts is None or _name_of(host).lower() in self.hosts
+            if not known and scope["path"] not in PROBES:
                 response = _error(421, "the server is not known under this name", "host")
             elif origin is not None and origin.partition("://")[2] != host:
                 response = _error(403, "requests of other sites' pages are refused", "origin")

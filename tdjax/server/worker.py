@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import queue
@@ -126,7 +127,11 @@ class PipelineMaker:
         names = ("width", "height", "num_frames", "num_steps")
         shape = tuple(arguments[name] for name in names)
         if shape not in self.shapes and len(self.shapes) >= SHAPES:
+            import jax
+
             self.pipe.programs.clear()
+            jax.clear_caches()  # its own hold on them
+            gc.collect()
             self.shapes.clear()
         self.shapes.add(shape)
 

@@ -323,7 +323,10 @@ def test_paths_lead_nowhere(served, path):
 def test_other_sites_pages_are_refused(served):
     for headers in ({"Origin": "https://example.org"}, {"Origin": "null"}):
         assert "other sites" in error_of(served.post("a fox", headers=headers), 403)
-    assert "name" in error_of(served.client.get("/health", headers={"Host": "example.org"}), 421)
+    foreign = {"Host": "example.org:80"}
+    assert "name" in error_of(served.client.get("/v1/videos", headers=foreign), 421)
+    assert served.client.get("/health", headers=foreign).status_code == 200
+    assert served.client.get("/v1/videos", headers={"Host": "LOCALHOST:1"}).status_code == 200
     same = {"Origin": served.url}
     assert served.ended(served.post("a fox", headers=same).json()["id"])["status"] == "completed"
     preflight = served.client.options("/v1/videos", headers={"Origin": "https://example.org"})
