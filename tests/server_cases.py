@@ -9,12 +9,14 @@ import threading
 import time
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import httpx2 as httpx
 import stub_worker
 import uvicorn
 from PIL import Image
 
+import tdjax.server.service
 from tdjax.server.app import App
 from tdjax.server.keys import Keys
 from tdjax.server.limits import Limits
@@ -68,6 +70,8 @@ def serving(folder, *, task="t2v", workers=1, keys=None, hosts=LOCAL, **limits):
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
+    soon = mock.patch.object(tdjax.server.service, "SHORTEST", 0.02)  # until the next worker
+    soon.start()
     try:
         until(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
@@ -79,6 +83,7 @@ def serving(folder, *, task="t2v", workers=1, keys=None, hosts=LOCAL, **limits):
     finally:
         server.should_exit = True
         thread.join()
+        soon.stop()
         store.close()
 
 

@@ -173,6 +173,7 @@ def test_openais_client(served):
             client.videos.create(prompt="a", size="large")
 
 
+@pytest.mark.slow  # a process for each image
 def test_images_come_in_forms_and_in_json(tmp_path):
     with serving(tmp_path, task="i2v", image_pixels=20_000) as server:
         picture = encoded(size=(64, 48))

@@ -62,6 +62,7 @@ def test_a_job_that_takes_too_long_is_given_up(short):
     assert short.ended(fine)["status"] == "completed"
 
 
+@pytest.mark.slow  # two workers start
 def test_workers_share_the_queue(tmp_path):
     with serving(tmp_path, workers=2) as server:
         until(lambda: all(worker.ready for worker in server.service.workers))
@@ -81,6 +82,7 @@ def test_a_server_that_stops_keeps_what_was_not_made(tmp_path):
         assert server.ended(waiting)["status"] == "completed"
 
 
+@pytest.mark.slow  # two servers start
 def test_a_full_disk_is_said_and_ends_the_server_rather_than_its_queue(tmp_path):
     with serving(tmp_path) as server:
         running(server, id := server.add("sleep 0.3"))
