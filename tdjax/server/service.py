@@ -210,7 +210,6 @@ class Worker:
         """A job whose process is gone waits again, or has ended."""
         service = self.service
         self._drop(job.id)
-        service.progress.pop(job.id, None)
         if service.store.give_back(job, counted=not service.draining):
             service.ended(job.id)
         else:
@@ -237,7 +236,7 @@ class Worker:
             await process.wait()
         finally:
             watch.cancel()
-            self.process = None
+            self.process, self.busy = None, True  # it takes no more jobs
             if process.returncode is None:
                 process.kill()
                 await process.wait()
@@ -288,6 +287,7 @@ class Worker:
     def _drop(self, id: str) -> None:
         self.jobs.pop(id, None)
         self.begun.pop(id, None)
+        self.service.progress.pop(id, None)
 
     def _hear(self, told: dict[str, Any]) -> None:
         """Acts on one line of the process."""

@@ -83,7 +83,7 @@ def test_a_video_is_cancelled_while_it_runs_and_while_it_waits(served):
         assert served.client.post(f"/v1/videos/{id}/cancel").json()["status"] == "cancelled"
         assert served.client.post(f"/v1/videos/{id}/cancel").json()["status"] == "cancelled"
     done = served.ended(served.add("a fox"))
-    assert done["status"] == "completed"
+    assert done["status"] == "completed" and not served.service.progress
     assert "already" in error_of(served.client.post(f"/v1/videos/{done['id']}/cancel"), 409)
 
 

@@ -5,7 +5,16 @@ import json
 import threading
 import types
 
+import numpy as np
+import pytest
+from PIL import Image
+from random_model import photograph
+
+from tdjax.media.video import read_video
 from tdjax.server import worker
+from tdjax.server.__main__ import build_parser, worker_command
+from tdjax.server.asking import asked, model_of
+from tdjax.server.limits import Limits
 from tdjax.server.worker import PipelineMaker, Worker
 
 
@@ -62,3 +71,33 @@ def test_a_video_that_is_made_is_written_also_when_the_next_one_breaks(capsys):
     failed = next(line for line in lines if line["event"] == "failed")
     assert failed["id"] == "b" and "/a/path" not in failed["message"]
     assert "device lost" in capsys.readouterr().err  # the log has it
+
+
+@pytest.mark.slow  # a pipeline compiles
+@pytest.mark.parametrize("fit", ["pad", "adaptive"])
+def test_videos_are_those_of_the_pipeline(i2v_model, tmp_path, fit):
+    image = photograph()
+    words = ["--model", str(i2v_model), "--compile_cache_dir", "none"]
+    options = worker_command(build_parser().parse_args(words))[-1]
+    maker = PipelineMaker(json.loads(options))
+    info = model_of(json.loads(json.dumps(maker.open())))
+    assert info == maker.pipe.info
+    fields = {"prompt": "a boat", "seed": 3, "fit": fit, "size": "32x32", "num_steps": 1}
+    what = asked(fields, image, info, Limits())
+    Image.fromarray(image).save(tmp_path / "image.png")
+    order = {
+        "id": "a",
+        "request": what.arguments,
+        "image": str(tmp_path / "image.png"),
+        "video": str(tmp_path / "v.mkv"),  # lossless
+        "thumbnail": str(tmp_path / "v.jpg"),
+    }
+    told = []
+    made = maker.make(order, lambda **values: told.append(values), threading.Event())
+    result = maker.write(order, made)
+    size = {"width": 32, "height": 32, "num_steps": 1}
+    expected = maker.pipe("a boat", image=image, seed=3, fit=fit, **size)
+    np.testing.assert_array_equal(read_video(tmp_path / "v.mkv"), expected.frames[0])
+    assert (tmp_path / "v.jpg").stat().st_size > 100 and result["timings"]
+    percent = [each["progress"] for each in told]
+    assert percent == sorted(percent) and percent[0] == 5 and percent[-1] == 97
