@@ -34,6 +34,16 @@ NAMES = {
 }
 
 
+LORAS = ("lora", "lora_high", "lora_low")
+# Options that a session cannot change.
+OPENING = {
+    *("model", "revision", "offline", "task", "attention_type", "attention_impl", "quant", "dtype"),
+    *("vae_dtype", "sla_topk", "mesh", "low_memory", "text_encoder_device", "vae", "prompt_cache"),
+    *("compile_cache_dir", "serve", "prompt_file", "dry_run", "warmup", "profile"),
+    *PATHS,
+}
+
+
 class Told:
     """What a command's stages have beside what they show: notes, which the library writes, speak of
     options, and there are none with -q."""
@@ -449,6 +459,7 @@ def serve(args, pipe) -> int:
     """One prompt a line; `:set OPTION VALUE` changes an option of the command, `:quit` ends."""
     pipe.stages.note("serving: one prompt a line; ':set seed 3' changes an option; ':quit' ends")
     words: list[str] = []
+    loras: dict[str, list] = {name: [] for name in LORAS}
     session: dict[Path, int] = {}
     row = 0
     for line in standard_input():
@@ -457,7 +468,11 @@ def serve(args, pipe) -> int:
             break
         try:
             if line.startswith(":"):
-                words = [*words, *_setting(words, line)]
+                new = _setting(words, line)
+                if name := _lora_option(new):
+                    _set_loras(pipe, loras, name, getattr(parse(new), name))
+                else:
+                    words += new
             elif line:
                 row += 1
                 _serve_prompt(_parse_settings(args, words), pipe, line, row, session)
@@ -513,8 +528,37 @@ def _setting(words: list[str], line: str) -> list[str]:
         raise UsageError(
             f"{line!r} was not taken", "its value is an option", ":set seed 3 changes an option"
         )
+    meant = [a.dest for a in build_parser()._actions if option in a.option_strings]
+    if OPENING & {*meant}:
+        raise UsageError(
+            f"{option} in a session",
+            "it says how the model is opened, which is done",
+            "end the session, and give it to the command",
+        )
     check_early(parse([*words, *new]))
     return new
+
+
+def _lora_option(words: list[str]) -> str | None:
+    """Which option of LoRA files the words set, if they do."""
+    name = words[0].partition("=")[0].removeprefix("--")
+    return name if name in LORAS else None
+
+
+def _set_loras(pipe, loras: dict[str, list], name: str, given: list[str]) -> None:
+    """Merges the LoRA files of a session. loras: {option: its pairs}; given: FILE:WEIGHT words of
+    the option `name`, or none. Raises UsageError where the command began with some, which are in
+    the weights for good."""
+    if any(component.lora for component in pipe.components.values()):
+        raise UsageError(
+            f"--{name} in a session that began with LoRA files",
+            "those were merged as the weights were read",
+            "begin without them, and give them with :set",
+        )
+    files = [] if given == ["none"] else list(map(cli.lora_pair, given))
+    chosen = {**loras, name: files}
+    pipe.set_loras(chosen["lora"], lora_high=chosen["lora_high"], lora_low=chosen["lora_low"])
+    loras.update(chosen)
 
 
 def _parse_settings(args, words: list[str]) -> argparse.Namespace:

@@ -25,6 +25,7 @@ from tdjax.config import Config, DiTConfig
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.models.wan_dit import with_linear
 from tdjax.parallel.sharding import shardings
+from tdjax.pipeline.adapters import Adapters, Chosen
 
 KINDS = {
     "dit": ("a video transformer", "dit_path"),
@@ -47,6 +48,7 @@ class Component(abc.ABC):
     mesh:   the devices over which it is spread, or None for the first one.
     module: the network on the device; None until it is loaded, and after it is freed.
     coming: the load that a thread was asked for.
+    adapters: LoRA files that are merged into it on the device, and can be taken off.
     lora:   the (file, weight) pairs that are merged into it.
     linear: kind of linear layers in its file, for a transformer.
     gates:  whether its file has gates of FastVideo's sparse attention.
@@ -66,6 +68,7 @@ class Component(abc.ABC):
         self.mesh: jax.sharding.Mesh | None = None
         self.module: Any = None
         self.coming: Future | None = None
+        self.adapters = Adapters()
 
     @property
     def names(self) -> list[str]:
@@ -134,8 +137,15 @@ class Component(abc.ABC):
             module = self.read() if coming is None else coming.result()
             if jax.tree.leaves(module)[0].sharding.memory_kind == HOST_MEMORY:
                 module = _moved_to_device(module)
-            self.module = module
+            self.module = self.adapters.merged(module) if self.adapters.chosen.files else module
         return self.module
+
+    def adapt(self, chosen: Chosen) -> None:
+        """Merges LoRA files into the network, now if it is loaded, and in place of those that were
+        merged so before; what was merged as the file was read stays."""
+        self.adapters.chosen = chosen
+        if self.module is not None:
+            self.module = self.adapters.merged(self.module)
 
     def load_ahead(self, host: bool = False) -> None:
         """Begins to load in a thread, one component after another; `load` then waits for it, and
@@ -178,6 +188,7 @@ class Component(abc.ABC):
         if self.module is not None:
             _delete(self.module)
             self.module = None
+            self.adapters.forget()
 
     @property
     def _changes_linear(self) -> bool:

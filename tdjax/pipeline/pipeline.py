@@ -17,12 +17,20 @@ import numpy as np
 from tdjax.checkpoints.locate import Located
 from tdjax.parallel.mesh import make_mesh
 from tdjax.pipeline import memory
+from tdjax.pipeline.adapters import adapt
 from tdjax.pipeline.compilation import Programs
 from tdjax.pipeline.components import Component
 from tdjax.pipeline.decoding import decode
 from tdjax.pipeline.memory import ExecutionPlan
 from tdjax.pipeline.notes import request_notes
-from tdjax.pipeline.options import Call, OutputType, PipelineOptions, arguments_of, check_choice
+from tdjax.pipeline.options import (
+    Call,
+    Lora,
+    OutputType,
+    PipelineOptions,
+    arguments_of,
+    check_choice,
+)
 from tdjax.pipeline.preparation import Preparation
 from tdjax.pipeline.request import Request, make_request, model_info, texts_of
 from tdjax.pipeline.result import Result, joined, metadata_of
@@ -151,6 +159,17 @@ class Pipeline:
         """Returns the frames of finished latents [b t h w c], or of a result that has them, such as
         `Result.load(file)`."""
         return decode(self, latents, output_type, fps)
+
+    def set_loras(self, lora: Lora = (), *, lora_high: Lora = (), lora_low: Lora = ()) -> None:
+        """Merges LoRA files into the loaded transformers in place of those set so before; none: the
+        weights as they were, bit by bit. Nothing is read but these files, and nothing compiled.
+
+        Arguments as those of `tdjax.load`. Raises CheckpointError and UsageError, before any
+        change.
+        """
+        with self.lock:
+            for line in adapt(self.components, lora, lora_high, lora_low):
+                self.stages.note(line)
 
     def embed(self, prompts: str | list[str]) -> np.ndarray:
         """Returns embeddings [b s d] of prompts, on the host: from the cache, or one prompt at a

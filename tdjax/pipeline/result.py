@@ -309,9 +309,11 @@ def metadata_of(name: str, request: Request, components: Mapping[str, Component]
     import jax
 
     lora = {
-        name: [[Path(file).name, weight] for file, weight in each.lora]
+        name: [
+            [Path(file).name, weight] for file, weight in (*each.lora, *each.adapters.chosen.files)
+        ]
         for name, each in components.items()
-        if each.lora
+        if each.lora or each.adapters.chosen.files
     }
     return {
         "tdjax": tdjax.__version__,

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -117,6 +117,19 @@ class _Adapter(TypedDict, total=False):
     alpha_pattern: dict[str, float]
 
 
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What a LoRA does to one tensor.
+
+    key:   of the tensor. step: float32 values -> changed ones. factors: of a change that is a plain
+           product of two matrices, else None.
+    """
+
+    key: str
+    step: Callable[[np.ndarray], np.ndarray]
+    factors: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
+
+
 def add_lora(
     tensors: Mapping[str, Any],
     found: detect.Detected,
@@ -124,8 +137,24 @@ def add_lora(
     weight: float,
     low_noise: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the tensors with a LoRA added, counts). low_noise: the base is the low-noise one of two
-    experts, for which a file can have changes of its own (transformer_2).
+    """(the tensors with a LoRA added, counts); see `changes_of`."""
+    changes, counts = changes_of(tensors, found, file, weight, low_noise)
+    out = dict(tensors)
+    for change in changes:
+        out[change.key] = changed(out[change.key], change.step)
+    return out, counts
+
+
+def changes_of(
+    tensors: Mapping[str, Any],
+    found: detect.Detected,
+    file,
+    weight: float,
+    low_noise: bool = False,
+) -> tuple[list[Change], dict[str, Any]]:
+    """(what a LoRA changes of a base's tensors, counts). tensors: anything with a shape. low_noise:
+    the base is the low-noise one of two experts, for which a file can have changes of its own
+    (transformer_2).
 
     Raises CheckpointError where nothing fits, or what fits is damaged or of another size.
     """
@@ -135,7 +164,7 @@ def add_lora(
     settings = _settings(path, source, low_noise)
     own_second = low_noise and any(module.second for module in modules)
     index = _Index(found, {slot: key for slot, (_, key) in slots(tensors, found.rows)[0].items()})
-    out = dict(tensors)
+    out = []
     counts: dict[str, Any] = {
         "lora": source.path.name,
         "weight": weight,
@@ -154,8 +183,8 @@ def add_lora(
             if key is None or not _same_size(module, kind, tensors[key]):
                 left_out.append(f"{module.shown} ({kind})")
                 continue
-            step, counted = _change(module, kind, tensors[key], weight, settings, str(file))
-            out[key] = changed(out[key], step)
+            change, counted = _change(module, kind, key, tensors[key], weight, settings, str(file))
+            out.append(change)
             counts[counted] += 1
     if not counts["low_rank"] + counts["full"]:
         raise _nothing_fits(str(file), left_out, total, modules, low_noise)
@@ -228,20 +257,23 @@ def _same_size(module: _Module, kind: str, base) -> bool:
 
 
 def _change(
-    module: _Module, kind: str, base, weight: float, settings: _Settings, name: str
-) -> tuple[Any, str]:
-    """(the step that changes one tensor of the base, what it counts as)."""
+    module: _Module, kind: str, key: str, base, weight: float, settings: _Settings, name: str
+) -> tuple[Change, str]:
+    """(the change of one tensor of the base, what it counts as)."""
     parts = module.parts
     if kind in parts:
-        return functools.partial(_add_full, parts[kind], weight, f"{name}: {module.name}"), "full"
+        full = functools.partial(_add_full, parts[kind], weight, f"{name}: {module.name}")
+        return Change(key, full), "full"
     made = _Factors
     if "down" not in parts:
         made = _Kronecker if parts.keys() & set(KRONECKER) else _Hadamard
     factors = made(parts, settings, module.name, name)
     if kind == "bias":
-        return functools.partial(factors.add_bias, weight), "full"
+        return Change(key, functools.partial(factors.add_bias, weight)), "full"
     factors.check(tuple(base.shape))
-    return functools.partial(factors.add, weight), "low_rank"
+    plain = made is _Factors and "magnitude" not in parts
+    pair = functools.partial(factors.pair, weight) if plain else None
+    return Change(key, functools.partial(factors.add, weight), pair), "low_rank"
 
 
 # Settings
@@ -417,6 +449,12 @@ class _Factors:
             return 1.0
         alpha = float(self.values("alpha").reshape(())) if "alpha" in self.parts else None
         return self.settings.scale(self.module, alpha, self.rank)
+
+    def pair(self, weight: float) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (up [out rank], scaled; down [rank in]) in float32."""
+        up, down = self.values("up"), self.values("down")
+        scale = np.float32(weight * self.scale())
+        return scale * up.reshape(len(up), -1), down.reshape(len(down), -1)
 
     def add(self, weight: float, x: np.ndarray) -> np.ndarray:
         """x + weight * scale * product; with a magnitude, x and the product together are brought

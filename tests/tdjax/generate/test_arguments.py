@@ -173,7 +173,7 @@ def test_answers_come_before_jax_is_imported(argv):
         (":set image-path  'my photo.png' ", "image_path", "my photo.png"),
         (":set mid_t 1.5 1.2", "mid_t", [1.5, 1.2]),
         (":set seed -1", "seed", -1),
-        (":set attention dense", "attention_type", "dense"),
+        (":set cfg 1", "guidance_scale", 1.0),
     ],
 )
 def test_settings_of_a_session(tmp_path, monkeypatch, line, field, value):
@@ -189,7 +189,16 @@ def test_settings_of_a_session(tmp_path, monkeypatch, line, field, value):
 
 @pytest.mark.parametrize(
     "line",
-    [":set seed", ":set", ":odd seed 3", ":set sede 3", ":set seed x", ":set mid_t 1 --help"],
+    [
+        ":set seed",
+        ":set quant int8",
+        ":set attention dense",
+        ":set",
+        ":odd seed 3",
+        ":set sede 3",
+        ":set seed x",
+        ":set mid_t 1 --help",
+    ],
 )
 def test_settings_that_are_not_taken(line, capsys):
     with pytest.raises(UsageError):

@@ -12,6 +12,7 @@ import pytest
 import random_model
 from PIL import Image
 from random_model import SMALL, photograph
+from safetensors.numpy import load_file
 
 import tdjax
 from tdjax.checkpoints import orbax
@@ -154,6 +155,29 @@ def test_serving_keeps_weights_and_survives_a_bad_line(model, tmp_path, monkeypa
     out = capsys.readouterr()
     assert out.out.split() == ["output/random_0_0.mp4", "output/random_0_1.mp4"]
     assert "num_steps is 9" in out.err
+
+
+@pytest.mark.slow
+def test_a_session_changes_its_lora_files(model, tmp_path, monkeypatch, capsys, write_safetensors):
+    """On, off, and the latents of before; a file that is not there ends nothing."""
+    noise = np.random.default_rng(0).normal(0, 0.1, (2, 4, 128)).astype(np.float32)
+    factors = {"lora_A": noise[0], "lora_B": noise[1].T}
+    name = "diffusion_model.blocks.0.self_attn.q"
+    tensors = {f"{name}.{part}.weight": value.copy() for part, value in factors.items()}
+    write_safetensors(tmp_path / "style.safetensors", tensors)
+    prompt = "a red circle\n"
+    lines = (
+        f"{prompt}:set lora style.safetensors:0.8\n{prompt}:set lora none\n{prompt}"
+        f":set lora nothing.safetensors\n{prompt}"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    monkeypatch.chdir(tmp_path)
+    assert generate.main(command(model, "--serve", "--format", "latents", "--seed", "3")) == 0
+    out = capsys.readouterr()
+    plain, styled, off, again = (load_file(path)["latents"] for path in out.out.split())
+    assert not np.array_equal(plain, styled)
+    assert np.array_equal(plain, off) and np.array_equal(plain, again)
+    assert "nothing.safetensors does not exist" in out.err
 
 
 @pytest.mark.slow
