@@ -136,7 +136,7 @@ REFUSED = [
     {"format": 4},
     {"format": ["mp4"]},
     {"latents": [1]},
-    {"save_path": "/tmp/x"},
+    {"save_path": "x.mp4"},
     {"image": "/etc/passwd"},
     {"prompt_embeds": []},
     {"cancel": True},

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tdjax import cli
-from tdjax.checkpoints.locate import cache_folder
 from tdjax.config import VideoSize
 from tdjax.errors import UsageError
 from tdjax.files import refuse_unwritable
@@ -67,7 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     service.add_argument(
         "--folder",
         type=os.path.expanduser,
-        help="of jobs and videos, one server's own (default: server in tdjax's cache)",
+        default="output/server",
+        help="of jobs and videos, one server's own",
     )
     service.add_argument(
         "--workers",
@@ -122,7 +122,7 @@ def _command(argv: list[str]) -> int:
         raise UsageError(f"--workers is {args.workers}", "1 to 64 processes can run", "use 1")
     if not 0 <= args.drain < math.inf:
         raise UsageError(f"--drain is {args.drain}", "it is seconds, 0 or more", "use 30")
-    folder = Path(args.folder) if args.folder else cache_folder() / "server"
+    folder = Path(args.folder)
     refuse_unwritable(folder / "jobs")
     devices = devices_of(args.workers, args.mesh, os.environ.get("CUDA_VISIBLE_DEVICES"))
     check_installed()
