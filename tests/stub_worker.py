@@ -42,7 +42,7 @@ class Maker:
 
     def open(self):
         if self.task == "none":
-            raise UsageError("no such model", "the stub was told so", "give another one")
+            raise UsageError("no such model", "the stub was told so", "leave `offline` away")
         return dataclasses.asdict(dataclasses.replace(MODEL, task=self.task))
 
     def warm(self):

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -36,14 +35,12 @@ class Server(uvicorn.Server):
         self.service, self.drain = service, drain
 
     def serve_on(self, sock: socket.socket) -> int:
-        """The exit code of the command."""
+        """The exit code of the command. Raises what a worker says of its model, and what ended the
+        queue."""
         asyncio.run(self._serve_on(sock))
-        refused = self.service.refused
-        if refused is not None:
-            print(f"error: {refused}", file=sys.stderr)
-            return refused.code
-        if self.service.fault is not None:
-            raise self.service.fault
+        ended = self.service.refused or self.service.fault
+        if ended is not None:
+            raise ended
         return 0
 
     async def _serve_on(self, sock: socket.socket) -> None:

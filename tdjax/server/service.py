@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from tdjax.errors import TdjaxError
 from tdjax.pipeline.request import ModelInfo
 from tdjax.server import store
 from tdjax.server.asking import model_of
@@ -32,12 +33,12 @@ class Progress:
     stage: str = ""
 
 
-class Refused(Exception):
+class Refused(TdjaxError):
     """The model cannot be opened: the worker's message and exit code."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
-        self.code = code
+        self.exit_code = code
 
 
 class Service:

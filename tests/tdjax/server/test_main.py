@@ -232,7 +232,8 @@ def test_a_stopped_server_lets_jobs_end_and_answers_meanwhile(tmp_path):
 def test_a_server_without_its_model_ends_with_its_message(tmp_path):
     with process(tmp_path / "s", "--model", "none") as running:
         assert running.process.wait(30) == 2
-        assert "error: no such model\nthe stub was told so\n" in running.log.read_text()
+        message = "error: no such model\nthe stub was told so\nleave --offline away\n"
+        assert message in running.log.read_text()
 
 
 @pytest.mark.slow  # processes are killed and start again

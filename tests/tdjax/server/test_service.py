@@ -101,7 +101,9 @@ def test_a_full_disk_is_said_and_ends_the_server_rather_than_its_queue(tmp_path)
 def test_a_model_that_cannot_be_opened_is_said(tmp_path):
     with serving(tmp_path, task="none") as server:
         until(lambda: server.service.refused is not None)
-        assert "no such model" in str(server.service.refused) and server.service.refused.code == 2
+        assert (
+            "no such model" in str(server.service.refused) and server.service.refused.exit_code == 2
+        )
         assert server.client.get("/ready").status_code == 503
         assert server.post("a fox").status_code == 503
 
