@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from PIL import Image
+
 from tdjax import cli
 from tdjax.config import SamplerConfig, VideoSize
 from tdjax.errors import Cancelled, OutOfMemory, UsageError
@@ -50,6 +52,8 @@ class Maker:
 
     def make(self, order, told, cancel):
         prompt = order["request"]["prompt"]
+        with written(Path(order["thumbnail"])) as part:
+            Image.new("RGB", (64, 48), "green").save(part)
         seconds = re.search(r"sleep ([0-9.]+)", prompt)
         for step in range(10 if seconds else 1):
             told(progress=5 + 9 * step, stage="denoise")
@@ -66,8 +70,6 @@ class Maker:
     def write(self, order, made):
         if "wide" in order["request"]["prompt"]:
             raise OSError("disk full at /the/machine")
-        with written(Path(order["thumbnail"])) as part:
-            part.write_bytes(b"picture")
         with written(Path(order["video"])) as part:
             part.write_bytes(f"video of {order['id']} ".encode() * 100)
         has_image = order["image"] is not None and Path(order["image"]).stat().st_size > 0

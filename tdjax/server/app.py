@@ -254,9 +254,14 @@ class App:
             raise UsageError(
                 f"variant is {variant[:20]!r}", "allowed: video, thumbnail", "nearest: thumbnail"
             )
-        if job.status != store.COMPLETED:
+        early = variant == "thumbnail" and self._has_preview(job)
+        if job.status != store.COMPLETED and not early:
             return _error(409, f"the video is {job.status}", "not_completed")
         return self._file(job, thumbnail=variant == "thumbnail")
+
+    def _has_preview(self, job: Job) -> bool:
+        """Whether the first frame of a job that runs is there."""
+        return job.status == store.RUNNING and self.service.store.thumbnail(job).is_file()
 
     def _file(self, job: Job, thumbnail: bool = False) -> Response:
         jobs = self.service.store
@@ -307,6 +312,7 @@ class App:
             "remixed_from_video_id": None,
             "error": job.error,
             "stage": progress.stage if progress else "",
+            "preview": self._has_preview(job),
             "seed": request["seed"],
             "num_frames": request["num_frames"],
             "num_steps": request["num_steps"],

@@ -58,6 +58,7 @@ def _schemas() -> Schema:
                 "remixed_from_video_id": {"type": "null"},
                 "error": {"anyOf": [_object(_ERROR), {"type": "null"}]},
                 "stage": _TEXT,
+                "preview": {"type": "boolean"},
                 "seed": _WHOLE,
                 "num_frames": _WHOLE,
                 "num_steps": _WHOLE,

@@ -27,8 +27,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from PIL import Image
+
 from tdjax import cli
 from tdjax.errors import Cancelled, NotFinite, OutOfMemory, TdjaxError, UsageError
+from tdjax.files import written
 
 Tell = Callable[..., None]
 SHAPES = 8  # sizes and numbers of steps whose programs stay in memory
@@ -110,6 +113,9 @@ class PipelineMaker:
 
         def on_frames(number: int, chunk) -> None:
             nonlocal shown
+            if not shown:  # clients see the first frame while the others are decoded
+                with written(Path(order["thumbnail"]), overwrite=True) as part:
+                    Image.fromarray(chunk[0]).save(part, quality=85)
             shown += len(chunk)
             told(progress=STEPS + (FRAMES - STEPS) * shown // frames, stage="decode")
 
@@ -136,14 +142,11 @@ class PipelineMaker:
         self.shapes.add(shape)
 
     def write(self, order: dict[str, Any], made: Any) -> dict[str, Any]:
-        """Writes the video, its metadata and a picture of its first frame."""
-        from tdjax.files import written
+        """Writes the video and its metadata."""
         from tdjax.generate.outputs import DEMO_UPSCALE
         from tdjax.progress import device_bytes
 
         factor = DEMO_UPSCALE if self.pipe.info.language else 1
-        with written(Path(order["thumbnail"]), overwrite=True) as part:
-            made.frame().save(part, quality=85)
         made.save(Path(order["video"]), overwrite=True, upscale=factor)
         device = device_bytes()
         peak = device[1] if device else None

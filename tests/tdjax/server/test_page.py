@@ -78,6 +78,7 @@ def test_progress_errors_and_cancelling_are_seen(served, opened):
     page.keyboard.press("Control+Enter")
     page.wait_for_selector("#jobs .facts:has-text('denoise')")
     assert page.get_attribute("#jobs progress", "value") != "0"
+    page.wait_for_selector("#jobs img[alt='the first frame']")
     page.click("text=Cancel")
     page.wait_for_selector("#jobs .empty:has-text('cancelled')")
     page.fill("#prompt", "fail")
