@@ -159,16 +159,30 @@ def run(main: Callable[[], int]) -> NoReturn:
     second, and after a failure threads may still be compiling or loading.
     """
 
-    def terminate(number, frame):
-        raise _Terminated
+    def stop(number, frame):
+        if imports_jax():
+            print(f"\nstopped: {NOTHING_HALF_WRITTEN}", file=sys.stderr, flush=True)
+            os._exit(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
+        raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, terminate)
+    for number, usual in (
+        (signal.SIGTERM, signal.SIG_DFL),
+        (signal.SIGINT, signal.default_int_handler),
+    ):
+        if signal.getsignal(number) is usual:
+            signal.signal(number, stop)
     code = main()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # gone, closed or None
             stream.flush()
     os._exit(code)
+
+
+def imports_jax() -> bool:
+    """Whether jax is being imported: an exception that reaches its native modules meanwhile aborts
+    the process, and commands have written nothing before it is there."""
+    spec = getattr(sys.modules.get("jax"), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
 
 
 def hyphens(argv: list[str]) -> list[str]:

@@ -329,3 +329,23 @@ def test_nothing_of_it_imports_jax():
     modules = "tdjax.cli, tdjax.files, tdjax.cache, tdjax.generate.__main__, convert.__main__"
     code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_signal_while_jax_is_imported_ends_the_process_at_once():
+    """Its native modules would turn an exception into an abort."""
+    code = (
+        "import os, signal, sys, types\n"
+        "from tdjax import cli\n"
+        "def main():\n"
+        "    module = types.ModuleType('jax')\n"
+        "    module.__spec__ = types.SimpleNamespace(_initializing=True)\n"
+        "    sys.modules['jax'] = module\n"
+        "    os.kill(os.getpid(), getattr(signal, sys.argv[1]))\n"
+        "    return 0\n"
+        "cli.run(main)\n"
+    )
+    for name, expected in (("SIGINT", cli.INTERRUPTED), ("SIGTERM", cli.TERMINATED)):
+        done = subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True)
+        assert done.returncode == expected, done.stderr
+        assert "stopped: nothing was left half-written" in done.stderr
+    assert not cli.imports_jax()
