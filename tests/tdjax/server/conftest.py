@@ -7,6 +7,6 @@ from server_cases import serving
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """One server for the tests of a module, which leave it as they found it."""
-    limits = {"frames": 81, "pixels": 100 * 100, "steps": 4, "body": 100_000, "body_seconds": 0.5}
+    limits = {"frames": 81, "pixels": 100 * 100, "steps": 4, "body": 100_000, "body_seconds": 0.8}
     with serving(tmp_path_factory.mktemp("server"), **limits) as server:
         yield server

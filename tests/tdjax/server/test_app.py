@@ -307,7 +307,7 @@ def test_slow_clients_are_sent_away_and_hold_nobody_up(served):
         thread.start()
     begun = time.monotonic()
     assert served.client.get("/health").status_code == 200
-    assert time.monotonic() - begun < 0.5
+    assert time.monotonic() - begun < 0.7  # they are waited for 0.8 s
     for thread in slow:
         thread.join()
     assert all(b" 408 " in answer for answer in answers) and len(answers) == 8
@@ -374,7 +374,7 @@ def test_without_a_key_there_is_nothing(guarded):
 
 
 def test_a_key_sees_its_own_videos_and_keeps_to_its_limits(guarded):
-    first = guarded.post("sleep 0.5", headers=of("secret-a")).json()
+    first = guarded.post("sleep 20", headers=of("secret-a")).json()
     full = guarded.post("a fox", headers=of("secret-a"))
     assert "1 are allowed" in error_of(full, 429) and int(full.headers["retry-after"]) > 0
     error_of(guarded.post("a fox", headers=of("secret-a"), size="96x96"), 400)
@@ -387,7 +387,10 @@ def test_a_key_sees_its_own_videos_and_keeps_to_its_limits(guarded):
 
 
 def test_a_full_queue_says_when_to_come_again(guarded):
-    answers = [guarded.post("sleep 20", headers=of("secret-b"), size="96x96") for _ in range(4)]
+    post = lambda: guarded.post("sleep 20", headers=of("secret-b"), size="96x96")
+    answers = [post()]
+    until(lambda: guarded.service.store.counts()["in_progress"])
+    answers += [post() for _ in range(3)]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]  # one runs, two wait
     assert "queue is full" in error_of(answers[-1], 429)
     assert 1 <= int(answers[-1].headers["retry-after"]) <= 600
