@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -160,7 +161,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     """
 
     def stop(number, frame):
-        if imports_jax():
+        if _imports(frame):
             print(f"\nstopped: {NOTHING_HALF_WRITTEN}", file=sys.stderr, flush=True)
             os._exit(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
         raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
@@ -178,11 +179,15 @@ def run(main: Callable[[], int]) -> NoReturn:
     os._exit(code)
 
 
-def imports_jax() -> bool:
-    """Whether jax is being imported: an exception that reaches its native modules meanwhile aborts
-    the process, and commands have written nothing before it is there."""
-    spec = getattr(sys.modules.get("jax"), "__spec__", None)
-    return bool(getattr(spec, "_initializing", False))
+def _imports(frame: types.FrameType | None) -> bool:
+    """Whether a module is being imported at a frame: native ones (jax, tensorstore) abort the
+    process or fail in odd ways where an exception reaches them meanwhile. What stops there is as
+    whole as after a kill."""
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def hyphens(argv: list[str]) -> list[str]:

@@ -51,7 +51,7 @@ def test_names(name):
     assert (name in found.reason) == found.distilled
 
 
-@pytest.mark.parametrize("name", LORA)
+@pytest.mark.parametrize("name", sorted(LORA))
 def test_styles_are_no_recipes(name):
     assert not recipes.recognise(["wan.safetensors"], T2V, lora=[name]).distilled
 

@@ -4,17 +4,17 @@ import dataclasses
 import json
 
 import pytest
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from tdjax.checkpoints.locate import Located
 from tdjax.checkpoints.scheduler import FILE, INDEX, saved_boundary, saved_sampler
 from tdjax.errors import CheckpointError
 from tdjax.pipeline.load import _with_scheduler
 
-UNIPC = UniPCMultistepScheduler(
+diffusers = pytest.importorskip("diffusers")
+UNIPC = diffusers.UniPCMultistepScheduler(
     prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
 )
-EULER = FlowMatchEulerDiscreteScheduler(shift=7.0)
+EULER = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
 
 
 def written(folder, text):

@@ -50,9 +50,10 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path, cut):
     assert first.checkpoint == tmp_path / "cut" / f"step_{cut:06}"
     second = resumed(tmp_path / "cut")
     same_bits(whole.state, second.state)
-    assert checkpoints.inspect(whole.checkpoint) == checkpoints.inspect(
-        second.checkpoint
-    )  # with the place in the data
+    manifests = [checkpoints.inspect(outcome.checkpoint) for outcome in (whole, second)]
+    for manifest in manifests:
+        manifest.pop("files")  # Orbax names its data files at random
+    assert manifests[0] == manifests[1]  # with the place in the data
     same_bits(
         *(
             checkpoints.restore(outcome.checkpoint, jax.eval_shape(state))
