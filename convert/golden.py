@@ -23,10 +23,10 @@ from tdjax.checkpoints.published.checkpoint import Checkpoint
 from tdjax.checkpoints.published.detect import detect
 from tdjax.checkpoints.published.files import Source
 from tdjax.config import SLAConfig
+from tdjax.config.parsing import json_object, mismatch, npz_arrays
 from tdjax.errors import CheckpointError, TdjaxError
 from tdjax.models import intermediates, umt5, wan_vae
 from tdjax.precision import FLOAT32
-from tdjax.values.parsing import json_object, mismatch, npz_arrays
 
 # (atol, rtol); the floor of float32 itself is about 2e-6 in the transformer and the VAE, 6e-6 in
 # umT5.

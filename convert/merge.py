@@ -18,9 +18,9 @@ import numpy as np
 from tdjax.checkpoints.published.lora import Slot, floats_only
 from tdjax.checkpoints.published.rules import row_of, slots
 from tdjax.checkpoints.published.tensor import changed
+from tdjax.config.values import parse_real, path, shown
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.files import near_files
-from tdjax.values import parse_real, path, shown
 
 
 def merged_files(text: str) -> tuple[list[Path], float]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tdjax import values
+from tdjax.config import values
 from tdjax.errors import TdjaxError, UsageError
 from tdjax.files import near
 

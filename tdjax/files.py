@@ -20,8 +20,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from tdjax.config.values import shown
 from tdjax.errors import UsageError
-from tdjax.values import shown
 
 LONGEST = 200  # characters of a word that is compared with names
 FULL = 2**20  # bytes: less is free on a disk that a write has just filled

@@ -20,13 +20,13 @@ import pytest
 import tdjax
 from tdjax import cli
 from tdjax.__main__ import COMMANDS
+from tdjax.config.values import shown as values_shown
 from tdjax.errors import TdjaxError, UsageError
 from tdjax.pipeline import options
 from tdjax.train import __main__ as train
 from tdjax.train.presets import PRESETS
 from tdjax.train.settings import fields, table
 from tdjax.train.tiny import settings as tiny_settings
-from tdjax.values import shown as values_shown
 
 NUMBERS = ("x", "", "٣", "²", "1_000", "9" * 5000, "0x10", "1,5", "1 0", "--", "half \ud83d")
 NAMES = ("", "a\0b", "n" * 300, "n/" * 3000, "half \ud83d")

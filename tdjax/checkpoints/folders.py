@@ -13,9 +13,9 @@ from typing import Any, NotRequired, TypedDict
 from tdjax.checkpoints import filenames
 from tdjax.checkpoints.hub import Repo
 from tdjax.config import KINDS, sampler_changes
+from tdjax.config.parsing import json_object, mismatch, told
 from tdjax.errors import CheckpointError
 from tdjax.presets import PRESETS
-from tdjax.values.parsing import json_object, mismatch, told
 
 # What a model folder of tdjax holds: checkpoints under these names, and files.
 MODEL_FOLDERS = ("dit", "dit_high", "dit_low", "vae", "text")

@@ -13,9 +13,9 @@ import errno
 import sys
 from pathlib import Path
 
+from tdjax.config.parsing import json_object, mismatch
 from tdjax.errors import CheckpointError
 from tdjax.files import near
-from tdjax.values.parsing import json_object, mismatch
 
 INDEX = ".safetensors.index.json"
 

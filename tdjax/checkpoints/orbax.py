@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 import tdjax
 from tdjax.checkpoints.folders import is_model, read_manifest
 from tdjax.config import KINDS, Config, from_dict, to_dict
+from tdjax.config.parsing import told
 from tdjax.errors import CheckpointError
 from tdjax.files import written
 from tdjax.models.abstract import as_shapes
@@ -34,7 +35,6 @@ from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.models.wan_vae import VAE
 from tdjax.parallel.sharding import leaf_name
-from tdjax.values.parsing import told
 
 FORMAT = 1
 AGAIN = "convert the source file again: python -m convert SRC DST --overwrite"

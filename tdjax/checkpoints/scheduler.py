@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from tdjax.config.parsing import json_object
 from tdjax.errors import CheckpointError
-from tdjax.values.parsing import json_object
 
 FILE = "scheduler/scheduler_config.json"
 INDEX = "model_index.json"

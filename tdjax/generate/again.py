@@ -6,8 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from tdjax.config.parsing import mismatch
 from tdjax.errors import UsageError
-from tdjax.values.parsing import mismatch
 
 # What metadata has of arrays that were given (as their sha256), and the options that give them.
 _GIVEN = {

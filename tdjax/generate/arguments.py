@@ -11,11 +11,11 @@ from typing import Any
 
 import tdjax
 from tdjax import cli
+from tdjax.config.parsing import json_value
+from tdjax.config.values import shown
 from tdjax.errors import UsageError
 from tdjax.files import near
 from tdjax.generate.again import is_metadata, options_of
-from tdjax.values import shown
-from tdjax.values.parsing import json_value
 
 FORMATS = ("mp4", "webm", "mkv", "gif", "png", "npy", "latents")
 # Class names that the official scripts take as --model, beside a checkpoint path.

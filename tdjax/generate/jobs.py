@@ -19,12 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tdjax.config.parsing import json_value
+from tdjax.config.values import DIGITS, LIMIT, parse_whole, shown
+from tdjax.config.values import path as checked_path
 from tdjax.errors import UsageError
 from tdjax.files import near
 from tdjax.text.characters import repaired
-from tdjax.values import DIGITS, LIMIT, parse_whole, shown
-from tdjax.values import path as checked_path
-from tdjax.values.parsing import json_value
 
 COLUMNS = ("prompt", "seed", "image", "num_frames", "out")
 _NUMBERS = ("seed", "num_frames")

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tdjax.config.parsing import json_object
 from tdjax.generate.again import is_metadata
 from tdjax.pipeline.result import sidecar
-from tdjax.values.parsing import json_object
 
 # What metadata says of the software and the run, and not of the video.
 _NOT_COMPARED = ("tdjax", "versions", "device", "timings", "index")

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from tdjax.config.values import path as checked_path
 from tdjax.errors import UsageError
-from tdjax.values import path as checked_path
 
 # Photographs of phones: the container's mark, then the brand.
 _HEIF = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypheim", b"ftypmif1", b"ftypmsf1")

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from tdjax.config import VIDEO_SIZES, VideoSize
+from tdjax.config.values import settled, shown
 from tdjax.errors import UsageError
 from tdjax.files import near
-from tdjax.values import settled, shown
 
 FITS = ("crop", "pad", "stretch", "adaptive")
 TRAINED = ("480p", "720p")

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from tdjax.config import DiTConfig
+from tdjax.config.values import shown, whole
 from tdjax.errors import UsageError
-from tdjax.values import shown, whole
 
 # What users write -> the names of sharding.RULES.
 AXES = {"fsdp": "fsdp", "tp": "tensor", "sp": "seq"}

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tdjax.config import TinyVAEConfig, VAEConfig, VideoSize, check_fps
+from tdjax.config.values import shown
 from tdjax.errors import UsageError
 from tdjax.pipeline.options import OutputType, check_choice
 from tdjax.pipeline.request import Request
 from tdjax.pipeline.result import Result, joined
-from tdjax.values import shown
 
 if TYPE_CHECKING:
     from tdjax.pipeline.pipeline import Pipeline

@@ -19,6 +19,7 @@ from tdjax.checkpoints.published.detect import kind_of
 from tdjax.checkpoints.published.files import open_source
 from tdjax.checkpoints.recipes import of_names, recognise
 from tdjax.config import DiTConfig
+from tdjax.config.values import settled, shown, switch
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.parallel.mesh import every_device
 from tdjax.pipeline.components import Component, PlannedComponent, open_component
@@ -39,7 +40,6 @@ from tdjax.precision import Policy
 from tdjax.presets import PRESETS, TEACHER_SAMPLER, UMT5_XXL, WAN_VAE
 from tdjax.progress import LibraryStages, Stages
 from tdjax.text.prompt_cache import FOLDER, PromptCache
-from tdjax.values import settled, shown, switch
 
 
 def load(

@@ -20,9 +20,9 @@ from typing import (
     get_args,
 )
 
+from tdjax.config.values import path, real, settle, shown, whole
 from tdjax.errors import UsageError
 from tdjax.files import near
-from tdjax.values import path, real, settle, shown, whole
 
 if TYPE_CHECKING:
     import threading

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tdjax.checkpoints.locate import Located
+from tdjax.config.values import whole
 from tdjax.parallel.mesh import make_mesh
 from tdjax.pipeline import memory
 from tdjax.pipeline.adapters import adapt
@@ -37,7 +38,6 @@ from tdjax.pipeline.result import Result, joined, metadata_of
 from tdjax.pipeline.text_encoding import open_tokenizer
 from tdjax.progress import Stages
 from tdjax.text.prompt_cache import PromptCache
-from tdjax.values import whole
 
 
 class Pipeline:

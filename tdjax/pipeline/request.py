@@ -21,6 +21,7 @@ from tdjax.config import (
     check_samples,
     sampler_changes,
 )
+from tdjax.config.values import reals, settle, shown, whole
 from tdjax.errors import UsageError
 from tdjax.media.image import as_image
 from tdjax.media.resolution import choose_size
@@ -35,7 +36,6 @@ from tdjax.pipeline.options import (
 )
 from tdjax.presets import I2V_SAMPLER, PRESETS, T2V_SAMPLER, TEACHER_SAMPLER
 from tdjax.progress import Listener
-from tdjax.values import reals, settle, shown, whole
 
 if TYPE_CHECKING:
     import jax

@@ -17,13 +17,13 @@ import numpy as np
 
 import tdjax
 from tdjax.config import to_dict
+from tdjax.config.parsing import json_object, mismatch
+from tdjax.config.values import path as checked_path
+from tdjax.config.values import whole
 from tdjax.errors import UsageError
 from tdjax.files import refuse_existing, refuse_unwritable, write_text, written
 from tdjax.media import video
 from tdjax.text import embeds
-from tdjax.values import path as checked_path
-from tdjax.values import whole
-from tdjax.values.parsing import json_object, mismatch
 
 if TYPE_CHECKING:  # files are named and refused before jax is there
     from tdjax.pipeline.components import Component

@@ -24,12 +24,12 @@ from PIL import Image, UnidentifiedImageError
 
 from tdjax import cli
 from tdjax.config import SamplerConfig, VideoSize, check_fps
+from tdjax.config.values import parse_real, real, shown, text, whole
 from tdjax.errors import TdjaxError, UsageError
 from tdjax.files import near, written
 from tdjax.media.image import as_image
 from tdjax.pipeline.request import ModelInfo, make_request
 from tdjax.server.limits import Limits
-from tdjax.values import parse_real, real, shown, text, whole
 
 # {field of a request: the type of a field of a form}
 FIELDS = {

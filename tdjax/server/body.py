@@ -12,11 +12,11 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
+from tdjax.config.parsing import json_object
+from tdjax.config.values import parse_real, parse_whole, shown
 from tdjax.errors import TdjaxError, UsageError
 from tdjax.server.asking import FIELDS, IMAGE
 from tdjax.server.limits import Limits
-from tdjax.values import parse_real, parse_whole, shown
-from tdjax.values.parsing import json_object
 
 ALIASES = {"output_format": "format", "num_inference_steps": "num_steps", "image": IMAGE}
 FORM_FIELD = 64 * 2**10  # bytes of a form's field that is no file

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tdjax import cli
+from tdjax.config.values import settle
 from tdjax.errors import UsageError
 from tdjax.files import near
 from tdjax.server.limits import Limits
-from tdjax.values import settle
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from tdjax.config.values import settle
 from tdjax.errors import UsageError
-from tdjax.values import settle
 
 GIB = 2**30
 

@@ -10,9 +10,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from tdjax.config.parsing import NPY, npy_array
 from tdjax.errors import UsageError
 from tdjax.files import written
-from tdjax.values.parsing import NPY, npy_array
 
 FINISHED = {"tdjax": "finished latents"}  # mark of a file that is a video and not noise
 

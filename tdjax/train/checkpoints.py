@@ -28,9 +28,9 @@ from tdjax.checkpoints.orbax import (
     quiet,
     table,
 )
+from tdjax.config.parsing import json_object, mismatch
 from tdjax.errors import CheckpointError
 from tdjax.files import written
-from tdjax.values.parsing import json_object, mismatch
 
 
 class Manifest(TypedDict):

@@ -10,8 +10,8 @@ import math
 from pathlib import Path
 from typing import Any, TypedDict
 
+from tdjax.config.parsing import json_object, mismatch
 from tdjax.files import write_text
-from tdjax.values.parsing import json_object, mismatch
 
 _WRITER = "tensorboardX"
 _FILE = "metrics.jsonl"

@@ -14,9 +14,9 @@ import typing
 from typing import Any
 
 from tdjax.config import DiTConfig
+from tdjax.config.values import parse_real, parse_whole, shown
 from tdjax.errors import UsageError
 from tdjax.files import near
-from tdjax.values import parse_real, parse_whole, shown
 
 # Fields that no key sets: chosen by other keys, or not trained.
 _FIXED = {DiTConfig: ("attention", "linear", "impl", "sla", "policy", "image_dim", "remat")}

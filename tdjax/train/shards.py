@@ -24,9 +24,9 @@ import numpy as np
 from einops import rearrange
 
 from tdjax.checkpoints.published import torch_pickle
+from tdjax.config.parsing import npy_array
 from tdjax.errors import CheckpointError
 from tdjax.files import written
-from tdjax.values.parsing import npy_array
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 _FIELDS = ("latent", "embed")

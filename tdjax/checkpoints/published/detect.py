@@ -23,8 +23,8 @@ from tdjax.config import (
     VAEConfig,
     from_dict,
 )
+from tdjax.config.parsing import json_object
 from tdjax.errors import CheckpointError
-from tdjax.values.parsing import json_object
 
 HEAD_WIDTH = 128  # of every published Wan transformer
 MASK_CHANNELS = 4  # of image-to-video: one for each frame that a latent frame stands for

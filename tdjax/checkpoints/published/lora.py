@@ -23,8 +23,8 @@ from tdjax.checkpoints.published import detect
 from tdjax.checkpoints.published.files import Source, open_source
 from tdjax.checkpoints.published.rules import Row, slots
 from tdjax.checkpoints.published.tensor import changed
+from tdjax.config.parsing import json_object, mismatch
 from tdjax.errors import CheckpointError
-from tdjax.values.parsing import json_object, mismatch
 
 Slot = tuple[str, int | None]
 

@@ -10,8 +10,8 @@ import math
 from pathlib import Path
 
 from tdjax.checkpoints.published.tensor import DTYPES, Tensor
+from tdjax.config.parsing import json_object
 from tdjax.errors import CheckpointError
-from tdjax.values.parsing import json_object
 
 HEADER_BYTES = 100 * 2**20  # the limit of the format's own library
 AGAIN = "download it again"

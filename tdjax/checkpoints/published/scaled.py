@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from tdjax.checkpoints.published.tensor import is_float
+from tdjax.config.parsing import json_object
 from tdjax.errors import CheckpointError
-from tdjax.values.parsing import json_object
 
 TILE = 128  # side of the tiles of the official -quant files
 MARK = "scaled_fp8"  # ComfyUI's earlier layout: its dtype is that of the weights

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from tdjax.config.parsing import json_object
 from tdjax.errors import CheckpointError
 from tdjax.files import write_text
 from tdjax.train.tiny import work
@@ -18,7 +19,6 @@ from tdjax.train.tiny.evaluation.evaluate import Bench, evaluate, seconds
 from tdjax.train.tiny.evaluation.variants import Variant, variants
 from tdjax.train.tiny.settings import EvaluateStage
 from tdjax.train.tiny.work import OutOfTime, Run
-from tdjax.values.parsing import json_object
 
 SHOWN = (  # on the sheets of frames
     "truth",

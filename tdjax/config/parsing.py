@@ -16,7 +16,7 @@ from typing import Any, NotRequired
 
 import numpy as np
 
-from tdjax.values import shown
+from tdjax.config.values import shown
 
 NPY = b"\x93NUMPY"
 HEADER = 10_000  # bytes in the header of a .npy file, as numpy itself allows

@@ -8,10 +8,10 @@ import math
 import typing
 from typing import Any
 
+from tdjax.config.parsing import mismatch, told
+from tdjax.config.values import settle
 from tdjax.errors import UsageError
 from tdjax.precision import Policy
-from tdjax.values import settle
-from tdjax.values.parsing import mismatch, told
 
 ATTENTION = ("dense", "sla", "sagesla")
 # int8: tiles of 128 x 128, as published; the last two: tokens x output channels.

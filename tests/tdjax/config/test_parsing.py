@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from tdjax.values.parsing import json_object, json_value, mismatch, npy_array, npz_arrays
+from tdjax.config.parsing import json_object, json_value, mismatch, npy_array, npz_arrays
 
 
 @pytest.mark.parametrize(

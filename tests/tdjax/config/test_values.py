@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tdjax import values
-from tdjax.config import SamplerConfig, SLAConfig, VideoSize
+from tdjax.config import SamplerConfig, SLAConfig, VideoSize, values
 from tdjax.errors import UsageError
 from tdjax.pipeline.options import PipelineOptions
 
