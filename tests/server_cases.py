@@ -63,7 +63,7 @@ class Served:
 def serving(folder, *, task="t2v", workers=1, keys=None, hosts=LOCAL, **limits):
     limits = Limits(**limits)
     store = Store(Path(folder), limits)
-    command = [sys.executable, stub_worker.__file__, task]
+    command = [sys.executable, "-P", stub_worker.__file__, task]
     service = Service(store, command, [None] * workers)
     app = App(service, keys or Keys(), limits, hosts).build()
     config = uvicorn.Config(app, port=0, log_level="critical", ws="none", loop="asyncio")

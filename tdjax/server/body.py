@@ -26,9 +26,25 @@ MARKS = 20_000  # commas and brackets in JSON, of which parsing makes Python's o
 class Unfit(TdjaxError):
     """A request that is refused for its form. status: of HTTP."""
 
-    def __init__(self, status: int, what: str, why: str, fix: str):
-        super().__init__(what, why, fix)
-        self.status = status
+    status = 400
+
+
+class TooLate(Unfit):
+    """A request that took longer to arrive than it may."""
+
+    status = 408
+
+
+class TooLarge(Unfit):
+    """A request of more bytes than it may have."""
+
+    status = 413
+
+
+class WrongKind(Unfit):
+    """A request whose body is neither JSON nor a form."""
+
+    status = 415
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
@@ -39,14 +55,13 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     try:
         return await asyncio.wait_for(_chunks(request, limits), limits.body_seconds)
     except TimeoutError as error:
-        raise Unfit(
-            408,
+        raise TooLate(
             "the request did not arrive in time",
             f"{limits.body_seconds:g} seconds are allowed",
             "send a smaller image",
         ) from error
     except ClientDisconnect as error:
-        raise Unfit(400, "the request is incomplete", "the client went away", "send it") from error
+        raise Unfit("the request is incomplete", "the client went away", "send it") from error
 
 
 async def _chunks(request: Request, limits: Limits) -> bytes:
@@ -59,8 +74,7 @@ async def _chunks(request: Request, limits: Limits) -> bytes:
 
 
 def _too_large(limits: Limits) -> Unfit:
-    return Unfit(
-        413,
+    return TooLarge(
         "the request is too large",
         f"a body may have {limits.body} bytes",
         "send a smaller image",
@@ -74,17 +88,16 @@ async def fields_of(request: Request, body: bytes) -> tuple[dict[str, Any], byte
         marks = sum(body.count(mark) for mark in (b",", b"[", b"{"))
         if marks > MARKS:
             why = f"it has {marks} commas and brackets, and {MARKS} are allowed"
-            raise Unfit(400, "the body has too many values", why, "leave them away")
+            raise Unfit("the body has too many values", why, "leave them away")
         try:
             fields = json_object(body, unique=True)
         except ValueError as error:
-            raise Unfit(400, "the body is not a JSON object", str(error), "send one") from error
+            raise Unfit("the body is not a JSON object", str(error), "send one") from error
         fields = _own_names(fields)
         return fields, _inline_image(fields.pop(IMAGE, None))
     if kind == "multipart/form-data":
         return await _form(request, body)
-    raise Unfit(
-        415,
+    raise WrongKind(
         f"the content type is {shown(kind)}",
         "allowed: application/json, multipart/form-data",
         'for example curl -H "Content-Type: application/json"',
@@ -102,15 +115,15 @@ async def _form(request: Request, body: bytes) -> tuple[dict[str, Any], bytes | 
         form = await parser.parse()
     except (MultiPartException, ValueError, KeyError) as error:
         why = str(getattr(error, "message", None) or error)
-        raise Unfit(400, "the form cannot be read", why, "send multipart/form-data") from error
+        raise Unfit("the form cannot be read", why, "send multipart/form-data") from error
     try:
         if len(set(form)) != len(form.multi_items()):
-            raise Unfit(400, "a field is there twice", "each is given once", "send it once")
+            raise Unfit("a field is there twice", "each is given once", "send it once")
         given = _own_names(dict(form))
         file = given.pop(IMAGE, None)
         for name, value in given.items():
             if isinstance(value, UploadFile):
-                raise Unfit(400, f"{name} is a file", f"the image is {IMAGE}", f"name it {IMAGE}")
+                raise Unfit(f"{name} is a file", f"the image is {IMAGE}", f"name it {IMAGE}")
         image = await file.read() if isinstance(file, UploadFile) else _inline_image(file)
         return {name: _typed(name, value) for name, value in given.items()}, image
     finally:
@@ -123,7 +136,7 @@ def _own_names(fields: dict[str, Any]) -> dict[str, Any]:
     for name, value in fields.items():
         own = ALIASES.get(name, name)
         if own in out:
-            raise Unfit(400, f"{own} and {name} were both given", "they are the same", "give one")
+            raise Unfit(f"{own} and {name} were both given", "they are the same", "give one")
         out[own] = value
     return out
 

@@ -33,12 +33,8 @@ class Progress:
     stage: str = ""
 
 
-class Refused(TdjaxError):
-    """The model cannot be opened: the worker's message and exit code."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.exit_code = code
+class ModelRefused(TdjaxError):
+    """The model cannot be opened: the worker's message, and its exit code."""
 
 
 class Service:
@@ -52,7 +48,7 @@ class Service:
         self.store = jobs
         self.workers = [Worker(self, command, each) for each in devices]
         self.model: ModelInfo | None = None
-        self.refused: Refused | None = None
+        self.refused: ModelRefused | None = None
         self.fault: BaseException | None = None  # of this process: what it was doing is not known
         self.draining = False
         self.progress: dict[str, Progress] = {}
@@ -300,7 +296,8 @@ class Worker:
         elif event == "refused":
             # What could be opened once is tried again: files may be on a disk that comes back.
             if service.model is None:
-                service.refused = Refused(told["message"], told["code"])
+                service.refused = ModelRefused(*told["message"].split("\n", 2))
+                service.refused.exit_code = told["code"]
                 service.model_known.set()
             else:
                 note(told["message"])

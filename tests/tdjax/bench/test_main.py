@@ -68,6 +68,7 @@ def test_rows_of_the_demo_model(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("as_users")  # compiling takes longer than reading what was compiled
 def test_end_to_end(tmp_path, capsys):
     out, before = tmp_path / "rows.jsonl", jax.config.jax_compilation_cache_dir
     argv = [

@@ -151,7 +151,7 @@ STUBBED = f"""
 import sys
 from tdjax import cli
 from tdjax.server import __main__ as server
-server.worker_command = lambda args: [sys.executable, {stub_worker.__file__!r}, args.model]
+server.worker_command = lambda args: [sys.executable, "-P", {stub_worker.__file__!r}, args.model]
 cli.run(server.main)
 """
 
