@@ -19,19 +19,13 @@ from tdjax.config.values import whole
 from tdjax.parallel.mesh import make_mesh
 from tdjax.pipeline import memory
 from tdjax.pipeline.adapters import adapt
+from tdjax.pipeline.call import Call, arguments_of
 from tdjax.pipeline.compilation import Programs
 from tdjax.pipeline.components import Component
 from tdjax.pipeline.decoding import decode
 from tdjax.pipeline.memory import ExecutionPlan
 from tdjax.pipeline.notes import request_notes
-from tdjax.pipeline.options import (
-    Call,
-    Lora,
-    OutputType,
-    PipelineOptions,
-    arguments_of,
-    check_choice,
-)
+from tdjax.pipeline.options import Lora, OutputType, PipelineOptions, check_choice
 from tdjax.pipeline.preparation import Preparation
 from tdjax.pipeline.request import Request, make_request, model_info, texts_of
 from tdjax.pipeline.result import Result, joined, metadata_of
@@ -40,7 +34,7 @@ from tdjax.progress import Stages
 from tdjax.text.prompt_cache import PromptCache
 
 
-class Pipeline:
+class Pipeline(Call):
     """Text or image to video. Made by `tdjax.load`; call it with a prompt, see `__call__`."""
 
     def __init__(
@@ -80,8 +74,7 @@ class Pipeline:
             f" {cfg.policy.compute})"
         )
 
-    @arguments_of(Call.__call__)
-    def __call__(self, prompt: str | list[str] | None = None, **arguments: Any) -> Result:
+    def _made(self, prompt: str | list[str] | None, arguments: dict[str, Any]) -> Result:
         request = self.request(prompt, **arguments)
         plan, listener, steps = self.plan(request), request.listener(), request.sampler.num_steps
         with self.lock, self.stages.listening(listener, request.videos, steps):

@@ -25,8 +25,8 @@ from tdjax.config.values import reals, settle, shown, whole
 from tdjax.errors import UsageError
 from tdjax.media.image import as_image
 from tdjax.media.resolution import choose_size
+from tdjax.pipeline.call import CallAliases
 from tdjax.pipeline.options import (
-    CallAliases,
     Check,
     Fit,
     OutputType,

@@ -15,15 +15,15 @@ import pytest
 import tdjax
 from tdjax.config import LINEAR, SamplerConfig
 from tdjax.errors import UsageError
+from tdjax.pipeline.call import CallAliases
 from tdjax.pipeline.options import (
     ALIASES,
-    CallAliases,
     LoadAliases,
     PipelineOptions,
     Quant,
     Sampler,
 )
-from tdjax.pipeline.request import ACCEPTED
+from tdjax.pipeline.request import ACCEPTED, Request
 
 ROOT = Path(__file__).resolve().parents[3]
 CALL = (tdjax.Pipeline.__call__, tdjax.Pipeline.request, tdjax.Pipeline.warmup)
@@ -70,6 +70,14 @@ def test_signatures_and_what_is_accepted_agree():
     both = CallAliases.__annotations__ | LoadAliases.__annotations__
     assert set(ALIASES) == set(both) and set(ALIASES.values()) <= door | names(tdjax.load)
     assert {field.name for field in dataclasses.fields(SamplerConfig)} <= door
+
+
+def test_what_is_not_given_is_the_same_to_a_call_and_to_a_request():
+    fields = {field.name: field.default for field in dataclasses.fields(Request)}
+    parameters = inspect.signature(tdjax.Pipeline.__call__).parameters.values()
+    given = {p.name: p.default for p in parameters if p.default not in (p.empty, None)}
+    assert len(given) >= 7
+    assert given == {name: fields[name] for name in given}
 
 
 def test_the_choices_are_those_of_the_configs():
