@@ -1,7 +1,8 @@
 """A worker without a model, for tests of the server: what it does stands in the prompt.
 
-"sleep 0.5" takes so long, in ten steps; "die" ends the process; "fail" and "break" raise what a
-model and a fault would; "wide" cannot be written. A video is a few bytes that name its job.
+"sleep 0.5" takes so long, in ten steps; "die" ends the process; "fail", "damaged" and "break" raise
+what a model, its weights and a fault would; "wide" cannot be written. A video is a few bytes that
+name its job.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from PIL import Image
 
 from tdjax import cli
 from tdjax.config import SamplerConfig, VideoSize
-from tdjax.errors import Cancelled, OutOfMemory, UsageError
+from tdjax.errors import Cancelled, CheckpointError, OutOfMemory, UsageError
 from tdjax.files import written
 from tdjax.pipeline.request import ModelInfo
 from tdjax.server.worker import serve
@@ -63,6 +64,8 @@ class Maker:
             os._exit(9)
         if "fail" in prompt:
             raise OutOfMemory("no room", "the stub is full", "ask for less")
+        if "damaged" in prompt:
+            raise CheckpointError("a secret of /the/machine", "it is damaged", "fetch it again")
         if "break" in prompt:
             raise RuntimeError("a secret of /the/machine")
         return order

@@ -244,12 +244,12 @@ class Worker:
         while True:
             await asyncio.sleep(min(limit / 10, 10.0))
             late = [i for i, begun in self.begun.items() if time.monotonic() - begun > limit]
+            if late and self.process is not None:
+                self.process.kill()  # first: what follows can fail, as on a full disk
             for id in late:
                 if self.service.store.fail(self.jobs[id], "timeout", f"it took over {limit:g} s"):
                     self.service.ended(id)
                 self._drop(id)
-            if late and self.process is not None:
-                self.process.kill()
 
     def feed(self) -> None:
         """Gives the next job to the process, if it has nothing to make."""

@@ -207,15 +207,13 @@ class Worker:
             made = self.maker.make(order, told, self.cancels[id])
         except Cancelled:
             self.tell("cancelled", id=id)
-        except TdjaxError as error:
+        except Exception as error:
             traceback.print_exc()
             code = CODES.get(type(error), "internal")
-            message = str(error) if type(error) in CODES else _internal(error)
+            message = _internal(error) if code == "internal" else str(error)
             self.tell("failed", id=id, code=code, message=message)
-        except Exception as error:  # of the device, or a fault here: this process is not trusted
-            traceback.print_exc()
-            self.tell("failed", id=id, code="internal", message=_internal(error))
-            return False
+            if code == "internal":  # of the device, of weights, or a fault here
+                return False
         else:
             self.tell("made", id=id)
             writer.submit(self._write, order, made)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 import time
 
 import pytest
@@ -45,11 +46,12 @@ def test_a_job_that_kills_workers_fails_and_the_others_do_not(short):
     assert short.ended(fine)["status"] == "completed"
 
 
-def test_a_fault_fails_its_job_without_a_word_of_the_machine(short):
+@pytest.mark.parametrize("prompt,name", [("break", "RuntimeError"), ("damaged", "CheckpointError")])
+def test_a_fault_fails_its_job_without_a_word_of_the_machine(short, prompt, name):
     starts = short.service.workers[0].starts
-    broken, fine = short.add("break"), short.add("a fox")
+    broken, fine = short.add(prompt), short.add("a fox")
     error = short.ended(broken)["error"]
-    assert error["code"] == "internal" and "RuntimeError" in error["message"]
+    assert error["code"] == "internal" and name in error["message"]
     assert "secret" not in error["message"]
     assert short.ended(fine)["status"] == "completed"
     assert short.service.workers[0].starts == starts + 1
@@ -60,6 +62,23 @@ def test_a_job_that_takes_too_long_is_given_up(short):
     stuck, fine = short.add("sleep 60"), short.add("a fox")
     assert short.ended(stuck)["error"]["code"] == "timeout"
     assert short.ended(fine)["status"] == "completed"
+
+
+@pytest.mark.slow  # the same
+def test_a_stuck_worker_is_replaced_also_when_that_cannot_be_written_down(tmp_path, monkeypatch):
+    with serving(tmp_path, job_seconds=0.5, attempts=1) as server:
+        real, refused = server.service.store.fail, []
+
+        def once(*arguments):
+            if refused:
+                return real(*arguments)
+            refused.append(arguments)
+            raise sqlite3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr(server.service.store, "fail", once)
+        stuck, fine = server.add("sleep 60"), server.add("a fox")
+        assert server.ended(stuck)["status"] == "failed" and refused
+        assert server.ended(fine)["status"] == "completed"
 
 
 @pytest.mark.slow  # two workers start
