@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import re
 from typing import Any
 
@@ -170,5 +169,5 @@ def _inline_image(given: Any) -> bytes | None:
         )
     try:
         return base64.b64decode(data, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise UsageError(f"{IMAGE} is not base64", str(error), "encode it again") from error

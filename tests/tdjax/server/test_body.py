@@ -21,6 +21,7 @@ def test_images_in_json_are_data_and_no_addresses():
         {"file_id": "x"},
         "data:text/html;base64,YQ==",
         "data:image/png;base64,***",
+        "data:image/png;base64,é",
         "data:image/png,abc",
         3,
         [data],
