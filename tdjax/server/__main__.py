@@ -22,7 +22,6 @@ from tdjax.files import refuse_unwritable
 from tdjax.generate.arguments import add_model_options, add_speed_options
 from tdjax.server.keys import Keys, read_keys
 from tdjax.server.limits import GIB, Limits
-from tdjax.server.store import Store
 
 LOCAL = {"localhost", "127.0.0.1", "[::1]", "::1"}
 # Limits that the command calls otherwise.
@@ -129,6 +128,7 @@ def _command(argv: list[str]) -> int:
     from tdjax.server.app import App
     from tdjax.server.http import Server
     from tdjax.server.service import Service
+    from tdjax.server.store import Store
 
     with listening(args.host, args.port) as sock:
         store = Store(folder, limits)

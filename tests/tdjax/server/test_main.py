@@ -85,6 +85,15 @@ def test_libraries_that_are_missing_are_named(capsys, monkeypatch, tmp_path):
     assert "WSL" in refused(capsys, "--folder", tmp_path)
 
 
+def test_windows_is_told_where_it_runs(tmp_path):
+    code = "import sys; sys.modules['fcntl'] = None\n"
+    code += "import importlib.util as u; real = u.find_spec\n"
+    code += "u.find_spec = lambda name: None if name == 'fcntl' else real(name)\n"
+    code += f"from tdjax.server import __main__ as s; s.main(['--folder', {str(tmp_path)!r}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.startswith("error: the server does not run on Windows itself\n")
+
+
 def test_the_web_process_has_no_jax():
     code = "import tdjax.server.app, tdjax.server.http, tdjax.server.__main__, sys\n"
     code += "print(sorted({'jax', 'flax', 'orbax', 'av'} & set(sys.modules)))"
