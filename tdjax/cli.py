@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from tdjax.config import values
 from tdjax.errors import TdjaxError, UsageError
 from tdjax.files import near
+from tdjax.progress import say
 
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 NOTHING_HALF_WRITTEN = "nothing was left half-written; the same command starts again"
@@ -137,19 +138,19 @@ def main(
         sys.stdout.flush()
         return code
     except TdjaxError as error:
-        print(f"error: {spelled(str(error), options(parser(), names))}", file=sys.stderr)
+        say(f"error: {spelled(str(error), options(parser(), names))}")
         return error.exit_code
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:
-        print(f"error: {_refused(error)}", file=sys.stderr)
+        say(f"error: {_refused(error)}")
         return UsageError.exit_code
     except _Terminated:
-        print(f"\nterminated: {interrupted}", file=sys.stderr)
+        say(f"\nterminated: {interrupted}")
         return TERMINATED
     except KeyboardInterrupt:
-        print(f"\ninterrupted: {interrupted}", file=sys.stderr)
+        say(f"\ninterrupted: {interrupted}")
         return INTERRUPTED
 
 
@@ -162,7 +163,7 @@ def run(main: Callable[[], int]) -> NoReturn:
 
     def stop(number, frame):
         if _imports(frame):
-            print(f"\nstopped: {NOTHING_HALF_WRITTEN}", file=sys.stderr, flush=True)
+            say(f"\nstopped: {NOTHING_HALF_WRITTEN}")
             os._exit(TERMINATED if number == signal.SIGTERM else INTERRUPTED)
         raise _Terminated if number == signal.SIGTERM else KeyboardInterrupt
 

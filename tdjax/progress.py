@@ -20,6 +20,13 @@ GIB = 2**30
 LOGGER = logging.getLogger("tdjax")
 
 
+def say(text: str, end: str = "\n") -> None:
+    """Writes on stderr. Where that cannot be written to, nothing is told and the work goes on: a
+    reader that has gone (`2>&1 | tee log` ends at Ctrl-C too) must not cost a checkpoint."""
+    with contextlib.suppress(OSError):
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
 def host_peak_bytes() -> int | None:
     """Largest resident size of this process since the last `reset_host_peak` (Linux; None
     elsewhere)."""
@@ -166,18 +173,18 @@ class Stages:
     def began(self, name: str) -> None:
         """Shows that a stage runs: a line that its end replaces, on a terminal."""
         if self.show and sys.stderr.isatty():
-            print(f"  {name} ...", end="", flush=True, file=sys.stderr)
+            say(f"  {name} ...", end="")
             self.line_open = True
 
     def ended(self, name: str, seconds: float) -> None:
         """Shows how long a stage took."""
         if self.show:
-            print(f"{self._erased()}  {name}: {seconds:.1f} s", file=sys.stderr)
+            say(f"{self._erased()}  {name}: {seconds:.1f} s")
 
     def failed(self, name: str) -> None:
         """Shows in which stage something went wrong."""
         if self.show:
-            print(f"{self._erased()}  {name}: failed", file=sys.stderr)
+            say(f"{self._erased()}  {name}: failed")
 
     def step(self, step: int, steps: int) -> None:
         """Tells that a step of the sampler is done. Raises Cancelled."""
@@ -190,7 +197,7 @@ class Stages:
 
     def tell(self, text: str) -> None:
         """Shows a note: on stderr."""
-        print(f"{self._erased()}tdjax: {text}", file=sys.stderr)
+        say(f"{self._erased()}tdjax: {text}")
 
     def _erased(self) -> str:
         """What replaces the open line, if there is one."""

@@ -15,7 +15,6 @@ import dataclasses
 import json
 import platform
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -35,7 +34,7 @@ from tdjax.files import refuse_unwritable
 from tdjax.media.resolution import choose_size
 from tdjax.precision import FLOATS, Policy
 from tdjax.presets import PRESETS, TEACHER_SAMPLER
-from tdjax.progress import GIB, device_bytes, host_peak_bytes
+from tdjax.progress import GIB, device_bytes, host_peak_bytes, say
 
 if TYPE_CHECKING:
     from tdjax.bench.stages import Row
@@ -257,7 +256,7 @@ def run(args) -> int:
     *_, size = configs(args)
     args.attention = chosen(args.attention, ATTENTION, "attention")
     args.linear = chosen(args.linear, LINEAR, "linear")
-    cli.start_jax(lambda text: print(f"tdjax: {text}", file=sys.stderr))
+    cli.start_jax(lambda text: say(f"tdjax: {text}"))
     facts = machine()
     told = ", ".join(f"{k} {v}" for k, v in facts.items())
     print(f"{args.model}, {size.frames} frames of {size.width}x{size.height}, {told}", flush=True)
@@ -266,7 +265,7 @@ def run(args) -> int:
         for stage in STAGES if args.stage == "all" else (args.stage,):
             for row in made[stage]():
                 rows.append(with_peaks(row, (rows[-1].host_peak or 0) if rows else 0))
-                print(f"  {row.stage}, {row.what}: {row.ms:.2f} ms", file=sys.stderr, flush=True)
+                say(f"  {row.stage}, {row.what}: {row.ms:.2f} ms")
                 if args.json:
                     line = {"model": args.model, **facts, **dataclasses.asdict(rows[-1])}
                     with args.json.open("a") as file:

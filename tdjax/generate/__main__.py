@@ -20,7 +20,7 @@ from tdjax.generate.jobs import Job, drawn_seed, read_jobs, standard_input, with
 from tdjax.media.resolution import choose_size
 from tdjax.pipeline.options import PipelineOptions
 from tdjax.presets import PRESETS
-from tdjax.progress import Bar, Stages
+from tdjax.progress import Bar, Stages, say
 from tdjax.text.characters import repaired
 from tdjax.text.language import understood
 
@@ -481,7 +481,7 @@ def serve(args, pipe) -> int:
         except Exception as error:  # a bad line must not end the session that holds the weights
             known = isinstance(error, TdjaxError | OSError)
             text = str(error) if known else f"{type(error).__name__}: {error}"
-            print(f"error: {_spelled(text)}", file=sys.stderr)
+            say(f"error: {_spelled(text)}")
     return _report(args, pipe)
 
 

@@ -9,13 +9,13 @@ import dataclasses
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from tdjax.errors import TdjaxError
 from tdjax.pipeline.request import ModelInfo
+from tdjax.progress import say
 from tdjax.server import store
 from tdjax.server.asking import model_of
 from tdjax.server.store import Job, Store
@@ -337,4 +337,4 @@ class Worker:
 
 def note(text: str) -> None:
     """One line for who runs the server."""
-    print(f"tdjax: {text}", file=sys.stderr, flush=True)
+    say(f"tdjax: {text}")

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from tdjax.errors import NotFinite
-from tdjax.progress import Stages
+from tdjax.progress import Stages, say
 from tdjax.train import checkpoints
 from tdjax.train.configs import RunConfig
 from tdjax.train.metrics import Metrics
@@ -90,10 +90,10 @@ class Report:
         text = f"  step {step}/{self.run.steps}  {losses}  {rate:.3g} steps/s  {_clock(left)} left"
         if sys.stderr.isatty():
             width = shutil.get_terminal_size().columns - 1
-            print(f"\r{text:{width}}", end="", flush=True, file=sys.stderr)
+            say(f"\r{text:{width}}", end="")
             self.stages.line_open = True
         else:
-            print(text, file=sys.stderr)
+            say(text)
 
 
 def _means(rows: list[tuple[str, dict[str, float]]]) -> dict[str, float]:

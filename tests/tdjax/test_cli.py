@@ -196,6 +196,18 @@ def test_a_reader_that_stops_ends_the_command_quietly():
     assert done.stderr == b""
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_reader_of_errors_that_stops_changes_no_exit_code(tmp_path, number):
+    command = [sys.executable, "-c", WRITES]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"here\n"
+        process.stderr.close()
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 128 + number
+
+
 def test_hyphens_and_underscores_are_one():
     given = ["--num-steps=2-3", "--sigma-max", "-1", "a-b", "--", "--no-hash"]
     expected = ["--num_steps=2-3", "--sigma_max", "-1", "a-b", "--", "--no_hash"]

@@ -1,7 +1,9 @@
 """Ctrl-C and SIGTERM: the first ends the step and saves, the second is at once."""
 
+import contextlib
 import os
 import signal
+import sys
 
 import pytest
 from train_cases import numbers, resumed, run, same_bits
@@ -48,6 +50,19 @@ def test_an_interrupt_ends_the_step_and_saves(tmp_path, capsys, kind, listening)
     assert checkpoints.steps(tmp_path) == [done.step]
     assert "stopping after this step" in capsys.readouterr().err
     same_bits(resumed(tmp_path, steps=25).state, run(tmp_path / "whole", steps=25).state)
+
+
+@pytest.mark.slow
+def test_an_interrupt_saves_where_nobody_reads_what_is_told(tmp_path, monkeypatch, listening):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `2>&1 | tee log` at Ctrl-C, which ends tee as well
+    with open(writer, "w", buffering=1) as gone:
+        monkeypatch.setattr(sys, "stderr", gone)
+        done = run(tmp_path, stream=Signals(at=3), show=True, steps=10**6, log_every=1)
+        monkeypatch.undo()
+        with contextlib.suppress(BrokenPipeError):
+            gone.close()
+    assert done.interrupted and checkpoints.steps(tmp_path)[-1] == done.step
 
 
 def test_a_second_interrupt_is_at_once(listening):
