@@ -56,7 +56,9 @@ class Served:
 
     def ended(self, id: str) -> dict:
         states = ("completed", "failed", "cancelled")
-        return until(lambda: (job := self.get(id))["status"] in states and job)
+        job = until(lambda: (job := self.get(id))["status"] in states and job)
+        assert job["error"] is None or job["error"]["message"].count("\n") == 2, job["error"]
+        return job
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from tdjax.errors import UsageError
+from tdjax.config.values import shown
+from tdjax.errors import TdjaxError, UsageError
 from tdjax.server import store
 from tdjax.server.asking import FORMATS, Asked, asked, asked_apart, spelled
-from tdjax.server.body import Unfit, fields_of, read_body
+from tdjax.server.body import Refusal, fields_of, read_body
 from tdjax.server.keys import Key, Keys
 from tdjax.server.limits import Limits
 from tdjax.server.metrics import Metrics
@@ -37,6 +38,33 @@ IMAGES_AT_ONCE = 2
 PROBES = ("/health", "/ready")  # what runs containers asks them by addresses that change
 IDEMPOTENCY = 200  # characters of a key
 STARTING = 10.0  # seconds that a request waits for a model that is being opened
+
+
+class NoKey(Refusal):
+    """A request without a key that the server knows."""
+
+    status = 401
+    headers = {"WWW-Authenticate": "Bearer"}
+
+
+class Unknown(Refusal):
+    """A request for a video or a model that is not there."""
+
+    status = 404
+
+
+class Opening(Refusal):
+    """A request that came before the model."""
+
+    status = 503
+    headers = {"Retry-After": "10"}
+
+
+class Stopping(Refusal):
+    """A request that came while the server stops."""
+
+    status = 503
+    headers = {"Retry-After": "30"}
 
 
 class App:
@@ -79,8 +107,8 @@ class App:
             routes=routes,
             lifespan=self._lifespan,
             exception_handlers={
-                HTTPException: _http_error,  # type: ignore[dict-item]
-                Unfit: _unfit,  # type: ignore[dict-item]
+                HTTPException: _no_route,  # type: ignore[dict-item]
+                Refusal: _refused,  # type: ignore[dict-item]
                 UsageError: _usage,  # type: ignore[dict-item]
                 Full: self._full,  # type: ignore[dict-item]
                 Conflict: _conflict,  # type: ignore[dict-item]
@@ -103,15 +131,16 @@ class App:
     def _key(self, request: Request) -> Key:
         key = self.keys.of(request.headers.get("authorization"))
         if key is None:
-            why = "no valid API key: send Authorization: Bearer KEY"
-            raise HTTPException(401, why, {"WWW-Authenticate": "Bearer"})
+            why = "this server has keys, and the request names none of them"
+            raise NoKey("no valid API key", why, "send Authorization: Bearer KEY")
         return key
 
     def _job(self, request: Request) -> Job:
         id = request.path_params["id"]
         job = self.service.store.get(id, self._key(request).name)
         if job is None:
-            raise HTTPException(404, "no video has this id: it was deleted, or is another key's")
+            why = "it was deleted, is no longer kept, or is another key's"
+            raise Unknown("no video has this id", why, "GET /v1/videos lists those that are there")
         return job
 
     async def _asked(self, request: Request, key: Key, image: Path) -> tuple[Asked, str]:
@@ -129,7 +158,7 @@ class App:
             assert model is not None
             name = fields.get("model")
             if name is not None and name != model.name:
-                raise HTTPException(404, f"the model here is {model.name}; /v1/models lists it")
+                raise _unknown_model(name, model.name)
             limits = key.limits(self.limits)
             if data is None:
                 return asked(fields, None, model, limits), digest.hexdigest()
@@ -138,13 +167,14 @@ class App:
             return what, digest.hexdigest()
 
     async def _model_known(self) -> None:
-        """Waits for a model that is being opened. Raises HTTPException."""
+        """Waits for a model that is being opened. Raises Opening and Stopping."""
+        fix = "ask again after Retry-After seconds"
         if self.service.draining:
-            raise HTTPException(503, "the server is being stopped", {"Retry-After": "30"})
+            raise Stopping("the server is being stopped", "it takes no more requests", fix)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.service.model_known.wait(), STARTING)
         if self.service.model is None:
-            raise HTTPException(503, "the model is being opened", {"Retry-After": "10"})
+            raise Opening("the model is being opened", "it is not known yet what it takes", fix)
 
     async def _add(self, request: Request) -> Job:
         """The job that a request becomes. Raises what the handlers answer."""
@@ -193,13 +223,19 @@ class App:
         gone.cancel()
         ended = waiting.result()
         if ended is None or ended.status == store.CANCELLED:
-            return _error(409, "the video was cancelled", "cancelled")
+            why = "a client ended it while this one waited"
+            error = TdjaxError(
+                "the video was cancelled", why, "ask anew, with a new Idempotency-Key"
+            )
+            return _error(409, error, "cancelled")
         if ended.status == store.FAILED:
             assert ended.error is not None
             status = 400 if ended.error["code"] == "invalid_request" else 500
-            return _error(status, ended.error["message"], ended.error["code"])
+            return _answer(status, ended.error["message"], ended.error["code"])
         if ended.status != store.COMPLETED:
-            return _error(503, f"the server is being stopped; {job.id} is kept", "stopped")
+            why = f"{job.id} is kept, and is made when it runs again"
+            error = Stopping("the server is being stopped", why, f"GET /v1/videos/{job.id} then")
+            return _error(503, error, "stopped", error.headers)
         return self._file(ended)
 
     async def _wait(self, id: str) -> Job | None:
@@ -244,7 +280,9 @@ class App:
         """Ends a video that waits or is made."""
         job = self._job(request)
         if not self.service.cancel(job) and job.status != store.CANCELLED:
-            return _error(409, f"the video is {job.status} already", "ended")
+            why, fix = "one that waits or is made can be cancelled", "DELETE removes it"
+            error = TdjaxError(f"the video is {job.status} already", why, fix)
+            return _error(409, error, "ended")
         return JSONResponse(self.shown(self._job(request)))
 
     async def content(self, request: Request) -> Response:
@@ -256,7 +294,8 @@ class App:
             )
         early = variant == "thumbnail" and self._has_preview(job)
         if job.status != store.COMPLETED and not early:
-            return _error(409, f"the video is {job.status}", "not_completed")
+            why, fix = "the file is there once it is completed", "GET /v1/videos/ID tells its state"
+            return _error(409, TdjaxError(f"the video is {job.status}", why, fix), "not_completed")
         return self._file(job, thumbnail=variant == "thumbnail")
 
     def _has_preview(self, job: Job) -> bool:
@@ -267,7 +306,9 @@ class App:
         jobs = self.service.store
         path = jobs.thumbnail(job) if thumbnail else jobs.video(job)
         if not path.is_file():
-            return _error(404, "the file is no longer kept", "expired")
+            why = "somebody has removed it from the server's disk"
+            error = TdjaxError("the file is no longer kept", why, "ask for the video anew")
+            return _error(404, error, "expired")
         kind = "image/jpeg" if thumbnail else FORMATS[job.request["format"]]
         response = FileResponse(path, media_type=kind, filename=f"{job.id}{path.suffix}")
         response.headers["X-Video-Id"] = job.id
@@ -335,7 +376,7 @@ class App:
         self._key(request)
         await self._model_known()
         if request.path_params["id"] != self._model()["id"]:
-            raise HTTPException(404, f"the model here is {self._model()['id']}")
+            raise _unknown_model(request.path_params["id"], self._model()["id"])
         return JSONResponse(self._model())
 
     def _model(self) -> dict[str, Any]:
@@ -379,7 +420,7 @@ class App:
 
     async def _full(self, request: Request, error: Full) -> Response:
         headers = {"Retry-After": str(self.service.retry_after())}
-        return _error(429, str(error), "queue_full", headers=headers)
+        return _error(429, error, "queue_full", headers)
 
 
 class _Guard:
@@ -396,9 +437,14 @@ class _Guard:
             response: Response | None = None
             known = self.hosts is None or _name_of(host).lower() in self.hosts
             if not known and scope["path"] not in PROBES:
-                response = _error(421, "the server is not known under this name", "host")
+                why = "it answers to the names that it was started with"
+                fix = "ask it by one of them, or start it with --allow_host NAME"
+                error = TdjaxError("the server is not known under this name", why, fix)
+                response = _error(421, error, "host")
             elif origin is not None and origin.partition("://")[2] != host:
-                response = _error(403, "requests of other sites' pages are refused", "origin")
+                why, fix = "the Origin is not this server", "ask from your own backend"
+                error = TdjaxError("requests of other sites' pages are refused", why, fix)
+                response = _error(403, error, "origin")
             if response is not None:
                 await response(scope, receive, send)
                 return
@@ -445,37 +491,61 @@ async def _gone(request: Request) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def _error(
-    status: int, message: str, code: str | None = None, headers: dict[str, str] | None = None
+def _answer(
+    status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
     body = {"message": message, "type": kind, "param": None, "code": code}
     return JSONResponse({"error": body}, status, headers)
 
 
-async def _http_error(request: Request, error: HTTPException) -> Response:
-    headers = dict(error.headers or {})
-    return _error(error.status_code, error.detail, headers=headers)
+def _error(
+    status: int,
+    error: TdjaxError,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    return _answer(status, spelled(error), code, headers)
 
 
-async def _unfit(request: Request, error: Unfit) -> Response:
-    # What has not been read of a body that is too large is not read: the connection ends.
-    headers = {"Connection": "close"} if error.status in (408, 413) else None
-    return _error(error.status, spelled(error), headers=headers)
+def _unknown_model(given: Any, known: str) -> Unknown:
+    return Unknown(
+        f"model is {shown(given)}", f"the model here is {known}", "leave it away, or give this name"
+    )
+
+
+async def _no_route(request: Request, error: HTTPException) -> Response:
+    """What the router itself refuses."""
+    allowed, fix = (error.headers or {}).get("Allow"), "GET /openapi.json describes the routes"
+    if allowed is not None:
+        why = f"allowed: {allowed}"
+        return _error(
+            405, TdjaxError(f"{request.method} is not allowed here", why, fix), None, error.headers
+        )
+    why = "the API is under /v1, and the page is at /"
+    return _error(error.status_code, TdjaxError("there is nothing here", why, fix))
+
+
+async def _refused(request: Request, error: Refusal) -> Response:
+    return _error(error.status, error, headers=error.headers)
 
 
 async def _usage(request: Request, error: UsageError) -> Response:
-    return _error(400, spelled(error), "invalid_value")
+    return _error(400, error, "invalid_value")
 
 
 async def _conflict(request: Request, error: Conflict) -> Response:
-    return _error(409, str(error), "idempotency")
+    return _error(409, error, "idempotency")
 
 
 async def _unwritable(request: Request, error: Exception) -> Response:
     note(f"a request could not be kept: {error}")
-    return _error(503, "the server cannot write to its disk", "disk", {"Retry-After": "60"})
+    why = str(error) if isinstance(error, sqlite3.Error) else getattr(error, "strerror", None)
+    fix = "ask again after Retry-After seconds"
+    said = TdjaxError("the server could not keep this on its disk", why or "its log says more", fix)
+    return _error(503, said, "disk", {"Retry-After": "60"})
 
 
 async def _fault(request: Request, error: Exception) -> Response:
-    return _error(500, "the server failed; its log says more", "internal")
+    what, why = "the server failed; its log says more", "the fault is not the request's"
+    return _error(500, TdjaxError(what, why, "tell who runs the server"), "internal")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import UploadFile
@@ -22,32 +23,35 @@ FORM_FIELD = 64 * 2**10  # bytes of a form's field that is no file
 MARKS = 20_000  # commas and brackets in JSON, of which parsing makes Python's objects
 
 
-class Unfit(TdjaxError):
-    """A request that is refused for its form. status: of HTTP."""
+class Refusal(TdjaxError):
+    """A request that is refused, here for its form. status, headers: of the answer."""
 
     status = 400
+    headers: Mapping[str, str] = {}
 
 
-class TooLate(Unfit):
+class TooLate(Refusal):
     """A request that took longer to arrive than it may."""
 
     status = 408
+    headers = {"Connection": "close"}  # what has not been read of it is not read
 
 
-class TooLarge(Unfit):
+class TooLarge(Refusal):
     """A request of more bytes than it may have."""
 
     status = 413
+    headers = {"Connection": "close"}  # the same
 
 
-class WrongKind(Unfit):
+class WrongKind(Refusal):
     """A request whose body is neither JSON nor a form."""
 
     status = 415
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """Returns the body. Raises Unfit where it is longer, or takes longer, than it may."""
+    """Returns the body. Raises Refusal where it is longer, or takes longer, than it may."""
     declared = request.headers.get("content-length", "0")
     if not re.fullmatch(r"[0-9]{1,18}", declared) or int(declared) > limits.body:
         raise _too_large(limits)
@@ -60,7 +64,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
             "send a smaller image",
         ) from error
     except ClientDisconnect as error:
-        raise Unfit("the request is incomplete", "the client went away", "send it") from error
+        raise Refusal("the request is incomplete", "the client went away", "send it") from error
 
 
 async def _chunks(request: Request, limits: Limits) -> bytes:
@@ -72,7 +76,7 @@ async def _chunks(request: Request, limits: Limits) -> bytes:
     return bytes(body)
 
 
-def _too_large(limits: Limits) -> Unfit:
+def _too_large(limits: Limits) -> Refusal:
     return TooLarge(
         "the request is too large",
         f"a body may have {limits.body} bytes",
@@ -81,17 +85,17 @@ def _too_large(limits: Limits) -> Unfit:
 
 
 async def fields_of(request: Request, body: bytes) -> tuple[dict[str, Any], bytes | None]:
-    """Returns (fields, bytes of the image) of a JSON body or a form. Raises Unfit."""
+    """Returns (fields, bytes of the image) of a JSON body or a form. Raises Refusal."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         marks = sum(body.count(mark) for mark in (b",", b"[", b"{"))
         if marks > MARKS:
             why = f"it has {marks} commas and brackets, and {MARKS} are allowed"
-            raise Unfit("the body has too many values", why, "leave them away")
+            raise Refusal("the body has too many values", why, "leave them away")
         try:
             fields = json_object(body, unique=True)
         except ValueError as error:
-            raise Unfit("the body is not a JSON object", str(error), "send one") from error
+            raise Refusal("the body is not a JSON object", str(error), "send one") from error
         fields = _own_names(fields)
         return fields, _inline_image(fields.pop(IMAGE, None))
     if kind == "multipart/form-data":
@@ -114,15 +118,15 @@ async def _form(request: Request, body: bytes) -> tuple[dict[str, Any], bytes | 
         form = await parser.parse()
     except (MultiPartException, ValueError, KeyError) as error:
         why = str(getattr(error, "message", None) or error)
-        raise Unfit("the form cannot be read", why, "send multipart/form-data") from error
+        raise Refusal("the form cannot be read", why, "send multipart/form-data") from error
     try:
         if len(set(form)) != len(form.multi_items()):
-            raise Unfit("a field is there twice", "each is given once", "send it once")
+            raise Refusal("a field is there twice", "each is given once", "send it once")
         given = _own_names(dict(form))
         file = given.pop(IMAGE, None)
         for name, value in given.items():
             if isinstance(value, UploadFile):
-                raise Unfit(f"{name} is a file", f"the image is {IMAGE}", f"name it {IMAGE}")
+                raise Refusal(f"{name} is a file", f"the image is {IMAGE}", f"name it {IMAGE}")
         image = await file.read() if isinstance(file, UploadFile) else _inline_image(file)
         return {name: _typed(name, value) for name, value in given.items()}, image
     finally:
@@ -130,12 +134,12 @@ async def _form(request: Request, body: bytes) -> tuple[dict[str, Any], bytes | 
 
 
 def _own_names(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields by the names that they have here. Raises Unfit for one that is given twice."""
+    """The fields by the names that they have here. Raises Refusal for one that is given twice."""
     out: dict[str, Any] = {}
     for name, value in fields.items():
         own = ALIASES.get(name, name)
         if own in out:
-            raise Unfit(f"{own} and {name} were both given", "they are the same", "give one")
+            raise Refusal(f"{own} and {name} were both given", "they are the same", "give one")
         out[own] = value
     return out
 

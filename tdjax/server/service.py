@@ -246,8 +246,10 @@ class Worker:
             late = [i for i, begun in self.begun.items() if time.monotonic() - begun > limit]
             if late and self.process is not None:
                 self.process.kill()  # first: what follows can fail, as on a full disk
+            fix = "ask for a smaller size, or fewer frames or steps"
+            error = TdjaxError("the video took too long", f"{limit:g} seconds are allowed", fix)
             for id in late:
-                if self.service.store.fail(self.jobs[id], "timeout", f"it took over {limit:g} s"):
+                if self.service.store.fail(self.jobs[id], "timeout", str(error)):
                     self.service.ended(id)
                 self._drop(id)
 

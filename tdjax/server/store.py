@@ -285,7 +285,9 @@ class Store:
         video = self.video(job)
         size = video.stat().st_size if video.is_file() else 0
         if not size:
-            return self.fail(job, "no_video", "the worker told of a video that is not there")
+            what = "the worker told of a video that is not there"
+            error = TdjaxError(what, "its file is missing or empty", "ask for the video anew")
+            return self.fail(job, "no_video", str(error))
         return self._end(job, COMPLETED, result=result, size=size)
 
     def fail(self, job: Job, code: str, message: str) -> bool:
@@ -327,8 +329,9 @@ class Store:
         allowed: whether it has ended. counted: False where the worker was stopped on purpose."""
         deaths = job.deaths + counted
         if deaths >= self.limits.attempts:
-            why = f"the process ended while it made this video, {deaths} times"
-            return self.fail(job, "worker_died", why)
+            what = f"the process ended while it made this video, {deaths} times"
+            why, fix = "it is begun no more often", "ask for a smaller size, or fewer frames"
+            return self.fail(job, "worker_died", str(TdjaxError(what, why, fix)))
         self.db.execute(
             "UPDATE jobs SET status = ?, started_at = NULL, deaths = ? WHERE id = ? AND"
             " status = ? AND attempts = ?",

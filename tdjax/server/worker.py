@@ -238,7 +238,8 @@ class Worker:
 
 def _internal(error: Exception) -> str:
     """What clients are told of an error that is not theirs: no message, which may name files."""
-    return f"the server failed ({type(error).__name__}); its log says more"
+    what = f"the server failed ({type(error).__name__}); its log says more"
+    return str(TdjaxError(what, "the fault is not the request's", "tell who runs the server"))
 
 
 def serve(maker: Maker) -> int:

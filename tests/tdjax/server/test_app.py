@@ -22,7 +22,9 @@ def error_of(answer: httpx.Response, status: int) -> str:
     """The message of an error in the form that OpenAI's clients read."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"} and error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+    lines = error["message"].split("\n")
+    assert len(lines) == 3 and all(lines), error["message"]
     return error["message"]
 
 

@@ -57,7 +57,7 @@ def test_an_image_gives_an_adaptive_size_before_it_is_queued():
 def test_what_is_wrong_is_refused_with_a_reason(fields):
     with pytest.raises(UsageError) as error:
         ask(**fields)
-    assert len(str(error.value).splitlines()) >= 2 and len(str(error.value)) < 900
+    assert len(str(error.value).splitlines()) == 3 and len(str(error.value)) < 900
 
 
 def test_an_image_belongs_to_image_to_video():
