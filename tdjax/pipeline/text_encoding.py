@@ -25,7 +25,7 @@ from tdjax.pipeline.stage import Stage
 from tdjax.progress import Stages
 from tdjax.text.language import caption_of
 from tdjax.text.prompt_cache import PromptCache, entry_key
-from tdjax.text.sentencepiece import Spiece, build, read_spiece
+from tdjax.text.sentencepiece import Spiece, read_spiece, tokenizer_of
 from tdjax.text.tokenizer import Tokenizer, Tokens
 
 STAGE = "text"
@@ -222,7 +222,7 @@ def open_tokenizer(path: Path | None, text_len: int) -> Tokenizer | None:
         return Tokenizer(path, text_len)
     from tdjax.checkpoints.published.read_gguf import vocabulary  # its library is slow to import
 
-    return Tokenizer(path, text_len, build(Spiece(**vocabulary(path))))
+    return Tokenizer(path, text_len, tokenizer_of(path, Spiece(**vocabulary(path))))
 
 
 def _check_vocabulary(tokenizer: Tokenizer | None, component: Component | None) -> None:

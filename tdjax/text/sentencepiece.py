@@ -49,25 +49,35 @@ def read_spiece(path: Path, data: bytes) -> Tokenizer:
     """
     try:
         model = parse(data)
-        tokenizer = build(model) if model.supported else None
-    except (
-        Exception
-    ) as error:  # a damaged file can fail anywhere, and the library raises bare Exception
-        raise CheckpointError(
-            f"{path} is not a SentencePiece model",
-            f"reading it failed: {error!r}",
-            "download it again",
-        ) from error
-    if tokenizer is None:
+    except Exception as error:  # a damaged file can fail anywhere
+        raise _damaged(path, error) from error
+    return tokenizer_of(path, model)
+
+
+def tokenizer_of(path: Path, model: Spiece) -> Tokenizer:
+    """Returns the tokenizer of the model in a file. Raises CheckpointError where it is of another
+    kind, or the library does not take it."""
+    if not model.supported:
         raise CheckpointError(
             f"{path} is a SentencePiece model of another kind",
             "umT5 uses a unigram model with spaces before words",
             "give spiece.model of google/umt5-xxl",
         )
-    return tokenizer
+    try:
+        return _build(model)
+    except Exception as error:  # the library raises bare Exception
+        raise _damaged(path, error) from error
 
 
-def build(model: Spiece) -> Tokenizer:
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a SentencePiece model",
+        f"reading it failed: {error!r}",
+        "download it again",
+    )
+
+
+def _build(model: Spiece) -> Tokenizer:
     """Returns the tokenizer of a model."""
     unknown = next((i for i, (_, _, kind) in enumerate(model.pieces) if kind == UNKNOWN), None)
     tokenizer = Tokenizer(

@@ -79,8 +79,17 @@ class Tokenizer:
         return self.library.get_vocab_size(with_added_tokens=True)
 
     def pieces(self, prompt: str) -> list[int]:
-        """All ids of a prompt, cleaned, with the end token, not truncated."""
-        return [*self.library.encode(clean(prompt), add_special_tokens=False).ids, self.end]
+        """All ids of a prompt, cleaned, with the end token, not truncated. Raises CheckpointError
+        where the file has no token for a part of it."""
+        try:
+            ids = self.library.encode(clean(prompt), add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(
+                f"{self.path} does not encode every text",
+                str(error)[:200],
+                "give the tokenizer of google/umt5-xxl",
+            ) from error
+        return [*ids, self.end]
 
     def count(self, prompt: str) -> int:
         """Number of tokens with the end token, before truncation."""

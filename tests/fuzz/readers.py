@@ -49,6 +49,7 @@ from tdjax.checkpoints.published.files import open_source
 from tdjax.config import DiTConfig
 from tdjax.errors import TdjaxError
 from tdjax.pipeline.request import model_info
+from tdjax.pipeline.text_encoding import open_tokenizer
 from tdjax.precision import FLOAT32
 from tdjax.text.embeds import load_embeds, load_latents, save_embeds
 from tdjax.text.language import language_notes, understood
@@ -230,12 +231,18 @@ def write_torch(path: Path, arrays: dict[str, np.ndarray]) -> Path:
 
 
 def write_gguf(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """By the format's own library, one tensor in blocks and a tokenizer's words among the rest."""
+    """By the format's own library: a tensor in blocks, one whose shape is in the metadata, and a
+    tokenizer among the rest."""
     writer = gguf.GGUFWriter(path, "wan")
-    writer.add_token_list(["a", "b"])
-    writer.add_token_scores([0.5, 1.5])
+    writer.add_tokenizer_model("t5")
+    writer.add_token_list(["\u2581a", "b", "<unk>", "</s>", "<pad>"])
+    writer.add_token_scores([-0.5, -1.5, 0.0, 0.0, 0.0])
+    writer.add_token_types([1, 1, 2, 3, 3])
+    writer.add_add_space_prefix(True)
     for key, value in list(tensors.items())[:6]:
         writer.add_tensor(key, np.ascontiguousarray(value))
+    writer.add_array("comfy.gguf.orig_shape.y", [2, 1, 3])
+    writer.add_tensor("y", np.ones((2, 3), np.float32))
     kind = gguf.GGMLQuantizationType.Q8_0
     writer.add_tensor("x", gguf.quants.quantize(np.ones((2, 32), np.float32), kind), raw_dtype=kind)
     writer.write_header_to_file()
@@ -296,8 +303,10 @@ def _weights(folder: Path, plain: Path, tensors, few) -> list[Reader]:
     index.write_text(json.dumps({"metadata": {}, "weight_map": table}))
     quantised = folder / "wan.gguf"
     write_gguf(quantised, tensors)
+    tokens = lambda path: open_tokenizer(path, 8).encode(["a bab"]).ids.tolist()
     return [
         Reader("gguf", quantised, read_all),
+        Reader("gguf's tokenizer", quantised, tokens),
         Reader("torch", pth, read_all, (WHOLE, WHOLE, zip_entry("data.pkl")), summed=True),
         Reader("safetensors", plain, checkpoint, (SAFETENSORS, SAFETENSORS, metadata_of("tdjax"))),
         Reader("shard index", index, read_all, (TEXT,)),

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from tdjax.checkpoints.published.tensor import Tensor
+from tdjax.config.values import shown
 from tdjax.errors import CheckpointError
 
 MAGIC = b"GGUF"
@@ -158,24 +159,33 @@ def vocabulary(path: Path) -> dict[str, Any]:
     _, metadata = read_gguf(path)
     about = {k.removeprefix(WORDS): v for k, v in metadata.items() if k.startswith(WORDS)}
     tokens, scores, kinds = (about.get(k) for k in ("tokens", "scores", "token_type"))
-    whole = isinstance(tokens, list) and all(isinstance(x, np.ndarray) for x in (scores, kinds))
-    if about.get("model") != "t5" or not whole or not len(tokens) == len(scores) == len(kinds):
-        raise CheckpointError(
-            f"{path} holds no tokenizer of umT5",
-            f"its metadata names the model {about.get('model')!r}; a unigram model (t5) is needed",
-            "give tokenizer_path",
-        )
     charsmap = about.get("precompiled_charsmap", np.empty(0, np.uint8))
+    why = None
+    if about.get("model") != "t5":
+        why = f"its tokenizer is {shown(about.get('model'))}; a unigram model (t5) is needed"
+    elif (
+        not isinstance(tokens, list)
+        or not (_is_list(scores, "f") and _is_list(kinds, "iu") and _is_list(charsmap, "iu"))
+        or not len(tokens) == len(scores) == len(kinds)
+    ):
+        why = "its tokens, their scores and their types do not belong together"
+    if why is not None:
+        raise CheckpointError(f"{path} holds no tokenizer of umT5", why, "give tokenizer_path")
     return {
         "pieces": list(zip(tokens, map(float, scores), map(int, kinds), strict=True)),
         "model_type": 1,
         "byte_fallback": bool((kinds == BYTE).any()),
         "space_suffix": False,
-        "charsmap": np.asarray(charsmap).astype(np.uint8).tobytes(),
-        "dummy_prefix": bool(about.get("add_space_prefix", True)),
-        "remove_extra_spaces": bool(about.get("remove_extra_whitespaces", True)),
+        "charsmap": charsmap.astype(np.uint8).tobytes(),
+        "dummy_prefix": about.get("add_space_prefix") is not False,
+        "remove_extra_spaces": about.get("remove_extra_whitespaces") is not False,
         "escape_spaces": True,
     }
+
+
+def _is_list(value: Any, kinds: str) -> bool:
+    """Whether metadata is a list of numbers of these kinds, as numpy calls them."""
+    return isinstance(value, np.ndarray) and value.dtype.kind in kinds
 
 
 def _entry(header: _Header) -> tuple[str, tuple[int, ...], int, int]:
@@ -207,9 +217,10 @@ def _tensor(
         )
     kind = gguf.GGMLQuantizationType(number)
     per_block = gguf.GGML_QUANT_SIZES[kind][0]
-    if shape and shape[-1] % per_block:
+    row = shape[-1] if shape else 1
+    if row % per_block:
         raise CheckpointError(
-            f"{path}: tensor {name!r} has rows of {shape[-1]}",
+            f"{path}: tensor {name!r} has rows of {row}",
             f"{kind.name} has blocks of {per_block}",
             AGAIN,
         )
@@ -219,11 +230,11 @@ def _tensor(
         )
     whole = metadata.get(f"{SHAPE}{name}")
     if whole is not None:
-        given = tuple(int(n) for n in np.ravel(np.asarray(whole)))
-        if math.prod(given) != math.prod(shape) or len(given) > AXES:
+        given = tuple(map(int, whole[: AXES + 1])) if _is_list(whole, "iu") else ()
+        if math.prod(given) != math.prod(shape) or len(given) > AXES or min(given, default=0) < 0:
             raise CheckpointError(
                 f"{path}: tensor {name!r} has shape {list(shape)}",
-                f"its metadata says {list(given)}",
+                f"its metadata says {shown(np.asarray(whole).tolist())}",
                 AGAIN,
             )
         shape = given

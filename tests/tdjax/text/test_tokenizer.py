@@ -223,6 +223,15 @@ def test_json_without_an_end_token(tmp_path):
         Tokenizer(tmp_path)
 
 
+def test_without_a_token_for_what_is_unknown(tmp_path):
+    library = Library(models.Unigram([("<pad>", 0.0), ("</s>", 0.0), ("a", -1.0)], None))
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.pieces("a") == [2, 1]
+    with pytest.raises(CheckpointError, match="does not encode every text\nEncountered an unknown"):
+        tokenizer.pieces("b")
+
+
 def test_damaged_spiece(spiece, tmp_path):
     data, path = spiece[0].read_bytes(), tmp_path / "spiece.model"
     broken = [

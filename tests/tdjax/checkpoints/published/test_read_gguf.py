@@ -9,7 +9,7 @@ import pytest
 
 from tdjax.checkpoints import orbax
 from tdjax.checkpoints.published.checkpoint import open_checkpoint
-from tdjax.checkpoints.published.read_gguf import BLOCKS, read_gguf
+from tdjax.checkpoints.published.read_gguf import BLOCKS, read_gguf, vocabulary
 from tdjax.errors import CheckpointError
 from tdjax.precision import FLOAT32
 
@@ -31,7 +31,8 @@ def write(path, tensors, arch="wan", kinds=None, metadata=None):
     """A file of the library's writer. kinds: {key: type of its blocks}; others as they are."""
     writer = gguf.GGUFWriter(path, arch)
     for name, shape in (metadata or {}).items():
-        writer.add_array(f"comfy.gguf.orig_shape.{name}", list(shape))
+        put = writer.add_string if isinstance(shape, str) else writer.add_array
+        put(f"comfy.gguf.orig_shape.{name}", shape)
     for key, value in tensors.items():
         kind = (kinds or {}).get(key)
         if kind is None:
@@ -234,3 +235,49 @@ def test_files_that_end_early(tmp_path):
         path.write_bytes(data[:end])
         with pytest.raises(CheckpointError):
             read_gguf(path)
+
+
+@pytest.mark.parametrize("given", ["2, 32", ["2", "32"], [-2, -32], [2.0, 32.0], [2, 33], [1] * 9])
+def test_shapes_in_the_metadata_that_are_none(tmp_path, given):
+    path = write(tmp_path / "x.gguf", {"a": np.ones((2, 32), np.float32)}, metadata={"a": given})
+    with pytest.raises(CheckpointError, match=r"'a' has shape \[2, 32\]\nits metadata says"):
+        read_gguf(path)
+
+
+def test_blocks_of_a_tensor_without_axes(tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(header(count=1, tensors=text(b"a") + struct.pack("<IIQ", 0, 8, 0) + bytes(99)))
+    with pytest.raises(CheckpointError, match="has rows of 1\nQ8_0 has blocks of 32"):
+        read_gguf(path)
+
+
+PIECES = {"tokens": ["a", "b"], "scores": [-1.0, -2.0], "token_type": [1, 1]}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"tokens": [1, 2]},
+        {"tokens": ["a"]},
+        {"scores": [1, 2]},
+        {"token_type": [1.0, float("nan")]},
+        {"precompiled_charsmap": "abc"},
+        {"precompiled_charsmap": ["abc"]},
+    ],
+)
+def test_tokenizers_whose_parts_do_not_fit(tmp_path, odd):
+    def made(parts):
+        writer = gguf.GGUFWriter(tmp_path / "x.gguf", "t5encoder")
+        writer.add_tokenizer_model("t5")
+        for name, values in parts.items():
+            put = writer.add_string if isinstance(values, str) else writer.add_array
+            put(f"tokenizer.ggml.{name}", values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / "x.gguf"
+
+    assert vocabulary(made(PIECES))["pieces"] == [("a", -1.0, 1), ("b", -2.0, 1)]
+    with pytest.raises(CheckpointError, match="holds no tokenizer of umT5\nits tokens"):
+        vocabulary(made(PIECES | odd))
