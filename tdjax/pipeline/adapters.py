@@ -97,17 +97,17 @@ class Adapters:
 
     def merged(self, module: Any) -> Any:
         """Returns the module with the chosen files and no others. The module that is given is not
-        to be used again."""
+        to be used again, not even after an error: each of its leaves that changes is deleted as
+        the new one is there, as a device may not hold all of them twice."""
         leaves = orbax.named_leaves(module)
         linear = LINEAR[module.cfg.linear].leaves
         for name, before in self._base.items():
-            for part, value in zip(_parts(name, leaves, linear), before, strict=True):
-                leaves[part] = jax.device_put(value, leaves[part].sharding)
-        self._base = {}
+            _replace(leaves, _parts(name, leaves, linear), before)
+        base = {}
         for name, changes in self.chosen.changes.items():
             parts = _parts(name, leaves, linear)
             old = tuple(leaves[part] for part in parts)
-            self._base[name] = tuple(np.asarray(x) for x in old)
+            base[name] = tuple(np.asarray(x) for x in old)
             kind = None
             if name.startswith("blocks.") and name.endswith(".kernel"):
                 kind = module.cfg.linear if len(parts) > 1 else "float"
@@ -115,8 +115,8 @@ class Adapters:
                 new = _low_rank(old, changes, kind)
             else:
                 new = _by_steps(old, changes, kind)
-            for part, value, was in zip(parts, new, old, strict=True):
-                leaves[part] = jax.device_put(value, was.sharding)
+            _replace(leaves, parts, new)
+        self._base = base
         return orbax.assemble(module, leaves)
 
     def forget(self) -> None:
@@ -143,6 +143,14 @@ def _parts(name: str, leaves: dict[str, Any], linear: tuple[str, ...]) -> tuple[
         return (name,)
     stem = name.rpartition(".")[0]
     return tuple(f"{stem}.{part}" for part in linear)
+
+
+def _replace(leaves: dict[str, Any], parts: tuple[str, ...], values: tuple) -> None:
+    """Puts values where the leaves of these names lie, and deletes those."""
+    for part, value in zip(parts, values, strict=True):
+        old = leaves[part]
+        leaves[part] = jax.block_until_ready(jax.device_put(value, old.sharding))
+        old.delete()
 
 
 def _low_rank(old: tuple, changes: list[tuple[_Place, Change]], kind: str) -> tuple:

@@ -142,10 +142,17 @@ class Component(abc.ABC):
 
     def adapt(self, chosen: Chosen) -> None:
         """Merges LoRA files into the network, now if it is loaded, and in place of those that were
-        merged so before; what was merged as the file was read stays."""
-        self.adapters.chosen = chosen
-        if self.module is not None:
+        merged so before; what was merged as the file was read stays. Where that is interrupted or
+        fails, the network is dropped, and the next call loads it with the files of before."""
+        before, self.adapters.chosen = self.adapters.chosen, chosen
+        if self.module is None:
+            return
+        try:
             self.module = self.adapters.merged(self.module)
+        except BaseException:
+            self.adapters.chosen = before
+            self.free()
+            raise
 
     def load_ahead(self, host: bool = False) -> None:
         """Begins to load in a thread, one component after another; `load` then waits for it, and

@@ -155,7 +155,8 @@ class Pipeline(Call):
 
     def set_loras(self, lora: Lora = (), *, lora_high: Lora = (), lora_low: Lora = ()) -> None:
         """Merges LoRA files into the loaded transformers in place of those set so before; none: the
-        weights as they were, bit by bit. Nothing is read but these files, and nothing compiled.
+        weights as they were, bit by bit. Nothing is read but these files, and no stage is compiled
+        again; the sum itself is, for other ranks.
 
         Arguments as those of `tdjax.load`. Raises CheckpointError and UsageError, before any
         change.

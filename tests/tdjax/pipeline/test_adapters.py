@@ -16,7 +16,9 @@ from tdjax.checkpoints import orbax
 from tdjax.checkpoints.published.checkpoint import open_checkpoint
 from tdjax.errors import CheckpointError
 from tdjax.models.wan_dit import with_linear
+from tdjax.pipeline import adapters
 from tdjax.pipeline.adapters import Adapters, Chosen, choose
+from tdjax.pipeline.components import open_component
 
 CFG = dataclasses.replace(random_model.DIT, layers=3)
 DIM, FFN = CFG.dim, CFG.ffn_dim
@@ -70,9 +72,9 @@ def loaded(file, lora=()):
     return opened.load(dataclasses.replace(opened.config, policy=CFG.policy))
 
 
-def on(module, adapters, files):
-    adapters.chosen = choose(files, module.cfg, low_noise=False)
-    return adapters.merged(module)
+def on(module, held, files):
+    held.chosen = choose(files, module.cfg, low_noise=False)
+    return held.merged(module)
 
 
 def leaves(module):
@@ -97,15 +99,15 @@ def test_merged_as_at_load(file, lora, tensors):
 def test_off_is_as_never_on(file, lora, linear):
     """Bit by bit, also after several; two files at once are their sum."""
     module = with_linear(loaded(file), linear)
-    before, adapters = leaves(module), Adapters()
+    before, held = leaves(module), Adapters()
     one, two = lora(LOW_RANK, "one"), lora(OTHERS | pair("blocks.0.self_attn.q", DIM, DIM, 3, 20))
-    module = on(module, adapters, (one,))
+    module = on(module, held, (one,))
     alone = leaves(module)
     assert any(not np.array_equal(before[name], alone[name]) for name in before)
-    module = on(on(module, adapters, (one, two)), adapters, (one,))
+    module = on(on(module, held, (one, two)), held, (one,))
     for name, leaf in leaves(module).items():
         np.testing.assert_array_equal(leaf, alone[name], err_msg=name)
-    for name, leaf in leaves(on(module, adapters, ())).items():
+    for name, leaf in leaves(on(module, held, ())).items():
         np.testing.assert_array_equal(leaf, before[name], err_msg=name)
 
 
@@ -126,6 +128,44 @@ def test_weights_of_8_bits_are_quantised_again(file, lora, linear, bound):
     after = leaves(merged)[values]
     np.testing.assert_array_equal(after[1], before[values][1])
     assert not np.array_equal(after[0], before[values][0])
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_interrupt_leaves_the_files_of_before(file, lora, monkeypatch, at):
+    """Whichever leaf it comes at: the next call loads the network anew, and off is as never on."""
+    component = open_component(file, "dit")
+    component.config = dataclasses.replace(component.stored, policy=CFG.policy)
+    plain = leaves(component.load())
+    one, two = lora(LOW_RANK, "one"), lora(pair("blocks.0.self_attn.q", DIM, DIM, 3, 20), "two")
+    first, second = (choose(files, CFG, low_noise=False) for files in ((one,), (one, two)))
+    component.adapt(first)
+    alone, calls, added = leaves(component.load()), iter(range(9)), adapters._added
+
+    def interrupted(*args, **kind):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return added(*args, **kind)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(adapters, "_added", interrupted)
+        component.adapt(second)
+    assert component.module is None and component.adapters.chosen is first
+    for expected in (alone, plain):
+        for name, leaf in leaves(component.load()).items():
+            np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+        component.adapt(Chosen((), [], {}))
+
+
+def test_no_leaf_is_held_twice(file, lora):
+    """What is replaced is deleted, both as files come and as they go."""
+    module, held = loaded(file), Adapters()
+    for files in ((lora(LOW_RANK | OTHERS),), ()):
+        before = orbax.named_leaves(module)
+        module = on(module, held, files)
+        after = orbax.named_leaves(module)
+        replaced = [name for name in before if before[name] is not after[name]]
+        assert "blocks.self_attn.q.kernel" in replaced and "head.proj.kernel" in replaced
+        assert all(before[name].is_deleted() for name in replaced)
 
 
 def test_nothing_fits(lora):
