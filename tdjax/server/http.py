@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sqlite3
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 import uvicorn
 
+from tdjax.errors import UsageError
 from tdjax.server.service import Service, note
 
 CONNECTIONS = 1000  # at once; others are answered 503
@@ -39,6 +41,12 @@ class Server(uvicorn.Server):
         queue."""
         asyncio.run(self._serve_on(sock))
         ended = self.service.refused or self.service.fault
+        if isinstance(ended, sqlite3.OperationalError):
+            raise UsageError(
+                f"{self.service.store.folder}/jobs.sqlite3: {ended}",
+                "how a job ended cannot be written down",
+                "make room on its disk and start the server again: no job is lost",
+            ) from ended
         if ended is not None:
             raise ended
         return 0

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import sqlite3
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable
@@ -23,6 +24,7 @@ from tdjax.server.store import Job, Store
 LINE = 2**20  # bytes of a line that a worker tells, at most
 # Seconds until a worker that died is started again; doubled each time that it did not get ready.
 SHORTEST, LONGEST = 0.5, 60.0
+AGAIN = 60.0  # seconds until old videos, and jobs that could not be begun, are looked for again
 
 
 @dataclasses.dataclass
@@ -65,13 +67,13 @@ class Service:
         if done or again:
             note(f"{again} jobs that ran are queued again, {done} videos were complete already")
         self._tasks = [asyncio.create_task(worker.run()) for worker in self.workers]
-        self._tasks.append(asyncio.create_task(self._expire()))
+        self._tasks.append(asyncio.create_task(self._look_again()))
         for task in self._tasks:
             task.add_done_callback(self._task_ended)
 
     def _task_ended(self, task: asyncio.Task) -> None:
-        """What cannot be written down (a full disk) ends the server: the next one finds in the
-        store what was going on."""
+        """The end of a job that cannot be written down (a full disk) ends the server: the next one
+        finds in the store what was going on."""
         if not task.cancelled() and task.exception() is not None:
             self.fault = task.exception()
             self.model_known.set()
@@ -90,13 +92,14 @@ class Service:
             for event in waiting:
                 event.set()
 
-    async def _expire(self) -> None:
+    async def _look_again(self) -> None:
         while True:
             try:
                 self.store.expire()
-            except OSError as error:
+            except (OSError, sqlite3.OperationalError) as error:
                 note(f"an old video cannot be removed: {error}")
-            await asyncio.sleep(60)
+            self.feed()
+            await asyncio.sleep(AGAIN)
 
     @property
     def ready(self) -> bool:
@@ -258,7 +261,11 @@ class Worker:
         service = self.service
         if not self.ready or self.busy or service.draining:
             return
-        job = service.store.claim(self.shape if self.in_a_row < store.IN_A_ROW else None)
+        try:
+            job = service.store.claim(self.shape if self.in_a_row < store.IN_A_ROW else None)
+        except sqlite3.OperationalError as error:  # a full disk: the job waits
+            note(f"no job can be begun: {error}")
+            return
         if job is None:
             return
         self.in_a_row = self.in_a_row + 1 if job.shape == self.shape else 1

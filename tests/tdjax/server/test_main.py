@@ -245,6 +245,19 @@ def test_a_server_without_its_model_ends_with_its_message(tmp_path):
         assert message in running.log.read_text()
 
 
+@pytest.mark.slow  # the same
+def test_a_full_disk_ends_the_server_with_a_message(tmp_path):
+    full = "import sqlite3\nfrom tdjax.server.store import Store\n"
+    full += "def fail(*a): raise sqlite3.OperationalError('database or disk is full')\n"
+    code = STUBBED.replace("cli.run", f"{full}Store.complete = fail\ncli.run")
+    with process(tmp_path / "s", "--model", "t2v", code=code) as running:
+        until(lambda: running.ask("GET", "/v1/models").status_code == 200)
+        running.ask("POST", "/v1/videos", json={"prompt": "a fox"})
+        assert running.process.wait(30) == 2
+        said = running.log.read_text().partition("error: ")[2].splitlines()
+        assert "jobs.sqlite3: database or disk is full" in said[0] and len(said) == 3
+
+
 @pytest.mark.slow  # processes are killed and start again
 def test_no_job_is_lost_or_made_twice_whoever_is_killed(tmp_path):
     check_kills(tmp_path / "s", jobs=12, clients=3, kills=3, server_kills=1, seconds=0.2, pause=0.7)

@@ -9,6 +9,7 @@ import pytest
 from server_cases import serving, until
 from stub_worker import MODEL
 
+import tdjax.server.service
 from tdjax.server.asking import model_of
 
 
@@ -115,6 +116,23 @@ def test_a_full_disk_is_said_and_ends_the_server_rather_than_its_queue(tmp_path)
         assert server.get(id)["status"] == "in_progress"
     with serving(tmp_path) as server:
         assert server.ended(id)["status"] == "completed"
+
+
+def test_a_job_that_a_full_disk_kept_from_being_begun_is_begun_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(tdjax.server.service, "AGAIN", 0.05)
+    with serving(tmp_path) as server:
+        real, expired = server.service.store.claim, []
+
+        def full(*arguments):
+            raise sqlite3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr(server.service.store, "expire", lambda: expired.append(1) or full())
+        monkeypatch.setattr(server.service.store, "claim", full)
+        id = server.add("a fox")  # it is kept, and so it is answered
+        assert server.get(id)["status"] == "queued"
+        until(lambda: len(expired) > 2)
+        monkeypatch.setattr(server.service.store, "claim", real)
+        assert server.ended(id)["status"] == "completed" and server.service.fault is None
 
 
 def test_a_model_that_cannot_be_opened_is_said(tmp_path):
