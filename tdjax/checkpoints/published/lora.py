@@ -76,12 +76,13 @@ class _Module:
     def shown(self) -> str:
         return f"transformer_2.{self.name}" if self.second else self.name
 
-    def base_kinds(self) -> list[str]:
-        """Which tensors of the base it changes."""
+    def changed(self) -> list[tuple[str, bool]]:
+        """(which tensor of the base it changes, whether by a whole difference); one tensor may be
+        changed both ways."""
         products = {"down", *KRONECKER, *HADAMARD}
-        low_rank = ["weight"] if products & self.parts.keys() else []
-        bias = ["bias"] if "up_bias" in self.parts else []
-        return low_rank + bias + [kind for kind in OWN if kind in self.parts]
+        low_rank = [("weight", False)] if products & self.parts.keys() else []
+        bias = [("bias", False)] if "up_bias" in self.parts else []
+        return low_rank + bias + [(kind, True) for kind in OWN if kind in self.parts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,17 +176,22 @@ def changes_of(
     left_out, total = list(unknown), len(unknown)
     for module in modules:
         fits = module.second == own_second
-        total += max(1, len(module.base_kinds()))
-        if not module.base_kinds():
+        total += max(1, len(module.changed()))
+        if not module.changed():
             left_out.append(f"{module.shown}: only {', '.join(module.parts)}")
-        for kind in module.base_kinds():
+        for kind, whole in module.changed():
             key = index.find(module.name, kind) if fits else None
-            if key is None or not _same_size(module, kind, tensors[key]):
+            if key is None or (whole and _size(module.parts[kind]) != _size(tensors[key])):
                 left_out.append(f"{module.shown} ({kind})")
-                continue
-            change, counted = _change(module, kind, key, tensors[key], weight, settings, str(file))
-            out.append(change)
-            counts[counted] += 1
+            elif whole:
+                where = f"{file}: {module.name}"
+                add = functools.partial(_add_full, module.parts[kind], weight, where)
+                out.append(Change(key, add))
+                counts["full"] += 1
+            else:
+                shape = tuple(tensors[key].shape)
+                out.append(_of_factors(module, kind, key, shape, weight, settings, str(file)))
+                counts["low_rank" if kind == "weight" else "full"] += 1
     if not counts["low_rank"] + counts["full"]:
         raise _nothing_fits(str(file), left_out, total, modules, low_noise)
     if settings.where:
@@ -211,7 +217,7 @@ def _nothing_fits(
     name: str, left_out: list[str], total: int, modules: list[_Module], low_noise: bool
 ) -> CheckpointError:
     listed = "\n".join(f"  {line}" for line in left_out)
-    if not any(module.base_kinds() for module in modules):
+    if not any(module.changed() for module in modules):
         lines = left_out or ["it holds no tensors"]
         return CheckpointError(
             f"{name} is not a LoRA that is understood: {len(lines)} odd keys",
@@ -251,29 +257,32 @@ def _modules(tensors: Mapping[str, Any]) -> tuple[list[_Module], list[str]]:
     return list(modules.values()), unknown
 
 
-def _same_size(module: _Module, kind: str, base) -> bool:
-    """Whether a whole difference has as many values as the tensor; factors are checked apart."""
-    return kind not in module.parts or math.prod(module.parts[kind].shape) == math.prod(base.shape)
+def _size(tensor) -> int:
+    return math.prod(tensor.shape)
 
 
-def _change(
-    module: _Module, kind: str, key: str, base, weight: float, settings: _Settings, name: str
-) -> tuple[Change, str]:
-    """(the change of one tensor of the base, what it counts as)."""
+def _of_factors(
+    module: _Module,
+    kind: str,
+    key: str,
+    shape: tuple[int, ...],
+    weight: float,
+    settings: _Settings,
+    name: str,
+) -> Change:
+    """The change of one tensor of the base, of this shape, by factors or by their bias."""
     parts = module.parts
-    if kind in parts:
-        full = functools.partial(_add_full, parts[kind], weight, f"{name}: {module.name}")
-        return Change(key, full), "full"
     made = _Factors
-    if "down" not in parts:
+    if "down" not in parts and parts.keys() & {*KRONECKER, *HADAMARD}:
         made = _Kronecker if parts.keys() & set(KRONECKER) else _Hadamard
     factors = made(parts, settings, module.name, name)
     if kind == "bias":
-        return Change(key, functools.partial(factors.add_bias, weight)), "full"
-    factors.check(tuple(base.shape))
+        factors.check_bias(shape)
+        return Change(key, functools.partial(factors.add_bias, weight))
+    factors.check(shape)
     plain = made is _Factors and "magnitude" not in parts
     pair = functools.partial(factors.pair, weight) if plain else None
-    return Change(key, functools.partial(factors.add, weight), pair), "low_rank"
+    return Change(key, functools.partial(factors.add, weight), pair)
 
 
 # Settings
@@ -426,7 +435,7 @@ class _Factors:
                 "they do not belong together, and the rank scales the change",
                 "put the LoRA and its own settings into one folder",
             )
-        size = math.prod(self.parts["magnitude"].shape) if "magnitude" in self.parts else inputs
+        size = _size(self.parts["magnitude"]) if "magnitude" in self.parts else inputs
         if size not in (shape[0], inputs):
             raise CheckpointError(
                 f"{self.where}: dora_scale has {size} values",
@@ -438,6 +447,18 @@ class _Factors:
                 f"{self.where}: alpha is {list(self.parts['alpha'].shape)}",
                 "it is one number",
                 "download it again",
+            )
+
+    def check_bias(self, shape: tuple[int, ...]) -> None:
+        """Raises CheckpointError unless the bias of the factors fits a tensor of `shape` and stands
+        beside them: their rank scales it."""
+        self.check_complete({"up", "down"} <= self.parts.keys())
+        size = _size(self.parts["up_bias"])
+        if size != math.prod(shape):
+            raise CheckpointError(
+                f"{self.where}: lora_B.bias has {size} values",
+                f"the tensor is {list(shape)}",
+                "it is a LoRA of another model size",
             )
 
     def values(self, kind: str) -> np.ndarray:

@@ -166,6 +166,23 @@ def test_a_bias_of_the_factors(added):
     check(file, f"{Q}.bias", state[f"{Q}.bias"] + 0.5 * 8 / RANK * bias)
 
 
+def test_a_bias_that_does_not_fit_its_factors_or_lacks_them(added):
+    bias = {f"{Q}.lora_B.bias": np.ones(79, np.float32)}
+    with pytest.raises(CheckpointError, match="lora_B.bias has 79 values\n.*80"):
+        added(pair(Q, *factors((80, 80))) | bias)
+    with pytest.raises(CheckpointError, match="has only up_bias\n.*missing"):
+        added(pair(K, *factors((80, 80))) | bias)
+
+
+def test_factors_and_a_whole_difference_of_one_layer(added):
+    """Both are added, each once."""
+    up, down = factors((80, 80))
+    difference = np.random.default_rng(4).standard_normal((80, 80)).astype(np.float32)
+    state, file = added(pair(Q, up, down) | {f"{Q}.diff": difference})
+    check(file, f"{Q}.weight", state[f"{Q}.weight"] + 0.5 * (up @ down + difference))
+    assert (file.changes[0]["low_rank"], file.changes[0]["full"]) == (1, 1)
+
+
 def test_a_tensor_by_its_own_name(added):
     change = np.ones((1, 6, 80), np.float32)
     state, file = added({"diffusion_model.blocks.1.modulation.diff": change})
