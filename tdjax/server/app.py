@@ -211,14 +211,16 @@ class App:
         return JSONResponse(self.shown(self.service.store.get(job.id) or job))
 
     async def create_and_wait(self, request: Request) -> Response:
-        """Makes a video and returns it. A client that goes away ends it."""
+        """Makes a video and returns it. A client that goes away ends it, unless it can ask for it
+        again by its Idempotency-Key."""
         job = await self._add(request)
         gone = asyncio.create_task(_gone(request))
         waiting = asyncio.create_task(self._wait(job.id))
         await asyncio.wait({gone, waiting}, return_when=asyncio.FIRST_COMPLETED)
         if not waiting.done():
             waiting.cancel()
-            self.service.cancel(job)
+            if "idempotency-key" not in request.headers:
+                self.service.cancel(job)
             return Response(status_code=499)
         gone.cancel()
         ended = waiting.result()
@@ -239,9 +241,8 @@ class App:
         return self._file(ended)
 
     async def _wait(self, id: str) -> Job | None:
-        last: Job | None = None
-        async for job in self.service.news(id):
-            last = job or last
+        async for _ in self.service.news(id):
+            pass
         return self.service.store.get(id)
 
     async def page_of_jobs(self, request: Request) -> Response:

@@ -79,6 +79,21 @@ def test_who_stops_waiting_ends_the_video(served):
     assert served.ended(served.add("a fox"))["status"] == "completed"
 
 
+@pytest.mark.slow  # the server looks every half second whether clients are there
+def test_who_stops_waiting_may_ask_again_by_a_key(served):
+    ask = lambda seconds: served.client.post(
+        "/v1/videos/sync",
+        json={"prompt": "sleep 1.5"},
+        headers={"Idempotency-Key": "again"},
+        timeout=seconds,
+    )
+    with pytest.raises(httpx.ReadTimeout):
+        ask(0.3)
+    time.sleep(0.7)
+    answer = ask(30)
+    assert answer.status_code == 200 and answer.headers["x-video-id"].encode() in answer.content
+
+
 def test_a_video_is_cancelled_while_it_runs_and_while_it_waits(served):
     running, waiting = served.add("sleep 20"), served.add("sleep 20")
     until(lambda: served.get(running)["status"] == "in_progress")
