@@ -19,6 +19,8 @@ from tdjax.errors import UsageError
 from tdjax.files import near
 from tdjax.server.limits import Limits
 
+LIMITS = ("jobs", "frames", "pixels")  # that a key may have below the server's
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Key:
@@ -33,12 +35,20 @@ class Key:
 
     def __post_init__(self):
         settle(self)
+        for name in LIMITS:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(
+                    f"the {name} of the key {self.name} are {value}",
+                    "a limit is a number above zero",
+                    "leave it away, or take the key out of the file",
+                )
 
     def limits(self, server: Limits) -> Limits:
         """Returns the server's limits, with the key's own where they are lower."""
         own = {
             name: min(getattr(self, name), getattr(server, name))
-            for name in ("jobs", "frames", "pixels")
+            for name in LIMITS
             if getattr(self, name) is not None
         }
         return dataclasses.replace(server, **own)

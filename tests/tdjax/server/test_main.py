@@ -126,6 +126,7 @@ FILES = {
     '[alice]\nsha256 = "abc"': "no sha256",
     f'[alice]\nsha256 = "{"0" * 64}"\npriorty = 1': "nearest: priority",
     f'[alice]\nsha256 = "{"0" * 64}"\njobs = "many"': "jobs is 'many'",
+    f'[alice]\nsha256 = "{"0" * 64}"\njobs = 0': "the jobs of the key alice are 0",
     f'[alice]\nsha256 = "{"0" * 64}"\n[bob]\nsha256 = "{"0" * 64}"': "the same key as alice",
     "[alice": "cannot be read",
     "a = " + "[" * 3000: "cannot be read",
