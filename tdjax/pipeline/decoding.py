@@ -28,6 +28,10 @@ def decode(
     if output_type == "latent":
         raise UsageError("output_type is 'latent'", "latents are what is decoded", "use 'uint8'")
     check_choice("output_type", output_type, ("uint8", "float"))
+    if not np.isfinite(given.latents).all():
+        raise UsageError(
+            "latents hold NaN or infinity", "they have no frames", "make the latents again"
+        )
     size = size_of(given.latents.shape, pipe.components["vae"].config)
     request = Request(
         prompts=(),
@@ -41,6 +45,8 @@ def decode(
     with pipe.lock, stages.listening(request.listener(), len(given), 0):
         first = len(stages.rows)
         try:
+            if not plan.keep_resident:  # what an earlier call, of a smaller size, left there
+                pipe.free()
             frames = [pipe.vae_coding.run(request, plan, one, i) for i, one in enumerate(each)]
         finally:
             if not plan.keep_resident:

@@ -82,6 +82,8 @@ class Pipeline(Call):
             for line in self.warnings(request):
                 self.stages.note(line)
             try:
+                if not plan.keep_resident:  # what an earlier call, of a smaller size, left there
+                    self.free()
                 latents, frames = self._run(request, plan)
             finally:
                 self.programs.forget()

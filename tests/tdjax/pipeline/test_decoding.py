@@ -31,6 +31,7 @@ def test_sizes_come_from_latents(frames):
         np.zeros((0, 2, 4, 4, 8), np.float32),
         np.zeros((1, 2, 4, 4, 16), np.float32),
         np.zeros((1, 2, 3, 4, 8), np.float32),
+        np.full((1, 2, 4, 4, 8), np.nan, np.float32),
     ],
     ids=lambda x: str(getattr(x, "shape", x)),
 )

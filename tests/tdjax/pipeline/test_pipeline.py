@@ -141,6 +141,37 @@ def test_weights_are_freed_after_a_failure(model, monkeypatch):
 
 
 @pytest.mark.slow
+def test_what_stayed_of_a_smaller_call_goes_before_one_that_needs_its_place(
+    model, tmp_path, monkeypatch
+):
+    """A prompt from the cache needs no text encoder, and decoding no transformer: none is beside
+    the stage that runs."""
+    pipe, limit, seen = tdjax.load(model, cache_dir=tmp_path), None, []
+    monkeypatch.setattr(memory, "memory_limit", lambda: limit)
+    for stage in (pipe.text_encoding, pipe.denoising, pipe.vae_coding):
+        ready = lambda *args, _ready=stage.ready: (_ready(*args), seen.append(there(pipe)))[0]
+        monkeypatch.setattr(stage, "ready", ready)
+    whole = pipe("a red circle", **SMALL)
+    assert seen[-1] == there(pipe) == {"text", "dit", "vae"}
+    seen.clear()
+    limit = 2**20
+    assert np.array_equal(pipe("a red circle", **SMALL).latents, whole.latents)
+    assert seen == [{"dit"}, {"vae"}] and not there(pipe)
+    limit = None
+    pipe("a red circle", **SMALL)
+    assert there(pipe) == {"dit", "vae"}
+    limit = 2**20
+    seen.clear()
+    pipe.decode(whole)
+    assert seen == [{"vae"}] and not there(pipe)
+
+
+def there(pipe) -> set[str]:
+    """The components whose weights are on the device."""
+    return {name for name, each in pipe.components.items() if each.module is not None}
+
+
+@pytest.mark.slow
 def test_a_call_plans_once(model, i2v_model, monkeypatch):
     made, plan = [], memory.make_plan
     monkeypatch.setattr(memory, "make_plan", lambda *a, **kw: made.append(1) or plan(*a, **kw))
