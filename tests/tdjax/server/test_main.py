@@ -148,8 +148,14 @@ def test_the_container_starts_the_server():
     root = Path(server.__file__).parents[2]
     text = (root / "docs/deploy/Dockerfile").read_text()
     entry, command = re.findall(r"^(?:ENTRYPOINT|CMD) (\[.*\])$", text, re.M)
-    args = server.build_parser().parse_args((json.loads(entry) + json.loads(command))[3:])
-    assert (args.host, args.api_keys) == ("0.0.0.0", "/run/secrets/keys")
+    compose = (root / "docs/deploy/compose.yaml").read_text()
+    commands = [command, *re.findall(r'\["--.*?\]', compose)]
+    assert len(commands) == 3
+    for each in commands:
+        args = server.build_parser().parse_args((json.loads(entry) + json.loads(each))[3:])
+        assert (args.host, args.api_keys) == ("0.0.0.0", "/run/secrets/keys")
+    for seconds in re.findall(r"stop_grace_period: (\d+)s", compose):
+        assert int(seconds) > args.drain
     for sources in re.findall(r"^COPY (.*) \S+$", text, re.M):
         assert all((root / name).exists() for name in sources.split())
 
