@@ -298,7 +298,8 @@ def _clean(path: Path, files: tuple[Path, ...], read: _Read) -> Source:
                 f"it begins with {key[:40]!r}; at most {KEY_LENGTH} are read",
                 "the file is damaged, or of another network",
             )
-        short = _strip(key, stripped)
+        short, removed = without_wrappers(key)
+        stripped.update(removed)
         if MARKS.fullmatch(short):
             marks.append(key)
             continue
@@ -321,17 +322,18 @@ def _clean(path: Path, files: tuple[Path, ...], read: _Read) -> Source:
     )
 
 
-def _strip(key: str, stripped: Counter) -> str:
-    """`key` without any of the known prefixes."""
+def without_wrappers(key: str) -> tuple[str, list[str]]:
+    """Returns (`key` without the prefixes of wrappers, those prefixes)."""
+    removed = []
     for inner in INNER:
         if inner in key:
-            stripped[inner] += 1
+            removed.append(inner)
             key = key.replace(inner, "")
     again = True
     while again:
         again = False
         for prefix in LEADING:
             if key.startswith(prefix):
-                stripped[prefix] += 1
+                removed.append(prefix)
                 key, again = key.removeprefix(prefix), True
-    return key
+    return key, removed

@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from tdjax.checkpoints.published.files import without_wrappers
 from tdjax.checkpoints.published.tensor import is_float
 from tdjax.config.parsing import json_object
 from tdjax.errors import CheckpointError
@@ -226,7 +227,8 @@ def _fitting(module: str, scale, plain: Mapping[str, Any], name: str) -> RowScal
 
 
 def _table(metadata: Mapping[str, str], name: str) -> dict[str, dict[str, Any]]:
-    """{module: what the file's metadata says of its format}."""
+    """{module, under its clean name as the tensors are: what the file's metadata says of its
+    format}."""
     if TABLE not in metadata:
         return {}
     layers = _json(metadata[TABLE], f"{TABLE} in the metadata", name).get("layers")
@@ -236,7 +238,7 @@ def _table(metadata: Mapping[str, str], name: str) -> dict[str, dict[str, Any]]:
             "it says in which format each layer is",
             "download the file again",
         )
-    return layers
+    return {without_wrappers(module)[0]: about for module, about in layers.items()}
 
 
 def _about(found: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:

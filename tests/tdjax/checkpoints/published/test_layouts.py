@@ -339,6 +339,18 @@ def test_other_formats_are_refused_by_name(opened, weights, what):
     assert len(str(error.value).splitlines()) == 3 and LAYER in str(error.value)
 
 
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
+def test_formats_in_the_metadata_are_found_under_any_prefix(opened, weights, prefix):
+    """A rotated weight looks like a plain one but for what the metadata says of it."""
+    keys = [key for key in weights if in_blocks(key)]
+    state, _, _ = lightx2v(weights, keys, np.int8)
+    about = {"format": "int8_tensorwise", "convrot": True}
+    layers = {prefix + key.removesuffix(".weight"): about for key in keys}
+    table = {"_quantization_metadata": json.dumps({"layers": layers})}
+    with pytest.raises(CheckpointError, match="rotated int8 weights"):
+        opened({prefix + key: value for key, value in state.items()}, table)
+
+
 @pytest.mark.parametrize("channels", [52, 24, 20])
 def test_transformers_of_other_tasks_are_refused(opened, weights, channels):
     patch = np.zeros((128, channels * 4), np.float32)
