@@ -131,6 +131,8 @@ REFUSED = [
     {"fps": 10**9},
     {"guidance_scale": float("inf")},
     {"negative_prompt": 3},
+    {"negative_prompt": "a" * 20_000},
+    {"negative_prompt": "half \ud83d"},
     {"fit": "squeeze"},
     {"fit": "adaptive"},
     {"format": "exe"},

@@ -121,12 +121,10 @@ def asked(
         )
     given = {name: value for name, value in fields.items() if value is not None}
     prompt = text("prompt", given.pop("prompt", None))
-    if not prompt.strip() or len(prompt) > PROMPT:
-        raise UsageError(
-            f"the prompt has {len(prompt)} characters", f"1 to {PROMPT} are allowed", "describe it"
-        )
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UsageError("the prompt holds half a character", "it is not Unicode", "encode it anew")
+    if not prompt.strip():
+        raise UsageError("the prompt is empty", "a video is made of a text", "describe it")
+    for name, words in (("prompt", prompt), ("negative_prompt", given.get("negative_prompt", ""))):
+        _check_words(name, text(name, words))
     given.pop("model", None)
     form = given.pop("format", "mp4")
     if not isinstance(form, str) or form not in FORMATS:
@@ -169,6 +167,16 @@ def asked(
     elif image is not None:
         settled["fit"] = "stretch"
     return Asked(arguments=settled, shape=f"{size}, {steps} steps")
+
+
+def _check_words(name: str, words: str) -> None:
+    if len(words) > PROMPT:
+        why = f"{PROMPT} are allowed"
+        raise UsageError(f"the {name} has {len(words)} characters", why, "say it in fewer")
+    if any("\ud800" <= character <= "\udfff" for character in words):
+        raise UsageError(
+            f"the {name} holds half a character", "it is not Unicode", "encode it anew"
+        )
 
 
 def _check(name: str, value: int, limit: int) -> None:
