@@ -1,5 +1,5 @@
 """Weight arithmetic on published files: base + w (target - diff_base). Float32 inside, cast back to
-the base's dtype.
+the base's dtype of 16 or 32 bits.
 
 Tensors are matched by the leaf and layer that they fill, so prefixes and naming (Wan's or
 diffusers') do not matter.

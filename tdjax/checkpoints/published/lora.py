@@ -1,4 +1,5 @@
-"""LoRA files added to published weights: float32 inside, cast back to the base's dtype.
+"""LoRA files added to published weights: float32 inside, cast back to the base's dtype of 16 or
+32 bits.
 
 Tensors are matched by the leaf and layer that they fill, so prefixes and naming (Wan's, diffusers'
 or kohya's) do not matter. What a file has for other networks (a text encoder, the other expert,

@@ -139,7 +139,8 @@ class Tensor:
 @dataclasses.dataclass(frozen=True)
 class Changed:
     """A tensor computed when it is read: `base` in float32, changed by each step in turn, in the
-    base's dtype again."""
+    base's dtype again, or in float32 where that has 8 bits, which would round most of a small
+    change away."""
 
     base: Any
     steps: tuple[Callable[[np.ndarray], np.ndarray], ...]
@@ -150,7 +151,7 @@ class Changed:
 
     @property
     def dtype(self) -> np.dtype:
-        return self.base.dtype
+        return self.base.dtype if self.base.dtype.itemsize > 1 else np.dtype(np.float32)
 
     @property
     def nbytes(self) -> int:

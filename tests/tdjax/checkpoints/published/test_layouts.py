@@ -270,6 +270,19 @@ def test_a_lora_is_added_to_what_8_bits_mean(opened, weights, write_safetensors,
         np.testing.assert_array_equal(np.asarray(got[name]), np.asarray(expected[name]))
 
 
+def test_a_lora_on_plain_float8_is_not_rounded_away(opened, weights, write_safetensors, tmp_path):
+    """A tenth of the values' own steps, as a LoRA usually is."""
+    keys = [key for key in weights if in_blocks(key)]
+    state = weights | {key: weights[key].astype(F8) for key in keys}
+    rng, key = np.random.default_rng(2), "blocks.1.ffn.0"
+    down, up = (rng.normal(0, 0.02, shape).astype(np.float32) for shape in ((4, 128), (256, 4)))
+    lora = {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+    path = write_safetensors(tmp_path / "lora.safetensors", lora)
+    got = opened(state, lora=((str(path), 1.0),)).tensors[f"{key}.weight"].read()
+    base = state[f"{key}.weight"].astype(np.float32)
+    np.testing.assert_allclose(got - base, up @ down, rtol=0, atol=1e-6)
+
+
 def tiled(state, keys):
     """The official -quant files: int8 in tiles of 128 x 128."""
     file, meant = dict(state), dict(state)
