@@ -292,18 +292,21 @@ PARSERS = (
     convert.__main__,
     convert.quantize,
     convert.validate,
+    tdjax.bench.__main__,
     tdjax.server.__main__,
     tdjax.train.__main__,
     tdjax.train.tiny.__main__,
 )
 
 
-@pytest.mark.parametrize("name", ["troubleshooting", "training", "quickstart", "howto/api"])
-def test_options_that_pages_name_exist(name):
-    known = {"--strict", "--selftest"}.union(
+@pytest.mark.parametrize("path", PAGES, ids=ids)
+def test_options_that_pages_name_exist(path):
+    known = {"--strict", "--selftest", "--lf"}.union(  # of mkdocs, tdjax.env and pytest
         *(options_of(module.build_parser()) for module in PARSERS)
     )
-    named = set(re.findall(r"(?<![\w-])--[a-z_]+", (ROOT / f"docs/{name}.md").read_text()))
+    # Commands of other programs are in fences that say "text".
+    text = re.sub(r"^```text\n.*?^```$", "", path.read_text(), flags=re.M | re.S)
+    named = set(re.findall(r"(?<![\w-])--[a-z_]+", text))
     assert named <= known, named - known
 
 
