@@ -60,7 +60,7 @@ def model_table() -> str:
     for row in models.listing():
         task = {"t2v": "video from text", "i2v": "video from an image"}[row["task"]]
         link = f"[{row['repo']}](https://huggingface.co/{row['repo']})"
-        files = ", ".join(f"`{Path(file).name}`" for file in row["files"])
+        files = ", ".join(f"`{file}`" for file in row["files"])
         lines.append(
             f"| `{row['name']}` | {task} | {row['resolution']} | {row['num_steps']} |"
             f" {row['gigabytes']:.1f} GB | {link}: {files} |"
