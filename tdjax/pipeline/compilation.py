@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -177,6 +177,7 @@ class Programs:
     def __init__(self, stages: Stages, mesh: Mesh | None = None):
         self.stages = stages
         self.mesh = mesh
+        self.dropped = 0  # how often programs were let go: who has asked for them asks again
         self._requested: dict[Any, Program] = {}
         self._pool: ThreadPoolExecutor | None = None
 
@@ -275,12 +276,16 @@ class Programs:
 
     def drop(self, program: Program) -> None:
         """The next request for it makes a new one."""
+        self.dropped += 1
         self._requested = {k: other for k, other in self._requested.items() if other is not program}
 
     def clear(self) -> None:
         """Lets every program go, as new sizes for hours would fill the memory; the next request for
-        one compiles it, or reads it from disk."""
+        one compiles it, or reads it from disk. Waits for those that threads are compiling, as a
+        transformer begins alone."""
         self.forget()
+        wait(self.coming.values())
+        self.dropped += 1
         self._requested = {}
 
     def memory(self) -> dict[str, int]:

@@ -26,7 +26,7 @@ class Preparation:
         prompt_cache: PromptCache | None,
         info: ModelInfo,
     ):
-        self.components, self.stages = components, programs.stages
+        self.programs, self.components, self.stages = programs, components, programs.stages
         dtype = components["dit"].config.policy.compute_dtype
         self.text_encoding = TextEncoding(
             programs,
@@ -57,7 +57,7 @@ class Preparation:
         if not plan.keep_resident:
             return
         single = self.stages.show or request.single_steps
-        shapes = (request.size, request.sampler, request.output_type, single)
+        shapes = request.size, request.sampler, request.output_type, single, self.programs.dropped
         if shapes not in self._begun:
             self._begun.add(shapes)
             with self.stages("prepare"):

@@ -13,7 +13,7 @@ import random_model
 
 import tdjax
 from tdjax.checkpoints import orbax
-from tdjax.errors import CheckpointError
+from tdjax.errors import Cancelled, CheckpointError
 from tdjax.pipeline import memory
 from tdjax.pipeline.compilation import Programs
 from tdjax.pipeline.components import Component
@@ -101,6 +101,21 @@ def test_what_was_not_begun_can_be_forgotten(monkeypatch):
     assert not made and not programs.coming
 
 
+def test_none_is_being_compiled_once_all_are_let_go():
+    programs, at_work, done = Programs(Stages(show=False)), threading.Event(), []
+
+    def slow(x):
+        at_work.set()
+        time.sleep(0.3)
+        done.append(1)
+        return x
+
+    programs.request("slow", slow, programs.shape((3,))).begin()
+    at_work.wait(30)
+    programs.clear()
+    assert done and not programs.coming
+
+
 def damaged(model, folder):
     shutil.copytree(model, folder)
     files = sorted(
@@ -161,6 +176,26 @@ def test_everything_has_begun_before_the_first_stage_ends(model, monkeypatch):
     pipe("a red circle", **SMALL)
     assert seen == [{"start", "denoise", "decode_first", "decode_later", "dit", "vae"}]
     assert not pipe.programs.coming
+
+
+@pytest.mark.slow
+def test_what_was_let_go_begins_again(model, monkeypatch):
+    """After a call that was cancelled as its first stage began, and after all programs went."""
+    pipe, seen = tdjax.load(model, prompt_cache=False), []
+    encode = pipe.text_encoding.run
+    watched = lambda *args: seen.append(asked(pipe) - {"dit", "vae"}) or encode(*args)
+    monkeypatch.setattr(pipe.text_encoding, "run", watched)
+    make, gate = Programs.compile, threading.Event()
+    gated = lambda *args: (gate.wait(30), make(*args))[1]
+    monkeypatch.setattr(Programs, "compile", gated)
+    monkeypatch.setattr("tdjax.pipeline.compilation.COMPILERS", 1)
+    with pytest.raises(Cancelled):
+        pipe("a red circle", on_stage=lambda name: name == "prepare", **SMALL)
+    gate.set()
+    pipe("a red circle", **SMALL)
+    pipe.programs.clear()
+    pipe("a red circle", **SMALL)
+    assert seen == [{"start", "denoise", "decode_first", "decode_later"}] * 3
 
 
 def unfinished(pipe) -> set[str]:
