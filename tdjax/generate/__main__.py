@@ -15,7 +15,7 @@ from tdjax.config import SamplerConfig, SLAConfig, VideoSize, check_fps, check_s
 from tdjax.errors import CheckpointError, TdjaxError, UsageError
 from tdjax.files import near_files, refuse_existing, refuse_unwritable
 from tdjax.generate import outputs
-from tdjax.generate.arguments import OFFICIAL_MODELS, build_parser, parse
+from tdjax.generate.arguments import INSTEAD, OFFICIAL_MODELS, build_parser, parse
 from tdjax.generate.jobs import Job, drawn_seed, read_jobs, standard_input, with_seed
 from tdjax.media.resolution import choose_size
 from tdjax.pipeline.options import PipelineOptions
@@ -35,11 +35,12 @@ NAMES = {
 
 
 LORAS = ("lora", "lora_high", "lora_low")
-# Options that a session cannot change.
-OPENING = {
+# Options that a session cannot change: how the model is opened, and what is made beside its lines.
+BEFORE = {
     *("model", "revision", "offline", "task", "attention_type", "attention_impl", "quant", "dtype"),
     *("vae_dtype", "sla_topk", "mesh", "low_memory", "text_encoder_device", "vae", "prompt_cache"),
-    *("compile_cache_dir", "serve", "prompt_file", "dry_run", "warmup", "profile"),
+    *("compile_cache_dir", "config", "serve", "dry_run", "warmup", "profile"),
+    *("prompt", "prompt_file", "prompt_embeds", "save_prompt_embeds"),
     *PATHS,
 }
 
@@ -458,7 +459,7 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
 def serve(args, pipe) -> int:
     """One prompt a line; `:set OPTION VALUE` changes an option of the command, `:quit` ends."""
     pipe.stages.note("serving: one prompt a line; ':set seed 3' changes an option; ':quit' ends")
-    words: list[str] = []
+    settings: dict[str, list[str]] = {}  # {option: its words}
     loras: dict[str, list] = {name: [] for name in LORAS}
     session: dict[Path, int] = {}
     row = 0
@@ -468,14 +469,14 @@ def serve(args, pipe) -> int:
             break
         try:
             if line.startswith(":"):
-                new = _setting(words, line)
-                if name := _lora_option(new):
-                    _set_loras(pipe, loras, name, getattr(parse(new), name))
+                name, words = _setting(line)
+                if name in LORAS:
+                    _set_loras(pipe, loras, name, getattr(parse(words), name))
                 else:
-                    words += new
+                    settings = _changed(settings, name, words)
             elif line:
                 row += 1
-                _serve_prompt(_parse_settings(args, words), pipe, line, row, session)
+                _serve_prompt(_parse_settings(args, settings), pipe, line, row, session)
         except BrokenPipeError:  # whoever reads the paths has gone
             raise
         except Exception as error:  # a bad line must not end the session that holds the weights
@@ -504,9 +505,10 @@ def _serve_prompt(args, pipe, line: str, row: int, session: dict[Path, int]) -> 
     _make(args, pipe, task, {})
 
 
-def _setting(words: list[str], line: str) -> list[str]:
-    """`:set OPTION VALUE` as words of the command line, if the command would take them. The rest of
-    the line is the value, with blanks or between quotes, unless the option takes several."""
+def _setting(line: str) -> tuple[str, list[str]]:
+    """`:set OPTION VALUE` as (option, words of the command line), if the command would take them.
+    The rest of the line is the value, with blanks or between quotes, unless the option takes
+    several."""
     command, _, rest = line.partition(" ")
     name, _, value = rest.strip().partition(" ")
     value = value.strip()
@@ -517,10 +519,8 @@ def _setting(words: list[str], line: str) -> list[str]:
             "a prompt does not begin with a colon",
         )
     option = cli.hyphens([f"--{name}"])[0]
-    several = any(
-        option in action.option_strings and action.nargs == "+"
-        for action in build_parser()._actions
-    )
+    meant = [a for a in build_parser()._actions if option in a.option_strings]
+    several = any(action.nargs == "+" for action in meant)
     if value[0] in "'\"" and value[0] == value[-1] and len(value) > 1:
         value = value[1:-1]
     new = [option, *value.split()] if several else [f"{option}={value}"]
@@ -528,21 +528,32 @@ def _setting(words: list[str], line: str) -> list[str]:
         raise UsageError(
             f"{line!r} was not taken", "its value is an option", ":set seed 3 changes an option"
         )
-    meant = [a.dest for a in build_parser()._actions if option in a.option_strings]
-    if OPENING & {*meant}:
+    if any(action.dest in BEFORE for action in meant):
         raise UsageError(
             f"{option} in a session",
-            "it says how the model is opened, which is done",
+            "the model is opened, and the prompts are the lines",
             "end the session, and give it to the command",
         )
-    check_early(parse([*words, *new]))
-    return new
+    parse(new)  # which refuses a name that is none
+    return meant[0].dest, new
 
 
-def _lora_option(words: list[str]) -> str | None:
-    """Which option of LoRA files the words set, if they do."""
-    name = words[0].partition("=")[0].removeprefix("--")
-    return name if name in LORAS else None
+def _changed(settings: dict[str, list[str]], name: str, words: list[str]) -> dict[str, list[str]]:
+    """A session's settings with one more, in the place of those that mean the same. Raises
+    UsageError where the command would not take them together; of a size one side may be there and
+    the other come with the next line, and a file that was made may have its name."""
+    kept = {key: old for key, old in settings.items() if key not in INSTEAD.get(name, ())}
+    kept |= {name: words}
+    args = parse(_joined(kept))
+    args.width = args.height if args.width is None else args.width
+    args.height = args.width if args.height is None else args.height
+    args.save_path = args.save_path if name == "save_path" else None
+    check_early(args)
+    return kept
+
+
+def _joined(settings: dict[str, list[str]]) -> list[str]:
+    return [word for words in settings.values() for word in words]
 
 
 def _set_loras(pipe, loras: dict[str, list], name: str, given: list[str]) -> None:
@@ -561,12 +572,11 @@ def _set_loras(pipe, loras: dict[str, list], name: str, given: list[str]) -> Non
     loras.update(chosen)
 
 
-def _parse_settings(args, words: list[str]) -> argparse.Namespace:
+def _parse_settings(args, settings: dict[str, list[str]]) -> argparse.Namespace:
     """The command's own options with the session's settings over them."""
-    given = parse(words)
+    given = parse(_joined(settings))
     default = parse([])
-    said = {word.partition("=")[0] for word in words}
-    named = {a.dest for a in build_parser()._actions if said & set(a.option_strings)}
+    named = {*settings, *(other for name in settings for other in INSTEAD.get(name, ()))}
     # also what a synonym stands for, such as the sampler of --ode
     named |= {name for name, value in vars(given).items() if value != getattr(default, name)}
     return argparse.Namespace(**(vars(args) | {name: getattr(given, name) for name in named}))

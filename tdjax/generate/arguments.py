@@ -34,6 +34,23 @@ ALIASES = {
     "attention_impl": ("--impl",),
     "save_path": ("-o", "--output"),
 }
+# Options that take the place of others: what is said on the command line, or last in a session, is
+# meant, and not the same thing under another name in a file or before.
+INSTEAD = {
+    "seconds": ("num_frames",),
+    "num_frames": ("seconds",),
+    "ode": ("sampler",),
+    "sampler": ("ode",),
+    "adaptive_resolution": ("fit",),
+    "fit": ("adaptive_resolution",),
+    "quant_linear": ("quant",),
+    "quant": ("quant_linear",),
+    "resolution": ("width", "height"),
+    "aspect_ratio": ("width", "height"),
+    "prompt_file": ("prompt",),
+    "prompt_embeds": ("prompt",),
+    "serve": ("prompt",),
+}
 EXAMPLES = """\
 examples:
   tdjax generate "a red circle moving right on a navy background"
@@ -450,6 +467,7 @@ def _with_synonyms(args: argparse.Namespace) -> argparse.Namespace:
 def _config_words(path: Path, parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
     """A file of option names, or a video's metadata, as words of the command line, so that they are
     checked like it. argv: the words beside it."""
+    said = {word.partition("=")[0] for word in argv}
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = tomllib.loads(text) if path.suffix.lower() == ".toml" else json_value(text)
@@ -462,13 +480,15 @@ def _config_words(path: Path, parser: argparse.ArgumentParser, argv: list[str]) 
             "it is TOML (.toml) or JSON of option names",
         ) from error
     if is_metadata(values):
-        values = options_of(values, path, {word.partition("=")[0] for word in argv})
+        values = options_of(values, path, said)
     actions = {
         option[2:]: action
         for action in parser._actions
         for option in action.option_strings
         if option.startswith("--")
     }
+    named = [action.dest for action in parser._actions if said & {*action.option_strings}]
+    replaced = {other for name in named for other in INSTEAD.get(name, ())}
     words = []
     for name, value in values.items():
         option = name.replace("-", "_")
@@ -479,7 +499,8 @@ def _config_words(path: Path, parser: argparse.ArgumentParser, argv: list[str]) 
                 "names are those of the options",
                 f"did you mean {close[0]!r}?" if close else "see tdjax generate --help",
             )
-        words += _option_words(path, option, actions[option], value)
+        if actions[option].dest not in replaced:
+            words += _option_words(path, option, actions[option], value)
     return words
 
 

@@ -190,7 +190,7 @@ def assign(
                 raise UsageError(
                     f"two videos would be written to {path}",
                     f"rows {taken[path]} and {job.row}",
-                    "give each row its own out",
+                    "give each row its own out" if session is None else ":set save_path NAME",
                 )
             taken[path] = job.row
         overwrite = args.overwrite

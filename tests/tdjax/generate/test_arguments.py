@@ -146,6 +146,54 @@ def test_config_file_under_the_command_line(tmp_path):
         parse(["--config", str(path)])
 
 
+@pytest.mark.parametrize(
+    ("file", "words", "expected"),
+    [
+        ('{"num_frames": 81}', "--seconds 1", {"num_frames": 17}),
+        ('{"seconds": 1}', "--num_frames=5", {"num_frames": 5}),
+        ('{"sampler": "sde"}', "--ode", {"sampler": "ode"}),
+        ('{"ode": true}', "--sampler sde", {"sampler": "sde"}),
+        ('{"fit": "crop"}', "--adaptive_resolution", {"fit": "adaptive"}),
+        ('{"quant": "none"}', "--quant_linear", {"quant": "int8"}),
+        ('{"width": 64, "height": 64}', "--resolution 480p", {"width": None, "height": None}),
+        ('{"prompt": "a fox"}', "--prompt_file x.txt", {"prompt": None}),
+        ('{"prompt": "a fox"}', "--serve", {"prompt": None}),
+    ],
+)
+def test_the_command_line_wins_also_under_another_name(tmp_path, file, words, expected):
+    path = tmp_path / "run.json"
+    path.write_text(file)
+    args = vars(parse([f"--config={path}", *words.split()]))
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_the_last_setting_of_a_session_wins_also_under_another_name():
+    args = parse(["--seed", "3", "--width", "64", "--height", "64", "--sampler", "ode"])
+    settings: dict[str, list[str]] = {}
+    lines = ("seconds 1", "num_frames 5", "num_frames 9", "sampler sde", "resolution 480p")
+    for line in lines:
+        settings = generate._changed(settings, *generate._setting(f":set {line}"))
+    now = generate._parse_settings(args, settings)
+    assert (now.num_frames, now.sampler, now.resolution, now.seed) == (9, "sde", "480p", 3)
+    assert now.width is None and now.height is None
+
+
+def test_a_session_takes_a_size_side_by_side_and_settings_after_its_files_are_there(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    settings: dict[str, list[str]] = {}
+    for line in ("width 128", "height 64", "save_path fox.mp4"):
+        settings = generate._changed(settings, *generate._setting(f":set {line}"))
+    (tmp_path / "fox.mp4").touch()
+    settings = generate._changed(settings, *generate._setting(":set seed 4"))
+    now = generate._parse_settings(parse([]), settings)
+    assert (now.width, now.height, now.save_path, now.seed) == (128, 64, "fox.mp4", 4)
+    for line in ("height 65", "height 0", "save_path fox.mp4"):
+        with pytest.raises(UsageError):
+            generate._changed(settings, *generate._setting(f":set {line}"))
+
+
 def test_seconds_become_legal_frames():
     assert [parse(["--seconds", s]).num_frames for s in ("5", "0.01", "5.1")] == [81, 1, 81]
 
@@ -180,10 +228,11 @@ def test_settings_of_a_session(tmp_path, monkeypatch, line, field, value):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my photo.png").touch()
     args = parse(["--seed", "3", "--fps", "20"])
-    words = generate._setting([], line)
-    now = generate._parse_settings(args, words)
+    settings = generate._changed({}, *generate._setting(line))
+    now = generate._parse_settings(args, settings)
     assert getattr(now, field) == value and now.fps == 20
-    later = generate._parse_settings(args, [*words, *generate._setting(words, ":set seed 0")])
+    settings = generate._changed(settings, *generate._setting(":set seed 0"))
+    later = generate._parse_settings(args, settings)
     assert later.seed == 0 and (field == "seed" or getattr(later, field) == value)
 
 
@@ -198,11 +247,14 @@ def test_settings_of_a_session(tmp_path, monkeypatch, line, field, value):
         ":set sede 3",
         ":set seed x",
         ":set mid_t 1 --help",
+        ":set prompt a fox",
+        ":set config run.toml",
+        ":set help 1",
     ],
 )
 def test_settings_that_are_not_taken(line, capsys):
     with pytest.raises(UsageError):
-        generate._setting([], line)
+        generate._changed({}, *generate._setting(line))
 
 
 def test_a_prompt_needs_no_option(capsys, tmp_path):
