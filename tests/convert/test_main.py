@@ -220,7 +220,7 @@ def test_one_transformer_beside_another_part_and_again(tmp_path, tiny, as_json):
         (["--merge", "a,b,c,d", "out"], 2, "must be a number"),
         (["sla.safetensors", "--merge", "a,b,c", "out"], 2, "BASE is the source"),
         (["absent.pth", "out"], 3, "absent.pth does not exist"),
-        (["taken", "out"], 3, "holds no .safetensors or .pth"),
+        (["taken", "out"], 3, "holds no .safetensors, .pth or .gguf"),
         (["broken.safetensors", "out"], 3, "truncated"),
         (["less.safetensors", "out"], 3, "missing     blocks.0.ffn.2.bias"),
         (["sla.safetensors", "out", "--lora", "vae.safetensors"], 3, "is not a LoRA"),

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from tdjax.checkpoints.filenames import is_weights
 from tdjax.checkpoints.published.read_safetensors import read_index, read_safetensors
 from tdjax.checkpoints.published.read_torch import read_torch
 from tdjax.checkpoints.published.tensor import Tensor
@@ -44,7 +45,7 @@ OTHERS = (
         "git lfs pull, or download it",
     ),
     (
-        b"<!DOCTYPE",
+        b"<!doctype",
         "a web page",
         "the download saved an error page",
         "download it again, with a token if the model is gated",
@@ -140,7 +141,7 @@ def _nearby(path: Path) -> tuple[str, str]:
     names = sorted(
         p.name
         for p in path.parent.iterdir()
-        if p.suffix in (*TORCH, ".safetensors", ".json") or p.is_dir()
+        if is_weights(p.name) or p.name.endswith(INDICES) or p.is_dir()
     )
     return f"the folder {path.parent} does", f"it holds: {', '.join(names[:12]) or 'nothing'}"
 
@@ -150,7 +151,7 @@ def _read_file(path: Path) -> _Read:
     with path.open("rb") as f:
         head = f.read(64)
     for magic, what, why, fix in OTHERS:
-        if head.startswith(magic):
+        if head.lower().startswith(magic.lower()):  # pages write their first tag in either case
             raise CheckpointError(f"{path} is {what}", why, fix)
     if head.startswith(b"GGUF"):
         from tdjax.checkpoints.published import read_gguf  # its library is slow to import
@@ -189,11 +190,12 @@ def _read_file(path: Path) -> _Read:
 
 
 def _open_folder(path: Path) -> Source:
-    """A folder of one model: a shard index, or its .safetensors files, or its torch files."""
+    """A folder of one model: a shard index, or its .safetensors files, or its torch files, or its
+    .gguf file."""
     indices = [p for ending in INDICES for p in sorted(path.glob(f"*{ending}"))]
-    files = sorted(path.glob("*.safetensors")) or sorted(
-        file for ending in TORCH for file in path.glob(f"*{ending}")
-    )
+    kinds = ((".safetensors", ".sft"), TORCH, (".gguf",))
+    found = (sorted(f for ending in kind for f in path.glob(f"*{ending}")) for kind in kinds)
+    files = next(filter(None, found), [])
     if any(p.name.endswith(INDICES[0]) for p in indices):  # beside copies in the other format
         indices = [p for p in indices if p.name.endswith(INDICES[0])]
     if len(indices) == 1:
@@ -208,7 +210,7 @@ def _open_folder(path: Path) -> Source:
     if not files:
         parts = sorted(p.name for p in path.iterdir() if p.is_dir())
         raise CheckpointError(
-            f"{path} holds no .safetensors or .pth file",
+            f"{path} holds no .safetensors, .pth or .gguf file",
             f"its folders: {', '.join(parts) or 'none'}",
             "name the file or the component's folder",
         )

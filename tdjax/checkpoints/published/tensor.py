@@ -119,8 +119,8 @@ class Tensor:
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, self.shape, step))
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The part [start:stop] along the first axis of a contiguous tensor."""
-        row = self.nbytes // self.shape[0]
+        """The part [start:stop] along the first axis."""
+        row = (self.strides or row_strides(self.shape))[0] * self.dtype.itemsize
         return dataclasses.replace(
             self, start=self.start + start * row, shape=(stop - start, *self.shape[1:])
         )

@@ -46,7 +46,9 @@ def trimmed(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     last: some files have it for two, as of a decoder that doubles three times."""
     key = f"decoder.{FIRST + GROW}.conv.weight"
     weight = tensors.get(key)
-    if not isinstance(weight, Tensor) or weight.shape[0] != 2 * weight.shape[1]:
+    if not isinstance(weight, Tensor) or len(weight.shape) < 2:
+        return tensors
+    if weight.shape[0] != 2 * weight.shape[1]:
         return tensors
     return {**tensors, key: weight.rows(weight.shape[1], weight.shape[0])}
 

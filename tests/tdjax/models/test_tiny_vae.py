@@ -107,6 +107,8 @@ def test_a_layer_for_more_frames_than_are_made_is_cut(opened):
     [
         (lambda s: s | {"decoder.1.weight": np.zeros((24, 48, 3, 3), np.float32)}, "TI2V-5B"),
         (lambda s: {k: v for k, v in s.items() if k != "decoder.22.bias"}, "missing"),
+        (lambda s: s | {"decoder.7.conv.weight": np.zeros(4, np.float32)}, "impossible size"),
+        (lambda s: s | {"decoder.7.conv.weight": np.zeros((0, 0), np.float32)}, "different"),
         (lambda s: s | {"decoder.23.weight": np.zeros(3, np.float32)}, "unexpected"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 
 from tdjax.checkpoints import orbax
 from tdjax.checkpoints.published.checkpoint import open_checkpoint
+from tdjax.checkpoints.published.files import open_source
 from tdjax.checkpoints.published.read_gguf import BLOCKS, read_gguf, vocabulary
 from tdjax.errors import CheckpointError
 from tdjax.precision import FLOAT32
@@ -84,6 +85,13 @@ def test_umt5(tmp_path, states, write_safetensors):
     path = write(tmp_path / "umt5.gguf", renamed, arch="t5encoder")
     plain = write_safetensors(tmp_path / "plain.safetensors", state)
     same(leaves_of(path), leaves_of(plain))
+
+
+def test_the_file_in_a_folder(tmp_path):
+    path = write(tmp_path / "model-Q8_0.gguf", {"a": np.ones((2, 32), np.float32)})
+    assert open_source(tmp_path).files == (path,)
+    with pytest.raises(CheckpointError, match="it holds: model-Q8_0.gguf"):
+        open_source(tmp_path / "model-Q4_0.gguf")
 
 
 def half(raw):

@@ -210,7 +210,7 @@ def test_wrong_indices(tmp_path, write_safetensors):
 
 def test_wrong_folders(tmp_path, write_safetensors):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"holds no \.safetensors or \.pth file"):
+    with pytest.raises(CheckpointError, match=r"holds no \.safetensors, \.pth or \.gguf file"):
         open_source(tmp_path / "empty")
     shards(tmp_path / "part", write_safetensors, index=False)
     (tmp_path / "part" / "model-00002-of-00002.safetensors").unlink()

@@ -76,7 +76,10 @@ def test_strides_offsets_and_shared_storage(torch, tmp_path):
         "flat_transposed": base.reshape(20, 6).t(),
     }
     torch.save(tensors, tmp_path / "t.pth")
-    same(torch, tmp_path / "t.pth", tensors)
+    source = same(torch, tmp_path / "t.pth", tensors)
+    for name, tensor in source.tensors.items():
+        if tensor.shape and tensor.size:
+            np.testing.assert_array_equal(tensor.rows(1, 3).read(), tensor.read()[1:3], name)
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -422,6 +425,7 @@ def test_other_formats_are_named(torch, tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps({"a": 1}, protocol=2))
     (tmp_path / "web.pth").write_bytes(b"<!DOCTYPE html><html>")
+    (tmp_path / "hub.pth").write_bytes(b"<!doctype html>\n<html class='x'>")
     (tmp_path / "lfs.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "noise.pth").write_bytes(bytes(range(60, 160)))
@@ -429,6 +433,7 @@ def test_other_formats_are_named(torch, tmp_path):
         "old.pth": "before 1.6",
         "pickle.pth": "bare pickle",
         "web.pth": "web page",
+        "hub.pth": "web page",
         "lfs.safetensors": "git-lfs pointer",
         "empty.pth": "is empty",
         "noise.pth": "neither a torch zip file, a safetensors file nor",
