@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import signal
 import socket
 import sqlite3
@@ -12,11 +13,34 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from tdjax.errors import UsageError
 from tdjax.server.service import Service, note
 
-CONNECTIONS = 1000  # at once; others are answered 503
+CONNECTIONS = 1000  # at once; others are answered 503, and twice as many are all that are held
+
+
+class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """One of so many that files of jobs can still be opened beside them, whoever connects."""
+
+    def connection_made(self, transport: Any) -> None:
+        """Takes a connection, or ends it at once."""
+        super().connection_made(transport)
+        if len(self.connections) > 2 * self.config.limit_concurrency:
+            transport.abort()
+
+
+def connections() -> int:
+    """Returns how many connections are answered at once: a quarter of the files that this process
+    may have open, whose limit is raised as far as they need and the system allows."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted, endless = 4 * CONNECTIONS, resource.RLIM_INFINITY
+    if now == endless or now >= wanted:
+        return CONNECTIONS
+    files = wanted if most == endless else min(wanted, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+    return max(1, files // 4)
 
 
 class Server(uvicorn.Server):
@@ -28,7 +52,8 @@ class Server(uvicorn.Server):
                 app,
                 log_level="info" if verbose else "warning",
                 access_log=verbose,
-                limit_concurrency=CONNECTIONS,
+                limit_concurrency=connections(),
+                http=Connection,
                 timeout_graceful_shutdown=5,
                 server_header=False,
                 ws="none",

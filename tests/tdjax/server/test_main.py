@@ -265,6 +265,24 @@ def test_a_full_disk_ends_the_server_with_a_message(tmp_path):
         assert "jobs.sqlite3: database or disk is full" in said[0] and len(said) == 3
 
 
+@pytest.mark.slow  # a process starts
+def test_connections_that_ask_for_nothing_do_not_end_the_server(tmp_path):
+    code = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))\n" + STUBBED
+    with process(tmp_path / "s", "--model", "t2v", code=code) as running:
+        until(lambda: running.ask("GET", "/v1/models").status_code == 200)
+        id = running.ask("POST", "/v1/videos", json={"prompt": "sleep 1"}).json()["id"]
+        with contextlib.ExitStack() as idle:
+            connect = lambda: socket.create_connection(("127.0.0.1", running.port))
+            for _ in range(100):
+                idle.enter_context(connect())
+            assert httpx.get(running.url + "/health").status_code == 503
+            for _ in range(300):
+                idle.enter_context(connect())
+            until(lambda: list((tmp_path / "s" / "videos").glob(f"{id}*.mp4")))
+        assert running.ask("GET", f"/v1/videos/{id}").json()["status"] == "completed"
+        assert running.stop() == 0
+
+
 @pytest.mark.slow  # processes are killed and start again
 def test_no_job_is_lost_or_made_twice_whoever_is_killed(tmp_path):
     check_kills(tmp_path / "s", jobs=12, clients=3, kills=3, server_kills=1, seconds=0.2, pause=0.7)
