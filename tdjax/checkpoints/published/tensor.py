@@ -119,10 +119,11 @@ class Tensor:
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, self.shape, step))
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """The part [start:stop] along the first axis."""
+        """The part [start:stop] along the first axis, no further than the tensor goes."""
+        start, stop, _ = slice(start, stop).indices(self.shape[0])
         row = (self.strides or row_strides(self.shape))[0] * self.dtype.itemsize
         return dataclasses.replace(
-            self, start=self.start + start * row, shape=(stop - start, *self.shape[1:])
+            self, start=self.start + start * row, shape=(max(stop - start, 0), *self.shape[1:])
         )
 
     def elements(self, count: int) -> np.ndarray:
