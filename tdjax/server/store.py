@@ -25,6 +25,7 @@ WAITING, RUNNING = "queued", "in_progress"
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
 ENDED = (COMPLETED, FAILED, CANCELLED)
 VERSION = 1  # of the tables
+DAY = 86400.0  # seconds
 IN_A_ROW = 8  # jobs of one size and number of steps that one worker runs before others' turn
 
 _SCHEMA = """
@@ -51,6 +52,7 @@ CREATE TABLE IF NOT EXISTS jobs (
 CREATE INDEX IF NOT EXISTS by_status ON jobs (status, priority);
 CREATE INDEX IF NOT EXISTS by_owner ON jobs (owner, number);
 CREATE TABLE IF NOT EXISTS turns (owner TEXT PRIMARY KEY, turn INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS hooks (job TEXT PRIMARY KEY, due REAL NOT NULL);
 """
 
 
@@ -188,6 +190,8 @@ class Store:
                 " created_at, request) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (id, owner, idempotency, digest, WAITING, priority, shape, time.time(), text),
             )
+            if "webhook" in request:
+                db.execute("INSERT INTO hooks VALUES (?, 0)", (id,))
             return self._get(id)
 
     def _before(self, owner: str, idempotency: str | None) -> sqlite3.Row | None:
@@ -223,14 +227,20 @@ class Store:
         row = self.db.execute(query, (id, owner)).fetchone()
         return None if row is None else _job(row)
 
-    def page(self, owner: str, after: str | None, limit: int, newest: bool) -> list[Job]:
-        """Returns so many jobs of an owner, those that follow one in the order of their coming."""
+    def page(
+        self, owner: str, after: str | None, limit: int, newest: bool, search: str = ""
+    ) -> list[Job]:
+        """Returns so many jobs of an owner, those that follow one in the order of their coming.
+        search: what the prompt holds, in small letters or large."""
         sign, order = ("<", "DESC") if newest else (">", "ASC")
         query = f"SELECT {_COLUMNS} FROM jobs WHERE owner = ?"
         values: list[Any] = [owner]
         if after is not None:
             query += f" AND number {sign} (SELECT number FROM jobs WHERE id = ? AND owner = ?)"
             values += [after, owner]
+        if search:
+            query += " AND instr(lower(json_extract(request, '$.prompt')), lower(?)) > 0"
+            values.append(search)
         rows = self.db.execute(f"{query} ORDER BY number {order} LIMIT ?", [*values, limit])
         return [_job(row) for row in rows]
 
@@ -249,6 +259,7 @@ class Store:
     def delete(self, id: str) -> None:
         """Removes a job and its files."""
         self.db.execute("DELETE FROM jobs WHERE id = ?", (id,))
+        self.db.execute("DELETE FROM hooks WHERE job = ?", (id,))
         self._remove_files(id)
 
     # -- what workers do ---------------------------------------------------------------------------
@@ -387,6 +398,32 @@ class Store:
         """Returns how many jobs there are of every status."""
         rows = self.db.execute("SELECT status, COUNT(*) AS n FROM jobs GROUP BY status")
         return dict.fromkeys((WAITING, RUNNING, *ENDED), 0) | {r["status"]: r["n"] for r in rows}
+
+    # -- webhooks ----------------------------------------------------------------------------------
+
+    def take_hooks(self, count: int, seconds: float) -> list[Job]:
+        """Returns jobs that have ended and whose webhook is due, the longest due first, and puts
+        each of these off: nobody else takes it meanwhile, and it is due again where the process
+        dies. count: of jobs, at most. seconds: to put off."""
+        now, columns = time.time(), ", ".join(f"jobs.{name}" for name in _COLUMNS.split(", "))
+        with self._transaction() as db:
+            rows = db.execute(
+                f"SELECT {columns} FROM jobs JOIN hooks ON hooks.job = jobs.id WHERE"
+                " status IN (?, ?, ?) AND (due <= ? OR due > ?) ORDER BY due LIMIT ?",
+                # Due after more than a day: the clock was put back.
+                (*ENDED, now, now + DAY, count),
+            ).fetchall()
+            taken = [(now + seconds, row["id"]) for row in rows]
+            db.executemany("UPDATE hooks SET due = ? WHERE job = ?", taken)
+        return [_job(row) for row in rows]
+
+    def put_off_hook(self, id: str, seconds: float | None) -> None:
+        """Makes a job's webhook due after so many seconds; None: never again."""
+        if seconds is None:
+            self.db.execute("DELETE FROM hooks WHERE job = ?", (id,))
+        else:
+            due = time.time() + seconds
+            self.db.execute("UPDATE hooks SET due = ? WHERE job = ?", (due, id))
 
 
 def _opened(path: Path) -> sqlite3.Connection:

@@ -1,5 +1,7 @@
 """Jobs in their file: who comes next, what ends once, and what is found after a crash."""
 
+import contextlib
+
 import pytest
 
 from tdjax.errors import UsageError
@@ -196,3 +198,46 @@ def test_old_and_large_videos_go(tmp_path):
     assert [job.id for job in jobs.page("", None, 9, True)] == [waiting.id]
     assert jobs.counts()[store.WAITING] == 1
     jobs.close()
+
+
+def hooked(jobs, **more):
+    request = {"format": "mp4", "prompt": "a", "webhook": "https://example.org/"}
+    return jobs.add("", request, digest="d", shape="small", **more)
+
+
+def test_a_webhook_is_due_when_its_job_has_ended(jobs):
+    waiting, plain = hooked(jobs), add(jobs)
+    jobs.cancel(plain.id)
+    assert not jobs.take_hooks(9, 60)
+    jobs.cancel(waiting.id)
+    assert [job.id for job in jobs.take_hooks(9, 60)] == [waiting.id]
+    assert not jobs.take_hooks(9, 60)  # another one has it
+    jobs.put_off_hook(waiting.id, 0)
+    assert [job.status for job in jobs.take_hooks(9, 60)] == ["cancelled"]
+    jobs.put_off_hook(waiting.id, None)
+    assert not jobs.db.execute("SELECT * FROM hooks").fetchall()
+
+
+def test_webhooks_come_in_turn_and_outlive_the_process_and_a_clock_put_back(jobs):
+    ids = [hooked(jobs).id for _ in range(3)]
+    for id in ids:
+        jobs.cancel(id)
+    first = [job.id for job in jobs.take_hooks(2, 0)]
+    assert len(first) == 2 and ids[2] not in first
+    assert ids[2] in [job.id for job in jobs.take_hooks(1, 0)]
+    jobs.delete(ids[0])
+    jobs.put_off_hook(ids[1], 60)
+    jobs.put_off_hook(ids[2], 3 * store.DAY)  # as a clock leaves it that was days ahead
+    with contextlib.closing(Store(jobs.folder / "other", jobs.limits)) as other:
+        jobs.db.backup(other.db)
+        assert [job.id for job in other.take_hooks(9, 0)] == [ids[2]]
+
+
+def test_a_page_of_what_was_searched(jobs):
+    for prompt in ("A red fox", "a boat", "a FOX, 100%", "100 boats"):
+        jobs.add("", {"format": "mp4", "prompt": prompt}, digest="d", shape="small")
+    found = jobs.page("", None, 9, True, "fOx")
+    assert [job.request["prompt"] for job in found] == ["a FOX, 100%", "A red fox"]
+    assert len(jobs.page("", found[0].id, 9, True, "fox")) == 1
+    assert len(jobs.page("", None, 9, True, "100%")) == 1
+    assert not jobs.page("", None, 9, True, "mp4") and not jobs.page("bob", None, 9, True, "fox")
