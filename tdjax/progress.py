@@ -73,7 +73,8 @@ class Listener:
     """What a call of a pipeline is asked to tell, and whether it should go on.
 
     on_stage: called with the name of each stage as it begins. on_step: called with (number of the
-              step that is done, steps) of each video. Either ends the call by returning False.
+              step that is done, steps) of each video. on_preview: called with (that number, frames
+              uint8 [T H W 3]). Each ends the call by returning False.
     cancel:   a threading.Event, which ends the call once it is set.
     """
 
@@ -82,8 +83,10 @@ class Listener:
         on_stage: Callable[[str], Any] | None = None,
         on_step: Callable[[int, int], Any] | None = None,
         cancel: threading.Event | None = None,
+        on_preview: Callable[[int, Any], Any] | None = None,
     ):
         self.on_stage, self.on_step, self.cancel = on_stage, on_step, cancel
+        self.on_preview = on_preview
         self.notes: list[str] = []
 
     def stage(self, name: str) -> None:
@@ -99,6 +102,11 @@ class Listener:
             raise _cancelled(where)
         self.check(where)
 
+    def preview(self, step: int, frames: Any) -> None:
+        """Hands the preview of a step over. Raises Cancelled."""
+        if self.on_preview is not None and self.on_preview(step, frames) is False:
+            raise _cancelled(f"after the preview of step {step}")
+
     def check(self, where: str) -> None:
         """Raises Cancelled where the event is set."""
         if self.cancel is not None and self.cancel.is_set():
@@ -108,7 +116,7 @@ class Listener:
 def _cancelled(where: str) -> Cancelled:
     return Cancelled(
         f"the call was cancelled {where}",
-        "on_step or on_stage returned False, or `cancel` was set",
+        "on_step, on_stage or on_preview returned False, or `cancel` was set",
         "the pipeline can be called again",
     )
 

@@ -221,6 +221,11 @@ class VAEConfig:
             raise ValueError("VAEConfig: mean and std must be finite, and std positive")
 
     @property
+    def wan_latents(self) -> bool:
+        """Whether the latents are those of Wan2.1."""
+        return (self.mean, self.std) == (LATENT_MEAN, LATENT_STD)
+
+    @property
     def spatial(self) -> int:
         return 2 ** (len(self.multipliers) - 1)
 

@@ -315,6 +315,8 @@ def _call_arguments(args, job: Job) -> dict:
         out["prompt_embeds"] = load_embeds(args.prompt_embeds)
     if args.format == "latents":
         out["output_type"] = "latent"
+    if args.preview:  # planned and compiled for; where videos are made, a function takes its place
+        out["on_preview"] = lambda step, frames: None
     return {k: v for k, v in out.items() if v is not None}
 
 
@@ -374,7 +376,7 @@ def _make(args, pipe, task: outputs.Task, embeds: dict[str, Any]) -> None:
         facts = _facts(args, pipe, job)
         demo, again = pipe.info.language is not None, task.overwrite
         with outputs.Files(args, pipe.stages, paths, facts, overwrite=again, demo=demo) as made:
-            made.finish(pipe(job.prompt, **(arguments | embeds), **made.listen))
+            made.finish(pipe(job.prompt, **(arguments | embeds | made.listen)))
 
 
 def _check_model(args, pipe) -> None:

@@ -241,6 +241,14 @@ def build_parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--overwrite", action="store_true", help="replace files that tdjax wrote under these names"
     )
+    out.add_argument(
+        "--preview",
+        action="store_true",
+        help=(
+            "after each step, what the network predicts, as NAME_preview.mp4 beside the video's"
+            " NAME; gone when the video is there"
+        ),
+    )
     out.add_argument("--json", action="store_true", help="one JSON line for each file on stdout")
 
     look = p.add_argument_group("looking inside")

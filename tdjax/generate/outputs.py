@@ -18,7 +18,7 @@ from tdjax.errors import UsageError
 from tdjax.files import refuse_unwritable
 from tdjax.generate.jobs import Job
 from tdjax.generate.resume import finished, replaceable, shown
-from tdjax.media.video import Writer, check_settings, enlarged, target_notes
+from tdjax.media.video import Writer, check_settings, enlarged, target_notes, write
 from tdjax.pipeline.result import check_save, sidecar, write_json
 from tdjax.progress import Stages
 
@@ -27,6 +27,7 @@ DEFAULT = "output/{model}_{seed}_{index}.mp4"
 DEFAULT_ROWS = "output/{model}_{row}_{prompt_slug}_{seed}_{index}.mp4"
 FIELDS = ("model", "seed", "index", "prompt_slug", "date", "row")
 DEMO_UPSCALE = 6  # the embedded model's 64 pixels are a stamp in a player
+PREVIEW_UPSCALE = 4  # of previews with a pixel for each latent: half the video's sides
 _VIEWED = (".mp4", ".webm", ".gif")  # what people look at; other files are read by programs
 SUFFIX = {"png": "", "latents": ".safetensors"}
 
@@ -135,6 +136,11 @@ def _going_on(args, name: str, job: Job, taken: Container[Path], session: bool) 
     return paths
 
 
+def preview_of(path: Path) -> Path:
+    """Where the previews of a video are seen."""
+    return path.with_name(f"{path.stem}_preview.mp4")
+
+
 def _next(path: Path) -> Path:
     """The next unused name after one that is taken: demo_0_0.mp4, demo_0_0-2.mp4."""
     stem, _, number = path.stem.rpartition("-")
@@ -212,6 +218,8 @@ def _check(args, paths: list[Path], overwrite: bool) -> None:
     metadata = args.metadata == "on"
     for path in paths:
         check_save(path, fps=args.fps, crf=args.crf, metadata=metadata, overwrite=overwrite)
+        if args.preview:
+            files.refuse_existing(preview_of(path), overwrite)
 
 
 @contextlib.contextmanager
@@ -245,7 +253,7 @@ def claimed(args, task: Task, note: Callable[[str], None]) -> Iterator[list[Path
 
 class Files:
     """The files of one job, encoded in a thread while the frames are decoded. None of them is there
-    before `finish`.
+    before `finish`; previews are, until then.
 
     with Files(args, pipe.stages, paths, facts, overwrite=False) as made:
         made.finish(pipe(prompt, **arguments, **made.listen))
@@ -270,8 +278,11 @@ class Files:
         self.options = {"crf": args.crf, "overwrite": overwrite}
         self.writers: dict[int, Writer] = {}
         # a grid and latents are made of what is there at the end only
-        whole = args.grid or any(path.suffix == ".safetensors" for path in paths)
-        self.listen = {} if whole else {"on_frames": self.take}
+        self.whole = args.grid or any(path.suffix == ".safetensors" for path in paths)
+        self.listen: dict[str, Callable] = {} if self.whole else {"on_frames": self.take}
+        self.videos, self.previews = 0, set[Path]()
+        if args.preview:
+            self.listen["on_preview"] = self.show
 
     def __enter__(self):
         return self
@@ -279,6 +290,21 @@ class Files:
     def __exit__(self, kind, error, trace):
         for writer in self.writers.values():
             writer.cancel()  # of no effect on one that is closed
+        for path in self.previews:
+            path.unlink(missing_ok=True)
+
+    def show(self, step: int, frames) -> None:
+        """Puts the preview of a step in the place of the one before. Of a grid, the sample that is
+        made."""
+        self.videos += step == 1
+        path = preview_of(self.paths[min(self.videos, len(self.paths)) - 1])
+        if not self.previews:
+            self.stages.tell(f"what each step predicts: {path}")
+        self.previews.add(path)
+        clip = self.facts["size"]
+        factor = self.upscale if frames.shape[1] == clip["height"] else PREVIEW_UPSCALE
+        fps = self.args.fps * len(frames) / clip["frames"]
+        write(path, enlarged(frames, factor), fps=fps, overwrite=True)
 
     def take(self, index: int, frames) -> None:
         if index not in self.writers:
@@ -298,7 +324,7 @@ class Files:
             result = _tiled(result)
         for index, path in enumerate(self.paths):
             with self.stages("write"):
-                if self.listen:
+                if not self.whole:
                     self.writers[index].close()
                     if metadata:
                         facts = {**result.metadata, "index": index, "fps": self.args.fps}

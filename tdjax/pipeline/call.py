@@ -67,6 +67,7 @@ class Call:
         on_frames: Callable[[int, np.ndarray], None] | None = None,
         on_step: Callable[[int, int], Any] | None = None,
         on_stage: Callable[[str], Any] | None = None,
+        on_preview: Callable[[int, np.ndarray], Any] | None = None,
         cancel: threading.Event | None = None,
         **aliases: Unpack[CallAliases],
     ) -> Result:
@@ -89,6 +90,9 @@ class Call:
         on_frames:   called with (number of the video, chunk [t H W 3]) as chunks are decoded.
         on_step:     called with (step that is done, steps) of each video. on_stage: called with the
                      name of each stage as it begins. Either ends the call by returning False.
+        on_preview:  called after each step with (step, what the network predicts: frames uint8
+                     [T H W 3]); also ends the call by returning False. Frames are whole where
+                     vae_path is a small decoder; else they have a pixel for each latent.
         cancel:      a threading.Event: the call ends once it is set, between steps and chunks.
         aliases:     names that diffusers and TurboDiffusion have for the same things.
 

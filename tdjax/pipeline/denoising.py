@@ -19,6 +19,7 @@ from tdjax.pipeline.compilation import Program, Programs
 from tdjax.pipeline.components import Component
 from tdjax.pipeline.kernel_check import wait_for_threads
 from tdjax.pipeline.memory import ExecutionPlan
+from tdjax.pipeline.preview import Previews
 from tdjax.pipeline.request import Request
 from tdjax.pipeline.stage import Stage
 from tdjax.progress import Stages
@@ -87,6 +88,7 @@ class Denoising(Stage):
     components: all of the pipeline's: the transformer or two experts, and those that threads may be
                 loading meanwhile.
     text_len:   tokens of the embeddings that it reads.
+    previews:   what shows the steps to who asks for it.
     """
 
     def __init__(
@@ -95,10 +97,12 @@ class Denoising(Stage):
         components: Mapping[str, Component],
         text_len: int,
         stages: Stages,
+        previews: Previews,
     ):
         super().__init__(compiler, stages)
         self.components = components
         self.text_len = text_len
+        self.previews = previews
 
     @property
     def config(self) -> DiTConfig:
@@ -123,6 +127,9 @@ class Denoising(Stage):
         if cfg.condition_channels:
             condition = shape((1, *request.size.latent_grid, cfg.condition_channels))
         steps = [self.program(request, state, text, condition, chunk) for chunk in chunks]
+        if request.on_preview is not None:
+            before = state if sampler.sampler == "ode" else None
+            steps += self.previews.programs(request, plan, state, before, chunks[0])
         return [self.compiler.request("start noise", start, *inputs, **static), *steps]
 
     def run(
@@ -153,11 +160,16 @@ class Denoising(Stage):
             for chunk, segment in zip(chunks, segments, strict=True):
                 program = self.program(request, state, text, condition, chunk)
                 run, model = self._ready_alone(program, segment, plan)
+                before = None
+                if request.on_preview is not None and request.sampler.sampler == "ode":
+                    before = jnp.copy(state)  # the state itself is donated
                 with self.timed(_label(segment, request), plan, segment.expert):
                     state, ok = run(model, state, text, condition, chunk)
                     finite += np.asarray(ok).tolist()
                 if request.single_steps or self.stages.show:
                     self.stages.step(segment.last, request.sampler.num_steps)
+                if request.on_preview is not None:
+                    self.previews.show(request, plan, segment.last, state, before, chunk)
                 if segment.first == 0 and not plan.keep_resident:
                     self._read_second(segments[1:], plan)
             if not plan.keep_resident:

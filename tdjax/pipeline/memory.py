@@ -114,6 +114,7 @@ def make_plan(
     stream_text: bool | None = None,
     tiled_vae: bool | None = None,
     mesh: Mesh | None = None,
+    previews: bool = False,
 ) -> ExecutionPlan:
     """Returns the plan of a request on the first device, or on each device of a mesh.
 
@@ -122,14 +123,14 @@ def make_plan(
     low_memory:  no weights stay, even if all would fit.
     stream_text: True, False, or None: unless everything fits together.
     tiled_vae:   True, False, or None: where the whole frame does not fit.
+    previews:    every step is shown.
     """
     limit = memory_limit()
     if tiled_vae is None:
         decode = _vae_stage(configs["vae"], size, encode=False, tiled=False, mesh=mesh)
         tiled_vae = limit is not None and decode.total > USABLE * limit
-    plans = lambda streamed: stage_plans(
-        configs, size, guided=guided, stream_text=streamed, tiled=tiled_vae, mesh=mesh
-    )
+    how: dict[str, Any] = {"tiled": tiled_vae, "mesh": mesh, "previews": previews}
+    plans = lambda streamed: stage_plans(configs, size, guided=guided, stream_text=streamed, **how)
     resident = lambda stages: not low_memory and fit_together(stages, limit)
     if stream_text is None:
         stream_text = not resident(plans(False))
@@ -152,6 +153,7 @@ def plan_of(
         stream_text=options.stream_text,
         tiled_vae=options.tiled_vae,
         mesh=mesh,
+        previews=request.on_preview is not None,
     )
 
 
@@ -231,9 +233,11 @@ def stage_plans(
     stream_text: bool = False,
     tiled: bool = False,
     mesh: Mesh | None = None,
+    previews: bool = False,
 ) -> tuple[StagePlan, ...]:
     """Returns the stages in the order in which they run; arguments as those of `make_plan`."""
     plans = []
+    decode = _vae_stage(configs["vae"], size, encode=False, tiled=tiled, mesh=mesh)
     if "text" in configs:
         plans.append(_text_stage(configs["text"], stream_text, mesh))
     if configs["dit"].task == "i2v":
@@ -244,8 +248,16 @@ def stage_plans(
     for stage, name in names.items():
         cfg = configs[stage]
         working = dit_working(cfg, size, 2 if guided else 1, mesh)
+        if previews and previews_decoded(configs["vae"]):  # its weights stay between the steps
+            working = decode.weights + max(working, decode.working)
         plans.append(StagePlan(stage, name, stage, weight_bytes("dit", cfg, mesh), working))
-    return (*plans, _vae_stage(configs["vae"], size, encode=False, tiled=tiled, mesh=mesh))
+    return (*plans, decode)
+
+
+def previews_decoded(cfg: VAEConfig | TinyVAEConfig) -> bool:
+    """Whether previews of latents are made by their decoder: a small one, or that of a small model.
+    Latents of Wan2.1 become colours without one."""
+    return isinstance(cfg, TinyVAEConfig) or not cfg.wan_latents
 
 
 def _text_stage(cfg: TextConfig, streamed: bool, mesh: Mesh | None) -> StagePlan:

@@ -8,6 +8,7 @@ from tdjax.pipeline.components import Component
 from tdjax.pipeline.denoising import Denoising
 from tdjax.pipeline.kernel_check import check_kernels
 from tdjax.pipeline.memory import ExecutionPlan
+from tdjax.pipeline.preview import Previews
 from tdjax.pipeline.request import ModelInfo, Request
 from tdjax.pipeline.text_encoding import TextEncoding
 from tdjax.pipeline.vae_coding import ImageEncoding, VAECoding
@@ -39,7 +40,8 @@ class Preparation:
         )
         self.vae_coding = VAECoding(programs, components["vae"], self.stages)
         self.image_encoding = ImageEncoding(self.vae_coding)
-        self.denoising = Denoising(programs, components, info.text_len, self.stages)
+        previews = Previews(self.vae_coding)
+        self.denoising = Denoising(programs, components, info.text_len, self.stages, previews)
         self._kernels_checked = False
         self._begun: set[tuple] = set()
 
@@ -57,7 +59,8 @@ class Preparation:
         if not plan.keep_resident:
             return
         single = self.stages.show or request.single_steps
-        shapes = request.size, request.sampler, request.output_type, single, self.programs.dropped
+        how = single, request.on_preview is not None, self.programs.dropped
+        shapes = request.size, request.sampler, request.output_type, *how
         if shapes not in self._begun:
             self._begun.add(shapes)
             with self.stages("prepare"):

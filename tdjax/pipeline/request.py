@@ -66,6 +66,7 @@ class Request:
     on_frames: Callable[[int, np.ndarray], None] | None = None  # takes chunks [t H W 3]
     on_step: Callable[[int, int], Any] | None = None  # takes (step that is done, steps)
     on_stage: Callable[[str], Any] | None = None  # takes the name of a stage that begins
+    on_preview: Callable[[int, np.ndarray], Any] | None = None  # takes (step, frames [T H W 3])
     cancel: Any = None  # a threading.Event
 
     def __post_init__(self):
@@ -74,7 +75,7 @@ class Request:
     @property
     def single_steps(self) -> bool:
         """Whether somebody listens between the steps of the sampler."""
-        return self.on_step is not None or self.cancel is not None
+        return any(x is not None for x in (self.on_step, self.cancel, self.on_preview))
 
     @property
     def videos(self) -> int:
@@ -84,7 +85,7 @@ class Request:
 
     def listener(self) -> Listener:
         """Returns whom the call tells how it goes."""
-        return Listener(self.on_stage, self.on_step, self.cancel)
+        return Listener(self.on_stage, self.on_step, self.cancel, self.on_preview)
 
     def random_key(self) -> jax.Array:
         """Returns the key that was given, or that of the seed."""
@@ -328,12 +329,13 @@ def _check_seeds(request: Request) -> None:
 
 def _check_listeners(request: Request) -> None:
     """Raises UsageError for functions that cannot be called as they will be."""
-    for name, example in (("on_step", (1, 4)), ("on_stage", ("denoise",))):
+    taken = {"on_step": ("step", "steps"), "on_stage": ("name",), "on_preview": ("step", "frames")}
+    for name, arguments in taken.items():
         function = getattr(request, name)
-        if function is not None and not _takes(function, example):
+        if function is not None and not _takes(function, arguments):
             raise UsageError(
                 f"{name} is {shown(function)}",
-                f"it is a function that is called as {name}{example!r}".replace(",)", ")"),
+                f"it is a function that is called as {name}({', '.join(arguments)})",
                 f"for example {name}=print",
             )
     if request.cancel is not None and not callable(getattr(request.cancel, "is_set", None)):

@@ -36,6 +36,17 @@ def ode(x, v, eps, u, u_next):
 UPDATE = {"sde": sde, "ode": ode}
 
 
+def predicted(x, other, u, u_next, sampler: str):
+    """The data that a step from u to u_next predicted, of the state x f32[b t h w c] after it.
+
+    other: the noise that "sde" injected, or the state that "ode" had before; both updates are
+    linear in the prediction. u_next < u, and below 1.
+    """
+    if sampler == "sde":
+        return (x - u_next * other) / (1.0 - u_next)
+    return (u * x - u_next * other) / (u - u_next)
+
+
 def start(noise, times):
     """State at times[0] of the start noise [b t h w c]: no data in it yet."""
     return times[0] * noise

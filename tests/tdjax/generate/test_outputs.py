@@ -6,14 +6,17 @@ import json
 import os
 import socket
 
+import numpy as np
 import pytest
 
 from tdjax import files
 from tdjax.errors import UsageError
 from tdjax.generate.arguments import parse
 from tdjax.generate.jobs import Job
-from tdjax.generate.outputs import Task, assign, check_template, claimed, targets
+from tdjax.generate.outputs import Files, Task, assign, check_template, claimed, targets
+from tdjax.media.video import read_video
 from tdjax.pipeline.result import sidecar
+from tdjax.progress import Stages
 
 TODAY = datetime.date.today()
 FACTS = {"tdjax": "1", "transformer": {}, "prompts": ["a"], "seed": 0, "size": {"frames": 5}}
@@ -208,3 +211,27 @@ def test_the_mark_of_a_process_that_is_gone_counts_for_nothing(tmp_path):
     with files.claimed([tmp_path / "v.gif"]) as mine:
         assert mine
     assert not list(tmp_path.iterdir())
+
+
+def test_a_preview_is_there_until_the_video_is(tmp_path, capsys):
+    args = parse(["-o", str(tmp_path / "v.mp4"), "--preview", "--num_samples", "2"])
+    size = {"frames": 5, "height": 32, "width": 32}
+    paths, there = [tmp_path / f"v_{i}.mp4" for i in (0, 1)], tmp_path / "v_0_preview.mp4"
+    with Files(args, Stages(False), paths, {"size": size}, overwrite=False) as made:
+        for step, shade in enumerate((20, 200, 90), 1):
+            made.listen["on_preview"](step, np.full((2, 4, 4, 3), shade, np.uint8))
+            frames = read_video(there)  # a pixel for each latent is shown larger
+            assert frames.shape == (2, 16, 16, 3) and abs(int(frames.mean()) - shade) < 8
+        made.listen["on_preview"](1, np.zeros((5, 32, 32, 3), np.uint8))
+        assert read_video(tmp_path / "v_1_preview.mp4").shape == (5, 32, 32, 3)
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().err.count(str(there)) == 1
+
+
+def test_a_preview_takes_no_other_files_place(tmp_path):
+    there = tmp_path / "v_preview.mp4"
+    there.write_bytes(b"a video of that name")
+    save = ["-o", str(tmp_path / "v.mp4"), "--preview"]
+    with pytest.raises(UsageError, match="v_preview.mp4 exists"):
+        assigned(parse(save), [Job(prompt="a", seed=0)])
+    assigned(parse([*save, "--overwrite"]), [Job(prompt="a", seed=0)])

@@ -208,3 +208,12 @@ def test_guidance():
         few_step.guided(cond, uncond, 5.0)(x, t), 1.0 + 5.0 * (3.0 - 1.0) * np.ones_like(x)
     )
     np.testing.assert_array_equal(few_step.guided(cond, uncond, 1.0)(x, t), cond(x, t))
+
+
+@pytest.mark.parametrize("u_next", [0.934, 0.25, 0.0])
+def test_what_a_step_predicted_is_found_in_its_state(u_next):
+    x, v, eps = noise(3)
+    u = 0.985
+    for sampler, other in (("sde", eps), ("ode", x)):
+        after = few_step.UPDATE[sampler](x, v, eps, u, u_next)
+        assert_close(few_step.predicted(after, other, u, u_next, sampler), x - u * v, "float32")
