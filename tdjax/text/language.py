@@ -4,9 +4,12 @@
 named, "says": {word: [factor, place of the value]}, "phrases": {factor: readings of words that say
 a value together}, "orders": [factors as a caption of training named them], "caption": such a
 caption with factors in braces, "apart": [factor, place, factor that no caption names beside that
-value]}; older folders have the first ones. A reading is {"when": words,
-"says": {word: place}}: the first one counts of which a word of `when` is in the prompt; without
-words there it always does.
+value], "stands": {factor: {"before": words, "after": lists of words, "between": words that may come
+between}}, "near": {word: {factor: place}}}; older folders have the first ones. A reading is
+{"when": words, "says": {word: place}}: the first one counts of which a word of `when` is in the
+prompt; without words there it always does. A word that stands where another factor's values do ("on
+a blue background", where blue is a colour of shapes) says nothing of its own factor, and of the
+other one what is near.
 """
 
 from __future__ import annotations
@@ -23,12 +26,41 @@ def words_of(prompt: str) -> list[str]:
 
 def _mentions(language: dict[str, Any], prompt: str) -> list[tuple[str, int]]:
     """(factor, place of the value) for every word that says one, in the prompt's order."""
+    return [mention for mention, _, _ in _read(language, prompt) if mention]
+
+
+def _read(
+    language: dict[str, Any], prompt: str
+) -> list[tuple[tuple[str, int] | None, str, str | None]]:
+    """For every word that says a value: (the factor and the place of the value, the word, the
+    factor that it stands for instead of its own)."""
     words = words_of(prompt)
     says = {word: tuple(said) for word, said in language.get("says", {}).items()}
     for factor, readings in language.get("phrases", {}).items():
         reading = next(each for each in readings if not each["when"] or {*each["when"]} & {*words})
         says |= {word: (factor, place) for word, place in reading["says"].items()}
-    return [says[word] for word in words if word in says]
+    stands, out = language.get("stands", {}), []
+    for i, word in enumerate(words):
+        if word not in says:
+            continue
+        own = says[word][0]
+        here = [factor for factor, place in stands.items() if _is_at(place, words, i)]
+        if own not in stands or own in here or not here:
+            out.append((says[word], word, None))
+        else:
+            near = language["near"].get(word, {}).get(here[0])
+            out.append((None if near is None else (here[0], near), word, here[0]))
+    return out
+
+
+def _is_at(place: dict[str, list], words: list[str], i: int) -> bool:
+    """Whether word i stands where the values of a factor do."""
+    if words[i + 1 : i + 2] and words[i + 1] in place["before"]:
+        return True
+    before = words[:i]
+    while before and before[-1] in place["between"]:
+        before.pop()
+    return any(before[-len(after) :] == list(after) for after in place["after"])
 
 
 def said(language: dict[str, Any], prompt: str) -> dict[str, list[int]]:
@@ -69,6 +101,7 @@ def _as_trained(language: dict[str, Any], prompt: str) -> bool:
         set(words_of(prompt)) <= set(language["words"])
         and set(language.get("needs", ())) <= found.keys()
         and all(len(places) == 1 for places in found.values())
+        and all(instead is None for _, _, instead in _read(language, prompt))
         and any(order == [f for f in each if f in found] for each in language["orders"])
     )
 
@@ -110,7 +143,15 @@ def language_notes(language: dict[str, Any], prompt: str) -> list[str]:
         shown = ", ".join(map(repr, unknown))
         lines.append(f"this small model has never seen {shown}; it knows only {known}")
     found = said(language, prompt)
-    missing = [factor for factor in language.get("needs", ()) if factor not in found]
+    moved = {(word, instead): said for said, word, instead in _read(language, prompt) if instead}
+    for (word, factor), mention in moved.items():
+        taken = "drawn" if mention is None else f"{knows[factor][mention[1]]} is taken"
+        lines.append(
+            f"no clip of this small model has the {factor} {word}, it knows"
+            f" {', '.join(knows[factor])}: {taken}"
+        )
+    told = found.keys() | {factor for _, factor in moved}
+    missing = [factor for factor in language.get("needs", ()) if factor not in told]
     if missing and not unknown:
         lines.append(
             f"the prompt names no {' and no '.join(missing)}, which every clip of this small model"

@@ -36,7 +36,10 @@ def test_captions_of_training_have_no_notes_and_are_read_back(template):
     [
         ("blue", ["no shape and no background and no motion"]),
         ("moves down", ["no shape and no colour and no background"]),
-        ("a red circle on a red background", ["no background", "the colour 2 times (red and red)"]),
+        ("a blue circle and red moves up on black", ["the colour 2 times (blue and red)"]),
+        ("a red circle on a red background moves up", ["the background red, it knows black"]),
+        ("on blue, a red circle moves up", ["gray, navy, olive: navy is taken"]),
+        ("a navy circle moves up on gray", ["the colour navy, it knows red"]),
         (
             "a red circle and a blue square stand still on black",
             ["never seen 'stand'", "(red and blue)", "(circle and square)"],
@@ -84,6 +87,28 @@ def test_other_prompts_are_read_as_a_caption_of_what_they_say():
         found, wanted = said(LANGUAGE, read(prompt)), said(LANGUAGE, prompt)
         assert wanted.items() <= found.items(), prompt
         assert set(LANGUAGE["needs"]) <= found.keys()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [
+        ("a red circle moves right on a blue background", "red circle moves right on a navy"),
+        ("on a plain green, a red circle moving up", "red circle moves up on a olive"),
+        ("a cross, red, moves up; the background is white", "red cross moves up on a gray"),
+        ("a grey disc moves down over black", "white circle moves down on a black"),
+        ("on olive circle red moves up", "red circle moves up on a olive"),
+        ("a red circle moves up on blue circle", "blue circle moves up on"),
+    ],
+)
+def test_a_word_says_what_it_stands_for(prompt, read):
+    assert read.replace("a olive", "an olive") in caption_of(LANGUAGE, prompt)
+
+
+def test_a_background_that_no_clip_has_is_drawn_and_is_not_the_shape():
+    read = caption_of(LANGUAGE, "a white circle moves right on a red background")
+    assert read.startswith("a white circle moves right on a") and "red" not in read
+    line = understood(LANGUAGE, "a white circle moves right on a red background")
+    assert "colour white" in line and "drawn: background" in line
 
 
 def test_what_is_understood():

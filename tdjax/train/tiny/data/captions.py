@@ -56,6 +56,21 @@ SAYS = {
     for way in ways
 }
 HEADINGS = {"left": 0, "right": 1, "up": 2, "upwards": 2, "down": 3, "downwards": 3}
+# Where values stand that both shapes and backgrounds could have, and those that are near where only
+# the other has one: "a gray circle", "on a blue background".
+STANDS = {
+    "background": {
+        "before": ("background",),
+        "after": (*((word,) for word in ON), ("background", "is")),
+        "between": ("a", "an", "the", *PLAIN[1:]),
+    },
+    "colour": {
+        "before": tuple(way for ways in _WAYS["shape"] for way in ways),
+        "after": (),
+        "between": (),
+    },
+}
+NEAR = (("blue", "navy"), ("green", "olive"), ("white", "gray"))
 AXES = {"horizontally": 0, "side": 0, "left": 0, "right": 0, "vertically": 1, "up": 1, "down": 1}
 
 
@@ -182,6 +197,17 @@ def orders() -> list[list[str]]:
     return [[word for word in named(text) if word in NAMES] for text in TEMPLATES]
 
 
+def near() -> dict[str, dict[str, int]]:
+    """Returns {colour or background: {the other factor: place of the value taken for it}}."""
+    colours, backgrounds = NAMES["colour"], NAMES["background"]
+    out = {colour: {"background": backgrounds.index(other)} for colour, other in NEAR}
+    return out | {
+        way: {"colour": colours.index(colour)}
+        for colour, other in NEAR
+        for way in _WAYS["background"][backgrounds.index(other)]
+    }
+
+
 # What is written into model.json; `tdjax.text.language` reads it.
 LANGUAGE = {
     "words": vocabulary(),
@@ -198,4 +224,6 @@ LANGUAGE = {
     "orders": orders(),
     "caption": "a {size} {colour} {shape} {motion} {speed} on a {background} background",
     "apart": [["motion", STILL, "speed"]],
+    "stands": STANDS,
+    "near": near(),
 }
