@@ -28,6 +28,7 @@ import tdjax.env
 import tdjax.server.__main__
 import tdjax.server.keys
 import tdjax.train.__main__
+import tdjax.train.encode.__main__
 import tdjax.train.tiny.__main__
 from tdjax import cli
 from tdjax.__main__ import COMMANDS
@@ -93,6 +94,11 @@ def read_train(argv):
         assert all(tdjax.train.__main__.build(tree) is not None for tree in parts.values())
 
 
+def read_encode(argv):
+    args = tdjax.train.encode.__main__.build_parser().parse_args(hyphens(argv))
+    tdjax.train.encode.__main__.check_early(args)
+
+
 def read_tiny(argv):
     args = tdjax.train.tiny.__main__.build_parser().parse_intermixed_args(hyphens(argv))
     assert tdjax.train.tiny.__main__.chosen_stages(args.stage)
@@ -119,6 +125,7 @@ READERS = {
     "tdjax.server": lambda argv: tdjax.server.__main__.build_parser().parse_args(hyphens(argv)),
     "tdjax.server.keys": lambda argv: tdjax.server.keys.build_parser().parse_args(argv),
     "tdjax.train": read_train,
+    "tdjax.train.encode": read_encode,
     "tdjax.train.tiny": read_tiny,
     "tdjax.bench": tdjax.bench.__main__.parse,
     "tdjax.cache": read_cache,
@@ -149,6 +156,7 @@ SHORT = {
     "python -m convert --lora",
     "python -m tdjax.cache rm",
     "python -m tdjax.train",
+    "python -m tdjax.train.encode",
     "python -m tdjax.train PRESET key=value ...",
 }
 
@@ -295,6 +303,7 @@ PARSERS = (
     tdjax.bench.__main__,
     tdjax.server.__main__,
     tdjax.train.__main__,
+    tdjax.train.encode.__main__,
     tdjax.train.tiny.__main__,
 )
 

@@ -7,8 +7,6 @@ refused with the row, before anything runs. Imports no jax.
 from __future__ import annotations
 
 import argparse
-import codecs
-import csv
 import dataclasses
 import io
 import os
@@ -19,21 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tdjax.config.parsing import json_value
 from tdjax.config.values import DIGITS, LIMIT, parse_whole, shown
 from tdjax.config.values import path as checked_path
 from tdjax.errors import UsageError
 from tdjax.files import near
 from tdjax.text.characters import repaired
+from tdjax.text.rows import SUFFIXES, rows_of
 
 COLUMNS = ("prompt", "seed", "image", "num_frames", "out")
 _NUMBERS = ("seed", "num_frames")
-_TABLES = (".csv", ".tsv")
-_JSON_LINES = (".jsonl", ".ndjson")
-_SUFFIXES = (".txt", *_TABLES, ".json", *_JSON_LINES)
-# Characters at which str.splitlines() ends a line beside \n: text pasted from a web page or a word
-# processor has them inside a prompt.
-_SEPARATORS = re.compile("[\v\f\x1c-\x1e\x85\u2028\u2029]+")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,25 +97,17 @@ def _with_clean_prompt(job: Job, note: Callable[[str], None], where: str) -> Job
 def _read_prompt_file(name: str, own: Job, note: Callable[[str], None]) -> list[Job]:
     path = Path(name).expanduser()
     suffix = path.suffix.lower()
-    if suffix not in ("", *_SUFFIXES):
-        close = near(suffix, _SUFFIXES, cutoff=0.4)
+    if suffix not in ("", *SUFFIXES):
+        close = near(suffix, SUFFIXES, cutoff=0.4)
         raise UsageError(
             f"--prompt_file {name} has the suffix {path.suffix!r}",
-            f"read are {', '.join(_SUFFIXES)}, and no suffix (one prompt a line)",
+            f"read are {', '.join(SUFFIXES)}, and no suffix (one prompt a line)",
             f"did you mean {close[0]}?" if close else "name it .txt for one prompt a line",
         )
     try:
         data = standard_input().buffer.read() if name == "-" else path.read_bytes()
-        text = _decoded(data)
-        if suffix in _TABLES:
-            rows = _table_rows(text, "\t" if suffix == ".tsv" else None)
-        elif suffix == ".json":
-            rows = _json_rows(text)
-        elif suffix in _JSON_LINES:
-            rows = [json_value(line) for line in text.split("\n") if line.strip()]
-        else:
-            rows = _line_rows(text)
-    except (OSError, ValueError, csv.Error) as error:
+        rows = rows_of(data, suffix, COLUMNS)
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"--prompt_file {name} cannot be read",
             str(error),
@@ -134,71 +118,6 @@ def _read_prompt_file(name: str, own: Job, note: Callable[[str], None]) -> list[
             f"{name} holds no prompts", "it is empty, or only comments", "one prompt a line"
         )
     return [_job(name, number, row, own, note) for number, row in enumerate(rows, 1)]
-
-
-def _decoded(data: bytes) -> str:
-    """Bytes as text with \\n at the end of lines: UTF-8, or UTF-16 with its mark. Raises ValueError
-    with the line that is neither."""
-    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        text = data.decode("utf-16" if utf_16 else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): save the file as UTF-8"
-        ) from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _line_rows(text: str) -> list[Any]:
-    """One prompt a line; a line that begins with # is a comment. Raises ValueError for a table or
-    JSON under the name of plain text."""
-    lines = [_SEPARATORS.sub(" ", line).strip() for line in text.split("\n")]
-    lines = [line for line in lines if line and not line.startswith("#")]
-    header = re.split(r"\s*[,;\t]\s*", lines[0].lower()) if lines else []
-    if len(header) > 1 and set(header) <= set(COLUMNS):
-        raise ValueError(f"its first line, {lines[0]!r}, is that of a table: name it .csv")
-    if lines and lines[0].startswith(("[", "{")):
-        raise ValueError("it begins like JSON: name it .json, or .jsonl for one row a line")
-    return [{"prompt": line} for line in lines]
-
-
-def _json_rows(text: str) -> list[Any]:
-    rows = json_value(text)
-    if not isinstance(rows, list):
-        raise ValueError("it is not a list of rows or prompts")
-    return rows
-
-
-def _table_rows(text: str, delimiter: str | None) -> list[Any]:
-    """Rows of a table whose first line names the columns; rows without any value are left out, and
-    so is a column without a name (the numbers that pandas writes). Raises csv.Error for a quote
-    that is never closed, ValueError for other damage."""
-    text = text.lstrip("\n")
-    if not text:
-        return []
-    if delimiter is None:
-        known = lambda mark: len(set(_names(text.partition("\n")[0], mark)) & set(COLUMNS))
-        delimiter = max(",;\t", key=known)
-    header, *lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    names = [name.strip().lower() for name in header]
-    if twice := [name for name in names if name and names.count(name) > 1]:
-        raise ValueError(f"its column {twice[0]!r} is there twice")
-    rows = []
-    for values in lines:
-        if len(values) > len(names):
-            shown = delimiter if delimiter != "\t" else "tab"
-            raise ValueError(
-                f"the row {delimiter.join(values)!r} has {len(values)} values for {len(names)}"
-                f" columns: put a prompt that holds a {shown} between double quotes"
-            )
-        row = {name: value.strip() for name, value in zip(names, values, strict=False) if name}
-        rows += [row] if any(row.values()) else []
-    return rows
-
-
-def _names(line: str, delimiter: str) -> list[str]:
-    return [name.strip().strip('"').lower() for name in line.split(delimiter)]
 
 
 def _job(name: str, number: int, row: Any, own: Job, note: Callable[[str], None]) -> Job:

@@ -7,7 +7,7 @@ import dataclasses
 import queue
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -358,15 +358,23 @@ def read_video(path: str | Path) -> np.ndarray:  # uint8 [T H W 3]
 
 
 def _as_rgb(container) -> Iterator[av.VideoFrame]:
-    """Decoded frames in rgb24, rounded properly: the library's default conversion is darker by
-    about one step of 255."""
-    graph = None
-    for frame in container.decode(video=0):
+    """All frames of a file in rgb24."""
+    convert = to_rgb(container.streams.video[0])
+    return map(convert, container.decode(video=0))
+
+
+def to_rgb(stream) -> Callable[[av.VideoFrame], av.VideoFrame]:
+    """Returns what makes rgb24 of the decoded frames of a stream, rounded properly: the library's
+    default conversion is darker by about one step of 255."""
+    graph: av.filter.Graph | None = None
+
+    def convert(frame: av.VideoFrame) -> av.VideoFrame:
+        nonlocal graph
         if graph is None:
             graph = av.filter.Graph()
             scale = graph.add("scale", "flags=bilinear+accurate_rnd+full_chroma_int")
             chain = [
-                graph.add_buffer(template=container.streams.video[0]),
+                graph.add_buffer(template=stream),
                 scale,
                 graph.add("format", "rgb24"),
                 graph.add("buffersink"),
@@ -375,4 +383,6 @@ def _as_rgb(container) -> Iterator[av.VideoFrame]:
                 a.link_to(b)
             graph.configure()
         graph.push(frame)
-        yield graph.pull()
+        return graph.pull()
+
+    return convert

@@ -24,7 +24,12 @@ def first_frame(
             f"first_frame takes uint8 {(size.height, size.width, 3)}, got {pixels.dtype}"
             f" {pixels.shape}; use resolution.fit_image"
         )
-    return (pixels.astype(np.float32) / np.float32(127.5) - np.float32(1))[None, None]
+    return in_range(pixels)[None, None]
+
+
+def in_range(pixels: np.ndarray) -> np.ndarray:  # uint8 [...] -> f32 [...]
+    """Values in [-1, 1], as the VAE reads them."""
+    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def first_frame_mask(shape: tuple[int, ...]) -> jax.Array:  # (b, t, h, w) -> f32[b t h w 4]

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels import mosaic
-from tdjax.checkpoints import compiled, demo, filenames, scheduler
+from tdjax.checkpoints import compiled, demo, filenames, orbax, scheduler
 from tdjax.checkpoints.filenames import telling
 from tdjax.checkpoints.locate import Located, cache_folder, locate
 from tdjax.checkpoints.published.detect import kind_of
@@ -193,7 +193,9 @@ def open_pipeline(
     for name, file in {"model": model, "cache_dir": cache_dir, **paths}.items():
         settled(name, file, "str | Path" if name == "model" else "str | Path | None")
     revision, offline = settled("revision", revision, "str | None"), switch("offline", offline)
-    if str(model) == "demo" and not any(paths.values()):
+    if str(model) == "demo" and (
+        not any(paths.values()) or _completed_by_demo(paths.get("dit_path"))
+    ):
         model = demo.folder()
     options = options.with_dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     if options.mesh == "auto":
@@ -214,6 +216,18 @@ def open_pipeline(
             (Path(cache_dir).expanduser() if cache_dir else cache_folder()) / FOLDER
         )
     return Pipeline(located, components, options, stages=stages, prompt_cache=cache)
+
+
+def _completed_by_demo(transformer: str | Path | None) -> bool:
+    """Whether the demo's VAE and text encoder go with a transformer in our layout: with one that
+    was trained on what they encode."""
+    if transformer is None or not (Path(transformer) / "manifest.json").is_file():
+        return False
+    paths = (transformer, demo.folder() / "dit")
+    given, own = (orbax.config_of(orbax.inspect(path)) for path in paths)
+    if not isinstance(given, DiTConfig) or not isinstance(own, DiTConfig):
+        return False
+    return (given.out_channels, given.text_dim) == (own.out_channels, own.text_dim)
 
 
 def _check_kind(model: Path) -> None:

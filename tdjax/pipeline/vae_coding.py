@@ -25,7 +25,7 @@ from tdjax.parallel.space import part, space_mesh
 from tdjax.pipeline import compilation, memory
 from tdjax.pipeline.compilation import Program, Programs
 from tdjax.pipeline.components import Component
-from tdjax.pipeline.conditioning import first_frame, image_condition
+from tdjax.pipeline.conditioning import first_frame, image_condition, in_range
 from tdjax.pipeline.memory import ExecutionPlan
 from tdjax.pipeline.request import Request
 from tdjax.pipeline.stage import Stage
@@ -195,12 +195,22 @@ class VAECoding(Stage):
     def encode(self, vae, image: np.ndarray, size: VideoSize) -> np.ndarray:
         """Returns latents f32 [1 t h w z] on the host, of the image f32 [1 1 H W 3] followed by
         grey frames."""
-        bodies = self.compiler.wait(self.encoder(size))
         place, later = self.compiler.place, size.latent_frames - 1
         chunks = iter([place(image)])
         if later:
             grey = np.zeros((1, self.component.config.temporal, *image.shape[2:]), np.float32)
             chunks = itertools.chain(chunks, itertools.repeat(place(grey), later))
+        return self._encoded(vae, chunks, size)
+
+    def encode_frames(self, vae, frames: np.ndarray, size: VideoSize) -> np.ndarray:
+        """Returns latents f32 [1 t h w z] on the host, of a clip's frames uint8 [T H W 3]."""
+        step = self.component.config.temporal
+        ends = [slice(0, 1), *(slice(i, i + step) for i in range(1, size.frames, step))]
+        chunks = (self.compiler.place(in_range(frames[each])[None]) for each in ends)
+        return self._encoded(vae, chunks, size)
+
+    def _encoded(self, vae, chunks: Iterable[jax.Array], size: VideoSize) -> np.ndarray:
+        bodies = self.compiler.wait(self.encoder(size))
         coded = [latents for (latents,) in arriving(_carried(bodies, vae, chunks))]
         return np.concatenate(coded, axis=1)
 

@@ -29,7 +29,8 @@ from tdjax.errors import CheckpointError
 from tdjax.files import written
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-_FIELDS = ("latent", "embed")
+_FIELDS = ("latent", "embed", "image")
+_NEEDED = ("latent", "embed")
 _SUFFIXES = ("pt", "pth", "npy")
 DAMAGE = (
     zipfile.BadZipFile,
@@ -89,10 +90,12 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One sample: where its latents and its prompt embedding lie."""
+    """One sample: where its latents, its prompt embedding and, for image-to-video, the latents of
+    its first frame lie."""
 
     latent: Member
     embed: Member
+    image: Member | None = None
 
 
 def index(shard: Path) -> tuple[Entry, ...]:
@@ -134,7 +137,7 @@ def index(shard: Path) -> tuple[Entry, ...]:
             "download it again",
         ) from e
     for key, members in found.items():
-        missing = [field for field in _FIELDS if field not in members]
+        missing = [field for field in _NEEDED if field not in members]
         if missing:
             name = next(iter(members.values())).name
             raise DataError(
@@ -218,13 +221,15 @@ def _stored(z: zipfile.ZipFile, name: str) -> bytes:
 
 def write_shard(
     path: str | Path,
-    samples: Iterable[tuple[np.ndarray, np.ndarray, str]],
+    samples: Iterable[tuple[np.ndarray, np.ndarray, str] | tuple[np.ndarray, ...]],
     first: int = 0,
     overwrite: bool = False,
 ) -> Path:
     """Writes samples (latents [t h w c], text [s d], prompt) in the official layout, the file
     complete or not at all. Returns its path.
 
+    A fourth entry of a sample is the latents [t h w c] of its first frame followed by grey ones,
+    the condition of image-to-video; KEY.image.pt.
     first: number of the first sample; keys have nine digits. Tensors are bfloat16, as torch.load
     reads them.
     """
@@ -232,18 +237,23 @@ def write_shard(
         written(Path(path), overwrite) as part,
         tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for key, (latents, text, prompt) in enumerate(samples, first):
-            channels_first = rearrange(np.asarray(latents), "t h w c -> c t h w")
+        for key, (latents, text, prompt, *image) in enumerate(samples, first):
             members = {
-                "latent.pt": torch_bytes(channels_first.astype(BF16)),
+                "latent.pt": _channels_first(latents),
                 "embed.pt": torch_bytes(np.asarray(text).astype(BF16)),
                 "prompt.txt": prompt.encode(),
             }
+            if image:
+                members["image.pt"] = _channels_first(image[0])
             for suffix, data in members.items():
                 info = tarfile.TarInfo(f"{key:09}.{suffix}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return Path(path)
+
+
+def _channels_first(latents: np.ndarray) -> bytes:  # [t h w c]
+    return torch_bytes(rearrange(np.asarray(latents), "t h w c -> c t h w").astype(BF16))
 
 
 def torch_bytes(array: np.ndarray) -> bytes:

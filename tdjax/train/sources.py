@@ -12,15 +12,16 @@ from einops import rearrange
 
 from tdjax.text.embeds import load_embeds
 from tdjax.train.shards import BF16, DAMAGE, DataError, Entry, decode, index
+from tdjax.train.storage import find_shards
 
 
 class ShardSource:
-    """A folder of `shard*.tar` files. Latents are cut to their first `frames`; text stays
-    bfloat16."""
+    """A folder of `shard*.tar` files, or of folders of them. Latents are cut to their first
+    `frames`; text stays bfloat16."""
 
     def __init__(self, folder: str | Path, *, frames: int, channels: int, text_dim: int):
         self.folder = Path(folder)
-        self.files = sorted(self.folder.glob("shard*.tar"))
+        self.files = find_shards(self.folder)
         if not self.files:
             why = "it is not a folder"
             if self.folder.is_dir():
@@ -47,7 +48,8 @@ class ShardSource:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the names and sizes of all shards."""
-        listing = "".join(f"{p.name} {p.stat().st_size}\n" for p in self.files)
+        name = lambda path: path.relative_to(self.folder).as_posix()
+        listing = "".join(f"{name(p)} {p.stat().st_size}\n" for p in self.files)
         return hashlib.sha256(listing.encode()).hexdigest()[:16]
 
     def entries(self, unit: int) -> Sequence[Entry]:

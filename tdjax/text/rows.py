@@ -1,0 +1,103 @@
+"""Rows of files as people have them: lines, tables from spreadsheets, JSON."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import re
+from typing import Any
+
+from tdjax.config.parsing import json_value
+
+TABLES = (".csv", ".tsv")
+JSON_LINES = (".jsonl", ".ndjson")
+SUFFIXES = (".txt", *TABLES, ".json", *JSON_LINES)
+# Characters at which str.splitlines() ends a line beside \n: text pasted from a web page or a word
+# processor has them inside a prompt.
+_SEPARATORS = re.compile("[\v\f\x1c-\x1e\x85\u2028\u2029]+")
+
+
+def rows_of(data: bytes, suffix: str, columns: tuple[str, ...]) -> list[Any]:
+    """Returns the rows of a file, not yet checked: tables of {column: value}, and for plain lines
+    {first of the columns: line}. Raises ValueError for what cannot be read.
+
+    suffix: one of SUFFIXES, or "" for plain lines. columns: those that are known, which tell the
+            mark between them.
+    """
+    text = decoded(data)
+    if suffix in TABLES:
+        return _table_rows(text, "\t" if suffix == ".tsv" else None, columns)
+    if suffix == ".json":
+        return _json_rows(text)
+    if suffix in JSON_LINES:
+        return [json_value(line) for line in text.split("\n") if line.strip()]
+    return _line_rows(text, columns)
+
+
+def decoded(data: bytes) -> str:
+    """Returns bytes as text with \\n at the end of lines: UTF-8, or UTF-16 with its mark. Raises
+    ValueError with the line that is neither."""
+    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode("utf-16" if utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): save the file as UTF-8"
+        ) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _line_rows(text: str, columns: tuple[str, ...]) -> list[Any]:
+    """One row a line; a line that begins with # is a comment. Raises ValueError for a table or
+    JSON under the name of plain text."""
+    lines = [_SEPARATORS.sub(" ", line).strip() for line in text.split("\n")]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    header = re.split(r"\s*[,;\t]\s*", lines[0].lower()) if lines else []
+    if len(header) > 1 and set(header) <= set(columns):
+        raise ValueError(f"its first line, {lines[0]!r}, is that of a table: name it .csv")
+    if lines and lines[0].startswith(("[", "{")):
+        raise ValueError("it begins like JSON: name it .json, or .jsonl for one row a line")
+    return [{columns[0]: line} for line in lines]
+
+
+def _json_rows(text: str) -> list[Any]:
+    rows = json_value(text)
+    if not isinstance(rows, list):
+        raise ValueError("it is not a list of rows or prompts")
+    return rows
+
+
+def _table_rows(text: str, delimiter: str | None, columns: tuple[str, ...]) -> list[Any]:
+    """Rows of a table whose first line names the columns; rows without any value are left out, and
+    so is a column without a name (the numbers that pandas writes). Raises ValueError for damage,
+    such as a quote that is never closed."""
+    text = text.lstrip("\n")
+    if not text:
+        return []
+    if delimiter is None:
+        known = lambda mark: len(set(_names(text.partition("\n")[0], mark)) & set(columns))
+        delimiter = max(",;\t", key=known)
+    try:
+        header, *lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+    names = [name.strip().lower() for name in header]
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise ValueError(f"its column {twice[0]!r} is there twice")
+    rows = []
+    for values in lines:
+        if len(values) > len(names):
+            shown = delimiter if delimiter != "\t" else "tab"
+            raise ValueError(
+                f"the row {delimiter.join(values)!r} has {len(values)} values for {len(names)}"
+                f" columns: put a prompt that holds a {shown} between double quotes"
+            )
+        row = {name: value.strip() for name, value in zip(names, values, strict=False) if name}
+        rows += [row] if any(row.values()) else []
+    return rows
+
+
+def _names(line: str, delimiter: str) -> list[str]:
+    return [name.strip().strip('"').lower() for name in line.split(delimiter)]

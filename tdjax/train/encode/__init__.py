@@ -1,0 +1,1 @@
+"""From videos and their captions to the shards that training reads."""
