@@ -83,6 +83,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="of weights and computation; default: the model's own (demo: float32)",
     )
     parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="also each denoising row with blocks streamed from the host's memory (stage dit)",
+    )
+    parser.add_argument(
         "--teacher",
         action="store_true",
         help="also the original: 50 guided steps, dense, one step timed",

@@ -105,7 +105,7 @@ def compiled(make: Callable[[], Pipeline], call: dict) -> tuple[Pipeline, float,
         for pipe in (first := make(), make()):
             request = pipe.request("bench", **call)
             plan = pipe.plan(request)
-            if not plan.keep_resident:
+            if not plan.keep_resident or plan.stream_transformer:
                 raise UsageError(
                     "stage e2e with weights that do not stay on the device",
                     plan.table(),

@@ -17,9 +17,9 @@ import numpy as np
 from tdjax.checkpoints import orbax
 from tdjax.config import DiTConfig, SamplerConfig, TextConfig, VAEConfig, VideoSize
 from tdjax.models.linear import LINEAR
-from tdjax.models.wan_dit import with_linear
+from tdjax.models.wan_dit import with_linear, without_blocks
 from tdjax.parallel.sharding import leaf_name
-from tdjax.pipeline import compilation, memory
+from tdjax.pipeline import compilation, memory, streaming
 from tdjax.pipeline.compilation import Program
 from tdjax.pipeline.components import Component, PlannedComponent
 from tdjax.pipeline.vae_coding import VAECoding
@@ -234,6 +234,51 @@ def dit_rows(cfg: DiTConfig, vae: VAEConfig, size: VideoSize, args) -> Iterator[
             whole = TEACHER_SAMPLER.num_steps * original.ms
             row = dataclasses.replace(row, ratio=whole / (args.num_steps * row.ms))
         yield row
+        if args.stream:
+            yield streamed_row(changed, size, SamplerConfig(num_steps=args.num_steps), args.repeats)
+
+
+def streamed_row(cfg: DiTConfig, size: VideoSize, sampler: SamplerConfig, repeats: int) -> Row:
+    """A step whose blocks pass through the device from page-locked memory of the host. weights are
+    those on the device at a time."""
+    compiler = compilation.Programs(Stages(show=False))
+    key, dtype = jax.random.key(2), cfg.policy.compute_dtype
+    shape = (1, *size.latent_grid, cfg.out_channels)
+    noise = compilation.start_noise(jax.random.key(1), sampler.num_steps, shape)
+    times = jnp.asarray(schedules.times(sampler))
+    text = jax.random.normal(key, (1, cfg.text_len, cfg.text_dim)).astype(dtype)
+    image = jnp.zeros((*shape[:-1], cfg.condition_channels)) if cfg.condition_channels else None
+    schedule = (few_step.injected(noise)[:1], times[:2])
+    model = random_streamed(cfg)
+    inputs = few_step.start(noise[0], times), text, image, schedule
+    start = time.perf_counter()
+    runs = compiler.wait(streaming.programs(compiler, model, sampler, *inputs))
+    compile_s = time.perf_counter() - start
+    state, *others = inputs
+    call = lambda: jax.block_until_ready(streaming.step(runs, model, jnp.copy(state), *others))
+    call()
+    counted, block = compiler.memory(), memory.module_bytes(model.blocks[0])
+    outer = memory.module_bytes(model.outer)
+    beside = {"step_begin": outer, "step_block": block, "step_end": outer}
+    return row_of(
+        "step",
+        f"{label(cfg)}, blocks streamed",
+        timed(call, repeats),
+        compile_s=compile_s,
+        weights=outer + memory.STREAMED_BLOCKS * block,
+        working=max(counted[name] - weights for name, weights in beside.items()),
+    )
+
+
+def random_streamed(cfg: DiTConfig) -> streaming.Streamed:
+    """A transformer of random weights, drawn a block at a time, whose blocks wait in the host's
+    memory."""
+    one = random_weights(orbax.abstract("dit", dataclasses.replace(cfg, layers=1)))
+    block = jax.tree.map(lambda leaf: leaf[0], one.blocks)
+    blocks = [jax.device_put(block, streaming.waiting()) for _ in range(cfg.layers)]
+    structure = jax.tree.structure(without_blocks(orbax.abstract("dit", cfg)))
+    outer = jax.tree.unflatten(structure, jax.tree.leaves(without_blocks(one)))
+    return streaming.Streamed(outer, tuple(blocks))
 
 
 def denoise_row(

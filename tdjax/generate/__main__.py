@@ -38,7 +38,8 @@ LORAS = ("lora", "lora_high", "lora_low")
 # Options that a session cannot change: how the model is opened, and what is made beside its lines.
 BEFORE = {
     *("model", "revision", "offline", "task", "attention_type", "attention_impl", "quant", "dtype"),
-    *("vae_dtype", "sla_topk", "mesh", "low_memory", "text_encoder_device", "vae", "prompt_cache"),
+    *("vae_dtype", "sla_topk", "mesh", "low_memory", "text_encoder_device", "transformer_device"),
+    *("vae", "prompt_cache"),
     *("compile_cache_dir", "config", "serve", "dry_run", "warmup", "profile"),
     *("prompt", "prompt_file", "prompt_embeds", "save_prompt_embeds"),
     *PATHS,
@@ -273,6 +274,7 @@ def pipeline_options(
         low_memory=args.low_memory,
         text_encoder=text_encoder,
         text_encoder_device=text_device,
+        transformer_device=args.transformer_device,
         vae=args.vae,
         prompt_cache=prompt_cache,
         lora=tuple(map(cli.lora_pair, args.lora)),
@@ -432,7 +434,8 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
             f"sampler    {request.sampler.sampler}, {request.sampler.num_steps} steps, sigma_max"
             f" {request.sampler.sigma_max:g}"
         ),
-        f"weights    {'stay on the device' if plan.keep_resident else 'freed after each stage'}",
+        f"weights    {'stay on the device' if plan.keep_resident else 'freed after each stage'}"
+        + (", blocks of the transformer in the host's memory" if plan.stream_transformer else ""),
         (
             f"videos     {len(jobs) * args.num_samples}, first"
             f" {outputs.targets(args, pipe.name, jobs[0])[0]}"
@@ -445,7 +448,12 @@ def dry_run(args, pipe, jobs: list[Job]) -> int:
             json.dumps(
                 {
                     "plan": [
-                        {"name": stage.name, "weights": stage.weights, "working": stage.working}
+                        {
+                            "name": stage.name,
+                            "weights": stage.weights,
+                            "working": stage.working,
+                            "host": stage.host,
+                        }
                         for stage in plan.stages
                     ],
                     "limit": plan.limit,

@@ -388,6 +388,15 @@ def add_speed_options(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         ),
     )
     speed.add_argument(
+        "--transformer_device",
+        choices=("auto", "device", "stream"),
+        default="auto",
+        help=(
+            "stream: blocks wait in the host's memory and are copied while others run; auto: where"
+            " the transformer does not fit"
+        ),
+    )
+    speed.add_argument(
         "--vae",
         choices=("auto", "full", "tiled"),
         default="auto",

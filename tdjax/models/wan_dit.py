@@ -190,9 +190,7 @@ class DiT(nnx.Module):
     def forward(self, x, timestep, image, kv_of: Callable, kvs):
         """kv_of(the cross-attention of a block, its part of kvs) -> its TextKV."""
         grid = self.grid(x)
-        fill = missing_tokens(math.prod(grid))
-        table = rope(grid, self.cfg.head_dim).filled(fill)
-        e, e0 = self.time(timestep)
+        table = rotation(grid, self.cfg)
 
         def step(x, each):
             block, kv = each
@@ -201,10 +199,21 @@ class DiT(nnx.Module):
         # Kept activations of a loop are copied into a stack and out of it again; blocks written out
         # one by one hand them over.
         step, unroll = (jax.checkpoint(step), 1) if self.cfg.remat else (step, self.cfg.layers)
-        x = self.patchify(x, image)
-        x = self.between(jnp.pad(x, ((0, 0), (0, fill), (0, 0))) if fill else x)
+        x, e, e0 = self.begin(x, timestep, image)
         x, _ = lax.scan(step, x, (self.blocks, kvs), unroll=unroll)
-        return self.unpatchify(self.head(x, e)[:, : table.tokens], grid)
+        return self.end(x, e, grid)
+
+    def begin(self, x, timestep, image):
+        """What comes before the blocks: x f32 [b t h w c], timestep f32 [b] -> (the stream [b l d],
+        e [b d] for the head, e0 [b 6 d] for the blocks)."""
+        fill = missing_tokens(math.prod(self.grid(x)))
+        e, e0 = self.time(timestep)
+        x = self.patchify(x, image)
+        return self.between(jnp.pad(x, ((0, 0), (0, fill), (0, 0))) if fill else x), e, e0
+
+    def end(self, x, e, grid: tuple[int, ...]):
+        """What comes after them: [b l d] -> the velocity f32 [b t h w c]."""
+        return self.unpatchify(self.head(x, e)[:, : math.prod(grid)], grid)
 
     def context(self, text, features):
         """(text, features) [b s d] as the cross-attention of every block reads them: quantised once
@@ -287,6 +296,17 @@ class DiT(nnx.Module):
                 f"DiT: latents of {x.shape[1:4]} frames, rows and columns are not multiples of the"
                 f" patch {cfg.patch}"
             )
+
+
+def rotation(grid: tuple[int, ...], cfg: DiTConfig) -> Rotation:
+    """Angles of the tokens of a grid, with what is missing on a mesh."""
+    return rope(grid, cfg.head_dim).filled(missing_tokens(math.prod(grid)))
+
+
+def without_blocks(model: DiT) -> DiT:
+    """The same model without the leaves of its blocks; `begin` and `end` need none of them."""
+    absent = lambda path, leaf: None if leaf_name(path).startswith("blocks.") else leaf
+    return jax.tree_util.tree_map_with_path(absent, model)
 
 
 def _fits(shape: tuple[int, ...], expected: tuple) -> bool:

@@ -25,7 +25,9 @@ from tdjax.checkpoints.published.lora import Change, changes_of, left_out_note
 from tdjax.checkpoints.published.rules import Row, invert
 from tdjax.config import DiTConfig
 from tdjax.models.linear import LINEAR
+from tdjax.models.wan_dit import without_blocks
 from tdjax.pipeline.options import Lora, lora_pairs
+from tdjax.pipeline.streaming import Streamed, waiting, with_one_block
 
 if TYPE_CHECKING:
     from tdjax.pipeline.components import Component
@@ -50,6 +52,20 @@ class Chosen:
     files: tuple[tuple[str, float], ...]
     notes: list[str]
     changes: dict[str, list[tuple[_Place, Change]]]
+
+    def of(self, block: int | None) -> Chosen:
+        """Returns what changes one block, as those of a network of one layer; None: what changes
+        the rest."""
+        changes = {
+            name: [
+                (place if block is None else dataclasses.replace(place, layer=0), change)
+                for place, change in each
+                if name.startswith("blocks.") == (block is not None)
+                and (block is None or place.layer == block)
+            ]
+            for name, each in self.changes.items()
+        }
+        return Chosen(self.files, [], {name: each for name, each in changes.items() if each})
 
 
 def choose(files: tuple[tuple[str, float], ...], cfg: DiTConfig, low_noise: bool) -> Chosen:
@@ -94,11 +110,14 @@ class Adapters:
     def __init__(self):
         self.chosen = Chosen((), [], {})
         self._base: dict[str, tuple[np.ndarray, ...]] = {}
+        self._pieces: dict[int | None, Adapters] = {}  # of a `Streamed`: its blocks, and the rest
 
     def merged(self, module: Any) -> Any:
         """Returns the module with the chosen files and no others. The module that is given is not
         to be used again, not even after an error: each of its leaves that changes is deleted as
         the new one is there, as a device may not hold all of them twice."""
+        if isinstance(module, Streamed):
+            return self._merged_streamed(module)
         leaves = orbax.named_leaves(module)
         linear = LINEAR[module.cfg.linear].leaves
         for name, before in self._base.items():
@@ -119,9 +138,26 @@ class Adapters:
         self._base = base
         return orbax.assemble(module, leaves)
 
+    def _merged_streamed(self, module: Streamed) -> Streamed:
+        """The same block by block, each on the device in its turn."""
+        outer, blocks = module.outer, list(module.blocks)
+        for at in (None, *range(len(blocks))):
+            part = self._pieces.setdefault(at, Adapters())
+            part.chosen = self.chosen.of(at)
+            if not part.chosen.changes and not part._base:
+                continue
+            made = part.merged(with_one_block(outer, blocks[at or 0]))
+            if at is None:
+                outer = without_blocks(made)
+                continue
+            before, block = blocks[at], jax.tree.map(lambda x: x[0], made.blocks)
+            blocks[at] = jax.block_until_ready(jax.device_put(block, waiting()))
+            jax.tree.map(lambda x: x.delete(), before)
+        return Streamed(outer, tuple(blocks))
+
     def forget(self) -> None:
         """The module is gone: there is nothing to take off."""
-        self._base = {}
+        self._base, self._pieces = {}, {}
 
 
 def _places(cfg: DiTConfig) -> dict[str, _Place]:

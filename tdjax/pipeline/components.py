@@ -23,9 +23,10 @@ from tdjax.checkpoints.filenames import telling
 from tdjax.checkpoints.published import checkpoint as published
 from tdjax.config import Config, DiTConfig
 from tdjax.errors import CheckpointError, UsageError
-from tdjax.models.wan_dit import with_linear
+from tdjax.models.wan_dit import with_linear, without_blocks
 from tdjax.parallel.sharding import shardings
 from tdjax.pipeline.adapters import Adapters, Chosen
+from tdjax.pipeline.streaming import BLOCKS, HOST_MEMORY, Streamed, waiting
 
 KINDS = {
     "dit": ("a video transformer", "dit_path"),
@@ -34,7 +35,6 @@ KINDS = {
     "text": ("a umT5 text encoder", "text_encoder_path"),
 }
 LOADER = ThreadPoolExecutor(1, thread_name_prefix="load")  # one after another, as asked for
-HOST_MEMORY = "pinned_host"
 _ENDS = 2**16  # bytes at each end of a file that stand for it in an identity
 _QUICK = 2**20  # the same of a fingerprint
 
@@ -48,6 +48,7 @@ class Component(abc.ABC):
     mesh:   the devices over which it is spread, or None for the first one.
     module: the network on the device; None until it is loaded, and after it is freed.
     coming: the load that a thread was asked for.
+    streamed: whether it is loaded as a `Streamed`, its blocks in the host's memory.
     adapters: LoRA files that are merged into it on the device, and can be taken off.
     lora:   the (file, weight) pairs that are merged into it.
     linear: kind of linear layers in its file, for a transformer.
@@ -68,6 +69,7 @@ class Component(abc.ABC):
         self.mesh: jax.sharding.Mesh | None = None
         self.module: Any = None
         self.coming: Future | None = None
+        self.streamed = False
         self.adapters = Adapters()
 
     @property
@@ -135,7 +137,8 @@ class Component(abc.ABC):
         if self.module is None:
             coming, self.coming = self.coming, None
             module = self.read() if coming is None else coming.result()
-            if jax.tree.leaves(module)[0].sharding.memory_kind == HOST_MEMORY:
+            whole = not isinstance(module, Streamed)
+            if whole and jax.tree.leaves(module)[0].sharding.memory_kind == HOST_MEMORY:
                 module = _moved_to_device(module)
             self.module = self.adapters.merged(module) if self.adapters.chosen.files else module
         return self.module
@@ -154,6 +157,13 @@ class Component(abc.ABC):
             self.free()
             raise
 
+    def stream(self, streamed: bool) -> None:
+        """Has the weights loaded with their blocks in the host's memory, or not; those that are
+        there otherwise are dropped."""
+        if streamed != self.streamed:
+            self.free()
+            self.streamed = streamed
+
     def load_ahead(self, host: bool = False) -> None:
         """Begins to load in a thread, one component after another; `load` then waits for it, and
         raises what went wrong.
@@ -171,9 +181,9 @@ class Component(abc.ABC):
 
     def read(self) -> Any:
         """Returns the weights on the device, whatever is there already."""
-        config = self.config
-        if self._changes_linear:  # read as stored, then quantised or dequantised on the device
-            config = dataclasses.replace(config, linear=self.stored.linear)
+        if self.streamed:
+            return self.read_streamed()
+        config = self.as_read
         module = self.restore(config, self._placement(orbax.abstract(self.kind, config)))
         if self._changes_linear:
             module = with_linear(module, self.config.linear, free=True)
@@ -181,11 +191,43 @@ class Component(abc.ABC):
                 module = jax.device_put(module, self._placement(module))
         return jax.block_until_ready(module)
 
+    @property
+    def as_read(self) -> Any:
+        """The config that weights are read as: those of another kind of linear layers are quantised
+        or dequantised after that, on the device."""
+        if not self._changes_linear:
+            return self.config
+        return dataclasses.replace(self.config, linear=self.stored.linear)
+
+    def read_streamed(self) -> Streamed:
+        """Returns a transformer whose blocks are in page-locked memory of the host. One block at a
+        time passes through the device, where it is transposed and quantised."""
+        device = jax.local_devices()[0]
+        abstract = orbax.abstract(self.kind, self.config)
+        names = orbax.named_leaves(without_blocks(abstract))
+        leaves = {name: jax.device_put(self.leaf(name), device) for name in names}
+        structure = jax.tree.structure(without_blocks(abstract))
+        outer = jax.tree.unflatten(structure, list(leaves.values()))
+        blocks = self._waiting_blocks(leaves)
+        return Streamed(jax.block_until_ready(outer), tuple(blocks))
+
+    def _waiting_blocks(self, outer: dict[str, Any]) -> list[Any]:
+        """The blocks in the host's memory. outer: leaves of all else, on the device."""
+        layers = self.layers(BLOCKS)
+        put = lambda block: jax.block_until_ready(jax.device_put(block, waiting()))
+        return [put(self._block(outer, layer)) for layer in layers]
+
+    def _block(self, outer: dict[str, Any], layer: dict[str, jax.Array]) -> Any:
+        """One block on the device, of the kind of linear layers that is asked for."""
+        one = dataclasses.replace(self.as_read, layers=1)
+        stacked = {name: leaf[None] for name, leaf in layer.items()}
+        module = orbax.assemble(orbax.abstract(self.kind, one), outer | stacked)
+        blocks = with_linear(module, self.config.linear).blocks
+        return jax.tree.map(lambda leaf: leaf[0], blocks)
+
     def read_to_host(self) -> Any:
         """Returns the weights in page-locked memory of the host."""
-        device = jax.local_devices()[0]
-        there = jax.sharding.SingleDeviceSharding(device, memory_kind=HOST_MEMORY)
-        return jax.block_until_ready(self._restore_to_host(there))
+        return jax.block_until_ready(self._restore_to_host(waiting()))
 
     def free(self) -> None:
         """Drops the weights from the device, and those that are still on their way."""
@@ -226,6 +268,16 @@ class StoredComponent(Component):
         for i in range(count):
             yield {name: jax.device_put(leaf[i], device) for name, leaf in leaves.items()}
 
+    def _waiting_blocks(self, outer: dict[str, Any]) -> list[Any]:
+        """Leaf by leaf, as `_restore_to_host`, where nothing is left to quantise."""
+        if self._changes_linear:
+            return super()._waiting_blocks(outer)
+        blocks = orbax.abstract(self.kind, self.config).blocks
+        stacked = (self.leaf(f"{BLOCKS}{name}") for name in orbax.named_leaves(blocks))
+        leaves = [[jax.device_put(x, waiting()) for x in each] for each in stacked]
+        structure = jax.tree.structure(blocks)
+        return [jax.tree.unflatten(structure, each) for each in zip(*leaves, strict=True)]
+
     def leaf(self, name: str) -> np.ndarray:
         return orbax.read(self.path, name).astype(self._names()[name].dtype)
 
@@ -246,7 +298,7 @@ class StoredComponent(Component):
         return [str(source.get("name", "")), *telling(self.path)]
 
     def _names(self) -> dict[str, Any]:
-        return orbax.named_leaves(orbax.abstract(self.kind, self.config))
+        return orbax.named_leaves(orbax.abstract(self.kind, self.as_read))
 
     def _restore_to_host(self, there: jax.sharding.Sharding) -> Any:
         """Leaf by leaf: a restore in one piece would hold all of it twice."""
@@ -277,10 +329,10 @@ class PublishedComponent(Component):
 
     def layers(self, prefix: str) -> Iterator[dict[str, jax.Array]]:
         """As Component.layers; the file is read as its layers are asked for."""
-        return self.file.layers(self.config, prefix, jax.local_devices()[0])
+        return self.file.layers(self.as_read, prefix, jax.local_devices()[0])
 
     def leaf(self, name: str) -> np.ndarray:
-        return self.file.leaf(self.config, name)
+        return self.file.leaf(self.as_read, name)
 
     def rows(self, name: str, ids: np.ndarray) -> np.ndarray:
         return self.file.rows(self.config, name, ids)

@@ -14,7 +14,8 @@ from jax import lax
 
 from tdjax.config import DiTConfig, SamplerConfig
 from tdjax.errors import NotFinite
-from tdjax.pipeline import compilation, memory
+from tdjax.models.wan_dit import without_blocks
+from tdjax.pipeline import compilation, memory, streaming
 from tdjax.pipeline.compilation import Program, Programs
 from tdjax.pipeline.components import Component
 from tdjax.pipeline.kernel_check import wait_for_threads
@@ -126,7 +127,11 @@ class Denoising(Stage):
         condition = None
         if cfg.condition_channels:
             condition = shape((1, *request.size.latent_grid, cfg.condition_channels))
-        steps = [self.program(request, state, text, condition, chunk) for chunk in chunks]
+        steps = [
+            program
+            for chunk in chunks
+            for program in self.step_programs(request, plan, state, text, condition, chunk)
+        ]
         if request.on_preview is not None:
             before = state if sampler.sampler == "ode" else None
             steps += self.previews.programs(request, plan, state, before, chunks[0])
@@ -158,13 +163,15 @@ class Denoising(Stage):
             chunks = self.compiler.place(_chunks(request.sampler, segments, noise))
             finite: list[bool] = []
             for chunk, segment in zip(chunks, segments, strict=True):
-                program = self.program(request, state, text, condition, chunk)
-                run, model = self._ready_alone(program, segment, plan)
+                made = self.step_programs(request, plan, state, text, condition, chunk)
+                runs, model = self._ready_alone(made, segment, plan)
                 before = None
                 if request.on_preview is not None and request.sampler.sampler == "ode":
                     before = jnp.copy(state)  # the state itself is donated
                 with self.timed(_label(segment, request), plan, segment.expert):
-                    state, ok = run(model, state, text, condition, chunk)
+                    given = model, state, text, condition, chunk
+                    streamed = plan.stream_transformer
+                    state, ok = streaming.step(runs, *given) if streamed else runs[0](*given)
                     finite += np.asarray(ok).tolist()
                 if request.single_steps or self.stages.show:
                     self.stages.step(segment.last, request.sampler.num_steps)
@@ -187,7 +194,21 @@ class Denoising(Stage):
         if single is None:
             told = request.single_steps or bool(self.stages.show)
             single = told or (experts and not plan.keep_resident)
+        single = single or plan.stream_transformer
         return segments_of(request.sampler, experts=experts, single=single)
+
+    def step_programs(
+        self, request: Request, plan: ExecutionPlan, state, text, condition, chunk
+    ) -> list[Program]:
+        """Returns the programs of a segment for these inputs, or their shapes: one, or those of
+        `streaming`."""
+        if not plan.stream_transformer:
+            return [self.program(request, state, text, condition, chunk)]
+        model = self.components[FIRST].abstract()
+        block = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), model.blocks)
+        shapes = streaming.Streamed(without_blocks(model), (block,))
+        inputs = state, text, condition, chunk
+        return streaming.programs(self.compiler, shapes, request.sampler, *inputs)
 
     def program(self, request: Request, state, text, condition, chunk) -> Program:
         """Returns the program of a segment for these inputs, or their shapes."""
@@ -200,17 +221,17 @@ class Denoising(Stage):
         inputs = model, state, text, condition, chunk
         return self.compiler.request("denoise", function, *inputs, donate=(1,), **static)
 
-    def _ready_alone(self, program: Program, segment: Segment, plan: ExecutionPlan):
-        """(executable, module) of a segment. What threads compile and load is done by the time that
-        the first one begins."""
+    def _ready_alone(self, programs: list[Program], segment: Segment, plan: ExecutionPlan):
+        """(executables, module) of a segment. What threads compile and load is done by the time
+        that the first one begins."""
         if segment.expert == SECOND and not plan.keep_resident:
             self.components[FIRST].free()
         expert = self.components[segment.expert]
-        (run,), model = self.ready([program], expert, plan, segment.expert)
+        runs, model = self.ready(programs, expert, plan, segment.expert)
         if segment.first == 0:
             loads = [component.coming for component in self.components.values()]
             wait_for_threads([*self.compiler.coming.values(), *loads], self.stages)
-        return run, model
+        return runs, model
 
     def _read_second(self, later: list[Segment], plan: ExecutionPlan) -> None:
         """Has the second expert read into the host's memory while the first one's later steps run,
@@ -218,8 +239,10 @@ class Denoising(Stage):
         if not {FIRST, SECOND} <= {segment.expert for segment in later}:
             return
         second = self.components[SECOND]
-        if second.stageable and memory.may_stage(plan.of(FIRST), second.abstract(), plan.limit):
-            second.load_ahead(host=True)
+        streamed = plan.stream_transformer
+        room = memory.may_stage(plan.of(FIRST), second.abstract(), plan.limit, streamed=streamed)
+        if room and (streamed or second.stageable):
+            second.load_ahead(host=not streamed)
 
     def _inputs(self, request: Request, key, sample: int) -> tuple:
         """Those of the program `start`."""

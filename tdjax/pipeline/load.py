@@ -32,6 +32,7 @@ from tdjax.pipeline.options import (
     PipelineOptions,
     Quant,
     TextEncoderDevice,
+    TransformerDevice,
     VAEDecoding,
     without_aliases,
 )
@@ -55,6 +56,7 @@ def load(
     low_memory: bool = False,
     text_encoder: bool = True,
     text_encoder_device: TextEncoderDevice = "auto",
+    transformer_device: TransformerDevice = "auto",
     vae: VAEDecoding = "auto",
     prompt_cache: bool = True,
     lora: Lora = (),
@@ -100,6 +102,9 @@ def load(
     text_encoder_device: "device" (all of it, as the other components), "stream" (a layer at a time
                 from the file: no weights stay), or "auto": the device if everything fits there
                 together, else stream. The same embeddings.
+    transformer_device: "device" (all of it), "stream" (blocks wait in page-locked memory of the
+                host and pass through the device one after another, each copied while the one before
+                it runs), or "auto": stream where the transformer does not fit on the device.
     vae:        "full" (whole frames), "tiled" (overlapping tiles of 320 pixels with blended seams,
                 for small GPUs: close to the same frames), or "auto": tiled where the whole frame
                 does not fit.
@@ -132,6 +137,7 @@ def load(
         low_memory=low_memory,
         text_encoder=text_encoder,
         text_encoder_device=text_encoder_device,
+        transformer_device=transformer_device,
         vae=vae,
         prompt_cache=prompt_cache,
         lora=lora,

@@ -41,6 +41,8 @@ KERNEL_STEPS = 5.5
 REFERENCE_STEPS = 10
 # Layers of the text encoder on the device: one that runs, one that waits, one that arrives.
 STREAMED_LAYERS = 3
+STREAMED_BLOCKS = 3  # of the transformer, likewise
+HOST_USABLE = 0.7  # share of the host's memory in which blocks may wait between calls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class StagePlan:
     stage:     "text", "vae encode", "dit", "dit_low" or "vae decode". name: as it is shown.
     component: the network whose weights it needs: "text", "vae", "dit" or "dit_low".
     weights:   bytes. working: bytes beside the weights.
+    host:      bytes of page-locked memory of the host in which weights wait that are streamed.
     """
 
     stage: str
@@ -57,6 +60,7 @@ class StagePlan:
     component: str
     weights: int
     working: int
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -72,6 +76,7 @@ class ExecutionPlan:
     limit:         bytes that JAX may use on the device, or None where the backend does not say.
     keep_resident: all weights stay on the device between stages and calls.
     stream_text:   the text encoder passes through the device layer by layer.
+    stream_transformer: so do the blocks of the transformer, from the host's memory.
     tiled_vae:     frames are decoded in overlapping tiles.
     """
 
@@ -80,6 +85,7 @@ class ExecutionPlan:
     keep_resident: bool
     stream_text: bool
     tiled_vae: bool
+    stream_transformer: bool = False
 
     def __iter__(self) -> Iterator[StagePlan]:
         return iter(self.stages)
@@ -102,6 +108,10 @@ class ExecutionPlan:
             usable = f"{self.limit / GIB:.1f} GiB usable"
         peak = max(self.stages, key=lambda row: row.total)
         lines.append(f"peak {peak.total / GIB:.2f} GiB in {peak.name} ({usable})")
+        waiting = [row.host for row in self.stages if row.host]
+        if waiting:  # of two experts each is read for its stage, where memory is short
+            host = sum(waiting) if self.keep_resident else max(waiting)
+            lines.append(f"host {host / GIB:.2f} GiB, page-locked, for blocks of the transformer")
         return "\n".join(lines)
 
 
@@ -112,6 +122,7 @@ def make_plan(
     guided: bool,
     low_memory: bool = False,
     stream_text: bool | None = None,
+    stream_transformer: bool | None = None,
     tiled_vae: bool | None = None,
     mesh: Mesh | None = None,
     previews: bool = False,
@@ -122,6 +133,7 @@ def make_plan(
     guided:      every step runs a doubled batch.
     low_memory:  no weights stay, even if all would fit.
     stream_text: True, False, or None: unless everything fits together.
+    stream_transformer: True, False, or None: where a transformer does not fit.
     tiled_vae:   True, False, or None: where the whole frame does not fit.
     previews:    every step is shown.
     """
@@ -130,12 +142,23 @@ def make_plan(
         decode = _vae_stage(configs["vae"], size, encode=False, tiled=False, mesh=mesh)
         tiled_vae = limit is not None and decode.total > USABLE * limit
     how: dict[str, Any] = {"tiled": tiled_vae, "mesh": mesh, "previews": previews}
+    if stream_transformer is None:
+        whole = stage_plans(configs, size, guided=guided, **how)
+        rows = [row for row in whole if row.component in ("dit", "dit_low")]
+        fits = limit is None or all(row.total <= USABLE * limit for row in rows)
+        stream_transformer = mesh is None and not fits
+    how["stream_transformer"] = stream_transformer
     plans = lambda streamed: stage_plans(configs, size, guided=guided, stream_text=streamed, **how)
-    resident = lambda stages: not low_memory and fit_together(stages, limit)
+    resident = lambda stages: (
+        not low_memory
+        and fit_together(stages, limit)
+        and sum(row.host for row in stages) <= HOST_USABLE * host_memory()
+    )
     if stream_text is None:
         stream_text = not resident(plans(False))
     stages = plans(stream_text)
-    return ExecutionPlan(stages, limit, resident(stages), stream_text, tiled_vae)
+    keep = resident(stages)
+    return ExecutionPlan(stages, limit, keep, stream_text, tiled_vae, stream_transformer)
 
 
 def plan_of(
@@ -151,6 +174,7 @@ def plan_of(
         guided=request.sampler.guided,
         low_memory=options.low_memory,
         stream_text=options.stream_text,
+        stream_transformer=options.stream_transformer,
         tiled_vae=options.tiled_vae,
         mesh=mesh,
         previews=request.on_preview is not None,
@@ -177,6 +201,12 @@ def weight_bytes(kind: str, cfg: Config, mesh: Mesh | None = None) -> int:
 
 
 @functools.cache
+def block_bytes(cfg: DiTConfig) -> int:
+    """Bytes of one block of the transformer."""
+    return module_bytes(orbax.abstract("dit", cfg).blocks) // cfg.layers
+
+
+@functools.cache
 def layer_bytes(cfg: TextConfig) -> int:
     """Bytes of one layer of the text encoder."""
     return module_bytes(orbax.abstract("text", cfg).blocks) // cfg.layers
@@ -196,12 +226,18 @@ def dit_working(cfg: DiTConfig, size: VideoSize, batch: int, mesh: Mesh | None =
     by_tokens = sizes.get("seq", 1)
     by_heads = by_tokens * sizes.get("tensor", 1)
     tokens, item = batch * size.tokens(cfg.patch), np.dtype(cfg.policy.compute).itemsize
-    text = 2 * cfg.layers * batch * cfg.text_len * cfg.dim * item
+    text = text_kv_bytes(cfg, batch)
     stream = tokens * cfg.dim * (item + 4)
     attention = tokens * cfg.dim * (4 * item + 4)
     mlp = tokens * cfg.ffn_dim * (2 * item + (0 if cfg.linear == "float" else 5))
     sparse = 0 if cfg.attention == "dense" else tokens * cfg.dim * 3 * item + GIB // 2
     return text + stream // by_tokens + max(attention + sparse, mlp) // by_heads
+
+
+def text_kv_bytes(cfg: DiTConfig, batch: int) -> int:
+    """Keys and values of the text, of all blocks."""
+    item = np.dtype(cfg.policy.compute).itemsize
+    return 2 * cfg.layers * batch * cfg.text_len * cfg.dim * item
 
 
 def vae_working(cfg: VAEConfig, height: int, width: int, *, encode: bool) -> int:
@@ -231,6 +267,7 @@ def stage_plans(
     *,
     guided: bool,
     stream_text: bool = False,
+    stream_transformer: bool = False,
     tiled: bool = False,
     mesh: Mesh | None = None,
     previews: bool = False,
@@ -246,11 +283,16 @@ def stage_plans(
     if "dit_low" in configs:
         names = {"dit": "denoise (high noise)", "dit_low": "denoise (low noise)"}
     for stage, name in names.items():
-        cfg = configs[stage]
-        working = dit_working(cfg, size, 2 if guided else 1, mesh)
+        cfg, batch = configs[stage], 2 if guided else 1
+        working = dit_working(cfg, size, batch, mesh)
+        weights, host = weight_bytes("dit", cfg, mesh), 0
+        if stream_transformer:  # each block has the text's keys and values when it runs
+            host = cfg.layers * block_bytes(cfg)
+            weights += STREAMED_BLOCKS * block_bytes(cfg) - host
+            working -= text_kv_bytes(cfg, batch) * (cfg.layers - 1) // cfg.layers
         if previews and previews_decoded(configs["vae"]):  # its weights stay between the steps
             working = decode.weights + max(working, decode.working)
-        plans.append(StagePlan(stage, name, stage, weight_bytes("dit", cfg, mesh), working))
+        plans.append(StagePlan(stage, name, stage, weights, working, host))
     return (*plans, decode)
 
 
@@ -295,22 +337,35 @@ def fit_together(stages: tuple[StagePlan, ...], limit: int | None) -> bool:
     return sum(weights.values()) + max(row.working for row in stages) < USABLE * limit
 
 
-def may_stage(working_stage: StagePlan, module, limit: int | None) -> bool:
+def may_stage(
+    working_stage: StagePlan, module, limit: int | None, *, streamed: bool = False
+) -> bool:
     """Whether a module can be read into the host's memory while a stage runs: the host has room for
-    it, and the device for its largest leaf twice (it is transposed there). Not where the device
-    does not report its memory: that is the host's own."""
-    largest = max(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(module))
-    room = limit is not None and working_stage.total + 2 * largest < USABLE * limit
+    it, and the device for what passes through it: the largest leaf twice (it is transposed there),
+    or a block and what is not streamed. Not where the device does not report its memory: that is
+    the host's own."""
+    passing = 2 * max(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(module))
+    if streamed:
+        blocks = module_bytes(module.blocks)
+        passing = module_bytes(module) - blocks + 3 * blocks // module.cfg.layers
+    room = limit is not None and working_stage.total + passing < USABLE * limit
     return room and 1.2 * module_bytes(module) < host_available()
 
 
 def host_available() -> int:
     """Bytes that the host could give to a process (Linux; 0 elsewhere)."""
+    return _host("MemAvailable:")
+
+
+def host_memory() -> int:
+    """Bytes that the host has (Linux; 0 elsewhere)."""
+    return _host("MemTotal:")
+
+
+def _host(name: str) -> int:
     file = Path("/proc/meminfo")
     lines = file.read_text().splitlines() if file.exists() else []
-    return next(
-        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0
-    )
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), 0)
 
 
 @contextlib.contextmanager
@@ -333,6 +388,6 @@ def out_of_memory(label: str, row: StagePlan, limit: int | None) -> OutOfMemory:
         f"out of device memory in stage {label!r}",
         f"estimated need {row.total / GIB:.1f} GiB, of which weights {row.weights / GIB:.1f} GiB;"
         f" usable {usable}",
-        "in this order: low_memory; a -quant file or `quant` int8; fewer frames or `resolution`"
-        " 480p",
+        "in this order: low_memory; a -quant file or `quant` int8; `transformer_device` stream;"
+        " fewer frames or `resolution` 480p",
     )

@@ -7,6 +7,8 @@ import jax
 
 from tdjax.config import DiTConfig, SamplerConfig, VideoSize
 from tdjax.media.resolution import size_notes
+from tdjax.pipeline.memory import GIB, ExecutionPlan
+from tdjax.pipeline.options import PipelineOptions
 from tdjax.pipeline.request import ModelInfo, Request
 from tdjax.sampling import schedules
 from tdjax.text.language import language_notes
@@ -31,6 +33,17 @@ def request_notes(
             else:
                 lines += prompt_warnings(tokenizer, text)
     return lines
+
+
+def plan_notes(plan: ExecutionPlan, options: PipelineOptions) -> list[str]:
+    """Returns lines about what a plan does by itself that costs time."""
+    if not plan.stream_transformer or options.transformer_device == "stream":
+        return []
+    host = max(row.host for row in plan) / GIB
+    return [
+        f"the transformer does not fit on the device: its blocks wait in {host:.1f} GiB of the"
+        " host's memory and are copied while others run"
+    ]
 
 
 def trained_notes(request: Request, info: ModelInfo) -> list[str]:

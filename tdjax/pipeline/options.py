@@ -21,6 +21,7 @@ Impl = Literal["auto", "reference", "triton", "mosaic", "cudnn"]
 Quant = Literal["auto", "none", "int8", "int8_channel", "fp8"]
 DType = Literal["auto", "bfloat16", "float16", "float32"]
 TextEncoderDevice = Literal["auto", "device", "stream"]
+TransformerDevice = Literal["auto", "device", "stream"]
 VAEDecoding = Literal["auto", "full", "tiled"]
 Sampler = Literal["sde", "ode", "unipc", "euler"]
 Fit = Literal["crop", "pad", "stretch", "adaptive"]
@@ -68,6 +69,7 @@ class PipelineOptions:
     low_memory: bool = False
     text_encoder: bool = True
     text_encoder_device: TextEncoderDevice = "auto"
+    transformer_device: TransformerDevice = "auto"
     vae: VAEDecoding = "auto"
     prompt_cache: bool = True
     lora: Lora = ()
@@ -87,12 +89,19 @@ class PipelineOptions:
         if self.vae_dtype is not None:
             check_choice("vae_dtype", self.vae_dtype, get_args(DType))
         check_choice("text_encoder_device", self.text_encoder_device, get_args(TextEncoderDevice))
+        check_choice("transformer_device", self.transformer_device, get_args(TransformerDevice))
         check_choice("vae", self.vae, get_args(VAEDecoding))
         check_choice("impl", self.impl, get_args(Impl))
         if self.mesh is not None and self.text_encoder_device == "stream":
             raise UsageError(
                 "text_encoder_device stream with a mesh",
                 "layers are streamed to one device",
+                "use device, or no mesh",
+            )
+        if self.mesh is not None and self.transformer_device == "stream":
+            raise UsageError(
+                "transformer_device stream with a mesh",
+                "blocks are streamed to one device",
                 "use device, or no mesh",
             )
 
@@ -106,6 +115,13 @@ class PipelineOptions:
         if self.mesh is not None:
             return False
         return {"auto": None, "device": False, "stream": True}[self.text_encoder_device]
+
+    @property
+    def stream_transformer(self) -> bool | None:
+        """Whether the transformer's blocks are streamed; None: where it does not fit."""
+        if self.mesh is not None:
+            return False
+        return {"auto": None, "device": False, "stream": True}[self.transformer_device]
 
     @property
     def tiled_vae(self) -> bool | None:

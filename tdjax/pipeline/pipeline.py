@@ -24,7 +24,7 @@ from tdjax.pipeline.compilation import Programs
 from tdjax.pipeline.components import Component
 from tdjax.pipeline.decoding import decode
 from tdjax.pipeline.memory import ExecutionPlan
-from tdjax.pipeline.notes import request_notes
+from tdjax.pipeline.notes import plan_notes, request_notes
 from tdjax.pipeline.options import Lora, OutputType, PipelineOptions, check_choice
 from tdjax.pipeline.preparation import Preparation
 from tdjax.pipeline.request import Request, make_request, model_info, texts_of
@@ -79,8 +79,10 @@ class Pipeline(Call):
         plan, listener, steps = self.plan(request), request.listener(), request.sampler.num_steps
         with self.lock, self.stages.listening(listener, request.videos, steps):
             first = len(self.stages.rows)
-            for line in self.warnings(request):
+            for line in (*self.warnings(request), *plan_notes(plan, self.options)):
                 self.stages.note(line)
+            for name in self.components.keys() & {"dit", "dit_low"}:
+                self.components[name].stream(plan.stream_transformer)
             try:
                 if not plan.keep_resident:  # what an earlier call, of a smaller size, left there
                     self.free()
