@@ -10,6 +10,7 @@ from jax import lax
 
 from pallas_kernels.temporal_unfold import norm_silu, temporal_unfold
 from tdjax.config import VAEConfig
+from tdjax.models.abstract import drawn
 from tdjax.parallel.space import with_edges
 
 
@@ -89,7 +90,7 @@ class Conv(nnx.Module):
         self, size: tuple[int, ...], inputs: int, outputs: int, cfg: VAEConfig, *, rngs: nnx.Rngs
     ):
         init, dtype = jax.nn.initializers.lecun_normal(), cfg.policy.param_dtype
-        self.kernel = nnx.Param(init(rngs.params(), (*size, inputs, outputs), dtype))
+        self.kernel = nnx.Param(drawn(init, rngs, (*size, inputs, outputs), dtype))
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype))
 
     def __call__(self, x, stride: int = 1):  # [b t h w i] -> [b t h/stride w/stride o]

@@ -26,6 +26,7 @@ from pallas_kernels.int8_matmul import (
     quantized_linear,
 )
 from pallas_kernels.primitives import EXACT
+from tdjax.models.abstract import drawn
 from tdjax.parallel.sharding import over_channels, over_tokens
 from tdjax.precision import Policy
 
@@ -68,7 +69,7 @@ class _Layer(nnx.Module):
         impl: str = "auto",
     ):
         self.impl = impl
-        self.draw(lambda dtype: init(rngs.params(), (i, o), dtype), policy)
+        self.draw(lambda dtype: drawn(init, rngs, (i, o), dtype), policy)
         self.bias = nnx.Param(jnp.zeros(o, policy.param_dtype)) if bias else None
 
 

@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import nnx
 
 from tdjax.config import TinyVAEConfig
-from tdjax.models.abstract import as_shapes
+from tdjax.models.abstract import as_shapes, drawn
 from tdjax.models.causal_conv import conv2d, conv2d_upsampled
 
 COLOURS = 3
@@ -28,7 +28,7 @@ class PlainConv(nnx.Module):
 
     def __init__(self, size: int, inputs: int, outputs: int, cfg, *, rngs: nnx.Rngs, bias=True):
         init, dtype = jax.nn.initializers.he_normal(), cfg.policy.param_dtype
-        self.kernel = nnx.Param(init(rngs.params(), (size, size, inputs, outputs), dtype))
+        self.kernel = nnx.Param(drawn(init, rngs, (size, size, inputs, outputs), dtype))
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None
 
     def __call__(self, x):  # [b t h w i] -> [b t h w o]

@@ -18,6 +18,7 @@ from jax import lax
 
 from pallas_kernels.primitives import EXACT
 from tdjax.config import TextConfig
+from tdjax.models.abstract import drawn, stacked
 from tdjax.models.linear import Linear
 from tdjax.models.norms import RMSNorm
 
@@ -74,7 +75,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, cfg: TextConfig, *, rngs: nnx.Rngs):
         self.embedding = nnx.Param(
-            jax.random.normal(rngs.params(), (cfg.vocab, cfg.dim), cfg.policy.param_dtype)
+            drawn(jax.random.normal, rngs, (cfg.vocab, cfg.dim), cfg.policy.param_dtype)
         )
 
     def __call__(self, ids):  # i32[b s] -> [b s d]
@@ -112,7 +113,7 @@ class Block(nnx.Module):
         self.attn = SelfAttention(cfg, rngs=rngs)
         std = (cfg.buckets * cfg.heads) ** -0.5
         self.relative_bias = nnx.Param(
-            std * jax.random.normal(rngs.params(), (cfg.buckets, cfg.heads), cfg.policy.param_dtype)
+            std * drawn(jax.random.normal, rngs, (cfg.buckets, cfg.heads), cfg.policy.param_dtype)
         )
         self.norm2 = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
         self.gate = linear(cfg.dim, cfg.ffn_dim, cfg, rngs)
@@ -138,8 +139,7 @@ class UMT5(nnx.Module):
     def __init__(self, cfg: TextConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.embed = Embedding(cfg, rngs=rngs)
-        keys = jax.random.split(rngs.params(), cfg.layers)
-        self.blocks = jax.vmap(lambda k: Block(cfg, rngs=nnx.Rngs(k)))(keys)
+        self.blocks = stacked(lambda rngs: Block(cfg, rngs=rngs), cfg.layers, rngs)
         self.norm = RMSNorm(cfg.dim, cfg.eps, cfg.policy)
 
     def __call__(self, ids, mask):  # i32[b s], i32[b s] (1 up to the prompt's end) -> [b s d]

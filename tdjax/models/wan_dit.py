@@ -19,7 +19,7 @@ from flax import nnx
 from jax import lax
 
 from tdjax.config import DiTConfig
-from tdjax.models.abstract import as_shapes
+from tdjax.models.abstract import as_shapes, drawn, stacked
 from tdjax.models.attention import CrossAttention, SelfAttention, TextKV
 from tdjax.models.linear import LINEAR, Linear, converted
 from tdjax.models.norms import LayerNorm, modulate, sinusoid
@@ -124,7 +124,8 @@ def gated_residual(x, y, gate):  # x y [b l d], gate f32 [b 1 d]
 
 
 def _modulation(rngs, rows, cfg):
-    return jax.random.normal(rngs.params(), (rows, cfg.dim), cfg.policy.param_dtype) * cfg.dim**-0.5
+    shape = rows, cfg.dim
+    return drawn(jax.random.normal, rngs, shape, cfg.policy.param_dtype) * cfg.dim**-0.5
 
 
 class Head(nnx.Module):
@@ -160,9 +161,7 @@ class DiT(nnx.Module):
         self.time_proj = Linear(d, 6 * d, policy, rngs=rngs)
         if cfg.image_dim:
             self.image_embed = ImageEmbed(cfg, rngs=rngs)
-        keys = jax.random.split(rngs.params(), cfg.layers)
-        # every leaf gains a layer axis
-        self.blocks = jax.vmap(lambda key: Block(cfg, rngs=nnx.Rngs(key)))(keys)
+        self.blocks = stacked(lambda rngs: Block(cfg, rngs=rngs), cfg.layers, rngs)
         self.head = Head(cfg, rngs=rngs)
 
     def __call__(self, x, timestep, text, image=None, features=None):
