@@ -30,6 +30,16 @@ def data_set(folder, sizes=(3, 4, 2)):
     return folder
 
 
+def several_sizes(folder):
+    """Two sizes in folders of their own: 9 samples of SHAPE, and 8 that are wider, numbered from
+    100 on."""
+    data_set(folder / "a", (3, 4, 2))
+    for number in range(2):
+        wide = [(np.repeat(x, 2, 2)[:2], t, p) for x, t, p in samples(100 + 4 * number, 4)]
+        write_shard(folder / "b" / f"shard_{number:06}.tar", wide, 4 * number)
+    return folder
+
+
 def source(folder, **changes):
     return ShardSource(folder, **{"frames": 2, "channels": 4, "text_dim": 6, **changes})
 

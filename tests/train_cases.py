@@ -30,6 +30,9 @@ class ArraySource:
     def entries(self, unit: int):
         return range(len(self.latents))
 
+    def size(self, unit: int):
+        return ""
+
     def read(self, entry: int):
         image = None if self.image is None else self.image[entry]
         return np.asarray(self.latents[entry], np.float32), self.text[entry], image

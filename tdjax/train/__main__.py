@@ -17,7 +17,7 @@ from tdjax.train.storage import find_shards
 
 
 def build_parser() -> argparse.ArgumentParser:
-    presets = "\n".join(f"  {name:10} {preset.about}" for name, preset in PRESETS.items())
+    presets = "\n".join(f"  {name:17} {preset.about}" for name, preset in PRESETS.items())
     p = cli.Parser(
         "tdjax train",
         usage="%(prog)s PRESET [key=value ...] [options]",

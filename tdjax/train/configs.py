@@ -14,6 +14,7 @@ from tdjax.config import DiTConfig, SLAConfig, positive
 from tdjax.precision import FLOATS
 
 DECAY = ("constant", "linear", "cosine")
+EXPERTS = ("high", "low")
 STUDENT = ("dense", "sla")
 TANGENTS = ("exact", "semidiscrete", "discrete")
 TARGETS = ("teacher", "data")
@@ -23,6 +24,15 @@ WARMUP_FORMS = ("paper", "code2026")
 def _field(default: Any, note: str) -> Any:
     """A field of a config with what `PRESET --help` says of it."""
     return dataclasses.field(default=default, metadata={"help": note})
+
+
+def _check_times(config) -> None:
+    low, high = config.time_from, config.time_to
+    if not 0 <= low < high <= 1:
+        raise ValueError(
+            f"{type(config).__name__}: time_from {low} and time_to {high} must rise, from 0 (data)"
+            " to 1 (noise)"
+        )
 
 
 def _check_accumulate(config) -> None:
@@ -70,11 +80,15 @@ class DataConfig:
     batch: int = _field(8, "samples of all devices together")
     seed: int = _field(0, "of the order")
     mix: int = _field(4, "shards whose samples are shuffled together")
+    max_skipped: int = _field(
+        16, "damaged samples before the run stops; another one stands in the place of each"
+    )
 
     def __post_init__(self):
         positive(self, "frames", "batch", "mix")
-        if self.seed < 0:
-            raise ValueError(f"DataConfig.seed is {self.seed}; it must be at least 0")
+        for name in ("seed", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"DataConfig.{name} is {getattr(self, name)}; allowed: 0 and more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +100,7 @@ class ModelConfig:
         "", "preset name, hub id, file or folder: the teacher, and where the student begins"
     )
     student: str = _field("", "where the student begins, if not at the teacher")
+    expert: str = _field("", "of weights that are two networks: high (noise) or low")
     offline: bool = _field(False, "never ask the hub")
     attention: str = _field("dense", "of the student: dense or sla")
     sla: SLAConfig = SLAConfig(block_q=64, block_k=64)
@@ -93,10 +108,15 @@ class ModelConfig:
     dit: DiTConfig = DiTConfig()
 
     def __post_init__(self):
-        for name, allowed in (("attention", STUDENT), ("compute", FLOATS)):
+        for name, allowed in (
+            ("attention", STUDENT),
+            ("compute", FLOATS),
+            ("expert", ("", *EXPERTS)),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"ModelConfig.{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
+                    f"ModelConfig.{name} is {getattr(self, name)!r}; allowed:"
+                    f" {', '.join(filter(None, allowed))}"
                 )
         if self.student and not self.weights:
             raise ValueError("ModelConfig.student is given without weights, which are the teacher")
@@ -230,6 +250,10 @@ class FlowMatchingConfig:
     """Flow matching with no weight over time."""
 
     time: TimeDistribution = UniformShift()
+    time_from: float = _field(0.0, "least flow time that is drawn; 0: data")
+    time_to: float = _field(
+        1.0, "greatest; 1: noise. One of two experts is trained on its own times"
+    )
     dropout: float = _field(
         0.0,
         "share of captions replaced by the negative embedding; 0.1 to 0.15 for a model that will be"
@@ -240,6 +264,7 @@ class FlowMatchingConfig:
 
     def __post_init__(self):
         _check_accumulate(self)
+        _check_times(self)
         if not 0 <= self.dropout < 1:
             raise ValueError(
                 f"FlowMatchingConfig.dropout is {self.dropout}; it is a probability, at least 0 and"
@@ -253,11 +278,16 @@ class SLATrainingConfig:
 
     target: str = _field("teacher", "white box; data: black box, the teacher is not used")
     time: TimeDistribution = LogNormal(mean=1.5)
+    time_from: float = _field(0.0, "least flow time that is drawn; 0: data")
+    time_to: float = _field(
+        1.0, "greatest; 1: noise. One of two experts is trained on its own times"
+    )
     ema: EMAConfig = EMAConfig()
     accumulate: int = _field(1, "microbatches in a batch")
 
     def __post_init__(self):
         _check_accumulate(self)
+        _check_times(self)
         if self.target not in TARGETS:
             raise ValueError(
                 f"SLATrainingConfig.target is {self.target!r}; allowed: {', '.join(TARGETS)}"

@@ -59,6 +59,8 @@ def make_step(config: FlowMatchingConfig, optimizer) -> Callable:
     """Returns step(state, teacher, batch) -> (state, metrics). Of the teacher only the negative
     embedding is used, and only for dropout."""
 
+    own_times = (config.time_from, config.time_to)
+
     def step(state, teacher, batch):
         keys = named_keys(state, "noise", "time", "drop")
         latents = batch.latents.astype(jnp.float32)
@@ -68,7 +70,7 @@ def make_step(config: FlowMatchingConfig, optimizer) -> Callable:
             batch = dataclasses.replace(batch, text=drop_captions(batch.text, negative, dropped))
         draws = (
             normal(keys["noise"], latents.shape),
-            times.draw(config.time, keys["time"], latents.shape[:1]),
+            times.draw(config.time, keys["time"], latents.shape[:1], own_times),
         )
 
         def loss(model, batch, draws):

@@ -127,25 +127,26 @@ def train(
 
 
 class _Programs:
-    """One executable for each phase, compiled when its turn comes; the state's memory is given to
-    the new state."""
+    """One executable for each phase and size of samples, compiled when its turn comes; the state's
+    memory is given to the new state."""
 
     def __init__(self, steps: dict[str, Step], mesh: Mesh | None, stages: Stages):
         self.steps = steps
         self.mesh = mesh
         self.stages = stages
-        self.compiled: dict[str, Any] = {}
+        self.compiled: dict[Any, Any] = {}
 
     def get(self, phase: str, state, teacher, batch, report: Report):
-        if phase not in self.compiled:
+        key = phase, batch.latents.shape
+        if key not in self.compiled:
             out = None
             if self.mesh is not None:
                 whole = NamedSharding(self.mesh, PartitionSpec())
                 out = (jax.tree.map(lambda x: x.sharding, state), whole)
             with report.pause(), self.stages(f"compile {phase}"):
                 jitted = jax.jit(self.steps[phase], donate_argnums=0, out_shardings=out)
-                self.compiled[phase] = jitted.lower(state, teacher, batch).compile()
-        return self.compiled[phase]
+                self.compiled[key] = jitted.lower(state, teacher, batch).compile()
+        return self.compiled[key]
 
 
 # -- what goes wrong -------------------------------------------------------------------------------

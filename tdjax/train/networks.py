@@ -18,7 +18,7 @@ from tdjax.errors import CheckpointError, UsageError
 from tdjax.models.wan_dit import DiT
 from tdjax.pipeline.components import Component, open_component
 from tdjax.precision import Policy
-from tdjax.train.configs import ModelConfig
+from tdjax.train.configs import EXPERTS, ModelConfig
 from tdjax.train.placement import created
 
 
@@ -34,8 +34,8 @@ class Networks:
         self.teacher = self.student = None
         stored = model.dit
         if model.weights:
-            self.teacher = _opened(model.weights, model.offline)
-            self.student = _opened(model.student or model.weights, model.offline)
+            self.teacher = _opened(model.weights, model)
+            self.student = _opened(model.student or model.weights, model)
             stored = self.student.stored
             _check_teacher(self.teacher.stored, stored, method)
             self.teacher.config = frozen(self.teacher.stored, model)
@@ -100,16 +100,19 @@ def frozen(stored: DiTConfig, model: ModelConfig) -> DiTConfig:
     return dataclasses.replace(stored, policy=Policy(param=model.compute, compute=model.compute))
 
 
-def _opened(name: str, offline: bool) -> Component:
+def _opened(name: str, model: ModelConfig) -> Component:
     """The transformer of a model, known by its keys; what is not here is downloaded."""
-    located = locate(name, offline=offline, parts=("dit",))
+    located = locate(name, offline=model.offline, parts=("dit",))
+    chosen = 0
     if len(located.dit) != 1:
-        raise UsageError(
-            f"{name} has two transformers",
-            "each expert is a network of its own, and is trained by itself",
-            f"give one: {located.dit[0]}",
-        )
-    component = open_component(located.dit[0], "dit")
+        if not model.expert:
+            raise UsageError(
+                f"{name} has two transformers",
+                "each expert is a network of its own, and is trained by itself",
+                f"give model.expert=high or low, or one file: {located.dit[0]}",
+            )
+        chosen = EXPERTS.index(model.expert)
+    component = open_component(located.dit[chosen], "dit")
     if component.stored.linear != "float":
         raise CheckpointError(
             f"{component.path} holds {component.stored.linear} weights",

@@ -97,6 +97,19 @@ _FM_TINY = {
 _WEIGHTS_1_3B = {"model.weights": "wan2.1-t2v-1.3b"}
 _WEIGHTS_14B = {"model.weights": "wan2.1-t2v-14b"}
 
+
+def _sla_a14b(task: str, expert: str, boundary: float) -> Preset:
+    """One expert of Wan2.2 A14B, on its own times: above the boundary, or below."""
+    times = {"loss.time_from": boundary} if expert == "high" else {"loss.time_to": boundary}
+    weights = {"model.weights": f"wan2.2-{task}-a14b", "model.expert": expert}
+    name = {"t2v": "T2V", "i2v": "I2V"}[task]
+    return Preset(
+        "sla",
+        f"the same for the {expert}-noise expert of Wan2.2 {name} A14B",
+        _SLA | weights | times,
+    )
+
+
 PRESETS: dict[str, Preset] = {
     "sla-1.3b": Preset(
         "sla",
@@ -104,6 +117,10 @@ PRESETS: dict[str, Preset] = {
         _SLA | _WEIGHTS_1_3B,
     ),
     "sla-14b": Preset("sla", "the same for Wan2.1 T2V 14B", _SLA | _WEIGHTS_14B),
+    "sla-a14b-t2v-high": _sla_a14b("t2v", "high", 0.875),
+    "sla-a14b-t2v-low": _sla_a14b("t2v", "low", 0.875),
+    "sla-a14b-i2v-high": _sla_a14b("i2v", "high", 0.9),
+    "sla-a14b-i2v-low": _sla_a14b("i2v", "low", 0.9),
     "rcm-1.3b": Preset(
         "rcm", "few-step distillation of Wan2.1 T2V 1.3B", _RCM_1_3B | _WEIGHTS_1_3B
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,20 @@ class TrainingRun:
                 f"use a multiple of {rows}",
             )
         source = ShardSource(
-            data.path, frames=data.frames, channels=cfg.out_channels, text_dim=cfg.text_dim
+            data.path,
+            frames=data.frames,
+            channels=cfg.out_channels,
+            text_dim=cfg.text_dim,
+            condition=cfg.condition_channels,
         )
-        return Stream(source, batch=data.batch, seed=data.seed, mix=data.mix)
+        return Stream(
+            source,
+            batch=data.batch,
+            seed=data.seed,
+            mix=data.mix,
+            max_skipped=data.max_skipped,
+            note=self.stages.note,
+        )
 
     def _open_negative(self) -> np.ndarray | None:
         path = self.config["data"].negative
@@ -99,14 +111,14 @@ class TrainingRun:
         """Shapes of the state. Every step is traced: whatever does not fit together is found here,
         in seconds."""
         source = self.stream.source
-        sample = source.read(source.entries(0)[0])
         batched = lambda x: jax.ShapeDtypeStruct((self.stream.size, *x.shape), x.dtype)
-        batch = Batch(*jax.tree.map(batched, sample))
+        samples = [source.read(source.first(unit)) for unit in source.firsts.values()]
+        batches = [Batch(*jax.tree.map(batched, sample)) for sample in samples]
         teacher = Teacher(model=self.networks.abstract_teacher(), negative=self.negative)
         try:
             state = jax.eval_shape(self.method.create, self.networks.abstract())
             with self._on_mesh():
-                for step in self.method.steps.values():
+                for step, batch in itertools.product(self.method.steps.values(), batches):
                     jax.eval_shape(step, state, teacher, batch)
         except UsageError:
             raise

@@ -33,12 +33,14 @@ def white_box_loss(student: Velocity, teacher: Velocity, latents, eps, s):
 def make_step(config: SLATrainingConfig, optimizer) -> Callable:
     """Returns step(state, teacher, batch) -> (state, metrics)."""
 
+    own_times = (config.time_from, config.time_to)
+
     def step(state, teacher, batch):
         keys = named_keys(state, "noise", "time")
         latents = batch.latents.astype(jnp.float32)
         draws = (
             normal(keys["noise"], latents.shape),
-            times.draw(config.time, keys["time"], latents.shape[:1]),
+            times.draw(config.time, keys["time"], latents.shape[:1], own_times),
         )
 
         def loss(model, batch, draws):

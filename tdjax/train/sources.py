@@ -16,10 +16,21 @@ from tdjax.train.storage import find_shards
 
 
 class ShardSource:
-    """A folder of `shard*.tar` files, or of folders of them. Latents are cut to their first
-    `frames`; text stays bfloat16."""
+    """A folder of `shard*.tar` files, or of folders of them, each with samples of one size. Latents
+    are cut to their first `frames`; text stays bfloat16.
 
-    def __init__(self, folder: str | Path, *, frames: int, channels: int, text_dim: int):
+    condition: channels beside the noisy latents of an image-to-video network; 0 for none.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        frames: int,
+        channels: int,
+        text_dim: int,
+        condition: int = 0,
+    ):
         self.folder = Path(folder)
         self.files = find_shards(self.folder)
         if not self.files:
@@ -33,12 +44,19 @@ class ShardSource:
                 "a data set is a folder of shard_000000.tar, shard_000001.tar, ...",
             )
         self.frames = frames
-        first = self.entries(0)[0]
-        latent = first.latent.array()
-        embed = first.embed.array()
-        # As stored [c t h w]; any number of frames from `frames` on.
-        self.latent_shape = (channels, None, *latent.shape[2:])
+        self.condition = condition
+        # The first shard of each size.
+        self.firsts = {self.size(unit): unit for unit in reversed(range(self.units))}
+        embed = self.first(0).embed.array()
         self.text_shape = (embed.shape[0] if embed.ndim else 0, text_dim)
+        # As stored [c t h w]; any number of frames from that of a batch on.
+        self.latent_shapes: dict[str, tuple[int | None, ...]] = {}
+        self.lengths: dict[str, int] = {}
+        for size, unit in self.firsts.items():
+            latent = self.first(unit).latent.array()
+            self.latent_shapes[size] = (channels, None, *latent.shape[2:])
+            shorter = len(self.firsts) > 1 and latent.ndim == 4
+            self.lengths[size] = min(frames, latent.shape[1]) if shorter else frames
 
     @property
     def units(self) -> int:
@@ -52,23 +70,54 @@ class ShardSource:
         listing = "".join(f"{name(p)} {p.stat().st_size}\n" for p in self.files)
         return hashlib.sha256(listing.encode()).hexdigest()[:16]
 
+    def size(self, unit: int) -> str:
+        """Returns the name of the size that the samples of a shard have: its folder."""
+        return self.files[unit].parent.name
+
+    def first(self, unit: int) -> Entry:
+        """Returns the first sample of a shard. Raises DataError for a bad shard."""
+        return self.entries(unit)[0]
+
     def entries(self, unit: int) -> Sequence[Entry]:
         """Returns the samples of a shard. Raises DataError for a bad one."""
         return index(self.files[unit])
 
-    def read(self, entry: Entry) -> tuple[np.ndarray, np.ndarray, None]:
-        """Returns (latents f32[t h w c], text bf16[s d], no image). Raises DataError for a sample
-        of another shape."""
-        latent = _fitting(entry.latent.array(), self.latent_shape, entry.latent)
-        if latent.shape[1] < self.frames:
+    def read(self, entry: Entry) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Returns (latents f32[t h w c], text bf16[s d], image f32[t h w condition] or None).
+        Raises DataError for a sample of another shape, and for one without what the network
+        reads."""
+        size = entry.latent.shard.parent.name
+        shape, frames = self.latent_shapes[size], self.lengths[size]
+        latent = _fitting(entry.latent.array(), shape, entry.latent)
+        if latent.shape[1] < frames:
             raise DataError(
                 f"{entry.latent} has {latent.shape[1]} latent frames",
-                f"{self.frames} are asked for; longer ones are cut",
+                f"{frames} are asked for; longer ones are cut",
                 "set data.frames to the smallest number",
             )
         text = _fitting(entry.embed.array(), self.text_shape, entry.embed)
-        frames = rearrange(latent[:, : self.frames], "c t h w -> t h w c")
-        return np.ascontiguousarray(frames, np.float32), text.astype(BF16), None
+        return _cut(latent, frames), text.astype(BF16), self._image(entry, latent, frames)
+
+    def _image(self, entry: Entry, latent: np.ndarray, frames: int) -> np.ndarray | None:
+        """What an image-to-video network reads beside the noisy latents: 1 in the first latent
+        frame, 0 in the others, and latents of the first frame followed by grey ones."""
+        if not self.condition:
+            return None
+        if entry.image is None:
+            raise DataError(
+                f"{entry.latent} has no latents of its first frame beside it",
+                "an image-to-video network reads them",
+                "write shards with python -m tdjax.train.encode --image_latents",
+            )
+        shape = (latent.shape[0], *latent.shape[1:])
+        image = _cut(_fitting(entry.image.array(), shape, entry.image), frames)
+        mask = np.zeros((*image.shape[:3], self.condition - image.shape[3]), np.float32)
+        mask[0] = 1
+        return np.concatenate([mask, image], axis=-1)
+
+
+def _cut(array: np.ndarray, frames: int) -> np.ndarray:  # [c t h w] -> f32 [frames h w c]
+    return np.ascontiguousarray(rearrange(array[:, :frames], "c t h w -> t h w c"), np.float32)
 
 
 def _fitting(array: np.ndarray, shape: tuple[int | None, ...], member) -> np.ndarray:

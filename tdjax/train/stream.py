@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from tdjax.errors import UsageError
 from tdjax.parallel.sharding import spec
+from tdjax.train.shards import DataError
 from tdjax.train.state import Batch
 
 
@@ -33,6 +34,10 @@ class Source(Protocol):
 
     def entries(self, unit: int) -> Sequence[Any]:
         """Returns the samples of a unit, unread."""
+        ...
+
+    def size(self, unit: int) -> str:
+        """Returns the name of the size of a unit's samples: those of one size make a batch."""
         ...
 
     def read(self, entry) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -61,10 +66,13 @@ def permutation(count: int, *seed: int) -> np.ndarray:
 
 class Stream:
     """Batches without end. Units are shuffled in every epoch, then the samples of each `mix` units
-    that follow each other.
+    that follow each other. Where units have several sizes, each batch is of one of them: batches
+    are shuffled then, and the samples of a group that fill none are left out in that epoch.
 
     batch: samples of all hosts together. host: (index, count); a host reads its rows of every
            batch.
+    max_skipped: samples that may be damaged; in the place of one stands the next of its batch.
+                 note: called with a line about each.
     """
 
     def __init__(
@@ -74,6 +82,8 @@ class Stream:
         batch: int,
         seed: int = 0,
         mix: int = 4,
+        max_skipped: int = 0,
+        note: Callable[[str], None] = lambda text: None,
         host: tuple[int, int] = (0, 1),
     ):
         if batch % host[1]:
@@ -86,6 +96,10 @@ class Stream:
         self.size = batch
         self.seed = seed
         self.mix = mix
+        self.max_skipped = max_skipped
+        self.note = note
+        self.damaged: set[Any] = set()
+        self.sizes = sorted({source.size(unit) for unit in range(source.units)})
         part = batch // host[1]
         self.rows = range(host[0] * part, (host[0] + 1) * part)
         self._order = functools.lru_cache(maxsize=2)(self._ordered)
@@ -93,15 +107,43 @@ class Stream:
     def _ordered(self, epoch: int, group: int) -> list:
         """The entries of one group in the order of their turn."""
         units = permutation(self.source.units, self.seed, epoch)
+        if len(self.sizes) > 1:
+            return self._batches(units, epoch, group)
         units = units[group * self.mix : (group + 1) * self.mix]
         entries = [entry for unit in units for entry in self.source.entries(int(unit))]
         return [entries[i] for i in permutation(len(entries), self.seed, epoch, group)]
 
+    def _batches(self, units: np.ndarray, epoch: int, group: int) -> list:
+        """The same where units have several sizes: whole batches of one size each. The units of
+        each size are spread over all groups."""
+        batches = []
+        for number, size in enumerate(self.sizes):
+            own = [int(unit) for unit in units if self.source.size(int(unit)) == size]
+            begin, end = (len(own) * i // self.groups for i in (group, group + 1))
+            entries = [entry for unit in own[begin:end] for entry in self.source.entries(unit)]
+            order = permutation(len(entries), self.seed, epoch, group, number)
+            whole = len(entries) // self.size * self.size
+            for i in range(0, whole, self.size):
+                batches.append([entries[j] for j in order[i : i + self.size]])
+        turns = permutation(len(batches), self.seed, epoch, group)
+        return [entry for i in turns for entry in batches[i]]
+
+    @property
+    def groups(self) -> int:
+        """Into how many groups the units of an epoch are divided."""
+        return math.ceil(self.source.units / self.mix)
+
     def _following(self, position: Position, count: int) -> tuple[list, Position]:
         """The next entries, and the place behind them."""
         out: list = []
-        groups = math.ceil(self.source.units / self.mix)
+        groups, first = self.groups, position.epoch
         while True:
+            if len(self.sizes) > 1 and position.epoch > first + 1:
+                raise UsageError(
+                    f"data.batch is {self.size}",
+                    f"no size of {', '.join(self.sizes)} has so many samples in a group of shards",
+                    "use a smaller data.batch, or a greater data.mix",
+                )
             entries = self._order(position.epoch, position.group)
             taken = entries[position.offset : position.offset + count - len(out)]
             out += taken
@@ -115,11 +157,42 @@ class Stream:
 
     def batch(self, position: Position) -> tuple[Batch, Position]:
         """Returns this host's rows of the batch at a place, as numpy arrays, and the place behind
-        the whole batch. Raises DataError for a sample that cannot be read."""
+        the whole batch. Raises DataError for more samples than may be damaged."""
         entries, position = self._following(position, self.size)
-        latents, text, image = zip(*(self.source.read(entries[i]) for i in self.rows), strict=True)
+        latents, text, image = zip(*(self._read(entries, i) for i in self.rows), strict=True)
         stack = lambda arrays: None if arrays[0] is None else np.stack(arrays)
         return Batch(latents=stack(latents), text=stack(text), image=stack(image)), position
+
+    def _read(self, entries: list, row: int):
+        """The sample of a row; in place of a damaged one the next of the batch, so that the other
+        rows stay what they are, on whatever host."""
+        for i in range(len(entries)):
+            entry = entries[(row + i) % len(entries)]
+            try:
+                return self.source.read(entry)
+            except DataError as error:
+                self._skip(entry, error)
+        raise DataError(
+            f"none of the {len(entries)} samples of a batch can be read",
+            "each was skipped",
+            "check the shards",
+        )
+
+    def _skip(self, entry, error: DataError) -> None:
+        """Counts a damaged sample, once however often its turn comes. Raises DataError beyond the
+        limit."""
+        if entry in self.damaged:
+            return
+        self.damaged.add(entry)
+        if len(self.damaged) > self.max_skipped:
+            if not self.max_skipped:
+                raise error
+            raise DataError(
+                f"{len(self.damaged)} samples cannot be read",
+                f"data.max_skipped is {self.max_skipped}; the last: {error.what}, {error.why}",
+                "check the shards, or give a greater data.max_skipped",
+            ) from error
+        self.note(f"skipped ({len(self.damaged)} so far): {error.what}, {error.why}")
 
     def saved(self, position: Position) -> dict[str, Any]:
         """Returns a place as JSON values."""

@@ -12,6 +12,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import ndtr, ndtri
 
 from tdjax.train.configs import LogNormal, TimeDistribution, UniformShift
 
@@ -23,8 +24,19 @@ class Choice:
     values: tuple[float, ...]
 
 
-def draw(time: TimeDistribution | Choice, key, shape: tuple[int, ...]) -> jax.Array:
-    """Returns log sigma f32[shape] from a distribution, always finite."""
+def draw(
+    time: TimeDistribution | Choice,
+    key,
+    shape: tuple[int, ...],
+    between: tuple[float, float] = (0.0, 1.0),
+) -> jax.Array:
+    """Returns log sigma f32[shape] from a distribution, always finite.
+
+    between: flow times u (0: data, 1: noise) that may be drawn; the distribution inside is the
+             same. One of two experts is trained on its own times.
+    """
+    if between != (0.0, 1.0):
+        return _between(time, key, shape, between)
     match time:
         case UniformShift():
             return jax.random.logistic(key, shape, "float32") + math.log(time.shift)
@@ -32,3 +44,27 @@ def draw(time: TimeDistribution | Choice, key, shape: tuple[int, ...]) -> jax.Ar
             return time.mean + time.deviation * jax.random.normal(key, shape, "float32")
         case Choice():
             return jax.random.choice(key, jnp.float32(time.values), shape)
+
+
+def _between(time, key, shape: tuple[int, ...], between: tuple[float, float]) -> jax.Array:
+    """By the inverse of the distribution function, at places between those of the ends."""
+    ends = jnp.float32([_log_sigma(u) for u in between])
+    match time:
+        case UniformShift():
+            low, high = jax.nn.sigmoid(ends - math.log(time.shift))
+            inverse = lambda p: jax.scipy.special.logit(p) + math.log(time.shift)
+        case LogNormal():
+            low, high = ndtr((ends - time.mean) / time.deviation)
+            inverse = lambda p: time.mean + time.deviation * ndtri(p)
+        case Choice():
+            raise ValueError("times of a choice are not divided between experts")
+    place = low + (high - low) * jax.random.uniform(key, shape, "float32")
+    least = jnp.finfo("float32").eps  # at 0 and 1 the inverse is infinite
+    return jnp.clip(inverse(jnp.clip(place, least, 1 - least)), ends[0], ends[1])
+
+
+def _log_sigma(u: float) -> float:
+    """Log sigma of a flow time; infinite at 0 and 1."""
+    if u in (0.0, 1.0):
+        return math.inf if u else -math.inf
+    return math.log(u / (1 - u))

@@ -7,8 +7,11 @@ import pytest
 from run_cases import TINY, built, training_run, words
 
 from tdjax.checkpoints import orbax
+from tdjax.errors import UsageError
 from tdjax.precision import FLOAT32
 from tdjax.train.networks import Networks
+from tdjax.train.shards import DataError, write_shard
+from tdjax.train.stream import Position
 
 
 @pytest.mark.slow
@@ -79,3 +82,28 @@ def test_networks_lie_over_the_mesh(folder):
         assert {s.data.shape for s in module.blocks.up.kernel[...].addressable_shards} == {
             (2, 16, 24)
         }
+
+
+@pytest.mark.slow
+def test_one_of_two_experts_with_the_image_that_it_reads(i2v_model, tmp_path):
+    """Every step of its run is traced, with mask and image latents from the shards."""
+    rng = np.random.default_rng(0)
+    noise = lambda: rng.normal(size=(2, 4, 4, 8))
+    write_shard(
+        tmp_path / "shard_000000.tar", [(noise(), rng.normal(size=(32, 64)), "a prompt", noise())]
+    )
+    given = ["data.frames=2", "data.batch=4", "loss.accumulate=1", "model.compute=float32"]
+    given += [f"model.weights={i2v_model}", f"data.path={tmp_path}"]
+    for expert, times in (("high", (0.9, 1.0)), ("low", (0.0, 0.9))):
+        run = training_run(f"sla-a14b-i2v-{expert}", *given)
+        assert run.networks.student.path.name == run.networks.teacher.path.name == f"dit_{expert}"
+        loss = run.config["loss"]
+        assert (loss.time_from, loss.time_to) == times
+        batch, _ = run.stream.batch(Position())
+        assert batch.image.shape == (4, 2, 4, 4, 12) and run.networks.config.in_channels == 20
+    with pytest.raises(UsageError, match="has two transformers") as error:
+        training_run("sla-14b", *given)
+    assert "model.expert=high or low" in error.value.fix
+    write_shard(tmp_path / "shard_000000.tar", [(noise(), np.ones((32, 64)), "")], overwrite=True)
+    with pytest.raises(DataError, match="no latents of its first frame"):
+        training_run("sla-a14b-i2v-low", *given)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from shard_cases import BF16, data_set, samples, source
+from shard_cases import BF16, data_set, samples, several_sizes, source
 
-from tdjax.train.shards import DataError, torch_bytes
+from tdjax.train.shards import DataError, torch_bytes, write_shard
 from tdjax.train.sources import read_embedding
 
 
@@ -18,6 +18,29 @@ def test_samples_come_back(tmp_path):
         assert x.dtype == np.float32 and t.dtype == BF16 and image is None
         assert (x == latents[:2].astype(np.float32)).all()  # cut to two frames
         assert (t == text).all()
+
+
+def test_an_image_is_the_mask_and_the_latents_of_the_first_frame(tmp_path):
+    x, text, prompt = next(samples(0, 1))
+    write_shard(tmp_path / "shard_000000.tar", [(x, text, prompt, -x)])
+    data = source(tmp_path, condition=4 + 4)
+    latents, _, image = data.read(data.first(0))
+    assert image.shape == (2, 2, 5, 8) and image.dtype == np.float32
+    assert (image[0, ..., :4] == 1).all() and (image[1, ..., :4] == 0).all()
+    assert (image[..., 4:] == -latents).all()
+    assert source(tmp_path).read(data.first(0))[2] is None  # a text-to-video network reads none
+    write_shard(tmp_path / "shard_000001.tar", [(x, text, prompt)])
+    with pytest.raises(DataError, match="no latents of its first frame") as error:
+        data.read(source(tmp_path).first(1))
+    assert "--image_latents" in error.value.fix
+
+
+def test_folders_of_several_sizes(tmp_path):
+    """Each is read at its size; those that are shorter than what is asked for stay so."""
+    data = source(several_sizes(tmp_path), frames=3)
+    assert [data.size(unit) for unit in range(5)] == ["a", "a", "a", "b", "b"]
+    shapes = [data.read(data.first(unit))[0].shape for unit in data.firsts.values()]
+    assert sorted(shapes) == [(2, 2, 10, 4), (3, 2, 5, 4)]
 
 
 @pytest.mark.parametrize(

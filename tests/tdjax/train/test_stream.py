@@ -6,7 +6,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from shard_cases import SHAPE, data_set, rewritten, samples, source
+from shard_cases import SHAPE, data_set, rewritten, samples, several_sizes, source
 from train_cases import ArraySource
 
 from tdjax.errors import UsageError
@@ -92,6 +92,50 @@ def test_samples_may_be_in_memory_and_have_an_image():
     assert stream.restored(stream.saved(position)) == position
     with pytest.raises(UsageError, match="other samples|not what"):
         Stream(ArraySource(latents + 1, text), batch=5).restored(stream.saved(position))
+
+
+def test_batches_of_several_sizes_hold_one_each(tmp_path):
+    """Nine samples of one size and eight of another: whole batches of three of each, in a shuffled
+    order; a place among them is exact, and hosts divide them."""
+    folder = several_sizes(tmp_path)
+    stream = Stream(source(folder), batch=3, mix=5, seed=2)
+    batches, _ = taken(stream, 5)  # an epoch
+    kinds = [{number >= 100 for number in batch} for batch in batches]
+    assert all(len(kind) == 1 for kind in kinds) and len(set(map(str, kinds))) == 2
+    flat = sum(batches, [])
+    assert len(set(flat)) == 15 and set(range(9)) <= set(flat)
+    shapes = [stream.batch(taken(stream, n)[1])[0].latents.shape for n in range(5)]
+    assert {shape[2:4] for shape in shapes} == {(2, 5), (2, 10)}
+
+    all_of, _ = taken(stream, 12)
+    for done in (1, 6, 11):
+        saved = json.loads(json.dumps(stream.saved(taken(stream, done)[1])))
+        again = Stream(source(folder), batch=3, mix=5, seed=2)
+        assert taken(again, 12 - done, again.restored(saved))[0] == all_of[done:]
+    small = Stream(source(folder), batch=2, mix=2, seed=2)
+    epoch = sum(taken(small, 7)[0], [])
+    assert len(set(epoch)) == 14  # no sample comes twice in an epoch
+    with pytest.raises(UsageError, match="no size of a, b has so many samples"):
+        Stream(source(folder), batch=10, mix=5).batch(Position())
+
+
+def test_a_damaged_sample_is_counted_and_the_next_stands_in_its_place(tmp_path):
+    path = data_set(tmp_path, (6,)) / "shard_000000.tar"
+    whole, end = taken(Stream(source(tmp_path), batch=3), 2)
+    rewritten(path, lambda m: {**m, "000000004.latent.pt": b"hello"})
+    notes = []
+    stream = Stream(source(tmp_path), batch=3, max_skipped=1, note=notes.append)
+    got, place = taken(stream, 2)
+    for batch, wanted in zip(got, whole, strict=True):
+        for row, number in enumerate(wanted):
+            assert batch[row] == (wanted[(row + 1) % 3] if number == 4 else number)
+    assert place == end and len(notes) == 1 and "000000004.latent.pt" in notes[0]
+    assert len(taken(stream, 6)[0]) == 6 and len(notes) == 1  # its turn comes again
+    rewritten(path, lambda m: {**m, "000000002.latent.pt": b"hello"})
+    stream = Stream(source(tmp_path), batch=3, max_skipped=1)
+    with pytest.raises(DataError, match="2 samples cannot be read") as error:
+        taken(stream, 2)
+    assert "data.max_skipped is 1" in error.value.why
 
 
 def threads():
