@@ -62,9 +62,11 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(folder, *, task="t2v", workers=1, keys=None, hosts=LOCAL, **limits):
+def serving(
+    folder, *, task="t2v", workers=1, keys=None, hosts=LOCAL, store=None, videos=None, **limits
+):
     limits = Limits(**limits)
-    store = Store(Path(folder), limits)
+    store = Store(Path(folder), limits, url=store, videos=videos)
     command = [sys.executable, "-P", stub_worker.__file__, task]
     service = Service(store, command, [None] * workers)
     app = App(service, keys or Keys(), limits, hosts).build()
@@ -72,7 +74,7 @@ def serving(folder, *, task="t2v", workers=1, keys=None, hosts=LOCAL, **limits):
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
-    soon = mock.patch.object(tdjax.server.service, "SHORTEST", 0.02)  # until the next worker
+    soon = mock.patch.multiple(tdjax.server.service, SHORTEST=0.02, LOOK=0.05)
     soon.start()
     try:
         until(lambda: server.started)
@@ -100,6 +102,7 @@ REFUSED = [
     {"prompt": ["a"]},
     {"prompt": "a" * 20_000},
     {"prompt": "half \ud83d"},
+    {"prompt": "a \0"},
     {"size": "64"},
     {"size": "65x48"},
     {"size": "0x0"},

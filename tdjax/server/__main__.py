@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tdjax import cli
 from tdjax.config import VideoSize
@@ -22,6 +23,9 @@ from tdjax.files import refuse_unwritable
 from tdjax.generate.arguments import add_model_options, add_speed_options
 from tdjax.server.keys import Keys, read_keys
 from tdjax.server.limits import GIB, Limits
+
+if TYPE_CHECKING:
+    from tdjax.server.app import App
 
 LOCAL = {"localhost", "127.0.0.1", "[::1]", "::1"}
 # Limits that the command calls otherwise.
@@ -69,6 +73,22 @@ def build_parser() -> argparse.ArgumentParser:
         help="of jobs and videos, one server's own",
     )
     service.add_argument(
+        "--store",
+        metavar="URL",
+        help=(
+            "jobs that servers of many hosts share: postgresql+psycopg://user@host/name, whose"
+            " password comes from PGPASSWORD or ~/.pgpass (default: a file in --folder)"
+        ),
+    )
+    service.add_argument(
+        "--videos",
+        metavar="PLACE",
+        help=(
+            "videos that they share: a folder, or s3://bucket/prefix and what else fsspec knows"
+            " (default: --folder)"
+        ),
+    )
+    service.add_argument(
         "--workers",
         type=int,
         default=1,
@@ -90,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("max_image_pixels", int, "of an image that is sent"),
         ("job_seconds", float, "until a job that runs is given up"),
         ("attempts", int, "how often a job is begun whose process dies"),
+        ("lease", float, "seconds until a server of --store that is silent is taken for dead"),
     ):
         default = getattr(own, name.removeprefix("max_"))
         limits.add_argument(f"--{name}", type=kind, default=default, help=text)
@@ -116,30 +137,50 @@ def main(argv: list[str] | None = None) -> int:
 
 def _command(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
-    limits, keys = limits_of(args), keys_of(args)
+    check(args)
+    check_installed()
+    from tdjax.server.http import Server
+
+    with listening(args.host, args.port) as sock:
+        app = app_of(args)
+        try:
+            return Server(app.build(), app.service, args.drain, args.verbose).serve_on(sock)
+        finally:
+            app.service.store.close()
+
+
+def check(args) -> None:
+    """Raises UsageError for what is wrong with the command line."""
+    limits_of(args)
+    keys_of(args)
     if not 1 <= args.workers <= 64:
         raise UsageError(f"--workers is {args.workers}", "1 to 64 processes can run", "use 1")
     if not 0 <= args.drain < math.inf:
         raise UsageError(f"--drain is {args.drain}", "it is seconds, 0 or more", "use 30")
-    folder = Path(args.folder)
-    refuse_unwritable(folder / "jobs")
-    devices = devices_of(args.workers, args.mesh, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    check_installed()
+    if args.store is not None and args.videos is None:
+        raise UsageError(
+            "--store without --videos",
+            "other servers of the store could not read videos in this one's folder",
+            "give --videos: a folder that all of them have, or s3://bucket/prefix",
+        )
+    refuse_unwritable(Path(args.folder) / "jobs")
+    devices_of(args.workers, args.mesh, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def app_of(args, drain: float = 0.0) -> App:
+    """Returns the application of a command line that was checked, with its store open. drain: see
+    `App`."""
     from tdjax.server.app import App
-    from tdjax.server.http import Server
     from tdjax.server.service import Service
     from tdjax.server.store import Store
 
-    with listening(args.host, args.port) as sock:
-        store = Store(folder, limits)
-        try:
-            service = Service(store, worker_command(args), devices)
-            names = LOCAL | {name.lower() for name in (args.host, *args.allow_host)}
-            hosts = None if "*" in args.allow_host else names
-            app = App(service, keys, limits, hosts).build()
-            return Server(app, service, args.drain, args.verbose).serve_on(sock)
-        finally:
-            store.close()
+    limits = limits_of(args)
+    store = Store(Path(args.folder), limits, url=args.store, videos=args.videos)
+    devices = devices_of(args.workers, args.mesh, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    service = Service(store, worker_command(args), devices)
+    names = LOCAL | {name.lower() for name in (args.host, *args.allow_host)}
+    hosts = None if "*" in args.allow_host else names
+    return App(service, keys_of(args), limits, hosts, drain)
 
 
 def check_installed() -> None:
@@ -151,6 +192,7 @@ def check_installed() -> None:
             "use Linux, macOS or WSL 2",
         )
     needed = ("starlette", "uvicorn", "python_multipart", "prometheus_client")
+    needed += ("sqlalchemy", "fsspec")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
@@ -162,7 +204,7 @@ def check_installed() -> None:
 
 def limits_of(args) -> Limits:
     """Returns the limits of the command line. Raises UsageError."""
-    for name in ("keep_hours", "keep_gb", "job_seconds"):
+    for name in ("keep_hours", "keep_gb", "job_seconds", "lease"):
         if not 0 < getattr(args, name) < math.inf:
             given = getattr(args, name)
             raise UsageError(f"--{name} is {given}", "a number above zero is needed", "leave it")
@@ -179,6 +221,7 @@ def limits_of(args) -> Limits:
         image_pixels=args.max_image_pixels,
         job_seconds=args.job_seconds,
         attempts=args.attempts,
+        lease=args.lease,
         keep_seconds=args.keep_hours * 3600,
         keep_bytes=int(args.keep_gb * GIB),
     )

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import re
-import sqlite3
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,10 @@ from tdjax.server.keys import Key, Keys
 from tdjax.server.limits import Limits
 from tdjax.server.metrics import Metrics
 from tdjax.server.openapi import description
-from tdjax.server.service import Service, note
+from tdjax.server.parts import part_of
+from tdjax.server.service import Progress, Service, note
 from tdjax.server.store import Conflict, Full, Job
+from tdjax.server.tables import OperationalError, first_line
 
 PAGE = Path(__file__).parent / "page.html"
 LARGE = 2**20  # bytes: of bodies from here on only some are read at a time
@@ -72,10 +73,19 @@ class App:
 
     hosts: names under which it is asked; None: any. Others are refused, so that no page of another
            site reaches a server of this machine by a name of its own.
+    drain: seconds that running jobs have when the application ends.
     """
 
-    def __init__(self, service: Service, keys: Keys, limits: Limits, hosts: set[str] | None):
+    def __init__(
+        self,
+        service: Service,
+        keys: Keys,
+        limits: Limits,
+        hosts: set[str] | None,
+        drain: float = 0.0,
+    ):
         self.service, self.keys, self.limits, self.hosts = service, keys, limits, hosts
+        self.drain = drain
         self.metrics = Metrics(service)
         service.on_end = self.metrics.ended
         self.large = asyncio.Semaphore(LARGE_AT_ONCE)
@@ -113,7 +123,7 @@ class App:
                 Full: self._full,  # type: ignore[dict-item]
                 Conflict: _conflict,  # type: ignore[dict-item]
                 OSError: _unwritable,  # type: ignore[dict-item]
-                sqlite3.OperationalError: _unwritable,  # type: ignore[dict-item]
+                OperationalError: self._no_store,  # type: ignore[dict-item]
                 Exception: _fault,
             },
         )
@@ -124,7 +134,7 @@ class App:
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self.service.start()
         yield
-        await self.service.stop(0)
+        await self.service.stop(self.drain)
 
     # -- who asks, and for what --------------------------------------------------------------------
 
@@ -187,6 +197,7 @@ class App:
         job: Job | None = None
         try:
             what, digest = await self._asked(request, key, jobs.image(id))
+            await asyncio.to_thread(jobs.publish, [jobs.image(id)])
             job = jobs.add(
                 key.name,
                 what.arguments,
@@ -238,7 +249,7 @@ class App:
             why = f"{job.id} is kept, and is made when it runs again"
             error = Stopping("the server is being stopped", why, f"GET /v1/videos/{job.id} then")
             return _error(503, error, "stopped", error.headers)
-        return self._file(ended)
+        return await self._file(request, ended)
 
     async def _wait(self, id: str) -> Job | None:
         async for _ in self.service.news(id):
@@ -297,21 +308,29 @@ class App:
         if job.status != store.COMPLETED and not early:
             why, fix = "the file is there once it is completed", "GET /v1/videos/ID tells its state"
             return _error(409, TdjaxError(f"the video is {job.status}", why, fix), "not_completed")
-        return self._file(job, thumbnail=variant == "thumbnail")
+        return await self._file(request, job, thumbnail=variant == "thumbnail")
 
     def _has_preview(self, job: Job) -> bool:
         """Whether the first frame of a job that runs is there."""
-        return job.status == store.RUNNING and self.service.store.thumbnail(job).is_file()
+        progress = self.service.progress.get(job.id)
+        preview = progress.preview if progress else job.preview
+        return job.status == store.RUNNING and bool(preview)
 
-    def _file(self, job: Job, thumbnail: bool = False) -> Response:
+    async def _file(self, request: Request, job: Job, thumbnail: bool = False) -> Response:
         jobs = self.service.store
         path = jobs.thumbnail(job) if thumbnail else jobs.video(job)
-        if not path.is_file():
-            why = "somebody has removed it from the server's disk"
+        size = await asyncio.to_thread(jobs.size, path)
+        if not size:
+            why = "somebody has removed it where videos are kept"
             error = TdjaxError("the file is no longer kept", why, "ask for the video anew")
             return _error(404, error, "expired")
         kind = "image/jpeg" if thumbnail else FORMATS[job.request["format"]]
-        response = FileResponse(path, media_type=kind, filename=f"{job.id}{path.suffix}")
+        name = f"{job.id}{path.suffix}"
+        if jobs.storage is None:
+            response: Response = FileResponse(path, media_type=kind, filename=name)
+        else:
+            response = part_of(jobs.storage, path.name, size, request.headers, kind)
+            response.headers["Content-Disposition"] = f'attachment; filename="{name}"'
         response.headers["X-Video-Id"] = job.id
         response.headers["Cache-Control"] = "private"
         return response
@@ -333,8 +352,7 @@ class App:
     def shown(self, job: Job) -> dict[str, Any]:
         """Returns a job as OpenAI's clients read a video; the names after `error` are tdjax's."""
         request = job.request
-        progress = self.service.progress.get(job.id)
-        percent = progress.percent if progress else 0
+        progress = self.service.progress.get(job.id) or Progress(job.percent, job.stage)
         expires = None
         if job.completed_at is not None:
             expires = int(job.completed_at + self.limits.keep_seconds)
@@ -344,7 +362,7 @@ class App:
             "object": "video",
             "model": request["model"],
             "status": job.status,
-            "progress": 100 if completed else percent,
+            "progress": 100 if completed else progress.percent,
             "created_at": int(job.created_at),
             "completed_at": int(job.completed_at) if job.completed_at and completed else None,
             "expires_at": expires,
@@ -353,7 +371,7 @@ class App:
             "size": f"{request['width']}x{request['height']}",
             "remixed_from_video_id": None,
             "error": job.error,
-            "stage": progress.stage if progress else "",
+            "stage": progress.stage if job.status == store.RUNNING else "",
             "preview": self._has_preview(job),
             "seed": request["seed"],
             "num_frames": request["num_frames"],
@@ -422,6 +440,14 @@ class App:
     async def _full(self, request: Request, error: Full) -> Response:
         headers = {"Retry-After": str(self.service.retry_after())}
         return _error(429, error, "queue_full", headers)
+
+    async def _no_store(self, request: Request, error: OperationalError) -> Response:
+        note(f"a request could not be kept: {first_line(error)}")
+        if self.service.store.db.is_file:
+            return _unkept(first_line(error))
+        why, fix = "it is away, or being restarted", "ask again after Retry-After seconds"
+        said = TdjaxError("the store of jobs does not answer", why, fix)
+        return _error(503, said, "store", {"Retry-After": "10"})
 
 
 class _Guard:
@@ -540,11 +566,15 @@ async def _conflict(request: Request, error: Conflict) -> Response:
 
 
 async def _unwritable(request: Request, error: Exception) -> Response:
-    note(f"a request could not be kept: {error}")
-    why = str(error) if isinstance(error, sqlite3.Error) else getattr(error, "strerror", None)
+    why = getattr(error, "strerror", None)
+    note(f"a request could not be kept: {why or error}")
+    return _unkept(why or "its log says more")
+
+
+def _unkept(why: str) -> Response:
     fix = "ask again after Retry-After seconds"
-    said = TdjaxError("the server could not keep this on its disk", why or "its log says more", fix)
-    return _error(503, said, "disk", {"Retry-After": "60"})
+    error = TdjaxError("the server could not keep this on its disk", why, fix)
+    return _error(503, error, "disk", {"Retry-After": "60"})
 
 
 async def _fault(request: Request, error: Exception) -> Response:

@@ -173,6 +173,8 @@ def _check_words(name: str, words: str) -> None:
     if len(words) > PROMPT:
         why = f"{PROMPT} are allowed"
         raise UsageError(f"the {name} has {len(words)} characters", why, "say it in fewer")
+    if "\0" in words:
+        raise UsageError(f"the {name} holds a zero character", "it is no text", "leave it away")
     if any("\ud800" <= character <= "\udfff" for character in words):
         raise UsageError(
             f"the {name} holds half a character", "it is not Unicode", "encode it anew"

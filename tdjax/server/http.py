@@ -7,7 +7,6 @@ import contextlib
 import resource
 import signal
 import socket
-import sqlite3
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
@@ -17,6 +16,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from tdjax.errors import UsageError
 from tdjax.server.service import Service, note
+from tdjax.server.tables import OperationalError, first_line
 
 CONNECTIONS = 1000  # at once; others are answered 503, and twice as many are all that are held
 
@@ -66,11 +66,13 @@ class Server(uvicorn.Server):
         queue."""
         asyncio.run(self._serve_on(sock))
         ended = self.service.refused or self.service.fault
-        if isinstance(ended, sqlite3.OperationalError):
+        if isinstance(ended, OperationalError):
+            is_file = self.service.store.db.is_file
+            remedy = "make room on its disk" if is_file else "see that the database answers"
             raise UsageError(
-                f"{self.service.store.folder}/jobs.sqlite3: {ended}",
+                f"{self.service.store.db.name}: {first_line(ended)}",
                 "how a job ended cannot be written down",
-                "make room on its disk and start the server again: no job is lost",
+                f"{remedy} and start the server again: no job is lost",
             ) from ended
         if ended is not None:
             raise ended
@@ -96,6 +98,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Lets jobs end, while clients are still answered; another Ctrl-C ends it at once."""
         running = sum(len(worker.jobs) for worker in self.service.workers)
+        running += len(self.service.publishing)
         if running and not self.force_exit:
             note(f"stopping: {running} jobs have up to {self.drain:g} s to end")
         stopping = asyncio.create_task(self.service.stop(self.drain))

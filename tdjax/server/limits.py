@@ -21,6 +21,7 @@ class Limits:
             request has arrived.
     job_seconds: until a job that runs is given up, with its worker. attempts: how often a job is
             begun, where the process that ran it dies each time.
+    lease:  seconds after which a server of many that says nothing is taken for dead.
     keep_seconds, keep_bytes: of finished videos; the oldest go first.
     """
 
@@ -35,6 +36,7 @@ class Limits:
     body_seconds: float = 30.0
     job_seconds: float = 3600.0
     attempts: int = 3
+    lease: float = 30.0
     keep_seconds: float = 7 * 86400.0
     keep_bytes: int = 20 * GIB
 

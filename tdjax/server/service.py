@@ -8,10 +8,9 @@ import contextlib
 import dataclasses
 import json
 import os
-import sqlite3
 import subprocess
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 from tdjax.errors import TdjaxError
@@ -20,23 +19,23 @@ from tdjax.progress import say
 from tdjax.server import store
 from tdjax.server.asking import model_of
 from tdjax.server.store import Job, Store
+from tdjax.server.tables import OperationalError, first_line
 
 LINE = 2**20  # bytes of a line that a worker tells, at most
 # Seconds until a worker that died is started again; doubled each time that it did not get ready.
 SHORTEST, LONGEST = 0.5, 60.0
 AGAIN = 60.0  # seconds until old videos, and jobs that could not be begun, are looked for again
+LOOK = 1.0  # seconds until a server looks again for what others of its store have done
 
 
 @dataclasses.dataclass
 class Progress:
-    """How far a job is. percent: 0 to 100."""
+    """How far a job is. percent: 0 to 100. preview: whether its first frame is there; None: not
+    yet, False: on its way."""
 
     percent: int = 0
     stage: str = ""
-
-
-class ModelRefused(TdjaxError):
-    """The model cannot be opened: the worker's message, and its exit code."""
+    preview: bool | None = None
 
 
 class Service:
@@ -50,7 +49,7 @@ class Service:
         self.store = jobs
         self.workers = [Worker(self, command, each) for each in devices]
         self.model: ModelInfo | None = None
-        self.refused: ModelRefused | None = None
+        self.refused: TdjaxError | None = None  # of the model, with the worker's exit code
         self.fault: BaseException | None = None  # of this process: what it was doing is not known
         self.draining = False
         self.progress: dict[str, Progress] = {}
@@ -59,17 +58,37 @@ class Service:
         self.seconds = 10.0  # that a job has lately taken
         self.on_end: Callable[[Job], None] = lambda job: None
         self.model_known = asyncio.Event()
+        self.publishing: dict[str, Job] = {}  # made and on their way to a store of files
         self._tasks: list[asyncio.Task] = []
+        self._errands: set[asyncio.Task] = set()  # that end by themselves
+        self._lease_due = 0.0
+        self._told: dict[str, tuple] = {}  # what other servers know of jobs that run here
+        self._seen: dict[str, Job | None] = {}  # jobs that somebody listens to
 
     def start(self) -> None:
         """Takes up what an earlier server has left, and starts the workers."""
+        if self.store.shared:
+            self.store.keep_lease()
+        self._recover()
+        self.store.sweep()
+        self._tasks = [asyncio.create_task(worker.run()) for worker in self.workers]
+        self._tasks.append(asyncio.create_task(self._look_again()))
+        if self.store.shared:
+            self._tasks.append(asyncio.create_task(self._look_around()))
+        for task in self._tasks:
+            task.add_done_callback(self._task_ended)
+
+    def _recover(self) -> None:
         done, again = self.store.recover()
         if done or again:
             note(f"{again} jobs that ran are queued again, {done} videos were complete already")
-        self._tasks = [asyncio.create_task(worker.run()) for worker in self.workers]
-        self._tasks.append(asyncio.create_task(self._look_again()))
-        for task in self._tasks:
-            task.add_done_callback(self._task_ended)
+
+    def errand(self, work: Coroutine[Any, Any, None]) -> None:
+        """Has something done beside everything else."""
+        task = asyncio.create_task(work)
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+        task.add_done_callback(self._task_ended)
 
     def _task_ended(self, task: asyncio.Task) -> None:
         """The end of a job that cannot be written down (a full disk) ends the server: the next one
@@ -83,11 +102,17 @@ class Service:
         wait."""
         self.draining = True
         end = time.monotonic() + seconds
-        while any(worker.jobs for worker in self.workers) and time.monotonic() < end:
+        working = lambda: self.publishing or any(worker.jobs for worker in self.workers)
+        while working() and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._errands]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for job in self.publishing.values():
+            self.store.give_back(job, counted=False)
+        if self.store.shared:
+            self.store.leave()
         for waiting in list(self.listeners.values()):
             for event in waiting:
                 event.set()
@@ -96,10 +121,44 @@ class Service:
         while True:
             try:
                 self.store.expire()
-            except (OSError, sqlite3.OperationalError) as error:
-                note(f"an old video cannot be removed: {error}")
+            except (OSError, OperationalError) as error:
+                note(f"an old video cannot be removed: {first_line(error)}")
             self.feed()
             await asyncio.sleep(AGAIN)
+
+    async def _look_around(self) -> None:
+        while True:
+            try:
+                self._share()
+            except OperationalError as error:
+                note(f"the store of jobs does not answer: {first_line(error)}")
+            await asyncio.sleep(LOOK)
+
+    def _share(self) -> None:
+        """Tells other servers of the store how far jobs are here, and finds what those have done:
+        jobs that were added, ended or taken over, and servers that have died."""
+        if time.monotonic() >= self._lease_due:
+            self.store.keep_lease()
+            self._lease_due = time.monotonic() + self.store.limits.lease / 4
+            self._recover()
+        running = [(worker, job) for worker in self.workers for job in worker.jobs.values()]
+        told = {}
+        for _, job in running:
+            now = self.progress.get(job.id, Progress())
+            told[job.id] = job.attempts, now.percent, now.stage, bool(now.preview)
+            if self._told.get(job.id) != told[job.id]:
+                self.store.report(job, *told[job.id][1:])
+        self._told = told
+        known = self.store.many({job.id for _, job in running} | set(self.listeners))
+        for worker, job in running:
+            now = known.get(job.id)
+            if now is None or (now.status, now.attempts) != (store.RUNNING, job.attempts):
+                worker.send({"do": "cancel", "id": job.id})
+        before, self._seen = self._seen, {id: known.get(id) for id in self.listeners}
+        for id, now in self._seen.items():
+            if before.get(id, now) != now:
+                self.tell(id)
+        self.feed()
 
     @property
     def ready(self) -> bool:
@@ -141,6 +200,63 @@ class Service:
                 self.seconds += 0.2 * (took - self.seconds)
             self.on_end(job)
         self.tell(id)
+
+    def heard(self, job: Job, percent: int, stage: str) -> None:
+        """Tells how far a job is."""
+        progress = self.progress.setdefault(job.id, Progress())
+        progress.percent, progress.stage = percent, stage
+        if progress.preview is None and self.store.thumbnail(job).is_file():
+            progress.preview = self.store.storage is None
+            if not progress.preview:
+                self.errand(self._publish_preview(job, progress))
+        self.tell(job.id)
+
+    async def _publish_preview(self, job: Job, progress: Progress) -> None:
+        try:
+            await asyncio.to_thread(self.store.publish, [self.store.thumbnail(job)])
+        except Exception as error:  # whatever a library of a store raises; the video goes on
+            note(f"the preview of {job.id} cannot be stored: {error}")
+        else:
+            progress.preview = True
+            self.tell(job.id)
+
+    def made(self, job: Job, result: dict[str, Any]) -> None:
+        """Ends a job whose video has been written."""
+        if self.store.shared or self.store.storage is not None:
+            self.publishing[job.id] = job
+            self.progress[job.id] = Progress(98, "store", True)
+            self.errand(self._publish(job, result))
+        elif self.store.complete(job, result):
+            self.ended(job.id)
+
+    async def _publish(self, job: Job, result: dict[str, Any]) -> None:
+        try:
+            paths = [self.store.thumbnail(job), self.store.video(job)]
+            await asyncio.to_thread(self.store.publish, paths)
+        except Exception as error:  # the same
+            note(f"{job.id} cannot be stored: {error}")
+            why, fix = "where videos are kept did not take it", "ask for the video anew"
+            error = TdjaxError("the video could not be stored", why, fix)
+            message = str(error)
+            counts = await self._settled(lambda: self.store.fail(job, "not_written", message))
+        else:
+            counts = await self._settled(lambda: self.store.complete(job, result))
+        del self.publishing[job.id]
+        self.progress.pop(job.id, None)
+        if counts:
+            self.ended(job.id)
+
+    async def _settled(self, end: Callable[[], bool]) -> bool:
+        """Ends a job, as soon as a database on another host answers: it comes back by itself, as a
+        full disk does not."""
+        while True:
+            try:
+                return end()
+            except OperationalError as error:
+                if self.store.db.is_file:
+                    raise
+                note(f"the end of a job cannot be written down yet: {first_line(error)}")
+            await asyncio.sleep(LOOK)
 
     def tell(self, id: str) -> None:
         """Wakes whoever waits for news of a job."""
@@ -263,27 +379,55 @@ class Worker:
             return
         try:
             job = service.store.claim(self.shape if self.in_a_row < store.IN_A_ROW else None)
-        except sqlite3.OperationalError as error:  # a full disk: the job waits
-            note(f"no job can be begun: {error}")
+        except OperationalError as error:  # a full disk: the job waits
+            note(f"no job can be begun: {first_line(error)}")
             return
         if job is None:
+            return
+        if job.id in self.jobs or job.id in service.publishing:
+            # An earlier beginning, which was taken from here and is still being written.
+            service.store.give_back(job, counted=False)
             return
         self.in_a_row = self.in_a_row + 1 if job.shape == self.shape else 1
         self.shape, self.busy = job.shape, True
         self.jobs[job.id], self.begun[job.id] = job, time.monotonic()
         service.progress[job.id] = Progress()
-        image = service.store.image(job.id)
+        if service.store.storage is None or "fit" not in job.request:
+            self._begin(job)
+        else:
+            service.errand(self._fetch_and_begin(job))
+        service.tell(job.id)
+
+    def _begin(self, job: Job) -> None:
+        jobs = self.service.store
+        image = jobs.image(job.id)
         self.send(
             {
                 "do": "make",
                 "id": job.id,
                 "request": job.request,
                 "image": str(image) if image.is_file() else None,
-                "video": str(service.store.video(job)),
-                "thumbnail": str(service.store.thumbnail(job)),
+                "video": str(jobs.video(job)),
+                "thumbnail": str(jobs.thumbnail(job)),
             }
         )
-        service.tell(job.id)
+
+    async def _fetch_and_begin(self, job: Job) -> None:
+        """Begins a job whose image lies elsewhere, unless the process has ended meanwhile."""
+        process, jobs = self.process, self.service.store
+        try:
+            await asyncio.to_thread(jobs.fetch, jobs.image(job.id))
+        except Exception as error:  # whatever a library of a store raises
+            note(f"the image of {job.id} cannot be read: {error}")
+            why, fix = "where images are kept does not have it", "ask for the video anew"
+            self._end(
+                "failed",
+                job,
+                {"code": "no_image", "message": str(TdjaxError("no image", why, fix))},
+            )
+        else:
+            if self.process is process and self.jobs.get(job.id) is job:
+                self._begin(job)
 
     def send(self, order: dict[str, Any]) -> None:
         """Writes an order to the process; one that has just died is noticed elsewhere."""
@@ -305,7 +449,7 @@ class Worker:
         elif event == "refused":
             # What could be opened once is tried again: files may be on a disk that comes back.
             if service.model is None:
-                service.refused = ModelRefused(*told["message"].split("\n", 2))
+                service.refused = TdjaxError(*told["message"].split("\n", 2))
                 service.refused.exit_code = told["code"]
                 service.model_known.set()
             else:
@@ -316,8 +460,7 @@ class Worker:
         elif job is None:  # one that was given up
             return
         elif event == "progress":
-            service.progress[id] = Progress(told["progress"], told["stage"])
-            service.tell(id)
+            service.heard(job, told["progress"], told["stage"])
         elif event == "made":
             self.busy = False
             self.feed()
@@ -330,11 +473,12 @@ class Worker:
         self._drop(job.id)
         if event == "done":
             service.device_peak = max(service.device_peak, told["result"].get("device_peak") or 0)
-            counts = service.store.complete(job, told["result"])
+            service.made(job, told["result"])
+            counts = False  # it is told there
         elif event == "failed":
             counts = service.store.fail(job, told["code"], told["message"])
         else:
-            counts = False  # it was ended in the store when the client asked
+            counts = False  # it was ended in the store by who had it cancelled
         if counts:
             service.ended(job.id)
         if event != "done" and told.get("code") != "not_written":  # it was still being made

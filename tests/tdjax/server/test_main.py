@@ -39,6 +39,10 @@ WRONG = {
     "--max_frames -3": "--max_frames is -3",
     "--keep_hours nan": "--keep_hours",
     "--host 0.0.0.0": "whoever reaches this address",
+    "--store postgresql://127.0.0.1/jobs": "--store without --videos",
+    "--store mysql://127.0.0.1/jobs --videos v": "nearest: sqlite",
+    "--videos nowhere://bucket": "nowhere://bucket cannot be opened",
+    "--lease 0": "--lease is 0",
     "--api_keys missing.toml": "cannot be read",
     "--modle demo": "did you mean --model?",
     "--host 203.0.113.1 --api_keys none": "cannot be listened at",
@@ -254,8 +258,9 @@ def test_a_server_without_its_model_ends_with_its_message(tmp_path):
 
 @pytest.mark.slow  # the same
 def test_a_full_disk_ends_the_server_with_a_message(tmp_path):
-    full = "import sqlite3\nfrom tdjax.server.store import Store\n"
-    full += "def fail(*a): raise sqlite3.OperationalError('database or disk is full')\n"
+    full = "import sqlite3\nfrom sqlalchemy import exc\nfrom tdjax.server.store import Store\n"
+    full += "cause = sqlite3.OperationalError('database or disk is full')\n"
+    full += "def fail(*a): raise exc.OperationalError('', {}, cause)\n"
     code = STUBBED.replace("cli.run", f"{full}Store.complete = fail\ncli.run")
     with process(tmp_path / "s", "--model", "t2v", code=code) as running:
         until(lambda: running.ask("GET", "/v1/models").status_code == 200)
@@ -281,6 +286,28 @@ def test_connections_that_ask_for_nothing_do_not_end_the_server(tmp_path):
             until(lambda: list((tmp_path / "s" / "videos").glob(f"{id}*.mp4")))
         assert running.ask("GET", f"/v1/videos/{id}").json()["status"] == "completed"
         assert running.stop() == 0
+
+
+@pytest.mark.slow  # two servers start
+def test_jobs_of_a_server_that_is_killed_are_made_by_another_one(tmp_path, postgresql):
+    videos = tmp_path / "shared"
+    words = ["--model", "t2v", "--store", postgresql, "--videos", str(videos), "--lease", "1"]
+    with process(tmp_path / "a", *words) as dies, process(tmp_path / "b", *words) as lives:
+        for each in (dies, lives):
+            until(lambda each=each: each.ask("GET", "/ready").status_code == 200)
+        body = {"prompt": "sleep 5"}
+        ids = [dies.ask("POST", "/v1/videos", json=body).json()["id"] for _ in range(2)]
+        states = lambda: [job["status"] for job in lives.ask("GET", "/v1/videos").json()["data"]]
+        until(lambda: states().count("in_progress") == 2)
+        dies.process.kill()
+        until(lambda: set(states()) == {"completed"}, 60)
+        for id in ids:
+            content = lives.ask("GET", f"/v1/videos/{id}/content").content
+            assert content == f"video of {id} ".encode() * 100
+        names = sorted(path.name for path in (videos / "videos").glob("*.mp4"))
+        assert [name.split(".")[0] for name in names] == sorted(ids)
+        assert sorted(name.split(".")[1] for name in names) == ["1", "2"]
+        assert lives.stop() == 0
 
 
 @pytest.mark.slow  # processes are killed and start again

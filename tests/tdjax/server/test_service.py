@@ -1,16 +1,25 @@
 """Workers that die, hang, fail and are stopped: every job ends once, and none is lost."""
 
+import contextlib
 import os
 import signal
 import sqlite3
 import time
 
+import fsspec
 import pytest
+import sqlalchemy as sa
 from server_cases import serving, until
 from stub_worker import MODEL
 
 import tdjax.server.service
 from tdjax.server.asking import model_of
+from tdjax.server.tables import Database
+
+
+def full_disk():
+    cause = sqlite3.OperationalError("database or disk is full")
+    return sa.exc.OperationalError("INSERT INTO jobs", {"prompt": "a secret"}, cause)
 
 
 def kill_worker(served, number=0):
@@ -74,7 +83,7 @@ def test_a_stuck_worker_is_replaced_also_when_that_cannot_be_written_down(tmp_pa
             if refused:
                 return real(*arguments)
             refused.append(arguments)
-            raise sqlite3.OperationalError("database or disk is full")
+            raise full_disk()
 
         monkeypatch.setattr(server.service.store, "fail", once)
         stuck, fine = server.add("sleep 60"), server.add("a fox")
@@ -106,8 +115,9 @@ def test_a_server_that_stops_keeps_what_was_not_made(tmp_path):
 def test_a_full_disk_is_said_and_ends_the_server_rather_than_its_queue(tmp_path):
     with serving(tmp_path) as server:
         running(server, id := server.add("sleep 0.3"))
-        pages = server.service.store.db.execute("PRAGMA page_count").fetchone()[0]
-        server.service.store.db.execute(f"PRAGMA max_page_count = {pages}")
+        jobs = server.service.store.db
+        ((pages,),) = jobs.rows(sa.text("PRAGMA page_count"))
+        jobs.rows(sa.text(f"PRAGMA max_page_count = {pages}"))
         answers = [server.post("a" * 9000) for _ in range(3)]
         assert answers[-1].status_code == 503 and "disk" in answers[-1].text
         assert answers[-1].headers["retry-after"] == "60"
@@ -124,7 +134,7 @@ def test_a_job_that_a_full_disk_kept_from_being_begun_is_begun_later(tmp_path, m
         real, expired = server.service.store.claim, []
 
         def full(*arguments):
-            raise sqlite3.OperationalError("database or disk is full")
+            raise full_disk()
 
         monkeypatch.setattr(server.service.store, "expire", lambda: expired.append(1) or full())
         monkeypatch.setattr(server.service.store, "claim", full)
@@ -162,3 +172,66 @@ def test_the_time_until_a_place_is_free_is_bounded(short):
     begun = time.monotonic()
     short.ended(short.add("a fox"))
     assert time.monotonic() - begun < 5
+
+
+def test_a_database_that_is_away_for_a_while_ends_nothing(tmp_path, postgresql, monkeypatch):
+    place = {"store": postgresql, "videos": str(tmp_path)}
+    with serving(tmp_path / "a", **place) as server:
+        running(server, id := server.add("sleep 0.3"))
+        jobs, away = server.service.store, [full_disk(), full_disk()]
+        real = jobs.complete
+
+        def complete(*arguments):
+            if away:
+                raise away.pop()
+            return real(*arguments)
+
+        monkeypatch.setattr(jobs, "complete", complete)
+        ended = sa.func.pg_terminate_backend(sa.column("pid"))
+        with contextlib.closing(Database(postgresql)) as db:
+            others = sa.column("pid") != sa.func.pg_backend_pid()
+            clients = sa.column("backend_type") == "client backend"
+            query = sa.select(ended).select_from(sa.table("pg_stat_activity"))
+            assert db.rows(query.where(others, clients))
+        assert server.ended(id)["status"] == "completed" and not away
+        assert server.service.fault is None and jobs.get(id).attempts == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(jobs, "get", lambda *arguments: (_ for _ in ()).throw(full_disk()))
+            answer = server.client.get(f"/v1/videos/{id}")
+        assert answer.status_code == 503 and "secret" not in answer.text
+        assert "the store of jobs does not answer" in answer.text
+
+
+@pytest.mark.slow  # two servers start
+def test_servers_share_jobs_and_videos(tmp_path):
+    place = {"store": f"sqlite:///{tmp_path}/jobs.sqlite3", "videos": "memory://shared/videos"}
+    stored = fsspec.filesystem("memory").store
+    stored.clear()
+    with serving(tmp_path / "a", **place) as one, serving(tmp_path / "b", **place) as other:
+        ids = [one.add("sleep 0.5") for _ in range(4)]
+        until(lambda: one.service.workers[0].jobs and other.service.workers[0].jobs)
+        for id in ids:
+            job = other.ended(id)
+            assert job["status"] == "completed" and job == one.get(id)
+            contents = [each.client.get(f"/v1/videos/{id}/content") for each in (one, other)]
+            assert {each.content for each in contents} == {f"video of {id} ".encode() * 100}
+        part = other.client.get(f"/v1/videos/{id}/content", headers={"Range": "bytes=6-7"})
+        assert part.status_code == 206 and part.content == b"of"
+        assert not list((tmp_path / "a" / "work" / "videos").glob("*.mp4"))
+        id = one.add("sleep 60")
+        until(lambda: (job := one.get(id))["preview"] and job == other.get(id))
+        preview = {
+            each.client.get(f"/v1/videos/{id}/content?variant=thumbnail").content[:2]
+            for each in (one, other)
+        }
+        assert preview == {b"\xff\xd8"}
+        idle = other if one.service.workers[0].jobs else one
+        with idle.client.stream("GET", f"/v1/videos/{id}/events") as events:
+            lines = events.iter_lines()
+            assert next(lines) == "event: in_progress"
+            idle.client.post(f"/v1/videos/{id}/cancel")
+        for each in (one, other):
+            until(lambda each=each: not each.service.workers[0].jobs and each.get(id)["status"])
+        for each in ids:
+            one.client.delete(f"/v1/videos/{each}")
+        until(lambda: not stored)

@@ -1,20 +1,55 @@
-"""Jobs in their file: who comes next, what ends once, and what is found after a crash."""
+"""Jobs in a file and in PostgreSQL: who comes next, what ends once, what is found after a crash,
+and servers that share them."""
 
 import contextlib
+import threading
+import time
 
 import pytest
+import sqlalchemy as sa
 
 from tdjax.errors import UsageError
 from tdjax.server import store
 from tdjax.server.limits import Limits
 from tdjax.server.store import Conflict, Full, Store
+from tdjax.server.tables import HOOKS, JOBS, SERVERS, TURNS, Database
+
+
+@pytest.fixture(params=["file", "postgresql"])
+def url(request, tmp_path):
+    """The address of an empty store of many servers."""
+    if request.param == "file":
+        yield f"sqlite:///{tmp_path}/shared.sqlite3"
+        return
+    yield (address := request.getfixturevalue("postgresql"))
+    with contextlib.closing(Database(address)) as db, db.transaction() as connection:
+        for table in (JOBS, HOOKS, TURNS, SERVERS):
+            connection.execute(table.delete())
+
+
+@pytest.fixture(params=["alone", "postgresql"])
+def jobs(request, tmp_path):
+    """A server's jobs: in its folder, and in a database."""
+    limits = Limits(queue=20, jobs=20, attempts=2)
+    address = None if request.param == "alone" else request.getfixturevalue("postgresql")
+    with contextlib.closing(Store(tmp_path, limits, url=address)) as opened:
+        yield opened
+        with opened.db.transaction() as connection:
+            for table in (JOBS, HOOKS, TURNS, SERVERS):
+                connection.execute(table.delete())
 
 
 @pytest.fixture
-def jobs(tmp_path):
-    opened = Store(tmp_path, Limits(queue=20, jobs=20, attempts=2))
-    yield opened
-    opened.close()
+def server(url, tmp_path):
+    """Opens one server after another of a store."""
+    with contextlib.ExitStack() as opened:
+
+        def another(**limits):
+            folder, videos = tmp_path / str(time.monotonic_ns()), str(tmp_path)
+            store = Store(folder, Limits(**limits), url=url, videos=videos)
+            return opened.enter_context(contextlib.closing(store))
+
+        yield another
 
 
 def add(opened, owner="", shape="small", **values):
@@ -155,6 +190,7 @@ def test_what_a_crash_left_is_ended_or_queued_again(tmp_path):
     before.close()
     after = Store(tmp_path, Limits(attempts=2))
     assert after.recover() == (1, 1)
+    after.sweep()
     states = [after.get(job.id).status for job in (done, half, waiting)]
     assert states == ["completed", "queued", "queued"]
     assert [path.name for path in after.videos.iterdir()] == [after.video(done).name]
@@ -174,7 +210,7 @@ def test_a_folder_is_one_servers(tmp_path, jobs):
 def test_a_file_that_holds_something_else_is_refused(tmp_path, content):
     if content is None:
         jobs = Store(tmp_path, Limits())
-        jobs.db.execute("PRAGMA user_version = 99")
+        jobs.db.rows(sa.text("UPDATE tdjax_version SET version = 99 RETURNING version"))
         jobs.close()
     else:
         (tmp_path / "jobs.sqlite3").write_bytes(content)
@@ -193,7 +229,8 @@ def test_old_and_large_videos_go(tmp_path):
     waiting = add(jobs)
     assert jobs.expire() == 1 and jobs.get(ended[0].id) is None
     assert not jobs.video(ended[0]).exists() and jobs.video(ended[1]).exists()
-    jobs.db.execute("UPDATE jobs SET completed_at = completed_at - 2000 WHERE status = 'completed'")
+    long_ago = JOBS.update().values(completed_at=JOBS.c.completed_at - 2000)
+    jobs.db.rows(long_ago.where(JOBS.c.status == "completed").returning(JOBS.c.id))
     assert jobs.expire() == 2
     assert [job.id for job in jobs.page("", None, 9, True)] == [waiting.id]
     assert jobs.counts()[store.WAITING] == 1
@@ -215,7 +252,7 @@ def test_a_webhook_is_due_when_its_job_has_ended(jobs):
     jobs.put_off_hook(waiting.id, 0)
     assert [job.status for job in jobs.take_hooks(9, 60)] == ["cancelled"]
     jobs.put_off_hook(waiting.id, None)
-    assert not jobs.db.execute("SELECT * FROM hooks").fetchall()
+    assert not jobs.db.rows(sa.select(HOOKS))
 
 
 def test_webhooks_come_in_turn_and_outlive_the_process_and_a_clock_put_back(jobs):
@@ -228,8 +265,8 @@ def test_webhooks_come_in_turn_and_outlive_the_process_and_a_clock_put_back(jobs
     jobs.delete(ids[0])
     jobs.put_off_hook(ids[1], 60)
     jobs.put_off_hook(ids[2], 3 * store.DAY)  # as a clock leaves it that was days ahead
-    with contextlib.closing(Store(jobs.folder / "other", jobs.limits)) as other:
-        jobs.db.backup(other.db)
+    url = jobs.db.url.render_as_string(hide_password=False)
+    with contextlib.closing(Store(jobs.folder / "other", jobs.limits, url=url)) as other:
         assert [job.id for job in other.take_hooks(9, 0)] == [ids[2]]
 
 
@@ -241,3 +278,98 @@ def test_a_page_of_what_was_searched(jobs):
     assert len(jobs.page("", found[0].id, 9, True, "fox")) == 1
     assert len(jobs.page("", None, 9, True, "100%")) == 1
     assert not jobs.page("", None, 9, True, "mp4") and not jobs.page("bob", None, 9, True, "fox")
+
+
+# -- many servers ----------------------------------------------------------------------------------
+
+
+def test_what_one_server_is_asked_another_one_does(server):
+    asked, makes = server(), server()
+    id = add(asked, owner="alice").id
+    job = makes.claim()
+    assert job.id == id and job.server == makes.server and asked.claim() is None
+    makes.report(job, 40, "denoise", True)
+    seen = asked.get(id)
+    assert (seen.status, seen.percent, seen.stage, seen.preview) == (
+        *("in_progress", 40),
+        *("denoise", True),
+    )
+    assert asked.cancel(id) and makes.many([id])[id].status == "cancelled"
+    assert not makes.complete(written(makes, job), {}) and not makes.video(job).exists()
+
+
+def test_jobs_of_a_server_that_is_not_heard_of_are_anothers(server):
+    dead, heir = server(attempts=2), server(attempts=2)
+    for _ in range(2):
+        add(dead)
+    dead.keep_lease()
+    heir.keep_lease()
+    half, done = dead.claim(), written(dead, dead.claim())
+    assert heir.recover() == (0, 0)  # it lives still
+    lapsed = SERVERS.update().where(SERVERS.c.id == dead.server).values(until=0)
+    heir.db.rows(lapsed.returning(SERVERS.c.id))
+    assert heir.recover() == (1, 1) and heir.recover() == (0, 0)
+    assert heir.get(done.id).status == "completed"
+    again = written(heir, heir.claim())
+    assert again.id == half.id and again.attempts == 2
+    # It was not dead but slow, and comes late with both.
+    assert not dead.complete(written(dead, half), {}) and not dead.complete(done, {})
+    assert not heir.video(half).exists() and heir.video(done).exists()
+    assert heir.complete(again, {}) and heir.get(half.id).attempts == 2
+
+
+def test_a_server_that_leaves_is_not_waited_for(server):
+    leaves, heir = server(), server()
+    add(leaves)
+    leaves.keep_lease()
+    leaves.claim()
+    assert heir.recover() == (0, 0)
+    leaves.leave()
+    assert heir.recover() == (0, 1)
+
+
+def test_a_job_is_begun_once_whoever_asks_at_the_same_time(server):
+    servers = [server(queue=18, jobs=100) for _ in range(3)]
+    begun, refused, same = [], [], set()
+
+    def work(own):
+        same.add(add(own, owner="bob", idempotency="k").id)
+        for _ in range(8):
+            try:
+                add(own, owner="alice")
+            except Full:
+                refused.append(own)
+        same.add(add(own, owner="bob", idempotency="k").id)
+        while (job := own.claim("small")) is not None:
+            begun.append(job.id)
+
+    threads = [threading.Thread(target=work, args=(own,)) for own in servers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(same) == 1 and len(set(begun)) == len(begun) == 25 - len(refused)
+    assert servers[0].counts()["in_progress"] == len(begun) and servers[0].claim() is None
+
+
+STRANGE_STORES = {
+    "jobs.sqlite3": "no address",
+    "mysql://host/jobs": "allowed: postgresql",
+    "sqlite://": "the store has no file",
+    "postgresql://alice:secret@127.0.0.1:1/jobs": r"alice:\*\*\*@127.0.0.1:1/jobs cannot be read",
+    "sqlite:////none/of/it.sqlite3": "it.sqlite3 cannot be read",
+}
+
+
+@pytest.mark.parametrize("address", STRANGE_STORES)
+def test_strange_stores_are_refused_without_their_password(tmp_path, address):
+    for _ in range(2):
+        with pytest.raises(UsageError, match=STRANGE_STORES[address]) as refused:
+            Store(tmp_path, Limits(), url=address)
+        assert "secret" not in str(refused.value) and str(refused.value).count("\n") == 2
+
+
+def test_names_that_no_database_takes_are_no_jobs(jobs):
+    for name in ("video_\0", "a\0", "", "%", "video_" + "a" * 9999):
+        assert jobs.get(name) is None and not jobs.cancel(name)
+        assert not jobs.page("", name, 9, True) and not jobs.page("", None, 9, True, name or "x")
