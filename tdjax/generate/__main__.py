@@ -570,10 +570,10 @@ def _set_loras(pipe, loras: dict[str, list], name: str, given: list[str]) -> Non
     """Merges the LoRA files of a session. loras: {option: its pairs}; given: FILE:WEIGHT words of
     the option `name`, or none. Raises UsageError where the command began with some, which are in
     the weights for good."""
-    if any(component.lora for component in pipe.components.values()):
+    if any(component.lora or component.beside for component in pipe.components.values()):
         raise UsageError(
             f"--{name} in a session that began with LoRA files",
-            "those were merged as the weights were read",
+            "those stay on the weights as they were read",
             "begin without them, and give them with :set",
         )
     files = [] if given == ["none"] else list(map(cli.lora_pair, given))

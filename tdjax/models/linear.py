@@ -120,6 +120,9 @@ class QuantizedLinear(_Layer):
     scheme: ClassVar[str]
     leaves: ClassVar = ("weight", "weight_scale")
     dequantize = staticmethod(dequantize_rows)
+    # Factors of LoRA files beside the weights, where there are some: [r i] and [o r].
+    low_rank_down: Any = None
+    low_rank_up: Any = None
     # impl -> impl of the product, where the scheme has no kernel for it
     products: ClassVar[dict[str, str]] = {}
 
@@ -133,7 +136,16 @@ class QuantizedLinear(_Layer):
         weights = [getattr(self, name)[...] for name in self.leaves]
         if self.bias is not None:
             weights.append(self.bias[...])
-        return self.divided(partial(self.product, dtype=x.dtype), x.values, x.scale, *weights)
+        y = self.divided(partial(self.product, dtype=x.dtype), x.values, x.scale, *weights)
+        return y if self.low_rank_up is None else y + self.low_rank(x)
+
+    @jax.named_scope("lora")
+    def low_rank(self, x: Activations):  # -> [b l o]
+        """The second product, of the values that the first one reads."""
+        floats = self.dequantize(self.rows(x.values, x.scale)).astype(x.dtype)
+        down, up = (a[...].astype(x.dtype) for a in (self.low_rank_down, self.low_rank_up))
+        y = jnp.matmul(jnp.matmul(floats, down.T, precision=EXACT), up.T, precision=EXACT)
+        return rearrange(y, "(b l) o -> b l o", b=x.values.shape[0])
 
     def product(self, values, scale, weight, weight_scale, bias=None, *, dtype):  # -> [b l o]
         weight, impl = QTensor(weight, weight_scale), self.products.get(self.impl, self.impl)

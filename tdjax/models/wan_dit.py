@@ -8,8 +8,9 @@ throughout.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -300,6 +301,17 @@ class DiT(nnx.Module):
 def rotation(grid: tuple[int, ...], cfg: DiTConfig) -> Rotation:
     """Angles of the tokens of a grid, with what is missing on a mesh."""
     return rope(grid, cfg.head_dim).filled(missing_tokens(math.prod(grid)))
+
+
+def with_low_rank(model: DiT, factors: Mapping[str, tuple]) -> DiT:
+    """The same model with factors of LoRA files beside 8-bit layers: {a layer's name, such as
+    blocks.self_attn.q: (down [n r i], up [n o r])}, arrays or shapes."""
+    model = jax.tree.map(lambda leaf: leaf, model)
+    for name, (down, up) in sorted(factors.items()):
+        layer = functools.reduce(getattr, name.split("."), model)
+        layer.low_rank_down = nnx.data(nnx.Variable(down))
+        layer.low_rank_up = nnx.data(nnx.Variable(up))
+    return model
 
 
 def without_blocks(model: DiT) -> DiT:

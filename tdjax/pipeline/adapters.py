@@ -1,9 +1,14 @@
 """LoRA files on a transformer that is loaded: put on and taken off without its file being read
 again, and without another program.
 
-They are merged into the weights on the device. Before that, the leaves that they touch go to the
-host, and come back bit by bit when the files change: a merged network costs nothing at a step, and
-taking a LoRA off leaves no trace. Weights of 8 bits are quantised again after the sum.
+They are merged into floats on the device. Before that, the leaves that they touch go to the host,
+and come back bit by bit when the files change: a merged network costs nothing at a step, and taking
+a LoRA off leaves no trace.
+
+Beside weights of 8 bits low-rank changes are a second product, y = W x + up (down x): most are
+smaller than a step of the quantised weights, and would be rounded away with them. Their ranks are
+side by side, filled up to a power of two, and the strength is in `up`: one program serves every
+file of such a rank. Changes of other forms are added and quantised again.
 """
 
 from __future__ import annotations
@@ -25,13 +30,15 @@ from tdjax.checkpoints.published.lora import Change, changes_of, left_out_note
 from tdjax.checkpoints.published.rules import Row, invert
 from tdjax.config import DiTConfig
 from tdjax.models.linear import LINEAR
-from tdjax.models.wan_dit import without_blocks
+from tdjax.models.wan_dit import with_low_rank, without_blocks
 from tdjax.pipeline.options import Lora, lora_pairs
-from tdjax.pipeline.streaming import Streamed, waiting, with_one_block
+from tdjax.pipeline.streaming import Streamed, block_of, waiting, with_one_block
 
 if TYPE_CHECKING:
     from tdjax.pipeline.components import Component
 
+LEAST_RANK = 16
+FACTOR = ".low_rank_"  # within the names of leaves beside weights
 NAMING = "turbo"  # of the tensors that changes are found for: each has its leaf's own values
 
 
@@ -47,11 +54,13 @@ class _Place:
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """LoRA files that fit a network. files: (file, weight) pairs; notes: lines for the user."""
+    """LoRA files that fit a network. files: (file, weight) pairs; notes: lines for the user.
+    beside: {leaf of the float network: rank} of those that stand beside 8-bit weights."""
 
     files: tuple[tuple[str, float], ...]
     notes: list[str]
     changes: dict[str, list[tuple[_Place, Change]]]
+    beside: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def of(self, block: int | None) -> Chosen:
         """Returns what changes one block, as those of a network of one layer; None: what changes
@@ -65,12 +74,14 @@ class Chosen:
             ]
             for name, each in self.changes.items()
         }
-        return Chosen(self.files, [], {name: each for name, each in changes.items() if each})
+        beside = {} if block is None else self.beside
+        return Chosen(self.files, [], {n: each for n, each in changes.items() if each}, beside)
 
 
 def choose(files: tuple[tuple[str, float], ...], cfg: DiTConfig, low_noise: bool) -> Chosen:
     """Opens (file, weight) pairs for a network; nothing is merged yet. low_noise: it is the
     low-noise one of two experts. Raises CheckpointError."""
+    quantized = cfg.linear != "float"
     cfg = dataclasses.replace(cfg, linear="float")
     places = _places(cfg)
     found = detect.Detected("dit", NAMING, cfg, detect.rows("dit", NAMING, cfg))
@@ -83,7 +94,10 @@ def choose(files: tuple[tuple[str, float], ...], cfg: DiTConfig, low_noise: bool
         for change in made:
             place = places[change.key]
             changes.setdefault(place.leaf, []).append((place, change))
-    return Chosen(files, notes, changes)
+    ranks = {}
+    if quantized:
+        ranks = {name: _rank(each) for name, each in changes.items() if _beside(name, each)}
+    return Chosen(files, notes, changes, ranks)
 
 
 def adapt(
@@ -96,11 +110,16 @@ def adapt(
     own = {"dit": ("lora_high", lora_high), "dit_low": ("lora_low", lora_low)}
     dits = {name: components[name] for name in own if name in components}
     chosen = {
-        name: choose((*both, *lora_pairs(*own[name])), dit.config, name == "dit_low")
+        name: choose((*dit.beside, *both, *lora_pairs(*own[name])), dit.config, name == "dit_low")
         for name, dit in dits.items()
     }
+    ranks: dict[str, int] = {}  # of two experts, which run one program
+    for each in chosen.values():
+        ranks |= {name: max(rank, ranks.get(name, 0)) for name, rank in each.beside.items()}
+    for each in chosen.values():  # one of which may change a layer in a form that is added
+        ranks = {n: r for n, r in ranks.items() if _beside(n, each.changes.get(n, []))}
     for name, dit in dits.items():
-        dit.adapt(chosen[name])
+        dit.adapt(dataclasses.replace(chosen[name], beside=ranks))
     return [line for each in chosen.values() for line in each.notes]
 
 
@@ -119,11 +138,15 @@ class Adapters:
         if isinstance(module, Streamed):
             return self._merged_streamed(module)
         leaves = orbax.named_leaves(module)
+        for name in [name for name in leaves if FACTOR in name]:
+            leaves.pop(name).delete()
         linear = LINEAR[module.cfg.linear].leaves
         for name, before in self._base.items():
             _replace(leaves, _parts(name, leaves, linear), before)
         base = {}
         for name, changes in self.chosen.changes.items():
+            if name in self.chosen.beside:
+                continue
             parts = _parts(name, leaves, linear)
             old = tuple(leaves[part] for part in parts)
             base[name] = tuple(np.asarray(x) for x in old)
@@ -136,21 +159,59 @@ class Adapters:
                 new = _by_steps(old, changes, kind)
             _replace(leaves, parts, new)
         self._base = base
-        return orbax.assemble(module, leaves)
+        plain = orbax.assemble(orbax.abstract("dit", module.cfg), leaves)
+        return with_low_rank(plain, self._factors(module.cfg, next(iter(leaves.values())).sharding))
+
+    def abstract(self, module: Any, sharding: Any = None) -> Any:
+        """Returns a network as shapes, with those of the factors beside its weights."""
+        cfg = module.cfg
+        shape = lambda x: jax.ShapeDtypeStruct(x, cfg.policy.param_dtype, sharding=sharding)
+        return with_low_rank(
+            module, {name: tuple(map(shape, two)) for name, two in self._shapes(cfg).items()}
+        )
+
+    def _shapes(self, cfg: DiTConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """{layer: shapes of its factors}."""
+        leaves = orbax.named_leaves(orbax.abstract("dit", dataclasses.replace(cfg, linear="float")))
+        out = {}
+        for name, rank in self.chosen.beside.items():
+            count, inputs, outputs = leaves[name].shape
+            layer = name.removesuffix(".kernel")
+            out[layer] = (count, rank, inputs), (count, outputs, rank)
+        return out
+
+    def _factors(self, cfg: DiTConfig, like: jax.sharding.Sharding) -> dict[str, tuple]:
+        """{layer: its factors on the device}; zero where no file changes it. like: a sharding of
+        the network's leaves."""
+        if isinstance(like, jax.sharding.NamedSharding):
+            like = jax.sharding.NamedSharding(like.mesh, jax.sharding.PartitionSpec())
+        out = {}
+        for layer, shapes in self._shapes(cfg).items():
+            down, up = (np.zeros(shape, np.float32) for shape in shapes)
+            changes = self.chosen.changes.get(f"{layer}.kernel", [])
+            _side_by_side(changes, up, down)
+            values = (x.astype(cfg.policy.param_dtype) for x in (down, up))
+            out[layer] = tuple(jax.device_put(x, like) for x in values)
+        return out
 
     def _merged_streamed(self, module: Streamed) -> Streamed:
         """The same block by block, each on the device in its turn."""
         outer, blocks = module.outer, list(module.blocks)
+        like = self.abstract(orbax.abstract("dit", outer.cfg)).blocks
         for at in (None, *range(len(blocks))):
             part = self._pieces.setdefault(at, Adapters())
             part.chosen = self.chosen.of(at)
-            if not part.chosen.changes and not part._base:
+            touched = part.chosen.changes or part.chosen.beside or part._base
+            if at is not None:
+                touched = touched or any(FACTOR in n for n in orbax.named_leaves(blocks[at]))
+            if not touched:
                 continue
             made = part.merged(with_one_block(outer, blocks[at or 0]))
             if at is None:
-                outer = without_blocks(made)
+                leaves = jax.tree.leaves(without_blocks(made))
+                outer = jax.tree.unflatten(jax.tree.structure(outer), leaves)
                 continue
-            before, block = blocks[at], jax.tree.map(lambda x: x[0], made.blocks)
+            before, block = blocks[at], block_of(made, like)
             blocks[at] = jax.block_until_ready(jax.device_put(block, waiting()))
             jax.tree.map(lambda x: x.delete(), before)
         return Streamed(outer, tuple(blocks))
@@ -191,23 +252,45 @@ def _replace(leaves: dict[str, Any], parts: tuple[str, ...], values: tuple) -> N
 
 def _low_rank(old: tuple, changes: list[tuple[_Place, Change]], kind: str) -> tuple:
     """The leaves [n ...] of a linear layer with products added, those of all files side by side."""
-    pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for place, change in changes:
-        assert change.factors is not None and place.layer is not None
-        pairs.setdefault(place.layer, []).append(change.factors())
-    ranks = {layer: sum(up.shape[1] for up, _ in each) for layer, each in pairs.items()}
-    (outputs, inputs), rank = changes[0][0].shape, max(ranks.values())
+    (outputs, inputs), rank = changes[0][0].shape, max(_ranks(changes).values())
     ups = np.zeros((len(old[0]), outputs, rank), np.float32)
     downs = np.zeros((len(old[0]), rank, inputs), np.float32)
-    for layer, each in pairs.items():
-        at = 0
-        for up, down in each:
-            ups[layer, :, at : at + up.shape[1]] = up
-            downs[layer, at : at + len(down)] = down
-            at += len(down)
+    _side_by_side(changes, ups, downs)
     touched = np.zeros(len(old[0]), bool)
-    touched[list(pairs)] = True
+    touched[list(_ranks(changes))] = True
     return _added(old, ups, downs, touched, kind=kind)
+
+
+def _ranks(changes: list[tuple[_Place, Change]]) -> dict[int, int]:
+    """{layer: rank of its changes together}."""
+    ranks: dict[int, int] = {}
+    for place, change in changes:
+        assert change.factors is not None and place.layer is not None
+        ranks[place.layer] = ranks.get(place.layer, 0) + change.rank
+    return ranks
+
+
+def _side_by_side(changes: list[tuple[_Place, Change]], ups: np.ndarray, downs: np.ndarray) -> None:
+    """Writes the factors of all changes into ups [n o r] and downs [n r i], which are zeros."""
+    filled: dict[int, int] = {}
+    for place, change in changes:
+        assert change.factors is not None and place.layer is not None
+        layer, (up, down) = place.layer, change.factors()
+        at = filled.get(layer, 0)
+        filled[layer] = at + len(down)
+        ups[layer, :, at : at + len(down)] = up
+        downs[layer, at : at + len(down)] = down
+
+
+def _beside(name: str, changes: list[tuple[_Place, Change]]) -> bool:
+    """Whether the changes of a leaf can be a second product beside its 8-bit weights."""
+    linear = name.startswith("blocks.") and name.endswith(".kernel") and ".core." not in name
+    return linear and all(change.factors for _, change in changes)
+
+
+def _rank(changes: list[tuple[_Place, Change]]) -> int:
+    """The rank of factors beside a leaf: a power of two, so that few ranks have programs."""
+    return max(LEAST_RANK, 1 << (max(_ranks(changes).values()) - 1).bit_length())
 
 
 @functools.partial(jax.jit, static_argnames="kind")

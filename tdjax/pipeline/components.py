@@ -26,7 +26,7 @@ from tdjax.errors import CheckpointError, UsageError
 from tdjax.models.wan_dit import with_linear, without_blocks
 from tdjax.parallel.sharding import shardings
 from tdjax.pipeline.adapters import Adapters, Chosen
-from tdjax.pipeline.streaming import BLOCKS, HOST_MEMORY, Streamed, waiting
+from tdjax.pipeline.streaming import BLOCKS, HOST_MEMORY, Streamed, block_of, waiting
 
 KINDS = {
     "dit": ("a video transformer", "dit_path"),
@@ -50,13 +50,15 @@ class Component(abc.ABC):
     coming: the load that a thread was asked for.
     streamed: whether it is loaded as a `Streamed`, its blocks in the host's memory.
     adapters: LoRA files that are merged into it on the device, and can be taken off.
-    lora:   the (file, weight) pairs that are merged into it.
+    lora:   the (file, weight) pairs that are merged into it as it is read. beside: those that it
+            was opened with and that stay beside its 8-bit weights.
     linear: kind of linear layers in its file, for a transformer.
     gates:  whether its file has gates of FastVideo's sparse attention.
     notes:  lines for the user about what is in its file and not used.
     """
 
     lora: tuple[tuple[str, float], ...] = ()
+    beside: tuple[tuple[str, float], ...] = ()
     notes: tuple[str, ...] = ()
     gates: bool = False
 
@@ -124,13 +126,16 @@ class Component(abc.ABC):
         """Returns the module as shapes (with shardings under a mesh), by which programs are
         compiled before weights arrive."""
         module = orbax.abstract(self.kind, self.config)
-        if self.mesh is None:
-            return module
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            module,
-            shardings(module, self.mesh),
-        )
+        everywhere = None
+        if self.mesh is not None:
+            everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+            module = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                module,
+                shardings(module, self.mesh),
+            )
+        beside = self.adapters.chosen.beside
+        return self.adapters.abstract(module, everywhere) if beside else module
 
     def load(self) -> Any:
         """Returns the module on the device; loading twice is loading once."""
@@ -140,7 +145,9 @@ class Component(abc.ABC):
             whole = not isinstance(module, Streamed)
             if whole and jax.tree.leaves(module)[0].sharding.memory_kind == HOST_MEMORY:
                 module = _moved_to_device(module)
-            self.module = self.adapters.merged(module) if self.adapters.chosen.files else module
+            chosen = self.adapters.chosen
+            changed = chosen.files or chosen.beside
+            self.module = self.adapters.merged(module) if changed else module
         return self.module
 
     def adapt(self, chosen: Chosen) -> None:
@@ -219,11 +226,11 @@ class Component(abc.ABC):
 
     def _block(self, outer: dict[str, Any], layer: dict[str, jax.Array]) -> Any:
         """One block on the device, of the kind of linear layers that is asked for."""
-        one = dataclasses.replace(self.as_read, layers=1)
+        cfg = dataclasses.replace(self.as_read, layers=1)
         stacked = {name: leaf[None] for name, leaf in layer.items()}
-        module = orbax.assemble(orbax.abstract(self.kind, one), outer | stacked)
-        blocks = with_linear(module, self.config.linear).blocks
-        return jax.tree.map(lambda leaf: leaf[0], blocks)
+        module = orbax.assemble(orbax.abstract(self.kind, cfg), outer | stacked)
+        one = with_linear(module, self.config.linear)
+        return block_of(one, orbax.abstract(self.kind, self.config).blocks)
 
     def read_to_host(self) -> Any:
         """Returns the weights in page-locked memory of the host."""

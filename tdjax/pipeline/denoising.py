@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from tdjax.checkpoints import orbax
 from tdjax.config import DiTConfig, SamplerConfig
 from tdjax.errors import NotFinite
 from tdjax.models.wan_dit import without_blocks
@@ -206,7 +207,8 @@ class Denoising(Stage):
             return [self.program(request, state, text, condition, chunk)]
         model = self.components[FIRST].abstract()
         block = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), model.blocks)
-        shapes = streaming.Streamed(without_blocks(model), (block,))
+        outer = without_blocks(orbax.abstract("dit", self.config))
+        shapes = streaming.Streamed(outer, (block,))
         inputs = state, text, condition, chunk
         return streaming.programs(self.compiler, shapes, request.sampler, *inputs)
 

@@ -22,6 +22,7 @@ from tdjax.config import DiTConfig
 from tdjax.config.values import settled, shown, switch
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.parallel.mesh import every_device
+from tdjax.pipeline.adapters import adapt
 from tdjax.pipeline.components import Component, PlannedComponent, open_component
 from tdjax.pipeline.options import (
     Attention,
@@ -260,7 +261,8 @@ def _with_recipe(
     """The model with the sampler that its weights were made for, where neither a preset nor its own
     folder says it; LoRA files that make undistilled weights need few steps say it of both."""
     dits = [components[name] for name in ("dit", "dit_low") if name in components]
-    lora = [name for dit in dits for file, _ in dit.lora for name in telling(Path(file))]
+    files = [file for dit in dits for file, _ in (*dit.lora, *dit.beside)]
+    lora = [name for file in files for name in telling(Path(file))]
     if located.preset in PRESETS or located.facts:
         found = None if located.distilled else of_names(lora, dits[0].config.task)
     else:
@@ -331,7 +333,11 @@ def open_components(
         component = components[name] = open_component(
             path, "dit", lora=lora[name], low_noise=second
         )
-        component.config = _transformer_config(component, options, note)
+        component.config = config = _transformer_config(component, options, note)
+        if lora[name] and "float" not in (component.linear, config.linear):
+            component = components[name] = open_component(path, "dit", low_noise=second)
+            component.config, component.beside = config, lora[name]
+    _make_alike(components, note)
     if "dit_low" not in components and lora["dit_low"] != lora["dit"]:
         raise UsageError(
             "lora_high or lora_low with one transformer",
@@ -351,11 +357,25 @@ def open_components(
         policy = Policy(param=options.dtype, compute=options.dtype)
         component.config = dataclasses.replace(component.stored, policy=policy)
     _check_together(components)
+    for line in adapt(components, (), (), ()) if any(c.beside for c in components.values()) else ():
+        note(line)
     _check_bits(components["dit"].config)
     for component in components.values():
         for line in component.notes:
             note(line)
     return components
+
+
+def _make_alike(components: dict[str, Component], note: Callable[[str], None]) -> None:
+    """Gives two experts the same kind of linear layers, as one program runs both: files of them may
+    come from different places. That is the kind of the first whose weights have 8 bits."""
+    dits = [components[name] for name in ("dit", "dit_low") if name in components]
+    kinds = list(dict.fromkeys(dit.config.linear for dit in dits))
+    kind = next((kind for kind in kinds if kind != "float"), "float")
+    for dit in dits:
+        if dit.config.linear != kind:
+            note(f"{dit.path.name}: made {kind} at load, as the other expert")
+            dit.config = dataclasses.replace(dit.config, linear=kind)
 
 
 def _check_bits(dit: DiTConfig) -> None:
@@ -423,12 +443,12 @@ def _chosen_linear(component: Component, quant: str, note: Callable[[str], None]
     linear = {"auto": stored, "none": "float"}.get(quant, quant)
     if stored == "float" or (linear == stored and not component.lora):
         return linear
-    if component.lora:
-        what = "dequantised, `lora` added" + (", and quantised again" if linear != "float" else "")
-    elif linear == "float":
-        what = "dequantised at load"
+    if linear == "float":
+        what = "dequantised" + (", `lora` added" if component.lora else " at load")
+    elif linear != stored:
+        what = f"made {linear} at load" + (", `lora` beside them" if component.lora else "")
     else:
-        what = f"made {linear} at load"
+        what = "`lora` beside them"
     note(f"{name}: {stored} weights in the blocks, {what}")
     return linear
 

@@ -48,8 +48,19 @@ def with_one_block(outer, block) -> Any:
     """A transformer of one layer on the device: that block, wherever it is, and the leaves of
     `outer`."""
     abstract = orbax.abstract("dit", dataclasses.replace(outer.cfg, layers=1))
-    layer = {f"{BLOCKS}{n}": x[None] for n, x in orbax.named_leaves(on_device(block)).items()}
-    return orbax.assemble(abstract, orbax.named_leaves(outer) | layer)
+    leaves = orbax.named_leaves(on_device(block)).items()
+    layer = {f"{BLOCKS}{name}": x[None] for name, x in leaves}
+    known = orbax.named_leaves(abstract)  # without factors of LoRA files that were there before
+    own = {name: x for name, x in layer.items() if name in known}
+    return orbax.assemble(abstract, orbax.named_leaves(outer) | own)
+
+
+def block_of(one, like) -> Any:
+    """The block of a transformer of one layer. like: blocks of the transformer that it belongs to,
+    or their shapes: its config, which programs depend on, has another number of layers."""
+    return jax.tree.unflatten(
+        jax.tree.structure(like), [leaf[0] for leaf in jax.tree.leaves(one.blocks)]
+    )
 
 
 def step_begin(outer, state, text, image, schedule, *, doubled: bool):

@@ -124,12 +124,13 @@ class Change:
     """What a LoRA does to one tensor.
 
     key:   of the tensor. step: float32 values -> changed ones. factors: of a change that is a plain
-           product of two matrices, else None.
+           product of two matrices, else None. rank: of these.
     """
 
     key: str
     step: Callable[[np.ndarray], np.ndarray]
     factors: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
+    rank: int = 0
 
 
 def add_lora(
@@ -283,7 +284,7 @@ def _of_factors(
     factors.check(shape)
     plain = made is _Factors and "magnitude" not in parts
     pair = functools.partial(factors.pair, weight) if plain else None
-    return Change(key, functools.partial(factors.add, weight), pair)
+    return Change(key, functools.partial(factors.add, weight), pair, factors.rank or 0)
 
 
 # Settings

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import random_model
 from random_model import SMALL
+from tolerances import assert_close
 
 import tdjax
 from convert.export import export
@@ -103,7 +104,8 @@ def test_off_is_as_never_on(file, lora, linear):
     one, two = lora(LOW_RANK, "one"), lora(OTHERS | pair("blocks.0.self_attn.q", DIM, DIM, 3, 20))
     module = on(module, held, (one,))
     alone = leaves(module)
-    assert any(not np.array_equal(before[name], alone[name]) for name in before)
+    same = lambda name: name in before and np.array_equal(before[name], alone[name])
+    assert not all(map(same, alone))
     module = on(on(module, held, (one, two)), held, (one,))
     for name, leaf in leaves(module).items():
         np.testing.assert_array_equal(leaf, alone[name], err_msg=name)
@@ -113,21 +115,107 @@ def test_off_is_as_never_on(file, lora, linear):
 
 @pytest.mark.parametrize("linear, bound", [("int8", 0.02), ("int8_channel", 0.02), ("fp8", 0.06)])
 def test_weights_of_8_bits_are_quantised_again(file, lora, linear, bound):
-    """Values and scales mean the sum, to the rounding of the kind; layers that no file touches keep
-    their bits."""
-    files, plain = (lora(LOW_RANK),), with_linear(loaded(file), linear)
+    """For changes that are no product of two factors: values and scales mean the sum, to the
+    rounding of the kind; layers that no file touches keep their bits."""
+    files, plain = (lora(OTHERS),), with_linear(loaded(file), linear)
     before = leaves(plain)
     merged = on(plain, Adapters(), files)
     floats = with_linear(merged, "float")
-    want = leaves(loaded(file, files))["blocks.self_attn.q.kernel"]
-    got = np.asarray(floats.blocks.self_attn.q.kernel[...])
+    want = leaves(loaded(file, files))["blocks.cross_attn.v.kernel"]
+    got = np.asarray(floats.blocks.cross_attn.v.kernel[...])
     assert np.linalg.norm(got - want) < bound * np.linalg.norm(want)
     values = next(
-        name for name in before if name.startswith("blocks.self_attn.q.") and "weight" in name
+        name for name in before if name.startswith("blocks.cross_attn.v.") and "weight" in name
     )
     after = leaves(merged)[values]
-    np.testing.assert_array_equal(after[1], before[values][1])
-    assert not np.array_equal(after[0], before[values][0])
+    np.testing.assert_array_equal(after[0], before[values][0])
+    assert not np.array_equal(after[1], before[values][1])
+
+
+@pytest.mark.parametrize("linear", ["int8", "int8_channel", "fp8"])
+def test_low_rank_beside_weights_of_8_bits(file, lora, linear):
+    """The product of two layers is that of the dequantised weights with the change added in
+    float64, although the change is smaller than a step of them; the weights keep their bits."""
+    tiny = {name: x * 0.02 if "lora_B" in name else x for name, x in LOW_RANK.items()}
+    plain = with_linear(loaded(file), linear)
+    before = leaves(plain)
+    files = (lora(tiny, "one"), (lora(tiny, "two")[0], -0.25))
+    module = on(plain, Adapters(), files)
+    after = leaves(module)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    added = {name: after[name].shape for name in after.keys() - before.keys()}
+    rank, layers = adapters.LEAST_RANK, CFG.layers
+    assert added == {
+        "blocks.self_attn.q.low_rank_down": (layers, rank, DIM),
+        "blocks.self_attn.q.low_rank_up": (layers, DIM, rank),
+        "blocks.up.low_rank_down": (layers, rank, DIM),
+        "blocks.up.low_rank_up": (layers, FFN, rank),
+    }
+    for block, key, scale in ((0, "self_attn.q", 1.0), (1, "ffn.0", 0.5)):
+        one = jax.tree.map(lambda leaf, block=block: leaf[block], module.blocks)
+        layer = one.up if key == "ffn.0" else one.self_attn.q
+        x = layer.quantize_input(noise(30, 1, 7, DIM))
+        read = np.float64(layer.dequantize(layer.rows(x.values, x.scale)))
+        up, down = (
+            np.float64(tiny[f"diffusion_model.blocks.{block}.{key}.lora_{k}.weight"]) for k in "BA"
+        )
+        change = (0.5 - 0.25) * scale * up @ down
+        weight = np.float64(layer.unpacked(*(getattr(layer, name)[...] for name in layer.leaves)))
+        step = np.abs(weight).max() / 127
+        assert np.abs(change).max() < step / 2  # of which a merge would leave next to nothing
+        got = np.asarray(layer(x), np.float64)[0] - np.asarray(layer.bias[...])
+        assert_close(got, read @ (weight + change).T, "float32")
+    one = jax.tree.map(lambda leaf: leaf[1], module.blocks)  # a block that no file changes
+    x = one.self_attn.q.quantize_input(noise(30, 1, 7, DIM))
+    assert not np.asarray(one.self_attn.q.low_rank(x)).any()
+
+
+def test_ranks_have_few_programs_and_strengths_none(file, lora):
+    """Files of other strengths, and of other ranks up to the same power of two, make networks of
+    one structure; off is that of never."""
+    structure = lambda module: (
+        jax.tree.structure(module),
+        [x.shape for x in jax.tree.leaves(module)],
+    )
+    module = with_linear(loaded(file), "int8_channel")
+    never, held, seen = structure(module), Adapters(), []
+    for files in (
+        (lora(LOW_RANK, "one"),),
+        ((lora(LOW_RANK, "one")[0], 1.7),),
+        (lora(LOW_RANK, "one"), lora(pair("blocks.2.self_attn.q", DIM, DIM, 9, 20), "two")),
+    ):
+        module = on(module, held, files)
+        seen.append(structure(module))
+        abstract = held.abstract(orbax.abstract("dit", module.cfg))
+        assert structure(abstract) == seen[-1]
+    assert seen[0] == seen[1] == seen[2] != never
+    assert structure(on(module, held, ())) == never
+
+
+def test_two_experts_share_their_ranks(file, lora):
+    """One program runs both: the layers that either file changes have factors in both, of zeros
+    where there is nothing."""
+    components = {name: open_component(file, "dit") for name in ("dit", "dit_low")}
+    for component in components.values():
+        cfg = dataclasses.replace(component.stored, policy=CFG.policy, linear="int8_channel")
+        component.config = cfg
+    high = lora(pair("blocks.0.self_attn.q", DIM, DIM, 20, 0), "high")
+    low = lora(pair("blocks.1.ffn.0", FFN, DIM, 4, 4), "low")
+    adapters.adapt(components, (), high, low)
+    first, second = (component.load() for component in components.values())
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    shapes = [[x.shape for x in jax.tree.leaves(module)] for module in (first, second)]
+    assert shapes[0] == shapes[1]
+    zeros = leaves(second)["blocks.self_attn.q.low_rank_up"]
+    assert zeros.shape[-1] == 32 and not zeros.any()
+
+
+def test_the_second_product_of_rank_64_at_14b_takes_few_operations():
+    """Beside those of the layers alone, without attention's own."""
+    dim, ffn = 5120, 13824
+    layers = [(dim, dim)] * 6 + [(dim, ffn), (ffn, dim)]  # those that video tokens pass
+    more = sum(64 * (i + o) for i, o in layers) / sum(i * o for i, o in layers)
+    assert more < 0.06
 
 
 @pytest.mark.parametrize("at", [0, 1])
@@ -193,3 +281,34 @@ def test_a_pipeline_switches_without_compiling(model, lora):
         pipe.set_loras("nothing.safetensors")
     assert isinstance(pipe.components["dit"].adapters.chosen, Chosen)
     assert jax.tree.leaves(pipe.components["dit"].load())
+
+
+@pytest.mark.slow
+def test_a_pipeline_of_8_bits(model, tmp_path, lora):
+    """Files of a load stay beside stored 8-bit weights; another strength has no program of its own,
+    off is as never on, and streamed blocks give the same."""
+    cfg = dataclasses.replace(CFG, attention="dense", layers=2)
+    floats = random_model.with_dit(model, tmp_path / "floats", cfg)
+    opened = open_component(floats / "dit", "dit")
+    module = with_linear(opened.load(), "int8_channel")
+    source = {"name": "test"}
+    orbax.save(tmp_path / "ours", leaves(module), kind="dit", cfg=module.cfg, source=source)
+    quant = export(open_leaves(tmp_path / "ours"), tmp_path / "quant.safetensors")
+    one = lora({n: x for n, x in LOW_RANK.items() if "blocks.2" not in n}, "one")
+    two = lora(pair("blocks.1.ffn.2", DIM, FFN, 4, 30), "two")
+    call = {"output_type": "latent", "num_steps": 2, **SMALL}
+    pipe = tdjax.load(floats, dit_path=quant, lora=one)
+    dit = pipe.components["dit"]
+    assert (dit.lora, dit.beside, dit.adapters.chosen.files) == ((), (one,), (one,))
+    with_one = pipe("a", **call)
+    assert with_one.metadata["lora"] == {"dit": [["one.safetensors", 0.5]]}
+    pipe.set_loras(two)
+    both = pipe("a", **call)
+    compiled = len(pipe.programs.compiled)
+    pipe.set_loras((two[0], 0.1))
+    assert not np.array_equal(pipe("a", **call).latents, both.latents)
+    assert len(pipe.programs.compiled) == compiled
+    pipe.set_loras()
+    assert np.array_equal(pipe("a", **call).latents, with_one.latents)
+    streamed = tdjax.load(floats, dit_path=quant, transformer_device="stream", lora=one)
+    assert_close(streamed("a", **call).latents, with_one.latents, "float32")

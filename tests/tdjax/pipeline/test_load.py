@@ -13,7 +13,8 @@ from convert.export import export
 from convert.leaves import open_leaves
 from tdjax.checkpoints import orbax
 from tdjax.errors import CheckpointError, UsageError
-from tdjax.pipeline.load import _swapped_lora, plan_pipeline
+from tdjax.pipeline.components import PlannedComponent
+from tdjax.pipeline.load import _make_alike, _swapped_lora, plan_pipeline
 from tdjax.pipeline.options import PipelineOptions
 from tdjax.presets import PRESETS, TEACHER_SAMPLER
 
@@ -130,3 +131,22 @@ def test_a_lora_whose_name_says_the_other_expert():
         "a_low_noise.safetensors was given as lora_high, but its name says low",
         "high.safetensors was given as lora_low, but its name says high",
     ]
+
+
+def test_experts_of_different_files_get_one_kind_of_layers():
+    """One from GGUF, which is dequantised, the other in float8."""
+    for kinds, made in (
+        (("float", "fp8"), "fp8"),
+        (("int8", "fp8"), "int8"),
+        (("float",), "float"),
+    ):
+        dits = [
+            PlannedComponent(
+                f"{kind}.gguf", "dit", dataclasses.replace(random_model.DIT, linear=kind)
+            )
+            for kind in kinds
+        ]
+        notes = []
+        _make_alike(dict(zip(("dit", "dit_low"), dits, strict=False)), notes.append)
+        assert {dit.config.linear for dit in dits} == {made}
+        assert len(notes) == len(kinds) - 1 and all(f"made {made}" in note for note in notes)

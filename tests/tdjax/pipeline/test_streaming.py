@@ -42,8 +42,9 @@ def whole(streamed):
 
 def same(leaves, module):
     others = orbax.named_leaves(module)
-    assert leaves.keys() == others.keys()
-    return all(np.array_equal(np.asarray(leaves[n]), np.asarray(others[n])) for n in leaves)
+    return leaves.keys() == others.keys() and all(
+        np.array_equal(np.asarray(leaves[n]), np.asarray(others[n])) for n in leaves
+    )
 
 
 @pytest.mark.parametrize("linear", ["float", "int8_channel"])
@@ -57,6 +58,8 @@ def test_weights_are_those_of_the_whole(small, tmp_path, linear):
         component.stream(True)
         streamed = component.load()
         assert same(whole(streamed), module)
+        structure = jax.tree.structure(orbax.abstract("dit", component.config).blocks)
+        assert all(jax.tree.structure(block) == structure for block in streamed.blocks)
         kinds = {x.sharding.memory_kind for x in jax.tree.leaves(streamed.blocks)}
         assert kinds == {streaming.HOST_MEMORY}
         component.free()
@@ -114,7 +117,8 @@ def test_two_experts_under_guidance(i2v_model):
 
 
 @pytest.mark.slow
-def test_loras_on_blocks_that_wait(small, tmp_path, write_safetensors):
+@pytest.mark.parametrize("linear", ["float", "int8_channel"])
+def test_loras_on_blocks_that_wait(small, tmp_path, write_safetensors, linear):
     """The bits of the whole network with them; and those of before, once they are off."""
     rng = np.random.default_rng(0)
     values = lambda *shape: rng.normal(0, 0.1, shape).astype(np.float32)
@@ -126,6 +130,7 @@ def test_loras_on_blocks_that_wait(small, tmp_path, write_safetensors):
     }
     file = str(write_safetensors(tmp_path / "lora.safetensors", tensors))
     component = open_component(small / "dit", "dit")
+    component.config = dataclasses.replace(component.config, linear=linear)
     chosen = choose(((file, 0.5),), component.config, low_noise=False)
     before, held = component.read(), Adapters()
     held.chosen = chosen
@@ -134,6 +139,8 @@ def test_loras_on_blocks_that_wait(small, tmp_path, write_safetensors):
     component.load()
     component.adapt(chosen)
     assert same(whole(component.module), expected) and not same(whole(component.module), before)
+    structure = jax.tree.structure(component.abstract().blocks)  # programs are made of it
+    assert all(jax.tree.structure(block) == structure for block in component.module.blocks)
     component.adapt(choose((), component.config, low_noise=False))
     assert same(whole(component.module), before)
 
