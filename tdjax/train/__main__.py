@@ -13,7 +13,7 @@ from tdjax.errors import UsageError
 from tdjax.files import near, near_files
 from tdjax.train.presets import METHODS, PRESETS
 from tdjax.train.settings import Tree, build, lines, put, table
-from tdjax.train.storage import find_shards
+from tdjax.train.storage import find_shards, is_remote
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -132,7 +132,7 @@ def check_early(args, config: dict[str, Any]) -> None:
             "it is the folder of shard_000000.tar, shard_000001.tar, ...",
             "give data.path=FOLDER",
         )
-    if not find_shards(Path(data.path)):
+    if not is_remote(data.path) and not find_shards(Path(data.path)):
         what = "has no shard*.tar" if Path(data.path).is_dir() else "is not a folder"
         raise UsageError(
             f"data.path: {data.path} {what}",

@@ -72,7 +72,7 @@ class RunConfig:
 class DataConfig:
     """Shards of latents and prompt embeddings, and how they become batches."""
 
-    path: str = _field("", "folder of shard_000000.tar, ...")
+    path: str = _field("", "folder of shard_000000.tar, ..., or an address: s3://, gs://, hf://")
     negative: str = _field(
         "", "embedding of the negative prompt: umT5_wan_negative_emb.pt, .npy or .safetensors"
     )

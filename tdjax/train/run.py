@@ -85,6 +85,8 @@ class TrainingRun:
             channels=cfg.out_channels,
             text_dim=cfg.text_dim,
             condition=cfg.condition_channels,
+            cache=self.folder / "shards" / str(jax.process_index()),
+            keep=4 * data.mix + 8,
         )
         return Stream(
             source,

@@ -10,15 +10,18 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange
 
+from tdjax.errors import UsageError
 from tdjax.text.embeds import load_embeds
 from tdjax.train.shards import BF16, DAMAGE, DataError, Entry, decode, index
-from tdjax.train.storage import find_shards
+from tdjax.train.storage import is_remote, open_storage
 
 
 class ShardSource:
     """A folder of `shard*.tar` files, or of folders of them, each with samples of one size. Latents
     are cut to their first `frames`; text stays bfloat16.
 
+    folder: or an address, such as s3://bucket/shards, whose shards are copied to `cache`, where
+            the last `keep` of them stay.
     condition: channels beside the noisy latents of an image-to-video network; 0 for none.
     """
 
@@ -30,17 +33,15 @@ class ShardSource:
         channels: int,
         text_dim: int,
         condition: int = 0,
+        cache: Path = Path("shards"),
+        keep: int = 24,
     ):
-        self.folder = Path(folder)
-        self.files = find_shards(self.folder)
-        if not self.files:
-            why = "it is not a folder"
-            if self.folder.is_dir():
-                there = sorted(p.name for p in self.folder.glob("*"))[:8]
-                why = f"it holds {', '.join(there) or 'nothing'}"
+        self.folder = folder
+        self.storage = open_storage(folder, cache, keep)
+        if not self.storage.names:
             raise DataError(
-                f"{self.folder} has no shards",
-                why,
+                f"{folder} has no shards",
+                _instead(folder),
                 "a data set is a folder of shard_000000.tar, shard_000001.tar, ...",
             )
         self.frames = frames
@@ -61,32 +62,37 @@ class ShardSource:
     @property
     def units(self) -> int:
         """How many shards there are."""
-        return len(self.files)
+        return len(self.storage.names)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the names and sizes of all shards."""
-        name = lambda path: path.relative_to(self.folder).as_posix()
-        listing = "".join(f"{name(p)} {p.stat().st_size}\n" for p in self.files)
+        each = zip(self.storage.names, self.storage.sizes, strict=True)
+        listing = "".join(f"{name} {size}\n" for name, size in each)
         return hashlib.sha256(listing.encode()).hexdigest()[:16]
 
     def size(self, unit: int) -> str:
         """Returns the name of the size that the samples of a shard have: its folder."""
-        return self.files[unit].parent.name
+        return self.storage.names[unit].rpartition("/")[0]
 
     def first(self, unit: int) -> Entry:
         """Returns the first sample of a shard. Raises DataError for a bad shard."""
         return self.entries(unit)[0]
 
     def entries(self, unit: int) -> Sequence[Entry]:
-        """Returns the samples of a shard. Raises DataError for a bad one."""
-        return index(self.files[unit])
+        """Returns the samples of a shard. Raises DataError for a bad one, and for one that cannot
+        be fetched."""
+        try:
+            return index(self.storage.fetch(unit))
+        except UsageError as error:
+            raise DataError(error.what, error.why, error.fix) from error
 
     def read(self, entry: Entry) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Returns (latents f32[t h w c], text bf16[s d], image f32[t h w condition] or None).
         Raises DataError for a sample of another shape, and for one without what the network
         reads."""
-        size = entry.latent.shard.parent.name
+        folder = entry.latent.shard.parent.relative_to(self.storage.folder).as_posix()
+        size = "" if folder == "." else folder
         shape, frames = self.latent_shapes[size], self.lengths[size]
         latent = _fitting(entry.latent.array(), shape, entry.latent)
         if latent.shape[1] < frames:
@@ -114,6 +120,16 @@ class ShardSource:
         mask = np.zeros((*image.shape[:3], self.condition - image.shape[3]), np.float32)
         mask[0] = 1
         return np.concatenate([mask, image], axis=-1)
+
+
+def _instead(folder: str | Path) -> str:
+    """What there is in place of shards."""
+    if is_remote(folder):
+        return "nothing there is called shard*.tar"
+    if not Path(folder).is_dir():
+        return "it is not a folder"
+    there = sorted(path.name for path in Path(folder).glob("*"))[:8]
+    return f"it holds {', '.join(there) or 'nothing'}"
 
 
 def _cut(array: np.ndarray, frames: int) -> np.ndarray:  # [c t h w] -> f32 [frames h w c]

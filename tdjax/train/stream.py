@@ -139,9 +139,10 @@ class Stream:
         groups, first = self.groups, position.epoch
         while True:
             if len(self.sizes) > 1 and position.epoch > first + 1:
+                names = ", ".join(map(repr, self.sizes))
                 raise UsageError(
                     f"data.batch is {self.size}",
-                    f"no size of {', '.join(self.sizes)} has so many samples in a group of shards",
+                    f"no size of {names} has so many samples in a group of shards",
                     "use a smaller data.batch, or a greater data.mix",
                 )
             entries = self._order(position.epoch, position.group)

@@ -115,7 +115,7 @@ def test_batches_of_several_sizes_hold_one_each(tmp_path):
     small = Stream(source(folder), batch=2, mix=2, seed=2)
     epoch = sum(taken(small, 7)[0], [])
     assert len(set(epoch)) == 14  # no sample comes twice in an epoch
-    with pytest.raises(UsageError, match="no size of a, b has so many samples"):
+    with pytest.raises(UsageError, match="no size of 'a', 'b' has so many samples"):
         Stream(source(folder), batch=10, mix=5).batch(Position())
 
 
