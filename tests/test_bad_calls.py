@@ -33,7 +33,7 @@ NAMES = ("", "a\0b", "n" * 300, "n/" * 3000, "half \ud83d")
 CHOICES = ("", "nonsense", "n" * 5000, "\0", "half \ud83d")
 MODULES = {name: module for name, (module, _) in COMMANDS.items()}
 MODULES |= {"tiny": "tdjax.train.tiny.__main__", "kernels": "pallas_kernels.bench"}
-MODULES |= {"encode": "tdjax.train.encode.__main__"}
+MODULES |= {"encode": "tdjax.train.encode.__main__", "synthesize": "tdjax.train.synthesize"}
 # Words without which a command says that they are missing, before it looks at the others.
 NEEDED = {
     "decode": ["latents.safetensors"],
@@ -42,6 +42,7 @@ NEEDED = {
     "validate": ["in.pth"],
     "train": ["fm-tiny", "--dry_run"],
     "encode": ["clips", "--out=shards", "--dry_run"],
+    "synthesize": ["prompts.txt", "--out=shards", "--dry_run"],
 }
 
 

@@ -29,6 +29,7 @@ import tdjax.server.__main__
 import tdjax.server.keys
 import tdjax.train.__main__
 import tdjax.train.encode.__main__
+import tdjax.train.synthesize
 import tdjax.train.tiny.__main__
 from tdjax import cli
 from tdjax.__main__ import COMMANDS
@@ -99,6 +100,11 @@ def read_encode(argv):
     tdjax.train.encode.__main__.check_early(args)
 
 
+def read_synthesize(argv):
+    args = tdjax.train.synthesize.build_parser().parse_args(hyphens(argv))
+    tdjax.train.synthesize.check_early(args)
+
+
 def read_tiny(argv):
     args = tdjax.train.tiny.__main__.build_parser().parse_intermixed_args(hyphens(argv))
     assert tdjax.train.tiny.__main__.chosen_stages(args.stage)
@@ -126,6 +132,7 @@ READERS = {
     "tdjax.server.keys": lambda argv: tdjax.server.keys.build_parser().parse_args(argv),
     "tdjax.train": read_train,
     "tdjax.train.encode": read_encode,
+    "tdjax.train.synthesize": read_synthesize,
     "tdjax.train.tiny": read_tiny,
     "tdjax.bench": tdjax.bench.__main__.parse,
     "tdjax.cache": read_cache,
@@ -157,6 +164,7 @@ SHORT = {
     "python -m tdjax.cache rm",
     "python -m tdjax.train",
     "python -m tdjax.train.encode",
+    "python -m tdjax.train.synthesize",
     "python -m tdjax.train PRESET key=value ...",
 }
 
@@ -304,6 +312,7 @@ PARSERS = (
     tdjax.server.__main__,
     tdjax.train.__main__,
     tdjax.train.encode.__main__,
+    tdjax.train.synthesize,
     tdjax.train.tiny.__main__,
 )
 

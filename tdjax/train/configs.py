@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 from tdjax.config import DiTConfig, SLAConfig, positive
@@ -77,6 +78,7 @@ class DataConfig:
         "", "embedding of the negative prompt: umT5_wan_negative_emb.pt, .npy or .safetensors"
     )
     frames: int = _field(21, "latent frames; longer samples are cut")
+    size: str = _field("", "WIDTHxHEIGHT in pixels, where shards hold prompts alone")
     batch: int = _field(8, "samples of all devices together")
     seed: int = _field(0, "of the order")
     mix: int = _field(4, "shards whose samples are shuffled together")
@@ -86,9 +88,22 @@ class DataConfig:
 
     def __post_init__(self):
         positive(self, "frames", "batch", "mix")
+        if self.size and self.grid is None:
+            raise ValueError(
+                f"DataConfig.size is {self.size[:80]!r}; allowed: WIDTHxHEIGHT, multiples of 16"
+            )
         for name in ("seed", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ValueError(f"DataConfig.{name} is {getattr(self, name)}; allowed: 0 and more")
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """(h, w) of the latents of `size`; None where there is none."""
+        match = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})", self.size)
+        sides = tuple(map(int, match.groups())) if match else (0, 0)
+        if not all(sides) or any(side % 16 for side in sides):
+            return None
+        return sides[1] // 8, sides[0] // 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

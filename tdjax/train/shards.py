@@ -18,6 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -30,7 +31,6 @@ from tdjax.files import written
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 _FIELDS = ("latent", "embed", "image")
-_NEEDED = ("latent", "embed")
 _SUFFIXES = ("pt", "pth", "npy")
 DAMAGE = (
     zipfile.BadZipFile,
@@ -90,10 +90,10 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One sample: where its latents, its prompt embedding and, for image-to-video, the latents of
-    its first frame lie."""
+    """One sample: where its latents (None where there is a prompt alone), its prompt embedding and,
+    for image-to-video, the latents of its first frame lie."""
 
-    latent: Member
+    latent: Member | None
     embed: Member
     image: Member | None = None
 
@@ -136,8 +136,10 @@ def index(shard: Path) -> tuple[Entry, ...]:
             f"{e}; a shard is an uncompressed tar file",
             "download it again",
         ) from e
+    prompts_alone = not any("latent" in members for members in found.values())
+    needed = ("embed",) if prompts_alone else ("latent", "embed")
     for key, members in found.items():
-        missing = [field for field in _NEEDED if field not in members]
+        missing = [field for field in needed if field not in members]
         if missing:
             name = next(iter(members.values())).name
             raise DataError(
@@ -151,7 +153,7 @@ def index(shard: Path) -> tuple[Entry, ...]:
             "members are named KEY.latent.pt and KEY.embed.pt",
             "check the file",
         )
-    return tuple(Entry(**members) for members in found.values())
+    return tuple(Entry(**{"latent": None, **members}) for members in found.values())
 
 
 def _field_of(name: str) -> tuple[str | None, str]:
@@ -221,15 +223,16 @@ def _stored(z: zipfile.ZipFile, name: str) -> bytes:
 
 def write_shard(
     path: str | Path,
-    samples: Iterable[tuple[np.ndarray, np.ndarray, str] | tuple[np.ndarray, ...]],
+    samples: Iterable[tuple[Any, ...]],
     first: int = 0,
     overwrite: bool = False,
 ) -> Path:
     """Writes samples (latents [t h w c], text [s d], prompt) in the official layout, the file
     complete or not at all. Returns its path.
 
-    A fourth entry of a sample is the latents [t h w c] of its first frame followed by grey ones,
-    the condition of image-to-video; KEY.image.pt.
+    Latents are None where there are prompts alone. A fourth entry of a sample is the latents
+    [t h w c] of its first frame followed by grey ones, the condition of image-to-video;
+    KEY.image.pt.
     first: number of the first sample; keys have nine digits. Tensors are bfloat16, as torch.load
     reads them.
     """
@@ -238,8 +241,8 @@ def write_shard(
         tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for key, (latents, text, prompt, *image) in enumerate(samples, first):
-            members = {
-                "latent.pt": _channels_first(latents),
+            members = {} if latents is None else {"latent.pt": _channels_first(latents)}
+            members |= {
                 "embed.pt": torch_bytes(np.asarray(text).astype(BF16)),
                 "prompt.txt": prompt.encode(),
             }

@@ -22,6 +22,7 @@ class ShardSource:
 
     folder: or an address, such as s3://bucket/shards, whose shards are copied to `cache`, where
             the last `keep` of them stay.
+    blank: (h, w) of latents of zeros where shards hold prompts alone; None where latents are read.
     condition: channels beside the noisy latents of an image-to-video network; 0 for none.
     """
 
@@ -33,6 +34,7 @@ class ShardSource:
         channels: int,
         text_dim: int,
         condition: int = 0,
+        blank: tuple[int, int] | None = None,
         cache: Path = Path("shards"),
         keep: int = 24,
     ):
@@ -54,7 +56,8 @@ class ShardSource:
         self.latent_shapes: dict[str, tuple[int | None, ...]] = {}
         self.lengths: dict[str, int] = {}
         for size, unit in self.firsts.items():
-            latent = self.first(unit).latent.array()
+            stored = self.first(unit).latent
+            latent = self._blank(channels, blank) if stored is None else stored.array()
             self.latent_shapes[size] = (channels, None, *latent.shape[2:])
             shorter = len(self.firsts) > 1 and latent.ndim == 4
             self.lengths[size] = min(frames, latent.shape[1]) if shorter else frames
@@ -91,10 +94,13 @@ class ShardSource:
         """Returns (latents f32[t h w c], text bf16[s d], image f32[t h w condition] or None).
         Raises DataError for a sample of another shape, and for one without what the network
         reads."""
-        folder = entry.latent.shard.parent.relative_to(self.storage.folder).as_posix()
+        folder = entry.embed.shard.parent.relative_to(self.storage.folder).as_posix()
         size = "" if folder == "." else folder
         shape, frames = self.latent_shapes[size], self.lengths[size]
-        latent = _fitting(entry.latent.array(), shape, entry.latent)
+        if entry.latent is None:
+            latent = self._blank(shape[0], shape[2:])
+        else:
+            latent = _fitting(entry.latent.array(), shape, entry.latent)
         if latent.shape[1] < frames:
             raise DataError(
                 f"{entry.latent} has {latent.shape[1]} latent frames",
@@ -104,6 +110,16 @@ class ShardSource:
         text = _fitting(entry.embed.array(), self.text_shape, entry.embed)
         return _cut(latent, frames), text.astype(BF16), self._image(entry, latent, frames)
 
+    def _blank(self, channels: int, shape: tuple[int, int] | None) -> np.ndarray:
+        """Latents [c t h w] for prompts alone."""
+        if shape is None:
+            raise DataError(
+                f"{self.folder} holds prompts without latents",
+                "only rCM without a consistency term reads none, at the size that data.size gives",
+                "give loss.consistency=none loss.warmup=0 data.size=832x480, or other shards",
+            )
+        return np.zeros((channels, self.frames, *shape), np.float32)
+
     def _image(self, entry: Entry, latent: np.ndarray, frames: int) -> np.ndarray | None:
         """What an image-to-video network reads beside the noisy latents: 1 in the first latent
         frame, 0 in the others, and latents of the first frame followed by grey ones."""
@@ -111,7 +127,7 @@ class ShardSource:
             return None
         if entry.image is None:
             raise DataError(
-                f"{entry.latent} has no latents of its first frame beside it",
+                f"{entry.embed} has no latents of its first frame beside it",
                 "an image-to-video network reads them",
                 "write shards with python -m tdjax.train.encode --image_latents",
             )

@@ -4,7 +4,6 @@ imported after everything cheap is checked."""
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 from pathlib import Path
@@ -20,6 +19,7 @@ from tdjax.files import near, refuse_unwritable
 from tdjax.presets import PRESETS
 from tdjax.train.encode.items import read_items
 from tdjax.train.encode.plan import Settings, Shard, Skipped, make_plan
+from tdjax.train.made import parse_part
 
 EXAMPLES = """\
 examples:
@@ -212,21 +212,6 @@ def _frames(text: str) -> tuple[int, ...]:
         ) from error
 
 
-def parse_part(text: str | None) -> tuple[int, int]:
-    """ "2/8" -> (1, 8): the place, from 0, and the count of processes that share the work. Raises
-    UsageError."""
-    if text is None:
-        return 0, 1
-    match = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise UsageError(
-            f"--part is {text[:80]!r}",
-            "it is I/N, I from 1 to N",
-            "for example --part 1/8 on the first of eight GPUs",
-        )
-    return int(match[1]) - 1, int(match[2])
-
-
 def _planned(shards: list[Shard], items: int, skipped: Skipped) -> list[str]:
     """What would be made, for people."""
     sizes: dict[str, list[Shard]] = {}
@@ -290,7 +275,7 @@ _PATHS = ("vae_path", "text_encoder_path", "tokenizer_path")
 
 def _about(weights: dict[str, Any], settings: Settings, image: bool) -> dict[str, Any]:
     """What the clips of all shards were made with, as JSON values."""
-    return json.loads(json.dumps({"weights": weights, "fps": settings.fps, "image": image}))
+    return {"weights": weights, "fps": settings.fps, "image": image}
 
 
 if __name__ == "__main__":

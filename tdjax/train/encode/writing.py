@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import itertools
 import json
 import statistics
 import time
@@ -15,16 +14,15 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from tdjax.config.parsing import json_object
 from tdjax.errors import UsageError
 from tdjax.files import claimed, write_text, written
 from tdjax.media.clips import frames_at
 from tdjax.media.image import read_image
 from tdjax.media.resolution import fit_image
 from tdjax.progress import Stages
+from tdjax.train import made
 from tdjax.train.encode.encoders import Encoders
 from tdjax.train.encode.plan import Clip, Shard, Skipped
-from tdjax.train.shards import write_shard
 
 FORMAT = 1
 COLUMNS, MOST, SIDE = 8, 64, 160  # of the contact sheet: columns, pictures, pixels of the long side
@@ -66,7 +64,7 @@ class Writing:
     def run(self, shards: list[Shard]) -> Iterator[Path]:
         """Yields the shards that are complete, those that were there too. Raises UsageError for one
         that is there and was made otherwise, before any is written."""
-        there = [shard for shard in shards if self._finished(shard)]
+        there = [s for s in shards if made.finished(self.folder / s.name, self._about(s))]
         for shard in there:
             yield self.folder / shard.name
         if there:
@@ -84,51 +82,21 @@ class Writing:
             if path.exists():
                 yield path
 
-    def _finished(self, shard: Shard) -> bool:
-        """Whether a shard is there, by what its sidecar says; of clips that are all damaged there
-        is the sidecar alone."""
-        path = self.folder / shard.name
-        about = _sidecar(path)
-        wanted = self._about(shard)
-        other = [name for name in wanted if about.get(name) != wanted[name]]
-        if not path.exists():
-            return not other and not about["samples"]
-        if other:
-            why = f"other {', '.join(other)}" if about else "nothing says how it was made"
-            raise UsageError(
-                f"{path} is there and is not the shard that would be made",
-                f"{why}: files, captions or options have changed",
-                "give another folder, or the same videos and options",
-            )
-        return True
-
     def _about(self, shard: Shard) -> dict[str, Any]:
         return {"format": FORMAT, **self.settings, "clips": shard.identity()}
 
     def _write(self, shard: Shard, path: Path) -> None:
-        """Writes a shard. Its sidecar comes just before it: a shard that has its name is known."""
         begun = time.monotonic()
         done: list[str] = []
         before = len(self.skipped.broken)
-
-        def complete() -> Iterator[tuple]:
-            yield from samples
-            about = {
-                **self._about(shard),
-                "samples": len(done),
-                "seconds": round(time.monotonic() - begun, 2),
-                "from": done,
-                "damaged": [list(each) for each in self.skipped.broken[before:]],
-            }
-            write_text(path.with_suffix(".json"), json.dumps(about, indent=1) + "\n")
-
-        samples = self._samples(shard, done)
-        first = next(samples, None)
-        if first is not None:
-            samples = itertools.chain([first], samples)
-            write_shard(path, complete(), shard.first)
-        else:
-            collections.deque(complete(), maxlen=0)
+        about = lambda: {
+            **self._about(shard),
+            "samples": len(done),
+            "seconds": round(time.monotonic() - begun, 2),
+            "from": done,
+            "damaged": [list(each) for each in self.skipped.broken[before:]],
+        }
+        made.write(path, self._samples(shard, done), shard.first, about)
 
     def _samples(self, shard: Shard, done: list[str]) -> Iterator[tuple]:
         """(latents, text, caption) of the clips of a shard; and the latents of the first frame,
@@ -163,7 +131,7 @@ class Writing:
         """Writes what is in these shards, earlier runs included: numbers, what was skipped and why;
         and a sheet of first frames of this run. Returns the files."""
         file, sheet = self.folder / f"{name}.json", self.folder / f"{name}.png"
-        found = [about for shard in shards if (about := _sidecar(self.folder / shard.name))]
+        found = [about for shard in shards if (about := made.sidecar(self.folder / shard.name))]
         planned = [list(each) for each in self.skipped.broken[: self.planned]]
         numbers = {
             "clips": sum(about["samples"] for about in found),
@@ -179,17 +147,6 @@ class Writing:
         with written(sheet, overwrite=True) as part:
             contact_sheet(self.pictures).save(part)
         return [file, sheet]
-
-
-def _sidecar(path: Path) -> dict[str, Any]:
-    """What the file beside a shard says of it; nothing where there is none."""
-    file = path.with_suffix(".json")
-    try:
-        return json_object(file.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise UsageError(f"{file} cannot be read", str(error), "remove it") from error
 
 
 def _named(clip: Clip) -> str:

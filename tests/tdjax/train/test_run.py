@@ -15,6 +15,7 @@ from tdjax.train import checkpoints, loop, metrics
 from tdjax.train.loop import Outcome
 from tdjax.train.networks import Networks
 from tdjax.train.run import TrainingRun
+from tdjax.train.shards import DataError, write_shard
 from tdjax.train.stream import Position
 
 
@@ -169,3 +170,19 @@ def test_out_of_memory_has_its_code(folder, tmp_path, capsys, monkeypatch):
     err = fails(capsys, *flow(folder, f"run.folder={tmp_path / 'run'}"), code=4)
     assert "out of device memory in a training step" in err
     assert err.index("loss.accumulate=N") < err.index("run.mesh") < err.index("smaller data.batch")
+
+
+@pytest.mark.slow
+def test_prompts_alone_for_distribution_matching(folder, tmp_path):
+    """Every step is traced with latents of zeros, of which only the shape counts; other methods
+    refuse such shards."""
+    text = np.random.default_rng(0).normal(size=(7, 6))
+    write_shard(tmp_path / "shard_000000.tar", [(None, text, "a prompt")])
+    given = [f"model.weights={folder / 'dense'}", *words(folder, f"data.path={tmp_path}")]
+    alone = ["loss.consistency=none", "loss.warmup=0"]
+    run = training_run("rcm-1.3b", *given, *alone, "data.size=48x32")
+    batch, _ = run.stream.batch(Position())
+    assert batch.latents.shape == (4, 2, 4, 6, 4) and not batch.latents.any()
+    for preset, more in (("rcm-1.3b", ["data.size=48x32"]), ("rcm-1.3b", alone), ("sla-1.3b", [])):
+        with pytest.raises(DataError, match="prompts without latents"):
+            training_run(preset, *given, *more)

@@ -13,6 +13,7 @@ from tdjax.media import video
 from tdjax.media.resolution import fit_image
 from tdjax.pipeline.conditioning import first_frame
 from tdjax.train.encode import __main__ as command
+from tdjax.train.made import parse_part
 from tdjax.train.shards import index
 from tdjax.train.sources import ShardSource
 
@@ -94,7 +95,7 @@ def test_processes_share_the_shards(tmp_path, capsys):
     base = [str(clips), "--sizes", "32x32", "--num_frames", "5", "--shard_size", "1", "--dry_run"]
     assert command.main([*base, "--out", "x"]) == 0
     assert "5 clips in 5 shards" in capsys.readouterr().out
-    assert [command.parse_part(f"{i}/3") for i in (1, 3)] == [(0, 3), (2, 3)]
+    assert [parse_part(f"{i}/3") for i in (1, 3)] == [(0, 3), (2, 3)]
 
 
 @pytest.mark.parametrize(
