@@ -341,11 +341,13 @@ class LibraryStages(Bar):
 def _drawn(total: int) -> Any:
     """A bar of tqdm, as a widget where there are some."""
     import tqdm
-    from tqdm.auto import tqdm as kind
 
     layout = "{desc} {percentage:3.0f}% {bar} {elapsed}, {remaining} left"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", tqdm.TqdmWarning)  # of widgets that are not installed
+        # Of widgets that are not installed; said when the module is imported.
+        warnings.simplefilter("ignore", tqdm.TqdmWarning)
+        from tqdm.auto import tqdm as kind
+
         return kind(total=total, bar_format=layout, leave=False, dynamic_ncols=True)
 
 

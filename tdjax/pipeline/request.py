@@ -195,7 +195,7 @@ def make_request(
     image = given.pop("image", None)
     if image is not None:
         image = as_image(image)
-    _check_task(model.task, image)
+    _check_task(model, image)
     size_given = {name: given.pop(name) for name in _SIZE if name in given}
     fit = given.pop("fit", Request.fit)
     check_choice("fit", fit, get_args(Fit))
@@ -408,15 +408,15 @@ def _check_arrays(request: Request, model: ModelInfo) -> None:
         )
 
 
-def _check_task(task: str, image: np.ndarray | None) -> None:
-    if task == "t2v" and image is not None:
+def _check_task(model: ModelInfo, image: np.ndarray | None) -> None:
+    if model.task == "t2v" and image is not None:
         raise UsageError(
             "an image was given to text-to-video weights",
-            "their patch embedding takes 16 channels; image-to-video weights take 36 (16 noise, 4"
-            " mask, 16 image latents)",
+            f"their patch embedding takes {model.channels} channels, which are the noise's;"
+            " image-to-video weights take 36 (16 noise, 4 mask, 16 image latents)",
             "use turbowan2.2-i2v-a14b-720p, or leave the image away",
         )
-    if task == "i2v" and image is None:
+    if model.task == "i2v" and image is None:
         raise UsageError(
             "image-to-video weights need an image",
             "their patch embedding takes 36 channels (16 noise, 4 mask, 16 image latents);"
