@@ -22,7 +22,7 @@ from tdjax.checkpoints import orbax
 from tdjax.checkpoints.filenames import telling
 from tdjax.checkpoints.published import checkpoint as published
 from tdjax.config import Config, DiTConfig
-from tdjax.errors import CheckpointError, UsageError
+from tdjax.errors import CheckpointError
 from tdjax.models.wan_dit import with_linear, without_blocks
 from tdjax.parallel.sharding import shardings
 from tdjax.pipeline.adapters import Adapters, Chosen
@@ -404,19 +404,14 @@ def open_component(
 ) -> Component:
     """Returns the component of a published file or of a folder of ours; no tensor data is read.
 
+    lora:      what a published file is read with; a folder of ours takes it by `adapt`.
     low_noise: whether it is the low-noise one of two experts, for which a LoRA can have parts of
                its own; None: by its name.
 
-    Raises CheckpointError for another kind than `kind`, UsageError for LoRA over our own layout.
+    Raises CheckpointError for another kind than `kind`.
     """
     path = Path(path)
     stored = (path / "manifest.json").is_file()
-    if stored and lora:
-        raise UsageError(
-            "`lora` with a converted checkpoint",
-            "LoRA is merged into published weights",
-            "use python -m convert --lora",
-        )
     component = StoredComponent(path) if stored else PublishedComponent(path, lora, low_noise)
     if component.kind not in (kind, f"tiny_{kind}"):
         found, argument = KINDS[component.kind]

@@ -334,7 +334,7 @@ def open_components(
             path, "dit", lora=lora[name], low_noise=second
         )
         component.config = config = _transformer_config(component, options, note)
-        if lora[name] and "float" not in (component.linear, config.linear):
+        if lora[name] and (not component.lora or "float" not in (component.linear, config.linear)):
             component = components[name] = open_component(path, "dit", low_noise=second)
             component.config, component.beside = config, lora[name]
     _make_alike(components, note)
@@ -441,10 +441,10 @@ def _chosen_attention(component: Component, asked: str) -> str:
 def _chosen_linear(component: Component, quant: str, note: Callable[[str], None]) -> str:
     stored, name = component.linear, component.path.name
     linear = {"auto": stored, "none": "float"}.get(quant, quant)
-    if stored == "float" or (linear == stored and not component.lora):
-        return linear
+    if stored == "float" or (linear in (stored, "float") and not component.lora):
+        return linear  # nothing changes, or what was asked for, and is exact
     if linear == "float":
-        what = "dequantised" + (", `lora` added" if component.lora else " at load")
+        what = "dequantised, `lora` added"
     elif linear != stored:
         what = f"made {linear} at load" + (", `lora` beside them" if component.lora else "")
     else:

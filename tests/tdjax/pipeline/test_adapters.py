@@ -273,12 +273,17 @@ def test_a_pipeline_switches_without_compiling(model, lora):
     assert not np.array_equal(changed.latents, plain.latents)
     pipe.free("dit")  # loaded again, with it
     assert np.array_equal(make().latents, changed.latents)
+    opened = tdjax.load(model, lora=[(file, strength)])  # the model is in our own layout
+    begun = opened("a red circle", output_type="latent", **SMALL)
+    assert np.array_equal(begun.latents, changed.latents)
+    assert begun.metadata["lora"] == changed.metadata["lora"]
     pipe.set_loras()
     again = make()
     assert np.array_equal(again.latents, plain.latents) and again.metadata["lora"] == {}
     assert len(pipe.programs.compiled) == compiled
-    with pytest.raises(CheckpointError, match="does not exist"):
-        pipe.set_loras("nothing.safetensors")
+    for put_on in (pipe.set_loras, lambda lora: tdjax.load(model, lora=lora)):
+        with pytest.raises(CheckpointError, match="does not exist"):
+            put_on("nothing.safetensors")
     assert isinstance(pipe.components["dit"].adapters.chosen, Chosen)
     assert jax.tree.leaves(pipe.components["dit"].load())
 

@@ -11,7 +11,7 @@ import random_model
 import tdjax
 from tdjax.checkpoints import orbax
 from tdjax.checkpoints.published import checkpoint as published
-from tdjax.errors import CheckpointError, UsageError
+from tdjax.errors import CheckpointError
 from tdjax.pipeline.components import (
     PlannedComponent,
     PublishedComponent,
@@ -79,8 +79,6 @@ def test_a_planned_component_has_shapes_and_no_weights():
 def test_what_is_opened_as_something_else_is_refused(model):
     with pytest.raises(CheckpointError, match="is a umT5 text encoder, not a video VAE"):
         open_component(model / "text", "vae")
-    with pytest.raises(UsageError, match="`lora` with a converted checkpoint"):
-        open_component(model / "dit", "dit", lora=(("a.safetensors", 1.0),))
 
 
 @pytest.mark.slow
