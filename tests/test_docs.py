@@ -192,6 +192,9 @@ def read(line: str) -> None:
     if program == "mkdocs":
         assert argv == ["build", "--strict"] and (ROOT / "mkdocs.yml").is_file()
         return None
+    if program == "python" and argv[0].startswith("docs/scripts/"):
+        assert (ROOT / argv[0]).is_file(), line
+        return None
     assert program in ("python", "python3") and argv[0] == "-m", line
     try:
         return READERS[argv[1]](argv[2:])
@@ -403,6 +406,9 @@ def test_the_commands_page_has_every_option():
     assert all(f"| `{name}` |" in table for name in ("demo", *PRESETS))
 
 
+SEARCHED = ("install", "quickstart", "4090", "docker", "license", "fastapi", "glossary")
+
+
 def test_built_site(tmp_path):
     """Where mkdocs is installed: the site builds, shows all that the API pages name, and its links
     lead to files and headings."""
@@ -419,8 +425,11 @@ def test_built_site(tmp_path):
             f"{page}: {name} is not shown"
         )
     index = json.loads((tmp_path / "search/search_index.json").read_text())["docs"]
-    for word in ("install", "quickstart", "4090", "docker", "license", "fastapi", "glossary"):
+    for word in SEARCHED:
         assert any(word in f"{row['title']} {row['text']}".lower() for row in index), word
+    for path in NOTEBOOKS:
+        assert tmp_path / "notebooks" / path.stem / "index.html" in pages, path
+        assert f"notebooks/{path.stem}.md" in (ROOT / "mkdocs.yml").read_text(), path
     for path, text in pages.items():
         for target in re.findall(r'(?:href|src)="(?!https?:|data:|/)([^"]+)"', text):
             place, _, heading = html.unescape(target).partition("#")

@@ -1,12 +1,11 @@
-"""Notebooks: stripped in git, and every cell runs, in order, in one namespace, in a process of its
-own on a CPU."""
+"""Notebooks: stripped in git, and every cell runs, in order, in a kernel of its own on a CPU. What
+they show is kept for the site; its pages have all of it."""
 
 import ast
 import importlib
+import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,28 +13,13 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-LIMIT = 300  # seconds on two cores
 OURS = {"tdjax", "pallas_kernels", "convert"}
 
-# Figures are drawn where a notebook would show them, so that a wrong plot fails as well.
-RUNNER = """
-import json, sys, time
-import matplotlib
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
-
-def show(*_, **__):
-    for number in plt.get_fignums():
-        plt.figure(number).canvas.draw()
-    plt.close("all")
-
-plt.show = show
-space, start = {"__name__": "__main__"}, time.perf_counter()
-for name, source in json.load(sys.stdin):
-    exec(compile(source, name, "exec"), space)
-    print(f"[{name}: {time.perf_counter() - start:.1f} s]", flush=True)
-show()
-"""
+spec = importlib.util.spec_from_file_location(
+    "scripts", FOLDER.parent / "docs/scripts/notebooks.py"
+)
+scripts = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(scripts)
 
 
 def cells(path: Path, kind: str) -> list[dict]:
@@ -44,12 +28,6 @@ def cells(path: Path, kind: str) -> list[dict]:
 
 def tags(cell: dict) -> list[str]:
     return cell["metadata"].get("tags", [])
-
-
-def code(path: Path) -> list[tuple[str, str]]:
-    """(name, source) of the cells that a CPU runs."""
-    chosen = [(i, cell) for i, cell in enumerate(cells(path, "code")) if "gpu" not in tags(cell)]
-    return [(f"{path.name}, code cell {i}", "".join(cell["source"])) for i, cell in chosen]
 
 
 def test_there_are_notebooks():
@@ -97,21 +75,65 @@ def test_named_files_exist(path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of the kernel's own client
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path):
     pytest.importorskip("matplotlib", reason="the notebook extra is not installed")
-    # Four fake devices, and what makes compilation fast, are this process's own.
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    folders = os.pathsep.join([str(FOLDER.parent), env.get("PYTHONPATH", "")])
-    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": folders}
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER],
-        input=json.dumps(code(path)),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        cwd=FOLDER,
-        env=env,
+    pytest.importorskip("nbclient", reason="the notebook extra is not installed")
+    shown = scripts.outputs(scripts.execute(path))
+    stderr = [output["text"] for _, output in shown if output.get("name") == "stderr"]
+    assert not stderr, "\n".join(stderr)  # a reader would see it in red
+    text, figures = scripts.page(path)
+    pictures = [output for _, output in shown if "image/png" in output.get("data", {})]
+    assert len(figures) == len(pictures) == text.count("![What the cell above draws]")
+    assert len(pictures) >= 2 and "made on a CPU" in text
+
+
+def test_a_page_has_what_its_notebook_shows(tmp_path, monkeypatch):
+    path = tmp_path / "1_small.ipynb"
+    cell = {"cell_type": "code", "metadata": {}, "source": ["print(1)\n", "figure"]}
+    texts = {
+        "cell_type": "markdown",
+        "metadata": {},
+        "source": ["# Small\n", "see `docs/files.md`"],
+    }
+    plain = {"cells": [texts, cell | {"outputs": []}, cell | {"outputs": []}]}
+    plain["cells"][2]["metadata"] = {"tags": ["gpu"]}
+    path.write_text(json.dumps(plain))
+    monkeypatch.setattr(scripts, "RUN", tmp_path / "run")
+    bare = "*`notebooks/1_small.ipynb` of the repository, shown without outputs.*"
+    text, figures = scripts.page(path)
+    assert not figures and text == (
+        f"# Small\nsee [files.md](../files.md)\n\n{bare}\n\n```python\nprint(1)\nfigure\n```\n\n"
+        "```python\nprint(1)\nfigure\n```\n\n*This cell needs a GPU, and was not run.*"
     )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    print(done.stdout)
+
+    shown = json.loads(json.dumps(plain))
+    times = {
+        "iopub.execute_input": "2026-01-01T10:00:00Z",
+        "shell.execute_reply": "2026-01-01T10:01:02Z",
+    }
+    shown["cells"][1]["metadata"] = {"execution": times}
+    shown["cells"][1]["outputs"] = [
+        {"output_type": "stream", "name": "stdout", "text": ["10 %\r100 %\n"]},
+        {
+            "output_type": "display_data",
+            "data": {"image/png": "aGVs\nbG8=", "text/plain": "<Figure>"},
+        },
+        {
+            "output_type": "execute_result",
+            "data": {"text/html": ["<b>", "x</b>"], "text/plain": "x"},
+        },
+    ]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/1_small.ipynb").write_text(json.dumps(shown))
+    text, figures = scripts.page(path)
+    assert figures == {"1_small_1_0.png": b"hello"} and "on a CPU, in 62 s" in text
+    assert (
+        "``` {.text .output}\n100 %\n```\n\n![What the cell above draws](1_small_1_0.png)" in text
+    )
+    assert '<div class="output">\n<b>x</b>\n</div>' in text
+
+    shown["cells"][1]["source"] = ["print(2)"]  # outputs of another text are not shown
+    (tmp_path / "run/1_small.ipynb").write_text(json.dumps(shown))
+    assert bare in scripts.page(path)[0]

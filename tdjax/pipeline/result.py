@@ -203,7 +203,7 @@ class Result:
                 path = video.write(Path(folder) / f"{i}.mp4", self.pixels(i), fps=self.fps, crf=20)
                 data = base64.b64encode(path.read_bytes()).decode()
                 tags.append(_figure(data, self.frames.shape[3], self._caption(i)))
-        return f'<div style="display:flex;flex-wrap:wrap;gap:12px">{"".join(tags)}</div>'
+        return _side_by_side(tags, self.frames.shape[3])
 
     def _caption(self, index: int) -> str:
         about = self.about(index)
@@ -241,13 +241,20 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 
 def _figure(data: str, width: int, caption: str) -> str:
     """One video as HTML, small ones enlarged with hard pixels. data: an mp4 in base64."""
-    shown = max(width, SHOWN_WIDTH)
-    style = f"width:{shown}px;max-width:100%;image-rendering:pixelated"
+    style = "width:100%;image-rendering:pixelated"
     return (
-        f'<figure style="margin:0;max-width:{shown}px"><video controls autoplay loop muted'
+        f'<figure style="margin:0;max-width:{max(width, SHOWN_WIDTH)}px"><video controls autoplay loop muted'
         f' playsinline style="{style}" src="data:video/mp4;base64,{data}"></video>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
+
+
+def _side_by_side(figures: list[str], width: int) -> str:
+    """Figures as HTML, as many in a row as there is room for at half their size."""
+    shown = max(width, SHOWN_WIDTH)
+    columns = f"repeat(auto-fit,minmax(min(100%,{shown // 2}px),1fr))"
+    style = f"display:grid;grid-template-columns:{columns};gap:12px"
+    return f'<div style="{style};max-width:{len(figures) * shown}px">{"".join(figures)}</div>'
 
 
 def sidecar(path: Path) -> Path:

@@ -55,7 +55,7 @@ def test_several_are_all_written_or_none(tmp_path):
 
 def test_small_videos_are_shown_large():
     page = several()._repr_html_()
-    assert page.count("width:384px;") == page.count("image-rendering:pixelated") == 4
+    assert page.count("max-width:384px") == page.count("image-rendering:pixelated") == 4
     assert "a &lt;fox&gt; (seed 5, sample 1)" in page and "b (seed 6, sample 0)" in page
 
 
