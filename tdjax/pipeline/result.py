@@ -242,8 +242,9 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 def _figure(data: str, width: int, caption: str) -> str:
     """One video as HTML, small ones enlarged with hard pixels. data: an mp4 in base64."""
     style = "width:100%;image-rendering:pixelated"
+    shown = max(width, SHOWN_WIDTH)
     return (
-        f'<figure style="margin:0;max-width:{max(width, SHOWN_WIDTH)}px"><video controls autoplay loop muted'
+        f'<figure style="margin:0;max-width:{shown}px"><video controls autoplay loop muted'
         f' playsinline style="{style}" src="data:video/mp4;base64,{data}"></video>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
     )
