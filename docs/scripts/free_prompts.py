@@ -1,7 +1,10 @@
 """Clips of the embedded model for prompts in free words and order, judged by the detector: every
 factor that a prompt names, or that was drawn for it, must be in its clip.
 
-    python docs/scripts/free_prompts.py [--count 200] [--file PROMPTS.txt]
+    python docs/scripts/free_prompts.py [--count 200] [--file docs/scripts/thirty_prompts.txt]
+
+The file has thirty as people write them: twelve like captions of its training, ten of odd order or
+sense, eight of words that it has never seen.
 """
 
 import argparse
@@ -34,11 +37,13 @@ def main() -> None:
         wanted = parse([caption_of(LANGUAGE, prompt) for prompt in group])
         found = detector.correct(detector.measure(clips), wanted)
         right += np.stack(list(found.values())).all(0).tolist()
+    silent = 0
     for prompt, good in zip(prompts, right, strict=True):
+        told = language_notes(LANGUAGE, prompt)
+        silent += not good and not told
         if not good:
-            told = "; ".join(language_notes(LANGUAGE, prompt)) or "nothing told"
-            print(f"wrong: {prompt!r} ({told})")
-    print(f"{sum(right)} of {len(right)} right, {np.mean(right):.1%}")
+            print(f"wrong: {prompt!r} ({'; '.join(told) or 'nothing told'})")
+    print(f"{sum(right)} of {len(right)} right, {np.mean(right):.1%}; {silent} wrong in silence")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 never trained is told."""
 
 import random
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +125,13 @@ def test_folders_that_say_less_are_read():
     assert caption_of(old, "moves left blue") == "moves left blue"
     assert "drawn: shape" in understood(LANGUAGE, "blue")
     assert language_notes(old, "blue") == [] and "'fox'" in language_notes(old, "fox")[0]
+
+
+def test_of_thirty_prompts_those_that_make_no_sense_are_told():
+    """docs/scripts/free_prompts.py has the detector judge their clips."""
+    file = Path(__file__).parents[3] / "docs/scripts/thirty_prompts.txt"
+    notes = [language_notes(LANGUAGE, prompt) for prompt in file.read_text().splitlines()]
+    ordinary, odd, unknown = notes[:12], notes[12:22], notes[22:]
+    assert not any(ordinary) and len(unknown) == 8 and all(unknown)
+    # Those that say everything once, in another order.
+    assert [i for i, told in enumerate(odd) if not told] == [0, 2]
