@@ -414,7 +414,7 @@ SEARCHED = {
     "docker": "faq/",
     "license": "license/",
     "lora": "howto/lora/",
-    "progress": "howto/api/",
+    "progress": "api/pipeline/",
     "prompt_file": "howto/batch/",
     "fastapi": "howto/api/",
     "glossary": "glossary/",
