@@ -1,6 +1,6 @@
 """The keys of a published file, as tests/manifests/ has them: its shapes and dtypes, no values.
 
-    python docs/scripts/manifest.py FILE.safetensors tests/manifests/NAME.json
+python docs/scripts/manifest.py FILE.safetensors tests/manifests/NAME.json
 """
 
 import json
