@@ -18,17 +18,53 @@ from tdjax.errors import UsageError
 from tdjax.server.service import Service, note
 from tdjax.server.tables import OperationalError, first_line
 
+# Seconds until a connection is ended whose request does not come, or that takes nothing of what is
+# sent to it: 64 KB in this time are enough.
+ASKING, TAKING = 15.0, 60.0
 CONNECTIONS = 1000  # at once; others are answered 503, and twice as many are all that are held
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """One of so many that files of jobs can still be opened beside them, whoever connects."""
+    """One of so many that files of jobs can still be opened beside them, whoever connects; it ends
+    where its client neither asks nor takes."""
+
+    asking: asyncio.TimerHandle | None = None
+    taking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Takes a connection, or ends it at once."""
         super().connection_made(transport)
+        self.asking = self.loop.call_later(ASKING, transport.abort)
         if len(self.connections) > 2 * self.config.limit_concurrency:
             transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Takes a part of a request."""
+        super().data_received(data)
+        idle = self.cycle is None or self.cycle.response_complete
+        if idle and self.asking is None:
+            self.asking = self.loop.call_later(ASKING, self.transport.abort)
+        elif not idle and self.asking is not None:
+            self.asking.cancel()
+            self.asking = None
+
+    def pause_writing(self) -> None:
+        """The client is slower than the answer."""
+        super().pause_writing()
+        self.taking = self.loop.call_later(TAKING, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has taken a part."""
+        super().resume_writing()
+        if self.taking is not None:
+            self.taking.cancel()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The connection has ended."""
+        super().connection_lost(error)
+        for timer in (self.asking, self.taking):
+            if timer is not None:
+                timer.cancel()
 
 
 def connections() -> int:
