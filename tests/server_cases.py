@@ -22,8 +22,10 @@ from tdjax.server.keys import Keys
 from tdjax.server.limits import Limits
 from tdjax.server.service import Service
 from tdjax.server.store import Store
+from tdjax.server.webhooks import Webhooks
 
 LOCAL = {"127.0.0.1", "localhost"}
+SECRET = bytes(range(32))  # of webhooks
 
 
 def until(condition, seconds=30.0):
@@ -63,12 +65,22 @@ class Served:
 
 @contextlib.contextmanager
 def serving(
-    folder, *, task="t2v", workers=1, keys=None, hosts=LOCAL, store=None, videos=None, **limits
+    folder,
+    *,
+    task="t2v",
+    workers=1,
+    keys=None,
+    hosts=LOCAL,
+    store=None,
+    videos=None,
+    loras=None,
+    **limits,
 ):
     limits = Limits(**limits)
     store = Store(Path(folder), limits, url=store, videos=videos)
     command = [sys.executable, "-P", stub_worker.__file__, task]
-    service = Service(store, command, [None] * workers)
+    hooks = Webhooks(store, limits.webhooks, SECRET) if limits.webhooks else None
+    service = Service(store, command, [None] * workers, loras=loras, webhooks=hooks)
     app = App(service, keys or Keys(), limits, hosts).build()
     config = uvicorn.Config(app, port=0, log_level="critical", ws="none", loop="asyncio")
     server = uvicorn.Server(config)
@@ -149,6 +161,21 @@ REFUSED = [
     {"cancel": True},
     {"on_step": "print"},
     {"lora": "x.safetensors"},
+    {"lora": {"name": "sketch"}},
+    {"lora": ["sketch"]},
+    {"lora": [{"name": "../sketch"}]},
+    {"lora": [{"name": "/etc/passwd"}]},
+    {"lora": [{"name": 3}]},
+    {"lora": [{"weight": 1}]},
+    {"lora": [{"name": "sketch", "path": "x"}]},
+    {"lora": [{}] * 9},
+    {"webhook": "http://169.254.169.254/"},
+    {"webhook": 3},
+    {"previews": 1},
+    {"previews": "true"},
+    {"webhook": ["http://127.0.0.1/"]},
+    {"last_image": "data:image/png;base64,AAAA"},
+    {"last_image": None},
 ]
 
 

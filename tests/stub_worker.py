@@ -57,7 +57,7 @@ class Maker:
             Image.new("RGB", (64, 48), "green").save(part)
         seconds = re.search(r"sleep ([0-9.]+)", prompt)
         for step in range(10 if seconds else 1):
-            told(progress=5 + 9 * step, stage="denoise")
+            told(progress=5 + 9 * step, stage="denoise", preview=1)
             if cancel.wait(float(seconds[1]) / 10 if seconds else 0):
                 raise Cancelled("cancelled")
         if "die" in prompt:
@@ -76,7 +76,10 @@ class Maker:
         with written(Path(order["video"])) as part:
             part.write_bytes(f"video of {order['id']} ".encode() * 100)
         has_image = order["image"] is not None and Path(order["image"]).stat().st_size > 0
-        return {"timings": {"denoise": 0.1}, "warnings": [f"image: {has_image}"]}
+        warnings = [f"image: {has_image}"]
+        if order["loras"]:
+            warnings.append(f"loras: {order['loras']}")
+        return {"timings": {"denoise": 0.1}, "warnings": warnings}
 
 
 if __name__ == "__main__":

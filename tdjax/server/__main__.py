@@ -23,6 +23,7 @@ from tdjax.files import refuse_unwritable
 from tdjax.generate.arguments import add_model_options, add_speed_options
 from tdjax.server.keys import Keys, read_keys
 from tdjax.server.limits import GIB, Limits
+from tdjax.server.webhooks import Webhooks, allowed_addresses, read_secret
 
 if TYPE_CHECKING:
     from tdjax.server.app import App
@@ -97,6 +98,25 @@ def build_parser() -> argparse.ArgumentParser:
     service.add_argument(
         "--drain", type=float, default=30, help="seconds that running jobs have when it is stopped"
     )
+    service.add_argument(
+        "--loras",
+        metavar="FOLDER",
+        type=os.path.expanduser,
+        help="of LoRA files that requests may name: NAME.safetensors, NAME.high.safetensors, .low.",
+    )
+    service.add_argument(
+        "--webhooks",
+        nargs="+",
+        default=[],
+        metavar="URL",
+        help="that requests may have called when a video has ended; below it too, if it ends in /",
+    )
+    service.add_argument(
+        "--webhook_secret",
+        metavar="FILE",
+        type=os.path.expanduser,
+        help="that signs them, drawn where there is none (default: webhook_secret in --folder)",
+    )
     service.add_argument("--verbose", "-v", action="store_true", help="a line for each request")
     limits = p.add_argument_group("limits")
     own = Limits()
@@ -163,6 +183,9 @@ def check(args) -> None:
             "other servers of the store could not read videos in this one's folder",
             "give --videos: a folder that all of them have, or s3://bucket/prefix",
         )
+    if args.loras is not None and not Path(args.loras).is_dir():
+        fix = "make it, and put .safetensors files there"
+        raise UsageError(f"--loras {args.loras}", "there is no such folder", fix)
     refuse_unwritable(Path(args.folder) / "jobs")
     devices_of(args.workers, args.mesh, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
@@ -174,10 +197,15 @@ def app_of(args, drain: float = 0.0) -> App:
     from tdjax.server.service import Service
     from tdjax.server.store import Store
 
-    limits = limits_of(args)
+    limits, hooks = limits_of(args), None
+    if limits.webhooks:
+        secret = read_secret(Path(args.webhook_secret or f"{args.folder}/webhook_secret"))
     store = Store(Path(args.folder), limits, url=args.store, videos=args.videos)
+    if limits.webhooks:
+        hooks = Webhooks(store, limits.webhooks, secret)
     devices = devices_of(args.workers, args.mesh, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    service = Service(store, worker_command(args), devices)
+    loras = Path(args.loras) if args.loras else None
+    service = Service(store, worker_command(args), devices, loras=loras, webhooks=hooks)
     names = LOCAL | {name.lower() for name in (args.host, *args.allow_host)}
     hosts = None if "*" in args.allow_host else names
     return App(service, keys_of(args), limits, hosts, drain)
@@ -212,6 +240,7 @@ def limits_of(args) -> Limits:
         _check_size(size)
     return Limits(
         sizes=tuple(args.sizes),
+        webhooks=allowed_addresses(args.webhooks),
         queue=args.queue,
         jobs=args.jobs,
         frames=args.max_frames,

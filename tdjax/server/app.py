@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import collections
 import contextlib
+import dataclasses
 import hashlib
 import json
 import re
@@ -24,7 +26,7 @@ from tdjax.server import store
 from tdjax.server.asking import FORMATS, Asked, asked, asked_apart, spelled
 from tdjax.server.body import Refusal, fields_of, read_body
 from tdjax.server.keys import Key, Keys
-from tdjax.server.limits import Limits
+from tdjax.server.limits import SEARCH, Limits
 from tdjax.server.metrics import Metrics
 from tdjax.server.openapi import description
 from tdjax.server.parts import part_of
@@ -37,6 +39,7 @@ LARGE = 2**20  # bytes: of bodies from here on only some are read at a time
 LARGE_AT_ONCE = 4
 IMAGES_AT_ONCE = 2
 PROBES = ("/health", "/ready")  # what runs containers asks them by addresses that change
+WATCHING = 50  # streams of events of one key at once
 IDEMPOTENCY = 200  # characters of a key
 STARTING = 10.0  # seconds that a request waits for a model that is being opened
 
@@ -58,6 +61,13 @@ class Opening(Refusal):
     """A request that came before the model."""
 
     status = 503
+    headers = {"Retry-After": "10"}
+
+
+class TooMany(Refusal):
+    """A request beside too many others of its key."""
+
+    status = 429
     headers = {"Retry-After": "10"}
 
 
@@ -90,6 +100,7 @@ class App:
         service.on_end = self.metrics.ended
         self.large = asyncio.Semaphore(LARGE_AT_ONCE)
         self.images = asyncio.Semaphore(IMAGES_AT_ONCE)
+        self.watching: collections.Counter[str] = collections.Counter()
         self.page = PAGE.read_text(encoding="utf-8")
         self.policy = content_policy(self.page)
 
@@ -160,7 +171,9 @@ class App:
         small = declared.isascii() and declared.isdigit() and len(declared) < 8
         crowded = not small or int(declared) > LARGE
         async with self.large if crowded else contextlib.nullcontext():
-            body = await read_body(request, self.limits)
+            loras = tuple(self.service.loras())
+            limits = dataclasses.replace(key.limits(self.limits), loras=loras)
+            body = await read_body(request, limits)
             fields, data = await fields_of(request, body)
             del body
             digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode() + (data or b""))
@@ -169,7 +182,6 @@ class App:
             name = fields.get("model")
             if name is not None and name != model.name:
                 raise _unknown_model(name, model.name)
-            limits = key.limits(self.limits)
             if data is None:
                 return asked(fields, None, model, limits), digest.hexdigest()
             async with self.images:
@@ -264,8 +276,12 @@ class App:
             raise UsageError(f"limit is {limit[:20]!r}", "1 to 100 are allowed", "use 20")
         if order not in ("asc", "desc"):
             raise UsageError(f"order is {order[:20]!r}", "asc and desc are allowed", "use desc")
+        search = query.get("search", "")
+        if len(search) > SEARCH:
+            why = f"{SEARCH} characters are allowed"
+            raise UsageError("the text that is searched is long", why, "use fewer words")
         jobs = self.service.store.page(
-            key.name, query.get("after"), int(limit) + 1, order == "desc"
+            key.name, query.get("after"), int(limit) + 1, order == "desc", search
         )
         data = [self.shown(job) for job in jobs[: int(limit)]]
         return JSONResponse(
@@ -304,49 +320,70 @@ class App:
             raise UsageError(
                 f"variant is {variant[:20]!r}", "allowed: video, thumbnail", "nearest: thumbnail"
             )
-        early = variant == "thumbnail" and self._has_preview(job)
+        early = variant == "thumbnail" and self._preview(job)
         if job.status != store.COMPLETED and not early:
             why, fix = "the file is there once it is completed", "GET /v1/videos/ID tells its state"
             return _error(409, TdjaxError(f"the video is {job.status}", why, fix), "not_completed")
+        request.scope["headers"] = [
+            (name, value)
+            for name, value in request.scope["headers"]
+            if name != b"range" or _is_range(value.decode("latin-1"))
+        ]
         return await self._file(request, job, thumbnail=variant == "thumbnail")
 
-    def _has_preview(self, job: Job) -> bool:
-        """Whether the first frame of a job that runs is there."""
+    def _preview(self, job: Job) -> int:
+        """The number of the picture that shows how far a job is that runs; 0: none yet."""
         progress = self.service.progress.get(job.id)
         preview = progress.preview if progress else job.preview
-        return job.status == store.RUNNING and bool(preview)
+        return int(preview) if job.status == store.RUNNING else 0
 
     async def _file(self, request: Request, job: Job, thumbnail: bool = False) -> Response:
         jobs = self.service.store
         path = jobs.thumbnail(job) if thumbnail else jobs.video(job)
-        size = await asyncio.to_thread(jobs.size, path)
-        if not size:
+        kind = "image/jpeg" if thumbnail else FORMATS[job.request["format"]]
+        name = f"{job.id}{path.suffix}"
+        headers = {"X-Video-Id": job.id, "Cache-Control": "private"}
+        try:
+            if jobs.storage is not None:
+                size = await asyncio.to_thread(jobs.size, path)
+                if not size:
+                    raise FileNotFoundError
+                response = part_of(jobs.storage, path.name, size, request.headers, kind)
+                headers["Content-Disposition"] = f'attachment; filename="{name}"'
+                response.headers.update(headers)
+                return response
+            if thumbnail:  # renewed and removed while its job runs, so it is read at once
+                return Response(path.read_bytes(), headers=headers, media_type=kind)
+            found = path.stat()
+        except FileNotFoundError:
             why = "somebody has removed it where videos are kept"
             error = TdjaxError("the file is no longer kept", why, "ask for the video anew")
             return _error(404, error, "expired")
-        kind = "image/jpeg" if thumbnail else FORMATS[job.request["format"]]
-        name = f"{job.id}{path.suffix}"
-        if jobs.storage is None:
-            response: Response = FileResponse(path, media_type=kind, filename=name)
-        else:
-            response = part_of(jobs.storage, path.name, size, request.headers, kind)
-            response.headers["Content-Disposition"] = f'attachment; filename="{name}"'
-        response.headers["X-Video-Id"] = job.id
-        response.headers["Cache-Control"] = "private"
-        return response
+        return FileResponse(
+            path, headers=headers, media_type=kind, filename=name, stat_result=found
+        )
 
     async def events(self, request: Request) -> Response:
         """A video's states as they change, as server-sent events."""
-        job = self._job(request)
+        job, key = self._job(request), self._key(request).name
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        if request.method == "HEAD":
+            return Response(headers=headers, media_type="text/event-stream")
+        if self.watching[key] >= WATCHING:
+            why = f"{WATCHING} at once are allowed"
+            raise TooMany("too many streams of events of this key", why, "end some of them")
 
         async def lines() -> AsyncIterator[str]:
-            async for news in self.service.news(job.id):
-                if news is None:
-                    yield ": still there\n\n"
-                else:
-                    yield f"event: {news.status}\ndata: {json.dumps(self.shown(news))}\n\n"
+            self.watching[key] += 1
+            try:
+                async for news in self.service.news(job.id):
+                    if news is None:
+                        yield ": still there\n\n"
+                    else:
+                        yield f"event: {news.status}\ndata: {json.dumps(self.shown(news))}\n\n"
+            finally:
+                self.watching[key] -= 1
 
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
 
     def shown(self, job: Job) -> dict[str, Any]:
@@ -372,12 +409,14 @@ class App:
             "remixed_from_video_id": None,
             "error": job.error,
             "stage": progress.stage if job.status == store.RUNNING else "",
-            "preview": self._has_preview(job),
+            "preview": self._preview(job),
             "seed": request["seed"],
             "num_frames": request["num_frames"],
             "num_steps": request["num_steps"],
             "fps": request["fps"],
             "format": request["format"],
+            "lora": [{"name": name, "weight": weight} for name, weight in request.get("lora", ())],
+            "webhook": request.get("webhook"),
             "warnings": (job.result or {}).get("warnings", []),
             "timings": (job.result or {}).get("timings", {}),
         }
@@ -412,6 +451,7 @@ class App:
             "num_frames": size.frames,
             "num_steps": model.sampler.num_steps,
             "prompts": list(model.prompts[:8]),
+            "loras": list(self.service.loras()),
         }
 
     async def health(self, request: Request) -> Response:
@@ -506,6 +546,16 @@ def content_policy(page: str) -> str:
         " connect-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:;"
         " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
+
+
+def _is_range(text: str) -> bool:
+    """Whether a Range header can be read; others are as if they were not there (RFC 9110, 14.2)."""
+    unit, _, ranges = text.partition("=")
+    for each in ranges.split(","):
+        match = re.fullmatch(r"\s*(?:([0-9]{1,15})-([0-9]{0,15})|-[0-9]{1,15})\s*", each)
+        if match is None or (match[2] and int(match[2]) < int(match[1])):
+            return False
+    return unit.strip().lower() == "bytes"
 
 
 async def _gone(request: Request) -> None:

@@ -30,6 +30,8 @@ from tdjax.files import near, written
 from tdjax.media.image import as_image
 from tdjax.pipeline.request import ModelInfo, make_request
 from tdjax.server.limits import Limits
+from tdjax.server.loras import checked_loras
+from tdjax.server.webhooks import checked_address
 
 # {field of a request: the type of a field of a form}
 FIELDS = {
@@ -47,7 +49,11 @@ FIELDS = {
     "negative_prompt": str,
     "fit": str,
     "format": str,
+    "lora": list,
+    "previews": bool,
+    "webhook": str,
 }
+LAST_IMAGE = "last_image"
 IMAGE = "input_reference"
 FORMATS = {
     "mp4": "video/mp4",
@@ -111,6 +117,8 @@ def asked(
     fields: dict[str, Any], image: np.ndarray | None, model: ModelInfo, limits: Limits
 ) -> Asked:
     """Returns the request that fields and an image are. Raises UsageError."""
+    if LAST_IMAGE in fields:
+        raise no_last_image(model)
     unknown = sorted(set(fields) - set(FIELDS))
     if unknown:
         nearest = near(unknown[0], [*FIELDS, IMAGE])
@@ -126,6 +134,14 @@ def asked(
     for name, words in (("prompt", prompt), ("negative_prompt", given.get("negative_prompt", ""))):
         _check_words(name, text(name, words))
     given.pop("model", None)
+    loras = checked_loras(given.pop("lora", []), limits.loras)
+    previews = given.pop("previews", False)
+    if not isinstance(previews, bool):
+        why = "true or false is needed"
+        raise UsageError(f"previews is {shown(previews)}", why, "use true to see each step")
+    webhook = given.pop("webhook", None)
+    if webhook is not None:
+        webhook = checked_address(webhook, limits.webhooks)
     form = given.pop("format", "mp4")
     if not isinstance(form, str) or form not in FORMATS:
         nearest = near(str(form), FORMATS, cutoff=0.0)[0]
@@ -166,7 +182,23 @@ def asked(
         settled["fit"] = request.fit
     elif image is not None:
         settled["fit"] = "stretch"
-    return Asked(arguments=settled, shape=f"{size}, {steps} steps")
+    shape = f"{size}, {steps} steps"
+    if loras:
+        settled["lora"] = [list(pair) for pair in loras]  # as JSON has it
+        shape += f", {loras}"
+    if previews:
+        settled["previews"] = True
+    if webhook is not None:
+        settled["webhook"] = webhook
+    return Asked(arguments=settled, shape=shape)
+
+
+def no_last_image(model: ModelInfo) -> UsageError:
+    """The error of a request with a last image, which no model that is served here takes."""
+    takes = f"one image, the first: {IMAGE}" if model.task == "i2v" else "no image"
+    return UsageError(
+        f"{LAST_IMAGE} was given", f"{model.name} takes {takes}", f"leave {LAST_IMAGE} away"
+    )
 
 
 def _check_words(name: str, words: str) -> None:

@@ -12,11 +12,12 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
-from tdjax.config.parsing import json_object
+from tdjax.config.parsing import json_object, json_value
 from tdjax.config.values import parse_real, parse_whole, shown
 from tdjax.errors import TdjaxError, UsageError
-from tdjax.server.asking import FIELDS, IMAGE
+from tdjax.server.asking import FIELDS, IMAGE, LAST_IMAGE
 from tdjax.server.limits import Limits
+from tdjax.server.loras import EXAMPLE
 
 ALIASES = {"output_format": "format", "num_inference_steps": "num_steps", "image": IMAGE}
 FORM_FIELD = 64 * 2**10  # bytes of a form's field that is no file
@@ -112,7 +113,7 @@ async def _form(request: Request, body: bytes) -> tuple[dict[str, Any], bytes | 
         yield body
 
     parser = MultiPartParser(
-        request.headers, stream(), max_files=1, max_fields=32, max_part_size=FORM_FIELD
+        request.headers, stream(), max_files=2, max_fields=32, max_part_size=FORM_FIELD
     )
     try:
         form = await parser.parse()
@@ -125,7 +126,9 @@ async def _form(request: Request, body: bytes) -> tuple[dict[str, Any], bytes | 
         given = _own_names(dict(form))
         file = given.pop(IMAGE, None)
         for name, value in given.items():
-            if isinstance(value, UploadFile):
+            if isinstance(value, UploadFile) and name == LAST_IMAGE:
+                given[name] = value.filename  # which is refused where the model is known
+            elif isinstance(value, UploadFile):
                 raise Refusal(f"{name} is a file", f"the image is {IMAGE}", f"name it {IMAGE}")
         image = await file.read() if isinstance(file, UploadFile) else _inline_image(file)
         return {name: _typed(name, value) for name, value in given.items()}, image
@@ -149,6 +152,15 @@ def _typed(name: str, value: str) -> Any:
     kind = FIELDS.get(name, str)
     if kind is str:
         return value
+    if kind is bool:
+        return {"true": True, "false": False}.get(value, value)
+    if kind is list:
+        try:
+            return json_value(value, unique=True)
+        except ValueError as error:
+            raise UsageError(
+                f"{name} is {shown(value)}", f"it is not JSON: {error}", f"for example {EXAMPLE}"
+            ) from error
     try:
         return parse_whole(value) if kind is int else parse_real(value)
     except ValueError as error:

@@ -9,6 +9,7 @@ import hashlib
 import re
 import secrets
 import sys
+import time
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,21 +18,24 @@ from tdjax import cli
 from tdjax.config.values import settle
 from tdjax.errors import UsageError
 from tdjax.files import near
+from tdjax.progress import say
 from tdjax.server.limits import Limits
 
-LIMITS = ("jobs", "frames", "pixels")  # that a key may have below the server's
+LOOK = 1.0  # seconds until a file of keys is looked at again
+LIMITS = ("jobs", "frames", "pixels", "body")  # that a key may have below the server's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Key:
-    """Who asks. priority: of the jobs, higher ones run first. jobs, frames, pixels: limits of this
-    key below those of the server; None: the server's."""
+    """Who asks. priority: of the jobs, higher ones run first. jobs, frames, pixels, body:
+    limits of this key below those of the server (see `Limits`); None: the server's."""
 
     name: str
     priority: int = 0
     jobs: int | None = None
     frames: int | None = None
     pixels: int | None = None
+    body: int | None = None
 
     def __post_init__(self):
         settle(self)
@@ -39,7 +43,7 @@ class Key:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(
-                    f"the {name} of the key {self.name} are {value}",
+                    f"`{name}` of the key {self.name} is {value}",
                     "a limit is a number above zero",
                     "leave it away, or take the key out of the file",
                 )
@@ -58,19 +62,50 @@ NOBODY = Key(name="")  # who asks where no keys are needed
 
 
 class Keys:
-    """The keys of a server by the SHA-256 of their text; none: everybody may ask."""
+    """The keys of a server by the SHA-256 of their text; none: everybody may ask.
 
-    def __init__(self, by_digest: dict[str, Key] | None = None):
-        self.by_digest = by_digest or {}
+    file: where they stand; it is read again when it has changed.
+    """
+
+    def __init__(self, by_digest: dict[str, Key] | None = None, file: Path | None = None):
+        self.by_digest, self.file = by_digest or {}, file
+        self._version = None if file is None else _version(file)
+        self._look = 0.0  # when to look at the file again, of the monotonic clock
+
+    def _renew(self) -> None:
+        """Takes what the file has become; one that is wrong, or gone, changes nothing."""
+        now = time.monotonic()
+        if self.file is None or now < self._look:
+            return
+        self._look = now + LOOK
+        version = _version(self.file)
+        if version == self._version:
+            return
+        self._version = version
+        try:
+            self.by_digest = read_keys(self.file).by_digest
+            say(f"tdjax: {self.file} has changed: {len(self.by_digest)} keys")
+        except UsageError as error:
+            say(f"tdjax: keys stay as they were: {error}")
 
     def of(self, authorization: str | None) -> Key | None:
         """Returns the key of a header "Bearer KEY", None where there is no such key."""
+        self._renew()
         if not self.by_digest:
             return NOBODY
         scheme, _, text = (authorization or "").partition(" ")
         if scheme.lower() != "bearer":
             return None
         return self.by_digest.get(digest(text.strip()))
+
+
+def _version(file: Path) -> tuple[int, ...] | None:
+    """What differs when a file has changed; None where there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def digest(text: str) -> str:
@@ -108,7 +143,7 @@ def read_keys(path: Path) -> Keys:
             "with an empty file nobody could ask",
             f"python -m tdjax.server.keys NAME >> {path}",
         )
-    return Keys(keys)
+    return Keys(keys, path)
 
 
 def _bad_key(path: Path, name: str, why: str) -> UsageError:

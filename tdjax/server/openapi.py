@@ -6,11 +6,13 @@ from typing import Any
 
 import tdjax
 from tdjax.server.asking import FIELDS, FORMATS, IMAGE
+from tdjax.server.limits import SEARCH
 from tdjax.server.store import COMPLETED, ENDED, RUNNING, WAITING
+from tdjax.server.webhooks import ADDRESS
 
 Schema = dict[str, Any]
 
-_TYPES = {str: "string", int: "integer", float: "number"}
+_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _TEXT: Schema = {"type": "string"}
 _WHOLE: Schema = {"type": "integer"}
 _TIME: Schema = {"type": ["integer", "null"], "description": "seconds since 1970"}
@@ -28,19 +30,26 @@ def _refer(name: str) -> Schema:
 
 
 def _fields() -> Schema:
-    fields: Schema = {name: {"type": [_TYPES[kind], "null"]} for name, kind in FIELDS.items()}
+    fields: Schema = {
+        name: {"type": [_TYPES[kind], "null"]} for name, kind in FIELDS.items() if kind in _TYPES
+    }
     fields["prompt"] = {"type": "string", "minLength": 1}
     fields["seconds"] = {"type": ["number", "string", "null"]}
+    fields["webhook"] = {"type": ["string", "null"], "maxLength": ADDRESS}
     fields["format"] = {"enum": [*FORMATS, None]}
     return fields
 
 
 def _schemas() -> Schema:
     image = {"image_url": {"type": "string", "pattern": "^data:image/"}}
-    form = {**_fields(), IMAGE: {"type": "string", "format": "binary"}}
+    lora = _object({"name": _TEXT, "weight": {"type": "number"}})
+    loras = {"type": "array", "items": lora}
+    chosen = {**lora, "required": ["name"], "additionalProperties": False}
+    fields = {**_fields(), "lora": {"type": ["array", "null"], "items": chosen}}
+    form = {**_fields(), "lora": _TEXT, IMAGE: {"type": "string", "format": "binary"}}
     closed = {"additionalProperties": False}
     return {
-        "Request": _object({**_fields(), IMAGE: _object(image)}, ["prompt"], **closed),
+        "Request": _object({**fields, IMAGE: _object(image)}, ["prompt"], **closed),
         "Form": _object(form, ["prompt"], **closed),
         "Video": _object(
             {
@@ -58,12 +67,14 @@ def _schemas() -> Schema:
                 "remixed_from_video_id": {"type": "null"},
                 "error": {"anyOf": [_object(_ERROR), {"type": "null"}]},
                 "stage": _TEXT,
-                "preview": {"type": "boolean"},
+                "preview": {"type": "integer", "minimum": 0},
                 "seed": _WHOLE,
                 "num_frames": _WHOLE,
                 "num_steps": _WHOLE,
                 "fps": _WHOLE,
                 "format": {"enum": [*FORMATS]},
+                "lora": loras,
+                "webhook": {"type": ["string", "null"]},
                 "warnings": {"type": "array", "items": _TEXT},
                 "timings": {"type": "object", "additionalProperties": {"type": "number"}},
             }
@@ -91,6 +102,7 @@ def _schemas() -> Schema:
                 "num_frames": _WHOLE,
                 "num_steps": _WHOLE,
                 "prompts": {"type": "array", "items": _TEXT},
+                "loras": {"type": "array", "items": _TEXT},
             }
         ),
         "Models": _object(
@@ -111,13 +123,24 @@ def _schemas() -> Schema:
     }
 
 
-def _operation(summary: str, answer: Schema, *errors: int, body: bool = False, **more: Any):
-    """One route. answer: {media type: schema}; errors: statuses beside 400, 401 and 404."""
+def _operation(
+    summary: str,
+    answer: Schema,
+    *errors: int,
+    body: bool = False,
+    part: bool = False,
+    **more: Any,
+):
+    """One route. answer: {media type: schema}; errors: statuses beside 400, 401 and 404. part: a
+    range of the answer may be asked for."""
     media = {kind: {"schema": schema} for kind, schema in answer.items()}
     answers: Schema = {"200": {"description": "as asked", "content": media}}
     wrong = {"application/json": {"schema": _refer("Error")}}
     for status in sorted({400, 401, 404, *errors}):
         answers[str(status)] = {"description": "refused", "content": wrong}
+    if part:
+        answers["206"] = {"description": "a part, as Range asks", "content": media}
+        answers["416"] = {"description": "there is no such part"}
     out: Schema = {"summary": summary, "responses": answers, **more}
     if body:
         kinds = {"application/json": "Request", "multipart/form-data": "Form"}
@@ -136,7 +159,8 @@ def description() -> Schema:
     once = [_parameter("Idempotency-Key", "header", {"type": "string", "maxLength": 200})]
     limit = {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}
     order = {"enum": ["asc", "desc"], "default": "desc"}
-    page = [("limit", limit), ("after", _TEXT), ("order", order)]
+    search = {"type": "string", "maxLength": SEARCH}
+    page = [("limit", limit), ("after", _TEXT), ("order", order), ("search", search)]
     variant = {"enum": ["video", "thumbnail"], "default": "video"}
     video = {"application/json": _refer("Video")}
     file = {kind: {"type": "string", "format": "binary"} for kind in FORMATS.values()}
@@ -172,12 +196,13 @@ def description() -> Schema:
                     f"The file of a {COMPLETED} video",
                     {**file, "image/jpeg": {"type": "string", "format": "binary"}},
                     409,
+                    part=True,
                     parameters=[*id, _parameter("variant", "query", variant)],
                 )
             },
             "/v1/videos/{id}/events": {
                 "get": _operation(
-                    "The states as they change", {"text/event-stream": _TEXT}, parameters=id
+                    "The states as they change", {"text/event-stream": _TEXT}, 429, parameters=id
                 )
             },
             "/v1/models": {

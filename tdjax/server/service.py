@@ -11,6 +11,7 @@ import os
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 from tdjax.errors import TdjaxError
@@ -18,8 +19,10 @@ from tdjax.pipeline.request import ModelInfo
 from tdjax.progress import say
 from tdjax.server import store
 from tdjax.server.asking import model_of
+from tdjax.server.loras import arguments_of, lora_files
 from tdjax.server.store import Job, Store
 from tdjax.server.tables import OperationalError, first_line
+from tdjax.server.webhooks import Webhooks
 
 LINE = 2**20  # bytes of a line that a worker tells, at most
 # Seconds until a worker that died is started again; doubled each time that it did not get ready.
@@ -30,12 +33,13 @@ LOOK = 1.0  # seconds until a server looks again for what others of its store ha
 
 @dataclasses.dataclass
 class Progress:
-    """How far a job is. percent: 0 to 100. preview: whether its first frame is there; None: not
-    yet, False: on its way."""
+    """How far a job is. percent: 0 to 100. preview: the number of the picture that clients can
+    read; 0: none. told: of the last one that the worker told of."""
 
     percent: int = 0
     stage: str = ""
-    preview: bool | None = None
+    preview: int = 0
+    told: int = 0
 
 
 class Service:
@@ -43,10 +47,19 @@ class Service:
 
     command: starts a worker; the server's own ends follow as a JSON word.
     devices: for each worker, the value of CUDA_VISIBLE_DEVICES, or None to leave it as it is.
+    loras: the folder of those that requests may name. webhooks: tell clients of jobs that ended.
     """
 
-    def __init__(self, jobs: Store, command: list[str], devices: list[str | None]):
-        self.store = jobs
+    def __init__(
+        self,
+        jobs: Store,
+        command: list[str],
+        devices: list[str | None],
+        *,
+        loras: Path | None = None,
+        webhooks: Webhooks | None = None,
+    ):
+        self.store, self.folder_of_loras, self.webhooks = jobs, loras, webhooks
         self.workers = [Worker(self, command, each) for each in devices]
         self.model: ModelInfo | None = None
         self.refused: TdjaxError | None = None  # of the model, with the worker's exit code
@@ -75,6 +88,8 @@ class Service:
         self._tasks.append(asyncio.create_task(self._look_again()))
         if self.store.shared:
             self._tasks.append(asyncio.create_task(self._look_around()))
+        if self.webhooks is not None:
+            self._tasks.append(asyncio.create_task(self.webhooks.run()))
         for task in self._tasks:
             task.add_done_callback(self._task_ended)
 
@@ -165,6 +180,10 @@ class Service:
         """Whether a job that came now would begin without waiting for a process to start."""
         return not self.draining and any(worker.ready for worker in self.workers)
 
+    def loras(self) -> dict[str, dict[str, str]]:
+        """Returns the LoRA files that requests may name now, see `lora_files`."""
+        return lora_files(self.folder_of_loras)
+
     def retry_after(self) -> int:
         """Seconds after which a place in the queue should be free."""
         return int(min(600, max(1, self.seconds / len(self.workers))))
@@ -199,32 +218,36 @@ class Service:
                 took = (job.completed_at or 0) - (job.started_at or 0)
                 self.seconds += 0.2 * (took - self.seconds)
             self.on_end(job)
+            if self.webhooks is not None and "webhook" in job.request:
+                self.webhooks.wake.set()
         self.tell(id)
 
-    def heard(self, job: Job, percent: int, stage: str) -> None:
-        """Tells how far a job is."""
+    def heard(self, job: Job, percent: int, stage: str, preview: int) -> None:
+        """Tells how far a job is. preview: the number of its thumbnail, which is renewed."""
         progress = self.progress.setdefault(job.id, Progress())
         progress.percent, progress.stage = percent, stage
-        if progress.preview is None and self.store.thumbnail(job).is_file():
-            progress.preview = self.store.storage is None
-            if not progress.preview:
-                self.errand(self._publish_preview(job, progress))
+        if preview > progress.told:
+            progress.told = preview
+            if self.store.storage is None:
+                progress.preview = preview
+            else:
+                self.errand(self._publish_preview(job, progress, preview))
         self.tell(job.id)
 
-    async def _publish_preview(self, job: Job, progress: Progress) -> None:
+    async def _publish_preview(self, job: Job, progress: Progress, number: int) -> None:
         try:
             await asyncio.to_thread(self.store.publish, [self.store.thumbnail(job)])
         except Exception as error:  # whatever a library of a store raises; the video goes on
             note(f"the preview of {job.id} cannot be stored: {error}")
         else:
-            progress.preview = True
+            progress.preview = max(progress.preview, number)
             self.tell(job.id)
 
     def made(self, job: Job, result: dict[str, Any]) -> None:
         """Ends a job whose video has been written."""
         if self.store.shared or self.store.storage is not None:
             self.publishing[job.id] = job
-            self.progress[job.id] = Progress(98, "store", True)
+            self.progress[job.id] = Progress(98, "store", 1)
             self.errand(self._publish(job, result))
         elif self.store.complete(job, result):
             self.ended(job.id)
@@ -407,6 +430,7 @@ class Worker:
                 "id": job.id,
                 "request": job.request,
                 "image": str(image) if image.is_file() else None,
+                "loras": arguments_of(job.request.get("lora", ()), self.service.folder_of_loras),
                 "video": str(jobs.video(job)),
                 "thumbnail": str(jobs.thumbnail(job)),
             }
@@ -460,7 +484,7 @@ class Worker:
         elif job is None:  # one that was given up
             return
         elif event == "progress":
-            service.heard(job, told["progress"], told["stage"])
+            service.heard(job, told["progress"], told["stage"], told["preview"])
         elif event == "made":
             self.busy = False
             self.feed()

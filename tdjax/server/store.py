@@ -21,14 +21,13 @@ from typing import Any
 import sqlalchemy as sa
 
 from tdjax.errors import TdjaxError, UsageError
-from tdjax.server.limits import Limits
+from tdjax.server.limits import DAY, Limits
 from tdjax.server.storage import Storage, opened
 from tdjax.server.tables import HOOKS, JOBS, SERVERS, TURNS, Database
 
 WAITING, RUNNING = "queued", "in_progress"
 COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
 ENDED = (COMPLETED, FAILED, CANCELLED)
-DAY = 86400.0  # seconds
 IN_A_ROW = 8  # jobs of one size and number of steps that one worker runs before others' turn
 
 

@@ -4,16 +4,18 @@ It reads orders from its standard input and tells of them on its standard output
 line. It ends when its input does, so that none outlives the server. While a file is written the
 next video is made.
 
-orders: {"do": "make", "id", "request", "image", "video", "thumbnail"} and {"do": "cancel",
-        "id"}.
+orders: {"do": "make", "id", "request", "image", "loras", "video", "thumbnail"} and {"do":
+        "cancel", "id"}.
 told:   {"event": "model", "info"}, "ready", and of a job, with its "id": "progress" ("progress" in
-        percent, "stage"), "made" (another one may come), then one of "done" ("result"), "failed"
-        ("code", "message") and "cancelled".
+        percent, "stage", "preview": the number of the picture that the thumbnail is), "made"
+        (another one may come), then one of "done" ("result"), "failed" ("code", "message") and
+        "cancelled".
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import gc
 import json
@@ -30,7 +32,14 @@ from typing import Any, Protocol, TextIO
 from PIL import Image
 
 from tdjax import cli
-from tdjax.errors import Cancelled, NotFinite, OutOfMemory, TdjaxError, UsageError
+from tdjax.errors import (
+    Cancelled,
+    CheckpointError,
+    NotFinite,
+    OutOfMemory,
+    TdjaxError,
+    UsageError,
+)
 from tdjax.files import written
 
 Tell = Callable[..., None]
@@ -65,6 +74,7 @@ class PipelineMaker:
         self.args = argparse.Namespace(**options)
         self.pipe: Any = None
         self.shapes: set[tuple[int, ...]] = set()
+        self.loras: dict[str, Any] | None = {}
 
     def open(self) -> dict[str, Any]:
         """Opens the model; no weights are read yet."""
@@ -91,33 +101,49 @@ class PipelineMaker:
 
     def warm(self) -> None:
         """Compiles for the model's own size and steps, which jobs run one by one."""
-        self.pipe.warmup(on_step=lambda step, steps: None)
+        self.pipe.warmup(on_step=lambda step, steps: None, on_preview=lambda step, frames: None)
 
     def make(self, order: dict[str, Any], told: Tell, cancel: threading.Event) -> Any:
         """Runs the pipeline."""
         arguments = dict(order["request"])
         self._make_room(arguments)
-        for name in ("model", "format"):  # of the answer, and of the file
-            arguments.pop(name)
+        previews = arguments.pop("previews", False)
+        for name in ("model", "format", "lora", "webhook"):  # not of the call
+            arguments.pop(name, None)
+        self._set_loras(order["loras"])
         if order["image"]:
             arguments["image"] = order["image"]
         frames = arguments["num_frames"]
-        shown = 0
+        shown = pictures = percent = 0
+
+        def picture(frame) -> None:
+            nonlocal pictures
+            with written(Path(order["thumbnail"]), overwrite=True) as part:
+                Image.fromarray(frame).save(part, quality=85)
+            pictures += 1
+
+        def tell(now: int, stage: str) -> None:
+            nonlocal percent
+            percent = now
+            told(progress=percent, stage=stage, preview=pictures)
 
         def on_stage(name: str) -> None:
             if name == "denoise":
-                told(progress=TEXT, stage=name)
+                tell(TEXT, name)
 
         def on_step(step: int, steps: int) -> None:
-            told(progress=TEXT + (STEPS - TEXT) * step // steps, stage="denoise")
+            tell(TEXT + (STEPS - TEXT) * step // steps, "denoise")
+
+        def on_preview(step: int, prediction) -> None:
+            picture(prediction[len(prediction) // 2])
+            tell(percent, "denoise")
 
         def on_frames(number: int, chunk) -> None:
             nonlocal shown
             if not shown:  # clients see the first frame while the others are decoded
-                with written(Path(order["thumbnail"]), overwrite=True) as part:
-                    Image.fromarray(chunk[0]).save(part, quality=85)
+                picture(chunk[0])
             shown += len(chunk)
-            told(progress=STEPS + (FRAMES - STEPS) * shown // frames, stage="decode")
+            tell(STEPS + (FRAMES - STEPS) * shown // frames, "decode")
 
         return self.pipe(
             arguments.pop("prompt"),
@@ -125,8 +151,26 @@ class PipelineMaker:
             on_stage=on_stage,
             on_step=on_step,
             on_frames=on_frames,
+            on_preview=on_preview if previews else None,
             cancel=cancel,
         )
+
+    def _set_loras(self, loras: dict[str, Any]) -> None:
+        """Puts the LoRA files of a job on the weights, if they are not those of the last one."""
+        if loras == self.loras:
+            return
+        before, self.loras = self.loras, None
+        try:
+            self.pipe.set_loras(**loras)
+        except (CheckpointError, UsageError) as error:  # before any change
+            traceback.print_exc()
+            self.loras = before
+            raise UsageError(
+                "the LoRA cannot be put on this model",
+                "it is for another one, or its file is damaged or gone; the server's log says more",
+                "leave it away, or tell who runs the server",
+            ) from error
+        self.loras = loras
 
     def _make_room(self, arguments: dict[str, Any]) -> None:
         """Lets programs of other shapes go, where there are many and this one is new."""
@@ -138,6 +182,7 @@ class PipelineMaker:
             self.pipe.programs.clear()
             jax.clear_caches()  # its own hold on them
             gc.collect()
+            trim()
             self.shapes.clear()
         self.shapes.add(shape)
 
@@ -151,6 +196,14 @@ class PipelineMaker:
         device = device_bytes()
         peak = device[1] if device else None
         return {"timings": made.timings, "warnings": made.warnings, "device_peak": peak}
+
+
+def trim() -> None:
+    """Gives memory that was let go back to the system. Of what programs have taken, glibc keeps a
+    third and more, in pieces between others, and the process would grow with every set of sizes."""
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if give_back is not None:  # elsewhere than in glibc there is none
+        give_back(0)
 
 
 class Worker:

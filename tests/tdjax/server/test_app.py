@@ -1,6 +1,7 @@
 """The routes as clients meet them: over a socket, with workers that need no model."""
 
 import base64
+import contextlib
 import json
 import re
 import socket
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from server_cases import REFUSED, STRANGE, encoded, serving, until
 
+from tdjax.server import app
 from tdjax.server.app import PAGE, content_policy
 from tdjax.server.asking import FIELDS
 from tdjax.server.keys import Key, Keys, digest
@@ -125,6 +127,89 @@ def test_events_tell_the_states_as_they_change(served):
     assert states[-1]["status"] == "completed" and "denoise" in [s["stage"] for s in states]
 
 
+def test_a_key_has_so_many_streams_of_events_and_those_that_end_make_room(served, monkeypatch):
+    monkeypatch.setattr(app, "WATCHING", 2)
+    id = served.add("sleep 30")
+    stream = lambda: served.client.stream("GET", f"/v1/videos/{id}/events")
+    with contextlib.ExitStack() as streams:
+        lines = [streams.enter_context(stream()).iter_lines() for _ in range(2)]
+        for each in lines:
+            next(each)
+        error_of(served.client.get(f"/v1/videos/{id}/events"), 429)
+        head = served.client.head(f"/v1/videos/{id}/events")
+        assert head.status_code == 200 and not head.content
+    served.client.delete(f"/v1/videos/{id}")
+    id = served.add("a fox")
+    served.ended(id)
+    until(lambda: served.client.get(f"/v1/videos/{id}/events").status_code == 200)
+
+
+RANGES = {
+    "bytes=0-4": (206, b"video"),
+    "bytes=-3": (206, None),
+    "BYTES = 2-": (206, None),
+    "bytes=0-1,4-5": (206, None),
+    "bytes=999999-": (416, b""),
+    "bytes=-0": (416, b""),
+    "bytes=5-2": (200, None),
+    "bytes=a-b": (200, None),
+    "bytes=": (200, None),
+    "bytes=--1": (200, None),
+    "bytes=1" + "0" * 300 + "-": (200, None),
+    "lines=0-1": (200, None),
+    "bytes": (200, None),
+    "=,-": (200, None),
+}
+
+
+def test_parts_of_a_file(served):
+    id = served.add("a fox")
+    served.ended(id)
+    whole = served.client.get(url := f"/v1/videos/{id}/content").content
+    for wanted, (status, content) in RANGES.items():
+        answer = served.client.get(url, headers={"Range": wanted})
+        assert answer.status_code == status, wanted
+        assert content is None or answer.content == content, wanted
+        assert status != 200 or answer.content == whole
+        head = served.client.head(url, headers={"Range": wanted})
+        assert head.status_code == status and not head.content, wanted
+
+
+def test_a_file_that_is_sent_while_it_is_removed(served):
+    id = served.add("a fox")
+    served.ended(id)
+    path = served.service.store.video(served.service.store.get(id))
+    path.write_bytes(bytes(8 * 2**20))
+    with served.client.stream("GET", f"/v1/videos/{id}/content") as answer:
+        assert served.client.delete(f"/v1/videos/{id}").json()["deleted"]
+        assert sum(map(len, answer.iter_bytes())) == 8 * 2**20
+
+
+def test_many_hands_on_one_video(served):
+    def hand(id, n):
+        with httpx.Client(base_url=served.url, timeout=30) as client:
+            one = f"/v1/videos/{id}"
+            ask = [
+                lambda: client.post(f"{one}/cancel"),
+                lambda: client.delete(one),
+                lambda: client.get(f"{one}/events"),
+                lambda: client.get(f"{one}/content?variant=thumbnail"),
+            ]
+            seen.append(ask[n % 4]().status_code)
+
+    seen: list[int] = []
+    for prompt in ("sleep 5", "a fox"):
+        id = served.add(prompt)
+        hands = [threading.Thread(target=hand, args=(id, n)) for n in range(8)]
+        for each in hands:
+            each.start()
+        for each in hands:
+            each.join()
+    assert len(seen) == 16 and set(seen) <= {200, 404, 409}
+    assert served.ended(served.add("a fox"))["status"] == "completed"
+    assert not served.service.progress and not served.service.listeners
+
+
 def test_the_first_frame_is_seen_before_the_video(served):
     id = served.add("sleep 30")
     until(lambda: served.get(id)["preview"])
@@ -143,6 +228,11 @@ def test_pages_of_videos(served):
     assert rest["data"][0]["id"] == ids[0]
     for query in ("limit=0", "limit=101", "limit=x", "limit=1e1", "limit=-1", "order=up"):
         error_of(served.client.get(f"/v1/videos?{query}"), 400)
+    ids.append(served.add("a BOAT & 50%"))
+    found = lambda search: served.client.get("/v1/videos", params={"search": search}).json()
+    assert [job["id"] for job in found("boat & 50%")["data"]] == ids[3:]
+    assert found("no such words") == found("%_") and not found("%_")["has_more"]
+    error_of(served.client.get("/v1/videos", params={"search": "a" * 201}), 400)
     for id in ids:
         served.ended(id)
 
@@ -218,6 +308,10 @@ def test_images_come_in_forms_and_in_json(tmp_path):
             files = {"input_reference": ("x.png", data, "image/png")}
             answer = server.client.post("/v1/videos", data={"prompt": "a"}, files=files)
             error_of(answer, 400)
+        first, last = (("x.png", picture, "image/png") for _ in range(2))
+        files = {"input_reference": first, "last_image": last}
+        answer = server.client.post("/v1/videos", data={"prompt": "a"}, files=files)
+        assert "one image, the first" in error_of(answer, 400)
 
 
 # -- hostile ones ----------------------------------------------------------------------------------
@@ -364,7 +458,7 @@ def test_other_sites_pages_are_refused(served):
 
 # -- keys ------------------------------------------------------------------------------------------
 
-ALICE, BOB = Key(name="alice", jobs=1, pixels=64 * 48), Key(name="bob", priority=1)
+ALICE, BOB = Key(name="alice", jobs=1, pixels=64 * 48, body=300), Key(name="bob", priority=1)
 KEYS = Keys({digest("secret-a"): ALICE, digest("secret-b"): BOB})
 
 
@@ -395,6 +489,7 @@ def test_a_key_sees_its_own_videos_and_keeps_to_its_limits(guarded):
     full = guarded.post("a fox", headers=of("secret-a"))
     assert "1 are allowed" in error_of(full, 429) and int(full.headers["retry-after"]) > 0
     error_of(guarded.post("a fox", headers=of("secret-a"), size="96x96"), 400)
+    assert "300 bytes" in error_of(guarded.post("a" * 300, headers=of("secret-a")), 413)
     for path in ("", "/content", "/events"):
         error_of(guarded.client.get(f"/v1/videos/{first['id']}{path}", headers=of("secret-b")), 404)
     assert guarded.client.get("/v1/videos", headers=of("secret-b")).json()["data"] == []
@@ -464,7 +559,9 @@ JSON = st.recursive(
 @given(
     method=st.sampled_from(["GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"]),
     path=PATHS,
-    query=st.dictionaries(st.sampled_from(["limit", "after", "order", "x"]), st.text(max_size=9)),
+    query=st.dictionaries(
+        st.sampled_from(["limit", "after", "order", "search", "x"]), st.text(max_size=9)
+    ),
     kind=st.sampled_from(KINDS),
     body=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()),
     headers=st.dictionaries(

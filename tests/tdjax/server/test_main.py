@@ -44,6 +44,10 @@ WRONG = {
     "--videos nowhere://bucket": "nowhere://bucket cannot be opened",
     "--lease 0": "--lease is 0",
     "--api_keys missing.toml": "cannot be read",
+    "--loras missing": "no such folder",
+    "--webhooks ftp://example.org/": "https://example.org/videos/",
+    "--webhooks https://user@example.org/": "https://example.org/videos/",
+    "--webhooks https://example.org:port/": "https://example.org/videos/",
     "--modle demo": "did you mean --model?",
     "--host 203.0.113.1 --api_keys none": "cannot be listened at",
 }
@@ -130,11 +134,28 @@ FILES = {
     '[alice]\nsha256 = "abc"': "no sha256",
     f'[alice]\nsha256 = "{"0" * 64}"\npriorty = 1': "nearest: priority",
     f'[alice]\nsha256 = "{"0" * 64}"\njobs = "many"': "jobs is 'many'",
-    f'[alice]\nsha256 = "{"0" * 64}"\njobs = 0': "the jobs of the key alice are 0",
+    f'[alice]\nsha256 = "{"0" * 64}"\njobs = 0': "`jobs` of the key alice is 0",
     f'[alice]\nsha256 = "{"0" * 64}"\n[bob]\nsha256 = "{"0" * 64}"': "the same key as alice",
     "[alice": "cannot be read",
     "a = " + "[" * 3000: "cannot be read",
 }
+
+
+def test_keys_that_change_are_read_and_wrong_ones_change_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(keys, "LOOK", 0.0)
+    file = tmp_path / "keys.toml"
+    file.write_text(keys.table_of("alice", "a") + keys.table_of("bob", "b"))
+    found = keys.read_keys(file)
+    known = lambda: [name for name in "abc" if found.of(f"Bearer {name}")]
+    assert known() == ["a", "b"]
+    file.write_text(keys.table_of("bob", "b") + keys.table_of("carol", "c") + "jobs = 3\n")
+    assert known() == ["b", "c"] and found.of("Bearer c").jobs == 3
+    for wrong in ("[bob", "", "[bob]\n"):  # nobody may come in by an empty file
+        file.write_text(wrong)
+        assert known() == ["b", "c"]
+    file.unlink()
+    assert known() == ["b", "c"]
+    assert "has changed: 2 keys" in (said := capsys.readouterr().err) and "stay" in said
 
 
 @pytest.mark.parametrize("text", FILES, ids=FILES.values())

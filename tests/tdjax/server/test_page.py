@@ -78,7 +78,7 @@ def test_progress_errors_and_cancelling_are_seen(served, opened):
     page.keyboard.press("Control+Enter")
     page.wait_for_selector("#jobs .facts:has-text('denoise')")
     assert page.get_attribute("#jobs progress", "value") != "0"
-    page.wait_for_selector("#jobs img[alt='the first frame']")
+    page.wait_for_selector("#jobs img[alt='a preview']")
     page.click("text=Cancel")
     page.wait_for_selector("#jobs .empty:has-text('cancelled')")
     page.fill("#prompt", "fail")
@@ -91,6 +91,45 @@ def test_progress_errors_and_cancelling_are_seen(served, opened):
     assert "width is 33" in page.inner_text("#said") or "height is 33" in page.inner_text("#said")
     for job in served.client.get("/v1/videos").json()["data"]:
         served.client.delete(f"/v1/videos/{job['id']}")
+
+
+def test_lora_files_are_chosen_and_old_videos_searched_and_paged(tmp_path, opened):
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    for name in ("ink", "sketch"):
+        (folder / f"{name}.safetensors").touch()
+    with serving(tmp_path / "s", loras=folder) as server:
+        ids = [server.add(f"{'boat' if n == 3 else 'fox'} {n}") for n in range(14)]
+        server.ended(ids[-1])
+        page = opened(server.url)
+        page.wait_for_selector("#jobs li:nth-child(12)")
+        prompts = lambda: page.locator(".prompt").all_inner_texts()
+        assert prompts() == [f"{'boat' if n == 3 else 'fox'} {n}" for n in range(13, 1, -1)]
+        page.click("#older")
+        page.wait_for_selector(".prompt:has-text('fox 0')")
+        assert prompts() == ["fox 1", "fox 0"]
+        page.click("#newer")
+        page.wait_for_selector(".prompt:has-text('fox 13')")
+        page.fill("#search", "BOAT")
+        page.wait_for_selector(".prompt:has-text('fox')", state="detached")
+        assert prompts() == ["boat 3"]
+        page.fill("#search", "no such words")
+        page.wait_for_selector("#none:has-text('No prompt')")
+        page.fill("#prompt", "a cat")
+        page.focus(".lora:nth-child(2) input")
+        page.keyboard.press("Space")
+        page.keyboard.press("Tab")
+        page.keyboard.type("0.5")
+        page.focus("#prompt")
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector(".facts:has-text('sketch 0.5')")
+        newest = server.client.get("/v1/videos?limit=1").json()["data"][0]
+        assert newest["lora"] == [{"name": "sketch", "weight": 0.5}]
+        page.click(".lora:nth-child(2) label")
+        page.click("#jobs li:first-child >> text=Use again")
+        assert page.is_checked(".lora:nth-child(2) input")
+        assert not page.is_checked(".lora:nth-child(1) input")
+        server.ended(newest["id"])
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from tdjax.errors import UsageError
 from tdjax.server import store
-from tdjax.server.limits import Limits
+from tdjax.server.limits import DAY, Limits
 from tdjax.server.store import Conflict, Full, Store
 from tdjax.server.tables import HOOKS, JOBS, SERVERS, TURNS, Database
 
@@ -264,7 +264,7 @@ def test_webhooks_come_in_turn_and_outlive_the_process_and_a_clock_put_back(jobs
     assert ids[2] in [job.id for job in jobs.take_hooks(1, 0)]
     jobs.delete(ids[0])
     jobs.put_off_hook(ids[1], 60)
-    jobs.put_off_hook(ids[2], 3 * store.DAY)  # as a clock leaves it that was days ahead
+    jobs.put_off_hook(ids[2], 3 * DAY)  # as a clock leaves it that was days ahead
     url = jobs.db.url.render_as_string(hide_password=False)
     with contextlib.closing(Store(jobs.folder / "other", jobs.limits, url=url)) as other:
         assert [job.id for job in other.take_hooks(9, 0)] == [ids[2]]

@@ -2,14 +2,17 @@
 
 import io
 import json
+import os
 import threading
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from random_model import photograph
 
+from tdjax.errors import CheckpointError, UsageError
 from tdjax.media.video import read_video
 from tdjax.server import worker
 from tdjax.server.__main__ import build_parser, worker_command
@@ -27,6 +30,48 @@ def test_many_shapes_do_not_fill_the_memory(monkeypatch):
     for width in (16, 32, 16, 32, 48, 48, 16, 64):
         maker._make_room({"width": width, "height": 16, "num_frames": 5, "num_steps": 1})
     assert cleared == [2, 2]  # at 48 and at 64
+
+
+class Merging:
+    """A pipeline that takes LoRA files, but none named "damaged"."""
+
+    def __init__(self):
+        self.set = []
+
+    def set_loras(self, **files):
+        if "damaged" in str(files):
+            raise CheckpointError("/a/path/damaged", "it is cut", "fetch it again")
+        self.set.append(files)
+
+
+def test_lora_files_are_set_when_they_change_and_damaged_ones_harm_one_job(capsys):
+    maker = PipelineMaker({})
+    maker.pipe = pipe = Merging()
+    one, two = {"lora": [("a", 0.5)]}, {"lora": [("a", 0.5)], "lora_low": [("b", 1.0)]}
+    for files in ({}, one, one, two, {}, one):
+        maker._set_loras(files)
+    assert pipe.set == [one, two, {}, one]
+    with pytest.raises(UsageError, match="cannot be put") as error:
+        maker._set_loras({"lora": [("damaged", 1.0)]})
+    assert "/a/path" not in str(error.value) and "/a/path" in capsys.readouterr().err
+    maker._set_loras(one)  # which are on it still
+    assert len(pipe.set) == 4
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="another system")
+def test_memory_that_was_let_go_is_given_back():
+    size, count = 50_000, 2000
+    blocks = [b"x" * size for _ in range(count)]  # of the heap: below glibc's threshold for mmap
+    last = [b"x" * size]  # lies behind them, so that the heap cannot shrink
+    full = resident()
+    del blocks
+    worker.trim()
+    assert full - resident() > size * count // 2 and last
 
 
 def stream(*orders):
@@ -56,7 +101,7 @@ class Broken:
         self.count += 1
         if self.count > 1:
             raise RuntimeError("device lost at /a/path")
-        told(progress=50, stage="denoise")
+        told(progress=50, stage="denoise", preview=0)
         return "made"
 
     def write(self, order, made):
@@ -83,12 +128,14 @@ def test_videos_are_those_of_the_pipeline(i2v_model, tmp_path, fit):
     info = model_of(json.loads(json.dumps(maker.open())))
     assert info == maker.pipe.info
     fields = {"prompt": "a boat", "seed": 3, "fit": fit, "size": "32x32", "num_steps": 1}
+    fields["previews"] = fit == "pad"
     what = asked(fields, image, info, Limits())
     Image.fromarray(image).save(tmp_path / "image.png")
     order = {
         "id": "a",
         "request": what.arguments,
         "image": str(tmp_path / "image.png"),
+        "loras": {},
         "video": str(tmp_path / "v.mkv"),  # lossless
         "thumbnail": str(tmp_path / "v.jpg"),
     }
@@ -101,3 +148,4 @@ def test_videos_are_those_of_the_pipeline(i2v_model, tmp_path, fit):
     assert (tmp_path / "v.jpg").stat().st_size > 100 and result["timings"]
     percent = [each["progress"] for each in told]
     assert percent == sorted(percent) and percent[0] == 5 and percent[-1] == 97
+    assert told[-1]["preview"] == 1 + (fit == "pad")  # of one step, and the first frame
