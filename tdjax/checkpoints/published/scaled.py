@@ -44,6 +44,13 @@ REFUSED = (  # (how a format begins, what it is)
     ("awq", "4-bit AWQ weights"),
     ("int4", "4-bit weights"),
 )
+# What libraries put beside weights that they have packed, by the end of its key.
+PACKED = (
+    (re.compile(r".*\.(SCB|weight\.(absmax|quant_map|quant_state\..*))"), "bitsandbytes weights"),
+    (re.compile(r".*\.weight\.(_data|_scale|_packed.*)"), "quanto weights"),
+    (re.compile(r".*\._weight_(qdata|scale|zero_point)"), "torchao weights"),
+    (re.compile(r".*\.(qweight|qzeros|wscales)"), "packed 4-bit weights (GPTQ, AWQ or SVDQuant)"),
+)
 INSTEAD = "give the fp8_scaled, int8 or bf16 file of the same model"
 
 
@@ -183,6 +190,7 @@ def separate(tensors: Mapping[str, Any], metadata: Mapping[str, str], name: str)
     Raises CheckpointError for formats that are not read, naming them, and for scales that do not
     fit.
     """
+    _refuse_packed(tensors, name)
     parts: dict[str, dict[str, Any]] = {}
     plain: dict[str, Any] = {}
     mark = None
@@ -204,6 +212,18 @@ def separate(tensors: Mapping[str, Any], metadata: Mapping[str, str], name: str)
         if scale is not None:
             scales[module] = _fitting(module, scale, plain, name)
     return Scaled(plain, scales, exact)
+
+
+def _refuse_packed(tensors: Mapping[str, Any], name: str) -> None:
+    """Raises CheckpointError for weights that a library has packed in a way of its own."""
+    for pattern, what in PACKED:
+        key = next(filter(pattern.fullmatch, tensors), None)
+        if key is not None:
+            raise CheckpointError(
+                f"{name} holds {what}",
+                f"recognised by {key}; read are 8-bit values with plain scales, and floats",
+                INSTEAD,
+            )
 
 
 def _fitting(module: str, scale, plain: Mapping[str, Any], name: str) -> RowScales:

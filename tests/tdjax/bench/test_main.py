@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,11 +10,11 @@ from flax import nnx
 
 from tdjax.bench import __main__ as bench
 from tdjax.bench import stages
-from tdjax.config import LINEAR, VideoSize
+from tdjax.config import LINEAR, SamplerConfig, VideoSize
 from tdjax.errors import UsageError
 from tdjax.media import video
 from tdjax.models import linear as layers
-from tdjax.pipeline import vae_tiling
+from tdjax.pipeline import memory, vae_tiling
 from tdjax.precision import FLOAT32
 from tdjax.train.tiny import configs as demo
 
@@ -136,6 +137,19 @@ def test_text_stage(capsys):
     assert bench.main(["--model", "demo", "--stage", "text", "--repeats", "1"]) == 0
     out = capsys.readouterr().out
     assert "32 tokens" in out and "one layer of 2, streamed" in out
+
+
+@pytest.mark.slow
+def test_a_step_of_streamed_blocks():
+    """Its weights are those on the device at a time; the rest waits in the host's memory."""
+    cfg = dataclasses.replace(demo.DIT_SLA, layers=5, attention="dense", linear="int8_channel")
+    size = VideoSize(frames=5, height=32, width=32)
+    row = stages.streamed_row(cfg, size, SamplerConfig(num_steps=2), 2)
+    assert (row.stage, row.what) == ("step", "dense, int8_channel, blocks streamed")
+    two = 2 * memory.block_bytes(cfg)
+    assert row.weights == memory.weight_bytes("dit", cfg) - two
+    assert row.working > 0 and row.ms > 0
+    assert bench.parse(["--stage", "dit", "--stream"]).stream
 
 
 @pytest.mark.slow

@@ -352,6 +352,24 @@ def test_other_formats_are_refused_by_name(opened, weights, what):
     assert len(str(error.value).splitlines()) == 3 and LAYER in str(error.value)
 
 
+PACKED = {
+    "bitsandbytes": ("weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"),
+    "bitsandbytes ": ("weight", "SCB"),
+    "quanto": ("weight._data", "weight._scale"),
+    "torchao": ("_weight_qdata", "_weight_scale"),
+    "SVDQuant": ("qweight", "wscales"),
+}
+
+
+@pytest.mark.parametrize("what", PACKED)
+def test_weights_that_a_library_has_packed_are_refused_by_name(opened, weights, what):
+    """As folders of diffusers hold them: the weight itself is bytes of another shape, or gone."""
+    state = {k: v for k, v in weights.items() if k != f"{LAYER}.weight"}
+    state |= {f"{LAYER}.{part}": np.zeros((16384, 1), np.uint8) for part in PACKED[what]}
+    with pytest.raises(CheckpointError, match=f"holds .*{what.strip()}.*\n.*\n.*fp8_scaled"):
+        opened(state)
+
+
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
 def test_formats_in_the_metadata_are_found_under_any_prefix(opened, weights, prefix):
     """A rotated weight looks like a plain one but for what the metadata says of it."""
