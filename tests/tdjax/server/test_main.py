@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 import stub_worker
+import yaml
 from server_cases import until
 
 from tdjax.errors import UsageError
@@ -169,15 +170,31 @@ def test_strange_files_of_keys_are_refused(tmp_path, text):
 # -- the container ---------------------------------------------------------------------------------
 
 
+def test_the_servers_of_the_compose_file_share_what_is_there():
+    file = yaml.safe_load(
+        (Path(server.__file__).parents[2] / "docs/deploy/compose.yaml").read_text()
+    )
+    sharing = [each for each in file["services"].values() if "--store" in each.get("command", ())]
+    assert len(sharing) == 2
+    for each in sharing:
+        args = server.build_parser().parse_args(each["command"])
+        assert args.store == "postgresql+psycopg://tdjax@database/tdjax"
+        folders = dict(volume.split(":")[::-1] for volume in each["volumes"])
+        assert folders[args.videos] == "videos" and set(folders.values()) <= set(file["volumes"])
+        assert "postgresql" in each["build"]["args"]["EXTRAS"] and "database" in each["depends_on"]
+    assert len({each["volumes"][0] for each in sharing}) == 2
+
+
 def test_the_container_starts_the_server():
     root = Path(server.__file__).parents[2]
     text = (root / "docs/deploy/Dockerfile").read_text()
     entry, command = re.findall(r"^(?:ENTRYPOINT|CMD) (\[.*\])$", text, re.M)
     compose = (root / "docs/deploy/compose.yaml").read_text()
-    commands = [command, *re.findall(r'\["--.*?\]', compose)]
-    assert len(commands) == 3
-    for each in commands:
-        args = server.build_parser().parse_args((json.loads(entry) + json.loads(each))[3:])
+    services = yaml.safe_load(compose)["services"]
+    commands = [each["command"] for each in services.values() if "build" in each]
+    assert len(commands) == 4
+    for each in [json.loads(command), *commands]:
+        args = server.build_parser().parse_args((json.loads(entry) + each)[3:])
         assert (args.host, args.api_keys) == ("0.0.0.0", "/run/secrets/keys")
     for seconds in re.findall(r"stop_grace_period: (\d+)s", compose):
         assert int(seconds) > args.drain
