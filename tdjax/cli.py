@@ -234,6 +234,17 @@ def path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a run of several processes, for `tdjax.parallel.hosts.join`."""
+    group = parser.add_argument_group(
+        "several processes, each with the devices of its host",
+        "srun, Open MPI and a Kubernetes Job say these themselves",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where the first one listens")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process_id", type=int, metavar="I", help="number of this one, from 0")
+
+
 def lora_pair(text: str) -> tuple[str, float]:
     """FILE or FILE:WEIGHT, such as fox.safetensors:0.8 -> (file, weight). A colon that no number
     follows belongs to the name. Raises UsageError for what is meant as a number and is none."""

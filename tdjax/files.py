@@ -200,6 +200,39 @@ def _abandoned(mark: Path) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process until the block ends, or the process does, on whatever host.
+
+    Raises UsageError, which names the other process, where one holds it already. File systems
+    without locks let everybody in.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl  # other systems have none
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".tdjax.lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UsageError(
+                f"{folder} is in use",
+                f"by {file.read(LONGEST).strip() or 'another process'}",
+                "wait for it, stop it, or give another folder; processes that are to work together"
+                " are told so (docs: Several GPUs)",
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
 def write_text(target: Path, text: str) -> None:
     """Writes or replaces a small file in one step."""
     with written(target, overwrite=True) as part:

@@ -36,6 +36,7 @@ def fails(capsys, *argv, code=2):
 
 def words(folder, *more):
     own = ["data.frames=2", "data.batch=4", "run.log_every=2", "model.compute=float32"]
+    own.append("data.per_device=none")
     return [
         f"data.path={folder / 'shards'}",
         f"data.negative={folder / 'negative.pt'}",

@@ -28,12 +28,12 @@ from tdjax.checkpoints.folders import is_model, read_manifest
 from tdjax.config import KINDS, Config, from_dict, to_dict
 from tdjax.config.parsing import told
 from tdjax.errors import CheckpointError
-from tdjax.files import written
 from tdjax.models.abstract import as_shapes
 from tdjax.models.tiny_vae import TinyVAE
 from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.models.wan_vae import VAE
+from tdjax.parallel import hosts
 from tdjax.parallel.sharding import leaf_name
 
 FORMAT = 1
@@ -43,6 +43,7 @@ DENSE_DROPS = (  # parameters of sparse attention, which dense attention does wi
     ".self_attn.core."
 )
 GROUP_BYTES = 2**26  # small leaves written together; a larger leaf is alone in memory
+SHARED_BYTES = 2**22  # a part of an array that copies of it write in parts
 READ_BYTES = 2**30  # leaves read at the same time
 CHUNK_BYTES = (
     2**28
@@ -118,6 +119,13 @@ class _InGroups(ocp.type_handlers.ArrayHandler):
                 out += await all_of(group)
                 group, size = [], 0
         return out + await all_of(group)
+
+
+def array_handlers(*more):
+    """How Orbax writes arrays over several devices: copies share the writing of large ones. The cut
+    of each is a program, which small ones are not worth. more: (type, its handler), ..."""
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SHARED_BYTES)
+    return ocp.type_handlers.create_type_handler_registry((jax.Array, handler), *more)
 
 
 @contextlib.contextmanager
@@ -198,8 +206,9 @@ def save(
 
     module_or_leaves: a module of `kind`, or {leaf name: array or Lazy}. Leaves go to disk one after
                       another, in sorted
-    order of names, and must be exactly those of the abstract module. source: where the weights came
-    from (JSON values).
+    order of names, and must be exactly those of the abstract module. Where several processes make
+    one run, all call this with arrays over their devices, and each writes what it has. source:
+    where the weights came from (JSON values).
     Raises CheckpointError with every leaf that differs, UsageError where the folder exists and
         overwrite is not given.
     """
@@ -208,10 +217,11 @@ def save(
         leaves = named_leaves(module_or_leaves)
     expected = table(named_leaves(abstract(kind, cfg)))
     check_table(expected, table(leaves), f"these leaves are not a {kind} of this config")
+    apart = lambda x: isinstance(x, jax.Array) and not x.is_fully_addressable
     lazy = {
         n: (
             x
-            if isinstance(x, Lazy)
+            if isinstance(x, Lazy) or apart(x)
             else Lazy(tuple(x.shape), np.dtype(x.dtype), lambda x=x: np.asarray(x))
         )
         for n, x in leaves.items()
@@ -225,21 +235,21 @@ def save(
         "leaves": {name: [list(shape), dtype] for name, (shape, dtype) in expected.items()},
     }
     size = sum(x.nbytes for x in lazy.values())
-    with written(folder, overwrite, owned=is_model, size=size) as part, quiet():
-        part.mkdir()
-        registry = ocp.type_handlers.create_type_handler_registry(
-            (Lazy, InTurn(deepcopy_host_arrays=False))
-        )
+    with hosts.written_by_all(folder, overwrite, is_model, size) as part, quiet():
+        if hosts.first():
+            part.mkdir()
+        registry = array_handlers((Lazy, InTurn(deepcopy_host_arrays=False)))
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
         with contextlib.closing(ocp.Checkpointer(handler)) as writer:
             pieces = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in lazy}
             writer.save(part / "params", args=ocp.args.PyTreeSave(lazy, save_args=pieces))
-        for told in part.glob("params/commit_success.txt"):
-            told.write_text(
-                "complete\n"
-            )  # Orbax says where on this machine the folder was, which is nobody's business
-        manifest["files"] = file_sizes(part / "params")
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        if hosts.first():
+            for told in part.glob("params/commit_success.txt"):
+                told.write_text(
+                    "complete\n"
+                )  # Orbax says where on this machine the folder was, which is nobody's business
+            manifest["files"] = file_sizes(part / "params")
+            (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return Path(folder)
 
 

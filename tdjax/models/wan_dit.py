@@ -207,7 +207,7 @@ class DiT(nnx.Module):
         """What comes before the blocks: x f32 [b t h w c], timestep f32 [b] -> (the stream [b l d],
         e [b d] for the head, e0 [b 6 d] for the blocks)."""
         fill = missing_tokens(math.prod(self.grid(x)))
-        e, e0 = self.time(timestep)
+        e, e0 = (constrain(part, "batch") for part in self.time(timestep))
         x = self.patchify(x, image)
         return self.between(jnp.pad(x, ((0, 0), (0, fill), (0, 0))) if fill else x), e, e0
 
@@ -219,10 +219,11 @@ class DiT(nnx.Module):
         """(text, features) [b s d] as the cross-attention of every block reads them: quantised once
         for all."""
         attn = self.blocks.cross_attn
-        text = attn.k.quantize_input(self.embed_text(text))
+        rows = lambda x: constrain(x, "batch", None, None)  # of its samples, on each device
+        text = attn.k.quantize_input(rows(self.embed_text(text)))
         if features is None:
             return text, None
-        return text, attn.k_img.quantize_input(self.embed_image(features))
+        return text, attn.k_img.quantize_input(rows(self.embed_image(features)))
 
     def grid(self, x) -> tuple[int, int, int]:
         """Patches along t, h and w."""

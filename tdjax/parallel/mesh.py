@@ -14,43 +14,63 @@ from tdjax.config import DiTConfig
 from tdjax.config.values import shown, whole
 from tdjax.errors import UsageError
 
-# What users write -> the names of sharding.RULES.
-AXES = {"fsdp": "fsdp", "tp": "tensor", "sp": "seq"}
+# What users write -> the names of sharding.RULES, from what exchanges least to what exchanges most:
+# the last axis of a mesh lies within a host where it fits.
+AXES = {"dp": "data", "fsdp": "fsdp", "tp": "tensor", "sp": "seq"}
+_MEANING = "copies for samples, parameters, heads and MLP, sequence"
+_ONLY = {"dp": "training"}
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """ "tp=2,sp=4" -> {"tp": 2, "sp": 4}"""
+    """ "tp=2,sp=4" -> {"tp": 2, "sp": 4}, in the order of AXES."""
     out = {}
     for word in text.split(","):
         name, _, value = word.strip().partition("=")
         if name not in AXES or name in out or not re.fullmatch("0*[1-9][0-9]{0,8}", value):
             raise UsageError(
                 f"`mesh` {text[:80]}: cannot read {shown(word.strip())}",
-                f"it is a list of AXIS=SIZE with the axes {', '.join(AXES)} (parameters, heads and"
-                " MLP, sequence)",
+                f"it is a list of AXIS=SIZE with the axes {', '.join(AXES)} ({_MEANING})",
                 "for example sp=4, or tp=2,sp=2",
             )
         out[name] = int(value)
-    return out
+    return {name: out[name] for name in AXES if name in out}
 
 
 def every_device(axis: str) -> str | None:
-    """Returns the mesh of all devices along one axis ("sp=4"); None where there is one, and for the
-    devices of a CPU, which are the same cores."""
+    """Returns the mesh of all devices of all hosts along one axis ("sp=4"); None where there is
+    one, and for the devices of one CPU, which are the same cores."""
     count = len(jax.devices())
-    return f"{axis}={count}" if count > 1 and jax.default_backend() != "cpu" else None
+    apart = jax.default_backend() != "cpu" or jax.process_count() > 1
+    return f"{axis}={count}" if count > 1 and apart else None
+
+
+def refuse_axis(axis: str, mesh: Mesh | None, why: str) -> None:
+    """Raises UsageError where a mesh has an axis that only training uses."""
+    if mesh is not None and AXES[axis] in mesh.shape:
+        raise UsageError(
+            f"`mesh` has the axis {axis}={mesh.shape[AXES[axis]]}",
+            f"it is of {_ONLY[axis]} alone: {why}",
+            "leave it away, or use sp in its place",
+        )
 
 
 def make_mesh(given: str | int | Mesh | None, cfg: DiTConfig) -> Mesh | None:
     """Returns the mesh of a network, or None.
 
-    given: AXIS=SIZE with commas between, of fsdp (parameters), tp (heads and MLP), sp (sequence):
-           "sp=4", "tp=2,sp=2", over the first devices; a number, which is that of sp; or a Mesh
-           with these names for its axes. None: no mesh.
-    Raises UsageError for anything else, for tp that does not divide the heads, and for more devices
-        than there are. Heads that sp does not divide are filled up.
+    given: AXIS=SIZE with commas between, of dp (copies of all, for samples), fsdp (parameters), tp
+           (heads and MLP), sp (sequence): "sp=4", "tp=2,sp=2", over the first devices; a number,
+           which is that of sp; or a Mesh with these names for its axes. None: no mesh.
+    Raises UsageError for anything else, for tp that does not divide the heads, for more devices
+        than there are, and where it leaves out a device of several processes. Heads that sp does
+        not divide are filled up.
     """
     if given is None:
+        if jax.process_count() > 1:
+            raise UsageError(
+                f"{jax.process_count()} processes without `mesh`",
+                "it says how the work is divided over their devices",
+                f"for example sp={len(jax.devices())}, which are all",
+            )
         return None
     if isinstance(given, Mesh):
         devices, sizes = given.devices.ravel(), _axes_of(given)
@@ -73,6 +93,12 @@ def make_mesh(given: str | int | Mesh | None, cfg: DiTConfig) -> Mesh | None:
             f"there are {len(devices)}: {devices[0].device_kind}",
             "use a smaller mesh",
         )
+    if jax.process_count() > 1 and count < len(devices):
+        raise UsageError(
+            f"`mesh` {text} has {count} devices",
+            f"the {jax.process_count()} processes have {len(devices)}, and each takes part",
+            f"multiply an axis by {len(devices) / count:g}, or start fewer processes",
+        )
     names = tuple(AXES[name] for name in sizes)
     return Mesh(
         devices[:count].reshape(tuple(sizes.values())),
@@ -86,7 +112,7 @@ def _axes_of(mesh: Mesh) -> dict[str, int]:
     if wrong := [name for name in mesh.axis_names if name not in AXES]:
         raise UsageError(
             f"`mesh` has an axis {wrong[0]!r}",
-            f"its axes are named {', '.join(AXES)} (parameters, heads and MLP, sequence)",
+            f"its axes are named {', '.join(AXES)} ({_MEANING})",
             'for example jax.make_mesh((4,), ("sp",))',
         )
     return dict(mesh.shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "channels": ("tensor",),  # of a product's output
 }
 
+# The same while training: weights, averages and moments are divided over all devices but copies
+# for data, and gathered for each product; a sequence axis would else cost a whole copy each.
+TRAINING_RULES = RULES | {"embed": ("fsdp", "seq")}
+
 
 def leaf_name(path) -> str:
     """A pytree path of a module as the name of its leaf: attribute names and indices joined by
@@ -98,12 +103,15 @@ def axes_of(name: str) -> tuple[str | None, ...]:
 
 
 def spec(
-    shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: dict[str, int]
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    sizes: dict[str, int],
+    rules: Mapping[str, tuple[str, ...]] = RULES,
 ) -> PartitionSpec:
     """The partition of an array with these axis names over mesh axes of these sizes."""
     parts, used = [], set()
     for dim, axis in zip(shape, axes, strict=False):
-        rule = RULES[axis] if axis else ()
+        rule = rules[axis] if axis else ()
         names = tuple(m for m in rule if sizes.get(m, 1) > 1 and m not in used)
         while names and dim % math.prod(sizes[m] for m in names):
             names = names[:-1]
@@ -113,11 +121,12 @@ def spec(
     return PartitionSpec(*parts)
 
 
-def shardings(module, mesh: jax.sharding.Mesh):
+def shardings(module, mesh: jax.sharding.Mesh, rules: Mapping[str, tuple[str, ...]] = RULES):
     """A NamedSharding for every leaf of an (abstract) module, as the same pytree."""
+    sizes = dict(mesh.shape)
 
     def one(path, leaf):
-        return NamedSharding(mesh, spec(leaf.shape, axes_of(leaf_name(path)), dict(mesh.shape)))
+        return NamedSharding(mesh, spec(leaf.shape, axes_of(leaf_name(path)), sizes, rules))
 
     return jax.tree_util.tree_map_with_path(one, module)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +24,8 @@ from tdjax.checkpoints.published import checkpoint as published
 from tdjax.config import Config, DiTConfig
 from tdjax.errors import CheckpointError
 from tdjax.models.wan_dit import with_linear, without_blocks
-from tdjax.parallel.sharding import shardings
+from tdjax.parallel import hosts
+from tdjax.parallel.sharding import RULES, shardings
 from tdjax.pipeline.adapters import Adapters, Chosen
 from tdjax.pipeline.streaming import BLOCKS, HOST_MEMORY, Streamed, block_of, waiting
 
@@ -46,6 +47,7 @@ class Component(abc.ABC):
     path:   the file or folder that it was opened from.
     stored: the config of what is stored there; config: the one that it is loaded as.
     mesh:   the devices over which it is spread, or None for the first one.
+    rules:  where its weights lie on them.
     module: the network on the device; None until it is loaded, and after it is freed.
     coming: the load that a thread was asked for.
     streamed: whether it is loaded as a `Streamed`, its blocks in the host's memory.
@@ -69,6 +71,7 @@ class Component(abc.ABC):
         self.linear: str = getattr(stored, "linear", "float")
         self.config: Any = stored
         self.mesh: jax.sharding.Mesh | None = None
+        self.rules: Mapping[str, tuple[str, ...]] = RULES
         self.module: Any = None
         self.coming: Future | None = None
         self.streamed = False
@@ -132,7 +135,7 @@ class Component(abc.ABC):
             module = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                 module,
-                shardings(module, self.mesh),
+                shardings(module, self.mesh, self.rules),
             )
         beside = self.adapters.chosen.beside
         return self.adapters.abstract(module, everywhere) if beside else module
@@ -177,7 +180,8 @@ class Component(abc.ABC):
 
         host: only into the memory of the host, where the device's own is taken; `load` moves it.
         """
-        if self.module is None and self.coming is None:
+        apart = jax.process_count() > 1  # what they do together they do in one order
+        if self.module is None and self.coming is None and not apart:
             self.coming = LOADER.submit(self.read_to_host if host else self.read)
 
     @property
@@ -195,7 +199,7 @@ class Component(abc.ABC):
         if self._changes_linear:
             module = with_linear(module, self.config.linear, free=True)
             if self.mesh is not None:
-                module = jax.device_put(module, self._placement(module))
+                module = jax.tree.map(hosts.place, module, self._placement(module))
         return jax.block_until_ready(module)
 
     @property
@@ -251,7 +255,7 @@ class Component(abc.ABC):
         return isinstance(self.config, DiTConfig) and self.config.linear != self.stored.linear
 
     def _placement(self, module) -> Any:
-        return None if self.mesh is None else shardings(module, self.mesh)
+        return None if self.mesh is None else shardings(module, self.mesh, self.rules)
 
     def _restore_to_host(self, there: jax.sharding.Sharding) -> Any:
         return self.restore(self.config, there)

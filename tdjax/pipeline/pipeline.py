@@ -16,7 +16,7 @@ import numpy as np
 
 from tdjax.checkpoints.locate import Located
 from tdjax.config.values import whole
-from tdjax.parallel.mesh import make_mesh
+from tdjax.parallel.mesh import make_mesh, refuse_axis
 from tdjax.pipeline import memory
 from tdjax.pipeline.adapters import adapt
 from tdjax.pipeline.call import Call, arguments_of
@@ -56,6 +56,7 @@ class Pipeline(Call):
         self.size, self.sampler = info.size, info.sampler  # where a call gives none
         self.lock = threading.RLock()  # calls of several threads run one after another
         self.mesh = make_mesh(options.mesh, self.config)
+        refuse_axis("dp", self.mesh, "a video is made at a time, and several by several processes")
         for component in components.values():
             component.mesh = self.mesh
         self.tokenizer = open_tokenizer(located.tokenizer, info.text_len)

@@ -11,6 +11,7 @@ from typing import Any
 from tdjax import cli
 from tdjax.errors import UsageError
 from tdjax.files import near, near_files
+from tdjax.progress import Stages, say
 from tdjax.train.presets import METHODS, PRESETS
 from tdjax.train.settings import Tree, build, lines, put, table
 from tdjax.train.storage import find_shards, is_remote
@@ -40,11 +41,16 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on from the last checkpoint of run.folder, or begin if there is none",
     )
-    p.add_argument("--dry_run", action="store_true", help="print the resolved settings and stop")
+    p.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the resolved settings, say what they need, and stop",
+    )
     p.add_argument("-q", "--quiet", action="store_true", help="no progress")
     p.add_argument(
         "-v", "--verbose", action="store_true", help="progress also where stderr is not a terminal"
     )
+    cli.add_hosts(p)
     p.add_argument("-h", "--help", action="store_true", help="this text; after a preset, its keys")
     return p
 
@@ -154,6 +160,23 @@ def check_early(args, config: dict[str, Any]) -> None:
         )
 
 
+class Silent(Stages):
+    """Stages of which nothing is shown, notes neither."""
+
+    def tell(self, text: str) -> None:
+        pass
+
+
+def needs(method: str, config: dict[str, Any]) -> int:
+    """Says what a run needs, beside its settings."""
+    cli.start_jax(lambda line: None)
+    from tdjax.train import plan
+
+    for line in plan.lines(method, config):
+        say(line)
+    return 0
+
+
 def run(args, parts: dict[str, Tree]) -> int:
     config = {first: build(tree) for first, tree in parts.items()}
     if not args.dry_run:
@@ -164,11 +187,14 @@ def run(args, parts: dict[str, Tree]) -> int:
     ]  # those are the file's
     if args.dry_run:
         print("\n".join(text))
-        return 0
+        return needs(PRESETS[args.preset.lower()].method, config)
     cache_note = cli.set_compile_cache()
-    from tdjax.progress import Stages
+    from tdjax.parallel import hosts
 
+    hosts.join(args.coordinator, args.processes, args.process_id)
     stages = Stages(False if args.quiet else args.verbose or None)
+    if not hosts.first():  # the others say what ends them, and nothing else
+        stages = Silent(False)
     if cache_note:
         stages.note(cache_note)
     cli.start_jax(stages.note)
@@ -176,15 +202,20 @@ def run(args, parts: dict[str, Tree]) -> int:
 
     preset = PRESETS[args.preset.lower()]
     settings = dict(line.split("=", 1) for line in text)
-    training = TrainingRun(args.preset.lower(), preset.method, config, settings, stages)
-    outcome = training.train(args.resume)
+    with hosts.lost(), hosts.held(Path(config["run"].folder)):
+        training = TrainingRun(args.preset.lower(), preset.method, config, settings, stages)
+        outcome = training.train(args.resume)
+        if not outcome.interrupted:
+            exported = training.export(outcome)
+    hosts.leave()
     if outcome.interrupted:
         stages.note(
             f"stopped at step {outcome.step} of {config['run'].steps}; --resume goes on from"
             f" {outcome.checkpoint}"
         )
         return 130
-    print(training.export(outcome))
+    if hosts.first():
+        print(exported)
     return 0
 
 

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 import tdjax
 from tdjax.checkpoints.orbax import (
     FORMAT,
+    array_handlers,
     check_files,
     check_table,
     file_sizes,
@@ -30,7 +31,7 @@ from tdjax.checkpoints.orbax import (
 )
 from tdjax.config.parsing import json_object, mismatch
 from tdjax.errors import CheckpointError
-from tdjax.files import written
+from tdjax.parallel import hosts
 
 
 class Manifest(TypedDict):
@@ -77,7 +78,8 @@ def is_key(x) -> bool:
 
 def save(run: Path, step: int, state, metadata: dict[str, Any], keep: int = 0) -> Path:
     """Writes one checkpoint, then deletes all but the last `keep` (0: none is deleted). Returns its
-    folder. metadata: JSON values for the manifest."""
+    folder. Every process of a run takes part, and writes what its devices hold. metadata: JSON
+    values for the manifest."""
     leaves = arrays(state)
     manifest = {
         "format": FORMAT,
@@ -94,15 +96,19 @@ def save(run: Path, step: int, state, metadata: dict[str, Any], keep: int = 0) -
     }
     target = folder(run, step)
     size = sum(x.nbytes for x in leaves.values())
-    with written(target, overwrite=True, owned=_is_checkpoint, size=size) as part, quiet():
-        part.mkdir()
-        with contextlib.closing(
-            ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
-        ) as writer:
+    own = {"overwrite": True, "owned": _is_checkpoint, "size": size}
+    with hosts.written_by_all(target, **own) as part, quiet():
+        if hosts.first():
+            part.mkdir()
+        handler = ocp.PyTreeCheckpointHandler(
+            use_compression=False, type_handler_registry=array_handlers()
+        )
+        with contextlib.closing(ocp.Checkpointer(handler)) as writer:
             writer.save(os.path.abspath(part / "state"), args=ocp.args.PyTreeSave(leaves))
-        manifest["files"] = file_sizes(part / "state")
-        (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-    if keep:
+        if hosts.first():
+            manifest["files"] = file_sizes(part / "state")
+            (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    if keep and hosts.first():
         delete(run, keep)
     return target
 

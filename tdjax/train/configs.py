@@ -59,7 +59,10 @@ class RunConfig:
     save_every: int = _field(250, "steps between checkpoints")
     keep: int = _field(3, "checkpoints that stay; 0 for all")
     patience: int = _field(10, "losses in a row that may fail to be finite before the run stops")
-    mesh: str = _field("auto", "several devices: fsdp=4, or fsdp=2,tp=2; auto is fsdp over all")
+    mesh: str = _field(
+        "auto",
+        "several devices: fsdp=4, fsdp=2,sp=4, dp=2,fsdp=8; auto is fsdp over those of all hosts",
+    )
 
     def __post_init__(self):
         positive(self, "steps", "log_every", "save_every", "patience", most=10**9)
@@ -80,6 +83,11 @@ class DataConfig:
     frames: int = _field(21, "latent frames; longer samples are cut")
     size: str = _field("", "WIDTHxHEIGHT in pixels, where shards hold prompts alone")
     batch: int = _field(8, "samples of all devices together")
+    per_device: int | None = _field(
+        None,
+        "samples at a time on each device of dp and fsdp: loss.accumulate follows, where it is 1;"
+        " none for all",
+    )
     seed: int = _field(0, "of the order")
     mix: int = _field(4, "shards whose samples are shuffled together")
     max_skipped: int = _field(
@@ -92,6 +100,8 @@ class DataConfig:
             raise ValueError(
                 f"DataConfig.size is {self.size[:80]!r}; allowed: WIDTHxHEIGHT, multiples of 16"
             )
+        if self.per_device is not None:
+            positive(self, "per_device")
         for name in ("seed", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ValueError(f"DataConfig.{name} is {getattr(self, name)}; allowed: 0 and more")

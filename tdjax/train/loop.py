@@ -6,6 +6,7 @@ waits for a step.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdjax.errors import OutOfMemory
+from tdjax.parallel import hosts
 from tdjax.pipeline.memory import GIB, memory_limit
 from tdjax.progress import Stages
 from tdjax.train import checkpoints
@@ -26,6 +28,7 @@ from tdjax.train.interrupt import Interrupt
 from tdjax.train.metrics import Metrics
 from tdjax.train.report import Report, not_finite
 from tdjax.train.shards import DataError
+from tdjax.train.state import Batch
 from tdjax.train.stream import Position, ReadAhead, Stream, on_device
 
 _START = Position()
@@ -87,9 +90,13 @@ def train(
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt(stages))
         stack.enter_context(contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh))
-        metrics = stack.enter_context(Metrics(folder, done))
+        metrics = stack.enter_context(Metrics(folder, done)) if hosts.first() else None
         report = Report(run, done, metrics, stages, batch=stream.size)
-        batches = stack.enter_context(ReadAhead(stream, position, partial(on_device, mesh=mesh)))
+        place = partial(on_device, mesh=mesh, size=stream.size)
+        batches = stack.enter_context(ReadAhead(stream, position, place))
+        poll = hosts.Poll(mesh)
+        ahead = _Ahead(batches, poll.lag + 1)
+        answer = _GO_ON
 
         def save():
             report.flush(done)
@@ -100,14 +107,15 @@ def train(
             stages.note(f"saved {path}")
             return done
 
-        while done < run.steps and not interrupt.asked:
+        first = done
+        while done < run.steps:
+            ahead.fill(run.steps - done)
+            own = _NO_DATA if ahead.error else _STOP if interrupt.asked else _GO_ON
+            answer = poll.greatest(own, wait=done == first)
+            if answer != _GO_ON:
+                break
+            batch, position = ahead.next()
             phase = schedule.phase(done)
-            try:
-                batch, position = batches.next()
-            except DataError:  # the weights are good; a later run can go on from here
-                if saved != done:
-                    save()
-                raise
             step = programs.get(phase, state, teacher, batch, report)
             state, numbers = step(state, teacher, batch)
             done += 1
@@ -118,12 +126,45 @@ def train(
                 saved = save()
         if saved != done:
             saved = save()
+        if answer == _NO_DATA:  # the weights are good; a later run can go on from here
+            raise ahead.error or DataError(
+                "another process of this run could not read its data",
+                f"all stopped at step {done}, with a checkpoint",
+                "what that process writes says which sample it was",
+            )
     return Outcome(
         state=state,
         step=done,
         checkpoint=checkpoints.folder(folder, done),
-        interrupted=interrupt.asked,
+        interrupted=answer == _STOP,
     )
+
+
+# What a process answers before each step; the greatest answer is done by all.
+_GO_ON, _STOP, _NO_DATA = range(3)
+
+
+class _Ahead:
+    """The batches of the next `count` steps, and the error that comes after them. A process that
+    meets one says so early enough for all to stop at the same step."""
+
+    def __init__(self, batches: ReadAhead, count: int):
+        self.batches = batches
+        self.count = count
+        self.error: DataError | None = None
+        self._ready: collections.deque = collections.deque()
+
+    def fill(self, left: int) -> None:
+        """Reads on, but no more than the `left` steps that are still to come."""
+        while self.error is None and len(self._ready) < min(self.count, left):
+            try:
+                self._ready.append(self.batches.next())
+            except DataError as error:
+                self.error = error
+
+    def next(self) -> tuple[Batch, Position]:
+        """Returns the batch of the next step, and the place behind it."""
+        return self._ready.popleft()
 
 
 class _Programs:
@@ -177,6 +218,7 @@ def out_of_memory(state, teacher) -> OutOfMemory:
         "out of device memory in a training step",
         f"state {size(state):.1f} GiB and teacher {size(teacher):.1f} GiB, over all devices, beside"
         f" gradients and activations; usable on one device: {usable}",
-        "in this order: loss.accumulate=N, the batch in N parts; run.mesh=fsdp=N over more devices;"
-        " a smaller data.batch; fewer data.frames",
+        "in this order: loss.accumulate=N, the batch in N parts (data.per_device=1 is as many as"
+        " there can be); run.mesh=fsdp=N over more devices, and sp=M to divide a clip; a smaller"
+        " data.batch; fewer data.frames",
     )

@@ -16,6 +16,7 @@ from tdjax.checkpoints.orbax import DENSE_DROPS
 from tdjax.config import DiTConfig
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.models.wan_dit import DiT
+from tdjax.parallel.sharding import TRAINING_RULES
 from tdjax.pipeline.components import Component, open_component
 from tdjax.precision import Policy
 from tdjax.train.configs import EXPERTS, ModelConfig
@@ -61,7 +62,7 @@ class Networks:
         """Returns the teacher with its weights over the mesh, or None."""
         if self.teacher is None:
             return None
-        self.teacher.mesh = mesh
+        self.teacher.mesh, self.teacher.rules = mesh, TRAINING_RULES
         return self.teacher.load()
 
     def load_student(self, mesh: Mesh | None, seed: int):
@@ -73,7 +74,7 @@ class Networks:
         has_projection = self.student.stored.attention != "dense"
         attention = self.config.attention if has_projection else "dense"
         self.student.config = dataclasses.replace(self.config, attention=attention)
-        self.student.mesh = mesh
+        self.student.mesh, self.student.rules = mesh, TRAINING_RULES
         module = self.student.load()
         self.student.module = None  # the state has its own copy: this one may go
         if self.student.config == self.config:

@@ -3,31 +3,37 @@ that it belongs to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tdjax.parallel.sharding import axes_of, leaf_name, spec
+from tdjax.parallel.sharding import TRAINING_RULES, axes_of, leaf_name, spec
 
 
-def shardings(state, mesh: Mesh):
-    """Returns a NamedSharding for every leaf of an (abstract) state or teacher, as the same pytree.
+def specs(state, sizes: Mapping[str, int]):
+    """Returns how every leaf of an (abstract) state or teacher is divided over a mesh with axes of
+    these sizes, a PartitionSpec each, as the same pytree.
 
     Whatever ends in the name of a network's leaf (its average, its moments) lies as that leaf does;
     the rest is whole on every device.
     """
-    sizes = dict(mesh.shape)
 
-    def sharding(path, leaf):
+    def lies(path, leaf):
         words = leaf_name(path).split(".")
         for i in range(len(words)):
             axes = _known_axes(".".join(words[i:]))
             if axes is not None and len(axes) <= leaf.ndim:
-                return NamedSharding(mesh, spec(leaf.shape, axes, sizes))
-        return NamedSharding(mesh, PartitionSpec())
+                return spec(leaf.shape, axes, dict(sizes), TRAINING_RULES)
+        return PartitionSpec()
 
-    return jax.tree_util.tree_map_with_path(sharding, state)
+    return jax.tree_util.tree_map_with_path(lies, state)
+
+
+def shardings(state, mesh: Mesh):
+    """Returns a NamedSharding for every leaf of an (abstract) state or teacher, as `specs`."""
+    over = lambda lies: NamedSharding(mesh, lies)
+    return jax.tree.map(over, specs(state, dict(mesh.shape)))
 
 
 def _known_axes(name: str) -> tuple[str | None, ...] | None:

@@ -46,17 +46,20 @@ class Preset:
 _SLA = {
     "model.attention": "sla",
     "data.batch": 32,
+    "data.per_device": 1,
     "optimizer.learning_rate": 1e-5,
     "optimizer.b1": 0.9,
 }
 _RCM_1_3B = {
     "data.frames": 20,
     "data.batch": 256,
+    "data.per_device": 1,
     "run.steps": 10000,
     "critic.learning_rate": 4e-7,
 }
 _RCM_14B = {
     "data.batch": 64,
+    "data.per_device": 1,
     "run.steps": 4000,
     "optimizer.learning_rate": 1e-6,
     "critic.learning_rate": 1e-7,

@@ -22,10 +22,13 @@ from tdjax.train.metrics import Metrics
 class Report:
     """Numbers of the steps since the last report, left on the device until `flush`.
 
-    step: where the run begins. batch: samples of a step, to know that none of them was good.
+    step: where the run begins. metrics: None in a process that does not write them. batch: samples
+    of a step, to know that none of them was good.
     """
 
-    def __init__(self, run: RunConfig, step: int, metrics: Metrics, stages: Stages, *, batch: int):
+    def __init__(
+        self, run: RunConfig, step: int, metrics: Metrics | None, stages: Stages, *, batch: int
+    ):
         self.run = run
         self.metrics = metrics
         self.stages = stages
@@ -61,7 +64,8 @@ class Report:
         seconds = time.perf_counter() - self.start - self.paused
         rate = (step - self.first) / max(seconds, 1e-9)
         values = _means(rows) | {"steps_per_second": rate}
-        self.metrics.write(step, values)
+        if self.metrics is not None:
+            self.metrics.write(step, values)
         self._show(step, values, rate)
         for number, (phase, numbers) in enumerate(rows, self.first + 1):
             self.bad[phase] = 0 if math.isfinite(numbers["loss"]) else self.bad.get(phase, 0) + 1

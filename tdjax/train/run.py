@@ -16,15 +16,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tdjax.checkpoints import orbax
 from tdjax.checkpoints.orbax import Lazy
 from tdjax.errors import UsageError
+from tdjax.parallel import hosts
 from tdjax.parallel.mesh import every_device, make_mesh, parse_mesh
 from tdjax.precision import Policy
 from tdjax.progress import Stages
-from tdjax.train import checkpoints, loop, placement
+from tdjax.train import checkpoints, loop, placement, plan
 from tdjax.train.methods import method
 from tdjax.train.networks import Networks
 from tdjax.train.sources import ShardSource, read_embedding
 from tdjax.train.state import Batch, Teacher
-from tdjax.train.stream import Position, Stream
+from tdjax.train.stream import Position, Stream, rows_here
 
 # Keys that may change when a run goes on without changing what it computes.
 _FREE_ON_RESUME = ("run.", "model.offline")
@@ -48,35 +49,30 @@ class TrainingRun:
     ):
         self.preset = preset
         self.name = name
-        self.config = config
+        self.config = dict(config)
         self.settings = settings
         self.stages = stages
         self.folder = Path(config["run"].folder)
-        if jax.process_count() > 1:
-            raise UsageError(
-                f"training was started in {jax.process_count()} processes",
-                "checkpoints are written by one",
-                "use the devices of one host",
-            )
         mesh = config["run"].mesh
         if mesh == "auto":
             mesh = every_device("fsdp")
         else:
             parse_mesh(mesh)  # a wrong word is told before anything is downloaded
-        self.method = method(name, config)
         self.negative = self._open_negative()
         self.networks = Networks(config["model"], name)
         self.mesh = make_mesh(mesh, self.networks.config)
         self.stream = self._open_data()
+        self.config["loss"] = plan.with_parts(config["loss"], self._parts())
+        self.method = method(name, self.config)
         self.shapes = self._check_steps()
 
     def _open_data(self) -> Stream:
         data, cfg = self.config["data"], self.networks.config
-        rows = 1 if self.mesh is None else self.mesh.shape.get("fsdp", 1)
+        rows = self._groups()
         if data.batch % rows:
             raise UsageError(
                 f"data.batch is {data.batch}",
-                f"run.mesh divides it over fsdp={rows}",
+                f"run.mesh divides it over dp x fsdp = {rows}",
                 f"use a multiple of {rows}",
             )
         source = ShardSource(
@@ -96,7 +92,15 @@ class TrainingRun:
             mix=data.mix,
             max_skipped=data.max_skipped,
             note=self.stages.note,
+            rows=rows_here(data.batch, self.mesh),
         )
+
+    def _groups(self) -> int:
+        return plan.groups({} if self.mesh is None else dict(self.mesh.shape))
+
+    def _parts(self) -> int:
+        data = self.config["data"]
+        return plan.accumulate(data.batch, self._groups(), data.per_device)
 
     def _open_negative(self) -> np.ndarray | None:
         path = self.config["data"].negative
@@ -139,10 +143,12 @@ class TrainingRun:
     def start(self, resume: bool):
         """Returns (state, teacher, place in the data): at the last checkpoint, or at the
         beginning."""
-        last = checkpoints.latest(self.folder) if resume else None
-        where = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        found = hosts.agreed(lambda: str(checkpoints.latest(self.folder) or "")) if resume else ""
+        last = Path(found) if found else None
         with self.stages("load teacher") if self.networks.teacher else contextlib.nullcontext():
-            negative = None if self.negative is None else jax.device_put(self.negative, where)
+            negative = self.negative
+            if self.mesh is not None and negative is not None:
+                negative = hosts.place(negative, NamedSharding(self.mesh, PartitionSpec()))
             teacher = Teacher(model=self.networks.load_teacher(self.mesh), negative=negative)
         if last is None:
             with self.stages("load student"), self._on_mesh():
@@ -191,9 +197,12 @@ class TrainingRun:
         cfg = dataclasses.replace(self.networks.config, policy=Policy(param=dtype, compute=dtype))
         wanted = orbax.named_leaves(orbax.abstract("dit", cfg))
         leaves = orbax.named_leaves(outcome.state.ema)
-        lazy = lambda x, dtype: Lazy(
-            tuple(x.shape), np.dtype(dtype), lambda: np.asarray(x.astype(dtype))
-        )
+        if jax.process_count() == 1:  # one leaf at a time, as it is written
+            lazy = lambda x, dtype: Lazy(
+                tuple(x.shape), np.dtype(dtype), lambda: np.asarray(x.astype(dtype))
+            )
+        else:  # no host has all of a leaf: each writes what it has
+            lazy = lambda x, dtype: x.astype(dtype)
         source = {
             "name": f"tdjax train {self.preset}",
             "step": outcome.step,

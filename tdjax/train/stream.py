@@ -69,8 +69,8 @@ class Stream:
     that follow each other. Where units have several sizes, each batch is of one of them: batches
     are shuffled then, and the samples of a group that fill none are left out in that epoch.
 
-    batch: samples of all hosts together. host: (index, count); a host reads its rows of every
-           batch.
+    batch: samples of all hosts together. rows: those of every batch that this host reads; None for
+           all.
     max_skipped: samples that may be damaged; in the place of one stands the next of its batch.
                  note: called with a line about each.
     """
@@ -84,14 +84,8 @@ class Stream:
         mix: int = 4,
         max_skipped: int = 0,
         note: Callable[[str], None] = lambda text: None,
-        host: tuple[int, int] = (0, 1),
+        rows: Sequence[int] | None = None,
     ):
-        if batch % host[1]:
-            raise UsageError(
-                f"data.batch is {batch}",
-                f"{host[1]} hosts take equal parts of a batch",
-                f"use a multiple of {host[1]}",
-            )
         self.source = source
         self.size = batch
         self.seed = seed
@@ -100,8 +94,7 @@ class Stream:
         self.note = note
         self.damaged: set[Any] = set()
         self.sizes = sorted({source.size(unit) for unit in range(source.units)})
-        part = batch // host[1]
-        self.rows = range(host[0] * part, (host[0] + 1) * part)
+        self.rows = range(batch) if rows is None else rows
         self._order = functools.lru_cache(maxsize=2)(self._ordered)
 
     def _ordered(self, epoch: int, group: int) -> list:
@@ -228,19 +221,40 @@ class Stream:
 # -- reading ahead ---------------------------------------------------------------------------------
 
 
-def on_device(batch: Batch, mesh: Mesh | None = None) -> Batch:
-    """Returns a batch on the device, over the mesh's data axes where there is one; each host gives
-    its own rows."""
+def rows_here(size: int, mesh: Mesh | None) -> list[int]:
+    """Returns which of a batch's `size` samples the devices of this process hold, rising: all of
+    them where it is alone."""
+    if mesh is None:
+        return list(range(size))
+    here = _over(mesh, (size,)).addressable_devices_indices_map((size,)).values()
+    return sorted({row for (part,) in here for row in range(size)[part]})
+
+
+def on_device(batch: Batch, mesh: Mesh | None = None, size: int | None = None) -> Batch:
+    """Returns a batch on the device, over the mesh's data axes where there is one.
+
+    size: samples of the whole batch, of which each process gives those of `rows_here`; None where
+          they are all here.
+    """
     if mesh is None:
         return jax.device_put(batch)
-    hosts = jax.process_count()
+    count = len(batch.latents) if size is None else size
+    place = {row: i for i, row in enumerate(rows_here(count, mesh))}
 
-    def place(rows):
-        shape = (len(rows) * hosts, *rows.shape[1:])
-        sharding = NamedSharding(mesh, spec(shape, ("batch",), dict(mesh.shape)))
-        return jax.make_array_from_process_local_data(sharding, rows)
+    def over_devices(rows):
+        def part(index):
+            wanted = [place[row] for row in range(count)[index[0]]]
+            return rows[wanted[0] : wanted[-1] + 1]
 
-    return jax.tree.map(place, batch)
+        shape = (count, *rows.shape[1:])
+        return jax.make_array_from_callback(shape, _over(mesh, shape), part)
+
+    return jax.tree.map(over_devices, batch)
+
+
+def _over(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """How an array of samples lies: divided by samples."""
+    return NamedSharding(mesh, spec(shape, ("batch",), dict(mesh.shape)))
 
 
 class ReadAhead:

@@ -183,3 +183,15 @@ def test_names_that_come_close(tmp_path):
     (tmp_path / "photo.jpg").touch()
     assert near_files(tmp_path / "phot.jpg") == f"in {tmp_path} there is: photo.jpg"
     assert near_files(tmp_path / "none" / "x") == "check the path"
+
+
+def test_a_folder_is_locked_for_one_process(tmp_path):
+    """Another process, here another opening of the same lock, is told who has it."""
+    with files.locked(tmp_path / "run"):
+        with pytest.raises(UsageError) as error, files.locked(tmp_path / "run"):
+            pass
+        what, why, _ = str(error.value).splitlines()
+        assert what == f"{tmp_path / 'run'} is in use"
+        assert why == f"by process {os.getpid()} on {socket.gethostname()}"
+    with files.locked(tmp_path / "run"):
+        pass

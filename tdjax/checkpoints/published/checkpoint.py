@@ -26,6 +26,7 @@ from tdjax.checkpoints.published.rules import Binding, Claim, bind
 from tdjax.checkpoints.published.tensor import Tensor
 from tdjax.checkpoints.published.upload import ahead, settle, upload
 from tdjax.config import Config, DiTConfig
+from tdjax.parallel import hosts
 
 HOST = ("cpu",)  # platforms whose memory is the host's: nothing is gained by transposing there
 # Bytes from which a leaf is transposed on the device; below, compiling would take longer than it
@@ -219,10 +220,10 @@ class Checkpoint:
         piece on the device."""
         device = min(sharding.device_set, key=lambda d: d.id)
         size = math.prod(target.shape) * np.dtype(target.dtype).itemsize
-        if device.platform in HOST or size < ON_DEVICE:
-            return jax.device_put(
-                self.final(claim, tuple(target.shape), np.dtype(target.dtype)), sharding
-            ).block_until_ready()
+        apart = not sharding.is_fully_addressable  # each process places what its devices hold
+        if device.platform in HOST or size < ON_DEVICE or apart:
+            made = self.final(claim, tuple(target.shape), np.dtype(target.dtype))
+            return hosts.place(made, sharding).block_until_ready()
         out = upload(
             [self.tensors[key] for key in claim.keys], claim.row, target, device
         ).block_until_ready()

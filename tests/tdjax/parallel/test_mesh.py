@@ -6,7 +6,7 @@ from jax.sharding import AxisType
 
 from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
-from tdjax.parallel.mesh import every_device, make_mesh
+from tdjax.parallel.mesh import every_device, make_mesh, refuse_axis
 
 
 def test_more_devices_than_there_are():
@@ -28,7 +28,7 @@ def test_a_mesh_of_jax():
     mesh = make_mesh(jax.make_mesh((2, 2), ("tp", "sp"), devices=devices), CFG)
     assert dict(mesh.shape) == {"tensor": 2, "seq": 2} and list(mesh.devices.ravel()) == devices
     assert set(mesh.axis_types) == {AxisType.Auto}
-    with pytest.raises(UsageError, match="has an axis 'x'(.|\n)*fsdp, tp, sp"):
+    with pytest.raises(UsageError, match="has an axis 'x'(.|\n)*dp, fsdp, tp, sp"):
         make_mesh(jax.make_mesh((4,), ("x",)), CFG)
     with pytest.raises(UsageError, match="divides 6 attention heads by 4"):
         make_mesh(jax.make_mesh((4,), ("tp",)), DiTConfig(heads=6, dim=96))
@@ -48,3 +48,13 @@ def test_every_device(monkeypatch):
     assert every_device("sp") == f"sp={len(jax.devices())}"
     monkeypatch.setattr(jax, "devices", lambda: [None])
     assert every_device("fsdp") is None
+
+
+def test_axes_have_one_order_and_their_place():
+    """Devices that exchange most lie beside each other, whatever the order of the words."""
+    devices = make_mesh("sp=2,dp=2", CFG)
+    assert list(devices.shape) == ["data", "seq"]
+    assert [d.id for d in devices.devices[0]] == [d.id for d in jax.devices()[:2]]
+    with pytest.raises(UsageError, match="has the axis dp=2(.|\n)*training alone: none"):
+        refuse_axis("dp", devices, "none")
+    refuse_axis("dp", None, "none")

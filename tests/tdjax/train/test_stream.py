@@ -60,11 +60,10 @@ def test_a_place_is_exact(tmp_path):
 def test_hosts_divide_each_batch(tmp_path):
     folder = data_set(tmp_path)
     whole, end = taken(Stream(source(folder), batch=6), 5)
-    parts = [taken(Stream(source(folder), batch=6, host=(i, 3)), 5) for i in range(3)]
+    hosts = [range(2 * i, 2 * i + 2) for i in range(3)]
+    parts = [taken(Stream(source(folder), batch=6, rows=rows), 5) for rows in hosts]
     assert [sum((part[0][n] for part in parts), []) for n in range(5)] == whole
     assert {part[1] for part in parts} == {end}
-    with pytest.raises(UsageError, match="multiple of 4"):
-        Stream(source(folder), batch=6, host=(0, 4))
 
 
 def test_a_place_in_other_data_is_refused(tmp_path):

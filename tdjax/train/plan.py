@@ -1,0 +1,136 @@
+"""What a run needs, before anything is loaded: memory of a device of its mesh, and room on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tdjax.checkpoints import orbax
+from tdjax.config import DiTConfig
+from tdjax.parallel.mesh import AXES, every_device, parse_mesh
+from tdjax.parallel.sharding import RULES, TOKENS
+from tdjax.pipeline.components import open_component
+from tdjax.pipeline.memory import GIB, memory_limit
+from tdjax.presets import PRESETS
+from tdjax.train import placement
+from tdjax.train.methods import method
+from tdjax.train.networks import frozen, trained
+from tdjax.train.sources import ShardSource
+from tdjax.train.state import Teacher
+from tdjax.train.storage import find_shards
+
+_SIZE_480P = (60, 104)  # rows and columns of latents
+
+
+def accumulate(batch: int, groups: int, per_device: int | None) -> int:
+    """Returns in how many parts a batch is computed, so that each of `groups` of devices has at
+    most `per_device` samples at a time; 1 where that is None. `groups` divides the batch."""
+    own = batch // groups
+    if per_device is None:
+        return 1
+    return own // max(n for n in range(1, min(per_device, own) + 1) if own % n == 0)
+
+
+def groups(sizes: Mapping[str, int]) -> int:
+    """Returns over how many groups of devices the samples of a batch are divided, from the sizes of
+    a mesh's axes."""
+    return math.prod(sizes.get(axis, 1) for axis in RULES["batch"])
+
+
+def lines(name: str, config: dict[str, Any]) -> list[str]:
+    """Returns what `--dry_run` says of a run's needs. name: of the method."""
+    run, data, model, loss = (config[part] for part in ("run", "data", "model", "loss"))
+    mesh = every_device("fsdp") if run.mesh == "auto" else run.mesh
+    sizes = {AXES[axis]: size for axis, size in parse_mesh(mesh).items()} if mesh else {}
+    devices, apart = math.prod(sizes.values()), groups(sizes)
+    stored = _stored(model)
+    if stored is None:
+        return [f"memory: known when {model.weights} is here"]
+    student, teacher = trained(stored, model), frozen(stored, model)
+    state = jax.eval_shape(method(name, config).create, orbax.abstract("dit", student))
+    of_teacher = 0
+    if name != "flow":
+        of_teacher = _bytes(Teacher(model=orbax.abstract("dit", teacher)), sizes)
+    parts = loss.accumulate
+    if parts == 1 and data.batch % apart == 0:
+        parts = accumulate(data.batch, apart, data.per_device)
+    gradients = _bytes(state.model, sizes) * (1 if parts == 1 else 2)  # of a part, and their sum
+    samples = math.ceil(data.batch / apart / parts)
+    kept = samples * _kept(student, data) // sizes.get(TOKENS, 1)
+    rows = {
+        "weights, average and moments": _bytes(state, sizes),
+        "teacher": of_teacher,
+        "gradients": gradients,
+        f"inputs of blocks, {samples} clip{'s' * (samples > 1)} at a time": kept,
+    }
+    limit = memory_limit()
+    usable = "" if limit is None else f"; usable here: {limit / GIB:.1f} GiB"
+    whole = _bytes(state, {})
+    exported = _bytes(orbax.abstract("dit", frozen(stored, model)), {})
+    steps = f"{run.keep + 1} checkpoints" if run.keep else f"{run.steps // run.save_every} of them"
+    disk = whole * (run.keep + 1 if run.keep else run.steps // run.save_every) + exported
+    return [
+        f"each of {devices} devices ({mesh or 'no mesh'}), before what a block computes with:",
+        *(f"  {n / GIB:8.2f} GiB  {what}" for what, n in rows.items() if n),
+        f"  {sum(rows.values()) / GIB:8.2f} GiB  together{usable}",
+        f"batch: {data.batch} clips, in {parts} part{'s' * (parts > 1)}",
+        f"disk: {disk / GIB:.1f} GiB in run.folder ({steps} of {whole / GIB:.1f}, and the weights)",
+        "hours: not measured for a whole run (docs/training.md has seconds of single steps)",
+    ]
+
+
+def _stored(model) -> DiTConfig | None:
+    """The config of the weights that a run begins with; None where they are not here."""
+    if not model.weights:
+        return model.dit
+    if model.weights.lower() in PRESETS:
+        return PRESETS[model.weights.lower()].config
+    path = Path(model.weights)
+    inside = path / "dit"
+    path = inside if inside.is_dir() else path
+    return open_component(path, "dit").stored if path.exists() else None
+
+
+def _bytes(tree, sizes: Mapping[str, int]) -> int:
+    """Bytes of all leaves on one device of a mesh with axes of these sizes."""
+
+    def size(leaf, lies) -> int:
+        over = [axes if isinstance(axes, tuple) else (axes,) for axes in lies if axes]
+        parts = math.prod(sizes[axis] for axes in over for axis in axes)
+        item = 8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize
+        return leaf.size * item // parts
+
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, placement.specs(tree, sizes))))
+
+
+def _kept(cfg: DiTConfig, data) -> int:
+    """Bytes of one clip's inputs of all blocks, which the gradient starts from again: the largest
+    of the data's; without data a clip has 480p."""
+    rows, columns = _SIZE_480P
+    if cfg.out_channels != 16:
+        rows = columns = 8
+    if data.path and find_shards(Path(data.path)):
+        source = ShardSource(
+            data.path,
+            frames=data.frames,
+            channels=cfg.out_channels,
+            text_dim=cfg.text_dim,
+            blank=data.grid,
+        )
+        sides = (shape[2:] for shape in source.latent_shapes.values())
+        rows, columns = max(sides, key=math.prod)
+    patches = (n // p for n, p in zip((data.frames, rows, columns), cfg.patch, strict=True))
+    item = np.dtype(cfg.policy.compute).itemsize
+    return cfg.layers * math.prod(patches) * cfg.dim * item
+
+
+def with_parts(loss, parts: int):
+    """Returns a loss's config that computes a batch in this many parts; a number that was given
+    stays."""
+    return dataclasses.replace(loss, accumulate=parts) if loss.accumulate == 1 else loss

@@ -1,0 +1,58 @@
+"""Commands started as two processes that work together, with two fake devices each."""
+
+import os
+import socket
+import subprocess
+import sys
+
+from compiling import QUICK
+from conftest import REPOSITORY
+
+FLAGS = ["--xla_force_host_platform_device_count=2", *QUICK]
+
+COMMAND = """
+import importlib, sys
+from tdjax import cli
+from tdjax.parallel import hosts
+name, hosts.LOST_SECONDS, *words = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
+cli.run(lambda: importlib.import_module(f"{name}.__main__").main(words))
+"""
+
+
+def start(module, cache, *words, lost=60):
+    """Two processes of `python -m MODULE WORDS`. lost: seconds of silence after which a process is
+    taken for lost."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {
+        "XLA_FLAGS": " ".join(FLAGS),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        "JAX_PLATFORMS": "cpu",
+        "TDJAX_CACHE": str(cache),
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    together = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process_id"]
+    pipe = subprocess.PIPE
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", COMMAND, module, str(lost), *map(str, words), *together, str(i)],
+            env=env,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+
+def ends(processes):
+    """[(code, stdout, stderr)] of both."""
+    out = [process.communicate(timeout=900) for process in processes]
+    return [(p.returncode, *texts) for p, texts in zip(processes, out, strict=True)]
+
+
+def printed(stdout):
+    """The lines of the command; gloo says there who is connected."""
+    return [line for line in stdout.splitlines() if "[Gloo]" not in line]

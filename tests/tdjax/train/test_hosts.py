@@ -1,0 +1,129 @@
+"""Runs of two processes, with two fake devices each: equal to one process, stopped together, gone
+on with elsewhere."""
+
+import signal
+import time
+
+import hosts_cases
+import numpy as np
+import pytest
+from hosts_cases import ends
+from run_cases import flow, training_run
+from tolerances import assert_close
+
+from tdjax.checkpoints import orbax
+from tdjax.train import checkpoints, metrics
+
+pytestmark = pytest.mark.slow
+MESH = "run.mesh=dp=2,fsdp=2"  # copies on each host, parameters over its devices
+ENDLESS = "run.steps=1000000"
+
+
+def settings(folder, run, *more):
+    return flow(folder, f"run.folder={run}", "run.log_every=1", "run.keep=0", *more)
+
+
+@pytest.fixture(scope="module")
+def start(folder, tmp_path_factory):
+    """start(run folder, words of the command) -> two processes, which are gone afterwards."""
+    cache, started = tmp_path_factory.mktemp("cache"), []
+
+    def run(where, *words, **options):
+        words = settings(folder, where, *words)
+        processes = hosts_cases.start("tdjax.train", cache, *words, **options)
+        started.extend(processes)
+        return processes
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(step, run, processes):
+    """Waits until a run has reported a step, or a process has ended."""
+    while all(p.poll() is None for p in processes):
+        rows = metrics.read(run)
+        if rows and rows[-1]["step"] >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError([p.communicate() for p in processes])
+
+
+@pytest.fixture(scope="module")
+def finished(folder, start, tmp_path_factory):
+    """A run of two processes that came to its end, of four steps."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    return run, ends(start(run, MESH, "run.steps=4", "run.save_every=2"))
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory):
+    """alone(steps) -> (the folder, its last state) of one process, with four devices."""
+    made = {}
+
+    def run(steps):
+        if steps not in made:
+            where = tmp_path_factory.mktemp("one")
+            words = settings(folder, where, MESH, f"run.steps={steps}")
+            made[steps] = where, checkpoints.arrays(training_run(*words).train(False).state)
+        return made[steps]
+
+    return run
+
+
+def same_state(folder, run, step, wanted):
+    """Compares a checkpoint, as one process reads it over two devices, with a state."""
+    words = settings(folder, run, "run.mesh=fsdp=2", f"run.steps={step}")
+    state = training_run(*words).start(resume=True)[0]
+    found = checkpoints.arrays(state)
+    assert found.keys() == wanted.keys() and int(state.step) == step
+    for name, value in found.items():
+        if ".mu." not in name and ".nu." not in name:
+            assert_close(np.asarray(value), np.asarray(wanted[name]), "float32", name)
+
+
+def test_two_processes_give_the_numbers_of_one(folder, finished, alone):
+    """One of them writes the numbers, both the checkpoints and the weights."""
+    run, done = finished
+    assert [code for code, *_ in done] == [0, 0], done
+    assert [hosts_cases.printed(out) for _, out, _ in done] == [[str(run / "dit")], []]
+    assert checkpoints.steps(run) == [2, 4]
+    where, state = alone(4)
+    losses = [[row["flow/loss"] for row in metrics.read(each)] for each in (run, where)]
+    assert len(losses[0]) == 4
+    assert_close(losses[0], losses[1], "float32", "losses")
+    same_state(folder, run, 4, state)
+    exported = orbax.named_leaves(orbax.restore(run / "dit")[1])
+    for name, leaf in exported.items():
+        assert_close(np.asarray(leaf), np.asarray(state[f"ema.{name}"]), "float32", name)
+
+
+def test_a_signal_to_one_stops_both_and_the_run_goes_on_elsewhere(folder, finished, start, alone):
+    run = finished[0]
+    processes = start(run, MESH, ENDLESS, "run.save_every=1000000", "--resume")
+    wait_for(6, run, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    done = ends(processes)
+    assert [code for code, *_ in done] == [130, 130], done
+    step = checkpoints.steps(run)[-1]
+    assert step >= 6 and metrics.read(run)[-1]["step"] == step
+    words = settings(folder, run, "run.mesh=fsdp=2", f"run.steps={step + 2}")
+    state = checkpoints.arrays(training_run(*words).train(resume=True).state)
+    wanted = alone(step + 2)[1]
+    for name in wanted:
+        if name.startswith(("model.", "ema.", "step")):
+            assert_close(np.asarray(state[name]), np.asarray(wanted[name]), "float32", name)
+
+
+def test_one_that_is_lost_ends_the_other(finished, start):
+    run = finished[0]
+    before = checkpoints.steps(run)
+    processes = start(run, MESH, ENDLESS, "run.save_every=1000000", "--resume", lost=10)
+    wait_for(before[-1] + 2, run, processes)
+    processes[1].kill()
+    code, _, err = ends(processes)[0]
+    by_us = "an exchange with the other processes of this run failed" in err
+    by_jax = "the JAX distributed service detected fatal errors" in err
+    assert (by_us and code == 1) or (by_jax and code == -signal.SIGABRT), (code, err)
+    assert checkpoints.steps(run) == before
