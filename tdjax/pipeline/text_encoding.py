@@ -3,6 +3,8 @@ whole or layer by layer."""
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,15 +87,16 @@ class TextEncoding(Stage):
         return [np.concatenate([row[None], *below]).astype(self.dtype) for row in embeds]
 
     def embed(self, prompts: list[str], plan: ExecutionPlan) -> np.ndarray:
-        """Returns embeddings [b s d]. The encoder runs for the prompts that the cache does not
-        know, and not at all if it knows them all. No row is held twice: there may be many."""
+        """Returns embeddings [b s d], zeros after each prompt's end, which take no memory. The
+        encoder runs for the prompts that the cache does not know, and not at all if it knows them
+        all. No row is held twice: there may be many."""
         if self.tokenizer is None:
             raise _absent()
         if self.language is not None:
             prompts = [caption_of(self.language, prompt) for prompt in prompts]
         cfg, tokens = self.encoder.config, self.tokenizer.encode(prompts)
         dtype = np.dtype(cfg.policy.compute_dtype)
-        embeds = np.zeros((len(prompts), cfg.text_len, cfg.dim), dtype)
+        embeds = _zeros((len(prompts), cfg.text_len, cfg.dim), dtype)
         keys: list[str] = []
         missing = list(range(len(prompts)))
         if self.cache is not None:
@@ -106,9 +109,10 @@ class TextEncoding(Stage):
             return embeds
         encoded = self.encode(Tokens(tokens.ids[missing], tokens.mask[missing]), plan)
         for i, row in zip(missing, encoded, strict=True):
-            embeds[i] = row
+            end = int(tokens.mask[i].sum())
+            embeds[i, :end] = row[:end]
             if self.cache is not None:
-                note = self.cache.put(keys[i], row, int(tokens.mask[i].sum()), prompts[i])
+                note = self.cache.put(keys[i], row, end, prompts[i])
                 if note:
                     self.stages.note(note)
         return embeds
@@ -122,8 +126,8 @@ class TextEncoding(Stage):
                 for begin in range(0, len(tokens.ids), TOGETHER):
                     rows = slice(begin, begin + TOGETHER)
                     with self.timed("text, layer by layer", plan, STAGE):
-                        embeds = self.streamed(Tokens(tokens.ids[rows], tokens.mask[rows]))
-                    yield from embeds
+                        encoded = self.streamed(Tokens(tokens.ids[rows], tokens.mask[rows]))
+                    yield from encoded
                 return
             _, encoder = self.ready(self._program(), self.encoder, plan, STAGE)
             with self.timed("text", plan, STAGE):
@@ -157,10 +161,10 @@ class TextEncoding(Stage):
 
     # -- a layer at a time -------------------------------------------------------------------------
 
-    def streamed(self, tokens: Tokens) -> np.ndarray:
-        """Returns embeddings [b s d] of tokens [b s], with one layer of the encoder on the device
-        and the next on its way; all prompts pass each layer together, one after another. Of the
-        embedding table only the rows of the prompts are read."""
+    def streamed(self, tokens: Tokens) -> list[np.ndarray]:
+        """Returns the embedding [s d] of each row of tokens [b s], with one layer of the encoder on
+        the device and the next on its way; all prompts pass each layer together, one after another.
+        Of the embedding table only the rows of the prompts are read."""
         layer, end = self.compiler.wait(self._layer_programs())
         cfg, place = self.encoder.config, self.compiler.place
         module = self.encoder.abstract()
@@ -179,8 +183,7 @@ class TextEncoding(Stage):
             name: self.encoder.leaf(f"norm.{name}") for name in orbax.named_leaves(module.norm)
         }
         norm = _unflatten(module.norm, leaves)
-        rows = [end(norm, x, mask) for x, mask in zip(xs, masks, strict=True)]
-        return np.concatenate([np.asarray(row) for row in rows])
+        return [np.asarray(end(norm, x, mask))[0] for x, mask in zip(xs, masks, strict=True)]
 
     def _layer_programs(self) -> list[Program]:
         """One layer, with its input donated, and what comes after the last."""
@@ -194,6 +197,13 @@ class TextEncoding(Stage):
             request("text", compilation.text_layer, block, x, mask, donate=(1,)),
             request("text", compilation.text_end, norm, x, mask),
         ]
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros of which memory holds only the pages that are written. numpy's own ask for huge pages,
+    and a short prompt in each would fill it."""
+    size = math.prod(shape) * dtype.itemsize
+    return np.ndarray(shape, dtype, mmap.mmap(-1, size or 1, access=mmap.ACCESS_COPY))
 
 
 def _absent() -> UsageError:

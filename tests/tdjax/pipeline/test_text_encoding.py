@@ -3,7 +3,9 @@ the memory plan."""
 
 import dataclasses
 import io
+import mmap
 import weakref
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -22,6 +24,7 @@ from tdjax.progress import Stages
 from tdjax.text.sentencepiece import parse as parse_spiece
 from tdjax.text.tokenizer import Tokenizer
 
+STATM = Path("/proc/self/statm")
 PROMPTS = ["a red circle", "three blue squares drift slowly over a green field of grass"]
 SMALL = {"num_frames": 5, "width": 32, "height": 32, "num_steps": 1, "output_type": "latent"}
 
@@ -57,11 +60,11 @@ def published(tmp_path_factory):
     return path
 
 
-def encoder(path, tokenizer, dtype="float32") -> TextEncoding:
+def encoder(path, tokenizer, dtype="float32", text_len=32) -> TextEncoding:
     component, stages = open_component(path, "text"), Stages(show=False)
     policy = tdjax.Policy(param=dtype, compute=dtype)
-    component.config = dataclasses.replace(component.stored, policy=policy, text_len=32)
-    return TextEncoding(Programs(stages), component, Tokenizer(tokenizer, 32), None, stages)
+    component.config = dataclasses.replace(component.stored, policy=policy, text_len=text_len)
+    return TextEncoding(Programs(stages), component, Tokenizer(tokenizer, text_len), None, stages)
 
 
 @pytest.mark.slow
@@ -72,7 +75,7 @@ def test_streamed_is_whole(model, published, kind, dtype):
     text = encoder(model / "text" if kind == "ours" else published, model / "tokenizer.json", dtype)
     tokens = text.tokenizer.encode(PROMPTS)
     whole = np.stack(list(text.whole(text.component.load(), tokens)))
-    streamed = text.streamed(tokens)
+    streamed = np.stack(text.streamed(tokens))
     assert streamed.dtype == whole.dtype and streamed.shape == (2, 32, text.component.config.dim)
     assert np.array_equal(streamed.astype(np.float32), whole.astype(np.float32))
     assert np.abs(whole[:, 0].astype(np.float32)).max() > 0.1 and not whole[0, -1].any()
@@ -116,6 +119,21 @@ def test_only_the_rows_of_the_prompt_are_read(published):
     assert reads == [1, 1, 1] and np.array_equal(
         got.astype(np.float32), whole[[3, 9, 255]].astype(got.dtype).astype(np.float32)
     )
+
+
+def test_rows_after_a_prompts_end_take_no_memory(model, monkeypatch):
+    """A thousand prompts in one call, each of which fills a few rows of its place."""
+    if not STATM.exists():
+        pytest.skip("nothing says here what memory a process holds")
+    text = encoder(model / "text", model / "tokenizer.json", text_len=512)
+    row = np.zeros((512, text.component.config.dim), np.float32)
+    row[:3] = 1
+    monkeypatch.setattr(text, "encode", lambda tokens, plan: (row for _ in tokens.ids))
+    resident = lambda: int(STATM.read_text().split()[1]) * mmap.PAGESIZE
+    before = resident()
+    embeds = text.embed(["a red circle"] * 1000, None)
+    assert resident() - before < embeds.nbytes / 4
+    assert np.array_equal(embeds[[0, -1]], [row, row])
 
 
 @pytest.mark.slow
