@@ -11,6 +11,10 @@ import time
 from pathlib import Path
 
 from tdjax import cli
+
+if __name__ == "__main__":
+    cli.heed_signals()
+
 from tdjax.checkpoints.folders import is_model
 from tdjax.checkpoints.locate import cache_folder
 from tdjax.errors import UsageError
@@ -58,8 +62,9 @@ def _size(path: Path) -> int:
 
 
 def _age(path: Path) -> float:
-    """Days since the last use of an entry that is touched when used, else since it was written."""
-    return (time.time() - path.stat().st_mtime) / 86400
+    """Days since the last use of an entry that is touched when used, else since it was written; 0
+    for what the clock says will be."""
+    return max(0.0, time.time() - path.stat().st_mtime) / 86400
 
 
 def listing(root: Path) -> dict:

@@ -17,6 +17,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tdjax.config.values import shown
 from tdjax.errors import UsageError
 
 LONGEST = 200  # characters of a word that is compared with names
+WRITING = 60  # seconds, more than a line takes to be written
 FULL = 2**20  # bytes: less is free on a disk that a write has just filled
 _OWN = secrets.token_hex(4)  # tells this process from an earlier one with its number
 _OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")  # as TensorStore says it
@@ -188,11 +190,16 @@ def _claim(target: Path, held: list[Path]) -> bool:
 
 
 def _abandoned(mark: Path) -> bool:
-    """Whether the process of this host that made a mark is gone."""
+    """Whether the process of this host that made a mark is gone. A mark that does not say who made
+    it is being written, which takes no time, or its process was killed meanwhile."""
     try:
-        host, pid, token = mark.read_text(encoding="utf-8").split()
-    except (OSError, ValueError):  # it is being written, or was removed
+        words = mark.read_text(encoding="utf-8", errors="replace").split()
+        since = mark.stat().st_mtime
+    except OSError:  # it was removed
         return False
+    if len(words) != 3 or not re.fullmatch("[0-9]{1,19}", words[1]):
+        return abs(time.time() - since) > WRITING
+    host, pid, token = words
     if host != socket.gethostname() or not Path("/proc/self").exists():
         return False  # nothing says here which processes are alive
     if int(pid) == os.getpid():

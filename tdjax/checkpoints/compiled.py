@@ -52,6 +52,8 @@ def _remove_damaged(folder: Path, now: Path) -> None:
     """
     mark = folder / CHECKED
     since = mark.stat().st_mtime_ns if mark.exists() else 0
+    if since > now.stat().st_mtime_ns:
+        since = 0  # the clock has been put back: entries since then are older than the mark
     for entry in folder.glob("*-cache"):
         try:
             if entry.stat().st_mtime_ns >= since and not _is_whole(entry):

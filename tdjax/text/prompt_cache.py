@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tdjax.text.embeds import stored_tensor
 FOLDER, SUFFIX = "prompts", ".safetensors"
 LIMIT = 2**29  # bytes of all entries; a prompt of 100 tokens takes 0.8 MB with umT5-xxl in bfloat16
 FORMAT = 1
+SKEW = 3600  # seconds by which the clocks of machines that share a folder may differ
 
 
 def entry_key(ids: np.ndarray, mask: np.ndarray, facts: dict[str, Any]) -> str:
@@ -82,12 +85,15 @@ class PromptCache:
         return None
 
     def entries(self) -> list[tuple[Path, os.stat_result]]:
-        """Files and their facts, the least recently used first."""
+        """Files and their facts, the least recently used first. What was used in the future, by a
+        clock that has been put right since, comes before all: it would never go otherwise."""
         found = []
         for path in self.folder.glob(f"*{SUFFIX}"):
             with contextlib.suppress(OSError):  # another process may have removed it
                 found.append((path, path.stat()))
-        return sorted(found, key=lambda row: (row[1].st_mtime_ns, row[0].name))
+        soon = time.time() + SKEW
+        used = lambda facts: facts.st_mtime if facts.st_mtime <= soon else -math.inf
+        return sorted(found, key=lambda row: (used(row[1]), row[1].st_mtime_ns, row[0].name))
 
     def trim(self) -> None:
         """Removes the oldest entries until the rest fits."""

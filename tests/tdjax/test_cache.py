@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -68,6 +69,16 @@ def test_removal_by_age(root, capsys):
     os.utime(young)
     assert cache.main(["rm", "prompts", "--older-than", "30"]) == 0
     assert list((root / "prompts").iterdir()) == [young]
+
+
+def test_what_a_wrong_clock_has_dated_is_removed(root):
+    ahead = time.time() + 10 * 365 * 86400
+    for path in root.rglob("*"):
+        os.utime(path, (ahead, ahead))
+    assert cache.main(["rm", "prompts", "--older-than", "1"]) == 0
+    assert len(list((root / "prompts").iterdir())) == 12
+    assert cache.main(["rm", "prompts", "compiled", "weights"]) == 0
+    assert sorted(p.name for p in root.iterdir() if any(p.rglob("*"))) == ["mine"]
 
 
 @pytest.mark.parametrize("name", ["mine", "..", "model/../mine", "03", "nothing"])

@@ -195,3 +195,25 @@ def test_a_folder_is_locked_for_one_process(tmp_path):
         assert why == f"by process {os.getpid()} on {socket.gethostname()}"
     with files.locked(tmp_path / "run"):
         pass
+
+
+YEARS = {"1970": 1, "2100": 4102444800}
+
+
+@pytest.mark.parametrize("year", YEARS)
+@pytest.mark.parametrize(
+    "said", [b"", b"host", b"\xff\xfe", b"host x y", b"a " + b"9" * 20 + b" b"]
+)
+def test_a_claim_that_nobody_finished_is_no_claim(tmp_path, year, said):
+    """Its process was killed between the name and the content."""
+    target = tmp_path / "fox.mp4"
+    with files.claimed([target]) as mine:
+        assert mine
+        (mark,) = tmp_path.glob(".tdjax-*.claim")
+        mark.write_bytes(said)
+        with files.claimed([target]) as other:
+            assert not other, "it is being written"
+        os.utime(mark, (YEARS[year],) * 2)
+        with files.claimed([target]) as other:
+            assert other
+    assert not list(tmp_path.iterdir())

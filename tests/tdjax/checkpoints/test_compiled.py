@@ -82,3 +82,13 @@ def test_an_entry_is_looked_at_once(tmp_path, monkeypatch):
     assert kept(tmp_path) == {"a"}
     monkeypatch.setattr(compiled, "_is_whole", lambda entry: pytest.fail("looked at again"))
     assert kept(tmp_path) == {"a"}
+
+
+def test_a_mark_of_a_clock_that_was_ahead_hides_no_entry(tmp_path):
+    entries(tmp_path, a=zlib.compress(b"a"))
+    assert kept(tmp_path) == {"a"}
+    os.utime(tmp_path / compiled.CHECKED, (4102444800,) * 2)
+    entries(tmp_path, cut=b"")
+    assert kept(tmp_path) == {"a"}
+    entries(tmp_path, cut=b"")
+    assert kept(tmp_path) == {"a"}

@@ -2,6 +2,7 @@
 no run that fails for it."""
 
 import os
+import time
 
 import ml_dtypes
 import numpy as np
@@ -59,6 +60,17 @@ def test_the_least_recently_used_entries_go(tmp_path):
     cache.limit = 3 * one
     cache.put("e", embeddings(4), 3, "e")
     assert {p.stem for p in tmp_path.iterdir()} == {"a", "d", "e"}
+
+
+def test_entries_of_a_clock_that_was_ahead_go_first(tmp_path):
+    cache, ahead = PromptCache(tmp_path), time.time() + 10 * 365 * 86400
+    for i, key in enumerate("abc"):
+        cache.put(key, embeddings(i), 3, key)
+        os.utime(cache.path(key), (ahead + i, ahead + i))
+    cache.limit = 3 * cache.path("a").stat().st_size
+    for i, key in enumerate("defg"):
+        cache.put(key, embeddings(i), 3, key)
+    assert sorted(path.stem for path, _ in cache.entries()) == ["e", "f", "g"]
 
 
 def test_a_folder_that_cannot_be_written_costs_one_line(tmp_path):
