@@ -154,12 +154,9 @@ def main(
         return INTERRUPTED
 
 
-def run(main: Callable[[], int]) -> NoReturn:
-    """Ends this process with a command's exit code, and the command with SIGTERM as with Ctrl-C.
-
-    It ends at once: files are closed by then, taking the libraries down in order takes most of a
-    second, and after a failure threads may still be compiling or loading.
-    """
+def heed_signals() -> None:
+    """Ends a command with SIGTERM as with Ctrl-C from now on. What imports native modules before
+    `run` calls it first: an interrupt in their midst may crash the process."""
 
     def stop(number, frame):
         if _imports(frame):
@@ -173,6 +170,15 @@ def run(main: Callable[[], int]) -> NoReturn:
     ):
         if signal.getsignal(number) is usual:
             signal.signal(number, stop)
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Ends this process with a command's exit code, and the command with SIGTERM as with Ctrl-C.
+
+    It ends at once: files are closed by then, taking the libraries down in order takes most of a
+    second, and after a failure threads may still be compiling or loading.
+    """
+    heed_signals()
     code = main()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # gone, closed or None

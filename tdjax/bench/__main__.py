@@ -20,6 +20,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from tdjax import cli
+
+if __name__ == "__main__":
+    cli.heed_signals()
+
 from tdjax.config import (
     ATTENTION,
     LINEAR,

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from tdjax import cli
+
+if __name__ == "__main__":
+    cli.heed_signals()
+
 from tdjax.checkpoints.locate import PATHS
 from tdjax.config import SamplerConfig, SLAConfig, VideoSize, check_fps, check_samples
 from tdjax.errors import CheckpointError, TdjaxError, UsageError

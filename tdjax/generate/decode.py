@@ -8,6 +8,10 @@ import json
 from pathlib import Path
 
 from tdjax import cli
+
+if __name__ == "__main__":
+    cli.heed_signals()
+
 from tdjax.checkpoints.locate import PATHS
 from tdjax.errors import UsageError
 from tdjax.files import near_files

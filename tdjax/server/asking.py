@@ -19,10 +19,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from tdjax import cli
+
+if __name__ == "__main__":
+    cli.heed_signals()
+
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tdjax import cli
 from tdjax.config import SamplerConfig, VideoSize, check_fps
 from tdjax.config.values import parse_real, real, shown, text, whole
 from tdjax.errors import TdjaxError, UsageError

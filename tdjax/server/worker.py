@@ -29,9 +29,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from tdjax import cli
+
+if __name__ == "__main__":
+    cli.heed_signals()
+
 from PIL import Image
 
-from tdjax import cli
 from tdjax.errors import (
     Cancelled,
     CheckpointError,

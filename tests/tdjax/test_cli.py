@@ -368,3 +368,29 @@ def test_a_signal_while_a_module_is_imported_ends_the_process_at_once(tmp_path):
         )
         assert done.returncode == expected, done.stderr
         assert "stopped: nothing was left half-written" in done.stderr
+
+
+NATIVE = """
+import runpy, sys
+from tdjax import cli
+def begin(main=None):
+    raise SystemExit(" ".join({"av", "PIL", "safetensors", "jax"} & set(sys.modules)))
+cli.heed_signals = cli.run = begin
+for name in sys.argv[1:]:
+    try:
+        runpy.run_module(name, run_name="__main__")
+    except SystemExit as told:
+        assert not told.code, f"{name} imports {told.code} first"
+"""
+
+
+def test_signals_are_heeded_before_native_modules_are_imported():
+    root = Path(cli.__file__).parents[1]
+    files = [p for room in ("tdjax", "convert") for p in (root / room).rglob("*.py")]
+    ended = [p for p in files if "\n    cli.run(" in p.read_text()]
+    names = [".".join(p.relative_to(root).with_suffix("").parts) for p in ended]
+    assert len(names) > 10
+    done = subprocess.run(
+        [sys.executable, "-c", NATIVE, *names], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
