@@ -8,6 +8,8 @@ back with lengths and checksums that are right again. `outcome` says what the re
 A longer run than the suite's, of all readers or of those named:
 
     PYTHONPATH=.:tests python tests/fuzz/readers.py 100000 [reader ...]
+
+`guided.py` beside it looks for mutations that reach new code.
 """
 
 from __future__ import annotations
@@ -552,11 +554,18 @@ class Case:
         return set(self.reader.file.parent.rglob("*"))
 
     def outcome(self, number: int, mutations) -> str:
-        """ "refused", "same" or "other"; raises whatever a user would see as a traceback, Hang, and
-        AssertionError for values that a checksum denies and for files that have appeared."""
-        part = self.reader.parts[number % len(self.reader.parts)]
-        data = part.put(self.valid, mutated(part, part.take(self.valid), mutations))
-        self.reader.file.write_bytes(data)
+        """What the reader made of mutations of a part."""
+        part = self.part(number)
+        return self.fed(part, mutated(part, part.take(self.valid), mutations))
+
+    def part(self, number: int) -> Part:
+        return self.reader.parts[number % len(self.reader.parts)]
+
+    def fed(self, part: Part, data: bytes) -> str:
+        """ "refused", "same" or "other" for a file with these bytes in a part's place; raises
+        whatever a user would see as a traceback, Hang, and AssertionError for values that a
+        checksum denies."""
+        self.reader.file.write_bytes(part.put(self.valid, data))
         try:
             with alarm(SECONDS):
                 got = repr(self.reader.read(self.reader.file))

@@ -4,8 +4,11 @@
 
 import time
 
+import numpy as np
 import pytest
-from fuzz import readers
+from fuzz import guided, readers
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from tdjax.errors import CheckpointError
 
@@ -68,3 +71,13 @@ def test_what_is_right_passes(tmp_path):
 
     case = readers.run(wrong(refuse, tmp_path, summed=True), 20, derandomize=True)
     assert case.counts["refused"] + case.counts["same"] == 20
+
+
+@pytest.mark.parametrize("parts", [(readers.WHOLE,), (readers.WHOLE, readers.SAFETENSORS)])
+def test_guided_bytes_begin_with_the_valid_file(tmp_path, parts, write_safetensors):
+    file = write_safetensors(tmp_path / "a.safetensors", {"w": np.arange(6, dtype=np.float32)})
+    case = readers.Case(readers.Reader("x", file, lambda path: load_file(path)["w"], parts))
+    for number, data in enumerate(guided.seeds(case)):
+        assert data[0] == number and guided.feed(case, data) == "same"
+    with pytest.raises(SafetensorError):
+        guided.feed(case, b"\0{")
