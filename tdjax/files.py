@@ -55,15 +55,28 @@ def refuse_existing(
     owned: whether a folder holds what tdjax wrote there and nothing else. Other folders that are
            not empty, and links to folders, are never replaced.
     """
+    if str(path) == "-":
+        raise UsageError(
+            "'-' stands for standard output",
+            "files are written whole, under a name",
+            "give the name of a file",
+        )
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return
-    if not overwrite:
+    if _is_stream(path):
         raise UsageError(
-            f"{path} exists",
-            "nothing is overwritten by itself",
-            "give another name, or `overwrite`",
+            f"{path} is a device or a pipe",
+            "files are written whole, under a name",
+            "give the name of a file",
+        )
+    if not overwrite:
+        full = path.is_dir() and any(path.iterdir())
+        foreign = full and not (owned is not None and owned(path))
+        more = f"for example {path / 'NAME'}" if foreign else "or `overwrite`"
+        raise UsageError(
+            f"{path} exists", "nothing is overwritten by itself", f"give another name, {more}"
         )
     if not path.is_dir():
         return
@@ -81,6 +94,14 @@ def refuse_existing(
             "only a folder that tdjax wrote, with nothing else in it, is replaced",
             f"give another name, for example {path / 'NAME'}",
         )
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a name that is there is that of a device, a pipe or an open stream, such as
+    /dev/stdout, which leads to a file where output is redirected."""
+    if path.is_symlink() and os.readlink(path).startswith("/proc/"):
+        return True
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def refuse_unwritable(target: Path) -> None:

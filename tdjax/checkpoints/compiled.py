@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 import zlib
 from pathlib import Path
 
 from tdjax.checkpoints.locate import cache_folder
 
+ENTRY = f"*-{'[0-9a-f]' * 64}-cache"  # JAX's names; the folder may hold other things
 CHECKED = ".tdjax-checked"  # is as old as the last look at the entries
 PIECE = 2**20  # bytes that are decompressed at once
 WORTH_KEEPING = 0.1  # seconds of compiling from which on a program is kept
@@ -30,8 +32,11 @@ def keep_programs(folder: Path | None = None) -> str | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{secrets.token_hex(4)}"
-        probe.touch()
-        _remove_damaged(folder, probe)
+        try:
+            probe.touch()
+            _remove_damaged(folder, probe)
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         return (
             f"compile cache {folder} is not writable ({error.strerror}): going on without;"
@@ -54,9 +59,11 @@ def _remove_damaged(folder: Path, now: Path) -> None:
     since = mark.stat().st_mtime_ns if mark.exists() else 0
     if since > now.stat().st_mtime_ns:
         since = 0  # the clock has been put back: entries since then are older than the mark
-    for entry in folder.glob("*-cache"):
+    for entry in folder.glob(ENTRY):
         try:
-            if entry.stat().st_mtime_ns >= since and not _is_whole(entry):
+            facts = entry.lstat()
+            regular = stat.S_ISREG(facts.st_mode)
+            if regular and facts.st_mtime_ns >= since and not _is_whole(entry):
                 entry.unlink()
         except FileNotFoundError:  # another process was first
             continue

@@ -31,7 +31,7 @@ def json_value(text: str | bytes, unique: bool = False) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        return json.loads(text, object_pairs_hook=hook)
+        return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=hook)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
 

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 from tdjax.checkpoints.locate import PATHS
 from tdjax.config import SamplerConfig, SLAConfig, VideoSize, check_fps, check_samples
 from tdjax.errors import CheckpointError, TdjaxError, UsageError
-from tdjax.files import near_files, refuse_existing, refuse_unwritable
+from tdjax.files import near_files, refuse_existing, refuse_inputs, refuse_unwritable
 from tdjax.generate import outputs
 from tdjax.generate.arguments import INSTEAD, OFFICIAL_MODELS, build_parser, parse
 from tdjax.generate.jobs import Job, drawn_seed, read_jobs, standard_input, with_seed
@@ -129,6 +129,7 @@ def check_early(args) -> None:
         raise UsageError("--grid with latents", "a grid is made of pixels", "leave --grid away")
     outputs.check_early(args)
     if args.save_prompt_embeds:
+        refuse_inputs(Path(args.save_prompt_embeds), outputs.inputs(args, args.image_path))
         refuse_existing(Path(args.save_prompt_embeds), args.overwrite)
         refuse_unwritable(Path(args.save_prompt_embeds))
     if args.profile:
@@ -147,6 +148,12 @@ def _check_inputs(args) -> None:
     if args.serve and (args.prompt or args.prompt_file):
         raise UsageError(
             "--serve beside a prompt", "prompts are read from standard input", "give one of them"
+        )
+    if args.prompt_embeds and args.save_prompt_embeds:
+        raise UsageError(
+            "--save_prompt_embeds beside --prompt_embeds",
+            "there is nothing to encode",
+            "give a prompt, or copy the file",
         )
     if args.prompt_embeds and (args.prompt or args.prompt_file or args.serve):
         raise UsageError(

@@ -238,9 +238,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="on",
         help="sidecar .json and comment in the file",
     )
-    out.add_argument(
-        "--overwrite", action="store_true", help="replace files that tdjax wrote under these names"
-    )
+    out.add_argument("--overwrite", action="store_true", help="replace files of these names")
     out.add_argument(
         "--preview",
         action="store_true",
@@ -487,7 +485,8 @@ def _config_words(path: Path, parser: argparse.ArgumentParser, argv: list[str]) 
     said = {word.partition("=")[0] for word in argv}
     try:
         text = path.read_text(encoding="utf-8-sig")
-        values = tomllib.loads(text) if path.suffix.lower() == ".toml" else json_value(text)
+        toml = path.suffix.lower() == ".toml"
+        values = tomllib.loads(text) if toml else json_value(text, unique=True)
         if not isinstance(values, dict):
             raise ValueError("it is not a table of names and values")
     except (OSError, ValueError, RecursionError) as error:  # the last from tomllib

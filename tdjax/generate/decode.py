@@ -4,7 +4,6 @@ checked."""
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from tdjax import cli
@@ -13,8 +12,9 @@ if __name__ == "__main__":
     cli.heed_signals()
 
 from tdjax.checkpoints.locate import PATHS
+from tdjax.config.parsing import json_object
 from tdjax.errors import UsageError
-from tdjax.files import near_files
+from tdjax.files import near_files, refuse_inputs
 from tdjax.pipeline.result import Result, check_save, sidecar
 
 
@@ -59,11 +59,19 @@ def _command(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     if not args.file.is_file():
         raise UsageError(
-            f"{args.file} does not exist", "it is to be decoded", near_files(args.file)
+            f"{args.file} is a folder" if args.file.is_dir() else f"{args.file} does not exist",
+            "the file of latents is to be decoded",
+            near_files(args.file),
         )
     model, path = args.model or _model_of(args.file), args.output or args.file.with_suffix(".mp4")
-    check_save(path, fps=args.fps or 16, crf=args.crf, metadata=True, overwrite=args.overwrite)
     given = Result.load(args.file)
+    count = len(given)
+    targets = [path.with_stem(f"{path.stem}_{i}") if count > 1 else path for i in range(count)]
+    for target in targets:
+        refuse_inputs(target, [args.file, *filter(None, [args.vae_path])])
+        check_save(
+            target, fps=args.fps or 16, crf=args.crf, metadata=True, overwrite=args.overwrite
+        )
     from tdjax.pipeline.load import open_pipeline
     from tdjax.pipeline.options import PipelineOptions
     from tdjax.progress import Bar
@@ -76,10 +84,8 @@ def _command(argv: list[str]) -> int:
     paths = dict.fromkeys(PATHS) | {"vae_path": args.vae_path}
     options = PipelineOptions(vae=args.vae, text_encoder=False)
     pipe = open_pipeline(model, options, paths, stages=stages)
-    made = pipe.decode(given, fps=args.fps)
-    for number, video in enumerate(made):
-        several = path.with_stem(f"{path.stem}_{number}") if len(made) > 1 else path
-        print(video.save(several, crf=args.crf, overwrite=args.overwrite))
+    for video, target in zip(pipe.decode(given, fps=args.fps), targets, strict=True):
+        print(video.save(target, crf=args.crf, overwrite=args.overwrite))
     return 0
 
 
@@ -88,8 +94,8 @@ def _model_of(file: Path) -> str:
     if not sidecar(file).is_file():
         return "demo"
     try:
-        return str(json.loads(sidecar(file).read_text(encoding="utf-8"))["model"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(json_object(sidecar(file).read_bytes())["model"])
+    except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"{sidecar(file)} names no model", str(error), "give --model NAME"
         ) from error

@@ -22,7 +22,7 @@ from tdjax.config.values import path as checked_path
 from tdjax.errors import UsageError
 from tdjax.files import near
 from tdjax.text.characters import repaired
-from tdjax.text.rows import SUFFIXES, rows_of
+from tdjax.text.rows import SHEETS, SUFFIXES, rows_of
 
 COLUMNS = ("prompt", "seed", "image", "num_frames", "out")
 _NUMBERS = ("seed", "num_frames")
@@ -99,10 +99,11 @@ def _read_prompt_file(name: str, own: Job, note: Callable[[str], None]) -> list[
     suffix = path.suffix.lower()
     if suffix not in ("", *SUFFIXES):
         close = near(suffix, SUFFIXES, cutoff=0.4)
+        fix = f"did you mean {close[0]}?" if close else "name it .txt for one prompt a line"
         raise UsageError(
             f"--prompt_file {name} has the suffix {path.suffix!r}",
             f"read are {', '.join(SUFFIXES)}, and no suffix (one prompt a line)",
-            f"did you mean {close[0]}?" if close else "name it .txt for one prompt a line",
+            "save the table as .csv" if suffix in SHEETS else fix,
         )
     try:
         data = standard_input().buffer.read() if name == "-" else path.read_bytes()
@@ -147,8 +148,8 @@ def _wrong(row: Any) -> str | None:
         return f"unknown column {unknown[0]!r}"
     if not str(row.get("prompt") or "").strip():
         return "no prompt"
-    # 3.0 is 3: spreadsheets write whole numbers so
-    whole = rf"[+-]?[0-9]{{1,{DIGITS}}}(\.0*)?|"
+    # 3.0 is 3: spreadsheets write whole numbers so; 3.000 is three thousand to half of them
+    whole = rf"[+-]?[0-9]{{1,{DIGITS}}}(\.(?!000$)0*)?|"
     for column, value in row.items():
         if value is None:
             continue

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import os
 import re
 import string
 from collections.abc import Callable, Container, Iterator
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from tdjax import files
+from tdjax.checkpoints.locate import PATHS
+from tdjax.cli import lora_pair
 from tdjax.errors import UsageError
-from tdjax.files import refuse_unwritable
+from tdjax.files import refuse_inputs, refuse_unwritable
 from tdjax.generate.jobs import Job
 from tdjax.generate.resume import finished, replaceable, shown
 from tdjax.media.video import Writer, check_settings, enlarged, target_notes, write
@@ -46,7 +49,8 @@ def check_early(args) -> None:
     if path.suffix != SUFFIX["latents"]:
         check_settings(path, args.fps, args.crf)
     if args.save_path and not args.prompt_file and "{" not in text:
-        _check(args, targets(args, "", Job(prompt="", seed=args.seed)), args.overwrite)
+        job = Job(prompt="", seed=args.seed, image=args.image_path)
+        _check(args, job, targets(args, "", job), args.overwrite)
     elif "{" not in str(Path(text).parent):
         refuse_unwritable(path)
 
@@ -122,17 +126,27 @@ def _numbered(args, name: str, job: Job, first: int) -> list[Path]:
     return [_path(args, name, job, first + index, count) for index in range(count)]
 
 
-def _going_on(args, name: str, job: Job, taken: Container[Path], session: bool) -> list[Path]:
+def _going_on(
+    args, name: str, job: Job, taken: Container[Path], session: bool, begun: dict[Path, int]
+) -> list[Path]:
     """The files of a job; `{index}` goes on where an earlier row has the names, and in a session
-    also where there are files of that name."""
+    also where there are files of that name.
+
+    begun: {file of index 0: where `{index}` went on last}, so that many rows do not each begin at
+           0.
+    """
     if job.out is not None or "index" not in _names(template(args)):
         return targets(args, name, job)
     paths = _numbered(args, name, job, 0) if session else targets(args, name, job)
     beside = session and not args.overwrite
-    first = 0
-    while any(path in taken or (beside and _there(path)) for path in paths):
+    start = _place(paths[0])
+    first = begun.get(start, 0)
+    if first:
+        paths = _numbered(args, name, job, first)
+    while any(_place(path) in taken or (beside and _there(path)) for path in paths):
         first += 1
         paths = _numbered(args, name, job, first)
+    begun[start] = first
     return paths
 
 
@@ -147,6 +161,11 @@ def _next(path: Path) -> Path:
     if stem and number.isascii() and number.isdecimal():
         return _unused(path.with_stem(f"{stem}-{int(number) + 1}"))
     return _unused(path.with_stem(f"{path.stem}-2"))
+
+
+def _place(path: Path) -> Path:
+    """The one name of a file that rows may spell in several ways."""
+    return Path(os.path.abspath(path))
 
 
 def _there(path: Path) -> bool:
@@ -189,9 +208,10 @@ def assign(
     todo: list[Task] = []
     lines: dict[str, None] = {}
     taken = {} if session is None else session
+    begun: dict[Path, int] = {}
     for job in jobs:
-        paths = _going_on(args, name, job, taken, session is not None)
-        for path in paths:
+        paths = _going_on(args, name, job, taken, session is not None, begun)
+        for path in map(_place, paths):
             if path in taken:
                 raise UsageError(
                     f"two videos would be written to {path}",
@@ -204,7 +224,7 @@ def assign(
             if finished(args, paths, facts(job), note):
                 continue
             overwrite = replaceable(args, paths)  # an interrupted row is made anew, whole
-        _check(args, paths, overwrite)
+        _check(args, job, paths, overwrite)
         lines |= dict.fromkeys(target_notes(paths[0], args.fps, args.crf))
         todo.append(Task(job=job, paths=paths, overwrite=overwrite))
     if args.grid and args.num_samples == 1:
@@ -214,9 +234,19 @@ def assign(
     return todo
 
 
-def _check(args, paths: list[Path], overwrite: bool) -> None:
+def inputs(args, image: str | None) -> list[Path]:
+    """Files that a video is made from, as far as they are named by their paths."""
+    loras = [lora_pair(text)[0] for text in (*args.lora, *args.lora_high, *args.lora_low)]
+    named = [image, args.latents, args.prompt_embeds, args.prompt_file, args.model, *loras]
+    named += [getattr(args, name) for name in PATHS]
+    return [Path(name) for name in named if name]
+
+
+def _check(args, job: Job, paths: list[Path], overwrite: bool) -> None:
     metadata = args.metadata == "on"
     for path in paths:
+        if overwrite:
+            refuse_inputs(path, inputs(args, job.image))
         check_save(path, fps=args.fps, crf=args.crf, metadata=metadata, overwrite=overwrite)
         if args.preview:
             files.refuse_existing(preview_of(path), overwrite)
@@ -247,7 +277,7 @@ def claimed(args, task: Task, note: Callable[[str], None]) -> Iterator[list[Path
                 "two videos of one name would be one",
                 "give another save_path",
             )
-        _check(args, paths, task.overwrite)
+        _check(args, task.job, paths, task.overwrite)
         yield paths
 
 

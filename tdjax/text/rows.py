@@ -11,6 +11,7 @@ from typing import Any
 from tdjax.config.parsing import json_value
 
 TABLES = (".csv", ".tsv")
+SHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")  # which are not read
 JSON_LINES = (".jsonl", ".ndjson")
 SUFFIXES = (".txt", *TABLES, ".json", *JSON_LINES)
 # Characters at which str.splitlines() ends a line beside \n: text pasted from a web page or a word
@@ -31,13 +32,15 @@ def rows_of(data: bytes, suffix: str, columns: tuple[str, ...]) -> list[Any]:
     if suffix == ".json":
         return _json_rows(text)
     if suffix in JSON_LINES:
-        return [json_value(line) for line in text.split("\n") if line.strip()]
+        return [json_value(line, unique=True) for line in text.split("\n") if line.strip()]
     return _line_rows(text, columns)
 
 
 def decoded(data: bytes) -> str:
     """Returns bytes as text with \\n at the end of lines: UTF-8, or UTF-16 with its mark. Raises
-    ValueError with the line that is neither."""
+    ValueError with the line that is neither, and for what is no text."""
+    if data.startswith(b"PK\x03\x04"):
+        raise ValueError("it is a zip archive, as spreadsheets are: save the table as .csv")
     utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = data.decode("utf-16" if utf_16 else "utf-8-sig")
@@ -46,6 +49,9 @@ def decoded(data: bytes) -> str:
         raise ValueError(
             f"line {line} is not UTF-8 (byte 0x{data[error.start]:02x}): save the file as UTF-8"
         ) from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(f"line {line} holds the character 0, which no text has: save it as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -63,7 +69,7 @@ def _line_rows(text: str, columns: tuple[str, ...]) -> list[Any]:
 
 
 def _json_rows(text: str) -> list[Any]:
-    rows = json_value(text)
+    rows = json_value(text, unique=True)
     if not isinstance(rows, list):
         raise ValueError("it is not a list of rows or prompts")
     return rows
@@ -74,6 +80,8 @@ def _table_rows(text: str, delimiter: str | None, columns: tuple[str, ...]) -> l
     so is a column without a name (the numbers that pandas writes). Raises ValueError for damage,
     such as a quote that is never closed."""
     text = text.lstrip("\n")
+    if said := re.match(r'"?sep=(.)"?\n', text):  # Excel's own line before a table
+        delimiter, text = said[1], text[said.end() :]
     if not text:
         return []
     if delimiter is None:

@@ -40,8 +40,7 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] not in every:
         sys.exit(f"readers: {', '.join(every)}")
     case = readers.Case(every[argv[0]])
-    corpus = folder / "corpus"
-    corpus.mkdir()
+    corpus = Path(tempfile.mkdtemp())
     for i, data in enumerate(seeds(case)):
         (corpus / str(i)).write_bytes(data)
     files = [] if any(not word.startswith("-") for word in argv[1:]) else [str(corpus)]

@@ -217,3 +217,29 @@ def test_a_claim_that_nobody_finished_is_no_claim(tmp_path, year, said):
         with files.claimed([target]) as other:
             assert other
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_other_things_is_not_offered_for_replacement(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UsageError, match="exists\n.*\n.*/NAME") as error:
+        refuse_existing(tmp_path, overwrite=False, owned=lambda path: False)
+    assert "overwrite`" not in str(error.value)
+    with pytest.raises(UsageError, match="`overwrite`"):
+        refuse_existing(tmp_path, overwrite=False, owned=lambda path: True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_devices_and_pipes_are_no_files(tmp_path, overwrite):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "out").symlink_to("/dev/null")
+    (tmp_path / "redirected").touch()
+    with open(tmp_path / "redirected") as file:
+        (tmp_path / "stream").symlink_to(f"/proc/self/fd/{file.fileno()}")
+        with pytest.raises(UsageError, match="is a device or a pipe"):
+            refuse_existing(tmp_path / "stream", overwrite)
+    for path in (tmp_path / "pipe", tmp_path / "out", Path("/dev/null")):
+        with pytest.raises(UsageError, match="is a device or a pipe"), written(path, overwrite):
+            pytest.fail("the block ran")
+    assert (tmp_path / "out").is_symlink() and Path("/dev/null").is_char_device()
+    with pytest.raises(UsageError, match="standard output"):
+        refuse_existing(Path("-"), overwrite)

@@ -1,5 +1,6 @@
 """The persistent cache of programs: on by default, also where jax has compiled before."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -51,9 +52,14 @@ def test_a_process_keeps_programs_after_load(tmp_path, given):
         assert any(path.name.endswith("-cache") for path in folder.iterdir())
 
 
+def path(folder, name):
+    """An entry as JAX names them."""
+    return folder / f"{name}-{'0f' * 32}-cache"
+
+
 def entries(folder, **contents):
     for name, data in contents.items():
-        (folder / f"{name}-cache").write_bytes(data)
+        path(folder, name).write_bytes(data)
 
 
 def kept(folder):
@@ -61,7 +67,7 @@ def kept(folder):
     probe = folder / ".probe"
     probe.touch()
     compiled._remove_damaged(folder, probe)
-    return {path.name.removesuffix("-cache") for path in folder.glob("*-cache")}
+    return {entry.name.partition("-")[0] for entry in folder.glob("*-cache")}
 
 
 def test_entries_that_were_cut_are_removed(tmp_path):
@@ -78,7 +84,7 @@ def test_entries_that_were_cut_are_removed(tmp_path):
 
 def test_an_entry_is_looked_at_once(tmp_path, monkeypatch):
     entries(tmp_path, a=zlib.compress(b"a"))
-    os.utime(tmp_path / "a-cache", (1, 1))
+    os.utime(path(tmp_path, "a"), (1, 1))
     assert kept(tmp_path) == {"a"}
     monkeypatch.setattr(compiled, "_is_whole", lambda entry: pytest.fail("looked at again"))
     assert kept(tmp_path) == {"a"}
@@ -92,3 +98,24 @@ def test_a_mark_of_a_clock_that_was_ahead_hides_no_entry(tmp_path):
     assert kept(tmp_path) == {"a"}
     entries(tmp_path, cut=b"")
     assert kept(tmp_path) == {"a"}
+
+
+def test_nothing_else_in_the_folder_is_touched(tmp_path):
+    """A user's own folder may be given, or one that holds the caches of other programs."""
+    (tmp_path / "xml-cache").write_text("x as zlib begins")
+    (tmp_path / "empty-cache").touch()
+    path(tmp_path, "folder").mkdir()
+    (tmp_path / "mine").touch()
+    path(tmp_path, "link").symlink_to("mine")
+    before = sorted(tmp_path.iterdir())
+    kept(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / compiled.CHECKED])
+
+
+def test_a_look_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def fail(folder, probe):
+        raise PermissionError(errno.EACCES, "no")
+
+    monkeypatch.setattr(compiled, "_remove_damaged", fail)
+    assert "is not writable (no)" in keep_programs(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -33,6 +33,11 @@ def test_json_that_is_refused(text, message):
         json_object(text, unique=True)
 
 
+@pytest.mark.parametrize("text", ['\ufeff{"a": "é"}', '\ufeff{"a": "é"}'.encode(), '{"a": "é"}'])
+def test_a_byte_order_mark_is_no_part_of_json(text):
+    assert json_object(text) == {"a": "é"}
+
+
 class Inner(TypedDict):
     words: list[str]
 

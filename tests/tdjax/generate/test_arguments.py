@@ -1,6 +1,7 @@
 """The command line: official spellings, contradictions, and answers before jax is imported."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -98,6 +99,26 @@ def test_embeddings_that_exist_are_refused_before_anything_runs(capsys, tmp_path
     (tmp_path / "e.safetensors").touch()
     message = fails(capsys, "--save_prompt_embeds", str(tmp_path / "e.safetensors"))
     assert "exists" in message and "--overwrite" in message
+
+
+def test_embeddings_are_not_written_over_what_they_are_made_of(capsys, tmp_path):
+    rows = tmp_path / "rows.txt"
+    rows.write_text("a fox")
+    words = ("--prompt_file", str(rows), "--save_prompt_embeds", str(rows), "--overwrite")
+    assert "is the input" in fails(capsys, *words)
+    words = ("--prompt_embeds", str(rows), "--save_prompt_embeds", str(tmp_path / "e"))
+    assert "nothing to encode" in fails(capsys, *words)
+    assert rows.read_text() == "a fox" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["-", "pipe"])
+@pytest.mark.parametrize("option", ["--save_path", "--save_prompt_embeds"])
+def test_a_stream_is_no_place_for_a_file(capsys, tmp_path, monkeypatch, option, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    message = fails(capsys, option, name, "--overwrite")
+    assert "give the name of a file" in message and "whole, under a name" in message
+    assert os.listdir() == ["pipe"]
 
 
 def test_every_path_takes_a_tilde(monkeypatch, tmp_path):

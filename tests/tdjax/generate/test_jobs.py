@@ -62,6 +62,15 @@ def test_tables_of_spreadsheets(jobs, kind, encoding):
     assert [(j.prompt, j.seed, j.row) for j in rows] == [(FOX, 1, 1), (HEN, 2, 2)]
 
 
+@pytest.mark.parametrize("line", ["sep=;\n", '"sep=;"\r\n', "sep=|\r\n", "sep=\t\n"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_table_may_say_what_separates_its_columns(jobs, line, encoding):
+    mark = line.strip('"\r\n')[-1]
+    text = f"{line}prompt{mark}seed\n{FOX}{mark}3.00\n"
+    rows, _ = jobs("p.csv", text.encode(encoding))
+    assert [(job.prompt, job.seed) for job in rows] == [(FOX, 3)]
+
+
 @pytest.mark.parametrize(
     ("content", "word"),
     [
@@ -74,6 +83,10 @@ def test_tables_of_spreadsheets(jobs, kind, encoding):
         ("prompt\na circle, red\n", "between double quotes"),
         ('prompt,seed\n"a fox,1\na hen,2\n', "unexpected end"),
         ("prompt,prompt\na,b\n", "twice"),
+        ("prompt;seed\na fox;1.000\n", "seed is '1.000'"),
+        (b"PK\x03\x04" + bytes(99), "zip archive.*spreadsheets"),
+        ("prompt\na fox\n".encode("utf-16-le"), "line 1 holds the character 0"),
+        ("prompt\na fox\n".encode("utf-32"), "the character 0"),
         ("prompt\ncaf\xe9\n".encode("cp1252"), "line 2 is not UTF-8.*0xe9.*save the file"),
     ],
 )
@@ -110,6 +123,10 @@ def test_kinds_of_files(jobs, name, content):
         ("p.jsonl", '{"prompt": ["a"]}', "prompt is"),
         ("p.jsonl", '{"prompt": "a", "seed": true}', "seed is True"),
         ("p.jsonl", '{"prompt": "a"', "cannot be read"),
+        ("p.jsonl", '{"prompt": "a", "seed": 1, "seed": 2}', "twice"),
+        ("p.json", '[{"prompt": "a", "prompt": "b"}]', "twice"),
+        ("p.txt", "a fox\na \0 hen", "line 2 holds the character 0"),
+        ("p.ods", "x", "save the table as .csv"),
     ],
 )
 def test_files_of_another_kind_are_refused(jobs, name, content, word):

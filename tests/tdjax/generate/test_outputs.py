@@ -11,9 +11,18 @@ import pytest
 
 from tdjax import files
 from tdjax.errors import UsageError
+from tdjax.generate import outputs
 from tdjax.generate.arguments import parse
 from tdjax.generate.jobs import Job
-from tdjax.generate.outputs import Files, Task, assign, check_template, claimed, targets
+from tdjax.generate.outputs import (
+    Files,
+    Task,
+    assign,
+    check_early,
+    check_template,
+    claimed,
+    targets,
+)
 from tdjax.media.video import read_video
 from tdjax.pipeline.result import sidecar
 from tdjax.progress import Stages
@@ -77,6 +86,40 @@ def test_two_rows_of_one_name_are_refused(tmp_path):
         assigned(parse(["--prompt_file", "p.csv"]), jobs)
 
 
+@pytest.mark.parametrize("other", ["v.gif", "./x/../v.gif", "{here}/v.gif", "{here}//./v.gif"])
+def test_two_spellings_of_one_name_are_one(tmp_path, monkeypatch, other):
+    monkeypatch.chdir(tmp_path)
+    outs = ("v.gif", other.format(here=tmp_path))
+    jobs = [Job(prompt="a", seed=0, out=out, row=i) for i, out in enumerate(outs)]
+    with pytest.raises(UsageError, match="two videos would be written"):
+        assigned(parse(["--prompt_file", "p.csv"]), jobs)
+
+
+INPUTS = [
+    *("--latents", "--prompt_embeds", "--dit_path", "--vae_path", "--text_encoder_path"),
+    *("--high_noise_model_path", "--low_noise_model_path", "--lora", "--lora_low", "--image"),
+]
+
+
+@pytest.mark.parametrize("option", INPUTS)
+@pytest.mark.parametrize("place", ["a.{kind}", "x/../a.{kind}", "{here}/a.{kind}"])
+def test_an_input_is_not_replaced(tmp_path, monkeypatch, option, place):
+    monkeypatch.chdir(tmp_path)
+    kind = "gif" if option == "--image" else "safetensors"
+    (tmp_path / "x").mkdir()
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(b"mine")
+    given = f"{path}:0.5" if "lora" in option else str(path)
+    out = place.format(kind=kind, here=tmp_path)
+    args = parse([option, given, "-o", out, "--overwrite"])
+    with pytest.raises(UsageError, match="is the input"):
+        check_early(args)
+    job = Job(prompt="a", seed=0, out=out, image=given if option == "--image" else None)
+    with pytest.raises(UsageError, match="is the input"):
+        assigned(args, [job])
+    assert path.read_bytes() == b"mine"
+
+
 def test_the_index_goes_on_where_rows_would_meet(tmp_path):
     args = parse(["--prompt_file", "p.txt", "-o", f"{tmp_path}/x_{{index}}.gif", "--num_samples=2"])
     jobs = [Job(prompt=prompt, seed=0, row=row) for row, prompt in enumerate("abc", 1)]
@@ -86,6 +129,16 @@ def test_the_index_goes_on_where_rows_would_meet(tmp_path):
         made_before(tmp_path / name)
     again = assigned(args, jobs)
     assert [[path.name for path in task.paths] for task in again] == made[1:]
+
+
+def test_many_rows_find_their_names_at_once(tmp_path, monkeypatch):
+    """Not each from the beginning: ten thousand of them would look at fifty million names."""
+    asked, numbered = [], outputs._numbered
+    monkeypatch.setattr(outputs, "_numbered", lambda *a: asked.append(1) or numbered(*a))
+    args = parse(["--prompt_file", "p.txt", "-o", f"{tmp_path}/x_{{index}}.gif"])
+    rows = [Job(prompt="a", seed=0, row=row) for row in range(1, 301)]
+    made = [task.paths[0].name for task in assigned(args, rows)]
+    assert made == [f"x_{index}.gif" for index in range(300)] and len(asked) < 1000
 
 
 @pytest.mark.parametrize("template", [None, "out/x_{index}.gif", "x_{seed}_{index:02d}.gif"])
