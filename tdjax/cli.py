@@ -21,6 +21,14 @@ from tdjax.errors import TdjaxError, UsageError
 from tdjax.files import near
 from tdjax.progress import say
 
+# Settings of JAX under which programs that are right are refused.
+_STRICT = (
+    "jax_numpy_rank_promotion",
+    "jax_transfer_guard",
+    "jax_transfer_guard_host_to_device",
+    "jax_transfer_guard_device_to_device",
+    "jax_transfer_guard_device_to_host",
+)
 INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143
 NOTHING_HALF_WRITTEN = "nothing was left half-written; the same command starts again"
 
@@ -291,6 +299,10 @@ def start_jax(note: Callable[[str], None]) -> str:
     if jax.config.read("jax_enable_x64"):
         jax.config.update("jax_enable_x64", False)
         note("JAX_ENABLE_X64 has no effect: the numbers here have 32 bits or fewer")
+    for name in _STRICT:
+        if getattr(jax.config, name) in ("raise", "disallow", "disallow_explicit"):
+            jax.config.update(name, "allow")
+            note(f"{name.upper()} has no effect: it is for finding errors in programs")
     if jax.config.jax_disable_jit:
         raise UsageError(
             "JAX_DISABLE_JIT is set",

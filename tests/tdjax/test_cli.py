@@ -336,6 +336,21 @@ def test_numbers_of_64_bits_are_turned_off():
         jax.config.update("jax_enable_x64", before)
 
 
+@pytest.mark.parametrize(
+    ("name", "strict"),
+    [("jax_numpy_rank_promotion", "raise"), ("jax_transfer_guard", "disallow")],
+)
+def test_settings_that_refuse_right_programs_are_turned_off(name, strict):
+    notes, before = [], getattr(jax.config, name)
+    try:
+        jax.config.update(name, strict)
+        cli.start_jax(notes.append)
+        assert getattr(jax.config, name) == "allow" and name.upper() in notes[0]
+        assert (jax.numpy.ones((2, 3)) + jax.numpy.ones(3) * 2)[0, 0] == 3
+    finally:
+        jax.config.update(name, before)
+
+
 @pytest.mark.slow
 def test_nothing_of_it_imports_jax():
     modules = "tdjax.cli, tdjax.files, tdjax.cache, tdjax.generate.__main__, convert.__main__"

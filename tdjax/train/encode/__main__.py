@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from tdjax import cli
+
+if __name__ == "__main__":
+    cli.heed_signals()
+
 from tdjax.checkpoints import demo
 from tdjax.config import VIDEO_SIZES, VideoSize
 from tdjax.config.parsing import json_object
