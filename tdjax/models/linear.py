@@ -308,6 +308,47 @@ class FP8Linear(RowLinear):
 LINEAR = {"float": Linear, "int8": Int8Linear, "int8_channel": Int8ChannelLinear, "fp8": FP8Linear}
 
 
+class WeightOnlyLinear(nnx.Module):
+    """A frozen linear layer of 8-bit weights whose product is computed in the dtype of x: unlike
+    the kinds above it has a derivative by x."""
+
+    def __init__(self, layer, kind: str):
+        self.kind = kind
+        for name in LINEAR[kind].leaves:
+            setattr(self, name, getattr(layer, name))
+        self.bias = layer.bias
+
+    def __call__(self, x):  # [... i] -> [... o]
+        leaves = [getattr(self, name)[...] for name in LINEAR[self.kind].leaves]
+        weight = LINEAR[self.kind].unpacked(*leaves).astype(x.dtype)  # [o i]
+        y = jnp.einsum("...i,oi->...o", x, weight, precision=EXACT)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    quantize_input = Linear.quantize_input
+    gelu_quantized = Linear.gelu_quantized
+
+
+class AdaptedLinear(nnx.Module):
+    """A frozen linear layer with a trained product of two narrow ones beside it."""
+
+    def __init__(self, layer, down, up, scale: float):
+        self.layer = layer
+        self.down = nnx.Param(down)  # [i r]
+        self.up = nnx.Param(up)  # [r o]
+        self.scale = scale
+
+    def __call__(self, x):  # [... i] -> [... o]
+        narrow = jnp.matmul(x, self.down[...].astype(x.dtype))
+        change = jnp.matmul(narrow, self.up[...].astype(x.dtype))
+        return self.layer(x) + self.scale * change
+
+    def quantize_input(self, x):
+        return self.layer.quantize_input(x)
+
+    def gelu_quantized(self, x):
+        return self.layer.gelu_quantized(x)
+
+
 @partial(jax.jit, static_argnames=("old", "new", "dtype"))
 def converted(leaves: tuple, *, old: str, new: str, dtype) -> tuple:
     """The leaves [n ...] of a stacked layer of kind `old` as those of kind `new` (a float kernel in

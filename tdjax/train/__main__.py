@@ -215,7 +215,8 @@ def run(args, parts: dict[str, Tree]) -> int:
         )
         return 130
     if hosts.first():
-        print(exported)
+        for path in exported:
+            print(path)
     return 0
 
 

@@ -11,7 +11,7 @@ import math
 import re
 from typing import Any
 
-from tdjax.config import DiTConfig, SLAConfig, positive
+from tdjax.config import LINEAR, DiTConfig, SLAConfig, positive
 from tdjax.precision import FLOATS
 
 DECAY = ("constant", "linear", "cosine")
@@ -117,6 +117,27 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank adapters (arXiv 2106.09685) on linear layers of the blocks, over frozen weights."""
+
+    rank: int = _field(32, "width of an adapter")
+    alpha: float | None = _field(None, "the change counts alpha / rank; none: once")
+    layers: str = _field(
+        ".*", "pattern of whole names of linear layers, such as blocks.self_attn.(q|k|v|o)"
+    )
+
+    def __post_init__(self):
+        positive(self, "rank", most=4096)
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"LoRA.alpha is {self.alpha}; it must be positive and finite, or None")
+
+    @property
+    def scale(self) -> float:
+        """The factor of an adapter's product."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which weights the networks begin with. `dit` gives the sizes where there are no weights; else
     the file does."""
@@ -130,6 +151,12 @@ class ModelConfig:
     attention: str = _field("dense", "of the student: dense or sla")
     sla: SLAConfig = SLAConfig(block_q=64, block_k=64)
     compute: str = _field("bfloat16", "what flows between layers; trained weights are float32")
+    lora: LoRA | None = _field(None, "adapters in place of the weights; LoRA, or one of its keys")
+    frozen: str = _field(
+        "float",
+        "weights that are not trained, the teacher's too: float (of compute), or 8 bits: int8,"
+        " int8_channel, fp8",
+    )
     dit: DiTConfig = DiTConfig()
 
     def __post_init__(self):
@@ -137,6 +164,7 @@ class ModelConfig:
             ("attention", STUDENT),
             ("compute", FLOATS),
             ("expert", ("", *EXPERTS)),
+            ("frozen", LINEAR),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -167,8 +195,10 @@ class OptimizerConfig:
     )
     final: float = _field(0.0, "factor of the learning rate at the end of the decay")
     clip: float | None = _field(None, "greatest norm of the gradient")
-    train: str = _field(
-        ".*", "pattern of whole weight names; the others keep their values and have no moments"
+    train: str | None = _field(
+        None,
+        "pattern of whole weight names; the others are frozen: no gradient, no moments, no average."
+        " none: all, or with model.lora no others but sparse attention's projections",
     )
 
     def __post_init__(self):

@@ -21,6 +21,7 @@ from tdjax.train.step import (
     keep,
     named_keys,
     negative_text,
+    network,
     normal,
     summary,
     velocity,
@@ -57,7 +58,7 @@ def drop_captions(text, negative, dropped):  # text, negative [b s d], dropped b
 
 def make_step(config: FlowMatchingConfig, optimizer) -> Callable:
     """Returns step(state, teacher, batch) -> (state, metrics). Of the teacher only the negative
-    embedding is used, and only for dropout."""
+    embedding is used, for dropout, and the base of a network that is trained in part."""
 
     own_times = (config.time_from, config.time_to)
 
@@ -74,8 +75,9 @@ def make_step(config: FlowMatchingConfig, optimizer) -> Callable:
         )
 
         def loss(model, batch, draws):
+            trained = network(model, teacher)
             values, ok = flow_matching_loss(
-                velocity(model, batch.text, batch.image), batch.latents, *draws
+                velocity(trained, batch.text, batch.image), batch.latents, *draws
             )
             return values.mean(), {"loss": values, "ok": ok}
 

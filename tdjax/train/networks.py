@@ -7,6 +7,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -19,6 +20,7 @@ from tdjax.models.wan_dit import DiT
 from tdjax.parallel.sharding import TRAINING_RULES
 from tdjax.pipeline.components import Component, open_component
 from tdjax.precision import Policy
+from tdjax.train import partial
 from tdjax.train.configs import EXPERTS, ModelConfig
 from tdjax.train.placement import created
 
@@ -27,12 +29,15 @@ class Networks:
     """The student and its teacher, opened without data: components, or None where there are no
     weights.
 
+    train: pattern of the weights that are trained (`OptimizerConfig.train`).
+    selection: what is trained of the student, or None for all of it. Its frozen part, `base`, is
+    the teacher's where the student begins there.
     Raises UsageError where a method other than "flow" has no weights, and CheckpointError for
     networks that cannot be teacher and student.
     """
 
-    def __init__(self, model: ModelConfig, method: str):
-        self.teacher = self.student = None
+    def __init__(self, model: ModelConfig, method: str, train: str | None = None):
+        self.teacher = self.student = self.base = None
         stored = model.dit
         if model.weights:
             self.teacher = _opened(model.weights, model)
@@ -47,33 +52,80 @@ class Networks:
                 "for example wan2.1-t2v-1.3b",
             )
         self.config: DiTConfig = trained(stored, model)
+        self.selection = partial.select(self.config, train, model.lora)
+        if self.selection is None and model.frozen != "float" and method == "flow":
+            raise UsageError(
+                f"model.frozen is {model.frozen!r} and every weight is trained",
+                "trained weights are float32",
+                "leave it away, or train in part: model.lora=LoRA",
+            )
+        if self.selection is not None and (method == "flow" or model.student):
+            self.base = self._open_base(model)
         if method == "flow":
             self.teacher = None
 
+    def _open_base(self, model: ModelConfig) -> Component:
+        """The student's file again, for what is not trained."""
+        if self.student is None:
+            raise UsageError(
+                "model.weights is not given and a part of the network is trained",
+                "the rest of it would be random numbers for ever",
+                "give model.weights=, or train all weights",
+            )
+        base = open_component(self.student.path, "dit")
+        base.config = dataclasses.replace(
+            frozen(base.stored, model), attention=self._stored_attention(), sla=self.config.sla
+        )
+        return base
+
+    def _stored_attention(self) -> str:
+        """The student's attention, as far as its file has weights for it."""
+        has_projection = self.student.stored.attention != "dense"
+        return self.config.attention if has_projection else "dense"
+
     def abstract(self):
-        """Returns the student as shapes."""
-        return orbax.abstract("dit", self.config)
+        """Returns what is trained of the student as shapes."""
+        whole = orbax.abstract("dit", self.config)
+        if self.selection is None:
+            return whole
+        leaves = orbax.named_leaves(whole)
+        weights = {name: leaves[name] for name in self.selection.weights}
+        return jax.eval_shape(self.selection.create, weights, jax.random.key(0))
 
     def abstract_teacher(self):
         """Returns the teacher as shapes, or None."""
-        return None if self.teacher is None else orbax.abstract("dit", self.teacher.config)
+        return _as_shapes(self.teacher)
+
+    def abstract_base(self):
+        """Returns the student's frozen part as shapes; None where it is the teacher, or nothing."""
+        return _as_shapes(self.base)
 
     def load_teacher(self, mesh: Mesh | None):
         """Returns the teacher with its weights over the mesh, or None."""
-        if self.teacher is None:
-            return None
-        self.teacher.mesh, self.teacher.rules = mesh, TRAINING_RULES
-        return self.teacher.load()
+        return _loaded(self.teacher, mesh)
+
+    def load_base(self, mesh: Mesh | None):
+        """Returns the student's frozen part over the mesh; None where it is the teacher, or
+        nothing."""
+        return _loaded(self.base, mesh)
 
     def load_student(self, mesh: Mesh | None, seed: int):
         """Returns the student with float32 weights: the file's, with a sparse projection that
-        begins at zero; or random ones."""
+        begins at zero; or random ones. Of one that is trained in part, that part."""
         if self.student is None:
             create = lambda key: DiT(self.config, rngs=nnx.Rngs(key))
             return created(create, jax.random.key(seed), mesh=mesh)
-        has_projection = self.student.stored.attention != "dense"
-        attention = self.config.attention if has_projection else "dense"
-        self.student.config = dataclasses.replace(self.config, attention=attention)
+        self.student.config = dataclasses.replace(self.config, attention=self._stored_attention())
+        if self.selection is not None:
+            shapes = orbax.named_leaves(orbax.abstract("dit", self.config))
+            weights = {}
+            for name in self.selection.weights:
+                stored = self.stored_leaf(name)
+                weights[name] = np.zeros(shapes[name].shape, np.float32)
+                if stored is not None:
+                    weights[name] = stored.astype(np.float32)
+            key = jax.random.key(seed)
+            return created(self.selection.create, weights, key, mesh=mesh)
         self.student.mesh, self.student.rules = mesh, TRAINING_RULES
         module = self.student.load()
         self.student.module = None  # the state has its own copy: this one may go
@@ -89,6 +141,26 @@ class Networks:
         }
         return orbax.assemble(wanted, leaves | begun)
 
+    def stored_leaf(self, name: str) -> np.ndarray | None:
+        """Returns a weight of the student's file on the host, float32; None where it has none."""
+        self.student.config = dataclasses.replace(self.config, attention=self._stored_attention())
+        if name not in orbax.named_leaves(orbax.abstract("dit", self.student.config)):
+            return None
+        return self.student.leaf(name)
+
+
+def _as_shapes(component: Component | None):
+    if component is None:
+        return None
+    return partial.weight_only(orbax.abstract("dit", component.config))
+
+
+def _loaded(component: Component | None, mesh: Mesh | None):
+    if component is None:
+        return None
+    component.mesh, component.rules = mesh, TRAINING_RULES
+    return partial.weight_only(component.load())
+
 
 def trained(stored: DiTConfig, model: ModelConfig) -> DiTConfig:
     """Returns the network that is trained: float32 weights, the attention that the run is about."""
@@ -97,8 +169,9 @@ def trained(stored: DiTConfig, model: ModelConfig) -> DiTConfig:
 
 
 def frozen(stored: DiTConfig, model: ModelConfig) -> DiTConfig:
-    """Returns a teacher: as it is stored, in the compute dtype."""
-    return dataclasses.replace(stored, policy=Policy(param=model.compute, compute=model.compute))
+    """Returns a frozen network: as it is stored, in the compute dtype or in 8 bits."""
+    policy = Policy(param=model.compute, compute=model.compute)
+    return dataclasses.replace(stored, policy=policy, linear=model.frozen)
 
 
 def _opened(name: str, model: ModelConfig) -> Component:

@@ -3,14 +3,10 @@ not finite count as zero."""
 
 from __future__ import annotations
 
-import re
-
 import jax
 import jax.numpy as jnp
 import optax
 
-from tdjax.errors import UsageError
-from tdjax.parallel.sharding import leaf_name
 from tdjax.train.configs import OptimizerConfig
 
 
@@ -31,40 +27,16 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     return optax.join_schedules([rising, after], [warmup])
 
 
-def trainable(model, pattern: str = ".*"):
-    """Returns booleans in the shape of the model: the leaves whose whole name
-    (`sharding.leaf_name`) matches the pattern.
-
-    Raises UsageError if none does.
-    """
-    mask = jax.tree_util.tree_map_with_path(
-        lambda path, _: re.fullmatch(pattern, leaf_name(path)) is not None, model
-    )
-    if not any(jax.tree.leaves(mask)):
-        names = ", ".join(leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(model))
-        raise UsageError(
-            f"no weight matches {pattern!r}",
-            f"the weights are {names}",
-            r'use e.g. ".*" or ".*self_attn\.core\.proj\..*"',
-        )
-    return mask
-
-
 def adamw(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Returns the whole chain; weight decay on every trained leaf."""
-    chain = optax.chain(
+    """Returns the whole chain; weight decay on every leaf. `config.train` is no matter of the
+    optimizer: what is not trained is not in the model that it updates (`partial.Trained`)."""
+    return optax.chain(
         _zero_bad(),
         optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
         _adam(config),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(learning_rate(config)),
     )
-    if config.train == ".*":
-        return chain
-    labels = lambda model: jax.tree.map(
-        lambda chosen: "train" if chosen else "keep", trainable(model, config.train)
-    )
-    return optax.partition({"train": chain, "keep": optax.set_to_zero()}, labels)
 
 
 def _zero_bad() -> optax.GradientTransformation:

@@ -67,6 +67,13 @@ _RCM_14B = {
     "loss.frequency": 10,
     "loss.warmup": 0,
 }
+# A usual beginning for some dozens of clips; nobody has published one that is right for all.
+_LORA = {
+    "model.lora": "LoRA",
+    "data.batch": 1,
+    "optimizer.learning_rate": 1e-4,
+    "optimizer.b1": 0.9,
+}
 # A transformer of 6 million parameters for 9 latent frames of 8 x 8 x 8, from random weights.
 _FM_TINY = {
     "model.compute": "float32",
@@ -128,5 +135,9 @@ PRESETS: dict[str, Preset] = {
         "rcm", "few-step distillation of Wan2.1 T2V 1.3B", _RCM_1_3B | _WEIGHTS_1_3B
     ),
     "rcm-14b": Preset("rcm", "the same for Wan2.1 T2V 14B", _RCM_14B | _WEIGHTS_14B),
+    "lora-1.3b": Preset(
+        "flow", "adapters on Wan2.1 T2V 1.3B, towards clips of your own", _LORA | _WEIGHTS_1_3B
+    ),
+    "lora-14b": Preset("flow", "the same for Wan2.1 T2V 14B", _LORA | _WEIGHTS_14B),
     "fm-tiny": Preset("flow", "flow matching of a small transformer from random weights", _FM_TINY),
 }

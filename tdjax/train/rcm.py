@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from tdjax.errors import UsageError
-from tdjax.models.wan_dit import with_compute
 from tdjax.sampling import flow
 from tdjax.train import consistency, times
 from tdjax.train.configs import SCM, RCMConfig
@@ -28,6 +27,7 @@ from tdjax.train.step import (
     guided_teacher,
     keep,
     named_keys,
+    network,
     normal,
     summary,
     velocity,
@@ -61,9 +61,12 @@ def scm_gradient(config: RCMConfig, model, teacher, batch: Batch, draws: dict, r
     c = flow.from_log_sigma(draws["data_time"])
     x = flow.noisy(batch.latents, draws["data_noise"], flow.per_sample(c))
     v_teacher = guided_teacher(teacher, batch, config.guidance)(x, flow.TIME_SCALE * c.u)
-    student = model if own.compute == "own" else with_compute(model, own.compute)
     v, term = consistency.TANGENT[own.tangent](
-        velocity(student, batch.text, batch.image), x, v_teacher, c, own.interval
+        velocity(network(model, teacher, own.compute), batch.text, batch.image),
+        x,
+        v_teacher,
+        c,
+        own.interval,
     )
     g = consistency.raw_direction(x, v_teacher - v, term, c, r, own.warmup_form)
     ok = whole(x, v, g)
@@ -71,7 +74,7 @@ def scm_gradient(config: RCMConfig, model, teacher, batch: Batch, draws: dict, r
 
     def loss(model):
         values, again = consistency.consistency_loss(
-            velocity(model, batch.text, batch.image), x, c, direction, own.kappa
+            velocity(network(model, teacher), batch.text, batch.image), x, c, direction, own.kappa
         )
         values = keep(ok & whole(again), values)
         return values.mean(), values
@@ -92,12 +95,12 @@ def dcm_gradient(config: RCMConfig, model, teacher, batch: Batch, draws: dict, r
     c, last = flow.from_log_sigma(s[0]), flow.from_log_sigma(s[-1])
     x = flow.noisy(batch.latents, draws["data_noise"], flow.per_sample(c))
     there = consistency.teacher_steps(guided_teacher(teacher, batch, config.guidance), x, s)
-    target = data_of(velocity(model, batch.text, batch.image), there, last)
+    target = data_of(velocity(network(model, teacher), batch.text, batch.image), there, last)
     ok = whole(x, target)
     x, target = lax.stop_gradient((keep(ok, x), keep(ok, target)))
 
     def loss(model):
-        student = velocity(model, batch.text, batch.image)
+        student = velocity(network(model, teacher), batch.text, batch.image)
         values = keep(ok, own.weight * consistency.dcm_loss(student, x, c, target))
         return values.mean(), values
 
@@ -108,8 +111,8 @@ def dcm_gradient(config: RCMConfig, model, teacher, batch: Batch, draws: dict, r
 def dmd_gradient(config: RCMConfig, state: DistillState, teacher, batch: Batch, draws: dict, count):
     """Returns (gradient of the mean, values of each sample) of the distribution-matching term; only
     the last of the `count` steps has a gradient."""
-    student = velocity(state.model, batch.text, batch.image)
-    critic = velocity(state.critic, batch.text, batch.image)
+    student = velocity(network(state.model, teacher), batch.text, batch.image)
+    critic = velocity(network(state.critic, teacher), batch.text, batch.image)
     x, s = rollout(student, draws["noise"], draws["time"], count)
     ok = whole(x)
 
@@ -119,7 +122,7 @@ def dmd_gradient(config: RCMConfig, state: DistillState, teacher, batch: Batch, 
         return dmd_direction(made, guided, critic, noise, time, config.dmd_limit)
 
     def loss(model):
-        student = velocity(model, batch.text, batch.image)
+        student = velocity(network(model, teacher), batch.text, batch.image)
         made = data_of(student, keep(ok, x), flow.from_log_sigma(s))
         d, gap = lax.stop_gradient(direction(lax.stop_gradient(made)))
         good = ok & whole(made, d)
@@ -219,10 +222,10 @@ def make_student_step(config: RCMConfig, optimizer) -> Callable:
 # -- critic ----------------------------------------------------------------------------------------
 
 
-def critic_gradient(config: RCMConfig, state: DistillState, batch: Batch, draws: dict):
+def critic_gradient(config: RCMConfig, state: DistillState, teacher, batch: Batch, draws: dict):
     """Returns (gradient of the mean, values of each sample) of the critic's loss on fresh samples
     of the student."""
-    student = velocity(state.model, batch.text, batch.image)
+    student = velocity(network(state.model, teacher), batch.text, batch.image)
     count = critic_updates(config, state.step) % config.max_steps + 1
     x, s = rollout(student, draws["noise"], draws["time"], count)
     made = data_of(student, x, flow.from_log_sigma(s))
@@ -230,8 +233,8 @@ def critic_gradient(config: RCMConfig, state: DistillState, batch: Batch, draws:
     made = keep(ok, made)
 
     def loss(critic):
-        network = velocity(critic, batch.text, batch.image)
-        values, v = critic_loss(network, made, draws["renoise"], draws["renoise_time"])
+        trained = velocity(network(critic, teacher), batch.text, batch.image)
+        values, v = critic_loss(trained, made, draws["renoise"], draws["renoise_time"])
         good = ok & whole(v)
         return keep(good, values).mean(), {"loss": keep(good, values), "ok": good}
 
@@ -239,15 +242,16 @@ def critic_gradient(config: RCMConfig, state: DistillState, batch: Batch, draws:
 
 
 def make_critic_step(config: RCMConfig, optimizer) -> Callable:
-    """Returns step(state, teacher, batch) -> (state, metrics), for the other turns. The teacher and
-    the batch's latents are not used, only the shape of the latents is."""
+    """Returns step(state, teacher, batch) -> (state, metrics), for the other turns. Of the
+    teacher only the base of networks that are trained in part is used, of the batch's latents only
+    their shape."""
     if not config.dmd_weight:
         raise ValueError("make_critic_step: dmd_weight is 0, and consistency alone has no critic")
 
     def step(state, teacher, batch):
         batch, keys = _begin(config, state, batch)
         draws = _sample_draws(config, keys, batch.latents.shape)
-        gradient = lambda arrays: critic_gradient(config, state, *arrays)
+        gradient = lambda arrays: critic_gradient(config, state, teacher, *arrays)
         grads, samples = accumulated(gradient, (batch, draws), config.accumulate)
         critic, opt, metrics = apply(optimizer, grads, state.critic_opt, state.critic)
         state = dataclasses.replace(state, step=state.step + 1, critic=critic, critic_opt=opt)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from tdjax.progress import Stages
 from tdjax.train import checkpoints, loop, placement, plan
 from tdjax.train.methods import method
 from tdjax.train.networks import Networks
+from tdjax.train.partial import Trained, save_lora
 from tdjax.train.sources import ShardSource, read_embedding
 from tdjax.train.state import Batch, Teacher
 from tdjax.train.stream import Position, Stream, rows_here
@@ -59,12 +61,24 @@ class TrainingRun:
         else:
             parse_mesh(mesh)  # a wrong word is told before anything is downloaded
         self.negative = self._open_negative()
-        self.networks = Networks(config["model"], name)
+        self.networks = Networks(config["model"], name, self._trained_weights())
         self.mesh = make_mesh(mesh, self.networks.config)
         self.stream = self._open_data()
         self.config["loss"] = plan.with_parts(config["loss"], self._parts())
         self.method = method(name, self.config)
         self.shapes = self._check_steps()
+
+    def _trained_weights(self) -> str | None:
+        """The pattern of the weights that are trained: one for the student and its critic."""
+        train = self.config["optimizer"].train
+        critic = self.config.get("critic")
+        if critic is not None and critic.train not in (None, train):
+            raise UsageError(
+                f"critic.train is {critic.train!r} and optimizer.train {train!r}",
+                "the critic is trained in the same part as the student",
+                "give optimizer.train alone",
+            )
+        return train
 
     def _open_data(self) -> Stream:
         data, cfg = self.config["data"], self.networks.config
@@ -121,7 +135,11 @@ class TrainingRun:
         batched = lambda x: jax.ShapeDtypeStruct((self.stream.size, *x.shape), x.dtype)
         samples = [source.read(source.first(unit)) for unit in source.firsts.values()]
         batches = [Batch(*jax.tree.map(batched, sample)) for sample in samples]
-        teacher = Teacher(model=self.networks.abstract_teacher(), negative=self.negative)
+        teacher = Teacher(
+            model=self.networks.abstract_teacher(),
+            negative=self.negative,
+            base=self.networks.abstract_base(),
+        )
         try:
             state = jax.eval_shape(self.method.create, self.networks.abstract())
             with self._on_mesh():
@@ -145,11 +163,16 @@ class TrainingRun:
         beginning."""
         found = hosts.agreed(lambda: str(checkpoints.latest(self.folder) or "")) if resume else ""
         last = Path(found) if found else None
-        with self.stages("load teacher") if self.networks.teacher else contextlib.nullcontext():
+        read = self.networks.teacher or self.networks.base
+        with self.stages("load teacher") if read else contextlib.nullcontext():
             negative = self.negative
             if self.mesh is not None and negative is not None:
                 negative = hosts.place(negative, NamedSharding(self.mesh, PartitionSpec()))
-            teacher = Teacher(model=self.networks.load_teacher(self.mesh), negative=negative)
+            teacher = Teacher(
+                model=self.networks.load_teacher(self.mesh),
+                negative=negative,
+                base=self.networks.load_base(self.mesh),
+            )
         if last is None:
             with self.stages("load student"), self._on_mesh():
                 student = self.networks.load_student(self.mesh, self.config["run"].seed)
@@ -188,35 +211,48 @@ class TrainingRun:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise loop.out_of_memory(self.shapes, self.networks.abstract_teacher()) from error
+            frozen = self.networks.abstract_teacher(), self.networks.abstract_base()
+            raise loop.out_of_memory(self.shapes, frozen) from error
 
-    def export(self, outcome: loop.Outcome) -> Path:
+    def export(self, outcome: loop.Outcome) -> list[Path]:
         """Writes the averaged weights as a checkpoint that every other command takes, in the
-        compute dtype. Returns its folder, <run>/dit."""
+        compute dtype, <run>/dit; and adapters as <run>/lora.safetensors too, where the base has
+        all that they change. Returns their paths."""
+        ema, networks = outcome.state.ema, self.networks
         dtype = self.config["model"].compute
-        cfg = dataclasses.replace(self.networks.config, policy=Policy(param=dtype, compute=dtype))
+        cfg = dataclasses.replace(networks.config, policy=Policy(param=dtype, compute=dtype))
         wanted = orbax.named_leaves(orbax.abstract("dit", cfg))
-        leaves = orbax.named_leaves(outcome.state.ema)
-        if jax.process_count() == 1:  # one leaf at a time, as it is written
-            lazy = lambda x, dtype: Lazy(
-                tuple(x.shape), np.dtype(dtype), lambda: np.asarray(x.astype(dtype))
+        if networks.selection is None:
+            leaves = orbax.named_leaves(ema)
+            values = lambda name: np.asarray(leaves[name].astype(wanted[name].dtype))
+        else:
+            values = lambda name: ema.merged(name, networks.stored_leaf(name)).astype(
+                wanted[name].dtype
             )
-        else:  # no host has all of a leaf: each writes what it has
-            lazy = lambda x, dtype: x.astype(dtype)
         source = {
             "name": f"tdjax train {self.preset}",
             "step": outcome.step,
             "settings": self.settings,
         }
         with self.stages("export"):
-            return orbax.save(
-                self.folder / "dit",
-                {name: lazy(leaves[name], x.dtype) for name, x in wanted.items()},
-                "dit",
-                cfg,
-                source=source,
-                overwrite=True,
-            )
+            lazy = {
+                name: Lazy(tuple(x.shape), np.dtype(x.dtype), functools.partial(values, name))
+                for name, x in wanted.items()
+            }
+            folder = self.folder / "dit"
+            paths = [orbax.save(folder, lazy, "dit", cfg, source=source, overwrite=True)]
+            if networks.selection is not None and networks.selection.lora is not None:
+                paths += self._export_lora(ema)
+        return paths
+
+    def _export_lora(self, ema: Trained) -> list[Path]:
+        """The adapters as a file of their own. One over a base without the sparse projections
+        that were trained beside them would be half of the network."""
+        frozen = {name: self.networks.stored_leaf(name) for name in ema.weights}
+        if any(before is None for before in frozen.values()):
+            self.stages.note("the base has no sparse projections: dit holds them, a LoRA cannot")
+            return []
+        return [save_lora(self.folder / "lora.safetensors", ema, frozen)]
 
 
 def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:

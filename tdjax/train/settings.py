@@ -59,7 +59,8 @@ def fields(cls: type) -> dict[str, Field]:
 
 
 def _alternatives(hint) -> tuple[Any, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return tuple(sorted(kinds, key=lambda kind: kind is str))  # which takes any word: tried last
 
 
 def put(parts: dict[str, Tree], key: str, value: Any) -> None:
@@ -79,6 +80,9 @@ def put(parts: dict[str, Tree], key: str, value: Any) -> None:
             tree.values[word] = _parse(key, field, value) if isinstance(value, str) else value
             return
         cls = _class_of(tree.values.get(word, field.default))
+        if cls is None and len(field.classes) == 1:
+            tree.values.pop(word, None)  # a key of the only object that it can be asks for it
+            cls = field.classes[0]
         if cls is None:
             raise _no_object(key, field, ".".join([first, *words[:depth]]))
         tree = tree.values.setdefault(word, Tree(cls))

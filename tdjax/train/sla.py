@@ -18,7 +18,7 @@ from tdjax.sampling.few_step import Velocity
 from tdjax.train import times
 from tdjax.train.configs import SLATrainingConfig
 from tdjax.train.flow_matching import distance, finish, flow_matching_loss
-from tdjax.train.step import named_keys, normal, velocity
+from tdjax.train.step import named_keys, network, normal, velocity
 
 
 def white_box_loss(student: Velocity, teacher: Velocity, latents, eps, s):
@@ -44,7 +44,7 @@ def make_step(config: SLATrainingConfig, optimizer) -> Callable:
         )
 
         def loss(model, batch, draws):
-            student = velocity(model, batch.text, batch.image)
+            student = velocity(network(model, teacher), batch.text, batch.image)
             if config.target == "data":
                 values, ok = flow_matching_loss(student, batch.latents, *draws)
             else:

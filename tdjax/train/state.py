@@ -30,10 +30,12 @@ class Batch:
 @dataclasses.dataclass(frozen=True)
 class Teacher:
     """A frozen model (None for flow matching) and the embedding [s d] of its negative prompt (None
-    where there is no guidance)."""
+    where there is no guidance). base: the frozen part of networks that are trained in part, where
+    it is not the model's (`partial.Trained`)."""
 
     model: Any
     negative: jax.Array | np.ndarray | None = None
+    base: Any = None
 
 
 @jax.tree_util.register_dataclass

@@ -13,8 +13,10 @@ from einops import rearrange
 from jax import lax
 
 from tdjax.errors import UsageError
+from tdjax.models.wan_dit import with_compute
 from tdjax.parallel.sharding import constrain
 from tdjax.sampling.few_step import Velocity, guided
+from tdjax.train.partial import Trained
 from tdjax.train.state import Batch, Teacher
 
 # -- networks as velocities ------------------------------------------------------------------------
@@ -24,6 +26,15 @@ def velocity(model, text, image=None) -> Velocity:
     """Returns a model with its conditioning, text [b s d] and image [b t h w 20] or None, as the
     (x, timestep) -> v f32[b t h w c] of losses."""
     return lambda x, timestep: model(x, timestep, text, image).astype(jnp.float32)
+
+
+def network(model, teacher: Teacher | None, compute: str = "own"):
+    """Returns a trained model as it is called: what is trained in part lies over its frozen base.
+    compute: another dtype between its layers."""
+    if isinstance(model, Trained):
+        base = teacher.model if teacher.base is None else teacher.base
+        return model.over(base, None if compute == "own" else compute)
+    return model if compute == "own" else with_compute(model, compute)
 
 
 def negative_text(teacher: Teacher | None, text, purpose: str):

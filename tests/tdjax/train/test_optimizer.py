@@ -8,10 +8,9 @@ import pytest
 from flax import nnx
 from tolerances import assert_close
 
-from tdjax.errors import UsageError
 from tdjax.train import optimizer
 from tdjax.train.configs import OptimizerConfig
-from tdjax.train.optimizer import adamw, trainable
+from tdjax.train.optimizer import adamw
 
 
 class Two(nnx.Module):
@@ -119,17 +118,6 @@ def test_learning_rates():
     assert rate(warmup=0) == [1.0] * 7
 
 
-def test_weights_that_are_not_trained_stay_and_cost_nothing():
-    model = Two()
-    config = OptimizerConfig(learning_rate=0.1, warmup=0, train="b")
-    (after,), opt = run(config, model, gradients(1, model))
-    np.testing.assert_array_equal(after.a[...], model.a[...])
-    assert np.abs(after.b[...] - model.b[...]).min() > 1e-3
-    assert sum(x.size for x in jax.tree.leaves(opt) if x.ndim) == 7
-    with pytest.raises(UsageError, match="no weight matches 'blocks.*'\nthe weights are a, b"):
-        adamw(OptimizerConfig(train="blocks.*")).init(model)
-
-
 @pytest.mark.parametrize(
     "message, wrong",
     [
@@ -147,14 +135,3 @@ def test_weights_that_are_not_trained_stay_and_cost_nothing():
 def test_refusals(message, wrong):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**wrong)
-
-
-def test_trainable():
-    model = {"blocks": {"core": jnp.ones(1), "q": jnp.ones(1)}, "head": jnp.ones(1)}
-    assert trainable(model) == {"blocks": {"core": True, "q": True}, "head": True}
-    assert trainable(model, r"blocks\.co.*") == {
-        "blocks": {"core": True, "q": False},
-        "head": False,
-    }
-    with pytest.raises(UsageError, match="no weight matches 'core'"):  # whole names
-        trainable(model, "core")
