@@ -7,6 +7,7 @@ What `PRESET --help` says of a field is its metadata.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from typing import Any
@@ -354,7 +355,11 @@ class SCM:
     """Continuous-time consistency. kappa and floor are in units that do not depend on the size of a
     sample: the defaults are the published 100 : 1 and 0.1 for 20 latent frames at 480p."""
 
-    kappa: float = _field(0.07, "weight beside distribution matching")
+    kappa: float | None = _field(
+        0.07,
+        "weight beside distribution matching; none: the published 100 : 1 at the size of a sample,"
+        " 100 / sqrt(values)",
+    )
     floor: float = _field(
         7e-5, "directions of a smaller root mean square are not brought to full length"
     )
@@ -377,7 +382,8 @@ class SCM:
     )
 
     def __post_init__(self):
-        if not 0 < self.kappa < math.inf or not 0 <= self.floor < math.inf:
+        fine = self.kappa is None or 0 < self.kappa < math.inf
+        if not fine or not 0 <= self.floor < math.inf:
             raise ValueError(
                 f"SCM: kappa {self.kappa} must be positive, floor {self.floor} not negative"
             )
@@ -434,6 +440,11 @@ class RCMConfig:
     sample_time: TimeDistribution = _field(
         UniformShift(), "of the student's simulated steps, and of the noise on its samples"
     )
+    rollout: tuple[float, ...] | None = _field(
+        None,
+        "times of the second and later simulated steps in place of drawn ones: 1.5,1.4,1.0, of"
+        " TrigFlow, in radians",
+    )
     max_steps: int = _field(4, "samples are made in 1, 2, ... this many steps in turn")
     frequency: int = _field(
         5,
@@ -464,6 +475,14 @@ class RCMConfig:
                 f"RCMConfig: max_steps {self.max_steps} and frequency {self.frequency} must be at"
                 f" least 1, warmup {self.warmup} at least 0"
             )
+        times = self.rollout
+        if times is not None:
+            falling = all(a > b for a, b in itertools.pairwise((math.pi / 2, *times, 0.0)))
+            if not falling or len(times) < self.max_steps - 1:
+                raise ValueError(
+                    f"RCMConfig.rollout is {','.join(map(str, times))}; {self.max_steps - 1} times"
+                    " or more, falling from pi/2 to 0 and neither of the two"
+                )
         if self.frequency == 1 and self.dmd_weight:
             raise ValueError(
                 "RCMConfig: frequency 1 gives the critic no turn; distribution matching needs at"

@@ -12,17 +12,17 @@ from einops import rearrange, reduce
 
 from tdjax.sampling import flow
 from tdjax.sampling.few_step import Velocity
-from tdjax.train import times
 from tdjax.train.configs import FlowMatchingConfig
 from tdjax.train.ema import ema_update
 from tdjax.train.step import (
     accumulated,
     apply,
+    drawn,
     keep,
-    named_keys,
     negative_text,
     network,
     normal,
+    sample_keys,
     summary,
     velocity,
     whole,
@@ -60,31 +60,32 @@ def make_step(config: FlowMatchingConfig, optimizer) -> Callable:
     """Returns step(state, teacher, batch) -> (state, metrics). Of the teacher only the negative
     embedding is used, for dropout, and the base of a network that is trained in part."""
 
-    own_times = (config.time_from, config.time_to)
-
     def step(state, teacher, batch):
-        keys = named_keys(state, "noise", "time", "drop")
         latents = batch.latents.astype(jnp.float32)
+        keys = sample_keys(state, len(latents), "noise", "time", "drop")
         if config.dropout:
-            dropped = jax.random.bernoulli(keys["drop"], config.dropout, latents.shape[:1])
+            dropped = jax.vmap(lambda key: jax.random.bernoulli(key, config.dropout))(keys["drop"])
             negative = negative_text(teacher, batch.text, "caption dropout")
             batch = dataclasses.replace(batch, text=drop_captions(batch.text, negative, dropped))
-        draws = (
-            normal(keys["noise"], latents.shape),
-            times.draw(config.time, keys["time"], latents.shape[:1], own_times),
-        )
 
-        def loss(model, batch, draws):
-            trained = network(model, teacher)
+        def loss(model, batch, keys):
+            trained = velocity(network(model, teacher), batch.text, batch.image)
             values, ok = flow_matching_loss(
-                velocity(trained, batch.text, batch.image), batch.latents, *draws
+                trained, batch.latents, *noise_and_time(config, keys, batch)
             )
             return values.mean(), {"loss": values, "ok": ok}
 
         batch = dataclasses.replace(batch, latents=latents)
-        return finish(config, optimizer, state, loss, (batch, draws))
+        return finish(config, optimizer, state, loss, (batch, keys))
 
     return step
+
+
+def noise_and_time(config, keys: dict, batch):
+    """Returns (noise, log sigma f32[b]) for the latents of a microbatch, at times of the config."""
+    within = (config.time_from, config.time_to)
+    noise = normal(keys["noise"], batch.latents.shape[1:])
+    return noise, drawn(config.time, keys["time"], within=within)
 
 
 def finish(config, optimizer, state, loss: Callable, arrays):

@@ -56,6 +56,7 @@ _RCM_1_3B = {
     "data.per_device": 1,
     "run.steps": 10000,
     "critic.learning_rate": 4e-7,
+    "loss.consistency.kappa": None,
 }
 _RCM_14B = {
     "data.batch": 64,
@@ -63,6 +64,7 @@ _RCM_14B = {
     "run.steps": 4000,
     "optimizer.learning_rate": 1e-6,
     "critic.learning_rate": 1e-7,
+    "loss.consistency.kappa": None,
     "loss.consistency.time.mean": 1.5,
     "loss.frequency": 10,
     "loss.warmup": 0,
@@ -133,6 +135,18 @@ PRESETS: dict[str, Preset] = {
     "sla-a14b-i2v-low": _sla_a14b("i2v", "low", 0.9),
     "rcm-1.3b": Preset(
         "rcm", "few-step distillation of Wan2.1 T2V 1.3B", _RCM_1_3B | _WEIGHTS_1_3B
+    ),
+    # NVlabs/rcm as it was in December 2025: c + 5 (c - n), which is 6 in the usual count. As it is
+    # since: efc0ccb (2026-01-08, warm-up), 9dbd285 (2026-02-20, guidance).
+    "rcm-1.3b-2025": Preset(
+        "rcm",
+        "the same as the official code of December 2025 had it",
+        _RCM_1_3B | _WEIGHTS_1_3B | {"loss.guidance": 6.0},
+    ),
+    "rcm-1.3b-2026": Preset(
+        "rcm",
+        "the same as the official code has it since February 2026",
+        _RCM_1_3B | _WEIGHTS_1_3B | {"loss.consistency.warmup_form": "code2026"},
     ),
     "rcm-14b": Preset("rcm", "the same for Wan2.1 T2V 14B", _RCM_14B | _WEIGHTS_14B),
     "lora-1.3b": Preset(

@@ -8,6 +8,7 @@ teacher. Source: NVlabs/rcm rcm/models/t2v_model_distill_rcm.py.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -16,7 +17,7 @@ from jax import lax
 
 from tdjax.errors import UsageError
 from tdjax.sampling import flow
-from tdjax.train import consistency, times
+from tdjax.train import consistency
 from tdjax.train.configs import SCM, RCMConfig
 from tdjax.train.distribution import critic_loss, data_of, dmd_direction, dmd_loss, rollout
 from tdjax.train.ema import ema_update
@@ -24,11 +25,12 @@ from tdjax.train.state import Batch, DistillState
 from tdjax.train.step import (
     accumulated,
     apply,
+    drawn,
     guided_teacher,
     keep,
-    named_keys,
     network,
     normal,
+    sample_keys,
     summary,
     velocity,
     whole,
@@ -166,28 +168,32 @@ def student_gradient(config: RCMConfig, state: DistillState, teacher, batch: Bat
 
 def _data_draws(config: RCMConfig, keys: dict, shape) -> dict:
     """Returns noise and time (log sigma; for DCM a place between 0 and 1) of the consistency term,
-    batch axis first."""
+    for samples of this shape, batch axis first."""
     noise = {"data_noise": normal(keys["data_noise"], shape)}
     if isinstance(config.consistency, SCM):
-        time = times.draw(config.consistency.time, keys["data_time"], shape[:1])
-        return noise | {"data_time": time}
-    return noise | {"place": jax.random.uniform(keys["data_time"], shape[:1])}
+        return noise | {"data_time": drawn(config.consistency.time, keys["data_time"])}
+    return noise | {"place": jax.vmap(jax.random.uniform)(keys["data_time"])}
 
 
 def _sample_draws(config: RCMConfig, keys: dict, shape) -> dict:
-    """Returns what `rollout` and the comparison of its result take, batch axis first."""
-    b, n = shape[0], config.max_steps
-    time = times.draw(config.sample_time, keys["time"], (b, n))
+    """Returns what `rollout` and the comparison of its result take, for samples of this shape,
+    batch axis first."""
+    n = config.max_steps
+    if config.rollout is None:
+        time = drawn(config.sample_time, keys["time"], (n,)).at[:, 0].set(jnp.inf)
+    else:
+        fixed = [math.inf, *(math.log(math.tan(t)) for t in config.rollout)]
+        time = jnp.broadcast_to(jnp.float32(fixed[:n]), (len(keys["time"]), n))
     return {
-        "noise": normal(keys["noise"], (b, n, *shape[1:])),
-        "time": time.at[:, 0].set(jnp.inf),
+        "noise": normal(keys["noise"], (n, *shape)),
+        "time": time,
         "renoise": normal(keys["renoise"], shape),
-        "renoise_time": times.draw(config.sample_time, keys["renoise_time"], (b,)),
+        "renoise_time": drawn(config.sample_time, keys["renoise_time"]),
     }
 
 
 def _begin(config: RCMConfig, state: DistillState, batch: Batch):
-    """Returns (batch in float32, random keys) of a step, checked."""
+    """Returns (batch in float32, random keys of its samples) of a step, checked."""
     if (state.critic is None) != (config.dmd_weight == 0):
         article = "no" if state.critic is None else "a"
         raise UsageError(
@@ -195,7 +201,8 @@ def _begin(config: RCMConfig, state: DistillState, batch: Batch):
             "distribution matching needs a critic, and consistency alone has none",
             "create the state with critic and critic_optimizer exactly where dmd_weight is not 0",
         )
-    keys = named_keys(state, "data_noise", "data_time", "noise", "time", "renoise", "renoise_time")
+    names = "data_noise", "data_time", "noise", "time", "renoise", "renoise_time"
+    keys = sample_keys(state, len(batch.latents), *names)
     return dataclasses.replace(batch, latents=batch.latents.astype(jnp.float32)), keys
 
 
@@ -204,13 +211,17 @@ def make_student_step(config: RCMConfig, optimizer) -> Callable:
 
     def step(state, teacher, batch):
         batch, keys = _begin(config, state, batch)
-        draws = {}
-        if config.consistency:
-            draws |= _data_draws(config, keys, batch.latents.shape)
-        if config.dmd_weight:
-            draws |= _sample_draws(config, keys, batch.latents.shape)
-        gradient = lambda arrays: student_gradient(config, state, teacher, *arrays)
-        grads, samples = accumulated(gradient, (batch, draws), config.accumulate)
+
+        def gradient(arrays):
+            batch, keys = arrays
+            draws, shape = {}, batch.latents.shape[1:]
+            if config.consistency:
+                draws |= _data_draws(config, keys, shape)
+            if config.dmd_weight:
+                draws |= _sample_draws(config, keys, shape)
+            return student_gradient(config, state, teacher, batch, draws)
+
+        grads, samples = accumulated(gradient, (batch, keys), config.accumulate)
         model, opt, metrics = apply(optimizer, grads, state.opt, state.model)
         ema = ema_update(state.ema, model, student_updates(config, state.step), config.ema)
         state = dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt)
@@ -250,9 +261,13 @@ def make_critic_step(config: RCMConfig, optimizer) -> Callable:
 
     def step(state, teacher, batch):
         batch, keys = _begin(config, state, batch)
-        draws = _sample_draws(config, keys, batch.latents.shape)
-        gradient = lambda arrays: critic_gradient(config, state, teacher, *arrays)
-        grads, samples = accumulated(gradient, (batch, draws), config.accumulate)
+
+        def gradient(arrays):
+            batch, keys = arrays
+            draws = _sample_draws(config, keys, batch.latents.shape[1:])
+            return critic_gradient(config, state, teacher, batch, draws)
+
+        grads, samples = accumulated(gradient, (batch, keys), config.accumulate)
         critic, opt, metrics = apply(optimizer, grads, state.critic_opt, state.critic)
         state = dataclasses.replace(state, step=state.step + 1, critic=critic, critic_opt=opt)
         return state, summary(samples) | metrics

@@ -16,12 +16,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tdjax.checkpoints import orbax
 from tdjax.checkpoints.orbax import Lazy
+from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
 from tdjax.parallel import hosts
 from tdjax.parallel.mesh import every_device, make_mesh, parse_mesh
 from tdjax.precision import Policy
 from tdjax.progress import Stages
 from tdjax.train import checkpoints, loop, placement, plan
+from tdjax.train.configs import SCM
 from tdjax.train.methods import method
 from tdjax.train.networks import Networks
 from tdjax.train.partial import Trained, save_lora
@@ -62,6 +64,7 @@ class TrainingRun:
             parse_mesh(mesh)  # a wrong word is told before anything is downloaded
         self.negative = self._open_negative()
         self.networks = Networks(config["model"], name, self._trained_weights())
+        _check_tangent(config["loss"], self.networks.config)
         self.mesh = make_mesh(mesh, self.networks.config)
         self.stream = self._open_data()
         self.config["loss"] = plan.with_parts(config["loss"], self._parts())
@@ -253,6 +256,18 @@ class TrainingRun:
             self.stages.note("the base has no sparse projections: dit holds them, a LoRA cannot")
             return []
         return [save_lora(self.folder / "lora.safetensors", ema, frozen)]
+
+
+def _check_tangent(loss, cfg: DiTConfig) -> None:
+    """Raises UsageError for a difference over a time that the network rounds away."""
+    own = getattr(loss, "consistency", None)
+    if isinstance(own, SCM) and own.tangent != "exact" and cfg.round_time:
+        raise UsageError(
+            f"loss.consistency.tangent is {own.tangent!r}",
+            "this network rounds its timestep to steps of up to 4 in 1000, and a difference over"
+            f" {own.interval:g} is that of the rounding",
+            "use loss.consistency.tangent=exact",
+        )
 
 
 def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:

@@ -139,6 +139,7 @@ def _parse(key: str, field: Field, text: str) -> Any:
 
 _MISFIT = object()
 _TRIPLE = tuple[int, int, int]
+_REALS = tuple[float, ...]
 
 
 def _number(parse):
@@ -157,6 +158,11 @@ def _triple(text: str):
     return values if len(values) == 3 and _MISFIT not in values else _MISFIT
 
 
+def _reals(text: str):
+    values = tuple(_PARSERS[float](word.strip()) for word in text.strip("()[]").split(","))
+    return _MISFIT if _MISFIT in values else values
+
+
 _PARSERS = {
     int: _number(parse_whole),
     float: _number(parse_real),
@@ -164,6 +170,7 @@ _PARSERS = {
     types.NoneType: lambda text: None if text.lower() == "none" else _MISFIT,
     str: lambda text: text,
     _TRIPLE: _triple,
+    _REALS: _reals,
 }
 _WORDS = {
     int: "a whole number",
@@ -171,6 +178,7 @@ _WORDS = {
     bool: "true or false",
     types.NoneType: "none",
     _TRIPLE: "three numbers a,b,c",
+    _REALS: "numbers a,b,...",
 }
 
 

@@ -15,10 +15,9 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from tdjax.sampling.few_step import Velocity
-from tdjax.train import times
 from tdjax.train.configs import SLATrainingConfig
-from tdjax.train.flow_matching import distance, finish, flow_matching_loss
-from tdjax.train.step import named_keys, network, normal, velocity
+from tdjax.train.flow_matching import distance, finish, flow_matching_loss, noise_and_time
+from tdjax.train.step import network, sample_keys, velocity
 
 
 def white_box_loss(student: Velocity, teacher: Velocity, latents, eps, s):
@@ -33,18 +32,13 @@ def white_box_loss(student: Velocity, teacher: Velocity, latents, eps, s):
 def make_step(config: SLATrainingConfig, optimizer) -> Callable:
     """Returns step(state, teacher, batch) -> (state, metrics)."""
 
-    own_times = (config.time_from, config.time_to)
-
     def step(state, teacher, batch):
-        keys = named_keys(state, "noise", "time")
         latents = batch.latents.astype(jnp.float32)
-        draws = (
-            normal(keys["noise"], latents.shape),
-            times.draw(config.time, keys["time"], latents.shape[:1], own_times),
-        )
+        keys = sample_keys(state, len(latents), "noise", "time")
 
-        def loss(model, batch, draws):
+        def loss(model, batch, keys):
             student = velocity(network(model, teacher), batch.text, batch.image)
+            draws = noise_and_time(config, keys, batch)
             if config.target == "data":
                 values, ok = flow_matching_loss(student, batch.latents, *draws)
             else:
@@ -54,7 +48,7 @@ def make_step(config: SLATrainingConfig, optimizer) -> Callable:
             return values.mean(), {"loss": values, "ok": ok}
 
         return finish(
-            config, optimizer, state, loss, (dataclasses.replace(batch, latents=latents), draws)
+            config, optimizer, state, loss, (dataclasses.replace(batch, latents=latents), keys)
         )
 
     return step

@@ -16,6 +16,7 @@ from tdjax.errors import UsageError
 from tdjax.models.wan_dit import with_compute
 from tdjax.parallel.sharding import constrain
 from tdjax.sampling.few_step import Velocity, guided
+from tdjax.train import times
 from tdjax.train.partial import Trained
 from tdjax.train.state import Batch, Teacher
 
@@ -82,9 +83,24 @@ def named_keys(state, *names: str) -> dict[str, jax.Array]:
     return dict(zip(names, keys, strict=True))
 
 
-def normal(key, shape: tuple[int, ...]) -> jax.Array:
-    """Returns noise f32[b ...], each device making that of its samples."""
-    return constrain(jax.random.normal(key, shape), "batch")
+def sample_keys(state, size: int, *names: str) -> dict[str, jax.Array]:
+    """Returns the random keys of this step by name, one for each of `size` samples, keys[b]: what
+    they give is drawn in the microbatch that needs it, and is the same however a batch is
+    divided."""
+    return {name: jax.random.split(key, size) for name, key in named_keys(state, *names).items()}
+
+
+def normal(keys, shape: tuple[int, ...]) -> jax.Array:
+    """Returns noise f32[b *shape] of keys[b], each device making that of its samples."""
+    return constrain(jax.vmap(lambda key: jax.random.normal(key, shape))(keys), "batch")
+
+
+def drawn(
+    time, keys, shape: tuple[int, ...] = (), within: tuple[float, float] = (0.0, 1.0)
+) -> jax.Array:
+    """Returns log sigma f32[b *shape] of keys[b] from a distribution of times; within: see
+    `times.draw`."""
+    return jax.vmap(lambda key: times.draw(time, key, shape, within))(keys)
 
 
 def accumulated(gradient: Callable, arrays, accumulate: int):

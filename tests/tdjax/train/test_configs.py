@@ -30,6 +30,8 @@ from tdjax.train.configs import (
         ("frequency 1 gives the critic no turn", lambda: RCMConfig(frequency=1)),
         ("without a consistency term, warmup must be 0", lambda: RCMConfig(consistency=None)),
         ("kappa 0 must be positive", lambda: SCM(kappa=0)),
+        ("rollout is 1.5,1.4; 3 times or more", lambda: RCMConfig(rollout=(1.5, 1.4))),
+        ("rollout is 1.0,1.4,1.5; .*falling", lambda: RCMConfig(rollout=(1.0, 1.4, 1.5))),
         ("tangent is 'fd'; allowed: exact, semidiscrete, discrete", lambda: SCM(tangent="fd")),
         ("warmup_form is 'code'; allowed: paper, code2026", lambda: SCM(warmup_form="code")),
         ("interval is 0; allowed", lambda: SCM(interval=0)),

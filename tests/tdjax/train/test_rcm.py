@@ -9,7 +9,7 @@ from dit_cases import clip, difference, dit, jit, norm
 
 from pallas_kernels import flash_attention
 from pallas_kernels.derivatives import with_derivatives
-from tdjax.train import rcm
+from tdjax.train import rcm, step
 from tdjax.train.configs import RCMConfig
 from tdjax.train.state import DistillState, Teacher
 
@@ -55,3 +55,19 @@ def test_kernels_with_declared_derivatives_can_be_distilled(monkeypatch):
     assert norm(difference(actual, expected)) < 1e-4 * norm(expected)
     for name in one:
         np.testing.assert_allclose(two[name], one[name], rtol=1e-4)
+
+
+def test_draws_belong_to_their_samples():
+    """A microbatch draws what it would have drawn in the whole batch; fixed times take the place of
+    drawn ones, in radians of TrigFlow (NVlabs/rcm, backward_timesteps)."""
+    state = DistillState(jnp.int32(3), *[None] * 5, jax.random.key(0))
+    config = RCMConfig(rollout=(1.5, 1.4, 1.0))
+    keys = step.sample_keys(state, 4, "noise", "time", "renoise", "renoise_time")
+    draw = jit(lambda keys: rcm._sample_draws(config, keys, (1, 2, 2, 3)))
+    whole, part = draw(keys), draw(jax.tree.map(lambda x: x[1::2], keys))
+    for name, values in part.items():
+        np.testing.assert_array_equal(values, whole[name][1::2], name)
+    assert whole["noise"].shape == (4, 4, 1, 2, 2, 3)
+    assert len(np.unique(whole["noise"])) == whole["noise"].size
+    assert np.isinf(whole["time"][:, 0]).all()
+    np.testing.assert_allclose(np.arctan(np.exp(whole["time"][2, 1:])), [1.5, 1.4, 1.0], rtol=1e-5)

@@ -125,6 +125,13 @@ def test_distillation_is_traced_before_weights_are_read(folder, loss):
             ["data.negative is not given", "umT5_wan_negative_emb.pt"],
         ),
         ("rcm-1.3b", ["data.negative=nothing.pt"], 2, ["nothing.pt does not exist"]),
+        (
+            "rcm-1.3b",
+            ["loss.consistency.tangent=discrete"],
+            2,
+            ["loss.consistency.tangent is 'discrete'", "rounds its timestep", "tangent=exact"],
+        ),
+        ("rcm-1.3b", ["loss.rollout=1.5"], 2, ["RCMConfig.rollout is 1.5; 3 times or more"]),
         ("sla-1.3b", ["data.frames=4"], 3, ["000000.latent.pt has 3 latent frames", "data.frames"]),
         ("sla-1.3b", ["loss.accumulate=3"], 2, ["batch of 4 cannot be divided into 3"]),
         ("sla-1.3b", ["run.mesh=fsdp=3"], 2, ["data.batch is 4", "multiple of 3"]),
