@@ -12,6 +12,7 @@ from tdjax import cli
 from tdjax.errors import UsageError
 from tdjax.files import near, near_files
 from tdjax.progress import Stages, say
+from tdjax.train.metrics import check_wandb
 from tdjax.train.presets import METHODS, PRESETS
 from tdjax.train.settings import Tree, build, lines, put, table
 from tdjax.train.storage import find_shards, is_remote
@@ -151,6 +152,7 @@ def check_early(args, config: dict[str, Any]) -> None:
             "it is one prompt's embedding",
             near_files(Path(data.negative)),
         )
+    check_wandb(run.wandb)
     found = sorted(path.parent for path in Path(run.folder).glob("step_*/manifest.json"))
     if found and not args.resume:
         raise UsageError(

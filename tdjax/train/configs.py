@@ -60,6 +60,7 @@ class RunConfig:
     save_every: int = _field(250, "steps between checkpoints")
     keep: int = _field(3, "checkpoints that stay; 0 for all")
     patience: int = _field(10, "losses in a row that may fail to be finite before the run stops")
+    wandb: str = _field("", "project of Weights & Biases that gets the numbers too")
     mesh: str = _field(
         "auto",
         "several devices: fsdp=4, fsdp=2,sp=4, dp=2,fsdp=8; auto is fsdp over those of all hosts",

@@ -26,7 +26,7 @@ from tdjax.train import checkpoints
 from tdjax.train.configs import RunConfig
 from tdjax.train.interrupt import Interrupt
 from tdjax.train.metrics import Metrics
-from tdjax.train.report import Report, not_finite
+from tdjax.train.report import Report, Work, not_finite
 from tdjax.train.shards import DataError
 from tdjax.train.state import Batch
 from tdjax.train.stream import Position, ReadAhead, Stream, on_device
@@ -71,12 +71,15 @@ def train(
     mesh: Mesh | None = None,
     metadata: dict[str, Any] | None = None,
     stages: Stages | None = None,
+    work: Work | None = None,
+    on_save: Callable[[Any, int], None] | None = None,
 ) -> Outcome:
     """Runs iterations state.step to run.steps and saves the state; the state given is consumed.
 
     steps: {phase: step(state, teacher, batch) -> (state, metrics)}; metrics are scalars, one of
     them "loss". position: place of the first batch in the stream. metadata: JSON values for the
-    manifests.
+    manifests. work: what the report says of speed. on_save: called with the state and its step
+    after each checkpoint.
     Raises NotFinite after run.patience losses of one phase in a row that are not finite, DataError
     for a bad sample after saving. Ctrl-C and SIGTERM end the run after the iteration, with a
     checkpoint; a second Ctrl-C at once.
@@ -90,8 +93,12 @@ def train(
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt(stages))
         stack.enter_context(contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh))
-        metrics = stack.enter_context(Metrics(folder, done)) if hosts.first() else None
-        report = Report(run, done, metrics, stages, batch=stream.size)
+        metrics = None
+        if hosts.first():
+            settings = (metadata or {}).get("settings")
+            metrics = stack.enter_context(Metrics(folder, done, run.wandb, settings))
+        before = collections.Counter(map(schedule.phase, range(done)))
+        report = Report(run, done, metrics, stages, batch=stream.size, work=work, updates=before)
         place = partial(on_device, mesh=mesh, size=stream.size)
         batches = stack.enter_context(ReadAhead(stream, position, place))
         poll = hosts.Poll(mesh)
@@ -105,11 +112,15 @@ def train(
                 manifest = {"data": stream.saved(position), **(metadata or {})}
                 path = checkpoints.save(folder, done, state, manifest, run.keep)
             stages.note(f"saved {path}")
+            if on_save is not None:
+                with report.pause():
+                    on_save(state, done)
             return done
 
         first = done
         while done < run.steps:
-            ahead.fill(run.steps - done)
+            with report.waiting():
+                ahead.fill(run.steps - done)
             own = _NO_DATA if ahead.error else _STOP if interrupt.asked else _GO_ON
             answer = poll.greatest(own, wait=done == first)
             if answer != _GO_ON:

@@ -11,18 +11,19 @@ import jax
 
 from tdjax.train import flow_matching, loop, rcm, sla
 from tdjax.train.configs import RCMConfig
-from tdjax.train.optimizer import adamw
+from tdjax.train.optimizer import adamw, learning_rate
 from tdjax.train.state import DistillState, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """What a run repeats. steps: {phase: step function}, in the order of `schedule`.
-    create(student) -> state at step 0."""
+    create(student) -> state at step 0. rates: {phase: learning rate of its update 0, 1, ...}."""
 
     steps: dict[str, loop.Step]
     schedule: loop.Schedule
     create: Callable[[Any], Any]
+    rates: dict[str, Callable[[int], Any]]
 
 
 def method(name: str, config: dict[str, Any]) -> Method:
@@ -39,6 +40,7 @@ def method(name: str, config: dict[str, Any]) -> Method:
         steps={name: make(config["loss"], optimizer)},
         schedule=loop.Schedule(cycle=(name,)),
         create=functools.partial(TrainState.create, optimizer=optimizer, key=key),
+        rates={name: learning_rate(config["optimizer"])},
     )
 
 
@@ -50,12 +52,14 @@ def _distillation(config: dict[str, Any]) -> Method:
     )
     steps = {"student": rcm.make_student_step(loss, optimizer)}
     schedule = rcm_schedule(loss)
+    rates = {"student": learning_rate(config["optimizer"])}
     if not loss.dmd_weight:
-        return Method(steps=steps, schedule=schedule, create=create)
+        return Method(steps=steps, schedule=schedule, create=create, rates=rates)
     second = adamw(config["critic"])
     steps["critic"] = rcm.make_critic_step(loss, second)
     both = lambda model: create(model, critic=model, critic_optimizer=second)
-    return Method(steps=steps, schedule=schedule, create=both)
+    rates["critic"] = learning_rate(config["critic"])
+    return Method(steps=steps, schedule=schedule, create=both, rates=rates)
 
 
 def rcm_schedule(loss: RCMConfig) -> loop.Schedule:

@@ -1,5 +1,5 @@
 """Numbers of a run: one JSON line per report in metrics.jsonl, and the same in TensorBoard where
-tensorboardX is installed."""
+tensorboardX is installed, and in a project of Weights & Biases."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import importlib
 import importlib.util
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
 from tdjax.config.parsing import json_object, mismatch
+from tdjax.errors import UsageError
 from tdjax.files import write_text
 
 _WRITER = "tensorboardX"
+_WANDB = "wandb"
 _FILE = "metrics.jsonl"
 
 
@@ -25,9 +28,19 @@ class _Report(TypedDict):
 
 class Metrics:
     """The file `<run>/metrics.jsonl`, appended to. Lines after `step` come from a run that ended
-    later than its last checkpoint, and go."""
+    later than its last checkpoint, and go.
 
-    def __init__(self, run: Path, step: int = 0):
+    wandb: the project, or "" for none; a run goes on under the name of its folder. settings: of the
+    run, for it.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        step: int = 0,
+        wandb: str = "",
+        settings: Mapping[str, str] | None = None,
+    ):
         self.path = run / _FILE
         run.mkdir(parents=True, exist_ok=True)
         _forget(self.path, step)
@@ -36,6 +49,16 @@ class Metrics:
         if importlib.util.find_spec(_WRITER) is not None:
             writer = importlib.import_module(_WRITER)
             self.board = writer.SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self.wandb = None
+        if wandb:
+            self.wandb = importlib.import_module(_WANDB).init(
+                project=wandb,
+                name=run.name,
+                id=run.name,
+                dir=str(run),
+                resume="allow",
+                config=dict(settings or {}),
+            )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes one report. NaN and infinity, which JSON does not know, are written as null."""
@@ -45,6 +68,8 @@ class Metrics:
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
 
     def __enter__(self):
         return self
@@ -53,6 +78,18 @@ class Metrics:
         self.file.close()
         if self.board is not None:
             self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def check_wandb(project: str) -> None:
+    """Raises UsageError where a project is named and its library is not installed."""
+    if project and importlib.util.find_spec(_WANDB) is None:
+        raise UsageError(
+            f"run.wandb is {project!r} and wandb is not installed",
+            "metrics.jsonl has the same numbers",
+            "pip install wandb, then wandb login; or leave it away",
+        )
 
 
 def read(run: Path) -> list[dict]:

@@ -2,37 +2,70 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import dataclasses
 import math
 import shutil
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from tdjax.errors import NotFinite
-from tdjax.progress import Stages, say
+from tdjax.progress import GIB, Stages, device_bytes, say
 from tdjax.train import checkpoints
 from tdjax.train.configs import RunConfig
+from tdjax.train.cost import TERA
 from tdjax.train.metrics import Metrics
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is known of a method's steps beside what they return.
+
+    flops: {phase: of one sample}. warmup: steps of which a phase named "PHASE, warm-up" tells more.
+    rates: {phase: learning rate of update 0, 1, ...}. peak: TFLOP/s of all devices, if known.
+    """
+
+    flops: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    rates: Mapping[str, Callable[[int], Any]] = dataclasses.field(default_factory=dict)
+    warmup: int = 0
+    peak: float | None = None
+
+    def of_step(self, phase: str, number: int) -> float:
+        """Returns the FLOPs of step 1, 2, ... for one sample."""
+        begun = self.flops.get(f"{phase}, warm-up") if number <= self.warmup else None
+        return self.flops.get(phase, 0.0) if begun is None else begun
 
 
 class Report:
     """Numbers of the steps since the last report, left on the device until `flush`.
 
     step: where the run begins. metrics: None in a process that does not write them. batch: samples
-    of a step, to know that none of them was good.
+    of a step, to know that none of them was good. updates: {phase: how many there were before}.
     """
 
     def __init__(
-        self, run: RunConfig, step: int, metrics: Metrics | None, stages: Stages, *, batch: int
+        self,
+        run: RunConfig,
+        step: int,
+        metrics: Metrics | None,
+        stages: Stages,
+        *,
+        batch: int,
+        work: Work | None = None,
+        updates: Mapping[str, int] | None = None,
     ):
         self.run = run
         self.metrics = metrics
         self.stages = stages
         self.batch = batch
+        self.work = work or Work()
+        self.updates = collections.Counter(updates or {})
         self.bad: dict[str, int] = {}  # losses in a row that were not finite, by phase
         self._begin(step)
 
@@ -41,6 +74,7 @@ class Report:
         self.first = step
         self.start = time.perf_counter()
         self.paused = 0.0
+        self.waited = 0.0
 
     def add(self, phase: str, numbers: dict[str, jax.Array]) -> None:
         """Takes the numbers of one step; one of them is "loss"."""
@@ -53,6 +87,13 @@ class Report:
         yield
         self.paused += time.perf_counter() - start
 
+    @contextlib.contextmanager
+    def waiting(self):
+        """Counts the time inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
     def flush(self, step: int) -> None:
         """Fetches, checks, writes and shows what is pending.
 
@@ -63,7 +104,8 @@ class Report:
         rows = [(phase, self._checked(numbers)) for phase, numbers in jax.device_get(self.pending)]
         seconds = time.perf_counter() - self.start - self.paused
         rate = (step - self.first) / max(seconds, 1e-9)
-        values = _means(rows) | {"steps_per_second": rate}
+        self.updates.update(phase for phase, _ in rows)
+        values = _means(rows) | {"steps_per_second": rate} | self._speed(rows, rate)
         if self.metrics is not None:
             self.metrics.write(step, values)
         self._show(step, values, rate)
@@ -76,6 +118,26 @@ class Report:
                 )
                 raise not_finite(what, Path(self.run.folder))
         self._begin(step)
+
+    def _speed(self, rows: list, rate: float) -> dict[str, float]:
+        """Learning rates, and how much of the machine is used."""
+        work = self.work
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes in its schedules
+            values = {
+                f"{phase}/learning_rate": float(work.rates[phase](self.updates[phase] - 1))
+                for phase in dict(rows)
+                if phase in work.rates
+            }
+        values |= {"samples_per_second": rate * self.batch, "data_wait_seconds": self.waited}
+        each = [work.of_step(phase, n) for n, (phase, _) in enumerate(rows, self.first + 1)]
+        if all(each):
+            values["tflops_per_second"] = sum(each) / len(each) * self.batch * rate / TERA
+            if work.peak:
+                values["share_of_peak"] = values["tflops_per_second"] / work.peak
+        held = device_bytes()
+        if held is not None:
+            values |= {"memory_gib": held[0] / GIB, "peak_memory_gib": held[1] / GIB}
+        return values
 
     def _checked(self, numbers: dict[str, Any]) -> dict[str, float]:
         """The numbers of a step on the host. Steps leave bad samples out of their loss; without a

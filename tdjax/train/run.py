@@ -22,7 +22,7 @@ from tdjax.parallel import hosts
 from tdjax.parallel.mesh import every_device, make_mesh, parse_mesh
 from tdjax.precision import Policy
 from tdjax.progress import Stages
-from tdjax.train import checkpoints, loop, placement, plan
+from tdjax.train import checkpoints, cost, loop, page, placement, plan, report
 from tdjax.train.configs import SCM
 from tdjax.train.methods import method
 from tdjax.train.networks import Networks
@@ -57,6 +57,7 @@ class TrainingRun:
         self.settings = settings
         self.stages = stages
         self.folder = Path(config["run"].folder)
+        self.exported: int | None = None  # the step of the network in the folder
         mesh = config["run"].mesh
         if mesh == "auto":
             mesh = every_device("fsdp")
@@ -65,6 +66,12 @@ class TrainingRun:
         self.negative = self._open_negative()
         self.networks = Networks(config["model"], name, self._trained_weights())
         _check_tangent(config["loss"], self.networks.config)
+        if self.networks.selection is not None and jax.process_count() > 1:
+            raise UsageError(
+                f"a part of the network is trained in {jax.process_count()} processes",
+                "its results are written by one",
+                "use the devices of one host",
+            )
         self.mesh = make_mesh(mesh, self.networks.config)
         self.stream = self._open_data()
         self.config["loss"] = plan.with_parts(config["loss"], self._parts())
@@ -210,6 +217,8 @@ class TrainingRun:
                     "settings": self.settings,
                 },
                 stages=self.stages,
+                work=self._work(),
+                on_save=self._refresh,
             )
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -217,14 +226,52 @@ class TrainingRun:
             frozen = self.networks.abstract_teacher(), self.networks.abstract_base()
             raise loop.out_of_memory(self.shapes, frozen) from error
 
+    def _work(self) -> report.Work:
+        """What the report says of speed."""
+        source, networks = self.stream.source, self.networks
+        unit = next(iter(source.firsts.values()))
+        latents = source.read(source.first(unit))[0].shape
+        flops = lambda cfg: cost.forward_flops(cfg, latents[:3], source.text_shape[0])
+        teacher = networks.config if networks.teacher is None else networks.teacher.config
+        each = cost.step_flops(
+            self.name,
+            self.config["loss"],
+            flops(networks.config),
+            flops(teacher),
+            networks.selection is None,
+        )
+        warmup = self.method.schedule.warmup
+        rates, peak = self.method.rates, cost.peak_tflops()
+        return report.Work(flops=each, warmup=warmup, rates=rates, peak=peak)
+
+    def _refresh(self, state, step: int) -> list[Path]:
+        """Writes what a run has come to, beside each checkpoint: the network, or its adapters
+        alone, since the rest of it is in a file already."""
+        self.exported = step
+        if hosts.first():
+            page.write(self.folder, f"{self.preset}, {self.folder.name}", self.settings)
+        if self.networks.selection is not None and self.networks.selection.lora is not None:
+            return self._export_lora(state.ema)
+        return [self._export_network(state.ema, step)]
+
     def export(self, outcome: loop.Outcome) -> list[Path]:
         """Writes the averaged weights as a checkpoint that every other command takes, in the
         compute dtype, <run>/dit; and adapters as <run>/lora.safetensors too, where the base has
         all that they change. Returns their paths."""
-        ema, networks = outcome.state.ema, self.networks
-        dtype = self.config["model"].compute
+        selection, folder = self.networks.selection, self.folder / "dit"
+        adapters = selection is not None and selection.lora is not None
+        if adapters:
+            written = self._export_lora(outcome.state.ema)
+            return [self._export_network(outcome.state.ema, outcome.step), *written]
+        if self.exported == outcome.step:
+            return [folder]
+        return self._refresh(outcome.state, outcome.step)
+
+    def _export_network(self, ema, step: int) -> Path:
+        networks, dtype = self.networks, self.config["model"].compute
         cfg = dataclasses.replace(networks.config, policy=Policy(param=dtype, compute=dtype))
         wanted = orbax.named_leaves(orbax.abstract("dit", cfg))
+        source = {"name": f"tdjax train {self.preset}", "step": step, "settings": self.settings}
         if networks.selection is None:
             leaves = orbax.named_leaves(ema)
             values = lambda name: np.asarray(leaves[name].astype(wanted[name].dtype))
@@ -232,21 +279,16 @@ class TrainingRun:
             values = lambda name: ema.merged(name, networks.stored_leaf(name)).astype(
                 wanted[name].dtype
             )
-        source = {
-            "name": f"tdjax train {self.preset}",
-            "step": outcome.step,
-            "settings": self.settings,
-        }
-        with self.stages("export"):
-            lazy = {
+        if jax.process_count() == 1:  # one leaf at a time, as it is written
+            given = {
                 name: Lazy(tuple(x.shape), np.dtype(x.dtype), functools.partial(values, name))
                 for name, x in wanted.items()
             }
-            folder = self.folder / "dit"
-            paths = [orbax.save(folder, lazy, "dit", cfg, source=source, overwrite=True)]
-            if networks.selection is not None and networks.selection.lora is not None:
-                paths += self._export_lora(ema)
-        return paths
+        else:  # no host has all of a leaf: each writes what it has
+            given = {name: leaves[name].astype(x.dtype) for name, x in wanted.items()}
+        folder = self.folder / "dit"
+        with self.stages("export"):
+            return orbax.save(folder, given, "dit", cfg, source=source, overwrite=True)
 
     def _export_lora(self, ema: Trained) -> list[Path]:
         """The adapters as a file of their own. One over a base without the sparse projections

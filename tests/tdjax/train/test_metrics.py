@@ -1,11 +1,13 @@
 """One JSON line a report, and TensorBoard where its writer is installed."""
 
+import importlib.util
 import json
 import sys
 
 import pytest
 from train_cases import resumed, run
 
+from tdjax.errors import UsageError
 from tdjax.train import metrics
 
 
@@ -55,3 +57,26 @@ def test_tensorboard_where_its_writer_is_installed(tmp_path, monkeypatch):
         out.write(6, {"a": 1.0})
     assert out.board.calls == [(str(tmp_path / "run" / "tensorboard"), 5), ("a", 1.0, 6), "closed"]
     monkeypatch.delitem(sys.modules, "tensorboardX")
+
+
+def test_weights_and_biases_where_a_project_is_named(tmp_path, monkeypatch):
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(UsageError, match="run.wandb is 'mine' and wandb is not installed"):
+            metrics.check_wandb("mine")
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text(
+        "class Run:\n"
+        "    def __init__(self, **given): self.calls = [given]\n"
+        "    def log(self, values, step): self.calls.append((values, step))\n"
+        "    def finish(self): self.calls.append('finished')\n"
+        "init = Run\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    metrics.check_wandb("")
+    with metrics.Metrics(tmp_path / "run", 4, "mine", {"run.seed": "0"}) as out:
+        out.write(6, {"a": 1.0})
+    given, *rest = out.wandb.calls
+    assert rest == [({"a": 1.0}, 6), "finished"]
+    assert (given["project"], given["id"], given["resume"]) == ("mine", "run", "allow")
+    assert given["config"] == {"run.seed": "0"}
+    monkeypatch.delitem(sys.modules, "wandb")

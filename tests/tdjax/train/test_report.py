@@ -19,7 +19,7 @@ from tdjax.errors import NotFinite
 from tdjax.progress import Stages
 from tdjax.train import checkpoints, metrics, report
 from tdjax.train.configs import RunConfig
-from tdjax.train.report import Report
+from tdjax.train.report import Report, Work
 from tdjax.train.stream import Stream
 
 
@@ -107,3 +107,31 @@ def test_a_batch_without_one_good_sample_is_a_bad_loss(tmp_path):
     with pytest.raises(NotFinite, match="not finite in 4 steps"):
         run(tmp_path, phases={"train": skip}, patience=4)
     assert metrics.read(tmp_path)[0]["train/loss"] is None
+
+
+def test_speed_and_learning_rates(tmp_path, monkeypatch):
+    """Of ten steps a second with batches of three: the first of four is of the warm-up."""
+    work = Work(
+        flops={"a": 4e12, "b": 1e12, "a, warm-up": 2e12},
+        warmup=1,
+        rates={"a": lambda n: 0.5 * n, "b": lambda n: 7.0},
+        peak=100.0,
+    )
+    monkeypatch.setattr(report, "device_bytes", lambda: (2**30, 2**31))
+    with metrics.Metrics(tmp_path) as out:
+        config = RunConfig(folder=str(tmp_path))
+        shown = Report(config, 0, out, Stages(False), batch=3, work=work, updates={"a": 5})
+        shown.start -= 0.4
+        for phase in "abaa":
+            shown.add(phase, {"loss": np.float32(1)})
+        shown.waited = 0.25
+        shown.flush(4)
+    (row,) = metrics.read(tmp_path)
+    rate = row["steps_per_second"]
+    assert rate == pytest.approx(10, rel=0.05)
+    assert row["samples_per_second"] == pytest.approx(3 * rate)
+    assert row["tflops_per_second"] == pytest.approx((2 + 1 + 4 + 4) / 4 * 3 * rate)
+    assert row["share_of_peak"] == pytest.approx(row["tflops_per_second"] / 100)
+    assert row["a/learning_rate"] == 0.5 * 7 and row["b/learning_rate"] == 7.0
+    assert row["data_wait_seconds"] == 0.25
+    assert (row["memory_gib"], row["peak_memory_gib"]) == (1.0, 2.0)
