@@ -29,6 +29,7 @@ import tdjax.server.__main__
 import tdjax.server.keys
 import tdjax.train.__main__
 import tdjax.train.encode.__main__
+import tdjax.train.evaluate.__main__
 import tdjax.train.synthesize
 import tdjax.train.tiny.__main__
 from tdjax import cli
@@ -134,6 +135,9 @@ READERS = {
     "tdjax.train.encode": read_encode,
     "tdjax.train.synthesize": read_synthesize,
     "tdjax.train.tiny": read_tiny,
+    "tdjax.train.evaluate": lambda argv: tdjax.train.evaluate.__main__.build_parser().parse_args(
+        hyphens(argv)
+    ),
     "tdjax.bench": tdjax.bench.__main__.parse,
     "tdjax.cache": read_cache,
     "tdjax.env": read_env,
@@ -315,6 +319,7 @@ PARSERS = (
     tdjax.server.__main__,
     tdjax.train.__main__,
     tdjax.train.encode.__main__,
+    tdjax.train.evaluate.__main__,
     tdjax.train.synthesize,
     tdjax.train.tiny.__main__,
 )

@@ -12,6 +12,7 @@ import numpy as np
 
 from tdjax.checkpoints import orbax
 from tdjax.models.wan_dit import with_linear
+from tdjax.train.evaluate import distances
 from tdjax.train.tiny import configs, work
 from tdjax.train.tiny.data import clips, encoded
 from tdjax.train.tiny.evaluation import detector, metrics, sampling
@@ -130,7 +131,7 @@ class Bench:
             parts.append(self.features(self.rendered(factors)))
         pooled, random = (np.concatenate(x) for x in zip(*parts, strict=True))
         basis = metrics.principal(pooled, min(metrics.COMPONENTS, n - 1))
-        return basis, metrics.gaussian(basis(pooled)), metrics.gaussian(random)
+        return basis, distances.gaussian(basis(pooled)), distances.gaussian(random)
 
 
 @jax.jit
@@ -140,7 +141,7 @@ def _features(video):  # uint8[b T H W 3]
 
 
 def psnr(video, parents) -> float:  # uint8[n T H W 3] x2
-    """Returns `metrics.psnr` of clips of bytes, computed on the device."""
+    """Returns `distances.psnr` of clips of bytes, computed on the device."""
     parts = [
         np.asarray(_decibels(video[i : i + _AT_ONCE], parents[i : i + _AT_ONCE]))
         for i in range(0, len(video), _AT_ONCE)
@@ -169,8 +170,8 @@ def evaluate(bench: Bench, row: Variant, rows: dict[str, Variant]) -> dict:
     mean = {name: float(np.mean([values[name] for values in seeds])) for name in seeds[0]}
     mean["clips"] = bench.cfg.clips * bench.cfg.seeds
     own_pooled, own_random = (np.concatenate(x) for x in zip(*features, strict=True))
-    mean["fd_pca"] = metrics.frechet(metrics.gaussian(basis(own_pooled)), pooled)
-    mean["fd_random"] = metrics.frechet(metrics.gaussian(own_random), random)
+    mean["fd_pca"] = distances.frechet(distances.gaussian(basis(own_pooled)), pooled)
+    mean["fd_random"] = distances.frechet(distances.gaussian(own_random), random)
     if row.sampler is not None and row.template is None and row.split == "train":
         mean["diversity"] = _diversity(bench, row)
     if row.sampler is not None:

@@ -1,5 +1,5 @@
-"""Distances between sets of clips, diversity over seeds, and fidelity to a parent. Statistics are
-float64 on the host."""
+"""Features of clips, for the distances of `tdjax.train.evaluate`, and diversity over seeds.
+Statistics are float64 on the host."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from einops import rearrange, reduce
 from jax import lax
 
+from tdjax.train.evaluate.distances import gaussian
 from tdjax.train.tiny.data import clips
 from tdjax.train.tiny.data.factors import Attributes
 
@@ -23,41 +24,7 @@ _AT_ONCE = 16  # clips in the random network together
 _PLACES = 1024  # free positions drawn for each prompt, for their true deviation
 
 
-# -- Frechet distances -----------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Gaussian:
-    """Mean f64[d] and covariance f64[d d] of a set of features."""
-
-    mean: np.ndarray
-    covariance: np.ndarray
-
-
-def gaussian(features) -> Gaussian:  # [n d], n at least 2
-    """Returns mean and covariance of a set of features."""
-    x = np.asarray(features, np.float64)
-    if x.ndim != 2 or len(x) < 2:
-        raise ValueError(
-            f"features have shape {x.shape}; a Gaussian needs [n d] with at least 2 rows"
-        )
-    return Gaussian(x.mean(0), np.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1]))
-
-
-def frechet(a: Gaussian, b: Gaussian) -> float:
-    """Returns |m_a - m_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), the squared 2-Wasserstein distance
-    of two Gaussians."""
-    root = _square_root(a.covariance)
-    cross = np.linalg.eigvalsh(root @ b.covariance @ root)
-    shift = np.square(a.mean - b.mean).sum()
-    traces = np.trace(a.covariance) + np.trace(b.covariance)
-    return float(shift + traces - 2 * np.sqrt(np.maximum(cross, 0)).sum())
-
-
-def _square_root(matrix: np.ndarray) -> np.ndarray:
-    """The root of a symmetric matrix without negative eigenvalues, but for rounding."""
-    values, vectors = np.linalg.eigh(matrix)
-    return vectors * np.sqrt(np.maximum(values, 0)) @ vectors.T
+# -- features --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +81,7 @@ def _random_network(x):  # [b t h w c] -> [b 256]
     return jnp.concatenate([x.mean((1, 2, 3)), x.std((1, 2, 3))], -1)
 
 
-# -- diversity, fidelity ---------------------------------------------------------------------------
+# -- diversity -------------------------------------------------------------------------------------
 
 
 def diversity(start, said: Attributes, key) -> float:
@@ -144,11 +111,3 @@ def true_deviation(said: Attributes, key):  # -> f32[prompts 2]
         return clips.place(key, same).start.std(0)
 
     return jax.vmap(one)(said, jax.random.split(key, said.motion.shape[0]))
-
-
-def psnr(videos, parents) -> float:  # [b t h w 3] x2 in [-1, 1]
-    """Returns the mean over clips of the peak signal-to-noise ratio in dB; infinite for equal
-    clips."""
-    a, b = (np.clip(np.asarray(x, np.float64), -1, 1) for x in (videos, parents))
-    with np.errstate(divide="ignore"):
-        return float(np.mean(10 * np.log10(4 / np.square(a - b).mean((1, 2, 3, 4)))))

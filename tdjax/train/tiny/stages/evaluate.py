@@ -13,6 +13,7 @@ import numpy as np
 from tdjax.config.parsing import json_object
 from tdjax.errors import CheckpointError
 from tdjax.files import write_text
+from tdjax.train.evaluate import sheets
 from tdjax.train.tiny import work
 from tdjax.train.tiny.evaluation import report
 from tdjax.train.tiny.evaluation.evaluate import Bench, evaluate, seconds
@@ -117,7 +118,7 @@ def _write_table(run: Run) -> None:
     """All results so far as a table, table.md."""
     found = [(row, read(run, row)) for row in variants(run.settings["evaluate"])]
     rows = [
-        report.Row(
+        sheets.Row(
             name=row.title,
             evaluations=result["evaluations"],
             steps=result["steps"],
@@ -126,7 +127,7 @@ def _write_table(run: Run) -> None:
         for row, result in found
         if "seeds" in result
     ]
-    (run.folder / "table.md").write_text(report.table(rows))
+    (run.folder / "table.md").write_text(sheets.table(rows, report.COLUMNS))
 
 
 def _write_sheets(run: Run, bench: Bench, rows: list[Variant], prompts: int = 3) -> None:
@@ -144,4 +145,4 @@ def _write_sheets(run: Run, bench: Bench, rows: list[Variant], prompts: int = 3)
                 label = f"{row.title}, {row.sampler.num_steps} step{plural}"
             shown[i][label] = video[i]
     for i, strips in shown.items():
-        report.contact_sheet(run.folder / f"sheet_{i}.png", strips)
+        sheets.contact_sheet(run.folder / f"sheet_{i}.png", strips)

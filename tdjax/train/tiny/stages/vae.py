@@ -15,12 +15,13 @@ from flax import nnx
 from tdjax.models.wan_vae import VAE
 from tdjax.train.configs import EMAConfig, OptimizerConfig
 from tdjax.train.ema import ema_update
+from tdjax.train.evaluate import distances
 from tdjax.train.optimizer import adamw
 from tdjax.train.state import TrainState
 from tdjax.train.step import apply, named_keys
 from tdjax.train.tiny import work
 from tdjax.train.tiny.data import clips
-from tdjax.train.tiny.evaluation import detector, metrics
+from tdjax.train.tiny.evaluation import detector
 from tdjax.train.tiny.settings import VAEStage
 from tdjax.train.tiny.work import Run
 
@@ -114,7 +115,7 @@ def _judged(vae: VAE, factors: clips.Factors) -> dict[str, float]:
         video = clips.render(jax.tree.map(lambda x, i=i: x[i : i + _AT_ONCE], factors))
         made = _round_trip(vae, video)
         measured.append(detector.measure(made))
-        fidelity.append(metrics.psnr(made, video) * len(made))
+        fidelity.append(distances.psnr(made, video) * len(made))
     whole = jax.tree.map(lambda *x: np.concatenate([np.asarray(part) for part in x]), *measured)
     return detector.scores(whole, jax.device_get(factors.said)) | {"psnr": sum(fidelity) / n}
 
