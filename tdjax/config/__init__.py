@@ -20,6 +20,12 @@ LINEAR = ("float", "int8", "int8_channel", "fp8")
 IMPLS = ("auto", "reference", "triton", "interpret")
 
 
+# none: all activations are kept, and the loop is unrolled. block: what each block reads, and it is
+# computed again. products: those of its linear layers too, and the rest again. offload: what each
+# block reads, in page-locked memory of the host.
+REMAT = ("none", "block", "products", "offload")
+
+
 LARGEST = 2**20  # what a size of a network stays below: umT5's vocabulary has a quarter of that
 MANY = 1024  # layers, blocks, and other counts of which each costs work
 
@@ -96,9 +102,9 @@ class DiTConfig:
     eps: float = 1e-6
     attention: str = "dense"
     linear: str = "float"
-    # the backward pass computes each block again; if not, activations are kept and the loop is
-    # unrolled
-    remat: bool = True
+    # what the backward pass has of each block: REMAT; True and False of older files are "block" and
+    # "none"
+    remat: str | bool = "block"
     impl: str = "auto"  # which kernels compute: an `impl` of pallas_kernels
     sla: SLAConfig = SLAConfig()
     round_time: bool = dataclasses.field(
@@ -124,6 +130,10 @@ class DiTConfig:
         )
         positive(self, "layers", most=MANY)
         small(self, "eps")
+        if isinstance(self.remat, bool):
+            object.__setattr__(self, "remat", "block" if self.remat else "none")
+        if self.remat not in REMAT:
+            raise ValueError(f"DiTConfig.remat is {self.remat!r}; allowed: {', '.join(REMAT)}")
         if len(self.patch) != 3 or not all(1 <= n <= MANY for n in self.patch):
             raise ValueError(f"DiTConfig.patch is {self.patch}; it must be three sizes")
         if self.image_dim is not None:

@@ -18,6 +18,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from tdjax.config import DiTConfig
 from tdjax.models.abstract import as_shapes, drawn, stacked
@@ -29,6 +30,8 @@ from tdjax.parallel.sharding import constrain, leaf_name, missing_tokens
 from tdjax.precision import Policy
 
 small = jax.nn.initializers.normal(0.02)
+HOST_MEMORY = "pinned_host"
+_INPUT = "block_input"  # what a block reads, where it goes to the host's memory
 
 
 class MLP(nnx.Module):
@@ -198,7 +201,8 @@ class DiT(nnx.Module):
 
         # Kept activations of a loop are copied into a stack and out of it again; blocks written out
         # one by one hand them over.
-        step, unroll = (jax.checkpoint(step), 1) if self.cfg.remat else (step, self.cfg.layers)
+        unroll = self.cfg.layers if self.cfg.remat == "none" else 1
+        step = _again(step, self.cfg.remat)
         x, e, e0 = self.begin(x, timestep, image)
         x, _ = lax.scan(step, x, (self.blocks, kvs), unroll=unroll)
         return self.end(x, e, grid)
@@ -319,6 +323,26 @@ def without_blocks(model: DiT) -> DiT:
     """The same model without the leaves of its blocks; `begin` and `end` need none of them."""
     absent = lambda path, leaf: None if leaf_name(path).startswith("blocks.") else leaf
     return jax.tree_util.tree_map_with_path(absent, model)
+
+
+def _again(step: Callable, remat: str) -> Callable:
+    """A block's step that the backward pass computes again, but for what a policy of
+    `tdjax.config.REMAT` keeps."""
+    policies = jax.checkpoint_policies
+    match remat:
+        case "none":
+            return step
+        case "block":
+            return jax.checkpoint(step)
+        case "products":
+            return jax.checkpoint(step, policy=policies.dots_with_no_batch_dims_saveable)
+    policy = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT],
+        offload_src="device",
+        offload_dst=HOST_MEMORY,
+    )
+    return jax.checkpoint(lambda x, each: step(checkpoint_name(x, _INPUT), each), policy=policy)
 
 
 def _fits(shape: tuple[int, ...], expected: tuple) -> bool:

@@ -23,11 +23,11 @@ from tdjax.checkpoints.filenames import telling
 from tdjax.checkpoints.published import checkpoint as published
 from tdjax.config import Config, DiTConfig
 from tdjax.errors import CheckpointError
-from tdjax.models.wan_dit import with_linear, without_blocks
+from tdjax.models.wan_dit import HOST_MEMORY, with_linear, without_blocks
 from tdjax.parallel import hosts
 from tdjax.parallel.sharding import RULES, shardings
 from tdjax.pipeline.adapters import Adapters, Chosen
-from tdjax.pipeline.streaming import BLOCKS, HOST_MEMORY, Streamed, block_of, waiting
+from tdjax.pipeline.streaming import BLOCKS, Streamed, block_of, waiting
 
 KINDS = {
     "dit": ("a video transformer", "dit_path"),

@@ -22,12 +22,11 @@ import jax.numpy as jnp
 
 from tdjax.checkpoints import orbax
 from tdjax.config import SamplerConfig
-from tdjax.models.wan_dit import rotation
+from tdjax.models.wan_dit import HOST_MEMORY, rotation
 from tdjax.pipeline.compilation import Program, Programs
 from tdjax.sampling import few_step, flow
 
 LABEL = "denoise"
-HOST_MEMORY = "pinned_host"
 BLOCKS = "blocks."  # how names of stacked leaves begin
 
 

@@ -12,7 +12,7 @@ import math
 import re
 from typing import Any
 
-from tdjax.config import LINEAR, DiTConfig, SLAConfig, positive
+from tdjax.config import LINEAR, REMAT, DiTConfig, SLAConfig, positive
 from tdjax.precision import FLOATS
 
 DECAY = ("constant", "linear", "cosine")
@@ -153,6 +153,11 @@ class ModelConfig:
     attention: str = _field("dense", "of the student: dense or sla")
     sla: SLAConfig = SLAConfig(block_q=64, block_k=64)
     compute: str = _field("bfloat16", "what flows between layers; trained weights are float32")
+    remat: str = _field(
+        "block",
+        "what the backward pass has of a block: none (all is kept), block (what it reads), products"
+        " (those of linear layers too), offload (what it reads, in the host's memory)",
+    )
     lora: LoRA | None = _field(None, "adapters in place of the weights; LoRA, or one of its keys")
     frozen: str = _field(
         "float",
@@ -167,6 +172,7 @@ class ModelConfig:
             ("compute", FLOATS),
             ("expert", ("", *EXPERTS)),
             ("frozen", LINEAR),
+            ("remat", REMAT),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(

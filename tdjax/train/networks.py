@@ -165,7 +165,8 @@ def _loaded(component: Component | None, mesh: Mesh | None):
 def trained(stored: DiTConfig, model: ModelConfig) -> DiTConfig:
     """Returns the network that is trained: float32 weights, the attention that the run is about."""
     policy = Policy(param="float32", compute=model.compute)
-    return dataclasses.replace(stored, attention=model.attention, sla=model.sla, policy=policy)
+    own = {"attention": model.attention, "sla": model.sla, "remat": model.remat}
+    return dataclasses.replace(stored, **own, policy=policy)
 
 
 def frozen(stored: DiTConfig, model: ModelConfig) -> DiTConfig:
@@ -204,7 +205,7 @@ def _check_teacher(teacher: DiTConfig, student: DiTConfig, method: str) -> None:
             f"{method} imitates a dense network",
             "give dense weights as model.weights",
         )
-    same = {"attention": "dense", "sla": teacher.sla, "policy": teacher.policy}
+    same = {"attention": "dense", "sla": teacher.sla, "policy": teacher.policy, "remat": "block"}
     if dataclasses.replace(teacher, **same) != dataclasses.replace(student, **same):
         raise CheckpointError(
             "student and teacher are networks of different sizes",

@@ -18,6 +18,7 @@ from tdjax.checkpoints import orbax
 from tdjax.checkpoints.orbax import Lazy
 from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
+from tdjax.models.wan_dit import HOST_MEMORY
 from tdjax.parallel import hosts
 from tdjax.parallel.mesh import every_device, make_mesh, parse_mesh
 from tdjax.precision import Policy
@@ -66,6 +67,7 @@ class TrainingRun:
         self.negative = self._open_negative()
         self.networks = Networks(config["model"], name, self._trained_weights())
         _check_tangent(config["loss"], self.networks.config)
+        _check_remat(config["model"].remat)
         if self.networks.selection is not None and jax.process_count() > 1:
             raise UsageError(
                 f"a part of the network is trained in {jax.process_count()} processes",
@@ -309,6 +311,17 @@ def _check_tangent(loss, cfg: DiTConfig) -> None:
             "this network rounds its timestep to steps of up to 4 in 1000, and a difference over"
             f" {own.interval:g} is that of the rounding",
             "use loss.consistency.tangent=exact",
+        )
+
+
+def _check_remat(remat: str) -> None:
+    """Raises UsageError where the device cannot reach the host's memory in a program."""
+    kinds = [memory.kind for memory in jax.local_devices()[0].addressable_memories()]
+    if remat == "offload" and HOST_MEMORY not in kinds:
+        raise UsageError(
+            "model.remat is 'offload'",
+            f"this device reaches {', '.join(kinds)}, and no {HOST_MEMORY}",
+            "use model.remat=block",
         )
 
 

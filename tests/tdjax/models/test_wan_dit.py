@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dit_cases import clip, dit, jit
 from einops import rearrange
 from tolerances import assert_close
 
@@ -431,3 +432,25 @@ def test_a_profile_speaks_the_models_language():
         assert f"{scope}/" in text, scope
     for attention in ("self_attention", "cross_attention"):
         assert f"block/{attention}/core/" in text, attention
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["products", "offload"])
+def test_what_is_kept_of_a_block_changes_no_gradient(remat):
+    """What a policy keeps is in the program: activations moved to the host, fewer products."""
+    data = clip(1, 4, 4, b=1)
+    loss = lambda model: jnp.sum(model(data.latents, jnp.array([300.0]), data.text) ** 2)
+    usual, other = dit(0), dit(0, remat=remat)
+    gradient = jit(jax.grad(loss))
+    for a, b in zip(*(jax.tree.leaves(gradient(model)) for model in (usual, other)), strict=True):
+        assert_close(b, a, "float32")
+    texts = [str(jax.make_jaxpr(jax.grad(loss))(model)) for model in (usual, other)]
+    plain, changed = (text.count("dot_general") for text in texts)
+    assert changed < plain if remat == "products" else changed == plain
+    assert ("Host" in texts[1]) == (remat == "offload") and "Host" not in texts[0]
+
+
+def test_remat_of_older_files():
+    assert [dataclasses.replace(TINY, remat=x).remat for x in (True, False)] == ["block", "none"]
+    with pytest.raises(ValueError, match="remat is 'all'; allowed: none, block, products, offload"):
+        dataclasses.replace(TINY, remat="all")

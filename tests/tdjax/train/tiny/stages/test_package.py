@@ -38,7 +38,7 @@ def test_our_reader_reads_it(run):
         "int8",
         "sla",
         "bfloat16",
-        True,
+        "block",
     )
     weight = orbax.read(folder / "dit", "blocks.up.int8_weight")
     scale = orbax.read(folder / "dit", "blocks.up.scale")
@@ -89,4 +89,4 @@ def test_a_package_that_is_too_large_is_not_left(run, monkeypatch):
 
 
 def test_the_real_sizes_pass_the_limit():
-    assert package.LIMIT > 9_300_000 and configs.stored(configs.DIT_SLA).remat
+    assert package.LIMIT > 9_300_000 and configs.stored(configs.DIT_SLA).remat == "block"
