@@ -85,12 +85,7 @@ class Networks:
 
     def abstract(self):
         """Returns what is trained of the student as shapes."""
-        whole = orbax.abstract("dit", self.config)
-        if self.selection is None:
-            return whole
-        leaves = orbax.named_leaves(whole)
-        weights = {name: leaves[name] for name in self.selection.weights}
-        return jax.eval_shape(self.selection.create, weights, jax.random.key(0))
+        return partial.shapes(self.config, self.selection)
 
     def abstract_teacher(self):
         """Returns the teacher as shapes, or None."""

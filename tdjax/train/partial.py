@@ -187,6 +187,16 @@ def select(cfg: DiTConfig, train: str | None, lora: LoRA | None) -> Selection | 
     return Selection(cfg=cfg, weights=weights, layers=layers, lora=lora)
 
 
+def shapes(cfg: DiTConfig, selection: Selection | None) -> DiT | Trained:
+    """Returns what is trained of a network as shapes."""
+    whole = as_shapes(DiT, cfg)
+    if selection is None:
+        return whole
+    leaves = named_leaves(whole)
+    weights = {name: leaves[name] for name in selection.weights}
+    return jax.eval_shape(selection.create, weights, jax.random.key(0))
+
+
 def _matching(names, pattern: str, what: str) -> tuple[str, ...]:
     """The names that a pattern matches as a whole. Raises UsageError if there is none, or the
     pattern cannot be read."""

@@ -18,7 +18,7 @@ from tdjax.parallel.sharding import RULES, TOKENS
 from tdjax.pipeline.components import open_component
 from tdjax.pipeline.memory import GIB, memory_limit
 from tdjax.presets import PRESETS
-from tdjax.train import placement
+from tdjax.train import partial, placement
 from tdjax.train.methods import method
 from tdjax.train.networks import frozen, trained
 from tdjax.train.sources import ShardSource
@@ -53,26 +53,28 @@ def lines(name: str, config: dict[str, Any]) -> list[str]:
     if stored is None:
         return [f"memory: known when {model.weights} is here"]
     student, teacher = trained(stored, model), frozen(stored, model)
-    state = jax.eval_shape(method(name, config).create, orbax.abstract("dit", student))
+    chosen = partial.select(student, config["optimizer"].train, model.lora)
+    state = jax.eval_shape(method(name, config).create, partial.shapes(student, chosen))
     of_teacher = 0
-    if name != "flow":
+    if name != "flow" or chosen is not None:
         of_teacher = _bytes(Teacher(model=orbax.abstract("dit", teacher)), sizes)
     parts = loss.accumulate
     if parts == 1 and data.batch % apart == 0:
         parts = accumulate(data.batch, apart, data.per_device)
     gradients = _bytes(state.model, sizes) * (1 if parts == 1 else 2)  # of a part, and their sum
     samples = math.ceil(data.batch / apart / parts)
-    kept = samples * _kept(student, data) // sizes.get(TOKENS, 1)
+    kept = samples * _kept(student, data) // sizes.get(TOKENS, 1) * (model.remat != "offload")
     rows = {
         "weights, average and moments": _bytes(state, sizes),
-        "teacher": of_teacher,
+        "teacher" if chosen is None else "frozen weights": of_teacher,
         "gradients": gradients,
         f"inputs of blocks, {samples} clip{'s' * (samples > 1)} at a time": kept,
     }
     limit = memory_limit()
     usable = "" if limit is None else f"; usable here: {limit / GIB:.1f} GiB"
     whole = _bytes(state, {})
-    exported = _bytes(orbax.abstract("dit", frozen(stored, model)), {})
+    floats = dataclasses.replace(frozen(stored, model), linear="float")
+    exported = _bytes(orbax.abstract("dit", floats), {})
     steps = f"{run.keep + 1} checkpoints" if run.keep else f"{run.steps // run.save_every} of them"
     disk = whole * (run.keep + 1 if run.keep else run.steps // run.save_every) + exported
     return [
