@@ -202,6 +202,7 @@ WRONG = {
     float: ("x", "nan", "inf", "", "1_0", "٣.5"),
     bool: ("yes", "1", ""),
     tuple[int, int, int]: ("1,2", "a,b,c", ""),
+    tuple[float, ...]: ("a,b", "1,,2"),
 }
 
 

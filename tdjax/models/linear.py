@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import lax
-from jax.custom_derivatives import linear_call
 
 from pallas_kernels import norm_modulate
 from pallas_kernels.int8_matmul import (
@@ -74,55 +73,6 @@ class _Layer(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(o, policy.param_dtype)) if bias else None
 
 
-# Over a mesh the gradients of a weight are partial sums, which are added over devices in the dtype
-# that the products leave them in. That is float32, whatever the activations are: so the official
-# code has it (reduce_dtype=float32 of NVlabs/rcm rcm/models/t2v_model_distill_rcm.py), and one
-# rounding less on one device.
-
-
-@jax.custom_jvp
-def product(x, kernel):  # [... i], [i o]
-    """x kernel [... o] in x.dtype; the gradient of the kernel is summed in float32."""
-    return jnp.matmul(x, kernel.astype(x.dtype), precision=EXACT)
-
-
-@product.defjvp
-def _product_jvp(primals, tangents):
-    (x, kernel), (dx, dkernel) = primals, tangents
-    cast = kernel.astype(x.dtype)  # once: a divided kernel is gathered once
-
-    def along(x, dkernel):
-        return jnp.matmul(x, dkernel.astype(x.dtype), precision=EXACT)
-
-    def back(x, ct):
-        rows = tuple(range(x.ndim - 1))
-        options = {"precision": EXACT, "preferred_element_type": jnp.float32}
-        return lax.dot_general(x, ct, ((rows, rows), ((), ())), **options).astype(kernel.dtype)
-
-    y, dy = (jnp.matmul(each, cast, precision=EXACT) for each in (x, dx))
-    return y, dy + linear_call(along, back, x, dkernel)
-
-
-@jax.custom_jvp
-def shifted(y, bias):  # [... o], [o]
-    """y + bias in y.dtype; the gradient of the bias is summed in float32."""
-    return y + bias.astype(y.dtype)
-
-
-@shifted.defjvp
-def _shifted_jvp(primals, tangents):
-    (y, bias), (dy, dbias) = primals, tangents
-
-    def along(y, dbias):
-        return jnp.broadcast_to(dbias.astype(y.dtype), y.shape)
-
-    def back(y, ct):
-        rows = tuple(range(ct.ndim - 1))
-        return jnp.sum(ct, rows, dtype=jnp.float32).astype(bias.dtype)
-
-    return shifted(y, bias), dy + linear_call(along, back, y, dbias)
-
-
 class Linear(_Layer):
     """x [... i] -> x kernel + bias [... o], in x.dtype."""
 
@@ -132,8 +82,11 @@ class Linear(_Layer):
         self.kernel = nnx.Param(kernel(policy.param_dtype))
 
     def __call__(self, x):
-        y = product(x, self.kernel[...])
-        return y if self.bias is None else shifted(y, self.bias[...])
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=EXACT)
+        if self.bias is None:
+            return y
+        # Spread before it is cast: its gradient is summed in float32, over devices too.
+        return y + jnp.broadcast_to(self.bias[...].astype(jnp.float32), y.shape).astype(x.dtype)
 
     def quantize_input(self, x):  # [b l i]
         """Returns x as the layer reads it: here as it is."""

@@ -79,6 +79,10 @@ SERVERS = sa.Table(
 _VERSION = sa.Table("tdjax_version", _METADATA, sa.Column("version", sa.Integer))
 
 
+class _OtherVersion(Exception):
+    """Tables of another version."""
+
+
 class Database:
     """The tables behind an address. Raises UsageError where they cannot be had.
 
@@ -96,7 +100,7 @@ class Database:
             self.single = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         try:
             self._create()
-        except (DBAPIError, UsageError) as error:
+        except (DBAPIError, _OtherVersion) as error:
             self.engine.dispose()
             why = first_line(error)
             fix = "move it away, or give another folder"
@@ -108,13 +112,13 @@ class Database:
         with self.transaction(alone=True) as db:
             there = sa.inspect(db).has_table(_VERSION.name)
             if not there and sa.inspect(db).has_table("jobs") and self.is_file:
-                raise UsageError("its tables are of an earlier version")
+                raise _OtherVersion("its tables are of an earlier version")
             _METADATA.create_all(db)
             if not there:
                 db.execute(_VERSION.insert().values(version=VERSION))
             version = db.execute(sa.select(_VERSION.c.version)).scalar_one()
             if version != VERSION:
-                raise UsageError(f"its tables have version {version}, not {VERSION}")
+                raise _OtherVersion(f"its tables have version {version}, not {VERSION}")
 
     @contextlib.contextmanager
     def transaction(self, alone: bool = False) -> Iterator[sa.Connection]:

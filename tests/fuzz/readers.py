@@ -35,6 +35,7 @@ from typing import Any
 
 import gguf
 import hypothesis
+import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 from published_fixtures import Named, StoragePickler
@@ -367,7 +368,7 @@ def _folders(folder: Path, ours: Path, few) -> list[Reader]:
     def restored(path):
         return digest(orbax.named_leaves(orbax.restore(ours)[1]))
 
-    state = {"params": {"w": np.arange(6.0, dtype=np.float32)}}
+    state = {"params": {"w": jnp.arange(6.0)}}
     run = folder / "run"
     saved = checkpoints.save(run, 5, state, {"config": {}}) / "manifest.json"
     values = next(p for p in (ours / "params" / "d").iterdir() if p.is_file())

@@ -291,7 +291,7 @@ def test_the_second_expert_is_read_after_the_first_step(experts, monkeypatch):
     pipe, events = tdjax.load(experts, low_memory=True), []
     watch_steps(monkeypatch, pipe, lambda: events.append("step"))
     second = pipe.components["dit_low"]
-    monkeypatch.setattr(memory, "may_stage", lambda *_: True)
+    monkeypatch.setattr(memory, "may_stage", lambda *_, **__: True)
     monkeypatch.setattr(second, "load_ahead", lambda host: events.append("read"))
     call = {"num_frames": 5, "width": 32, "height": 32, "output_type": "latent"}
     pipe("a red circle", num_steps=4, **call)

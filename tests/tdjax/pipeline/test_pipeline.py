@@ -146,7 +146,8 @@ def test_what_stayed_of_a_smaller_call_goes_before_one_that_needs_its_place(
 ):
     """A prompt from the cache needs no text encoder, and decoding no transformer: none is beside
     the stage that runs."""
-    pipe, limit, seen = tdjax.load(model, cache_dir=tmp_path), None, []
+    pipe = tdjax.load(model, cache_dir=tmp_path, transformer_device="device")
+    limit, seen = None, []
     monkeypatch.setattr(memory, "memory_limit", lambda: limit)
     for stage in (pipe.text_encoding, pipe.denoising, pipe.vae_coding):
         ready = lambda *args, _ready=stage.ready: (_ready(*args), seen.append(there(pipe)))[0]
