@@ -6,7 +6,6 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import openai
 import pytest
 import sqlalchemy as sa
 from server_cases import SECRET, serving, until
@@ -120,6 +119,7 @@ def receiving(statuses):
 
 
 def test_each_event_arrives_signed_and_is_tried_again(tmp_path, monkeypatch):
+    openai = pytest.importorskip("openai")
     monkeypatch.setattr(webhooks, "SOONEST", 0.05)
     monkeypatch.setattr(webhooks, "LOOK", 0.05)
     secret = MARK + webhooks.base64.b64encode(SECRET).decode()

@@ -11,7 +11,6 @@ from dit_cases import clip, dit, jit
 from flax import nnx
 from run_cases import TINY, fails, training_run, words
 from safetensors.numpy import load_file
-from safetensors.torch import load_file as torch_file
 from tolerances import assert_close
 
 from convert.export import export
@@ -219,6 +218,7 @@ def test_diffusers_and_comfyui_read_the_file(trial):
     """What diffusers makes of it under its own names; ComfyUI wants its prefix and the names of the
     model file, whose factors it takes as they are where there is no alpha (comfy/lora.py)."""
     from diffusers.loaders import lora_conversion_utils
+    from safetensors.torch import load_file as torch_file
 
     run, there = trial / "run", {}
     for naming in ("wan", "diffusers"):
