@@ -6,9 +6,14 @@ import codecs
 import csv
 import io
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tdjax.config.parsing import json_value
+from tdjax.errors import UsageError
+from tdjax.files import near, near_files
+from tdjax.text.characters import repaired
 
 TABLES = (".csv", ".tsv")
 SHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")  # which are not read
@@ -34,6 +39,46 @@ def rows_of(data: bytes, suffix: str, columns: tuple[str, ...]) -> list[Any]:
     if suffix in JSON_LINES:
         return [json_value(line, unique=True) for line in text.split("\n") if line.strip()]
     return _line_rows(text, columns)
+
+
+def read_rows(path: Path, columns: tuple[str, ...], suffixes: Sequence[str]) -> list[Any]:
+    """Returns `rows_of` a file. Raises UsageError for another suffix than these, for a file that is
+    not there, and for what cannot be read."""
+    suffix = path.suffix.lower()
+    if suffix not in suffixes:
+        named = [each for each in suffixes if each]
+        raise UsageError(
+            f"{path} has the suffix {path.suffix!r}",
+            f"read are {', '.join(named)}",
+            f"nearest: {near(suffix, named, cutoff=0)[0]}",
+        )
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist", "its rows are read", near_files(path))
+    try:
+        return rows_of(path.read_bytes(), suffix, columns)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{path} cannot be read", str(error), f"give a .csv or .jsonl with {columns[0]}"
+        ) from error
+
+
+def read_prompts(path: Path, columns: tuple[str, ...] = ("prompt",)) -> list[str]:
+    """Returns the prompts of a file, one a row; its other columns are not read. columns: where they
+    may stand; the first that a row has counts. Raises UsageError."""
+    prompts = []
+    for number, row in enumerate(read_rows(path, columns, ("", *SUFFIXES)), 1):
+        if isinstance(row, dict):
+            row = next((row[name] for name in columns if name in row), None)
+        if not isinstance(row, str) or not row.strip():
+            raise UsageError(
+                f"{path}, row {number}: no prompt",
+                "every row needs one",
+                f"fill the column {' or '.join(columns)}",
+            )
+        prompts.append(repaired(row.strip()))
+    if not prompts:
+        raise UsageError(f"{path} holds no prompts", "it is empty", "one prompt a line")
+    return prompts
 
 
 def decoded(data: bytes) -> str:

@@ -29,11 +29,17 @@ def sidecar(path: Path) -> dict[str, Any]:
         raise UsageError(f"{file} cannot be read", str(error), "remove it") from error
 
 
+def differing(about: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Returns the names of what a sidecar says otherwise, or not at all."""
+    wanted = json.loads(json.dumps(wanted))
+    return [name for name in wanted if about.get(name) != wanted[name]]
+
+
 def finished(path: Path, wanted: dict[str, Any]) -> bool:
     """Returns whether a shard is there, made of what is wanted; of samples that are all damaged
     there is the sidecar alone. Raises UsageError for a shard that was made otherwise."""
-    about, wanted = sidecar(path), json.loads(json.dumps(wanted))
-    other = [name for name in wanted if about.get(name) != wanted[name]]
+    about = sidecar(path)
+    other = differing(about, wanted)
     if not path.exists():
         return not other and not about["samples"]
     if other:

@@ -9,14 +9,12 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from tdjax import cli
 from tdjax.errors import UsageError
-from tdjax.files import claimed, near, near_files, refuse_unwritable
-from tdjax.text.characters import repaired
-from tdjax.text.rows import SUFFIXES, rows_of
+from tdjax.files import claimed, refuse_unwritable
+from tdjax.text.rows import read_prompts
 from tdjax.train import made
 from tdjax.train.made import parse_part
 
@@ -136,35 +134,6 @@ def check_early(args: argparse.Namespace) -> tuple[int, int]:
     if not args.dry_run:
         refuse_unwritable(args.out / "shard")
     return parse_part(args.part)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Returns the prompts of a file; its other columns are not read. Raises UsageError."""
-    suffix = path.suffix.lower()
-    if suffix not in ("", *SUFFIXES):
-        close = near(suffix, SUFFIXES, cutoff=0)[0]
-        raise UsageError(
-            f"{path} has the suffix {path.suffix!r}",
-            f"read are {', '.join(SUFFIXES)}",
-            f"nearest: {close}",
-        )
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist", "it has the prompts", near_files(path))
-    try:
-        rows = rows_of(path.read_bytes(), suffix, ("prompt",))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} cannot be read", str(error), ".txt (one prompt a line), .csv or .jsonl"
-        ) from error
-    prompts = [row.get("prompt") if isinstance(row, dict) else row for row in rows]
-    for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise UsageError(
-                f"{path}, row {number}: no prompt", "every row needs one", "fill the column prompt"
-            )
-    if not prompts:
-        raise UsageError(f"{path} holds no prompts", "it is empty", "one prompt a line")
-    return [repaired(prompt.strip()) for prompt in prompts]
 
 
 def divided(prompts: list[str], size: int) -> list[Part]:

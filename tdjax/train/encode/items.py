@@ -10,9 +10,9 @@ from typing import Any
 
 from tdjax.config.values import shown
 from tdjax.errors import UsageError
-from tdjax.files import near, near_files
+from tdjax.files import near_files
 from tdjax.text.characters import repaired
-from tdjax.text.rows import JSON_LINES, TABLES, decoded, rows_of
+from tdjax.text.rows import JSON_LINES, TABLES, decoded, read_rows
 
 VIDEOS = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -112,19 +112,7 @@ def _by_name(captions: Path, names: set[str]) -> dict[str, str | None]:
 
 def _table(path: Path) -> list[tuple[str, str | None]]:
     """(path, text) of the rows of a table."""
-    suffix = path.suffix.lower()
-    if suffix not in _TABLES:
-        raise UsageError(
-            f"{path} has the suffix {path.suffix!r}",
-            f"read are {', '.join(_TABLES)}",
-            f"nearest: {near(suffix, _TABLES, cutoff=0)[0]}",
-        )
-    try:
-        rows = rows_of(path.read_bytes(), suffix, (*PATHS, *TEXTS))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} cannot be read", str(error), "give a .csv or .jsonl with path and text"
-        ) from error
+    rows = read_rows(path, (*PATHS, *TEXTS), _TABLES)
     return [_pair(path, number, row) for number, row in enumerate(rows, 1)]
 
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from tdjax import cli
-from tdjax.config.parsing import json_value
 from tdjax.errors import UsageError
-from tdjax.files import near_files, refuse_unwritable
+from tdjax.files import near_files, refuse_unwritable, write_text
+from tdjax.text.rows import read_prompts
+from tdjax.train import made
 
 _LONGEST = 240  # bytes of a file's name; file systems have room for 255
-_TEXT = ("prompt", "prompt_en")  # of a row of JSON: our own name, and VBench's
+_TEXT = ("prompt", "prompt_en")  # columns of a prompt set: our own name, and VBench's
+_MADE = "made"  # the file in the folder that says how its videos were made
+_COMPARED = ("model", "files", "lora", "size", "sampler")  # of a video's metadata
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,15 +26,15 @@ def build_parser() -> argparse.ArgumentParser:
         "python -m tdjax.train.evaluate",
         usage="%(prog)s [MODEL] --prompts FILE --out FOLDER [--against FOLDER] [options]",
         description=(
-            "Make the videos of a prompt set, as FOLDER/PROMPT-INDEX.mp4, and measure them. What is"
-            " in the folder already is not made again."
+            "Make the videos of a prompt set, as FOLDER/PROMPT-INDEX.mp4, and measure them. What"
+            " the same model and options have made in the folder already is not made again."
         ),
     )
     p.add_argument("model", nargs="?", help="as tdjax generate takes it; none: only measure")
     p.add_argument(
         "--prompts",
         type=cli.path,
-        help="a prompt on each line, or JSON: texts, or objects with prompt or prompt_en",
+        help=".txt (one a line), .csv, .tsv, .json or .jsonl with a column prompt or prompt_en",
     )
     p.add_argument("--out", type=cli.path, help="where videos, latents and the table go")
     p.add_argument(
@@ -69,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 def _command(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     _check(args)
-    videos = named(read_prompts(args.prompts, args.limit), args.samples)
+    videos = named(prompt_set(args.prompts, args.limit), args.samples)
     if args.model is not None:
         cache_note = cli.set_compile_cache()
         from tdjax.progress import Stages
@@ -106,40 +109,9 @@ def _check(args: argparse.Namespace) -> None:
     refuse_unwritable(Path(args.out) / "table.md")
 
 
-def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
+def prompt_set(path: Path, limit: int | None = None) -> list[str]:
     """Returns the texts of a prompt set, each once, in order. Raises UsageError."""
-    path = Path(path)
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"--prompts: {path} cannot be read", str(error), near_files(path)
-        ) from error
-    rows: list[Any] = text.splitlines()
-    if path.suffix.lower() == ".json":
-        try:
-            rows = json_value(text)
-        except ValueError as error:
-            raise UsageError(
-                f"--prompts: {path} is no JSON", str(error), "a list of texts is one"
-            ) from error
-    found = [_text_of(row, path) for row in (rows if isinstance(rows, list) else [rows])]
-    texts = list(dict.fromkeys(text.strip() for text in found if text.strip()))[:limit]
-    if not texts:
-        raise UsageError(f"--prompts: {path} is empty", "a prompt on each line", "give prompts")
-    return texts
-
-
-def _text_of(row: Any, path: Path) -> str:
-    if isinstance(row, dict):
-        row = next((row[name] for name in _TEXT if name in row), None)
-    if not isinstance(row, str):
-        raise UsageError(
-            f"--prompts: {path} has a row that is no text",
-            f"a row is a text, or an object with {' or '.join(_TEXT)}",
-            f"it is {json.dumps(row)[:80]}",
-        )
-    return row
+    return list(dict.fromkeys(read_prompts(path, _TEXT)))[:limit]
 
 
 def named(prompts: list[str], samples: int) -> list[tuple[str, str, int]]:
@@ -162,16 +134,14 @@ def named(prompts: list[str], samples: int) -> list[tuple[str, str, int]]:
 
 
 def _make(args: argparse.Namespace, videos: list[tuple[str, str, int]], stages) -> None:
-    """Makes the videos that are not there."""
+    """Makes the videos that are not there. Raises UsageError where others are, of another model or
+    of other options: their names say the prompt alone."""
+    from tdjax.pipeline.load import load
     from tdjax.train.evaluate import measures
 
     out = Path(args.out)
     missing = [video for video in videos if not measures.there(out, video[0])]
     stages.note(f"{len(missing)} of {len(videos)} videos are to be made")
-    if not missing:
-        return
-    from tdjax.pipeline.load import load
-
     pipe = load(
         args.model,
         dit_path=args.dit_path,
@@ -181,10 +151,27 @@ def _make(args: argparse.Namespace, videos: list[tuple[str, str, int]], stages) 
     )
     own = ("num_steps", "num_frames", "resolution", "aspect_ratio")
     options = {name: getattr(args, name) for name in own}
+    about = pipe.metadata(pipe.request(videos[0][1], **options))
+    _hold(out, {name: about[name] for name in _COMPARED} | {"seed": args.seed})
     for number, (name, prompt, index) in enumerate(missing, 1):
         result = pipe(prompt, seed=args.seed + index, **options)
         measures.keep(out, name, result.pixels(), result.latents[0], fps=result.fps)
         stages.note(f"{number}/{len(missing)} {name}.mp4")
+
+
+def _hold(out: Path, wanted: dict[str, Any]) -> None:
+    """Writes how the videos of a folder are made, beside them. Raises UsageError where some are
+    there that were made otherwise."""
+    about = made.sidecar(out / _MADE)
+    others = made.differing(about, wanted)
+    if others and next(out.glob("*.mp4"), None) is not None:
+        raise UsageError(
+            f"{out} holds videos that were made otherwise",
+            f"other {', '.join(others)}" if about else "nothing says how they were made",
+            "give another folder; without MODEL they are only measured",
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / f"{_MADE}.json", json.dumps(wanted, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def made(monkeypatch):
     brightness."""
     calls = []
 
-    def pipe(prompt, seed, **options):
+    def make(prompt, seed, **options):
         calls.append((prompt, seed, options["num_steps"]))
         rng = np.random.default_rng(seed)
         level = 100 + 50 * PROMPTS.index(prompt)
@@ -27,9 +27,21 @@ def made(monkeypatch):
         latents = rng.normal(size=(1, 2, 4, 4, 3)).astype(np.float32) + options["num_steps"]
         return SimpleNamespace(pixels=lambda: frames, latents=latents, fps=16)
 
+    class Pipe:
+        def __init__(self, model):
+            self.model = model
+
+        __call__ = staticmethod(make)
+
+        def request(self, prompt, **options):
+            return options
+
+        def metadata(self, request):
+            return dict.fromkeys(command._COMPARED) | {"model": self.model, "sampler": request}
+
     def load(model, **options):
         calls.append((model, options["dit_path"]))
-        return pipe
+        return Pipe(model)
 
     monkeypatch.setattr("tdjax.pipeline.load.load", load)
     return calls
@@ -56,6 +68,11 @@ def test_a_prompt_set_becomes_files_that_vbench_reads(tmp_path, made, capsys):
     (one / "a cat-1.mp4").unlink()
     assert call(tmp_path, "student", "--out", str(one), "--num_steps", "4") == 0
     assert made[5:] == [("student", None), ("a cat", 1, 4)]  # and nothing else again
+    for words in (["student", "--num_steps", "5"], ["other", "--num_steps", "4"]):
+        made.clear()
+        capsys.readouterr()
+        assert call(tmp_path, *words, "--out", str(one)) == 2 and len(made) == 1
+        assert "holds videos that were made otherwise\nother " in capsys.readouterr().err
 
     assert call(tmp_path, "teacher", "--out", str(two), "--num_steps", "5") == 0
     made.clear()
@@ -83,8 +100,8 @@ def test_a_prompt_set_becomes_files_that_vbench_reads(tmp_path, made, capsys):
 def test_json_of_vbench_is_read(tmp_path):
     rows = [{"prompt_en": "one", "dimension": ["x"]}, {"prompt": "two"}, "three", {"prompt": "one"}]
     (tmp_path / "all.json").write_text(json.dumps(rows))
-    assert command.read_prompts(tmp_path / "all.json") == ["one", "two", "three"]
-    assert command.read_prompts(tmp_path / "all.json", 2) == ["one", "two"]
+    assert command.prompt_set(tmp_path / "all.json") == ["one", "two", "three"]
+    assert command.prompt_set(tmp_path / "all.json", 2) == ["one", "two"]
 
 
 def test_names_that_are_too_long():
