@@ -8,6 +8,12 @@ between backticks. A command shows those that it has as options (tdjax.cli.spell
 from __future__ import annotations
 
 
+def first_line(error: Exception) -> str:
+    """Returns what a library says of an error as one line of a message, at most 300 characters; its
+    kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 class TdjaxError(Exception):
     """what: one line; why: one line; fix: one line (what to do, or the nearest thing that
     works)."""

@@ -27,7 +27,7 @@ import tdjax
 from tdjax.checkpoints.folders import is_model, read_manifest
 from tdjax.config import KINDS, Config, from_dict, to_dict
 from tdjax.config.parsing import told
-from tdjax.errors import CheckpointError
+from tdjax.errors import CheckpointError, first_line
 from tdjax.models.abstract import as_shapes
 from tdjax.models.tiny_vae import TinyVAE
 from tdjax.models.umt5 import UMT5
@@ -392,10 +392,9 @@ def _readable(folder: Path, action: Callable[[ocp.Checkpointer], Any]):
         ):
             return action(reader)
     except Exception as e:
-        first = (str(e).strip().splitlines() or [""])[0][:300]
         raise CheckpointError(
             f"{folder / 'params'} cannot be read: files are missing or damaged",
-            f"{type(e).__name__}: {first}",
+            f"{type(e).__name__}: {first_line(e)}",
             AGAIN,
         ) from e
 

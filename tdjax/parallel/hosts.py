@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdjax.config.values import shown
-from tdjax.errors import TdjaxError, UsageError
+from tdjax.errors import TdjaxError, UsageError, first_line
 from tdjax.files import locked, written
 from tdjax.progress import say
 
@@ -159,8 +159,7 @@ def join(
                 heartbeat_timeout_seconds=LOST_SECONDS,
             )
     except (RuntimeError, ValueError, OSError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise UsageError(what, first_line, fix) from error
+        raise UsageError(what, first_line(error), fix) from error
     return jax.process_count()
 
 
@@ -206,7 +205,7 @@ def lost() -> Iterator[None]:
             raise
         raise OtherProcessError(
             "an exchange with the other processes of this run failed",
-            (str(error).strip().splitlines() or [""])[0][:300],
+            first_line(error),
             "what the process that ended first wrote says why; start all again, with --resume where"
             " checkpoints are to be gone on from",
         ) from error

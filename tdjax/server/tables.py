@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 
+from tdjax import errors
 from tdjax.errors import UsageError
 from tdjax.files import near
 
@@ -217,5 +218,4 @@ def _prepare_file(connection: Any, record: Any) -> None:
 
 def first_line(error: Exception) -> str:
     """Returns what went wrong, in one line without the statement."""
-    text = str(getattr(error, "orig", None) or error).strip()
-    return text.split("\n")[0]
+    return errors.first_line(getattr(error, "orig", None) or error)

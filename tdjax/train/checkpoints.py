@@ -30,7 +30,7 @@ from tdjax.checkpoints.orbax import (
     table,
 )
 from tdjax.config.parsing import json_object, mismatch
-from tdjax.errors import CheckpointError
+from tdjax.errors import CheckpointError, first_line
 from tdjax.parallel import hosts
 
 
@@ -180,10 +180,9 @@ def restore(path: Path, state):
         with quiet(), contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
             read = reader.restore(os.path.abspath(path / "state"), args=args)
     except Exception as e:  # whatever Orbax and TensorStore raise
-        first = (str(e).strip().splitlines() or [""])[0][:300]
         raise CheckpointError(
             f"{path / 'state'} cannot be read",
-            f"{type(e).__name__}: {first}",
+            f"{type(e).__name__}: {first_line(e)}",
             "go on from an earlier step",
         ) from e
     keys = {

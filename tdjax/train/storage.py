@@ -8,7 +8,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from tdjax.errors import UsageError
+from tdjax.errors import UsageError, first_line
 from tdjax.files import written
 
 
@@ -91,9 +91,8 @@ def _tried(address: str, function, *args, **options):
             f"{address} needs a driver", str(error), "pip install s3fs (s3://) or gcsfs (gs://)"
         ) from error
     except Exception as error:  # each driver raises its own
-        line = (str(error).strip().splitlines() or [""])[0][:300]
         raise UsageError(
             f"{address} cannot be read",
-            f"{type(error).__name__}: {line}",
+            f"{type(error).__name__}: {first_line(error)}",
             "check the address and the rights to it",
         ) from error
