@@ -291,8 +291,8 @@ class AdaptedLinear(nnx.Module):
         self.scale = scale
 
     def __call__(self, x):  # [... i] -> [... o]
-        narrow = jnp.matmul(x, self.down[...].astype(x.dtype))
-        change = jnp.matmul(narrow, self.up[...].astype(x.dtype))
+        narrow = jnp.matmul(x, self.down[...].astype(x.dtype), precision=EXACT)
+        change = jnp.matmul(narrow, self.up[...].astype(x.dtype), precision=EXACT)
         return self.layer(x) + self.scale * change
 
     def quantize_input(self, x):

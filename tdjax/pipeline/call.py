@@ -92,7 +92,8 @@ class Call:
                      name of each stage as it begins. Either ends the call by returning False.
         on_preview:  called after each step with (step, what the network predicts: frames uint8
                      [T H W 3]); also ends the call by returning False. Frames are whole where
-                     vae_path is a small decoder; else they have a pixel for each latent.
+                     vae_path is a small decoder, and for small models with latents of their own;
+                     else they have a pixel for each latent.
         cancel:      a threading.Event: the call ends once it is set, between steps and chunks.
         aliases:     names that diffusers and TurboDiffusion have for the same things.
 

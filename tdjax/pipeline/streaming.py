@@ -4,8 +4,8 @@ another, for devices that cannot hold it.
 A step is one program before the blocks, one for every block alike, and one after them, called from
 the host. The next block is on its way while one runs: its copy is asked for before the block is
 called, as what is asked for after a call may wait for that call. Nothing is compiled anew for
-another step, prompt or number of steps. Latents are those of the whole transformer to the rounding
-of sums that XLA fuses over the border of two blocks there (tested).
+another step, prompt or number of steps. Latents are those of the whole transformer to rounding
+(tested), and not bit by bit: the compiler sees each block by itself here.
 
 A scan with copies inside one program would leave their order, and how many blocks are on the device
 at a time, to the compiler.

@@ -8,31 +8,21 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from tdjax.config.parsing import NPY, npy_array
 from tdjax.errors import UsageError
 from tdjax.files import written
 
-STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # names of .safetensors
 FINISHED = {"tdjax": "finished latents"}  # mark of a file that is a video and not noise
 
 
 def save_embeds(path, embeds: np.ndarray, prompts: list[str], overwrite: bool = False) -> Path:
-    """Writes embeds [b s d] and their prompts as .safetensors, without another copy of them in
-    memory: there may be many. Raises UsageError where the file exists."""
-    embeds = np.ascontiguousarray(embeds)
-    about = {
-        "dtype": STORED[embeds.dtype.name],
-        "shape": embeds.shape,
-        "data_offsets": [0, embeds.nbytes],
-    }
-    metadata = {"prompts": json.dumps(prompts)}
-    header = json.dumps({"__metadata__": metadata, "prompt_embeds": about}).encode()
-    header += b" " * (-len(header) % 8)
-    with written(path, overwrite) as part, open(part, "wb") as f:
-        f.write(len(header).to_bytes(8, "little") + header)
-        for row in embeds:
-            f.write(row.view(np.uint8))
+    """Writes embeds [b s d] and their prompts as .safetensors. Raises UsageError where the file
+    exists."""
+    rows = {"prompt_embeds": np.ascontiguousarray(embeds)}
+    with written(path, overwrite) as part:
+        save_file(rows, part, metadata={"prompts": json.dumps(prompts)})
     return Path(path)
 
 

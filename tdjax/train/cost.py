@@ -3,7 +3,7 @@
 Counted are the products that the method needs: two FLOPs for a multiply-add, and twice a forward
 pass for a backward pass (once where weights are frozen: only the derivative by activations is
 needed). Blocks that are computed again to save memory do not count. Norms, embeddings and adapters
-are below one part in a hundred and are left out.
+(at 14B, of rank 64, 2 % of the products) are left out.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """A run as one page: <run>/report.html, with its settings, a curve for every number of
-metrics.jsonl, and the sheets of its samples. It needs no network and no script."""
+metrics.jsonl. It needs no network and no script."""
 
 from __future__ import annotations
 
 import html
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from tdjax.files import write_text
 from tdjax.train import metrics
 
 NAME = "report.html"
-SAMPLES = "samples"  # <run>/samples/step_000500/sheet.png
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 420, 200, 62, 22  # of a plot, and of its margins, in pixels
 _POINTS = 600  # of a curve; more are thinned out
 _LOG = 30.0  # from this ratio of largest to smallest on, the axis is logarithmic
@@ -21,7 +19,7 @@ _STYLE = """
 :root { color-scheme: light dark; font: 14px/1.4 system-ui, sans-serif }
 body { max-width: 1340px; margin: 2em auto; padding: 0 1em }
 .plots { display: flex; flex-wrap: wrap; gap: 14px }
-figure { margin: 0 } figcaption { font-size: 12px } img { max-width: 100% }
+figure { margin: 0 } figcaption { font-size: 12px }
 svg { border: 1px solid #8884 } polyline { fill: none; stroke: #2a78d6; stroke-width: 1.5 }
 text { font-size: 11px; fill: currentColor } line { stroke: #8884 }
 table { border-collapse: collapse; font: 12px ui-monospace, monospace }
@@ -35,12 +33,6 @@ def write(run: Path, title: str, settings: Mapping[str, str]) -> Path:
     names = sorted({name for row in rows for name in row if name != "step"}, key=_order)
     plots = [_figure(name, rows) for name in names]
     last = rows[-1]["step"] if rows else 0
-    sheets = sorted((run / SAMPLES).glob("step_*/sheet.png"), reverse=True)
-    shown = [
-        f"<h3>step {int(re.sub(r'[^0-9]', '', sheet.parent.name))}</h3>"
-        f'<img loading="lazy" alt="samples" src="{SAMPLES}/{sheet.parent.name}/sheet.png">'
-        for sheet in sheets
-    ]
     table = "".join(
         f"<tr><td>{html.escape(key)}</td><td>{html.escape(value)}</td></tr>"
         for key, value in settings.items()
@@ -51,7 +43,6 @@ def write(run: Path, title: str, settings: Mapping[str, str]) -> Path:
         '<h2>Numbers</h2><div class="plots">',
         *plots,
         "</div>",
-        *(["<h2>Samples</h2>", *shown] if shown else []),
         f"<h2>Settings</h2><table>{table}</table></html>",
     ]
     write_text(run / NAME, "\n".join(text) + "\n")
