@@ -160,8 +160,12 @@ class PipelineMaker:
         )
 
     def _set_loras(self, loras: dict[str, Any]) -> None:
-        """Puts the LoRA files of a job on the weights, if they are not those of the last one."""
-        if loras == self.loras:
+        """Puts the LoRA files of a job on the weights, if they are not those of the last one, as
+        they were then."""
+        wanted = {
+            name: [(*pair, _version(pair[0])) for pair in each] for name, each in loras.items()
+        }
+        if wanted == self.loras:
             return
         before, self.loras = self.loras, None
         try:
@@ -174,7 +178,7 @@ class PipelineMaker:
                 "it is for another one, or its file is damaged or gone; the server's log says more",
                 "leave it away, or tell who runs the server",
             ) from error
-        self.loras = loras
+        self.loras = wanted
 
     def _make_room(self, arguments: dict[str, Any]) -> None:
         """Lets programs of other shapes go, where there are many and this one is new."""
@@ -200,6 +204,15 @@ class PipelineMaker:
         device = device_bytes()
         peak = device[1] if device else None
         return {"timings": made.timings, "warnings": made.warnings, "device_peak": peak}
+
+
+def _version(file: str) -> tuple[int, int] | None:
+    """What changes when an operator replaces a file; None where it is gone."""
+    try:
+        facts = os.stat(file)
+    except OSError:
+        return None
+    return facts.st_mtime_ns, facts.st_size
 
 
 def trim() -> None:

@@ -58,6 +58,16 @@ def test_lora_files_are_set_when_they_change_and_damaged_ones_harm_one_job(capsy
     assert len(pipe.set) == 4
 
 
+def test_a_lora_file_that_was_replaced_is_set_again(tmp_path):
+    maker, file = PipelineMaker({}), tmp_path / "a.safetensors"
+    maker.pipe = pipe = Merging()
+    for content in ("one", "one", "other"):
+        if not file.exists() or file.read_text() != content:
+            file.write_text(content)
+        maker._set_loras({"lora": [(str(file), 1.0)]})
+    assert len(pipe.set) == 2
+
+
 def resident() -> int:
     """Bytes of this process in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
