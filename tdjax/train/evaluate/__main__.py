@@ -77,7 +77,7 @@ def _command(argv: list[str]) -> int:
         cache_note = cli.set_compile_cache()
         from tdjax.progress import Stages
 
-        stages = Stages(False if args.quiet else None)
+        stages = Stages(not args.quiet)
         if cache_note:
             stages.note(cache_note)
         cli.start_jax(stages.note)
@@ -141,7 +141,8 @@ def _make(args: argparse.Namespace, videos: list[tuple[str, str, int]], stages) 
 
     out = Path(args.out)
     missing = [video for video in videos if not measures.there(out, video[0])]
-    stages.note(f"{len(missing)} of {len(videos)} videos are to be made")
+    if stages.show:
+        stages.tell(f"{len(missing)} of {len(videos)} videos are to be made")
     pipe = load(
         args.model,
         dit_path=args.dit_path,
@@ -156,7 +157,8 @@ def _make(args: argparse.Namespace, videos: list[tuple[str, str, int]], stages) 
     for number, (name, prompt, index) in enumerate(missing, 1):
         result = pipe(prompt, seed=args.seed + index, **options)
         measures.keep(out, name, result.pixels(), result.latents[0], fps=result.fps)
-        stages.note(f"{number}/{len(missing)} {name}.mp4")
+        if stages.show:
+            stages.tell(f"{number}/{len(missing)} {name}.mp4")
 
 
 def _hold(out: Path, wanted: dict[str, Any]) -> None:
