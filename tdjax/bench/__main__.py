@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import platform
 import re
@@ -30,6 +31,7 @@ from tdjax.config import (
     DiTConfig,
     SamplerConfig,
     TextConfig,
+    TinyVAEConfig,
     VAEConfig,
     VideoSize,
 )
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from tdjax.bench.stages import Row
 
 STAGES = ("text", "vae", "dit", "e2e")
+ONE = "one"  # device, in a list of meshes
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,6 +85,16 @@ def build_parser() -> argparse.ArgumentParser:
         ),
     )
     parser.add_argument(
+        "--mesh",
+        nargs="+",
+        default=["one"],
+        metavar="MESH",
+        help=(
+            "devices that share the work, one row for each: one, sp=2, sp=4, tp=2,sp=2 ...; rows"
+            " of a mesh say how many times as fast as `one` they are"
+        ),
+    )
+    parser.add_argument(
         "--dtype",
         choices=FLOATS,
         help="of weights and computation; default: the model's own (demo: float32)",
@@ -90,6 +103,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--stream",
         action="store_true",
         help="also each denoising row with blocks streamed from the host's memory (stage dit)",
+    )
+    parser.add_argument(
+        "--lora",
+        type=int,
+        metavar="RANK",
+        help="also each row of 8-bit layers with a LoRA of this rank on all of them (stage dit)",
+    )
+    parser.add_argument(
+        "--vae",
+        choices=("wan", "tiny"),
+        default="wan",
+        help="the decoder of stage vae: Wan's, or a small one (TAEHV)",
     )
     parser.add_argument(
         "--teacher",
@@ -180,14 +205,26 @@ def machine() -> dict[str, str]:
 def sources(args) -> dict[str, Callable[[], Iterator[Row]]]:
     """Where the rows of each stage come from."""
     from tdjax.bench import pipeline, stages
+    from tdjax.parallel.mesh import make_mesh
 
     dit, vae, text, size = configs(args)
+    decoder = vae if args.vae == "wan" else TinyVAEConfig(policy=vae.policy)
+    meshes = [None if name == ONE else make_mesh(name, dit) for name in args.mesh]
+    on_each = lambda rows: itertools.chain.from_iterable(map(rows, meshes))
     return {
         "text": lambda: stages.text_rows(text, args.repeats),
-        "vae": lambda: stages.vae_rows(vae, size, args.repeats),
-        "dit": lambda: stages.dit_rows(dit, vae, size, args),
-        "e2e": lambda: pipeline.e2e_rows(dit, vae, text, size, args),
+        "vae": lambda: on_each(lambda mesh: stages.vae_rows(decoder, size, args.repeats, mesh)),
+        "dit": lambda: on_each(lambda mesh: stages.dit_rows(dit, vae, size, args, mesh)),
+        "e2e": lambda: on_each(lambda mesh: pipeline.e2e_rows(dit, vae, text, size, args, mesh)),
     }
+
+
+def against_one(row: Row, rows: list[Row]) -> Row:
+    """The row of a mesh with its speed against one device, where that was measured before."""
+    for other in rows:
+        if row.mesh and not other.mesh and (row.stage, row.what) == (other.stage, other.what):
+            return dataclasses.replace(row, one=other.ms / row.ms)
+    return row
 
 
 def with_peaks(row: Row, host: int) -> Row:
@@ -199,21 +236,24 @@ def with_peaks(row: Row, host: int) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    wide = max(len(row.what) for row in rows)
+    names = [row.what + (f", {row.mesh}" if row.mesh else "") for row in rows]
+    wide = max(map(len, names))
     numbers = (
         f"{'ms':>9} {'p10':>9} {'p90':>9} {'compile s':>10} {'weights':>10} {'working':>10}"
-        f" {'error':>9} {'PSNR':>8}"
+        f" {'error':>9} {'PSNR':>8} {'speed':>6}"
     )
     lines = [f"{'stage':11} {'what':{wide}} {numbers}"]
-    for r in rows:
+    for name, r in zip(names, rows, strict=True):
         error = "" if r.error is None else f"{r.error:.2e}"
         psnr = "" if r.psnr is None else f"{r.psnr:.1f} dB"
+        speed = "" if r.one is None else f"{r.one:.2f}x"
         compile_s = "" if r.compile_s is None else f"{r.compile_s:.1f}"
         memory = f"{r.weights / GIB:6.2f} GiB {r.working / GIB:6.2f} GiB"
         numbers = (
             f"{r.ms:9.2f} {r.p10:9.2f} {r.p90:9.2f} {compile_s:>10} {memory} {error:>9} {psnr:>8}"
+            f" {speed:>6}"
         )
-        lines.append(f"{r.stage:11} {r.what:{wide}} {numbers}".rstrip())
+        lines.append(f"{r.stage:11} {name:{wide}} {numbers}".rstrip())
     return "\n".join(lines)
 
 
@@ -240,12 +280,18 @@ def conclusions(rows: list[Row], steps: int) -> list[str]:
 
 def check_early(args) -> None:
     """Raises UsageError for whatever can be wrong before anything is timed."""
+    from tdjax.parallel.mesh import parse_mesh
+
     if not 1 <= args.repeats <= 100_000:
         raise UsageError(
             f"--repeats is {args.repeats}", "it must be at least 1 and at most 100000", "use 20"
         )
     SamplerConfig(num_steps=args.num_steps)
-    for flag, stage in (("save", "e2e"), ("error", "dit"), ("teacher", "dit")):
+    for name in args.mesh:
+        if name != ONE and "dp" in parse_mesh(name):
+            raise UsageError("--mesh dp", "it is of training alone", "use sp, tp or fsdp")
+    of_stages = {"save": "e2e", "error": "dit", "teacher": "dit", "stream": "dit", "lora": "dit"}
+    for flag, stage in of_stages.items():
         if getattr(args, flag) and args.stage not in ("all", stage):
             raise UsageError(
                 f"--{flag} with --stage {args.stage}",
@@ -273,8 +319,10 @@ def run(args) -> int:
     try:
         for stage in STAGES if args.stage == "all" else (args.stage,):
             for row in made[stage]():
+                row = against_one(row, rows)
                 rows.append(with_peaks(row, (rows[-1].host_peak or 0) if rows else 0))
-                say(f"  {row.stage}, {row.what}: {row.ms:.2f} ms")
+                where = f", {row.mesh}" if row.mesh else ""
+                say(f"  {row.stage}, {row.what}{where}: {row.ms:.2f} ms")
                 if args.json:
                     line = {"model": args.model, **facts, **dataclasses.asdict(rows[-1])}
                     with args.json.open("a") as file:

@@ -15,8 +15,20 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 
-from tdjax.bench.stages import Row, host_peak, label, random_weights, row_of, timed, variants
+from tdjax.bench.stages import (
+    Row,
+    host_peak,
+    label,
+    mesh_label,
+    placed,
+    random_weights,
+    row_of,
+    timed,
+    variants,
+)
+from tdjax.checkpoints import orbax
 from tdjax.checkpoints.compiled import WORTH_KEEPING
 from tdjax.checkpoints.locate import Located
 from tdjax.config import DiTConfig, TextConfig, VAEConfig, VideoSize, to_dict
@@ -43,14 +55,19 @@ class RandomComponent(PlannedComponent):
     """A component without files: loading it draws its weights."""
 
     def read(self) -> Any:
-        return jax.block_until_ready(random_weights(self.abstract()))
+        return placed(random_weights(orbax.abstract(self.kind, self.config)), self.mesh)
 
     def fingerprint(self) -> dict:
         return {"name": None, "source": "random weights"}
 
 
 def e2e_rows(
-    dit: DiTConfig, vae: VAEConfig, text: TextConfig, size: VideoSize, args
+    dit: DiTConfig,
+    vae: VAEConfig,
+    text: TextConfig,
+    size: VideoSize,
+    args,
+    mesh: Mesh | None = None,
 ) -> Iterator[Row]:
     """For each of `variants` what compiling takes, before there are weights; then its runs, all
     weights resident.
@@ -67,13 +84,15 @@ def e2e_rows(
         call["image"] = np.full((size.height, size.width, 3), 127, np.uint8)
     pipes = []
     for cfg in variants(dit, args):
-        pipe, cold, again = compiled(functools.partial(opened, cfg, shared, size, args.model), call)
+        make = functools.partial(opened, cfg, shared, size, args.model, mesh)
+        pipe, cold, again = compiled(make, call)
         pipes.append(pipe)
         for what, seconds in (("cold", cold), ("from the persistent cache", again)):
             yield row_of(
                 "compile",
                 f"all stages, {what}, {label(cfg)}",
                 [1e3 * seconds],
+                mesh=mesh_label(mesh),
                 **counted_memory(pipe),
             )
     for pipe in pipes:
@@ -83,12 +102,19 @@ def e2e_rows(
         component.free()
 
 
-def opened(cfg: DiTConfig, shared: dict[str, Component], size: VideoSize, name: str) -> Pipeline:
+def opened(
+    cfg: DiTConfig,
+    shared: dict[str, Component],
+    size: VideoSize,
+    name: str,
+    mesh: Mesh | None = None,
+) -> Pipeline:
     """A pipeline without files, tokenizer and prompt cache, whose text encoder and VAE others
     share."""
     located = Located(name=name, layout="published", preset=None, facts=to_dict(size))
     components = {"dit": RandomComponent("dit", "dit", cfg), **shared}
-    return Pipeline(located, components, PipelineOptions(), stages=Stages(show=False))
+    options = PipelineOptions(mesh=mesh_label(mesh))
+    return Pipeline(located, components, options, stages=Stages(show=False))
 
 
 # -- compiling -------------------------------------------------------------------------------------
@@ -146,7 +172,7 @@ def counted_memory(pipe: Pipeline, *stages: str) -> dict[str, int | None]:
     for name, functions in (USES[stage] for stage in stages or USES):
         used = [counted[function] for function in functions if function in counted]
         if used:
-            weights[name] = memory.weight_bytes(name, pipe.components[name].config)
+            weights[name] = memory.weight_bytes(name, pipe.components[name].config, pipe.mesh)
             working.append(max(used) - weights[name])
     return {
         "weights": sum(weights.values()),
@@ -164,7 +190,7 @@ def run_rows(pipe: Pipeline, call: dict, args) -> Iterator[Row]:
     for name, component in pipe.components.items():
         with pipe.stages(f"random weights of {name}"):
             component.load()
-    seeds, kind = itertools.count(), label(pipe.config)
+    seeds, kind, mesh = itertools.count(), label(pipe.config), mesh_label(pipe.mesh)
     clip(pipe, call, next(seeds))  # the warm-up, in which kernels are checked too
     first = len(pipe.stages.rows)
     times = timed(lambda: clip(pipe, call, next(seeds)), args.repeats)
@@ -172,14 +198,15 @@ def run_rows(pipe: Pipeline, call: dict, args) -> Iterator[Row]:
     for row in pipe.stages.rows[first:]:
         stages.setdefault(row.name, []).append(1e3 * row.seconds)
     for name, each in stages.items():
-        yield row_of(name, f"in the pipeline, {kind}", each, **counted_memory(pipe, name))
-    yield row_of(
-        "end to end", f"prompt to frames on the host, {kind}", times, **counted_memory(pipe)
-    )
+        counted = counted_memory(pipe, name)
+        yield row_of(name, f"in the pipeline, {kind}", each, mesh=mesh, **counted)
+    what, counted = f"prompt to frames on the host, {kind}", counted_memory(pipe)
+    yield row_of("end to end", what, times, mesh=mesh, **counted)
     if args.save:
         path = args.save / f"{pipe.name}-{pipe.config.attention}-{pipe.config.linear}.mp4"
         times = timed(lambda: clip_to_file(pipe, call, next(seeds), path), args.repeats)
-        yield row_of("end to end", f"prompt to mp4, {kind}", times, **counted_memory(pipe))
+        what, counted = f"prompt to mp4, {kind}", counted_memory(pipe)
+        yield row_of("end to end", what, times, mesh=mesh, **counted)
 
 
 def clip(pipe: Pipeline, call: dict, seed: int, **more) -> Result:

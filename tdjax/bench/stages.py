@@ -13,12 +13,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from tdjax.checkpoints import orbax
-from tdjax.config import DiTConfig, SamplerConfig, TextConfig, VAEConfig, VideoSize
+from tdjax.config import (
+    DiTConfig,
+    SamplerConfig,
+    TextConfig,
+    TinyVAEConfig,
+    VAEConfig,
+    VideoSize,
+)
 from tdjax.models.linear import LINEAR
-from tdjax.models.wan_dit import with_linear, without_blocks
-from tdjax.parallel.sharding import leaf_name
+from tdjax.models.wan_dit import with_linear, with_low_rank, without_blocks
+from tdjax.parallel.mesh import AXES
+from tdjax.parallel.sharding import leaf_name, shardings
 from tdjax.pipeline import compilation, memory, streaming
 from tdjax.pipeline.compilation import Program
 from tdjax.pipeline.components import Component, PlannedComponent
@@ -39,10 +48,13 @@ class Row:
     error: relative L2 of the latents; psnr: dB of the frames that one VAE makes of them.
     ratio: how many times as long the original's 50 guided steps take as all steps of this row.
     device_peak, host_peak: of the process, so far.
+    mesh: the devices that share the work, as `sp=4`; None for one. one: how many times as long one
+          device takes for the same.
     """
 
     stage: str
     what: str
+    mesh: str | None = None
     ms: float
     p10: float
     p90: float
@@ -52,6 +64,7 @@ class Row:
     error: float | None = None
     psnr: float | None = None
     ratio: float | None = None
+    one: float | None = None
     device_peak: int | None = None
     host_peak: int | None = None
 
@@ -106,22 +119,51 @@ def row_of(stage: str, what: str, times: list[float], **facts) -> Row:
 
 
 def measure(
-    stage: str, what: str, function, module, *args, repeats: int, per: int = 1
+    stage: str,
+    what: str,
+    function,
+    module,
+    *args,
+    repeats: int,
+    per: int = 1,
+    mesh: Mesh | None = None,
 ) -> tuple[Row, Any]:
     """Compiles, warms up and times `repeats` calls of function(module, *args); times are divided by
-    `per`. Returns (row, last output)."""
+    `per`. On a mesh the module lies as `placed` has it. Returns (row, last output)."""
+    compiler = compilation.Programs(Stages(show=False), mesh)
+    args = compiler.place(args)
     start = time.perf_counter()
-    run = jax.jit(function).lower(module, *args).compile()
+    run = compiler.request(stage, function, module, *args).wait()
     compile_s = time.perf_counter() - start
     call = lambda: jax.block_until_ready(run(module, *args))
     out = call()
     times = [ms / per for ms in timed(call, repeats)]
-    weights = memory.module_bytes(module)
-    counted: Any = run.memory_analysis()
-    inputs, outputs = counted.argument_size_in_bytes, counted.output_size_in_bytes
-    working = inputs + outputs + counted.temp_size_in_bytes - weights
+    weights = device_share(module)
+    working = max(compiler.memory().values()) - weights
     row = row_of(stage, what, times, compile_s=compile_s, weights=weights, working=working)
-    return row, out
+    return dataclasses.replace(row, mesh=mesh_label(mesh)), out
+
+
+def placed(module, mesh: Mesh | None):
+    """The module on one device as a pipeline has it on a mesh."""
+    if mesh is None:
+        return module
+    return jax.block_until_ready(jax.device_put(module, shardings(module, mesh)))
+
+
+def device_share(module) -> int:
+    """Bytes of a module on each device."""
+    shards = (leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(module))
+    sizes = (leaf.dtype.itemsize for leaf in jax.tree.leaves(module))
+    return sum(math.prod(shape) * size for shape, size in zip(shards, sizes, strict=True))
+
+
+def mesh_label(mesh: Mesh | None) -> str | None:
+    """Returns a mesh as users write it."""
+    if mesh is None:
+        return None
+    names = {axis: name for name, axis in AXES.items()}
+    return ",".join(f"{names[axis]}={size}" for axis, size in mesh.shape.items())
 
 
 def text_rows(cfg: TextConfig, repeats: int) -> Iterator[Row]:
@@ -139,12 +181,16 @@ def text_rows(cfg: TextConfig, repeats: int) -> Iterator[Row]:
 # -- VAE -------------------------------------------------------------------------------------------
 
 
-def vae_rows(cfg: VAEConfig, size: VideoSize, repeats: int) -> Iterator[Row]:
+def vae_rows(
+    cfg: VAEConfig | TinyVAEConfig, size: VideoSize, repeats: int, mesh: Mesh | None = None
+) -> Iterator[Row]:
     """Whole clips chunk by chunk, their latents and frames arriving on the host, as the pipeline
     runs them."""
-    component = PlannedComponent("vae", "vae", cfg)
-    vae = random_weights(component.abstract())
-    clip = f"{size.frames} frame" + "s" * (size.frames > 1)
+    tiny = isinstance(cfg, TinyVAEConfig)
+    component = PlannedComponent("vae", "tiny_vae" if tiny else "vae", cfg)
+    component.mesh = mesh
+    vae = placed(random_weights(orbax.abstract(component.kind, cfg)), mesh)
+    clip = f"{size.frames} frame" + "s" * (size.frames > 1) + ", small decoder" * tiny
     image = np.zeros((1, 1, size.height, size.width, 3), np.float32)
     latents = np.random.default_rng(0).standard_normal(
         (1, *size.latent_grid, cfg.latent_channels), np.float32
@@ -158,11 +204,12 @@ def vae_rows(cfg: VAEConfig, size: VideoSize, repeats: int) -> Iterator[Row]:
             pass
 
     row = functools.partial(clip_row, component=component, repeats=repeats)
-    yield row("vae encode", clip, programs=lambda coding: coding.encoder(size), run=encode)
+    if not tiny:
+        yield row("vae encode", clip, programs=lambda coding: coding.encoder(size), run=encode)
     decoder = lambda coding: coding.decoder(latents.shape, "uint8")
     yield row("vae decode", clip, programs=decoder, run=decode)
     tiles = tiling(*latents.shape[2:4])
-    if len(tiles.corners) > 1:
+    if len(tiles.corners) > 1 and mesh is None and not tiny:
         height, width = (n * cfg.spatial for n in tiles.size)
         what = f"{clip}, tiles of {width}x{height}"
         decoder = lambda coding: coding.decoder(latents.shape, "uint8", tiled=True)
@@ -181,7 +228,7 @@ def clip_row(
 ) -> Row:
     """programs(coding) are those that run(coding) takes a clip through."""
     stages = Stages(show=False)
-    coding = VAECoding(compilation.Programs(stages), component, stages)
+    coding = VAECoding(compilation.Programs(stages, component.mesh), component, stages)
     start = time.perf_counter()
     for program in programs(coding):
         program.wait()
@@ -198,6 +245,7 @@ def clip_row(
         weights=weights,
         working=working,
         host_peak=host_peak(stages),
+        mesh=mesh_label(component.mesh),
     )
 
 
@@ -219,23 +267,29 @@ def variants(cfg: DiTConfig, args) -> list[DiTConfig]:
     return [dataclasses.replace(cfg, impl=args.impl, **kind) for kind in kinds]
 
 
-def dit_rows(cfg: DiTConfig, vae: VAEConfig, size: VideoSize, args) -> Iterator[Row]:
+def dit_rows(
+    cfg: DiTConfig, vae: VAEConfig, size: VideoSize, args, mesh: Mesh | None = None
+) -> Iterator[Row]:
     """One row for each of `variants`: a whole loop of steps in one program, given per step. The
     original comes first: others are compared with it."""
     original = None
     decode = decoder(vae) if args.error else None
     if args.teacher:
         dense = dataclasses.replace(cfg, attention="dense", linear="float", impl=args.impl)
-        original = denoise_row(dense, size, dataclasses.replace(TEACHER_SAMPLER, num_steps=1), args)
+        one = dataclasses.replace(TEACHER_SAMPLER, num_steps=1)
+        original = denoise_row(dense, size, one, args, mesh=mesh)
         yield original
     for changed in variants(cfg, args):
-        row = denoise_row(changed, size, SamplerConfig(num_steps=args.num_steps), args, decode)
+        sampler = SamplerConfig(num_steps=args.num_steps)
+        row = denoise_row(changed, size, sampler, args, decode, mesh)
         if original is not None:
             whole = TEACHER_SAMPLER.num_steps * original.ms
             row = dataclasses.replace(row, ratio=whole / (args.num_steps * row.ms))
         yield row
-        if args.stream:
-            yield streamed_row(changed, size, SamplerConfig(num_steps=args.num_steps), args.repeats)
+        if args.lora and changed.linear != "float":
+            yield denoise_row(changed, size, sampler, args, mesh=mesh, lora=args.lora)
+        if args.stream and mesh is None:
+            yield streamed_row(changed, size, sampler, args.repeats)
 
 
 def streamed_row(cfg: DiTConfig, size: VideoSize, sampler: SamplerConfig, repeats: int) -> Row:
@@ -282,9 +336,16 @@ def random_streamed(cfg: DiTConfig) -> streaming.Streamed:
 
 
 def denoise_row(
-    cfg: DiTConfig, size: VideoSize, sampler: SamplerConfig, args, decode: Callable | None = None
+    cfg: DiTConfig,
+    size: VideoSize,
+    sampler: SamplerConfig,
+    args,
+    decode: Callable | None = None,
+    mesh: Mesh | None = None,
+    lora: int = 0,
 ) -> Row:
-    """decode: if the error is asked for, see `decoder`."""
+    """decode: if the error is asked for, see `decoder`. lora: rank of the factors beside all
+    layers of 8 bits; 0 for none."""
     shape = (1, *size.latent_grid, cfg.out_channels)
     noise = compilation.start_noise(jax.random.key(1), sampler.num_steps, shape)
     text = jax.random.normal(jax.random.key(2), (1, cfg.text_len, cfg.text_dim)).astype(
@@ -292,11 +353,12 @@ def denoise_row(
     )
     image = jnp.zeros((*shape[:-1], cfg.condition_channels)) if cfg.condition_channels else None
     model = random_weights(orbax.abstract("dit", cfg))
+    model = placed(with_random_lora(model, lora) if lora else model, mesh)
     if sampler.few_step:
         times = jnp.asarray(schedules.times(sampler))
         state, rows = few_step.start(noise[0], times), (few_step.injected(noise), times)
         run = lambda model, *a: compilation.denoise(model, *a, sampler=sampler.sampler)
-        what = label(cfg)
+        what = label(cfg) + (f", LoRA of rank {lora}" if lora else "")
     else:
         state = few_step.teacher_start(noise[0])
         rows = jax.tree.map(jnp.asarray, unipc.step_coefficients(sampler))
@@ -316,15 +378,30 @@ def denoise_row(
         rows,
         repeats=args.repeats,
         per=sampler.num_steps,
+        mesh=mesh,
     )
     if decode is None:
         return row
-    model = in_float32(model, cfg)  # the measured weights go before the exact ones run
+    here = jax.devices()[0]
+    model = jax.device_put(in_float32(model, cfg), here)  # the measured weights go before these run
     truth, _ = jax.jit(run)(model, state, text.astype(jnp.float32), image, rows)
     del model
     out, truth = np.asarray(out, np.float32), np.asarray(truth, np.float32)
     error = float(np.linalg.norm(out - truth) / np.linalg.norm(truth))
     return dataclasses.replace(row, error=error, psnr=psnr(decode(out), decode(truth)))
+
+
+def with_random_lora(model, rank: int):
+    """The same model with small random factors beside every layer of its blocks."""
+    cfg = dataclasses.replace(model.cfg, linear="float")
+    key, dtype, factors = jax.random.key(3), cfg.policy.param_dtype, {}
+    for name, leaf in orbax.named_leaves(orbax.abstract("dit", cfg)).items():
+        if name.startswith("blocks.") and name.endswith(".kernel") and ".core." not in name:
+            n, i, o = leaf.shape
+            down = normal(key, jnp.float32(i**-0.5), (n, rank, i), dtype)
+            up = normal(key, jnp.float32(0.01), (n, o, rank), dtype)
+            factors[name.removesuffix(".kernel")] = down, up
+    return with_low_rank(model, factors)
 
 
 def decoder(cfg: VAEConfig) -> Callable[[np.ndarray], Iterator[np.ndarray]]:

@@ -145,10 +145,16 @@ class QuantizedLinear(_Layer):
     @jax.named_scope("lora")
     def low_rank(self, x: Activations):  # -> [b l o]
         """The second product, of the values that the first one reads."""
-        floats = self.dequantize(self.rows(x.values, x.scale)).astype(x.dtype)
         down, up = (a[...].astype(x.dtype) for a in (self.low_rank_down, self.low_rank_up))
-        y = jnp.matmul(jnp.matmul(floats, down.T, precision=EXACT), up.T, precision=EXACT)
+        narrow = self.narrowed(self.rows(x.values, x.scale), down)
+        y = jnp.matmul(narrow.astype(x.dtype), up.T, precision=EXACT)
         return rearrange(y, "(b l) o -> b l o", b=x.values.shape[0])
+
+    @classmethod
+    def narrowed(cls, rows: QTensor, down):  # [(b l) i], [r i] -> [(b l) r]
+        """Activations times the narrow factor of a LoRA."""
+        floats = cls.dequantize(rows).astype(down.dtype)
+        return jnp.matmul(floats, down.T, precision=EXACT)
 
     def product(self, values, scale, weight, weight_scale, bias=None, *, dtype):  # -> [b l o]
         weight, impl = QTensor(weight, weight_scale), self.products.get(self.impl, self.impl)
@@ -219,6 +225,14 @@ class RowLinear(QuantizedLinear):
     @staticmethod
     def rows(values, scale):
         return QTensor(rearrange(values, "b l i -> (b l) i"), rearrange(scale, "b l -> (b l)"))
+
+    @classmethod
+    def narrowed(cls, rows, down):
+        """The scale of a row comes after the product: its 8-bit values are numbers of any float
+        dtype, and no dequantised copy of the activations is written."""
+        floats = rows.values.astype(down.dtype)
+        y = jnp.matmul(floats, down.T, precision=EXACT, preferred_element_type=jnp.float32)
+        return y * rows.scale[:, None]
 
     @classmethod
     def quantized(cls, x, impl):

@@ -36,6 +36,7 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"blocks\.up\.(int8_)?weight", ("n", "mlp", "embed")),
     (r"blocks\.down\.(int8_)?weight", ("n", "embed", "mlp")),
     (r"blocks\.((self|cross)_attn\.\w+|up|down)\.(weight_)?scale", ("n",)),
+    (r"blocks\.((self|cross)_attn\.\w+|up|down)\.low_rank_(down|up)", ("n",)),
     # whole: norms, modulation, SLA projection, position bias
     (
         r"blocks\.(norm\d\.(scale|bias)|modulation|relative_bias"
