@@ -11,7 +11,7 @@ from jax import lax
 from pallas_kernels.temporal_unfold import norm_silu, temporal_unfold
 from tdjax.config import VAEConfig
 from tdjax.models.abstract import drawn
-from tdjax.parallel.space import with_edges
+from tdjax.parallel.space import lines_beyond
 
 
 def conv2d(x, kernel, bias, stride: int = 1, plus=None):
@@ -19,18 +19,39 @@ def conv2d(x, kernel, bias, stride: int = 1, plus=None):
     w o]. Odd kernels, zeros outside; stride 2 needs even h and w. plus: what else is added.
 
     One zero stands on every side at stride 1, and one at the right and bottom only at stride 2, as
-    the network was trained; between devices it is the neighbour's edge. Frames are images until all
+    the network was trained; between devices it is the neighbour's line. Frames are images until all
     is added: so cuDNN does it as it writes.
     """
     if kernel.shape[:2] == (1, 1) and stride == 1:
         y = jnp.einsum("bthwi,io->bthwo", x, kernel[0, 0]) + bias
         return y if plus is None else y + plus
-    b, layout = x.shape[0], ("NHWC", "HWIO", "NHWC")
-    strides, reach = (stride, stride), kernel.shape[0] // 2
-    x, pads = with_edges(x, reach if stride == 1 else 0, reach)
-    y = lax.conv_general_dilated(_images(x), kernel, strides, pads, dimension_numbers=layout)
-    y = y + bias
-    return rearrange(y if plus is None else y + _images(plus), "(b t) h w o -> b t h w o", b=b)
+    reach = kernel.shape[0] // 2
+    pads = (reach if stride == 1 else 0, reach)
+    y = _conv(_images(x), kernel, (stride, stride), (pads, pads)) + bias
+    y = y if plus is None else y + _images(plus)
+    y = _with_lines_beyond(y, x, kernel, stride, pads)
+    return rearrange(y, "(b t) h w o -> b t h w o", b=x.shape[0])
+
+
+def _conv(x, kernel, strides, pads):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=layout)
+
+
+def _with_lines_beyond(y, x, kernel, stride: int, pads: tuple[int, int]):
+    """y [n h w o], for which frames x [b t h w i] ended in zeros, with what the outermost taps see
+    of the devices beside. The rest of a convolution need not wait for those lines, and x is not
+    copied to stand between them."""
+    for axis, before, after in lines_beyond(x):
+        across = axis - 2  # of height and width
+        strides = tuple(1 if i == across else stride for i in range(2))
+        around = tuple((0, 0) if i == across else pads for i in range(2))
+        for line, end, seen in ((before, 0, pads[0]), (after, -1, pads[1])):
+            if seen:
+                tap = lax.index_in_dim(kernel, end, axis=across)
+                change = _conv(_images(line), tap, strides, around)
+                y = y.at[(slice(None),) * (axis - 1) + (slice(end, end + 1 or None),)].add(change)
+    return y
 
 
 def _images(x):  # [b t h w c] -> [(b t) h w c]
@@ -47,12 +68,11 @@ def conv2d_upsampled(x, kernel, bias):  # x [b t h w i], kernel [3 3 i o], bias 
     """
     rows = _folded(kernel.astype(jnp.float32))
     taps = rearrange(_folded(jnp.moveaxis(rows, 2, 0)), "q b p a i o -> a b i (p q o)")
-    b, layout = x.shape[0], ("NHWC", "HWIO", "NHWC")
-    x, pads = with_edges(x, 1, 1)
     taps = taps.astype(kernel.dtype)
-    y = lax.conv_general_dilated(_images(x), taps, (1, 1), pads, dimension_numbers=layout)
-    y = _interleaved(rearrange(y + jnp.tile(bias, 4), "n h w (p q o) -> n h w p q o", p=2, q=2))
-    return rearrange(y, "(b t) h p w q o -> b t (h p) (w q) o", b=b)
+    y = _conv(_images(x), taps, (1, 1), ((1, 1), (1, 1))) + jnp.tile(bias, 4)
+    y = _with_lines_beyond(y, x, taps, 1, (1, 1))
+    y = _interleaved(rearrange(y, "n h w (p q o) -> n h w p q o", p=2, q=2))
+    return rearrange(y, "(b t) h p w q o -> b t (h p) (w q) o", b=x.shape[0])
 
 
 @jax.custom_jvp

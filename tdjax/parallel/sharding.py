@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -160,8 +161,8 @@ def over_heads(op, q, k, v, *shared, tokens: int | None = None):  # q k v [b l h
     """op(q, k, v, *shared) with samples and heads divided over the mesh: each device sees every
     token of its heads.
 
-    Tokens lie divided before and after: one exchange brings q, k and v to their heads, one brings
-    the result back. Heads that do not divide are filled up with zeros. tokens: how many of l are
+    Tokens lie divided before and after: exchanges bring q, k and v to their heads, one brings the
+    result back. Heads that do not divide are filled up with zeros. tokens: how many of l are
     the clip's; op does not see the others.
     """
     sizes = mesh_sizes()
@@ -173,8 +174,7 @@ def over_heads(op, q, k, v, *shared, tokens: int | None = None):  # q k v [b l h
     def run(q, k, v, *shared):
         heads, rows = q.shape[2], q.shape[1] * devices
         count = rows if tokens is None else tokens
-        x = _to_heads(jnp.stack((q, k, v)), devices)[:, :, :count]
-        y = op(*x, *shared)
+        y = op(*(_to_heads(x, devices)[:, :count] for x in (q, k, v)), *shared)
         y = jnp.pad(y, ((0, 0), (0, rows - count), (0, 0), (0, 0)))
         return _to_tokens(y, devices)[:, :, :heads]
 
@@ -182,17 +182,29 @@ def over_heads(op, q, k, v, *shared, tokens: int | None = None):  # q k v [b l h
     return jax.shard_map(run, in_specs=specs, out_specs=lies, check_vma=False)(q, k, v, *shared)
 
 
-def _to_heads(x, devices: int):  # [3 b l/n h k] -> [3 b l ceil(h/n) k]
+def _to_heads(x, devices: int):  # [b l/n h k] -> [b l ceil(h/n) k]
+    """One exchange for each of q, k and v: what comes lies as it is read, and the next one's layer
+    may run meanwhile."""
     if devices == 1:
         return x
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -x.shape[3] % devices), (0, 0)))
-    return lax.all_to_all(x, TOKENS, split_axis=3, concat_axis=2, tiled=True)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % devices), (0, 0)))
+    return _exchanged(
+        rearrange(x, "b l (n h) k -> n b l h k", n=devices), "n b l h k -> b (n l) h k"
+    )
 
 
 def _to_tokens(y, devices: int):  # [b l h k] -> [b l/n h*n k]
     if devices == 1:
         return y
-    return lax.all_to_all(y, TOKENS, split_axis=1, concat_axis=2, tiled=True)
+    return _exchanged(
+        rearrange(y, "b (n l) h k -> n b l h k", n=devices), "n b l h k -> b l (n h) k"
+    )
+
+
+def _exchanged(parts, layout: str):  # [n ...]
+    """Part i goes to device i; those that come, laid out."""
+    parts = lax.all_to_all(parts, TOKENS, split_axis=0, concat_axis=0, tiled=True)
+    return rearrange(parts, layout)
 
 
 def over_queries(op, q, k, v):  # q [b l h k], k v [b s h k]

@@ -1,13 +1,13 @@
 """Frames divided in space over devices: each has some rows or columns, and asks its neighbours for
-the edges that a convolution sees.
+the lines that a convolution sees.
 
-The networks know only `with_edges`, `whole_frame` and `on_every_device`; outside of `over_space`
-they stand for zeros at the border, and for nothing.
+The networks know only `lines_beyond`, `whole_frame` and `on_every_device`, which stand for nothing
+outside of `over_space`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -57,33 +57,24 @@ def _sizes() -> dict[str, int]:
     }
 
 
-def with_edges(x, before: int, after: int):
-    """(x [b t h w c] with its neighbours' edges, the zeros that are still to be put around h and w:
-    ((before, after), (before, after)), of which those that were exchanged are (0, 0)).
+def lines_beyond(x) -> Iterator[tuple[int, jax.Array, jax.Array]]:  # x [b t h w c]
+    """Yields, where frames are divided, (axis of x, the last line of the device before, the first
+    line of the device after); lines of zeros at the border of the frame.
 
-    before, after: how many rows and columns are seen on each side. At the border of the frame the
-    edges are zeros.
+    Devices 0 and 1, 2 and 3, ... swap their lines, then 1 and 2, 3 and 4, ...: two devices need one
+    exchange.
     """
-    sizes = _sizes()
-    pads = []
-    for name, axis in AXES.items():
-        if name not in sizes:
-            pads.append((before, after))
-            continue
-        count = sizes[name]
-        up = [(i, i + 1) for i in range(count - 1)]
-        down = [(i + 1, i) for i in range(count - 1)]
-        length = x.shape[axis]
-        edges = []
-        if before:
-            last = lax.slice_in_dim(x, length - before, length, axis=axis)
-            edges.append(lax.ppermute(last, name, up))
-        edges.append(x)
-        if after:
-            edges.append(lax.ppermute(lax.slice_in_dim(x, 0, after, axis=axis), name, down))
-        x = jnp.concatenate(edges, axis=axis)
-        pads.append((0, 0))
-    return x, tuple(pads)
+    for name, count in _sizes().items():
+        axis, index = AXES[name], lax.axis_index(name)
+        first = lax.slice_in_dim(x, 0, 1, axis=axis)
+        last = lax.slice_in_dim(x, x.shape[axis] - 1, x.shape[axis], axis=axis)
+        even, swapped = index % 2 == 0, []
+        for start, leads in ((0, even), (1, ~even)):
+            pairs = [(i, i + 1) for i in range(start, count - 1, 2)]
+            swaps = [*pairs, *((j, i) for i, j in pairs)]
+            line = jnp.where(leads, last, first)
+            swapped.append(lax.ppermute(line, name, swaps) if swaps else jnp.zeros_like(line))
+        yield axis, jnp.where(even, *swapped[::-1]), jnp.where(even, *swapped)
 
 
 def whole_frame(tokens):  # [b l c] -> [b L c]
