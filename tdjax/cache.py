@@ -28,8 +28,9 @@ KINDS = {
 MIB = 2**20
 
 
-# Names that JAX gives to compiled programs, and XLA to folders of what it tunes on a GPU.
-_PROGRAM = re.compile(r".+-[0-9a-f]{64}-(cache|atime)")
+# Names that JAX and `tdjax.pipeline.executables` give to compiled programs, and XLA to folders of
+# what it tunes on a GPU.
+_PROGRAM = re.compile(r".+-[0-9a-f]{64}(-cache|-atime|\.executable|\.passed)")
 _TUNED = "xla_gpu_*/**/*"
 _PROMPT = re.compile(rf"[0-9a-f]{{64}}{re.escape(SUFFIX)}")
 

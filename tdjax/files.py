@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import errno
 import hashlib
+import math
 import os
 import re
 import secrets
@@ -27,6 +28,7 @@ from tdjax.errors import UsageError
 LONGEST = 200  # characters of a word that is compared with names
 WRITING = 60  # seconds, more than a line takes to be written
 FULL = 2**20  # bytes: less is free on a disk that a write has just filled
+SKEW = 3600  # seconds by which the clocks of machines that share a folder may differ
 _OWN = secrets.token_hex(4)  # tells this process from an earlier one with its number
 _OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")  # as TensorStore says it
 _PART = re.compile(r"\.tdjax-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}\.part")
@@ -259,6 +261,30 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def by_last_use(folder: Path, pattern: str) -> list[tuple[Path, os.stat_result]]:
+    """Returns the files of a cache and their facts, the least recently used first: they are touched
+    when used. What was used in the future, by a clock that has been put right since, comes before
+    all: it would never go otherwise."""
+    found = []
+    for path in folder.glob(pattern):
+        with contextlib.suppress(OSError):  # another process may have removed it
+            found.append((path, path.stat()))
+    soon = time.time() + SKEW
+    used = lambda facts: facts.st_mtime if facts.st_mtime <= soon else -math.inf
+    return sorted(found, key=lambda row: (used(row[1]), row[1].st_mtime_ns, row[0].name))
+
+
+def trim(folder: Path, pattern: str, limit: int) -> None:
+    """Removes the least recently used files of a cache until the rest has at most `limit` bytes."""
+    entries = by_last_use(folder, pattern)
+    size = sum(facts.st_size for _, facts in entries)
+    for path, facts in entries:
+        if size <= limit:
+            break
+        path.unlink(missing_ok=True)
+        size -= facts.st_size
 
 
 def write_text(target: Path, text: str) -> None:

@@ -97,6 +97,15 @@ def compile_cache(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_executables():
+    """None are read from disk, but where a test asks for that: what a test has put in the place of
+    a constant would be missing in them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tdjax.pipeline.executables.folder", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def module_of_programs(request):
     """Programs of a module are compiled in little time, and run in more: most run once. Modules

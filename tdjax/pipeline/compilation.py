@@ -3,6 +3,7 @@ seed or set of weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -15,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdjax.models.umt5 import without_padding
 from tdjax.parallel import space
+from tdjax.pipeline import executables
+from tdjax.pipeline.executables import Asked
 from tdjax.progress import Stages
 from tdjax.sampling import few_step
 
@@ -69,19 +72,23 @@ def pixels(video, output: str):
     return (video + 1.0) * 0.5, finite
 
 
-@functools.cache
-def over_space(
-    body: Callable, mesh: Mesh, inputs: tuple[bool, ...], outputs: tuple[bool, ...]
-) -> Callable:
-    """Returns a body of the VAE with its frames divided over a mesh of `space.space_mesh`; the same
-    function for the same arguments. inputs, outputs: which of them are divided."""
+@dataclasses.dataclass(frozen=True)
+class OverSpace:
+    """A body of the VAE with its frames divided over a mesh of `space.space_mesh`: one function for
+    equal fields. inputs, outputs: which of them are divided."""
 
-    @functools.wraps(body)
-    def divided(*args, **static):
-        op = functools.partial(body, **static)
-        return space.over_space(op, mesh, inputs, outputs)(*args)
+    body: Callable
+    mesh: Mesh
+    inputs: tuple[bool, ...]
+    outputs: tuple[bool, ...]
 
-    return divided
+    @property
+    def __name__(self) -> str:
+        return self.body.__name__
+
+    def __call__(self, *args, **static):
+        op = functools.partial(self.body, **static)
+        return space.over_space(op, self.mesh, self.inputs, self.outputs)(*args)
 
 
 def start_noise(key, steps: int, shape: tuple[int, ...]):
@@ -216,16 +223,9 @@ class Programs:
         shapes = tuple((tuple(x.shape), str(x.dtype)) for x in leaves)
         key = function, tuple(sorted(static.items())), structure, shapes
         if key not in self._requested:
-            # Of the function itself, not of a closure: jax then has what another pipeline of this
-            # process has made.
-            jitted = jax.jit(
-                function,
-                static_argnames=tuple(static),
-                donate_argnums=donate,
-                out_shardings=self.whole if mesh is None else None,
-            )
-            make = lambda: self.compile(jitted, args, static, mesh or self.mesh)
-            self._requested[key] = Program(label, make, self)
+            lies = self.whole if mesh is None else None
+            asked = Asked(function, args, static, donate, lies, mesh or self.mesh)
+            self._requested[key] = Program(label, lambda: self.compile(asked), self)
         return self._requested[key]
 
     def wait(self, programs: Sequence[Program]) -> list[Any]:
@@ -237,13 +237,9 @@ class Programs:
                     program.finish()
         return [program.executable for program in programs]
 
-    def compile(self, jitted, args, static, mesh: Mesh | None):
-        """Returns the executable of a jitted function for arguments or their shapes, and static
-        arguments, on a mesh."""
-        if mesh is None:
-            return jitted.lower(*args, **static).compile()
-        with jax.set_mesh(mesh):
-            return jitted.lower(*args, **static).compile()
+    def compile(self, asked: Asked) -> jax.stages.Compiled:
+        """Returns the executable of a program, from disk where it was kept."""
+        return executables.made(asked)
 
     def submit(self, make: Callable[[], Any]) -> Future:
         """Has one of the compiling threads call a function."""

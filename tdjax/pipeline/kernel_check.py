@@ -12,6 +12,7 @@ import jax
 from pallas_kernels import selftest
 from tdjax.config import DiTConfig
 from tdjax.errors import KernelError
+from tdjax.pipeline import executables
 from tdjax.pipeline.components import LOADER
 from tdjax.progress import Stages
 
@@ -24,15 +25,20 @@ CHECKS = {
     "fp8": ("fp8 linear", "fp8 quantisation"),
 }
 
+KERNELS = "kernels"  # how what is remembered of them begins
+
 
 def check_kernels(cfg: DiTConfig, stages: Stages) -> None:
-    """Run the checks of the config's 8-bit kernels on the default device; raises KernelError if one
-    fails."""
+    """Runs the checks of the config's 8-bit kernels on the default device, unless the same have
+    passed before on such a card, with this driver, these versions and kernels; raises KernelError
+    if one fails."""
     wanted = {name for kind in (cfg.attention, cfg.linear) for name in CHECKS.get(kind, ())}
     if not wanted or cfg.impl == "reference" or jax.default_backend() != "gpu":
         return
     if cfg.impl == "mosaic":  # and Triton's, which run what is not for Hopper alone
         wanted |= {name + selftest.MOSAIC for name in wanted} & set(selftest.BOUNDS)
+    if executables.remembered(KERNELS, wanted):
+        return
     with stages("check kernels"):
         failed = [check for check in selftest.together("triton", wanted) if not check.passed]
     if failed:
@@ -46,6 +52,7 @@ def check_kernels(cfg: DiTConfig, stages: Stages) -> None:
             "the video would be black or noise; python -m tdjax.env --selftest prints every kernel",
             "use `attention` sla (or original) and `quant` none, or `impl` reference",
         )
+    executables.remember(KERNELS, wanted)
 
 
 def wait_for_threads(work: Iterable[Future | None], stages: Stages) -> None:

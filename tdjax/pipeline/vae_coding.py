@@ -121,7 +121,7 @@ class VAECoding(Stage):
         if self.compiler.mesh is None:
             return bodies, None
         mesh, (first, later) = space_mesh(self.compiler.mesh, h, w), bodies
-        divided = compilation.over_space
+        divided = compilation.OverSpace
         return (
             divided(first, mesh, (False, True), outputs),
             divided(later, mesh, (False, True, True), outputs),

@@ -7,9 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import math
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tdjax.files import written
+from tdjax.files import by_last_use, trim, written
 from tdjax.text.characters import repaired
 from tdjax.text.embeds import stored_tensor
 
 FOLDER, SUFFIX = "prompts", ".safetensors"
 LIMIT = 2**29  # bytes of all entries; a prompt of 100 tokens takes 0.8 MB with umT5-xxl in bfloat16
 FORMAT = 1
-SKEW = 3600  # seconds by which the clocks of machines that share a folder may differ
 
 
 def entry_key(ids: np.ndarray, mask: np.ndarray, facts: dict[str, Any]) -> str:
@@ -85,25 +82,12 @@ class PromptCache:
         return None
 
     def entries(self) -> list[tuple[Path, os.stat_result]]:
-        """Files and their facts, the least recently used first. What was used in the future, by a
-        clock that has been put right since, comes before all: it would never go otherwise."""
-        found = []
-        for path in self.folder.glob(f"*{SUFFIX}"):
-            with contextlib.suppress(OSError):  # another process may have removed it
-                found.append((path, path.stat()))
-        soon = time.time() + SKEW
-        used = lambda facts: facts.st_mtime if facts.st_mtime <= soon else -math.inf
-        return sorted(found, key=lambda row: (used(row[1]), row[1].st_mtime_ns, row[0].name))
+        """Files and their facts, the least recently used first."""
+        return by_last_use(self.folder, f"*{SUFFIX}")
 
     def trim(self) -> None:
         """Removes the oldest entries until the rest fits."""
-        entries = self.entries()
-        size = sum(facts.st_size for _, facts in entries)
-        for path, facts in entries:
-            if size <= self.limit:
-                break
-            path.unlink(missing_ok=True)
-            size -= facts.st_size
+        trim(self.folder, f"*{SUFFIX}", self.limit)
 
 
 def prompt_of(path: Path) -> str:

@@ -12,7 +12,12 @@ from tdjax import cache
 from tdjax.checkpoints.demo import PACKAGED
 from tdjax.text.prompt_cache import PromptCache
 
-PROGRAMS = (f"compiled/jit_run-{'a1' * 32}-cache", f"compiled/jit_<lambda>-{'b2' * 32}-atime")
+PROGRAMS = (
+    f"compiled/jit_run-{'a1' * 32}-cache",
+    f"compiled/jit_<lambda>-{'b2' * 32}-atime",
+    f"compiled/denoise-{'c3' * 32}.executable",
+    f"compiled/kernels-{'d4' * 32}.passed",
+)
 
 
 @pytest.fixture
@@ -36,10 +41,10 @@ def test_listing(root, capsys):
     found = json.loads(capsys.readouterr().out)
     assert {kind: row["entries"] for kind, row in found["kinds"].items()} == {
         "weights": 2,
-        "compiled": 2,
+        "compiled": 4,
         "prompts": 12,
     }
-    assert found["kinds"]["compiled"]["bytes"] == 16 and found["kinds"]["weights"]["names"] == [
+    assert found["kinds"]["compiled"]["bytes"] == 32 and found["kinds"]["weights"]["names"] == [
         "model",
         "other",
     ]
@@ -56,7 +61,7 @@ def test_listing(root, capsys):
 
 def test_removal(root, capsys):
     assert cache.main(["rm", "compiled"]) == 0
-    assert capsys.readouterr().out == "removed 2 entries, 0.0 MiB\n"
+    assert capsys.readouterr().out == "removed 4 entries, 0.0 MiB\n"
     assert cache.main(["rm", "0303030303", "other"]) == 0
     assert not (root / "other").exists() and len(list((root / "prompts").iterdir())) == 11
     assert cache.main(["rm", "prompts", "weights"]) == 0
@@ -102,7 +107,7 @@ FOREIGN = {  # what people keep in a folder that they give as the cache
     "model folder with a file of mine": ["m/vae/manifest.json", "m/vae/params/", "m/notes.txt"],
     "model folder with a folder of mine": ["m/vae/manifest.json", "m/vae/params/", "m/tex/a.tex"],
     "checkpoint of a training run": ["run/step_000001/manifest.json", "run/step_000001/state/"],
-    "folder of programs": ["compiled/main.c", "compiled/build/a.o", "compiled/my-cache"],
+    "folder of programs": ["compiled/main.c", "compiled/my-cache", "compiled/my.executable"],
     "folder of prompts": ["prompts/fox.txt", "prompts/fox.safetensors"],
     "empty folder": ["empty/"],
 }

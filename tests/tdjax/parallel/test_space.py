@@ -112,8 +112,8 @@ def test_the_decoder_and_what_it_sends(grid=(6, 8)):
     body = functools.partial(compilation.decode_later, output="float")
     whole, _, _ = jax.jit(body)(vae, cache, later)
     outputs = (True, False, True)
-    begin = compilation.over_space(compilation.decode_first, mesh, (False, True), outputs)
-    go_on = compilation.over_space(compilation.decode_later, mesh, (False, True, True), outputs)
+    begin = compilation.OverSpace(compilation.decode_first, mesh, (False, True), outputs)
+    go_on = compilation.OverSpace(compilation.decode_later, mesh, (False, True, True), outputs)
     everywhere = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
         vae = jax.device_put(vae, everywhere)

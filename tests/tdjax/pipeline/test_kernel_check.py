@@ -9,7 +9,7 @@ from pallas_kernels import selftest
 from tdjax.config import DiTConfig
 from tdjax.errors import KernelError
 from tdjax.models.linear import LINEAR
-from tdjax.pipeline import kernel_check
+from tdjax.pipeline import executables, kernel_check
 from tdjax.progress import Stages
 
 SAGE = DiTConfig(attention="sagesla")
@@ -35,6 +35,19 @@ def test_a_failed_check_stops_with_its_name_and_what_to_do(ran):
         kernel_check.check_kernels(SAGE, Stages(show=False))
     assert "int8 keys (error 2.5e-01, allowed 1.0e-02)" in error.value.what
     assert "`attention` sla" in error.value.fix and "tdjax.env --selftest" in error.value.why
+
+
+def test_checks_that_passed_are_not_repeated(ran, monkeypatch, tmp_path):
+    monkeypatch.setattr(executables, "folder", lambda: tmp_path)
+    monkeypatch.setattr(executables, "_foreign", lambda: ())  # such as those of `ran`
+    cfg = dataclasses.replace(SAGE, attention="sla", linear="int8")
+    for _ in range(2):
+        kernel_check.check_kernels(cfg, Stages(show=False))
+    assert sorted(ran) == sorted(kernel_check.CHECKS["int8"])
+    for _ in range(2):  # those that failed are
+        with pytest.raises(KernelError):
+            kernel_check.check_kernels(SAGE, Stages(show=False))
+    assert ran.count("int8 keys") == 2
 
 
 def test_only_what_runs_is_checked(ran, monkeypatch):
