@@ -1,5 +1,6 @@
 """The persistent cache of compiled programs, which JAX keeps: where it is, from which programs on,
-and that no damaged entry stays in it. Imports jax when it is turned on."""
+and that no damaged entry stays in it. `tdjax.pipeline.executables` keeps its own beside them.
+Imports jax when it is turned on."""
 
 from __future__ import annotations
 

@@ -45,14 +45,18 @@ LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes", "einops")
 OWN = ("tdjax", "pallas_kernels")
 # Modules whose functions are traced, by the beginnings of their names.
 TRACED = re.compile(
-    r"(pallas_kernels|tdjax\.(models|sampling|parallel|pipeline\.(compilation|streaming)))\b"
+    r"(pallas_kernels|tdjax\.(models|sampling|parallel)"
+    r"|tdjax\.pipeline\.(compilation|denoising|preview|streaming))\b"
 )
 
 CODE = (types.FunctionType, type)
 MANY = 1000  # entries of a table that is looked through
 
 _STARTED = time.time()
-_VARIABLES = re.compile("(XLA|LIBTPU|MOSAIC|TRITON|CUDNN|NVIDIA|TF)_")  # that compilers read
+# Variables that compilers read, but for those that JAX itself sets as it lowers Mosaic kernels.
+_VARIABLES = re.compile(
+    r"(XLA|LIBTPU|TRITON|CUDNN|NVIDIA|TF)_|MOSAIC_(?!GPU_(CUDA_ROOT|RUNTIME_LIB_PATH|NVSHMEM_\w+)$)"
+)
 _ELSEWHERE = re.compile("jax_(compilation_cache|persistent_cache|log|traceback)")  # not in programs
 _NAMELESS = re.compile(r" at 0x|\.\.\.")  # an object without a text, or a text that was cut
 _CHANGING = re.compile("(cpu MHz|bogomips)", re.IGNORECASE)
@@ -101,9 +105,11 @@ def made(asked: Asked) -> jax.stages.Compiled:
     if found is not None:
         return found
     began = time.time()
-    compiled = asked.compile(**_apart(asked.devices[0].platform))
+    apart = asked.devices[0].platform == "cpu"
+    compiled = asked.compile(**_apart() if apart else {})
     if time.time() - began >= WORTH_KEEPING:
         _keep(path, asked, compiled)
+    if apart:
         _remove_double(path.parent, asked.function.__name__, began)
     return compiled
 
@@ -130,30 +136,30 @@ def key_of(*what: Any, devices: Sequence[jax.Device]) -> str | None:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
-def remembered(what: str, names: Collection[str]) -> bool:
-    """Whether `remember` was called for the same on such a device, driver and sources before."""
-    path = _mark(what, names)
-    if path is None:
+def mark_of(what: str, names: Collection[str]) -> Path | None:
+    """Returns the file that says that something has passed on a device like the default one, with
+    this driver, these versions and sources; None where nothing is kept."""
+    place, devices = folder(), jax.local_devices()[:1]
+    key = None if place is None else key_of(what, sorted(names), devices=devices)
+    return None if place is None or key is None else place / f"{what}-{key}{MARK}"
+
+
+def remembered(mark: Path | None) -> bool:
+    """Whether `remember` was called for the same before."""
+    if mark is None:
         return False
     try:
-        return path.read_bytes() == _digest(path, b"")
+        return mark.read_bytes() == _digest(mark, b"")
     except OSError:
         return False
 
 
-def remember(what: str, names: Collection[str]) -> None:
-    """Keeps for later processes that something is so, where anything is kept."""
-    path = _mark(what, names)
-    if path is None:
+def remember(mark: Path | None) -> None:
+    """Writes a mark, where that is possible."""
+    if mark is None:
         return
-    with contextlib.suppress(OSError, UsageError), written(path, overwrite=True) as part:
-        part.write_bytes(_digest(path, b""))
-
-
-def _mark(what: str, names: Collection[str]) -> Path | None:
-    place, devices = folder(), jax.local_devices()[:1]
-    key = None if place is None else key_of(what, sorted(names), devices=devices)
-    return None if place is None or key is None else place / f"{what}-{key}{MARK}"
+    with contextlib.suppress(OSError, UsageError), written(mark, overwrite=True) as part:
+        part.write_bytes(_digest(mark, b""))
 
 
 # -- entries ---------------------------------------------------------------------------------------
@@ -219,23 +225,19 @@ def _digest(path: Path, data: bytes) -> bytes:
     return hashlib.sha256(path.name.encode() + data).digest()
 
 
-def _apart(kind: str) -> dict[str, Any]:
-    """How a program that will be kept is compiled.
+def _apart() -> dict[str, Any]:
+    """How a program for the CPU is compiled that will be kept: not by JAX's own cache.
 
-    On the CPU an executable that JAX has read from its own cache cannot be serialised again: what
-    comes out lacks functions (jax 0.10.2 and 0.11.2). A number that only GPUs heed makes JAX look
-    for a program that it cannot have.
+    An executable that was read from there cannot be serialised again: what comes out lacks
+    functions (jax 0.10.2 and 0.11.2; those of GPUs can). A number that only GPUs heed makes JAX
+    look for a program that it cannot have.
     """
-    if kind != "cpu":
-        return {}
     number = secrets.randbelow(2**31)
     return {"compiler_options": {"xla_gpu_auto_spmd_partitioning_memory_budget_gb": number}}
 
 
 def _remove_double(place: Path, name: str, began: float) -> None:
     """Removes what JAX has kept of a program that is apart, which nobody will ask for."""
-    if jax.default_backend() != "cpu":
-        return
     with contextlib.suppress(OSError):
         for path in place.glob(f"jit_{name}-{'[0-9a-f]' * 64}-cache"):
             if path.stat().st_mtime >= began:
@@ -349,7 +351,7 @@ def _is_own(value: Any) -> bool:
     """Whether a class or function comes from this package, or from a library whose version is
     known."""
     root = (getattr(value, "__module__", None) or "").partition(".")[0]
-    return root in OWN or root in LIBRARIES or root in sys.stdlib_module_names - {"__main__"}
+    return root in OWN or root in LIBRARIES or root in sys.stdlib_module_names
 
 
 def _kinds(structure: Any) -> Iterator[type]:

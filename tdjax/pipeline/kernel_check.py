@@ -37,7 +37,8 @@ def check_kernels(cfg: DiTConfig, stages: Stages) -> None:
         return
     if cfg.impl == "mosaic":  # and Triton's, which run what is not for Hopper alone
         wanted |= {name + selftest.MOSAIC for name in wanted} & set(selftest.BOUNDS)
-    if executables.remembered(KERNELS, wanted):
+    mark = executables.mark_of(KERNELS, wanted)
+    if executables.remembered(mark):
         return
     with stages("check kernels"):
         failed = [check for check in selftest.together("triton", wanted) if not check.passed]
@@ -52,7 +53,7 @@ def check_kernels(cfg: DiTConfig, stages: Stages) -> None:
             "the video would be black or noise; python -m tdjax.env --selftest prints every kernel",
             "use `attention` sla (or original) and `quant` none, or `impl` reference",
         )
-    executables.remember(KERNELS, wanted)
+    executables.remember(mark)
 
 
 def wait_for_threads(work: Iterable[Future | None], stages: Stages) -> None:

@@ -86,8 +86,8 @@ def load(
                 "sagesla".
     impl:       "auto", "reference", "triton" (the kernels of this package wherever there is one, in
                 linear layers and norms too), "mosaic" (kernels for Hopper in sparse attention and
-                8-bit layers: faster, slower to start), "cudnn" (dense attention). Also accepted as
-                attention_impl.
+                8-bit layers: faster, slower to compile), "cudnn" (dense attention). Also accepted
+                as attention_impl.
     quant:      "auto" (as stored), "none" (dequantise at load), or quantise at load: "int8" (the
                 published scheme, tiles of 128 x 128), "int8_channel" or "fp8" (a scale for each
                 token and each output channel; faster on GPUs).

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import tdjax
 from tdjax.models import norms
-from tdjax.pipeline import compilation, executables, kernel_check
+from tdjax.pipeline import compilation, executables
 from tdjax.pipeline.compilation import OverSpace
 from tdjax.pipeline.executables import Asked
 from tdjax.sampling import few_step
@@ -189,6 +189,8 @@ def test_settings_of_a_thread_count(folder):
 @pytest.mark.parametrize("name", ["XLA_FLAGS", "MOSAIC_GPU_DUMP_PTX", "NVIDIA_TF32_OVERRIDE"])
 def test_variables_of_compilers_count(folder, monkeypatch, name):
     before = keys(noise())
+    monkeypatch.setenv("MOSAIC_GPU_RUNTIME_LIB_PATH", "set by JAX")
+    assert keys(noise()) == before
     monkeypatch.setenv(name, "1")
     assert keys(noise()) != before
 
@@ -385,14 +387,15 @@ def test_samplers_of_the_teacher_are_kept(model, folder, traced):
 
 def test_what_has_passed_is_remembered(folder, monkeypatch):
     names = ["fp8 linear", "int8 keys"]
-    assert not executables.remembered("kernels", names)
-    executables.remember("kernels", names)
-    assert executables.remembered("kernels", names[::-1])
-    assert not executables.remembered("kernels", names[:1])
-    (mark,) = folder.iterdir()
+    of = lambda names: executables.mark_of("kernels", names)
+    mark = of(names)
+    assert not executables.remembered(mark)
+    executables.remember(mark)
+    assert executables.remembered(of(names[::-1])) and not executables.remembered(of(names[:1]))
     monkeypatch.setattr(executables, "_machine", lambda kind: "another driver")
-    assert not executables.remembered("kernels", names)
-    monkeypatch.undo()
-    monkeypatch.setattr(executables, "folder", lambda: folder)
+    assert not executables.remembered(of(names))
     mark.write_bytes(mark.read_bytes()[:-1])
-    assert not executables.remembered(kernel_check.KERNELS, names)
+    assert not executables.remembered(mark)
+    executables.remember(folder / "kernels" / "x")  # where it cannot be written
+    monkeypatch.setattr(executables, "folder", lambda: None)
+    assert of(names) is None and not executables.remembered(None)
