@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import tomllib
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -497,42 +498,55 @@ def _config_words(path: Path, parser: argparse.ArgumentParser, argv: list[str]) 
         ) from error
     if is_metadata(values):
         values = options_of(values, path, said)
+    named = [action.dest for action in parser._actions if said & {*action.option_strings}]
+    replaced = {other for name in named for other in INSTEAD.get(name, ())}
+    return option_words(path, parser, values, without=replaced)
+
+
+def option_words(
+    where: Path | str,
+    parser: argparse.ArgumentParser,
+    values: dict[str, Any],
+    without: Container[str] = (),
+) -> list[str]:
+    """Returns {option: value} as words of the command line, so that they are checked like it.
+    where: they stand, for errors. without: options that are left away. Raises UsageError."""
     actions = {
         option[2:]: action
         for action in parser._actions
         for option in action.option_strings
         if option.startswith("--")
     }
-    named = [action.dest for action in parser._actions if said & {*action.option_strings}]
-    replaced = {other for name in named for other in INSTEAD.get(name, ())}
     words = []
     for name, value in values.items():
         option = name.replace("-", "_")
         if option not in actions:
             close = near(option, actions)
             raise UsageError(
-                f"{path}: unknown name {name!r}",
+                f"{where}: unknown name {name!r}",
                 "names are those of the options",
-                f"did you mean {close[0]!r}?" if close else "see tdjax generate --help",
+                f"did you mean {close[0]!r}?" if close else f"see {parser.prog} --help",
             )
-        if actions[option].dest not in replaced:
-            words += _option_words(path, option, actions[option], value)
+        if actions[option].dest not in without:
+            words += _words(where, option, actions[option], value)
     return words
 
 
-def _option_words(path: Path, option: str, action: argparse.Action, value: Any) -> list[str]:
-    """One entry of a config file as words of the command line."""
+def _words(where: Path | str, option: str, action: argparse.Action, value: Any) -> list[str]:
+    """One option and its value as words of the command line."""
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise UsageError(
-                f"{path}: {option} is {shown(value)}", "it is a switch: true or false", "write true"
+                f"{where}: {option} is {shown(value)}",
+                "it is a switch: true or false",
+                "write true",
             )
         return [f"--{option}"] if value else []
     several = action.nargs == "+" or isinstance(action.default, list)
     values = value if several and isinstance(value, list) else [value]
     if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in values):
         raise UsageError(
-            f"{path}: {option} is {shown(value)}",
+            f"{where}: {option} is {shown(value)}",
             "a list of texts or numbers is needed" if several else "a text or a number is needed",
             "leave it away for the option's default",
         )

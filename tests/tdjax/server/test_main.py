@@ -329,7 +329,7 @@ def test_connections_that_ask_for_nothing_do_not_end_the_server(tmp_path):
 @pytest.mark.slow  # two servers start
 def test_jobs_of_a_server_that_is_killed_are_made_by_another_one(tmp_path, postgresql):
     videos = tmp_path / "shared"
-    words = ["--model", "t2v", "--store", postgresql, "--videos", str(videos), "--lease", "1"]
+    words = ["--model", "t2v", "--store", postgresql, "--videos", str(videos), "--lease", "3"]
     with process(tmp_path / "a", *words) as dies, process(tmp_path / "b", *words) as lives:
         for each in (dies, lives):
             until(lambda each=each: each.ask("GET", "/ready").status_code == 200)
