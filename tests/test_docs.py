@@ -84,8 +84,8 @@ def is_command(line: str) -> bool:
 
 def read_generate(argv):
     early = arguments.parse(hyphens(argv))
-    for name in ("image_path", "prompt_file", "prompt_embeds", "latents"):
-        setattr(early, name, None)  # the files need not be here
+    for name in ("image_path", "prompt_file", "prompt_embeds", "latents", "ray"):
+        setattr(early, name, None)  # neither the files nor Ray need be here
     generate.check_early(early)
 
 

@@ -4,8 +4,11 @@ everything cheap is checked."""
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +42,14 @@ NAMES = {
 
 
 LORAS = ("lora", "lora_high", "lora_low")
+# What a command does by itself, on its own device.
+ALONE = ("dry_run", "warmup", "profile", "timings", "save_prompt_embeds")
 # Options that a session cannot change: how the model is opened, and what is made beside its lines.
 BEFORE = {
     *("model", "revision", "offline", "task", "attention_type", "attention_impl", "quant", "dtype"),
     *("vae_dtype", "sla_topk", "mesh", "low_memory", "text_encoder_device", "transformer_device"),
     *("vae", "prompt_cache"),
-    *("compile_cache_dir", "config", "serve", "dry_run", "warmup", "profile"),
+    *("compile_cache_dir", "config", "serve", "dry_run", "warmup", "profile", "ray", "ray_gpus"),
     *("prompt", "prompt_file", "prompt_embeds", "save_prompt_embeds"),
     *PATHS,
 }
@@ -134,6 +139,37 @@ def check_early(args) -> None:
         refuse_unwritable(Path(args.save_prompt_embeds))
     if args.profile:
         refuse_unwritable(Path(args.profile) / "trace")
+    if args.ray is not None:
+        _check_ray(args)
+
+
+def _check_ray(args) -> None:
+    """Raises UsageError where --ray has no rows to divide, or cannot."""
+    for name in ALONE:
+        if getattr(args, name):
+            raise UsageError(
+                f"--ray beside --{name}",
+                "processes of a Ray cluster make rows of a prompt file, and nothing else",
+                "leave one of them away",
+            )
+    if not args.prompt_file:
+        raise UsageError(
+            "--ray without --prompt_file",
+            "a Ray cluster divides the rows of a file",
+            "give --prompt_file FILE",
+        )
+    if args.ray < 1 or args.ray_gpus < 0:
+        raise UsageError(
+            f"--ray {args.ray} --ray_gpus {args.ray_gpus}",
+            "1 process or more is needed, each with 0 GPUs or more",
+            "for example --ray 8 --ray_gpus 1",
+        )
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError(
+            "ray is not installed",
+            "--ray divides rows by it",
+            'pip install "tdjax[ray]", or pip install -e ".[ray]" in a checkout',
+        )
 
 
 def _check_inputs(args) -> None:
@@ -186,35 +222,20 @@ def _local_files(args) -> bool:
 
 def run(args) -> int:
     """Opens the model and does what the command asks for; the exit code."""
-    cache_note = cli.set_compile_cache(args.compile_cache_dir)
-    from tdjax.pipeline.load import open_pipeline, plan_pipeline
+    if args.ray is not None:
+        from tdjax.generate import ray
 
+        return ray.run(args)
     stages = command_stages(args.quiet, args.verbose)
-    if cache_note:
-        stages.note(cache_note)
-    with stages("start device"):
-        cli.start_jax(stages.note)
-        text_device = text_encoder_device(args)
-    options = pipeline_options(
-        args,
-        text_device,
-        text_encoder=not args.prompt_embeds,
-        prompt_cache=args.prompt_cache == "on",
-    )
+    options = start(args, stages)
     if args.dry_run and _not_downloaded(args):
+        from tdjax.pipeline.load import plan_pipeline
+
         pipe = plan_pipeline(args.model.lower(), options, stages=stages)
         _check_model(args, pipe)
         stages.note(f"{args.model} is not downloaded: this plan comes from its preset")
         return dry_run(args, pipe, read_jobs(args, "dry run", stages.note))
-    pipe = open_pipeline(
-        args.model,
-        options,
-        {name: getattr(args, name) for name in PATHS},
-        revision=args.revision,
-        offline=args.offline,
-        stages=stages,
-    )
-    _check_model(args, pipe)
+    pipe = open_model(args, stages, options)
     if args.model == "demo" and not any(getattr(args, name) for name in PATHS):
         stages.note(f"the embedded demo model, {pipe.size}; --model gives another")
     jobs = read_jobs(args, pipe.default_prompt(drawn_seed()), stages.note)
@@ -248,9 +269,45 @@ def run(args) -> int:
             )
         )
         return _report(args, pipe)
+    return _run_jobs(args, pipe, assigned(args, pipe, jobs, stages.note))
+
+
+def start(args, stages: Stages) -> PipelineOptions:
+    """Starts the device; how the model is opened on it."""
+    cache_note = cli.set_compile_cache(args.compile_cache_dir)
+    if cache_note:
+        stages.note(cache_note)
+    with stages("start device"):
+        cli.start_jax(stages.note)
+        text_device = text_encoder_device(args)
+    return pipeline_options(
+        args,
+        text_device,
+        text_encoder=not args.prompt_embeds,
+        prompt_cache=args.prompt_cache == "on",
+    )
+
+
+def open_model(args, stages: Stages, options: PipelineOptions):
+    """The pipeline of the command's model, which is the one that the command says it is."""
+    from tdjax.pipeline.load import open_pipeline
+
+    pipe = open_pipeline(
+        args.model,
+        options,
+        {name: getattr(args, name) for name in PATHS},
+        revision=args.revision,
+        offline=args.offline,
+        stages=stages,
+    )
+    _check_model(args, pipe)
+    return pipe
+
+
+def assigned(args, pipe, jobs: list[Job], note: Callable[[str], None]) -> list[outputs.Task]:
+    """What is to be made, once every row can run. Raises UsageError."""
     _check_rows(args, pipe, jobs)
-    asked = lambda job: _asked(args, pipe, job)
-    return _run_jobs(args, pipe, outputs.assign(args, pipe.name, jobs, stages.note, asked))
+    return outputs.assign(args, pipe.name, jobs, note, lambda job: asked(args, pipe, job))
 
 
 def _check_rows(args, pipe, jobs: list[Job]) -> None:
@@ -338,7 +395,7 @@ def _facts(args, pipe, job: Job) -> dict[str, Any]:
     return pipe.metadata(pipe.request(job.prompt, **_call_arguments(args, job)))
 
 
-def _asked(args, pipe, job: Job) -> dict[str, Any]:
+def asked(args, pipe, job: Job) -> dict[str, Any]:
     """The same without a seed that was drawn, so that it does not tell whether a row is done."""
     facts = _facts(args, pipe, job)
     return {key: value for key, value in facts.items() if key != "seed" or not job.drawn}
@@ -352,13 +409,9 @@ def _run_jobs(args, pipe, todo: list[outputs.Task]) -> int:
         pipe.stages.expect(len(todo) * args.num_samples, sampler.num_steps)
     for begin in range(0, len(todo), GROUP):
         group = todo[begin : begin + GROUP]
-        embeds = {}
-        if len(todo) > 1 and not args.prompt_embeds:
-            prompts = sorted({task.job.prompt for task in group})
-            embeds = dict(zip(prompts, pipe.embed(prompts), strict=True))
+        embeds = encoded(args, pipe, group)
         for task in group:
-            row = embeds.get(task.job.prompt)
-            _make(args, pipe, task, {} if row is None else {"prompt_embeds": row[None]})
+            _make(args, pipe, task, embeds)
     pipe.stages.close()
     if args.profile and todo:
         import jax
@@ -366,6 +419,14 @@ def _run_jobs(args, pipe, todo: list[outputs.Task]) -> int:
         with jax.profiler.trace(args.profile):
             pipe(todo[-1].job.prompt, **_call_arguments(args, todo[-1].job))
     return _report(args, pipe)
+
+
+def encoded(args, pipe, group: list[outputs.Task]) -> dict[str, Any]:
+    """{prompt: its embeddings [1 s d]} of a group of rows; nothing where a call makes its own."""
+    if len(group) == 1 or args.prompt_embeds:
+        return {}
+    prompts = sorted({task.job.prompt for task in group})
+    return {prompt: row[None] for prompt, row in zip(prompts, pipe.embed(prompts), strict=True)}
 
 
 def text_encoder_device(args) -> str:
@@ -378,18 +439,24 @@ def text_encoder_device(args) -> str:
 
 
 def _make(args, pipe, task: outputs.Task, embeds: dict[str, Any]) -> None:
-    """One job from prompt to complete files. embeds: {"prompt_embeds": those of its prompt}, or
-    nothing."""
-    job, arguments = task.job, _call_arguments(args, task.job)
+    """One job from prompt to complete files, if no other process makes it. embeds: see `encoded`,
+    or nothing."""
     with outputs.claimed(args, task, pipe.stages.note) as paths:
-        if paths is None:
-            return
-        if pipe.info.language and job.prompt:
-            pipe.stages.note(understood(pipe.info.language, job.prompt))
-        facts = _facts(args, pipe, job)
-        demo, again = pipe.info.language is not None, task.overwrite
-        with outputs.Files(args, pipe.stages, paths, facts, overwrite=again, demo=demo) as made:
-            made.finish(pipe(job.prompt, **(arguments | embeds | made.listen)))
+        if paths is not None:
+            make_files(args, pipe, dataclasses.replace(task, paths=paths), embeds)
+
+
+def make_files(args, pipe, task: outputs.Task, embeds: dict[str, Any]) -> None:
+    """One job from prompt to complete files. embeds: the same."""
+    job, arguments = task.job, _call_arguments(args, task.job)
+    if job.prompt in embeds:
+        arguments["prompt_embeds"] = embeds[job.prompt]
+    if pipe.info.language and job.prompt:
+        pipe.stages.note(understood(pipe.info.language, job.prompt))
+    facts = _facts(args, pipe, job)
+    demo, again = pipe.info.language is not None, task.overwrite
+    with outputs.Files(args, pipe.stages, task.paths, facts, overwrite=again, demo=demo) as made:
+        made.finish(pipe(job.prompt, **(arguments | made.listen)))
 
 
 def _check_model(args, pipe) -> None:
@@ -521,8 +588,8 @@ def _serve_prompt(args, pipe, line: str, row: int, session: dict[Path, int]) -> 
     )
     job = with_seed(job, pipe.stages.note)
     pipe.request(prompt, **_call_arguments(args, job))
-    asked = lambda job: _asked(args, pipe, job)
-    (task,) = outputs.assign(args, pipe.name, [job], pipe.stages.note, asked, session)
+    facts = lambda job: asked(args, pipe, job)
+    (task,) = outputs.assign(args, pipe.name, [job], pipe.stages.note, facts, session)
     _make(args, pipe, task, {})
 
 

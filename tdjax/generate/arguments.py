@@ -203,6 +203,18 @@ def build_parser() -> argparse.ArgumentParser:
     speed = add_speed_options(p)
     speed.add_argument("--quant_linear", action="store_true", help="same as --quant int8")
     speed.add_argument(
+        "--ray",
+        type=int,
+        metavar="N",
+        help=(
+            "with --prompt_file: rows are made by N processes of a Ray cluster (RAY_ADDRESS, else"
+            " this machine), whose hosts share the files"
+        ),
+    )
+    speed.add_argument(
+        "--ray_gpus", type=int, default=1, metavar="N", help="of each such process; 0 for CPUs"
+    )
+    speed.add_argument(
         "--default_norm",
         action="store_true",
         help="accepted: LayerNorm is always the true one here",

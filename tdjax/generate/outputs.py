@@ -219,19 +219,33 @@ def assign(
                     "give each row its own out" if session is None else ":set save_path NAME",
                 )
             taken[path] = job.row
-        overwrite = args.overwrite
-        if args.prompt_file and not overwrite and any(map(_there, paths)):
-            if finished(args, paths, facts(job), note):
-                continue
-            overwrite = replaceable(args, paths)  # an interrupted row is made anew, whole
-        _check(args, job, paths, overwrite)
-        lines |= dict.fromkeys(target_notes(paths[0], args.fps, args.crf))
-        todo.append(Task(job=job, paths=paths, overwrite=overwrite))
+        task = remaining(args, job, paths, note, facts)
+        if task is not None:
+            lines |= dict.fromkeys(target_notes(paths[0], args.fps, args.crf))
+            todo.append(task)
     if args.grid and args.num_samples == 1:
         lines["--grid has no effect: there is one sample"] = None
     for line in lines:
         note(line)
     return todo
+
+
+def remaining(
+    args,
+    job: Job,
+    paths: list[Path],
+    note: Callable[[str], None],
+    facts: Callable[[Job], dict[str, Any]],
+) -> Task | None:
+    """What is to be made of a job with these files; None for a row that is done. Raises UsageError
+    for anything else in the way."""
+    overwrite = args.overwrite
+    if args.prompt_file and not overwrite and any(map(_there, paths)):
+        if finished(args, paths, facts(job), note):
+            return None
+        overwrite = replaceable(args, paths)  # an interrupted row is made anew, whole
+    _check(args, job, paths, overwrite)
+    return Task(job=job, paths=paths, overwrite=overwrite)
 
 
 def inputs(args, image: str | None) -> list[Path]:
@@ -367,14 +381,14 @@ class Files:
                         upscale=self.upscale,
                         **self.options,
                     )
-            line = {
-                "path": str(path),
-                "seed": result.seed,
-                "index": index,
-                "timings": result.timings,
-            }
             with self.stages.aside():
-                print(json.dumps(line) if self.args.json else path, flush=True)
+                tell(self.args, path, result.seed, index, result.timings)
+
+
+def tell(args, path: Path, seed: int | None, index: int, timings: dict[str, float]) -> None:
+    """Writes on stdout that a file is there."""
+    line = {"path": str(path), "seed": seed, "index": index, "timings": timings}
+    print(json.dumps(line) if args.json else path, flush=True)
 
 
 def _tiled(result):
