@@ -392,15 +392,15 @@ def denoise_row(
 
 
 def with_random_lora(model, rank: int):
-    """The same model with small random factors beside every layer of its blocks."""
-    cfg = dataclasses.replace(model.cfg, linear="float")
-    key, dtype, factors = jax.random.key(3), cfg.policy.param_dtype, {}
-    for name, leaf in orbax.named_leaves(orbax.abstract("dit", cfg)).items():
-        if name.startswith("blocks.") and name.endswith(".kernel") and ".core." not in name:
-            n, i, o = leaf.shape
+    """A model of 8-bit layers with small random factors beside each of them."""
+    values, key = LINEAR[model.cfg.linear].leaves[0], jax.random.key(3)
+    dtype, factors = model.cfg.policy.param_dtype, {}
+    for name, leaf in orbax.named_leaves(model).items():
+        layer, _, last = name.rpartition(".")
+        if last == values and layer.startswith("blocks."):
+            n, o, i = leaf.shape
             down = normal(key, jnp.float32(i**-0.5), (n, rank, i), dtype)
-            up = normal(key, jnp.float32(0.01), (n, o, rank), dtype)
-            factors[name.removesuffix(".kernel")] = down, up
+            factors[layer] = down, normal(key, jnp.float32(0.01), (n, o, rank), dtype)
     return with_low_rank(model, factors)
 
 

@@ -42,15 +42,16 @@ def _with_lines_beyond(y, x, kernel, stride: int, pads: tuple[int, int]):
     """y [n h w o], for which frames x [b t h w i] ended in zeros, with what the outermost taps see
     of the devices beside. The rest of a convolution need not wait for those lines, and x is not
     copied to stand between them."""
-    for axis, before, after in lines_beyond(x):
+    for axis, line, after in lines_beyond(x):
         across = axis - 2  # of height and width
         strides = tuple(1 if i == across else stride for i in range(2))
         around = tuple((0, 0) if i == across else pads for i in range(2))
-        for line, end, seen in ((before, 0, pads[0]), (after, -1, pads[1])):
-            if seen:
-                tap = lax.index_in_dim(kernel, end, axis=across)
-                change = _conv(_images(line), tap, strides, around)
-                y = y.at[(slice(None),) * (axis - 1) + (slice(end, end + 1 or None),)].add(change)
+        first, last = (lax.index_in_dim(kernel, end, axis=across) for end in (0, -1))
+        tap = jnp.where(after, last, first if pads[0] else 0)
+        change = _conv(_images(line), tap, strides, around)
+        at, axis = jnp.where(after, y.shape[axis - 1] - 1, 0), axis - 1
+        change = change + lax.dynamic_slice_in_dim(y, at, 1, axis)
+        y = lax.dynamic_update_slice_in_dim(y, change, at, axis)
     return y
 
 

@@ -58,23 +58,20 @@ def _sizes() -> dict[str, int]:
 
 
 def lines_beyond(x) -> Iterator[tuple[int, jax.Array, jax.Array]]:  # x [b t h w c]
-    """Yields, where frames are divided, (axis of x, the last line of the device before, the first
-    line of the device after); lines of zeros at the border of the frame.
+    """Yields (axis of x, a line of a neighbour, whether it comes after this device's and not
+    before) where frames are divided; at the border of the frame a line of zeros.
 
-    Devices 0 and 1, 2 and 3, ... swap their lines, then 1 and 2, 3 and 4, ...: two devices need one
+    Devices 0 and 1, 2 and 3, ... swap their lines, then 1 and 2, 3 and 4, ...: two devices have one
     exchange.
     """
     for name, count in _sizes().items():
         axis, index = AXES[name], lax.axis_index(name)
-        first = lax.slice_in_dim(x, 0, 1, axis=axis)
-        last = lax.slice_in_dim(x, x.shape[axis] - 1, x.shape[axis], axis=axis)
-        even, swapped = index % 2 == 0, []
-        for start, leads in ((0, even), (1, ~even)):
+        for start in range(min(2, count - 1)):
             pairs = [(i, i + 1) for i in range(start, count - 1, 2)]
+            leads = index % 2 == start  # the next device is its partner
+            own = lax.dynamic_slice_in_dim(x, jnp.where(leads, x.shape[axis] - 1, 0), 1, axis)
             swaps = [*pairs, *((j, i) for i, j in pairs)]
-            line = jnp.where(leads, last, first)
-            swapped.append(lax.ppermute(line, name, swaps) if swaps else jnp.zeros_like(line))
-        yield axis, jnp.where(even, *swapped[::-1]), jnp.where(even, *swapped)
+            yield axis, lax.ppermute(own, name, swaps), leads
 
 
 def whole_frame(tokens):  # [b l c] -> [b L c]

@@ -49,6 +49,13 @@ TRACED = re.compile(
     r"|tdjax\.pipeline\.(compilation|denoising|preview|streaming))\b"
 )
 
+# On a mesh, what is exchanged travels while other layers run; between GPUs of one host by their copy
+# engines. A step of 1.3B on two H200 took 96.6 ms without, 93.0 with both.
+MESH_OPTIONS = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_use_memcpy_local_p2p": True,
+}
+
 CODE = (types.FunctionType, type)
 MANY = 1000  # entries of a table that is looked through
 
@@ -83,7 +90,7 @@ class Asked:
         return [jax.local_devices()[0]] if self.mesh is None else list(self.mesh.devices.flat)
 
     def compile(self, **options: Any) -> jax.stages.Compiled:
-        """Returns the executable, made by JAX. options: of `jax.stages.Lowered.compile`."""
+        """Returns the executable, made by JAX. options: of XLA, beside those of a mesh."""
         # Of the function itself, not of a closure: jax then has what another pipeline of this
         # process has made.
         jitted = jax.jit(
@@ -92,8 +99,10 @@ class Asked:
             donate_argnums=self.donate,
             out_shardings=self.out_shardings,
         )
-        with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
-            return jitted.lower(*self.args, **self.static).compile(**options)
+        if self.mesh is None:
+            return jitted.lower(*self.args, **self.static).compile(options)
+        with jax.set_mesh(self.mesh):
+            return jitted.lower(*self.args, **self.static).compile(MESH_OPTIONS | options)
 
 
 def made(asked: Asked) -> jax.stages.Compiled:
@@ -233,7 +242,7 @@ def _apart() -> dict[str, Any]:
     look for a program that it cannot have.
     """
     number = secrets.randbelow(2**31)
-    return {"compiler_options": {"xla_gpu_auto_spmd_partitioning_memory_budget_gb": number}}
+    return {"xla_gpu_auto_spmd_partitioning_memory_budget_gb": number}
 
 
 def _remove_double(place: Path, name: str, began: float) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import math
 import re
 
@@ -11,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 
+from tdjax.bench.stages import with_random_lora
 from tdjax.config import DiTConfig, SLAConfig, TextConfig, VAEConfig
 from tdjax.models.abstract import as_shapes
 from tdjax.models.linear import LINEAR
@@ -51,6 +53,7 @@ MODELS = {
         dataclasses.replace(TINY, in_channels=36, image_dim=40, linear="int8_channel"),
     ),
     "fp8": (DiT, dataclasses.replace(TINY, attention="sla", linear="fp8")),
+    "lora": (with_random_lora, dataclasses.replace(TINY, linear="int8_channel")),
     "image": (DiT, dataclasses.replace(TINY, in_channels=36, image_dim=40)),
     "image int8": (DiT, dataclasses.replace(TINY, in_channels=36, image_dim=40, linear="int8")),
     "text": (UMT5, TextConfig(vocab=64, dim=32, attention_dim=32, ffn_dim=48, heads=4, layers=2)),
@@ -65,7 +68,10 @@ def mesh(**axes):
 
 
 def abstract(name):
-    return as_shapes(*MODELS[name])
+    make, cfg = MODELS[name]
+    if name != "lora":
+        return as_shapes(make, cfg)
+    return jax.eval_shape(functools.partial(make, rank=4), as_shapes(DiT, cfg))
 
 
 def leaves(name):
@@ -270,9 +276,9 @@ def test_queries_stay_where_they_are():
 
 
 @pytest.mark.slow
-def test_a_step_exchanges_twice_in_a_block_and_gathers_its_result():
-    """Heads for tokens and back in self-attention, once each; cross-attention, norms and layers
-    move nothing. The loop over blocks is one body of the program."""
+def test_a_step_exchanges_heads_for_tokens_in_a_block_and_gathers_its_result():
+    """q, k and v, and what attention gives back, once each; cross-attention, norms and layers move
+    nothing. The loop over blocks is one body of the program."""
     cfg = dataclasses.replace(TINY, attention="sla", heads=2, dim=256)
     model = jax.eval_shape(lambda: DiT(cfg, rngs=nnx.Rngs(0)))
     here = mesh(seq=4)
@@ -292,7 +298,7 @@ def test_a_step_exchanges_twice_in_a_block_and_gathers_its_result():
     found = re.findall(
         r"= (.+?) (all-[\w-]+|collective-permute|reduce-scatter)\(", program.as_text()
     )
-    assert sorted(kind for _, kind in found) == ["all-gather", "all-to-all", "all-to-all"]
+    assert sorted(kind for _, kind in found) == ["all-gather", *4 * ["all-to-all"]]
     (gathered,) = [shape for shape, kind in found if kind == "all-gather"]
     sizes = map(int, re.match(r"f32\[([\d,]+)\]", gathered)[1].split(","))
     assert math.prod(sizes) == x.size
