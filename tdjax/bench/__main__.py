@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stream",
         action="store_true",
-        help="also each denoising row with blocks streamed from the host's memory (stage dit)",
+        help="denoising rows with blocks streamed from the host's memory (stage dit)",
     )
     parser.add_argument(
         "--lora",
@@ -287,6 +287,10 @@ def check_early(args) -> None:
             f"--repeats is {args.repeats}", "it must be at least 1 and at most 100000", "use 20"
         )
     SamplerConfig(num_steps=args.num_steps)
+    if args.stream and args.mesh != [ONE]:
+        raise UsageError(
+            "--stream with --mesh", "blocks are streamed to one device", "leave one away"
+        )
     for name in args.mesh:
         if name != ONE and "dp" in parse_mesh(name):
             raise UsageError("--mesh dp", "it is of training alone", "use sp, tp or fsdp")

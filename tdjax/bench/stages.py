@@ -281,6 +281,9 @@ def dit_rows(
         yield original
     for changed in variants(cfg, args):
         sampler = SamplerConfig(num_steps=args.num_steps)
+        if args.stream:
+            yield streamed_row(changed, size, sampler, args.repeats)
+            continue
         row = denoise_row(changed, size, sampler, args, decode, mesh)
         if original is not None:
             whole = TEACHER_SAMPLER.num_steps * original.ms
@@ -288,8 +291,6 @@ def dit_rows(
         yield row
         if args.lora and changed.linear != "float":
             yield denoise_row(changed, size, sampler, args, mesh=mesh, lora=args.lora)
-        if args.stream and mesh is None:
-            yield streamed_row(changed, size, sampler, args.repeats)
 
 
 def streamed_row(cfg: DiTConfig, size: VideoSize, sampler: SamplerConfig, repeats: int) -> Row:
