@@ -164,6 +164,8 @@ def written(
     try:
         with _disk_full(target):
             yield part
+            if part.is_file():  # safetensors makes a file that its owner alone can read
+                part.chmod(folder.stat().st_mode & 0o666)
             _flush(part)
         refuse_existing(target, overwrite, owned)  # somebody may have come in between
         if not target.is_dir():

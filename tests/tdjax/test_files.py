@@ -25,6 +25,18 @@ def test_the_name_appears_with_the_content(tmp_path):
     assert target.read_bytes() == b"fox" and os.listdir(target.parent) == ["fox.mp4"]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_others_may_read_what_they_may_of_any_new_file(tmp_path, umask, mode):
+    """Also of a library that makes files for their owner alone, as safetensors 0.8 does."""
+    before = os.umask(umask)
+    try:
+        with written(tmp_path / "fox") as part:
+            os.close(os.open(part, os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "fox").stat().st_mode & 0o777 == mode
+
+
 def test_a_folder_appears_with_the_content(tmp_path):
     with written(tmp_path / "x") as part:
         (part / "deep").mkdir(parents=True)
