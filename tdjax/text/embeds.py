@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from tdjax.config.parsing import NPY, npy_array
 from tdjax.errors import UsageError
-from tdjax.files import written
+from tdjax.files import near_files, written
 
 FINISHED = {"tdjax": "finished latents"}  # mark of a file that is a video and not noise
 
@@ -28,6 +28,7 @@ def save_embeds(path, embeds: np.ndarray, prompts: list[str], overwrite: bool = 
 
 def load_embeds(path) -> np.ndarray:
     """Returns [b s d]. Raises UsageError when the file is not one of `save_embeds`."""
+    _refuse_absent(Path(path))
     try:
         return stored_tensor(path, "prompt_embeds")
     except (OSError, ValueError) as error:
@@ -73,6 +74,7 @@ def _finished(path: Path) -> bool:
 def read_latents(path) -> np.ndarray:
     """One array of floats from .npy, or from a .safetensors that holds `latents`; UsageError
     otherwise."""
+    _refuse_absent(Path(path))
     try:
         with open(path, "rb") as f:
             npy = f.read(len(NPY)) == NPY
@@ -86,3 +88,8 @@ def read_latents(path) -> np.ndarray:
             "it is one float array [1 t h w c], .npy or .safetensors",
         ) from error
     return array
+
+
+def _refuse_absent(path: Path) -> None:
+    if not path.exists():
+        raise UsageError(f"{path} does not exist", "arrays are read from it", near_files(path))

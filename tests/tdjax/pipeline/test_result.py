@@ -79,7 +79,7 @@ def test_latents_come_back_with_their_metadata(tmp_path):
         load_noise(path)
     with pytest.raises(UsageError, match="is not .safetensors"):
         Result.load(tmp_path / "v.mp4")
-    with pytest.raises(UsageError, match="holds no latents"):
+    with pytest.raises(UsageError, match="absent.safetensors does not exist"):
         Result.load(tmp_path / "absent.safetensors")
 
 
