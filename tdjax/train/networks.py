@@ -11,11 +11,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tdjax.checkpoints import orbax
+from tdjax.checkpoints import demo, orbax
 from tdjax.checkpoints.locate import locate
 from tdjax.checkpoints.orbax import DENSE_DROPS
 from tdjax.config import DiTConfig
 from tdjax.errors import CheckpointError, UsageError
+from tdjax.models.linear import LINEAR, converted
 from tdjax.models.wan_dit import DiT
 from tdjax.parallel.sharding import TRAINING_RULES
 from tdjax.pipeline.components import Component, open_component
@@ -53,6 +54,8 @@ class Networks:
             )
         self.config: DiTConfig = trained(stored, model)
         self.selection = partial.select(self.config, train, model.lora)
+        for component in filter(None, (self.teacher, self.student)):
+            _check_quantised(component, method, self.selection)
         if self.selection is None and model.frozen != "float" and method == "flow":
             raise UsageError(
                 f"model.frozen is {model.frozen!r} and every weight is trained",
@@ -141,7 +144,11 @@ class Networks:
         self.student.config = dataclasses.replace(self.config, attention=self._stored_attention())
         if name not in orbax.named_leaves(orbax.abstract("dit", self.student.config)):
             return None
-        return self.student.leaf(name)
+        if name in orbax.named_leaves(orbax.abstract("dit", self.student.as_read)):
+            return self.student.leaf(name)
+        stem, kind = name.removesuffix(".kernel"), self.student.stored.linear
+        stored = tuple(self.student.leaf(f"{stem}.{leaf}") for leaf in LINEAR[kind].leaves)
+        return np.asarray(converted(stored, old=kind, new="float", dtype=jnp.float32)[0])
 
 
 def _as_shapes(component: Component | None):
@@ -161,7 +168,7 @@ def trained(stored: DiTConfig, model: ModelConfig) -> DiTConfig:
     """Returns the network that is trained: float32 weights, the attention that the run is about."""
     policy = Policy(param="float32", compute=model.compute)
     own = {"attention": model.attention, "sla": model.sla, "remat": model.remat}
-    return dataclasses.replace(stored, **own, policy=policy)
+    return dataclasses.replace(stored, **own, linear="float", policy=policy)
 
 
 def frozen(stored: DiTConfig, model: ModelConfig) -> DiTConfig:
@@ -172,7 +179,8 @@ def frozen(stored: DiTConfig, model: ModelConfig) -> DiTConfig:
 
 def _opened(name: str, model: ModelConfig) -> Component:
     """The transformer of a model, known by its keys; what is not here is downloaded."""
-    located = locate(name, offline=model.offline, parts=("dit",))
+    source = demo.folder() if name == "demo" else name
+    located = locate(str(source), offline=model.offline, parts=("dit",))
     chosen = 0
     if len(located.dit) != 1:
         if not model.expert:
@@ -182,14 +190,23 @@ def _opened(name: str, model: ModelConfig) -> Component:
                 f"give model.expert=high or low, or one file: {located.dit[0]}",
             )
         chosen = EXPERTS.index(model.expert)
-    component = open_component(located.dit[chosen], "dit")
-    if component.stored.linear != "float":
+    return open_component(located.dit[chosen], "dit")
+
+
+def _check_quantised(
+    component: Component, method: str, selection: partial.Selection | None
+) -> None:
+    """Raises CheckpointError for 8-bit weights, but as the frozen base of adapters."""
+    if component.stored.linear == "float":
+        return
+    stored = orbax.named_leaves(orbax.abstract("dit", component.stored))
+    floats = lambda name: name in stored or DENSE_DROPS in name
+    if method != "flow" or selection is None or not all(map(floats, selection.weights)):
         raise CheckpointError(
             f"{component.path} holds {component.stored.linear} weights",
             "training moves weights by less than their steps",
-            "give the unquantised file",
+            "give the unquantised file, or train adapters on it: lora-1.3b",
         )
-    return component
 
 
 def _check_teacher(teacher: DiTConfig, student: DiTConfig, method: str) -> None:

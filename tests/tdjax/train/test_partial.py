@@ -213,6 +213,45 @@ def test_the_file_of_a_run_gives_the_video_of_its_state(folder, trial, capsys):
         assert_close(orbax.read(run / "dit", name), b, "float32", name)
 
 
+@pytest.fixture(scope="module")
+def quantised(folder, tmp_path_factory):
+    """The base in 8 bits."""
+    model = with_linear(orbax.restore(folder / "dense")[1], "int8_channel")
+    out = tmp_path_factory.mktemp("quantised") / "dit"
+    return orbax.save(out, orbax.named_leaves(model), "dit", model.cfg)
+
+
+@pytest.mark.slow
+def test_adapters_over_a_file_of_8_bits(folder, quantised, tmp_path):
+    """The exported network is the floats that the 8 bits stand for, with the change added."""
+    run = tmp_path / "run"
+    own = [f"model.weights={quantised}", f"run.folder={run}", "run.steps=2"]
+    own += ["model.lora.rank=2", "optimizer.learning_rate=1e-2", "optimizer.warmup=0"]
+    given = words(folder, *own, "loss.accumulate=1", "loss.ema.decay=0.5")
+    assert command.main(["lora-1.3b", *given]) == 0
+    shapes = training_run("lora-1.3b", *given).shapes
+    ema = checkpoints.restore(checkpoints.latest(run), shapes).ema
+    assert min(np.abs(x).max() for x in ema.up.values()) > 1e-3
+    eight = dataclasses.replace(TINY, linear="int8_channel")
+    floats = with_linear(orbax.restore(quantised, config=eight)[1], "float")
+    for name, leaf in orbax.named_leaves(dense(ema, floats)).items():
+        assert_close(orbax.read(run / "dit", name), leaf, "float32", name)
+
+
+@pytest.mark.parametrize(
+    ("preset", "more"),
+    [
+        ("lora-1.3b", ["model.lora=none"]),
+        ("lora-1.3b", ["model.lora.layers=blocks.up", r"optimizer.train=blocks\.down\.kernel"]),
+        ("sla-1.3b", ["model.lora.rank=2"]),
+    ],
+)
+def test_what_8_bits_are_no_base_of(folder, quantised, tmp_path, capsys, preset, more):
+    given = [f"model.weights={quantised}", f"run.folder={tmp_path / 'run'}", *more]
+    err = fails(capsys, preset, *words(folder, *given), code=3)
+    assert "holds int8_channel weights" in err and "train adapters" in err
+
+
 @pytest.mark.slow
 def test_diffusers_and_comfyui_read_the_file(trial):
     """What diffusers makes of it under its own names; ComfyUI wants its prefix and the names of the
