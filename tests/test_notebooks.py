@@ -31,7 +31,7 @@ def tags(cell: dict) -> list[str]:
 
 
 def test_there_are_notebooks():
-    assert [path.name[0] for path in NOTEBOOKS] == list("123456")
+    assert [path.name[0] for path in NOTEBOOKS] == list("1234567")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
