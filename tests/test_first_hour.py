@@ -58,9 +58,8 @@ def test_seeds_that_do_not_fit_the_prompts(pipe):
 @pytest.mark.slow
 def test_the_first_clip_of_a_new_process_with_a_warm_cache(tmp_path):
     """CPU seconds of the whole process, user and system, all threads, from its start to its end.
-    The bound is what was promised, without a factor for this machine: seconds of a CPU change
-    little with what else runs (10.3 to 10.9 were measured at a load of 10 on two cores), but do
-    with its speed."""
+    The bound has no factor for a slower machine: 5.2 and 6.3 were measured on two cores at a load
+    of 6, and 10.3 to 10.9 at a load of 10 when every process still traced its programs."""
     code = (
         "import sys, tdjax\n"
         "result = tdjax.load('demo', progress=False)(sys.argv[1], seed=int(sys.argv[2]))\n"
