@@ -23,6 +23,7 @@ from pallas_kernels.derivatives import forward_only
 from pallas_kernels.dispatch import automatic, bound, choose
 from pallas_kernels.int8_matmul.quantize import BLOCK, dequantize, quantize, tiles
 from pallas_kernels.int8_matmul.schemes import SCHEMES, Scheme
+from pallas_kernels.primitives import power_of_two
 from pallas_kernels.quantized import QTensor, dequantize_rows, quantize_rows
 
 __all__ = [
@@ -82,17 +83,29 @@ def quantize_weight(weight, scheme: str) -> QTensor:  # [n k] float
 
 
 def quantized_linear(
-    x: QTensor, weight: QTensor, bias=None, *, scheme: str, out_dtype, impl: str = "auto"
+    x: QTensor,
+    weight: QTensor,
+    bias=None,
+    *,
+    low_rank=None,
+    scheme: str,
+    out_dtype,
+    impl: str = "auto",
 ):
     """x W^T + bias of quantised activations: [m k], [n k] -> [m n]. Weights concatenated along n,
     scales and biases alike, give concatenated outputs.
 
-    channel and fp8 round once, after the bias; block128 before and after it, as in the published
-    kernels. In block128 a weight that is not the last one concatenated must have a multiple of 128
-    rows.
+    low_rank: (narrow [m r], up [n r]), floats of one dtype, r a power of two from 16; narrow up^T
+    is added. channel and fp8 round once, after the bias; block128 before and after it, as in the
+    published kernels. What low_rank adds is in the one rounding of channel, but for "mosaic", and
+    elsewhere rounded and added after it. In block128 a weight that is not the last one
+    concatenated must have a multiple of 128 rows.
     """
-    _check("quantized_linear", _named(scheme), x.values, weight, bias, x.scale)
-    return _linear("quantized_linear", x, weight, bias, SCHEMES[scheme], out_dtype, impl)
+    op = "quantized_linear"
+    _check(op, _named(scheme), x.values, weight, bias, x.scale)
+    if low_rank is not None:
+        _check_low_rank(op, *low_rank, x.values, weight.values)
+    return _linear(op, x, weight, bias, SCHEMES[scheme], out_dtype, impl, low_rank)
 
 
 def _quantize(op, x, scheme, impl):
@@ -101,12 +114,12 @@ def _quantize(op, x, scheme, impl):
     return forward_only(choose(op, impl, scheme.quantizers, auto), NO_DERIVATIVE.format(op))(x)
 
 
-def _linear(op, x, weight, bias, scheme, out_dtype, impl):
+def _linear(op, x, weight, bias, scheme, out_dtype, impl, low_rank=None):
     table = bound(scheme.products, out_dtype=jnp.dtype(out_dtype))
     refusal = _refusal(x.values.shape[1])
     auto = automatic(table, refusal, kernel=scheme.kernel)
     run = forward_only(choose(op, impl, table, auto), NO_DERIVATIVE.format(op))
-    return run(x, weight, bias)
+    return run(x, weight, bias, low_rank)
 
 
 def _refusal(k) -> str | None:
@@ -150,3 +163,19 @@ def _check(op, scheme, x, weight, bias, x_scale=None):
             )
     if bias is not None and bias.shape != weight.values.shape[:1]:
         raise ValueError(f"{op}: bias {bias.shape}; expected {weight.values.shape[:1]}")
+
+
+def _check_low_rank(op, narrow, up, x, weight):
+    """Raise ValueError unless narrow [m r] and up [n r] fit x [m k], weight [n k] and a kernel."""
+    rank = narrow.shape[-1]
+    shapes = (x.shape[0], rank), (weight.shape[0], rank)
+    if (narrow.shape, up.shape) != shapes or narrow.dtype != up.dtype:
+        raise ValueError(
+            f"{op}: low_rank {narrow.dtype} {narrow.shape}, {up.dtype} {up.shape}; expected"
+            f" {shapes[0]} and {shapes[1]} of one dtype"
+        )
+    if rank < 16 or rank != power_of_two(rank):
+        raise ValueError(
+            f"{op}: the rank of low_rank is {rank}; allowed: powers of two from 16; fill up with"
+            f" zeros to {max(16, power_of_two(rank))}"
+        )

@@ -7,9 +7,17 @@ from einops import rearrange, repeat
 from jax import lax
 
 from pallas_kernels.int8_matmul.quantize import BLOCK
+from pallas_kernels.primitives import EXACT
 from pallas_kernels.quantized import QTensor
 
-__all__ = ["block_product", "block_sum", "fp8_product", "fp8_product_xla", "row_product"]
+__all__ = [
+    "block_product",
+    "block_sum",
+    "fp8_product",
+    "fp8_product_xla",
+    "low_rank_product",
+    "row_product",
+]
 
 SUM_BYTES = 2**28  # float32 sums held at a time
 
@@ -57,9 +65,16 @@ def _columns(values):
     return rearrange(values, "m (c k) -> c m k", k=BLOCK)
 
 
-def row_product(x: QTensor, weight: QTensor, bias, out_dtype):  # values [m k], [n k] -> [m n]
-    """float32(int32 dot) * scale_x * scale_weight + bias, rounded once to out_dtype."""
-    return _epilogue(_dot(x, weight, jnp.int32).astype(jnp.float32), x, weight, bias, out_dtype)
+def row_product(x: QTensor, weight: QTensor, bias, low_rank=None, *, out_dtype):
+    """Values [m k], [n k] -> [m n]: float32(int32 dot) * scale_x * scale_weight, plus the product
+    of low_rank (narrow [m r], up [n r]), plus bias, rounded once to out_dtype."""
+    total = _dot(x, weight, jnp.int32).astype(jnp.float32)
+    return _epilogue(total, x, weight, bias, out_dtype, low_rank)
+
+
+def low_rank_product(narrow, up):  # [m r], [n r] -> float32 [m n]
+    """narrow up^T."""
+    return jnp.matmul(narrow, up.T, precision=EXACT, preferred_element_type=jnp.float32)
 
 
 def fp8_product(x: QTensor, weight: QTensor, bias, out_dtype):  # values [m k], [n k] -> [m n]
@@ -94,8 +109,10 @@ def _dot(x: QTensor, weight: QTensor, dtype):
     )
 
 
-def _epilogue(total, x, weight, bias, out_dtype):  # float32 [m n]
+def _epilogue(total, x, weight, bias, out_dtype, low_rank=None):  # float32 [m n]
     y = total * x.scale[:, None] * weight.scale[None, :]
+    if low_rank is not None:
+        y = y + low_rank_product(*low_rank)
     if bias is not None:
         y = y + bias.astype(jnp.float32)[None, :]
     return y.astype(out_dtype)

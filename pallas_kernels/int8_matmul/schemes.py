@@ -13,6 +13,7 @@ from pallas_kernels import quantized, rows, tuning
 from pallas_kernels.dispatch import implementations
 from pallas_kernels.int8_matmul import reference, triton
 from pallas_kernels.int8_matmul.quantize import BLOCK, quantize, tiles
+from pallas_kernels.int8_matmul.reference import low_rank_product
 from pallas_kernels.mosaic import imported
 from pallas_kernels.quantized import ROW_SCHEMES, QTensor
 
@@ -20,7 +21,7 @@ from pallas_kernels.quantized import ROW_SCHEMES, QTensor
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheme:
     """quantizers: impl -> (x [m k]) -> QTensor;  products: impl -> (x, weight, bias or None,
-    out_dtype) -> [m n].
+    low_rank or None, out_dtype=) -> [m n].
 
     Values [m k] of `dtype` have scales of shape `scale_shape((m, k))`; k is a multiple of
     `k_multiple`. kernel: the product that "auto" takes on CUDA, but for Hopper, where it is
@@ -44,6 +45,17 @@ def _quantizers(plain: Callable, kernel: Callable) -> dict[str, Callable]:
     return implementations(plain, kernel, xla=plain)
 
 
+def _beside(product: Callable) -> Callable:
+    """A product that has no place for a second one within: that is added to what it gives, with a
+    rounding of its own."""
+
+    def run(x, weight, bias, low_rank=None, **options):
+        y = product(x, weight, bias, **options)
+        return y if low_rank is None else y + low_rank_product(*low_rank).astype(y.dtype)
+
+    return run
+
+
 def _row_quantizers(dtype) -> dict[str, Callable]:
     def kernel(x, *, interpret):
         at = tuning.tile("int8_matmul", "quantize_rows")
@@ -65,7 +77,7 @@ SCHEMES: dict[str, Scheme] = {
         scale_shape=tiles,
         k_multiple=BLOCK,
         quantizers=_quantizers(quantize, triton.quantize),
-        products=implementations(reference.block_product, triton.block_product),
+        products=implementations(_beside(reference.block_product), _beside(triton.block_product)),
     ),
     "channel": Scheme(
         dtype=ROW_SCHEMES["channel"],
@@ -76,7 +88,7 @@ SCHEMES: dict[str, Scheme] = {
             reference.row_product,
             triton.row_product,
             xla=reference.row_product,
-            mosaic=_MOSAIC,
+            mosaic=_beside(_MOSAIC),
         ),
     ),
     "fp8": Scheme(
@@ -85,9 +97,9 @@ SCHEMES: dict[str, Scheme] = {
         k_multiple=1,
         quantizers=_row_quantizers(ROW_SCHEMES["fp8"]),
         products={
-            "reference": reference.fp8_product,
-            "xla": reference.fp8_product_xla,
-            "mosaic": _MOSAIC,
+            "reference": _beside(reference.fp8_product),
+            "xla": _beside(reference.fp8_product_xla),
+            "mosaic": _beside(_MOSAIC),
         },
         kernel="xla",
     ),

@@ -22,6 +22,7 @@ from pallas_kernels.tuning import tile
 __all__ = ["block_product", "quantize", "row_product", "swizzled"]
 
 HALF = BLOCK // 2
+RANKS = 64  # of the factors beside a weight that are multiplied at a time
 GROUP = 8  # tiles of rows that share a pass over the weight while it is in the cache
 
 
@@ -65,12 +66,13 @@ def block_product(x: QTensor, weight: QTensor, bias, out_dtype, *, interpret: bo
         pl.BlockSpec((None, columns), lambda i, j: (j, 0)),
     )
     at = tile("int8_matmul", "block_product")
-    return product(block_kernel, x, weight, bias, out_dtype, HALF, scales, at, interpret)
+    return product(block_kernel, x, weight, bias, None, out_dtype, HALF, scales, at, interpret)
 
 
-def row_product(x: QTensor, weight: QTensor, bias, out_dtype, *, interpret: bool):
-    """Values [m k], [n k] -> [m n]. float32(int32 dot) * scale_x * scale_weight + bias, rounded
-    once. Raises ValueError unless k is a multiple of 128."""
+def row_product(x: QTensor, weight: QTensor, bias, low_rank=None, *, out_dtype, interpret: bool):
+    """Values [m k], [n k] -> [m n]. float32(int32 dot) * scale_x * scale_weight, plus the product
+    of low_rank (narrow [m r], up [n r]; r a power of two from 16), plus bias, rounded once. Raises
+    ValueError unless k is a multiple of 128."""
     k = x.values.shape[1]
     if k % BLOCK:
         raise ValueError(
@@ -79,10 +81,10 @@ def row_product(x: QTensor, weight: QTensor, bias, out_dtype, *, interpret: bool
         )
     scales = pl.BlockSpec((BLOCK,), lambda i, j: (i,)), pl.BlockSpec((BLOCK,), lambda i, j: (j,))
     at = tile("int8_matmul", "row_product")
-    return product(row_kernel, x, weight, bias, out_dtype, BLOCK, scales, at, interpret)
+    return product(row_kernel, x, weight, bias, low_rank, out_dtype, BLOCK, scales, at, interpret)
 
 
-def product(kernel: Callable, x, weight, bias, out_dtype, rows, scales, at, interpret):
+def product(kernel: Callable, x, weight, bias, low_rank, out_dtype, rows, scales, at, interpret):
     """The launch that both kernels share: outputs of `rows` x 128; index maps of the scales take
     the place (i, j) of a tile."""
     (m, k), n = x.values.shape, weight.values.shape[0]
@@ -98,6 +100,11 @@ def product(kernel: Callable, x, weight, bias, out_dtype, rows, scales, at, inte
     if bias is not None:
         args.append(bias)
         specs.append(pl.BlockSpec((BLOCK,), lambda i, j: (j,)))
+    if low_rank is not None:
+        kernel, rank = partial(kernel, low_rank=True), low_rank[0].shape[1]
+        args += low_rank
+        specs.append(pl.BlockSpec((rows, rank), lambda i, j: (i, 0)))
+        specs.append(pl.BlockSpec((BLOCK, rank), lambda i, j: (j, 0)))
     return launch(
         partial(kernel, place=place, shape=(m, n), interpret=interpret),
         jax.ShapeDtypeStruct((m, n), out_dtype),
@@ -133,27 +140,32 @@ def block_kernel(x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret):
     store(y_ref, total.astype(y_ref.dtype), inside(i, j, shape, y_ref.shape))
 
 
-def row_kernel(x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret):
-    """x w [128 k], scales and bias [128]."""
-    (i, j), (*bias, y_ref) = place(pl.program_id(0)), rest
+def row_kernel(x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret, low_rank=False):
+    """x w [128 k], scales and bias [128]; narrow and up [128 r], if there are some."""
+    (i, j), (*rest, y_ref) = place(pl.program_id(0)), rest
+    bias, factors = (rest[:-2], rest[-2:]) if low_rank else (rest, ())
     step = lambda c, total: total + tile_dot(x_ref, w_ref, c, (i, j), shape)
     total = lax.fori_loop(0, x_ref.shape[1] // BLOCK, step, jnp.zeros(y_ref.shape, jnp.int32))
     y = total.astype(jnp.float32) * vector(xs_ref, i, shape[0])[:, None]
     y = y * vector(ws_ref, j, shape[1])[None, :]
+    if factors:
+        width = min(factors[0].shape[1], RANKS)
+        step = lambda c, y: y + tile_dot(*factors, c, (i, j), shape, width, jnp.float32)
+        y = lax.fori_loop(0, factors[0].shape[1] // width, step, y)
     if bias:
         y = y + vector(bias[0], j, shape[1])[None, :]
     store(y_ref, y.astype(y_ref.dtype), inside(i, j, shape, y_ref.shape))
 
 
-def tile_dot(x_ref, w_ref, c, place, shape):  # -> int32 [rows 128]
-    """The products over block c of k; rows past the end are zeros."""
-    columns = pl.ds(c * BLOCK, BLOCK)
+def tile_dot(x_ref, w_ref, c, place, shape, width=BLOCK, dtype=jnp.int32):  # -> [rows 128]
+    """The products over block c of k, `width` wide; rows past the end are zeros."""
+    columns = pl.ds(c * width, width)
     operands = []
     for ref, i, size in zip((x_ref, w_ref), place, shape, strict=True):
         rows = along(i, size, ref.shape[0])
         mask = None if rows is None else rows[:, None]
         operands.append(load(ref.at[:, columns], mask))
-    return dot(*operands, (1, 1), jnp.int32)
+    return dot(*operands, (1, 1), dtype)
 
 
 def vector(ref, i, size):  # -> float32

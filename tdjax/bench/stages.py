@@ -29,6 +29,7 @@ from tdjax.models.wan_dit import with_linear, with_low_rank, without_blocks
 from tdjax.parallel.mesh import AXES
 from tdjax.parallel.sharding import leaf_name, shardings
 from tdjax.pipeline import compilation, memory, streaming
+from tdjax.pipeline.adapters import filled_rank
 from tdjax.pipeline.compilation import Program
 from tdjax.pipeline.components import Component, PlannedComponent
 from tdjax.pipeline.vae_coding import VAECoding
@@ -393,7 +394,9 @@ def denoise_row(
 
 
 def with_random_lora(model, rank: int):
-    """A model of 8-bit layers with small random factors beside each of them."""
+    """A model of 8-bit layers with small random factors beside each of them, their rank filled up
+    as that of a file."""
+    rank = filled_rank(rank)
     values, key = LINEAR[model.cfg.linear].leaves[0], jax.random.key(3)
     dtype, factors = model.cfg.policy.param_dtype, {}
     for name, leaf in orbax.named_leaves(model).items():

@@ -135,20 +135,21 @@ class QuantizedLinear(_Layer):
             setattr(self, name, nnx.Variable(value))
 
     def __call__(self, x):
-        x = self.quantize_input(x)
-        weights = [getattr(self, name)[...] for name in self.leaves]
-        if self.bias is not None:
-            weights.append(self.bias[...])
-        y = self.divided(partial(self.product, dtype=x.dtype), x.values, x.scale, *weights)
-        return y if self.low_rank_up is None else y + self.low_rank(x)
+        x, narrow, up = self.quantize_input(x), None, None
+        if self.low_rank_up is not None:
+            narrow, up = self.low_rank(x)
+        weight = [getattr(self, name)[...] for name in self.leaves]
+        bias = None if self.bias is None else self.bias[...]
+        product = partial(self.product, dtype=x.dtype)
+        return self.divided(product, (x.values, x.scale, narrow), (*weight, bias, up))
 
     @jax.named_scope("lora")
-    def low_rank(self, x: Activations):  # -> [b l o]
-        """The second product, of the values that the first one reads."""
+    def low_rank(self, x: Activations):
+        """Returns what the product takes besides: the values that it reads, times the narrow factor
+        [b l r], and the other factor [o r]."""
         down, up = (a[...].astype(x.dtype) for a in (self.low_rank_down, self.low_rank_up))
-        narrow = self.narrowed(self.rows(x.values, x.scale), down)
-        y = jnp.matmul(narrow.astype(x.dtype), up.T, precision=EXACT)
-        return rearrange(y, "(b l) o -> b l o", b=x.values.shape[0])
+        narrow = self.narrowed(self.rows(x.values, x.scale), down).astype(x.dtype)
+        return rearrange(narrow, "(b l) r -> b l r", b=x.values.shape[0]), up
 
     @classmethod
     def narrowed(cls, rows: QTensor, down):  # [(b l) i], [r i] -> [(b l) r]
@@ -156,16 +157,21 @@ class QuantizedLinear(_Layer):
         floats = cls.dequantize(rows).astype(down.dtype)
         return jnp.matmul(floats, down.T, precision=EXACT)
 
-    def product(self, values, scale, weight, weight_scale, bias=None, *, dtype):  # -> [b l o]
+    def product(self, of_tokens, of_channels, *, dtype):  # -> [b l o]
+        """of_tokens: values, scale, narrow or None; of_channels: weight, its scale, bias or None,
+        up or None."""
+        (values, scale, narrow), (weight, weight_scale, bias, up) = of_tokens, of_channels
         weight, impl = QTensor(weight, weight_scale), self.products.get(self.impl, self.impl)
         options = {"scheme": self.scheme, "out_dtype": dtype, "impl": impl}
+        if up is not None:
+            options["low_rank"] = rearrange(narrow, "b l r -> (b l) r"), up
         y = quantized_linear(self.rows(values, scale), weight, bias, **options)
         return rearrange(y, "(b l) o -> b l o", b=values.shape[0])
 
     @staticmethod
-    def divided(op, *arrays):
-        """op(*arrays), divided over a mesh by the compiler."""
-        return op(*arrays)
+    def divided(op, of_tokens, of_channels):
+        """op(of_tokens, of_channels), divided over a mesh by the compiler."""
+        return op(of_tokens, of_channels)
 
     @staticmethod
     def rows(values, scale) -> QTensor:  # of Activations -> values [(b l) i]

@@ -228,15 +228,17 @@ def over_tokens(op, *arrays):  # [b l ...], or [b 1 ...] and [1 l ...]
     return jax.shard_map(op, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
-def over_channels(op, x, x_scale, *weights):  # [b l i], [b l]; [o i], [o], [o]
-    """op(x, x_scale, *weights) [b l o] with samples, tokens and output channels divided over the
+def over_channels(op, of_tokens, of_channels):  # arrays [b l ...], and [o ...]; or None
+    """op(of_tokens, of_channels) [b l o] with samples, tokens and output channels divided over the
     mesh."""
     sizes = mesh_sizes()
     if not sizes:
-        return op(x, x_scale, *weights)
-    rows = spec(x.shape, ("batch", "tokens"), sizes)
-    channels = spec(weights[0].shape, ("channels",), sizes)
-    specs = rows, rows, *(channels for _ in weights)
+        return op(of_tokens, of_channels)
+    rows = spec(of_tokens[0].shape, ("batch", "tokens"), sizes)
+    channels = spec(of_channels[0].shape, ("channels",), sizes)
     return jax.shard_map(
-        op, in_specs=specs, out_specs=PartitionSpec(*rows, *channels), check_vma=False
-    )(x, x_scale, *weights)
+        op,
+        in_specs=(rows, channels),
+        out_specs=PartitionSpec(*rows, *channels),
+        check_vma=False,
+    )(of_tokens, of_channels)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import einops
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.primitives import power_of_two
 from tdjax.checkpoints import orbax
 from tdjax.checkpoints.published import detect
 from tdjax.checkpoints.published.lora import Change, changes_of, left_out_note
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from tdjax.pipeline.components import Component
 
 LEAST_RANK = 16
+READERS = 8  # threads that read a file
 FACTOR = ".low_rank_"  # within the names of leaves beside weights
 NAMING = "turbo"  # of the tensors that changes are found for: each has its leaf's own values
 
@@ -141,23 +144,24 @@ class Adapters:
         for name in [name for name in leaves if FACTOR in name]:
             leaves.pop(name).delete()
         linear = LINEAR[module.cfg.linear].leaves
-        for name, before in self._base.items():
-            _replace(leaves, _parts(name, leaves, linear), before)
+        merged = {n: x for n, x in self.chosen.changes.items() if n not in self.chosen.beside}
+        for name in merged.keys() - self._base.keys():
+            for part in _parts(name, leaves, linear):
+                leaves[part].copy_to_host_async()  # all begin before the first is waited for
         base = {}
-        for name, changes in self.chosen.changes.items():
-            if name in self.chosen.beside:
-                continue
-            parts = _parts(name, leaves, linear)
-            old = tuple(leaves[part] for part in parts)
-            base[name] = tuple(np.asarray(x) for x in old)
-            kind = None
-            if name.startswith("blocks.") and name.endswith(".kernel"):
-                kind = module.cfg.linear if len(parts) > 1 else "float"
-            if kind and all(change.factors for _, change in changes):
-                new = _low_rank(old, changes, kind)
-            else:
-                new = _by_steps(old, changes, kind)
-            _replace(leaves, parts, new)
+        for name in {**self._base, **merged}:
+            parts, known = _parts(name, leaves, linear), self._base.get(name)
+            if known:
+                _replace(leaves, parts, known)
+            if name in merged:
+                old = tuple(leaves[part] for part in parts)
+                base[name] = known or tuple(np.asarray(x) for x in old)
+                kind = None
+                if name.startswith("blocks.") and name.endswith(".kernel"):
+                    kind = module.cfg.linear if len(parts) > 1 else "float"
+                products = kind and all(change.factors for _, change in merged[name])
+                new = (_low_rank if products else _by_steps)(old, merged[name], kind)
+                _replace(leaves, parts, new)
         self._base = base
         plain = orbax.assemble(orbax.abstract("dit", module.cfg), leaves)
         return with_low_rank(plain, self._factors(module.cfg, next(iter(leaves.values())).sharding))
@@ -185,14 +189,16 @@ class Adapters:
         the network's leaves."""
         if isinstance(like, jax.sharding.NamedSharding):
             like = jax.sharding.NamedSharding(like.mesh, jax.sharding.PartitionSpec())
-        out = {}
-        for layer, shapes in self._shapes(cfg).items():
-            down, up = (np.zeros(shape, np.float32) for shape in shapes)
-            changes = self.chosen.changes.get(f"{layer}.kernel", [])
-            _side_by_side(changes, up, down)
-            values = (x.astype(cfg.policy.param_dtype) for x in (down, up))
-            out[layer] = tuple(jax.device_put(x, like) for x in values)
-        return out
+        shapes = self._shapes(cfg)
+        changes = {n: self.chosen.changes.get(f"{n}.kernel", []) for n in shapes}
+        read = lambda layer: _side_by_side(changes[layer], *shapes[layer])
+        scaled = functools.partial(_scaled, dtype=cfg.policy.param_dtype)
+        with ThreadPoolExecutor(READERS) as pool:
+            given = zip(shapes, pool.map(read, shapes), strict=True)
+            made = {layer: scaled(*jax.device_put(x, like)) for layer, x in given}
+        for layer, (_, _, finite) in made.items():  # when all are on their way
+            _check(changes[layer], finite)
+        return {layer: (down, up) for layer, (down, up, _) in made.items()}
 
     def _merged_streamed(self, module: Streamed) -> Streamed:
         """The same block by block, each on the device in its turn."""
@@ -221,6 +227,7 @@ class Adapters:
         self._base, self._pieces = {}, {}
 
 
+@functools.lru_cache(maxsize=4)
 def _places(cfg: DiTConfig) -> dict[str, _Place]:
     """{published key: where its values are} of a float network."""
     leaves = orbax.named_leaves(orbax.abstract("dit", cfg))
@@ -252,13 +259,13 @@ def _replace(leaves: dict[str, Any], parts: tuple[str, ...], values: tuple) -> N
 
 def _low_rank(old: tuple, changes: list[tuple[_Place, Change]], kind: str) -> tuple:
     """The leaves [n ...] of a linear layer with products added, those of all files side by side."""
-    (outputs, inputs), rank = changes[0][0].shape, max(_ranks(changes).values())
-    ups = np.zeros((len(old[0]), outputs, rank), np.float32)
-    downs = np.zeros((len(old[0]), rank, inputs), np.float32)
-    _side_by_side(changes, ups, downs)
-    touched = np.zeros(len(old[0]), bool)
+    (outputs, inputs), rank, count = changes[0][0].shape, _rank(changes), len(old[0])
+    given = _side_by_side(changes, (count, rank, inputs), (count, outputs, rank))
+    touched = np.zeros(count, bool)
     touched[list(_ranks(changes))] = True
-    return _added(old, ups, downs, touched, kind=kind)
+    new, finite = _added(old, *given, touched, kind=kind)
+    _check(changes, finite)
+    return new
 
 
 def _ranks(changes: list[tuple[_Place, Change]]) -> dict[int, int]:
@@ -270,16 +277,34 @@ def _ranks(changes: list[tuple[_Place, Change]]) -> dict[int, int]:
     return ranks
 
 
-def _side_by_side(changes: list[tuple[_Place, Change]], ups: np.ndarray, downs: np.ndarray) -> None:
-    """Writes the factors of all changes into ups [n o r] and downs [n r i], which are zeros."""
-    filled: dict[int, int] = {}
+def _side_by_side(
+    changes: list[tuple[_Place, Change]], down_shape: tuple[int, ...], up_shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the factors of all changes on the host, downs [n r i] and ups [n o r], and the scales
+    of their products [n r]; zeros where there are none. The factors are in the dtype of the file,
+    or in float32 where that differs between them."""
+    read = []
     for place, change in changes:
         assert change.factors is not None and place.layer is not None
-        layer, (up, down) = place.layer, change.factors()
-        at = filled.get(layer, 0)
-        filled[layer] = at + len(down)
-        ups[layer, :, at : at + len(down)] = up
-        downs[layer, at : at + len(down)] = down
+        read.append((place.layer, *change.factors()))
+    dtypes = {x.dtype for _, up, down, _ in read for x in (up, down)}
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    downs, ups = np.zeros(down_shape, dtype), np.zeros(up_shape, dtype)
+    scales, filled = np.zeros(down_shape[:2], np.float32), [0] * len(downs)
+    for layer, up, down, scale in read:
+        at = slice(filled[layer], filled[layer] + len(down))
+        downs[layer, at], ups[layer, :, at], scales[layer, at] = down, up, scale
+        filled[layer] = at.stop
+    return downs, ups, scales
+
+
+def _check(changes: list[tuple[_Place, Change]], finite: jax.Array) -> None:
+    """Raises CheckpointError where factors are not finite; finite [n]: whether those of each layer
+    are."""
+    good = np.asarray(finite)
+    for place, change in changes:
+        if not good[place.layer]:
+            change.step(np.zeros(place.shape, np.float32))
 
 
 def _beside(name: str, changes: list[tuple[_Place, Change]]) -> bool:
@@ -289,15 +314,32 @@ def _beside(name: str, changes: list[tuple[_Place, Change]]) -> bool:
 
 
 def _rank(changes: list[tuple[_Place, Change]]) -> int:
-    """The rank of factors beside a leaf: a power of two, so that few ranks have programs."""
-    return max(LEAST_RANK, 1 << (max(_ranks(changes).values()) - 1).bit_length())
+    """The rank of the factors of a leaf, with what fills it up."""
+    return filled_rank(max(_ranks(changes).values()))
+
+
+def filled_rank(rank: int) -> int:
+    """Returns the rank that factors are filled up to: a power of two, so that few ranks have
+    programs, and as the kernels take them."""
+    return max(LEAST_RANK, power_of_two(rank))
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _scaled(downs, ups, scales, *, dtype) -> tuple:
+    """downs [n r i], ups [n o r], scales [n r] -> the same downs and scaled ups in dtype, and
+    whether those of each layer are finite [n]."""
+    downs, ups = downs.astype(jnp.float32), ups.astype(jnp.float32)
+    finite = jnp.isfinite(downs).all((1, 2)) & jnp.isfinite(ups).all((1, 2))
+    return downs.astype(dtype), (ups * scales[:, None]).astype(dtype), finite
 
 
 @functools.partial(jax.jit, static_argnames="kind")
-def _added(leaves: tuple, ups, downs, touched, *, kind: str) -> tuple:
-    """leaves [n ...] of kind, ups [n o r], downs [n r i]: a layer at a time; those that no file
-    touches keep their bits."""
+def _added(leaves: tuple, downs, ups, scales, touched, *, kind: str) -> tuple[tuple, jax.Array]:
+    """leaves [n ...] of kind, the others as in `_scaled`: the leaves with the products added, a
+    layer at a time; those that no file touches keep their bits. And whether the factors of each
+    layer are finite."""
     layer = LINEAR[kind]
+    downs, ups, finite = _scaled(downs, ups, scales, dtype=jnp.float32)
 
     def one(each):
         leaves, up, down, change = each
@@ -305,7 +347,7 @@ def _added(leaves: tuple, ups, downs, touched, *, kind: str) -> tuple:
         new = layer.packed(layer.unpacked(*leaves) + product, leaves[0].dtype)
         return tuple(jnp.where(change, a, b) for a, b in zip(new, leaves, strict=True))
 
-    return lax.map(one, (leaves, ups, downs, touched))
+    return lax.map(one, (leaves, ups, downs, touched)), finite
 
 
 def _by_steps(old: tuple, changes: list[tuple[_Place, Change]], kind: str | None) -> tuple:

@@ -121,6 +121,15 @@ def case(name, size):
         "dense gradient": (gradient(dense, 3), qkv(size)),
         "block128": (linear("block128"), (*weights("block128", l, d, f), spec((f,), jnp.bfloat16))),
         "channel": (linear("channel"), (*weights("channel", l, d, f), spec((f,), jnp.bfloat16))),
+        "channel and a LoRA": (
+            lambda x, w, bias, *low_rank: quantized_linear(
+                x, w, bias, low_rank=low_rank, scheme="channel", out_dtype=bias.dtype, impl="triton"
+            ),
+            (
+                *weights("channel", l, d, f),
+                *(spec(shape, jnp.bfloat16) for shape in ((f,), (l, 64), (f, 64))),
+            ),
+        ),
         "quantize block128": (quantized("block128"), (spec((l, d), jnp.bfloat16),)),
         "quantize channel": (quantized("channel"), (spec((l, f), jnp.bfloat16),)),
         "quantize fp8": (quantized("fp8"), (spec((l, f), jnp.bfloat16),)),
@@ -199,6 +208,7 @@ CASES = {
     "dense gradient": (3, ("attention",)),
     "block128": (1, ("quantized_linear block128",)),
     "channel": (1, ("quantized_linear channel",)),
+    "channel and a LoRA": (1, ("quantized_linear channel",)),
     "quantize block128": (1, ("quantize_activations block128",)),
     "quantize channel": (1, ("quantize_activations channel",)),
     "quantize fp8": (1, ("quantize_activations fp8",)),

@@ -130,6 +130,39 @@ def test_kernel_product(m, n):
     )
 
 
+def factors(m, n, rank):
+    """A second product about as large as that of `pair`."""
+    scaled = lambda seed, rows: jnp.asarray(normal(seed, rows, rank) * rank**-0.25, BF16)
+    return scaled(3, m), scaled(4, n)
+
+
+@pytest.mark.parametrize("impl", ["reference", "interpret"])
+@pytest.mark.parametrize(("m", "n", "rank"), [(184, 130, 16), (128, 128, 128)])
+def test_a_second_product_joins_before_the_only_rounding(m, n, rank, impl):
+    """rank 128 is multiplied in two parts."""
+    x, w = pair(m, 256, n, "channel")
+    narrow, up = factors(m, n, rank)
+    bias = normal(2, n)
+    y = linear(x, w, bias, low_rank=(narrow, up), scheme="channel", out_dtype=BF16, impl=impl)
+    expected = exact(x, w, bias + float64(narrow) @ float64(up).T).astype(np.float32)
+    off = ulps(y, expected)
+    assert y.dtype == BF16 and (off > 0).mean() < 1e-2
+    # where terms of another sign leave little, steps are smaller than an error of their sum
+    assert off[np.abs(expected) > 0.1].max() <= 1
+    apart = linear(x, w, bias, scheme="channel", out_dtype=BF16, impl=impl)
+    twice = apart + (narrow.astype(jnp.float32) @ up.astype(jnp.float32).T).astype(BF16)
+    assert (ulps(twice, expected) > 0).mean() > 0.1, "three roundings would show"
+
+
+@pytest.mark.parametrize("scheme", ["block128", "fp8"])
+def test_a_second_product_beside_those_that_have_no_place_for_it(scheme):
+    x, w = pair(130, 256, 136, scheme)
+    low_rank = factors(130, 136, 32)
+    run = lambda **more: float64(linear(x, w, scheme=scheme, out_dtype=jnp.float32, **more))
+    expected = run() + float64(low_rank[0]) @ float64(low_rank[1]).T
+    np.testing.assert_allclose(run(low_rank=low_rank), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_sums_are_exact_and_rounded_once():
     """Whole numbers below 2^24 come out whole, and the bias joins before the only rounding."""
@@ -252,6 +285,10 @@ def test_errors():
         ValueError, match=r"quantize_activations: x \(4, 1, 128\); expected \[m k\]"
     ):
         quantize_activations(jnp.zeros((4, 1, 128)), "channel")
+    with pytest.raises(ValueError, match=r"the rank of low_rank is 24; .*zeros to 32"):
+        run(x, w, low_rank=factors(4, 6, 24))
+    with pytest.raises(ValueError, match=r"\(5, 16\); expected \(4, 16\) and \(6, 16\)"):
+        run(x, w, low_rank=factors(4, 5, 16))
     narrow = [QTensor(q.values[:, :100], q.scale) for q in (x, w)]
     with pytest.raises(
         ValueError,

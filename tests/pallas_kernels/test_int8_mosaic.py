@@ -46,7 +46,7 @@ def test_product(m, k, n, dtype, tile):
     run = lambda *args: row_product(*args, jnp.bfloat16, tile=tile, interpret=True)
     y = jax.jit(run)(x, weight, bias)
     assert y.dtype == jnp.bfloat16
-    assert_close(y, product(x, weight, bias, jnp.float32), "bf16")
+    assert_close(y, product(x, weight, bias, out_dtype=jnp.float32), "bf16")
 
 
 @interpreted
@@ -56,7 +56,7 @@ def test_without_a_bias_in_float16():
     run = lambda *args: row_product(*args, None, jnp.float16, tile=tile, interpret=True)
     y = jax.jit(run)(x, weight)
     assert y.dtype == jnp.float16
-    assert_close(y, reference.row_product(x, weight, None, jnp.float32), "bf16")
+    assert_close(y, reference.row_product(x, weight, None, out_dtype=jnp.float32), "bf16")
 
 
 @interpreted

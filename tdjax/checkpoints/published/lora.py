@@ -123,13 +123,14 @@ class _Adapter(TypedDict, total=False):
 class Change:
     """What a LoRA does to one tensor.
 
-    key:   of the tensor. step: float32 values -> changed ones. factors: of a change that is a plain
-           product of two matrices, else None. rank: of these.
+    key:   of the tensor. step: float32 values -> changed ones; CheckpointError for NaN and
+           infinity. factors: of a change that is a plain product of two matrices, else None; see
+           `_Factors.pair`. rank: of these.
     """
 
     key: str
     step: Callable[[np.ndarray], np.ndarray]
-    factors: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
+    factors: Callable[[], tuple[np.ndarray, np.ndarray, np.float32]] | None = None
     rank: int = 0
 
 
@@ -166,7 +167,7 @@ def changes_of(
     modules, unknown = _modules(source.tensors)
     settings = _settings(path, source, low_noise)
     own_second = low_noise and any(module.second for module in modules)
-    index = _Index(found, {slot: key for slot, (_, key) in slots(tensors, found.rows)[0].items()})
+    index = _index(found, tuple(tensors))
     out = []
     counts: dict[str, Any] = {
         "lora": source.path.name,
@@ -473,11 +474,12 @@ class _Factors:
         alpha = float(self.values("alpha").reshape(())) if "alpha" in self.parts else None
         return self.settings.scale(self.module, alpha, self.rank)
 
-    def pair(self, weight: float) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (up [out rank], scaled; down [rank in]) in float32."""
-        up, down = self.values("up"), self.values("down")
+    def pair(self, weight: float) -> tuple[np.ndarray, np.ndarray, np.float32]:
+        """Returns (up [out rank], down [rank in], the scale of their product), the factors as the
+        file has them: of any dtype, and perhaps not finite."""
+        up, down = (self.parts[kind].read() for kind in ("up", "down"))
         scale = np.float32(weight * self.scale())
-        return scale * up.reshape(len(up), -1), down.reshape(len(down), -1)
+        return up.reshape(len(up), -1), down.reshape(len(down), -1), scale
 
     def add(self, weight: float, x: np.ndarray) -> np.ndarray:
         """x + weight * scale * product; with a magnitude, x and the product together are brought
@@ -578,27 +580,42 @@ class _Index:
     (kohya)."""
 
     def __init__(self, found: detect.Detected, targets: dict[Slot, str]):
-        self.targets = targets
-        names = detect.NAMINGS[found.kind].ROWS
-        self.rows: list[tuple[Row, ...]] = [
-            found.rows,
-            *(detect.rows(found.kind, n, found.config) for n in names if n != found.naming),
-        ]
+        others = [n for n in detect.NAMINGS[found.kind].ROWS if n != found.naming]
+        rows = [found.rows, *(detect.rows(found.kind, n, found.config) for n in others)]
+        # {name: key} in each naming, and {name with underscores: key} in all of them
+        self.namings = [_names(each, targets) for each in rows]
         self.flat: dict[str, str] = {}
-        for slot, key in targets.items():
-            for rows in self.rows:
-                for row in rows:
-                    name = row.key(*slot) if row.path is not None else None
-                    if name:
-                        self.flat.setdefault(name.replace(".", "_"), key)
+        for names in self.namings:
+            for name, key in names.items():
+                self.flat.setdefault(name.replace(".", "_"), key)
 
     def find(self, module: str, kind: str) -> str | None:
         """The base's key of a module's tensor. A module may also be a tensor by its own name, such
         as blocks.0.modulation."""
         names = [f"{module}.{kind}", module] if kind == "weight" else [f"{module}.{kind}"]
-        for rows in self.rows:
-            for slot in slots(names, rows)[0]:
-                if slot in self.targets:
-                    return self.targets[slot]
+        for naming in self.namings:
+            for name in names:
+                if name in naming:
+                    return naming[name]
         flat = (self.flat.get(name.replace(".", "_")) for name in names)
         return next((key for key in flat if key is not None), None)
+
+
+@functools.lru_cache(maxsize=4)
+def _index(found: detect.Detected, keys: tuple[str, ...]) -> _Index:
+    """That of a base with these keys; the next LoRA is for the same one, as a rule."""
+    return _Index(found, {slot: key for slot, (_, key) in slots(keys, found.rows)[0].items()})
+
+
+def _names(rows: tuple[Row, ...], targets: dict[Slot, str]) -> dict[str, str]:
+    """{name by these rows: key} of the tensors at some slots. A row is compared with a leaf once,
+    not for each of its layers."""
+    layers: dict[str, dict[int | None, str]] = {}
+    for (leaf, layer), key in targets.items():
+        layers.setdefault(leaf, {})[layer] = key
+    out = {}
+    for leaf, keys in layers.items():
+        for row in rows:
+            if row.path is not None and row.path_pattern.fullmatch(leaf):
+                out |= {row.key(leaf, layer): key for layer, key in keys.items()}
+    return out

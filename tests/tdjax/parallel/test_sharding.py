@@ -202,10 +202,10 @@ def test_sharded_gradient_equals_the_unsharded_one(inputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("linear", LINEAR)
-def test_divided_weights_give_the_same_layer(linear):
+@pytest.mark.parametrize("linear, rank", [*((kind, 0) for kind in LINEAR), ("int8_channel", 16)])
+def test_divided_weights_give_the_same_layer(linear, rank):
     """An MLP's two layers, divided over width and features: both operands of each product are in
-    parts."""
+    parts. rank: of factors of LoRA files beside them."""
     cfg = dataclasses.replace(TINY, linear=linear)
 
     class Pair(nnx.Module):
@@ -215,6 +215,9 @@ def test_divided_weights_give_the_same_layer(linear):
                 up=LINEAR[linear](256, 384, cfg.policy, rngs=up),
                 down=LINEAR[linear](384, 256, cfg.policy, rngs=down),
             )
+            for layer, i, o in (("up", 256, 384), ("down", 384, 256)) if rank else ():
+                self.blocks[layer].low_rank_down = nnx.Variable(up.params.normal((rank, i)) / 16)
+                self.blocks[layer].low_rank_up = nnx.Variable(up.params.normal((o, rank)) / 4)
 
         def __call__(self, x):
             return self.blocks["down"](self.blocks["up"](x))

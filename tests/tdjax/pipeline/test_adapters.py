@@ -167,7 +167,8 @@ def test_low_rank_beside_weights_of_8_bits(file, lora, linear):
         assert_close(got, read @ (weight + change).T, "float32")
     one = jax.tree.map(lambda leaf: leaf[1], module.blocks)  # a block that no file changes
     x = one.self_attn.q.quantize_input(noise(30, 1, 7, DIM))
-    assert not np.asarray(one.self_attn.q.low_rank(x)).any()
+    narrow, up = one.self_attn.q.low_rank(x)
+    assert not np.asarray(narrow[0] @ up.T).any()
 
 
 def test_ranks_have_few_programs_and_strengths_none(file, lora):
@@ -254,6 +255,47 @@ def test_no_leaf_is_held_twice(file, lora):
         replaced = [name for name in before if before[name] is not after[name]]
         assert "blocks.self_attn.q.kernel" in replaced and "head.proj.kernel" in replaced
         assert all(before[name].is_deleted() for name in replaced)
+
+
+@pytest.mark.parametrize("linear", ["float", "int8_channel"])
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_a_file_that_is_not_finite_is_named_by_its_layer(file, lora, linear, factor):
+    damaged = {name: x.copy() for name, x in LOW_RANK.items()}
+    damaged[f"diffusion_model.blocks.2.self_attn.q.{factor}.weight"][1, 1] = np.inf
+    with pytest.raises(CheckpointError, match="blocks.2.self_attn.q holds NaN or infinity"):
+        on(with_linear(loaded(file), linear), Adapters(), (lora(damaged),))
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float16", "bfloat16")])
+def test_factors_of_16_bits_are_those_of_the_file(file, lora, dtypes):
+    """Also of two files of other dtypes at once: a scale is multiplied in float32."""
+    cast = lambda dtype: {name: x.astype(dtype) for name, x in LOW_RANK.items()}
+    files = [lora(cast(np.dtype(dtype)), f"{n}") for n, dtype in enumerate(dtypes)]
+    module = on(with_linear(loaded(file), "int8_channel"), Adapters(), tuple(files))
+    up, down = (leaves(module)[f"blocks.up.low_rank_{which}"][1] for which in ("up", "down"))
+    change = sum(
+        0.5
+        * 0.5
+        * np.float64(own["diffusion_model.blocks.1.ffn.0.lora_B.weight"])
+        @ np.float64(own["diffusion_model.blocks.1.ffn.0.lora_A.weight"])
+        for own in map(cast, map(np.dtype, dtypes))
+    )
+    assert_close(np.float64(up) @ np.float64(down), change, "float32")
+
+
+def test_a_network_is_copied_to_the_host_once(file, lora):
+    """The leaves as they were stay there from one file to the next."""
+    one, two = lora(LOW_RANK, "one"), lora(LOW_RANK, "two")
+    module, held = loaded(file), Adapters()
+    before = leaves(module)
+    module = on(module, held, (one,))
+    kept = dict(held._base)
+    module = on(module, held, (two,))
+    assert held._base.keys() == kept.keys()
+    assert all(held._base[name] is kept[name] for name in kept)
+    module = on(module, held, ())
+    assert not held._base
+    assert all(np.array_equal(leaf, before[name]) for name, leaf in leaves(module).items())
 
 
 def test_nothing_fits(lora):
