@@ -25,7 +25,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.primitives import power_of_two
 from tdjax.checkpoints import orbax
 from tdjax.checkpoints.published import detect
 from tdjax.checkpoints.published.lora import Change, changes_of, left_out_note
@@ -321,7 +320,7 @@ def _rank(changes: list[tuple[_Place, Change]]) -> int:
 def filled_rank(rank: int) -> int:
     """Returns the rank that factors are filled up to: a power of two, so that few ranks have
     programs, and as the kernels take them."""
-    return max(LEAST_RANK, power_of_two(rank))
+    return max(LEAST_RANK, 1 << (rank - 1).bit_length())
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
