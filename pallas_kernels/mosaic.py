@@ -25,6 +25,7 @@ INTERPRETED = 2  # programs of the interpreter, which runs each as a thread of i
 FLOATS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 EIGHT_BITS = (jnp.dtype(jnp.int8), jnp.dtype(FP8))
 BLOCK_Q, BLOCK_K, WIDTH = 128, 64, 128  # of attention: queries, keys, head width
+COPIED = 8  # rows of a copy
 SLICE = 128  # columns of a product's operands that are copied at once: bytes of a row
 
 
@@ -45,6 +46,14 @@ def unavailable() -> str | None:
 def at_hand() -> bool:
     """Returns whether the GPU at hand, or the one that the mesh in use describes, runs them."""
     return tuning.known_family() is not None and unavailable() is None
+
+
+def filled(x, axis: int):
+    """Returns x with zeros after its last row along an axis: the copy engine takes rows by eights.
+    x itself where they come out even."""
+    missing = -x.shape[axis] % COPIED
+    pads = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, pads) if missing else x
 
 
 def imported(op: str, name: str) -> Callable:

@@ -33,6 +33,7 @@ from pallas_kernels.mosaic import (
     BLOCK_Q,
     WIDTH,
     attention_refusal,
+    filled,
     programs,
     refuse,
     swizzled,
@@ -108,10 +109,12 @@ def attend(
         programs=programs(interpret),
         interpret=interpret,
     )
+    q, k, v = (filled(x, 1) for x in (q, k, v))
     ins = {"q": q, "k": k, "v": v, "blocks": blocks, "bound": bound}
     if scales is not None:
         ins |= {"q_scale": scales[0] * (LOG2E * WIDTH**-0.5), "k_scale": scales[1]}
     if linear is not None:
+        linear = filled(linear[0], 1), *linear[1:]
         ins |= dict(zip(("linear_q", "m", "z", "bias"), linear, strict=True))
     outs = {"o": jax.ShapeDtypeStruct(q.shape, v.dtype)}
     if save:
@@ -119,7 +122,8 @@ def attend(
     if save and linear is not None:
         outs["o_s"] = outs["o"]
     out = _launch(plan, {name: x for name, x in ins.items() if x is not None}, outs)
-    return (out["o"], out.get("o_s", out["o"]), out["lse"]) if save else out["o"]
+    o = out["o"][:, :l]
+    return (o, out["o_s"][:, :l] if "o_s" in out else o, out["lse"]) if save else o
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import WIDTH, programs, swizzled
+from pallas_kernels.mosaic import WIDTH, filled, programs, swizzled
 from pallas_kernels.primitives import LOG2E
 
 __all__ = ["Rounded", "token_pass"]
@@ -65,6 +65,7 @@ def token_pass(x, v=None, *, mean=None, rounds: bool, interpret: bool = False):
         sums=v is not None,
         interpret=interpret,
     )
+    x, v = filled(x, 1), None if v is None else filled(v, 1)
     ins = {"x": x, "mean": mean, "v": v}
     ins = {name: given for name, given in ins.items() if given is not None}
     f32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
@@ -76,7 +77,7 @@ def token_pass(x, v=None, *, mean=None, rounds: bool, interpret: bool = False):
         outs["product"] = f32((b, h, plan.chunks, WIDTH, WIDTH))
         outs["total"] = f32((b, h, plan.chunks, WIDTH))
     out = _launch(plan, (b, h), ins, outs)
-    rounded = Rounded(out["values"], out["scale"], out["length"]) if rounds else None
+    rounded = Rounded(out["values"][:, :l], out["scale"], out["length"]) if rounds else None
     if v is None:
         return rounded, None
     # tokens past the end are zeros, whose phi is 1/128

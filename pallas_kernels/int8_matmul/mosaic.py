@@ -26,6 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic import (
     SLICE,
+    filled,
     product_refusal,
     programs,
     refuse,
@@ -95,10 +96,10 @@ def row_product(
     )
     scale = jnp.pad(x.scale, (0, plan.rows * tall - m))
     bias = jnp.zeros(n, jnp.float32) if bias is None else bias.astype(jnp.float32)
-    out = jax.ShapeDtypeStruct((m, n), out_dtype)
-    return _launch(plan, x.values.dtype, out, interpret)(
-        x.values, weight.values, scale, weight.scale, bias
-    )
+    values = filled(x.values, 0)
+    out = jax.ShapeDtypeStruct((len(values), n), out_dtype)
+    launch = _launch(plan, values.dtype, out, interpret)
+    return launch(values, weight.values, scale, weight.scale, bias)[:m]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
 import os
 import pickle
 import platform
@@ -33,9 +34,12 @@ from tdjax.checkpoints.compiled import WORTH_KEEPING
 from tdjax.errors import UsageError
 from tdjax.files import trim, written
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX, MARK = ".executable", ".passed"  # of entries, and of what is remembered
 LIMIT = 2**32  # bytes of all entries
+# The backend of kernels for Hopper: as it is imported it says where its library is, which programs
+# with such kernels ask for when they are loaded.
+MOSAIC = "jax.experimental.mosaic.gpu"
 DIGEST = 32  # bytes of a sha256, with which an entry begins
 
 # What programs are made of: rooms of this package, all of the kernels, and libraries.
@@ -197,7 +201,9 @@ def _read(path: Path, asked: Asked) -> jax.stages.Compiled | None:
         data = path.read_bytes()
         if data[:DIGEST] != _digest(path, data[DIGEST:]):
             return None
-        serialized, out_tree = pickle.loads(zlib.decompress(data[DIGEST:]))
+        serialized, out_tree, mosaic = pickle.loads(zlib.decompress(data[DIGEST:]))
+        if mosaic:
+            importlib.import_module(MOSAIC)
         compiled = serialize_executable.deserialize_and_load(
             serialized,
             jax.tree.structure((asked.args, {})),
@@ -220,7 +226,8 @@ def _keep(path: Path, asked: Asked, compiled: jax.stages.Compiled) -> None:
         return  # it would not be loaded to where it ran
     try:
         serialized, _, out_tree = serialize_executable.serialize(compiled)
-        data = zlib.compress(pickle.dumps((serialized, out_tree)), level=1)
+        entry = serialized, out_tree, MOSAIC in sys.modules
+        data = zlib.compress(pickle.dumps(entry), level=1)
         with written(path, overwrite=True, size=len(data)) as part:
             part.write_bytes(_digest(path, data) + data)
         trim(path.parent, f"*-{'[0-9a-f]' * 64}{SUFFIX}", LIMIT)

@@ -186,8 +186,9 @@ class TrainingRun:
                 base=self.networks.load_base(self.mesh),
             )
         if last is None:
-            with self.stages("load student"), self._on_mesh():
+            with self.stages("load student"):
                 student = self.networks.load_student(self.mesh, self.config["run"].seed)
+            with self._on_mesh():
                 state = placement.created(self.method.create, student, mesh=self.mesh)
             return state, teacher, Position()
         manifest = checkpoints.inspect(last)

@@ -1,6 +1,7 @@
 """The Mosaic GPU product of 8-bit rows, interpreted with threads, barriers and copies, against the
 reference."""
 
+import described
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,3 +122,16 @@ def test_tiles_fit_shared_memory():
         ring = tile.stages * (mosaic.HEIGHT + tile.columns) * mosaic.SLICE
         stores = 2 * mosaic.WARPGROUPS * mosaic.SLOTS * mosaic.ROWS * mosaic.STRIPE
         assert ring + stores + 8 * tile.columns + 1024 <= 227 * 1024
+
+
+@interpreted
+@pytest.mark.parametrize("m", [1, 18900])
+def test_rows_that_do_not_come_out_even_for_the_copy_engine(m):
+    """The interpreter takes them; the compiler wants eights."""
+    x, weight = shapes(m, 1536, 1536)
+    scale = lambda n: jax.ShapeDtypeStruct((n,), jnp.float32)
+    run = lambda x, x_scale, w, w_scale: row_product(
+        QTensor(x, x_scale), QTensor(w, w_scale), None, jnp.bfloat16
+    )
+    args = x, scale(m), weight, scale(1536)
+    described.lower(described.trace(jax.jit(run), *args))

@@ -2,13 +2,16 @@
 the references. The interpreter multiplies no registers, so there weights go through shared memory,
 and sums that fade are kept beside the accumulators."""
 
+from functools import partial
+
+import described
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tolerances import assert_close
 
-from pallas_kernels import blocking
+from pallas_kernels import blocking, sage_sparse_linear_attention
 from pallas_kernels import mosaic as shared
 from pallas_kernels.linear_branch import feature, linear_attention
 from pallas_kernels.mosaic import attention_refusal
@@ -135,3 +138,14 @@ def test_errors_say_what_to_do():
     q, k, v = qkv(64, 64)
     with pytest.raises(ValueError, match='attention: head width.*\nimpl="auto"'):
         attend(q[..., :64], k[..., :64], v[..., :64], None)
+
+
+@interpreted
+def test_tokens_that_do_not_come_out_even_for_the_copy_engine():
+    """The interpreter takes them; the compiler wants eights. All kernels of the op, with what they
+    hand on to each other."""
+    q = jax.ShapeDtypeStruct((1, 1111, 2, 128), jnp.bfloat16)
+    proj = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((128, 128), (128,)))
+    sizes = {"topk": 0.1, "block_q": 128, "block_k": 64, "impl": "mosaic"}
+    run = jax.jit(partial(sage_sparse_linear_attention, **sizes))
+    described.lower(described.trace(run, q, q, q, *proj))

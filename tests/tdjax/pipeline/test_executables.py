@@ -1,11 +1,13 @@
 """Executables on disk: the bits of those that were compiled here, found by all that they depend on,
 and never in the way."""
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -399,3 +401,15 @@ def test_what_has_passed_is_remembered(folder, monkeypatch):
     executables.remember(folder / "kernels" / "x")  # where it cannot be written
     monkeypatch.setattr(executables, "folder", lambda: None)
     assert of(names) is None and not executables.remembered(None)
+
+
+def test_a_backend_that_was_imported_is_imported_where_its_programs_are_loaded(folder, monkeypatch):
+    """Kernels for Hopper need it, and a process that finds them on disk lowers none."""
+    asked, imported = [], importlib.import_module
+    monkeypatch.setitem(sys.modules, executables.MOSAIC, types.ModuleType("backend"))
+    run(noise())
+    monkeypatch.delitem(sys.modules, executables.MOSAIC)
+    noted = lambda name: asked.append(name) if name == executables.MOSAIC else imported(name)
+    monkeypatch.setattr(executables.importlib, "import_module", noted)
+    run(noise())
+    assert asked == [executables.MOSAIC]

@@ -9,7 +9,10 @@ import pytest
 from run_cases import TINY, fails, flow, training_run, words
 from tolerances import assert_close
 
+from convert.export import export
+from convert.leaves import open_leaves
 from tdjax.checkpoints import orbax
+from tdjax.checkpoints.published import checkpoint
 from tdjax.train import __main__ as command
 from tdjax.train import checkpoints, loop, metrics
 from tdjax.train.loop import Outcome
@@ -75,6 +78,21 @@ def test_four_devices_give_the_numbers_of_one(folder, tmp_path):
     for name in one:
         if ".nu." not in name and ".mu." not in name:
             assert_close(four[name], one[name], "float32", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["sla-1.3b", "rcm-1.3b", "lora-1.3b"])
+def test_published_weights_begin_a_run_on_a_mesh(preset, folder, tmp_path, monkeypatch):
+    """Read piece by piece on one device, as on GPUs, before they are divided."""
+    file = tmp_path / "dense.safetensors"
+    export(open_leaves(folder / "dense"), file)
+    monkeypatch.setattr(checkpoint, "HOST", ())
+    monkeypatch.setattr(checkpoint, "ON_DEVICE", 0)
+    own = ["run.mesh=fsdp=2", f"model.weights={file}", f"run.folder={tmp_path / 'run'}"]
+    run = training_run(preset, *words(folder, *own))
+    state, *_ = run.start(resume=False)
+    mesh = {leaf.sharding.mesh.size for leaf in jax.tree.leaves(state.model)}
+    assert mesh == {2}
 
 
 @pytest.mark.slow
