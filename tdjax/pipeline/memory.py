@@ -219,19 +219,30 @@ def text_working(cfg: TextConfig, batch: int) -> int:
 
 
 def dit_working(cfg: DiTConfig, size: VideoSize, batch: int, mesh: Mesh | None = None) -> int:
-    """Keys and values of the text, residual stream, its float32 island, the three of q k v and
-    attention's output, or the two of the MLP if larger. On a mesh, its tokens are divided by "seq",
-    what has heads or is as wide as the MLP by "tensor" too."""
+    """Keys and values of the text, the residual stream with what is added to it, and the three of q
+    k v and attention's output, or the two of the MLP if larger. References have float32 beside
+    them. On a mesh, tokens are divided by "seq", what has heads or is as wide as the MLP by
+    "tensor" too."""
     sizes = {} if mesh is None else dict(mesh.shape)
     by_tokens = sizes.get("seq", 1)
     by_heads = by_tokens * sizes.get("tensor", 1)
     tokens, item = batch * size.tokens(cfg.patch), np.dtype(cfg.policy.compute).itemsize
-    text = text_kv_bytes(cfg, batch)
-    stream = tokens * cfg.dim * (item + 4)
-    attention = tokens * cfg.dim * (4 * item + 4)
-    mlp = tokens * cfg.ffn_dim * (2 * item + (0 if cfg.linear == "float" else 5))
-    sparse = 0 if cfg.attention == "dense" else tokens * cfg.dim * 3 * item + GIB // 2
-    return text + stream // by_tokens + max(attention + sparse, mlp) // by_heads
+    sparse, eight = cfg.attention != "dense", cfg.linear != "float"
+    if has_kernels(cfg):
+        stream = tokens * cfg.dim * 2 * item
+        attention = tokens * cfg.dim * (4 * item + 2 * sparse)  # and int8 queries and keys
+        mlp = tokens * cfg.ffn_dim * (item + (1 if eight else item))
+    else:
+        stream = tokens * cfg.dim * (item + 4)
+        attention = tokens * cfg.dim * (4 * item + 4)
+        attention += sparse * (tokens * cfg.dim * 3 * item + GIB // 2)
+        mlp = tokens * cfg.ffn_dim * (2 * item + 5 * eight)
+    return text_kv_bytes(cfg, batch) + stream // by_tokens + max(attention, mlp) // by_heads
+
+
+def has_kernels(cfg: DiTConfig | VAEConfig) -> bool:
+    """Whether a network runs kernels here, and not their references."""
+    return cfg.impl != "reference" and jax.default_backend() == "gpu"
 
 
 def text_kv_bytes(cfg: DiTConfig, batch: int) -> int:
@@ -244,8 +255,7 @@ def vae_working(cfg: VAEConfig, height: int, width: int, *, encode: bool) -> int
     """The cache and the activations of one chunk at full resolution; frames come and go. XLA counts
     5.0 of them with the kernel, and up to 9.0 where the reference makes the taps."""
     item, frame = np.dtype(cfg.policy.compute).itemsize, height * width
-    kernel = cfg.impl != "reference" and jax.default_backend() == "gpu"
-    steps = KERNEL_STEPS if kernel else REFERENCE_STEPS
+    steps = KERNEL_STEPS if has_kernels(cfg) else REFERENCE_STEPS
     activation = 4 * cfg.multipliers[0] * cfg.dim * frame * item  # four frames, full resolution
     return cache_bytes(cfg, height, width, encode=encode) + int(steps * activation)
 

@@ -5,14 +5,16 @@ import dataclasses
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 
 from tdjax.checkpoints import orbax
 from tdjax.config import VideoSize
 from tdjax.errors import OutOfMemory
+from tdjax.media.resolution import choose_size
 from tdjax.parallel.mesh import make_mesh
 from tdjax.pipeline import memory
 from tdjax.pipeline.memory import GIB
-from tdjax.presets import UMT5_XXL, WAN_1_3B, WAN_A14B_I2V, WAN_VAE
+from tdjax.presets import PRESETS, UMT5_XXL, WAN_1_3B, WAN_A14B_I2V, WAN_VAE
 
 SIZE = VideoSize(frames=81, height=480, width=832)
 T2V = {"text": UMT5_XXL, "vae": WAN_VAE, "dit": WAN_1_3B}
@@ -117,3 +119,29 @@ def test_room_for_a_second_expert_in_the_host(monkeypatch):
     assert not memory.may_stage(row, module, 3000)
     monkeypatch.setattr(memory, "host_available", lambda: memory.module_bytes(module))
     assert not memory.may_stage(row, module, 2**40)
+
+
+SMALL, LARGE = "turbowan2.1-t2v-1.3b-480p", "turbowan2.1-t2v-14b-720p"
+
+
+@pytest.mark.parametrize(
+    "name, attention, linear, over, counted",
+    [
+        (SMALL, "dense", "float", 1, 1.38),
+        (SMALL, "sla", "float", 1, 1.38),
+        (SMALL, "sagesla", "int8_channel", 1, 1.09),
+        (SMALL, "sagesla", "int8_channel", 2, 0.64),
+        (LARGE, "sagesla", "int8_channel", 1, 5.05),
+        (LARGE, "sagesla", "int8_channel", 2, 2.87),
+    ],
+)
+def test_a_step_takes_what_was_counted_on_a_gpu(
+    name, attention, linear, over, counted, monkeypatch
+):
+    """XLA's count of one NVIDIA H200 (docs/bench/pipeline.jsonl, gpus.jsonl), in GiB."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    preset = PRESETS[name]
+    cfg = dataclasses.replace(preset.config, attention=attention, linear=linear)
+    mesh = AbstractMesh((over,), ("seq",)) if over > 1 else None
+    estimate = memory.dit_working(cfg, choose_size(resolution=preset.resolution), 1, mesh)
+    assert 0.9 * counted < estimate / 2**30 < 1.15 * counted
