@@ -306,7 +306,7 @@ def _surroundings(devices: Sequence[jax.Device]) -> Iterator[Any]:
     yield len(client.devices()), _machine(client.platform)
     yield {name: value for name, value in os.environ.items() if _VARIABLES.match(name)}
     yield [argument for argument in sys.argv if argument.startswith("--xla")]
-    settings = jax.config.values.items()
+    settings = jax.config.values.copy().items()
     yield {name: str(value) for name, value in settings if not _ELSEWHERE.match(name)}
     yield str(jax.sharding.get_abstract_mesh())
 
@@ -382,11 +382,12 @@ def _kinds(structure: Any) -> Iterator[type]:
 def _foreign() -> Iterator[Any]:
     """Functions and classes of others that somebody has put in place of ours, or among them: what
     is in them is nowhere written down."""
-    for name, module in list(sys.modules.items()):
+    # Copies are made in one step; other threads import meanwhile.
+    for name, module in sys.modules.copy().items():
         if TRACED.match(name):
-            values = list(vars(module).values())
-            tables = [value for value in values if type(value) is dict and len(value) < MANY]
+            values = list(vars(module).copy().values())
+            tables = [value.copy() for value in values if type(value) is dict and len(value) < MANY]
             classes = [value for value in values if isinstance(value, type) and _is_own(value)]
-            ours = [vars(each) for each in classes if each.__module__ == name]
+            ours = [dict(vars(each)) for each in classes if each.__module__ == name]
             for each in (values, *(table.values() for table in (*tables, *ours))):
                 yield from (code for code in each if isinstance(code, CODE) and not _is_own(code))

@@ -413,3 +413,20 @@ def test_a_backend_that_was_imported_is_imported_where_its_programs_are_loaded(f
     monkeypatch.setattr(executables.importlib, "import_module", noted)
     run(noise())
     assert asked == [executables.MOSAIC]
+
+
+class Busy(dict):
+    """A table that other threads write to: whoever goes through it, and not through a copy, may
+    find it changed."""
+
+    def items(self):
+        raise RuntimeError("dictionary changed size during iteration")
+
+    values = items
+
+
+@pytest.mark.parametrize("owner, name", [(sys, "modules"), (jax.config, "values")])
+def test_threads_import_while_entries_are_looked_for(owner, name, folder, monkeypatch):
+    before = keys(noise())
+    monkeypatch.setattr(owner, name, Busy(getattr(owner, name)))
+    assert keys(noise()) == before
