@@ -95,6 +95,7 @@ def run(
     stream=None,
     position=START,
     show=False,
+    on_save=None,
     **config,
 ):
     usual = {"steps": 8, "log_every": 2, "save_every": 100}
@@ -108,6 +109,7 @@ def run(
         RunConfig(folder=str(folder), **(usual | config)),
         position=position,
         stages=Stages(show),
+        on_save=on_save,
     )
 
 

@@ -12,6 +12,7 @@ from tdjax import cli
 from tdjax.errors import UsageError
 from tdjax.files import near, near_files
 from tdjax.progress import Stages, say
+from tdjax.text.rows import read_prompts
 from tdjax.train.metrics import check_wandb
 from tdjax.train.presets import METHODS, PRESETS
 from tdjax.train.settings import Tree, build, lines, put, table
@@ -152,6 +153,7 @@ def check_early(args, config: dict[str, Any]) -> None:
             "it is one prompt's embedding",
             near_files(Path(data.negative)),
         )
+    _check_prompts(config["sample"].prompts)
     check_wandb(run.wandb)
     found = sorted(path.parent for path in Path(run.folder).glob("step_*/manifest.json"))
     if found and not args.resume:
@@ -159,6 +161,19 @@ def check_early(args, config: dict[str, Any]) -> None:
             f"{found[-1]} exists",
             "a run does not begin over another one",
             "go on with --resume, or give another run.folder",
+        )
+
+
+def _check_prompts(prompts: str) -> None:
+    """Raises UsageError for a file of prompts to sample that cannot be read; of embeddings, for one
+    that is not there."""
+    path = Path(prompts)
+    if path.suffix != ".safetensors":
+        if prompts:
+            read_prompts(path)
+    elif not path.is_file():
+        raise UsageError(
+            f"sample.prompts: {path} does not exist", "it holds embeddings", near_files(path)
         )
 
 

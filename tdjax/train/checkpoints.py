@@ -1,5 +1,5 @@
 """Train states on disk: <run>/step_000500/{manifest.json, state/}, each complete or absent, and
-read back bit by bit.
+read back bit by bit; written beside the steps that follow.
 
 A leaf's name is its path in the state joined by dots ("opt.0.mu.blocks.self_attn.q.kernel"), as in
 tdjax.checkpoints.orbax.
@@ -12,15 +12,21 @@ import json
 import os
 import re
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 import tdjax
 from tdjax.checkpoints.orbax import (
+    CHUNK_BYTES,
     FORMAT,
+    InTurn,
+    Lazy,
     array_handlers,
     check_files,
     check_table,
@@ -78,8 +84,8 @@ def is_key(x) -> bool:
 
 def save(run: Path, step: int, state, metadata: dict[str, Any], keep: int = 0) -> Path:
     """Writes one checkpoint, then deletes all but the last `keep` (0: none is deleted). Returns its
-    folder. Every process of a run takes part, and writes what its devices hold. metadata: JSON
-    values for the manifest."""
+    folder. Every process of a run takes part, and writes what its devices hold. state: arrays of
+    jax, or those of `on_host`. metadata: JSON values for the manifest."""
     leaves = arrays(state)
     manifest = {
         "format": FORMAT,
@@ -100,17 +106,112 @@ def save(run: Path, step: int, state, metadata: dict[str, Any], keep: int = 0) -
     with hosts.written_by_all(target, **own) as part, quiet():
         if hosts.first():
             part.mkdir()
-        handler = ocp.PyTreeCheckpointHandler(
-            use_compression=False, type_handler_registry=array_handlers()
-        )
+        registry = array_handlers((Lazy, InTurn(deepcopy_host_arrays=False)))
+        handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+        leaves = {name: _in_turn(x) for name, x in leaves.items()}
         with contextlib.closing(ocp.Checkpointer(handler)) as writer:
-            writer.save(os.path.abspath(part / "state"), args=ocp.args.PyTreeSave(leaves))
+            pieces = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in leaves}
+            args = ocp.args.PyTreeSave(leaves, save_args=pieces)
+            writer.save(os.path.abspath(part / "state"), args=args)
         if hosts.first():
             manifest["files"] = file_sizes(part / "state")
             (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     if keep and hosts.first():
         delete(run, keep)
     return target
+
+
+def _in_turn(array):
+    """An array of the host to be written when it is its turn; those of devices as they are."""
+    if isinstance(array, jax.Array):
+        return array
+    return Lazy(array.shape, array.dtype, lambda: array)
+
+
+def on_host(state):
+    """Returns a copy of a state in the host's memory, arrays of numpy and keys of jax, which stays
+    when a step takes the memory of the state."""
+    for array in arrays(state).values():
+        array.copy_to_host_async()
+    return jax.tree.map(_copied, state)
+
+
+def _copied(array: jax.Array):
+    if is_key(array):
+        data = _copied(jax.random.key_data(array))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+    host = np.asarray(array)  # on a CPU the device's own memory
+    return host.copy() if next(iter(array.devices())).platform == "cpu" else host
+
+
+class Saver:
+    """Writes the checkpoints of a run beside its steps, one at a time: a state is copied to the
+    host's memory, and a thread writes the copy. Several processes write together, and wait for it:
+    what they exchange has one order.
+
+    keep: as of `save`. on_save: called with the state and its step once a checkpoint is there, in
+    the same thread. The block ends when all is written; at a second Ctrl-C at once.
+
+    with Saver(run, keep) as saver:
+        saver.save(500, state, metadata)
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        keep: int = 0,
+        on_save: Callable[[Any, int], Any] | None = None,
+    ):
+        self.run = run
+        self.keep = keep
+        self.on_save = on_save
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, step: int, state, metadata: dict[str, Any]) -> None:
+        """Begins to write a checkpoint, once the one before is there. Raises what `wait` does."""
+        self.wait()
+        if jax.process_count() > 1:
+            self._write(step, state, metadata)
+            return
+        copy = on_host(state)
+        given = step, copy, metadata
+        self._thread = threading.Thread(
+            target=self._run, args=given, name="tdjax checkpoint", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, *given) -> None:
+        try:
+            self._write(*given)
+        except BaseException as error:  # noqa: BLE001  (raised again by check)
+            self._error = error
+
+    def _write(self, step: int, state, metadata: dict[str, Any]) -> None:
+        save(self.run, step, state, metadata, self.keep)
+        if self.on_save is not None:
+            self.on_save(state, step)
+
+    def check(self) -> None:
+        """Raises what went wrong in the thread, if it is known by now: an OSError where the disk is
+        full."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self) -> None:
+        """Returns when all is written. Raises what `check` does."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            self.wait()
 
 
 def delete(run: Path, keep: int = 0) -> None:

@@ -59,6 +59,9 @@ class RunConfig:
     )
     save_every: int = _field(250, "steps between checkpoints")
     keep: int = _field(3, "checkpoints that stay; 0 for all")
+    keep_gib: float | None = _field(
+        None, "most GiB of checkpoints, with the one that is being written; none: no bound"
+    )
     patience: int = _field(10, "losses in a row that may fail to be finite before the run stops")
     wandb: str = _field("", "project of Weights & Biases that gets the numbers too")
     mesh: str = _field(
@@ -72,6 +75,8 @@ class RunConfig:
             raise ValueError(
                 f"RunConfig: keep is {self.keep}, seed {self.seed}; they must be at least 0"
             )
+        if self.keep_gib is not None and not 0 < self.keep_gib < math.inf:
+            raise ValueError(f"RunConfig.keep_gib is {self.keep_gib}; it must be positive, or none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -244,6 +249,36 @@ class OptimizerConfig:
             )
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"OptimizerConfig.clip is {self.clip}; it must be positive, or None")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Videos of fixed prompts that a run makes of its networks as it goes on."""
+
+    prompts: str = _field(
+        "", "file of prompts, one a line, or of their embeddings (.safetensors); none: no videos"
+    )
+    every: int = _field(500, "steps between videos; the first are made before the first step")
+    model: str = _field(
+        "", "whose VAE and text encoder are used, where model.weights has none: the shards' own"
+    )
+    num_steps: int | None = _field(None, "of the sampler; none: 1, 2 and 4 of rcm, else its own")
+    guidance_scale: float | None = _field(
+        None, "of an undistilled network; none: its own, 1 for none"
+    )
+    seed: int = _field(0, "of the noise, which is the same for all prompts and at all times")
+
+    def __post_init__(self):
+        positive(self, "every", most=10**9)
+        if self.num_steps is not None:
+            positive(self, "num_steps", most=1000)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"SampleConfig.seed is {self.seed}; allowed: 0 to 4294967295")
+        scale = self.guidance_scale
+        if scale is not None and not 1 <= scale < math.inf:
+            raise ValueError(
+                f"SampleConfig.guidance_scale is {scale}; allowed: 1 (none) and more, or none"
+            )
 
 
 # -- what losses share -----------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The loop of training: which step runs when, checkpoints, reports, stopping.
 
-The host runs ahead of the device: numbers are fetched once in `log_every` steps, and nothing else
-waits for a step.
+The host runs ahead of the device: numbers are fetched once in `log_every` steps, states are copied
+for checkpoints, and nothing else waits for a step.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from tdjax.parallel import hosts
 from tdjax.pipeline.memory import GIB, memory_limit
 from tdjax.progress import Stages
 from tdjax.train import checkpoints
+from tdjax.train.checkpoints import Saver
 from tdjax.train.configs import RunConfig
 from tdjax.train.interrupt import Interrupt
 from tdjax.train.metrics import Metrics
 from tdjax.train.report import Report, Work, not_finite
+from tdjax.train.samples import Samples
 from tdjax.train.shards import DataError
 from tdjax.train.state import Batch
 from tdjax.train.stream import Position, ReadAhead, Stream, on_device
@@ -73,13 +75,15 @@ def train(
     stages: Stages | None = None,
     work: Work | None = None,
     on_save: Callable[[Any, int], None] | None = None,
+    samples: Samples | None = None,
 ) -> Outcome:
     """Runs iterations state.step to run.steps and saves the state; the state given is consumed.
 
     steps: {phase: step(state, teacher, batch) -> (state, metrics)}; metrics are scalars, one of
     them "loss". position: place of the first batch in the stream. metadata: JSON values for the
     manifests. work: what the report says of speed. on_save: called with the state and its step
-    after each checkpoint.
+    after each checkpoint, in the thread that wrote it. samples: makes videos before the first step
+    and every so many.
     Raises NotFinite after run.patience losses of one phase in a row that are not finite, DataError
     for a bad sample after saving. Ctrl-C and SIGTERM end the run after the iteration, with a
     checkpoint; a second Ctrl-C at once.
@@ -90,15 +94,21 @@ def train(
     programs = _Programs(steps, mesh, stages)
     saved = done if checkpoints.folder(folder, done).exists() else None
 
+    def told(state, step: int) -> None:
+        stages.note(f"saved {checkpoints.folder(folder, step)}")
+        if on_save is not None:
+            on_save(state, step)
+
     with contextlib.ExitStack() as stack:
         interrupt = stack.enter_context(Interrupt(stages))
-        stack.enter_context(contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh))
+        saver = stack.enter_context(Saver(folder, run.keep, told))
         metrics = None
         if hosts.first():
             settings = (metadata or {}).get("settings")
             metrics = stack.enter_context(Metrics(folder, done, run.wandb, settings))
         before = collections.Counter(map(schedule.phase, range(done)))
-        report = Report(run, done, metrics, stages, batch=stream.size, work=work, updates=before)
+        about = {"batch": stream.size, "work": work, "updates": before, "saver": saver}
+        report = Report(run, done, metrics, stages, **about)
         place = partial(on_device, mesh=mesh, size=stream.size)
         batches = stack.enter_context(ReadAhead(stream, position, place))
         poll = hosts.Poll(mesh)
@@ -108,17 +118,23 @@ def train(
         def save():
             report.flush(done)
             with report.pause(), stages("save"):
+                saver.wait()
                 _check_finite(state, done, folder)
                 manifest = {"data": stream.saved(position), **(metadata or {})}
-                path = checkpoints.save(folder, done, state, manifest, run.keep)
-            stages.note(f"saved {path}")
-            if on_save is not None:
-                with report.pause():
-                    on_save(state, done)
+                saver.save(done, state, manifest)
             return done
 
+        def sample():
+            with report.pause():
+                sheet = samples.make(state, teacher, done)
+            if metrics is not None:
+                metrics.show(done, sheet)
+
+        if samples is not None and done == 0:
+            sample()
         first = done
         while done < run.steps:
+            saver.check()
             with report.waiting():
                 ahead.fill(run.steps - done)
             own = _NO_DATA if ahead.error else _STOP if interrupt.asked else _GO_ON
@@ -133,6 +149,8 @@ def train(
             report.add(phase, numbers)
             if done % run.log_every == 0:
                 report.flush(done)
+            if samples is not None and done % samples.every == 0:
+                sample()
             if done % run.save_every == 0:
                 saved = save()
         if saved != done:
@@ -195,7 +213,8 @@ class _Programs:
             if self.mesh is not None:
                 whole = NamedSharding(self.mesh, PartitionSpec())
                 out = (jax.tree.map(lambda x: x.sharding, state), whole)
-            with report.pause(), self.stages(f"compile {phase}"):
+            around = contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+            with report.pause(), self.stages(f"compile {phase}"), around:
                 jitted = jax.jit(self.steps[phase], donate_argnums=0, out_shardings=out)
                 self.compiled[key] = jitted.lower(state, teacher, batch).compile()
         return self.compiled[key]

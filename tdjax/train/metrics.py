@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
+from PIL import Image
+
 from tdjax.config.parsing import json_object, mismatch
 from tdjax.errors import UsageError
 from tdjax.files import write_text
@@ -70,6 +73,16 @@ class Metrics:
                 self.board.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(values, step=step)
+
+    def show(self, step: int, picture: Path) -> None:
+        """Shows a .png file in TensorBoard and Weights & Biases."""
+        if self.board is not None:
+            with Image.open(picture) as image:
+                pixels = np.asarray(image)
+            self.board.add_image("samples", pixels, step, dataformats="HWC")
+        if self.wandb is not None:
+            shown = importlib.import_module(_WANDB).Image(str(picture))
+            self.wandb.log({"samples": shown}, step=step)
 
     def __enter__(self):
         return self

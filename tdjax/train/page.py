@@ -1,10 +1,11 @@
 """A run as one page: <run>/report.html, with its settings, a curve for every number of
-metrics.jsonl. It needs no network and no script."""
+metrics.jsonl, and the sheets of its samples beside it. It needs no network and no script."""
 
 from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tdjax.files import write_text
 from tdjax.train import metrics
 
 NAME = "report.html"
+SAMPLES, SHEET = "samples", "sheet.png"  # <run>/samples/step_000500/sheet.png
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 420, 200, 62, 22  # of a plot, and of its margins, in pixels
 _POINTS = 600  # of a curve; more are thinned out
 _LOG = 30.0  # from this ratio of largest to smallest on, the axis is logarithmic
@@ -19,7 +21,7 @@ _STYLE = """
 :root { color-scheme: light dark; font: 14px/1.4 system-ui, sans-serif }
 body { max-width: 1340px; margin: 2em auto; padding: 0 1em }
 .plots { display: flex; flex-wrap: wrap; gap: 14px }
-figure { margin: 0 } figcaption { font-size: 12px }
+figure { margin: 0 } figcaption { font-size: 12px } img { max-width: 100% }
 svg { border: 1px solid #8884 } polyline { fill: none; stroke: #2a78d6; stroke-width: 1.5 }
 text { font-size: 11px; fill: currentColor } line { stroke: #8884 }
 table { border-collapse: collapse; font: 12px ui-monospace, monospace }
@@ -43,10 +45,27 @@ def write(run: Path, title: str, settings: Mapping[str, str]) -> Path:
         '<h2>Numbers</h2><div class="plots">',
         *plots,
         "</div>",
+        *_samples(run),
         f"<h2>Settings</h2><table>{table}</table></html>",
     ]
     write_text(run / NAME, "\n".join(text) + "\n")
     return run / NAME
+
+
+def _samples(run: Path) -> list[str]:
+    """The sheets of the run's samples, the last one first."""
+    steps = sorted((int(p.parent.name.removeprefix("step_")), p) for p in _sheets(run))
+    pictures = [
+        f'<figure><img src="{sheet.relative_to(run).as_posix()}" loading="lazy" alt="">'
+        f"<figcaption>step {step}</figcaption></figure>"
+        for step, sheet in reversed(steps)
+    ]
+    return ["<h2>Samples</h2>", *pictures] if pictures else []
+
+
+def _sheets(run: Path) -> list[Path]:
+    found = run.glob(f"{SAMPLES}/step_*/{SHEET}")
+    return [path for path in found if re.fullmatch(r"step_\d{6,}", path.parent.name)]
 
 
 def _order(name: str) -> tuple[bool, str]:

@@ -13,14 +13,20 @@ import numpy as np
 
 from tdjax.checkpoints import orbax
 from tdjax.config import DiTConfig
+from tdjax.errors import UsageError
 from tdjax.parallel.mesh import AXES, every_device, parse_mesh
 from tdjax.parallel.sharding import RULES, TOKENS
 from tdjax.pipeline.components import open_component
-from tdjax.pipeline.memory import GIB, memory_limit
+from tdjax.pipeline.decoding import size_of
+from tdjax.pipeline.load import plan_pipeline
+from tdjax.pipeline.memory import GIB, dit_working, memory_limit
+from tdjax.pipeline.request import Request
 from tdjax.presets import PRESETS
 from tdjax.train import partial, placement
+from tdjax.train.configs import RunConfig
 from tdjax.train.methods import method
 from tdjax.train.networks import frozen, trained
+from tdjax.train.samples import OPTIONS, check_network, opened, samplers
 from tdjax.train.sources import ShardSource
 from tdjax.train.state import Teacher
 from tdjax.train.storage import find_shards
@@ -72,19 +78,79 @@ def lines(name: str, config: dict[str, Any]) -> list[str]:
     }
     limit = memory_limit()
     usable = "" if limit is None else f"; usable here: {limit / GIB:.1f} GiB"
-    whole = _bytes(state, {})
+    whole = whole_bytes(state)
     floats = dataclasses.replace(frozen(stored, model), linear="float")
-    exported = _bytes(orbax.abstract("dit", floats), {})
-    steps = f"{run.keep + 1} checkpoints" if run.keep else f"{run.steps // run.save_every} of them"
-    disk = whole * (run.keep + 1 if run.keep else run.steps // run.save_every) + exported
+    exported = whole_bytes(orbax.abstract("dit", floats))
+    run = bounded(run, whole)
+    disk = room(run, whole, exported)
     return [
         f"each of {devices} devices ({mesh or 'no mesh'}), before what a block computes with:",
         *(f"  {n / GIB:8.2f} GiB  {what}" for what, n in rows.items() if n),
         f"  {sum(rows.values()) / GIB:8.2f} GiB  together{usable}",
         f"batch: {data.batch} clips, in {parts} part{'s' * (parts > 1)}",
-        f"disk: {disk / GIB:.1f} GiB in run.folder ({steps} of {whole / GIB:.1f}, and the weights)",
+        f"disk: {disk / GIB:.1f} GiB in run.folder (at most {_checkpoints(run)} checkpoints of"
+        f" {whole / GIB:.1f}, and the weights twice)",
+        f"host: {whole / GIB:.1f} GiB for the copy of the state that a checkpoint is written from",
+        *_samples(name, config, student, sizes),
         "hours: not measured for a whole run (docs/training.md has seconds of single steps)",
     ]
+
+
+def _samples(
+    name: str, config: dict[str, Any], student: DiTConfig, sizes: Mapping[str, int]
+) -> list[str]:
+    """A line on what samples of the run itself take on a device, if it makes some."""
+    cfg = config["sample"]
+    if not cfg.prompts:
+        return []
+    check_network(config, student)
+    model = (cfg.model or config["model"].weights).lower()
+    pipe = plan_pipeline(model, OPTIONS) if model in PRESETS else opened(config)
+    grid = (*_grid(student, config["data"]), student.out_channels)
+    size = size_of((1, *grid), pipe.components["vae"].config)
+    request = Request(prompts=("",), size=size, sampler=samplers(name, config, pipe)[0])
+    stages = {row.stage: row.total / GIB for row in pipe.plan(request)}
+    network = dit_working(student, size, 1) // sizes.get(TOKENS, 1) / GIB
+    text = (
+        "" if cfg.prompts.endswith(".safetensors") else f"; before all, text {stages['text']:.2f}"
+    )
+    return [
+        f"samples every {cfg.every} steps, beside what is there: {network:.2f} GiB for the"
+        f" network, then {stages['vae decode']:.2f} for the VAE{text}"
+    ]
+
+
+def whole_bytes(tree) -> int:
+    """Returns the bytes of all leaves of a state or network, over all devices together."""
+    return _bytes(tree, {})
+
+
+def bounded(run: RunConfig, size: int) -> RunConfig:
+    """Returns a run's config whose `keep` is as low as its `keep_gib` asks for. size: bytes of a
+    checkpoint. Raises UsageError where not even two of them may be there."""
+    if run.keep_gib is None:
+        return run
+    count = int(run.keep_gib * GIB // size) - 1
+    if count < 1:
+        raise UsageError(
+            f"run.keep_gib is {run.keep_gib:g}",
+            f"a checkpoint is {size / GIB:.3g} GiB, and one stays while the next is written",
+            f"give at least {2.01 * size / GIB:.3g}",
+        )
+    return dataclasses.replace(run, keep=min(run.keep or count, count))
+
+
+def _checkpoints(run: RunConfig) -> int:
+    """How many checkpoints of a run there are at most: those that stay, and the one that is being
+    written."""
+    saved = math.ceil(run.steps / run.save_every)
+    return min(run.keep + 1, saved) if run.keep else saved
+
+
+def room(run: RunConfig, size: int, exported: int) -> int:
+    """Returns the bytes of disk that a run takes at most. size: of a checkpoint. exported: of the
+    weights, which are there twice while they are written anew."""
+    return size * _checkpoints(run) + 2 * exported
 
 
 def _stored(model) -> DiTConfig | None:
@@ -112,8 +178,14 @@ def _bytes(tree, sizes: Mapping[str, int]) -> int:
 
 
 def _kept(cfg: DiTConfig, data) -> int:
-    """Bytes of one clip's inputs of all blocks, which the gradient starts from again: the largest
-    of the data's; without data a clip has 480p."""
+    """Bytes of one clip's inputs of all blocks, which the gradient starts from again."""
+    patches = (n // p for n, p in zip(_grid(cfg, data), cfg.patch, strict=True))
+    item = np.dtype(cfg.policy.compute).itemsize
+    return cfg.layers * math.prod(patches) * cfg.dim * item
+
+
+def _grid(cfg: DiTConfig, data) -> tuple[int, int, int]:
+    """(t, h, w) of the latents of a clip: the largest of the data's; without data it has 480p."""
     rows, columns = _SIZE_480P
     if cfg.out_channels != 16:
         rows = columns = 8
@@ -127,9 +199,7 @@ def _kept(cfg: DiTConfig, data) -> int:
         )
         sides = (shape[2:] for shape in source.latent_shapes.values())
         rows, columns = max(sides, key=math.prod)
-    patches = (n // p for n, p in zip((data.frames, rows, columns), cfg.patch, strict=True))
-    item = np.dtype(cfg.policy.compute).itemsize
-    return cfg.layers * math.prod(patches) * cfg.dim * item
+    return data.frames, rows, columns
 
 
 def with_parts(loss, parts: int):

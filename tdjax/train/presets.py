@@ -12,11 +12,13 @@ from tdjax.train.configs import (
     OptimizerConfig,
     RCMConfig,
     RunConfig,
+    SampleConfig,
     SLATrainingConfig,
 )
 
 _COMMON: dict[str, type] = {
     "run": RunConfig,
+    "sample": SampleConfig,
     "data": DataConfig,
     "model": ModelConfig,
     "optimizer": OptimizerConfig,

@@ -18,6 +18,7 @@ import jax
 from tdjax.errors import NotFinite
 from tdjax.progress import GIB, Stages, device_bytes, say
 from tdjax.train import checkpoints
+from tdjax.train.checkpoints import Saver
 from tdjax.train.configs import RunConfig
 from tdjax.train.cost import TERA
 from tdjax.train.metrics import Metrics
@@ -47,6 +48,7 @@ class Report:
 
     step: where the run begins. metrics: None in a process that does not write them. batch: samples
     of a step, to know that none of them was good. updates: {phase: how many there were before}.
+    saver: of the checkpoints, the last of which an error names.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Report:
         batch: int,
         work: Work | None = None,
         updates: Mapping[str, int] | None = None,
+        saver: Saver | None = None,
     ):
         self.run = run
         self.metrics = metrics
@@ -66,6 +69,7 @@ class Report:
         self.batch = batch
         self.work = work or Work()
         self.updates = collections.Counter(updates or {})
+        self.saver = saver
         self.bad: dict[str, int] = {}  # losses in a row that were not finite, by phase
         self._begin(step)
 
@@ -116,6 +120,8 @@ class Report:
                     f"{phase}: the loss was not finite in {self.bad[phase]} steps in a row, up to"
                     f" step {number}"
                 )
+                if self.saver is not None:
+                    self.saver.wait()
                 raise not_finite(what, Path(self.run.folder))
         self._begin(step)
 

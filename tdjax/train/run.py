@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,19 @@ from tdjax.models.wan_dit import HOST_MEMORY
 from tdjax.parallel import hosts
 from tdjax.parallel.mesh import every_device, make_mesh, parse_mesh
 from tdjax.precision import Policy
-from tdjax.progress import Stages
+from tdjax.progress import GIB, Stages
 from tdjax.train import checkpoints, cost, loop, page, placement, plan, report
 from tdjax.train.configs import SCM
 from tdjax.train.methods import method
 from tdjax.train.networks import Networks
 from tdjax.train.partial import Trained, save_lora
+from tdjax.train.samples import Samples
 from tdjax.train.sources import ShardSource, read_embedding
 from tdjax.train.state import Batch, Teacher
 from tdjax.train.stream import Position, Stream, rows_here
 
 # Keys that may change when a run goes on without changing what it computes.
-_FREE_ON_RESUME = ("run.", "model.offline")
+_FREE_ON_RESUME = ("run.", "sample.", "model.offline")
 
 
 class TrainingRun:
@@ -79,6 +81,8 @@ class TrainingRun:
         self.config["loss"] = plan.with_parts(config["loss"], self._parts())
         self.method = method(name, self.config)
         self.shapes = self._check_steps()
+        self.config["run"] = plan.bounded(self.config["run"], plan.whole_bytes(self.shapes))
+        self.samples = self._open_samples()
 
     def _trained_weights(self) -> str | None:
         """The pattern of the weights that are trained: one for the student and its critic."""
@@ -139,6 +143,29 @@ class TrainingRun:
                 " --save_prompt_embeds",
             )
         return read_embedding(path) if path else None
+
+    def _open_samples(self) -> Samples | None:
+        """The prompts that are sampled as the run goes on, encoded."""
+        if not self.config["sample"].prompts:
+            return None
+        with self.stages("encode prompts"):
+            return Samples(
+                self.name,
+                self.config,
+                self.networks.config,
+                self._grid(),
+                negative=self.negative,
+                mesh=self.mesh,
+                groups=self._groups(),
+                stages=self.stages,
+            )
+
+    def _grid(self) -> tuple[int, int, int]:
+        """(t, h, w) of the latents of the first data."""
+        source = self.stream.source
+        unit = next(iter(source.firsts.values()))
+        frames, h, w, _ = source.read(source.first(unit))[0].shape
+        return frames, h, w
 
     def _check_steps(self):
         """Shapes of the state. Every step is traced: whatever does not fit together is found here,
@@ -202,7 +229,9 @@ class TrainingRun:
 
     def train(self, resume: bool) -> loop.Outcome:
         """Runs from the last checkpoint where `resume` says so and there is one, else from the
-        beginning. Raises what `loop.train` does, and OutOfMemory."""
+        beginning. Raises what `loop.train` does, OutOfMemory, and UsageError where the disk has no
+        room for what the run will leave."""
+        hosts.agreed(lambda: self._check_room() or "there is room")
         state, teacher, position = self.start(resume)
         try:
             return loop.train(
@@ -222,6 +251,7 @@ class TrainingRun:
                 stages=self.stages,
                 work=self._work(),
                 on_save=self._refresh,
+                samples=self.samples,
             )
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
@@ -229,12 +259,31 @@ class TrainingRun:
             frozen = self.networks.abstract_teacher(), self.networks.abstract_base()
             raise loop.out_of_memory(self.shapes, frozen) from error
 
+    def _check_room(self) -> None:
+        size = plan.whole_bytes(self.shapes)
+        there = size * len(checkpoints.steps(self.folder))
+        exported = plan.whole_bytes(orbax.abstract("dit", self._exported()))
+        needed = plan.room(self.config["run"], size, exported) - there
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UsageError(
+                f"run.folder: {self.folder} has {free / GIB:.1f} GiB free",
+                f"the run's checkpoints, {size / GIB:.1f} GiB each, and its weights will take"
+                f" {needed / GIB:.1f}",
+                "give another folder, or fewer checkpoints: run.keep=1",
+            )
+
+    def _exported(self) -> DiTConfig:
+        """The network of the result, in the compute dtype."""
+        dtype = self.config["model"].compute
+        return dataclasses.replace(self.networks.config, policy=Policy(param=dtype, compute=dtype))
+
     def _work(self) -> report.Work:
         """What the report says of speed."""
         source, networks = self.stream.source, self.networks
-        unit = next(iter(source.firsts.values()))
-        latents = source.read(source.first(unit))[0].shape
-        flops = lambda cfg: cost.forward_flops(cfg, latents[:3], source.text_shape[0])
+        grid = self._grid()
+        flops = lambda cfg: cost.forward_flops(cfg, grid, source.text_shape[0])
         teacher = networks.config if networks.teacher is None else networks.teacher.config
         each = cost.step_flops(
             self.name,
@@ -263,16 +312,16 @@ class TrainingRun:
         all that they change. Returns their paths."""
         selection, folder = self.networks.selection, self.folder / "dit"
         adapters = selection is not None and selection.lora is not None
-        if adapters:
+        if self.exported == outcome.step and not adapters:
+            return [folder]
+        with self.stages("export"):
+            if not adapters:
+                return self._refresh(outcome.state, outcome.step)
             written = self._export_lora(outcome.state.ema)
             return [self._export_network(outcome.state.ema, outcome.step), *written]
-        if self.exported == outcome.step:
-            return [folder]
-        return self._refresh(outcome.state, outcome.step)
 
     def _export_network(self, ema, step: int) -> Path:
-        networks, dtype = self.networks, self.config["model"].compute
-        cfg = dataclasses.replace(networks.config, policy=Policy(param=dtype, compute=dtype))
+        networks, cfg = self.networks, self._exported()
         wanted = orbax.named_leaves(orbax.abstract("dit", cfg))
         source = {"name": f"tdjax train {self.preset}", "step": step, "settings": self.settings}
         if networks.selection is None:
@@ -290,8 +339,7 @@ class TrainingRun:
         else:  # no host has all of a leaf: each writes what it has
             given = {name: leaves[name].astype(x.dtype) for name, x in wanted.items()}
         folder = self.folder / "dit"
-        with self.stages("export"):
-            return orbax.save(folder, given, "dit", cfg, source=source, overwrite=True)
+        return orbax.save(folder, given, "dit", cfg, source=source, overwrite=True)
 
     def _export_lora(self, ema: Trained) -> list[Path]:
         """The adapters as a file of their own. One over a base without the sparse projections

@@ -1,11 +1,14 @@
 """Checkpoints on disk: complete or absent, refused with their differences, back to the bit."""
 
 import dataclasses
+import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from train_cases import (
+    numbers,
     run,
     same_bits,
     state,
@@ -13,6 +16,8 @@ from train_cases import (
 
 from tdjax.errors import CheckpointError
 from tdjax.train import checkpoints
+from tdjax.train.checkpoints import Saver
+from tdjax.train.stream import Stream
 
 
 @pytest.mark.slow
@@ -77,3 +82,80 @@ def test_random_keys_of_every_kind_come_back(tmp_path):
         same_bits(checkpoints.restore(checkpoints.save(tmp_path, number, start, {}), shapes), start)
     with pytest.raises(CheckpointError, match=r"different   key \[4\] uint32, expected \[2\]"):
         checkpoints.restore(tmp_path / "step_000001", jax.eval_shape(state))
+
+
+# -- written beside the steps that follow ----------------------------------------------------------
+
+
+class Counted(Stream):
+    """A stream that tells when its batch number `at` is asked for."""
+
+    def __init__(self, at):
+        super().__init__(numbers(), batch=3)
+        self.at, self.reached, self.read = at, threading.Event(), 0
+
+    def batch(self, position):
+        self.read += 1
+        if self.read == self.at:
+            self.reached.set()
+        return super().batch(position)
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(tmp_path):
+    """What writes step 6 waits for the batch of step 12, which is read four steps ahead at most;
+    it has the state of step 6 all the same."""
+    stream, written = Counted(at=12), []
+
+    def on_save(copy, step):
+        assert stream.reached.wait(60)
+        written.append((step, copy))
+
+    run(tmp_path, stream=stream, steps=12, save_every=6, keep=0, on_save=on_save)
+    first = run(tmp_path / "six", steps=6).state
+    assert [step for step, _ in written] == [6, 12]
+    same_bits(written[0][1], first)
+    read = checkpoints.restore(checkpoints.folder(tmp_path, 6), jax.eval_shape(state))
+    same_bits(read, first)
+
+
+def test_one_checkpoint_is_written_at_a_time(tmp_path):
+    """The second one begins when the first is done, and the block ends when both are."""
+    go_on, order = threading.Event(), []
+
+    def on_save(_, step):
+        assert go_on.wait(60)
+        order.append(step)
+
+    with Saver(tmp_path, on_save=on_save) as saver:
+        saver.save(1, state(), {})
+        threading.Timer(0.2, go_on.set).start()
+        saver.save(2, state(), {})
+        assert order == [1]
+    assert order == checkpoints.steps(tmp_path) == [1, 2]
+
+
+def test_what_the_thread_meets_ends_the_run(tmp_path):
+    """At the next step, or at the end of the run where there is none; not at a Ctrl-C."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path, steps=10**6, save_every=2, on_save=full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path / "end", steps=2, on_save=full)
+    with pytest.raises(KeyboardInterrupt), Saver(tmp_path / "stopped", on_save=full) as saver:
+        saver.save(1, state(), {})
+        raise KeyboardInterrupt
+
+
+def test_a_copy_on_the_host_outlives_the_state(tmp_path):
+    start = state()
+    copy = checkpoints.on_host(start)
+    same_bits(copy, start)
+    change = lambda x: x if checkpoints.is_key(x) else x + 1
+    jax.block_until_ready(jax.jit(lambda s: jax.tree.map(change, s), donate_argnums=0)(start))
+    assert start.model["w"].is_deleted()
+    same_bits(copy, state())
+    kinds = {type(x) for x in jax.tree.leaves(copy) if not isinstance(x, jax.Array)}
+    assert kinds == {np.ndarray}

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from PIL import Image
 from train_cases import resumed, run
 
 from tdjax.errors import UsageError
@@ -41,6 +42,12 @@ def test_metrics_that_json_does_not_know(tmp_path):
     }
 
 
+def picture(folder):
+    """A .png file of 3 rows and 5 columns."""
+    Image.new("RGB", (5, 3)).save(folder / "sheet.png")
+    return folder / "sheet.png"
+
+
 def test_tensorboard_where_its_writer_is_installed(tmp_path, monkeypatch):
     with metrics.Metrics(tmp_path / "without") as out:
         assert out.board is None
@@ -50,12 +57,17 @@ def test_tensorboard_where_its_writer_is_installed(tmp_path, monkeypatch):
         "class SummaryWriter:\n"
         "    def __init__(self, folder, purge_step): self.calls = [(folder, purge_step)]\n"
         "    def add_scalar(self, *row): self.calls.append(row)\n"
+        "    def add_image(self, name, pixels, step, dataformats):\n"
+        "        self.calls.append((name, pixels.shape, step, dataformats))\n"
         "    def close(self): self.calls.append('closed')\n"
     )
     monkeypatch.syspath_prepend(package.parent)
     with metrics.Metrics(tmp_path / "run", 4) as out:
         out.write(6, {"a": 1.0})
-    assert out.board.calls == [(str(tmp_path / "run" / "tensorboard"), 5), ("a", 1.0, 6), "closed"]
+        out.show(6, picture(tmp_path))
+    first, *rest = out.board.calls
+    assert first == (str(tmp_path / "run" / "tensorboard"), 5)
+    assert rest == [("a", 1.0, 6), ("samples", (3, 5, 3), 6, "HWC"), "closed"]
     monkeypatch.delitem(sys.modules, "tensorboardX")
 
 
@@ -70,13 +82,16 @@ def test_weights_and_biases_where_a_project_is_named(tmp_path, monkeypatch):
         "    def log(self, values, step): self.calls.append((values, step))\n"
         "    def finish(self): self.calls.append('finished')\n"
         "init = Run\n"
+        "Image = lambda path: ('image', path)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     metrics.check_wandb("")
     with metrics.Metrics(tmp_path / "run", 4, "mine", {"run.seed": "0"}) as out:
         out.write(6, {"a": 1.0})
+        out.show(6, picture(tmp_path))
     given, *rest = out.wandb.calls
-    assert rest == [({"a": 1.0}, 6), "finished"]
+    shown = {"samples": ("image", str(tmp_path / "sheet.png"))}
+    assert rest == [({"a": 1.0}, 6), (shown, 6), "finished"]
     assert (given["project"], given["id"], given["resume"]) == ("mine", "run", "allow")
     assert given["config"] == {"run.seed": "0"}
     monkeypatch.delitem(sys.modules, "wandb")

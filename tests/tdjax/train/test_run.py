@@ -1,6 +1,7 @@
 """Whole runs of a tiny network, and what is refused before weights are read."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,11 @@ from convert.export import export
 from convert.leaves import open_leaves
 from tdjax.checkpoints import orbax
 from tdjax.checkpoints.published import checkpoint
+from tdjax.errors import UsageError
 from tdjax.train import __main__ as command
-from tdjax.train import checkpoints, loop, metrics
+from tdjax.train import checkpoints, loop, metrics, plan
+from tdjax.train import run as run_module
+from tdjax.train.configs import RunConfig
 from tdjax.train.loop import Outcome
 from tdjax.train.networks import Networks
 from tdjax.train.run import TrainingRun
@@ -157,6 +161,12 @@ def test_distillation_is_traced_before_weights_are_read(folder, loss):
         ("sla-1.3b", ["optimizer.train=nothing"], 2, ["no weight matches 'nothing'"]),
         ("sla-1.3b", ["model.weights="], 2, ["model.weights is not given"]),
         ("sla-1.3b", ["model.weights=sla-9b"], 2, ["unknown model 'sla-9b'"]),
+        (
+            "sla-1.3b",
+            ["run.keep_gib=1e-6"],
+            2,
+            ["run.keep_gib is 1e-06", "one stays while the next"],
+        ),
         ("sla-1.3b", ["model.weights=SPARSE"], 3, ["the teacher has sparse attention"]),
     ],
 )
@@ -211,3 +221,33 @@ def test_prompts_alone_for_distribution_matching(folder, tmp_path):
     for preset, more in (("rcm-1.3b", ["data.size=48x32"]), ("rcm-1.3b", alone), ("sla-1.3b", [])):
         with pytest.raises(DataError, match="prompts without latents"):
             training_run(preset, *given, *more)
+
+
+def test_a_run_does_not_begin_where_the_disk_has_no_room(folder, tmp_path, monkeypatch):
+    """Four checkpoints and the weights twice; on a continuation, those that are not there yet."""
+    words = flow(folder, f"run.folder={tmp_path}", "run.steps=9000", "run.save_every=1000")
+    run = training_run(*words)
+    size = plan.whole_bytes(run.shapes)
+    network = sum(x.nbytes for x in jax.tree.leaves(orbax.restore(folder / "dense")[1])) * 2
+    free = 4 * size + 2 * network
+    usage = lambda _: types.SimpleNamespace(free=free)
+    monkeypatch.setattr(run_module.shutil, "disk_usage", usage)
+    monkeypatch.setattr(TrainingRun, "start", lambda *_: (_ for _ in ()).throw(DataError("begun")))
+    with pytest.raises(DataError, match="begun"):
+        run.train(resume=False)
+    free -= 1
+    with pytest.raises(UsageError, match=r"GiB free\nthe run's checkpoints.*\n.*run.keep=1"):
+        run.train(resume=False)
+    monkeypatch.setattr(checkpoints, "steps", lambda _: [1000])
+    with pytest.raises(DataError, match="begun"):
+        run.train(resume=True)
+
+
+def test_checkpoints_are_bounded_by_their_size():
+    run = RunConfig(keep=5, keep_gib=4.5)
+    assert plan.bounded(run, 2**30).keep == 3  # and one that is being written
+    assert plan.bounded(run, 2**29).keep == 5
+    assert plan.bounded(dataclasses.replace(run, keep=0), 2**29).keep == 8
+    assert plan.bounded(RunConfig(keep=0), 2**40).keep == 0
+    with pytest.raises(UsageError, match=r"run.keep_gib is 4.5\na checkpoint is 3 GiB.*\n.* 6.03"):
+        plan.bounded(run, 3 * 2**30)
