@@ -60,10 +60,13 @@ MESH_OPTIONS = {
     "xla_gpu_use_memcpy_local_p2p": True,
 }
 
-CODE = (types.FunctionType, type)
 MANY = 1000  # entries of a table that is looked through
 
-_STARTED = time.time()
+# What a source says at the left margin: values of names, functions and classes, and names that it
+# gives to what comes from elsewhere.
+_VALUE = re.compile(r"^(\w+)(?:: [^=\n]+)? = (.*?)(?=^[^\s)\]}]|\Z)", re.MULTILINE | re.DOTALL)
+_DEFINED = re.compile(r"^(?:def|class) (\w+)", re.MULTILINE)
+_RENAMED = re.compile(r"\bas (\w+)")
 # Variables that compilers read, but for those that JAX itself sets as it lowers Mosaic kernels.
 _VARIABLES = re.compile(
     r"(XLA|LIBTPU|TRITON|CUDNN|NVIDIA|TF)_|MOSAIC_(?!GPU_(CUDA_ROOT|RUNTIME_LIB_PATH|NVSHMEM_\w+)$)"
@@ -140,11 +143,11 @@ def key_of(*what: Any, devices: Sequence[jax.Device]) -> str | None:
     """Returns a hash of what is asked for, these devices, and all of this process that programs
     depend on; None where something of it cannot be told."""
     sources = _sources()
-    if sources is None or _edited() or any(_foreign()):
-        return None
     try:
+        if sources is None or _edited() or any(map(_is_changed, _traced())):
+            return None
         text = _text((*what, sources, *_surroundings(devices)))
-    except _Unnamed:
+    except (_Unnamed, OSError):  # or a source has gone
         return None
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
@@ -354,6 +357,18 @@ def _sources() -> str | None:
     return found.hexdigest() if files else None
 
 
+def _started() -> float:
+    """When this process began; where the system does not say, when this module was imported."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        words = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        since_boot = int(words[19]) / os.sysconf("SC_CLK_TCK")
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
+    return time.time()
+
+
+_STARTED = _started()
+
+
 def _edited() -> bool:
     """Whether a source has changed since this process began: it may run the one of before."""
     try:
@@ -379,15 +394,55 @@ def _kinds(structure: Any) -> Iterator[type]:
         yield from _kinds(child)
 
 
-def _foreign() -> Iterator[Any]:
-    """Functions and classes of others that somebody has put in place of ours, or among them: what
-    is in them is nowhere written down."""
-    # Copies are made in one step; other threads import meanwhile.
-    for name, module in sys.modules.copy().items():
-        if TRACED.match(name):
-            values = list(vars(module).copy().values())
-            tables = [value.copy() for value in values if type(value) is dict and len(value) < MANY]
-            classes = [value for value in values if isinstance(value, type) and _is_own(value)]
-            ours = [dict(vars(each)) for each in classes if each.__module__ == name]
-            for each in (values, *(table.values() for table in (*tables, *ours))):
-                yield from (code for code in each if isinstance(code, CODE) and not _is_own(code))
+def _traced() -> list[types.ModuleType]:
+    """The modules whose functions are traced, as far as they are imported."""
+    # Copies, here and below, are made in one step; other threads import meanwhile.
+    return [module for name, module in sys.modules.copy().items() if TRACED.match(name)]
+
+
+def _is_changed(module: types.ModuleType) -> bool:
+    """Whether somebody has put something in place of what is a module's, or among it: functions and
+    classes of others, which are nowhere written down, or what is not as its source has it."""
+    values = vars(module).copy()
+    tables = [v.copy() for v in values.values() if type(v) is dict and len(v) < MANY]
+    classes = [value for value in values.values() if isinstance(value, type) and _is_own(value)]
+    ours = [dict(vars(each)) for each in classes if each.__module__ == module.__name__]
+    code = lambda value: callable(value) and not isinstance(value, staticmethod)  # of NamedTuples
+    foreign = lambda value: code(value) and not _is_own(value)
+    if any(foreign(value) for each in (values, *tables, *ours) for value in each.values()):
+        return True
+    said = _said(str(module.__file__))
+    return not all(said.of(module.__name__, name, value) for name, value in values.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """What a source says: constants that it writes out, the names that it defines, and names that
+    it gives to what has another."""
+
+    values: dict[str, Any]
+    defined: frozenset[str]
+    renamed: frozenset[str]
+
+    def of(self, module: str, name: str, value: Any) -> bool:
+        """Whether a value is what the source has under a name, as far as it says so."""
+        if name in self.values:
+            return type(value) is type(self.values[name]) and value == self.values[name]
+        if name in self.defined:
+            place = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+            return place == (module, name)
+        if isinstance(value, type | types.ModuleType) or name in self.renamed:
+            return True  # of libraries, whose classes may have other names inside
+        return getattr(value, "__name__", name) == name
+
+
+@functools.cache
+def _said(path: str) -> _Said:
+    """What a source says. Raises OSError where it is not there."""
+    text = Path(path).read_text(encoding="utf-8")
+    values, renamed = {}, set(_RENAMED.findall(text))
+    for name, written_out in _VALUE.findall(text):
+        renamed.add(name)
+        with contextlib.suppress(Exception):  # it needs other names: only literals are evaluated
+            values[name] = eval(written_out.strip(), {"__builtins__": {}})
+    return _Said(values, frozenset(_DEFINED.findall(text)), frozenset(renamed))

@@ -1,6 +1,7 @@
 """Executables on disk: the bits of those that were compiled here, found by all that they depend on,
 and never in the way."""
 
+import functools
 import importlib
 import os
 import shutil
@@ -17,7 +18,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import tdjax
-from tdjax.models import norms
+from tdjax.models import norms, wan_dit, wan_vae
 from tdjax.pipeline import compilation, executables
 from tdjax.pipeline.compilation import OverSpace
 from tdjax.pipeline.executables import Asked
@@ -221,6 +222,36 @@ def test_every_module_that_is_traced_is_a_source():
     assert root / "pallas_kernels" / "flash_attention" / "tiles.json" in sources
 
 
+def test_every_module_is_as_its_source_says():
+    """Or its programs would not be kept; and most constants and all functions are looked at."""
+    for path in executables._files():
+        if path.suffix == ".py":
+            module = path.relative_to(Path(tdjax.__file__).parents[1]).with_suffix("")
+            importlib.import_module(".".join(module.parts).removesuffix(".__init__"))
+    modules = executables._traced()
+    assert len(modules) > 60
+    assert [module.__name__ for module in modules if executables._is_changed(module)] == []
+    said = [executables._said(module.__file__) for module in modules]
+    assert sum(len(each.values) for each in said) > 100
+    assert sum(len(each.defined) for each in said) > 400
+
+
+def test_a_process_began_before_it_imported_anything():
+    """A source edited between the two would be taken for the one that runs."""
+    script = (
+        "import time; began = time.time(); time.sleep(0.5);"
+        "from tdjax.pipeline.executables import _STARTED; print(_STARTED - began)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(tdjax.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert -5 < float(done.stdout) < 0.1, done.stderr
+
+
+def test_nothing_is_read_where_a_source_has_gone(folder, monkeypatch):
+    monkeypatch.setattr(norms, "__file__", str(folder / "gone.py"))
+    assert executables._path(noise()) is None
+
+
 EDITED = """
 import sys
 from pathlib import Path
@@ -289,10 +320,26 @@ def test_what_cannot_be_told_is_not_kept(folder, changes):
 
 
 @pytest.mark.parametrize(
-    "place", [(compilation, "start_noise"), (norms, "modulate"), (norms.LayerNorm, "__call__")]
+    "change",
+    [
+        (compilation, "start_noise", another),
+        (norms, "modulate", another),
+        (norms.LayerNorm, "__call__", another),
+        (norms, "modulate", norms.LayerNorm),
+        (norms, "modulate", jnp.add),
+        (norms, "modulate", functools.partial(norms.modulate)),
+        (wan_dit, "modulate", jax.nn.silu),
+        (wan_dit, "modulate", jax.jit(another)),
+        (wan_dit, "Block", wan_dit.Head),
+        (wan_vae, "QUERIES", 2 * wan_vae.QUERIES),
+        (wan_vae, "QUERIES", float(wan_vae.QUERIES)),
+        (wan_vae, "QUERIES", np.zeros(2)),
+    ],
+    ids=lambda change: f"{change[0].__name__}.{change[1]}",
 )
-def test_nothing_is_read_where_functions_were_replaced(folder, monkeypatch, place):
-    monkeypatch.setattr(*place, another)
+def test_nothing_is_read_where_something_was_replaced(folder, monkeypatch, change):
+    """By a function of others, of a library or of ours; a constant by any other."""
+    monkeypatch.setattr(*change)
     assert executables._path(noise()) is None
     monkeypatch.undo()
     monkeypatch.setattr(executables, "folder", lambda: folder)
