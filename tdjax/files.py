@@ -31,6 +31,7 @@ FULL = 2**20  # bytes: less is free on a disk that a write has just filled
 SKEW = 3600  # seconds by which the clocks of machines that share a folder may differ
 _OWN = secrets.token_hex(4)  # tells this process from an earlier one with its number
 _OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")  # as TensorStore says it
+_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")  # also of a path, which has one slash of two
 _PART = re.compile(r"\.tdjax-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}\.part")
 
 
@@ -62,6 +63,12 @@ def refuse_existing(
             "'-' stands for standard output",
             "files are written whole, under a name",
             "give the name of a file",
+        )
+    if _ADDRESS.match(str(path)):
+        raise UsageError(
+            f"{path} is an address",
+            "files are written to folders of this machine",
+            "give the name of a file, and copy it there",
         )
     try:
         path.lstat()
@@ -152,8 +159,8 @@ def written(
 
     size: bytes that will be written, where they are known: without room for them nothing begins.
     """
+    refuse_existing(Path(target), overwrite, owned)
     target = Path(os.path.abspath(target))
-    refuse_existing(target, overwrite, owned)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target.parent)
     _check_room(target, size)

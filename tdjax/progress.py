@@ -92,25 +92,33 @@ class Listener:
     def stage(self, name: str) -> None:
         """Tells that a stage begins. Raises Cancelled."""
         self.check(f"before {name}")
-        if self.on_stage is not None and self.on_stage(name) is False:
+        if self.on_stage is not None and _ends(self.on_stage(name)):
             raise _cancelled(f"before {name}")
 
     def step(self, step: int, steps: int) -> None:
         """Tells that a step is done. Raises Cancelled."""
         where = f"after step {step} of {steps}"
-        if self.on_step is not None and self.on_step(step, steps) is False:
+        if self.on_step is not None and _ends(self.on_step(step, steps)):
             raise _cancelled(where)
         self.check(where)
 
     def preview(self, step: int, frames: Any) -> None:
         """Hands the preview of a step over. Raises Cancelled."""
-        if self.on_preview is not None and self.on_preview(step, frames) is False:
+        if self.on_preview is not None and _ends(self.on_preview(step, frames)):
             raise _cancelled(f"after the preview of step {step}")
 
     def check(self, where: str) -> None:
         """Raises Cancelled where the event is set."""
         if self.cancel is not None and self.cancel.is_set():
             raise _cancelled(where)
+
+
+def _ends(answer: Any) -> bool:
+    """Whether a listener has returned False, also as numpy and JAX have it."""
+    if answer is False:
+        return True
+    kind = getattr(getattr(answer, "dtype", None), "kind", None)
+    return kind == "b" and answer.shape == () and not answer
 
 
 def _cancelled(where: str) -> Cancelled:

@@ -9,6 +9,7 @@ import operator
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ def shown(value: Any) -> str:
         text = repr(value)
     except ValueError:  # Python refuses to write the longest numbers
         return f"a {type(value).__name__} of long numbers"
+    except RuntimeError:  # JAX, an array that was deleted
+        return f"a {type(value).__name__} without values"
     if not isinstance(value, str):
         text = " ".join(text.split())
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
@@ -50,19 +53,34 @@ def whole(name: str, value: Any) -> int:
 
 
 def real(name: str, value: Any) -> float:
-    """Returns a number as a float. Raises UsageError."""
-    plain = isinstance(value, int | float | np.integer | np.floating)
+    """Returns a number as a float, also one that an array holds. Raises UsageError."""
+    plain = isinstance(value, int | float) or _is_array_of_one(value)
     if not plain or isinstance(value, bool) or (isinstance(value, int) and abs(value) >= LIMIT):
         raise _refused(name, value, "a number")
     return float(value)
 
 
+def _is_array_of_one(value: Any) -> bool:
+    """Whether a value is a number of numpy's or JAX's, or an array without axes that holds one."""
+    kind = np.dtype(getattr(value, "dtype", "O"))
+    return getattr(value, "shape", None) == () and (kind.kind in "iuf" or is_small_float(kind))
+
+
+def is_small_float(kind: np.dtype) -> bool:
+    """Whether these are floats that numpy itself lacks, such as bfloat16."""
+    return kind.kind == "V" and kind.names is None and kind.type.__module__ == "ml_dtypes"
+
+
 def reals(name: str, value: Any) -> tuple[float, ...]:
     """Returns several numbers, of a list, a tuple or a flat array. Raises UsageError."""
-    flat = isinstance(value, np.ndarray) and value.ndim == 1
-    if not flat and not isinstance(value, list | tuple):
+    if not is_flat(value):
         raise _refused(name, value, "a list of numbers")
     return tuple(real(name, number) for number in value)
+
+
+def is_flat(value: Any) -> bool:
+    """Whether a value is a list, a tuple, or an array of one axis."""
+    return isinstance(value, list | tuple) or getattr(value, "ndim", None) == 1
 
 
 def switch(name: str, value: Any) -> bool:
@@ -81,13 +99,14 @@ def text(name: str, value: Any) -> str:
 
 def path(name: str, value: Any) -> str | os.PathLike[str]:
     """Returns a path as it is, if the system can have such a name. Raises UsageError."""
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    named = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not named or not isinstance(named, str):
         raise _refused(name, value, "a path")
     try:
-        os.lstat(value)
+        Path(named).expanduser().lstat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: ~ of a user who is not there
         why = getattr(error, "strerror", None) or str(error)
         raise UsageError(
             f"{name} is {shown(os.fspath(value))}",

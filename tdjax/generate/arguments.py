@@ -251,7 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="on",
         help="sidecar .json and comment in the file",
     )
-    out.add_argument("--overwrite", action="store_true", help="replace files of these names")
+    out.add_argument("--overwrite", action="store_true", help="replace the files that are named")
     out.add_argument(
         "--preview",
         action="store_true",

@@ -21,7 +21,14 @@ from tdjax.errors import UsageError
 from tdjax.files import refuse_inputs, refuse_unwritable
 from tdjax.generate.jobs import Job
 from tdjax.generate.resume import finished, replaceable, shown
-from tdjax.media.video import Writer, check_settings, enlarged, target_notes, write
+from tdjax.media.video import (
+    Writer,
+    check_settings,
+    comment_of,
+    enlarged,
+    target_notes,
+    write,
+)
 from tdjax.pipeline.result import check_save, sidecar, write_json
 from tdjax.progress import Stages
 
@@ -31,6 +38,7 @@ DEFAULT_ROWS = "output/{model}_{row}_{prompt_slug}_{seed}_{index}.mp4"
 FIELDS = ("model", "seed", "index", "prompt_slug", "date", "row")
 DEMO_UPSCALE = 6  # the embedded model's 64 pixels are a stamp in a player
 PREVIEW_UPSCALE = 4  # of previews with a pixel for each latent: half the video's sides
+PREVIEW = "tdjax: a preview, which is replaced and removed"  # the comment of these files
 _VIEWED = (".mp4", ".webm", ".gif")  # what people look at; other files are read by programs
 SUFFIX = {"png": "", "latents": ".safetensors"}
 
@@ -263,7 +271,18 @@ def _check(args, job: Job, paths: list[Path], overwrite: bool) -> None:
             refuse_inputs(path, inputs(args, job.image))
         check_save(path, fps=args.fps, crf=args.crf, metadata=metadata, overwrite=overwrite)
         if args.preview:
-            files.refuse_existing(preview_of(path), overwrite)
+            _check_preview(preview_of(path))
+
+
+def _check_preview(path: Path) -> None:
+    """Raises UsageError for a file where previews would go, a name that nobody has given: only
+    those of a run that was killed are replaced."""
+    if os.path.lexists(path) and comment_of(path) != PREVIEW:
+        raise UsageError(
+            f"{path} exists",
+            "previews of the video would go there, and be removed at its end",
+            "give the video another name, or move this file",
+        )
 
 
 @contextlib.contextmanager
@@ -348,7 +367,7 @@ class Files:
         clip = self.facts["size"]
         factor = self.upscale if frames.shape[1] == clip["height"] else PREVIEW_UPSCALE
         fps = self.args.fps * len(frames) / clip["frames"]
-        write(path, enlarged(frames, factor), fps=fps, overwrite=True)
+        write(path, enlarged(frames, factor), fps=fps, metadata=PREVIEW, overwrite=True)
 
     def take(self, index: int, frames) -> None:
         if index not in self.writers:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +22,16 @@ _HEIF = (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypheim", b"ftypmif1", b"ftyp
 def as_image(image) -> np.ndarray:
     """Returns uint8 [H W 3] of a path, the bytes of a file, a Pillow image, or an array: uint8
     [H W 3], [H W 4] with transparency, [H W] or [H W 1] in grey. Raises UsageError."""
-    if isinstance(image, str | Path):
+    if isinstance(image, str | os.PathLike):
         return read_image(image)
     if isinstance(image, bytes | bytearray | memoryview):
         return _decoded(bytes(image), "image")
     if isinstance(image, Image.Image):
-        return _rgb(image)
-    array = np.asarray(image)
+        return _read(lambda: _rgb(image), "the image")
+    try:
+        array = np.asarray(image)
+    except (ValueError, RuntimeError):  # a list of unequal rows; an array that was deleted
+        array = np.array(None)
     grey = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == 1)
     color = array.ndim == 3 and array.shape[-1] in (3, 4)
     if array.dtype != np.uint8 or array.size == 0 or not (grey or color):
@@ -37,7 +43,7 @@ def as_image(image) -> np.ndarray:
     return _rgb(Image.fromarray(array[..., 0] if grey and array.ndim == 3 else array))
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """Returns an image file as RGB, uint8 [H W 3]: turned as its EXIF orientation says, laid on
     white where it is transparent, the first frame if it is animated. Raises UsageError."""
     if "://" in str(path):
@@ -58,12 +64,13 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def _decoded(data: bytes, name: str) -> np.ndarray:
     """The bytes of an image file as RGB."""
+
+    def read() -> np.ndarray:
+        with Image.open(io.BytesIO(data)) as image:
+            return _rgb(image)
+
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of photographs from 90 megapixels on, and refuses from 180 on.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                return _rgb(image)
+        return _read(read, name)
     except UnidentifiedImageError as error:
         if data[4:12] in _HEIF:
             raise UsageError(
@@ -76,6 +83,19 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
             "its content is of no format that Pillow reads",
             "use PNG, JPEG or WebP",
         ) from error
+
+
+def _read(read: Callable[[], np.ndarray], name: str) -> np.ndarray:
+    """What a function makes of an image by Pillow. Raises UsageError for what cannot be read but
+    UnidentifiedImageError as it is."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of photographs from 90 megapixels on, and refuses from 180 on; and of
+            # EXIF that makes no sense.
+            warnings.simplefilter("ignore")
+            return read()
+    except UnidentifiedImageError:
+        raise
     except Image.DecompressionBombError as error:
         raise UsageError(
             f"{name} is too large",
@@ -92,8 +112,12 @@ def _decoded(data: bytes, name: str) -> np.ndarray:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    """A Pillow image of any mode as uint8 [H W 3]."""
-    image = ImageOps.exif_transpose(image)
+    """A Pillow image of any mode as uint8 [H W 3]. Raises ValueError for one without pixels."""
+    image.load()
+    if not image.width or not image.height:
+        raise ValueError(f"it has {image.width}x{image.height} pixels")
+    with contextlib.suppress(OSError, SyntaxError, TypeError, ValueError):  # EXIF without sense
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # convert() would clip them at 255
         image = Image.fromarray(_eight_bits(np.asarray(image), image.mode))
     if image.has_transparency_data:

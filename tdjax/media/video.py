@@ -328,6 +328,15 @@ def _save_single(part: Path, images: Iterator[np.ndarray], metadata: str | None)
     _save_png(part, image, metadata)
 
 
+def comment_of(path: Path) -> str | None:
+    """Returns the comment that `write` put into a video file; None where there is none."""
+    try:
+        with av.open(str(path)) as container:
+            return container.metadata.get("comment")
+    except (av.error.FFmpegError, OSError, ValueError):
+        return None
+
+
 def read_video(path: str | Path) -> np.ndarray:  # uint8 [T H W 3]
     """All frames of anything `write` makes, and of most video files."""
     path = Path(path)

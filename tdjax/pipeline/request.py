@@ -21,7 +21,7 @@ from tdjax.config import (
     check_samples,
     sampler_changes,
 )
-from tdjax.config.values import reals, settle, shown, whole
+from tdjax.config.values import is_flat, is_small_float, reals, settle, shown, whole
 from tdjax.errors import UsageError
 from tdjax.media.image import as_image
 from tdjax.media.resolution import choose_size
@@ -221,10 +221,7 @@ def texts_of(given: Any) -> tuple[str, ...]:
     several = (given,) if isinstance(given, str) else given
     if given is None:
         several = ()
-    flat = isinstance(several, list | tuple) or (
-        isinstance(several, np.ndarray) and several.ndim == 1
-    )
-    if not flat or not all(isinstance(each, str) for each in several):
+    if not is_flat(several) or not all(isinstance(each, str) for each in several):
         raise UsageError(
             f"prompt is {shown(given)}",
             "it is a text, or a list of texts with one video each",
@@ -270,13 +267,9 @@ def _checked(request: Request, model: ModelInfo) -> Request:
     check_choice("output_type", request.output_type, get_args(OutputType))
     check_choice("check", request.check, get_args(Check))
     check_fps(request.fps)
-    if request.on_frames is not None and (
-        not callable(request.on_frames) or request.output_type == "latent"
-    ):
+    if request.on_frames is not None and request.output_type == "latent":
         raise UsageError(
-            "on_frames",
-            "it is a function of (number of the video, frames), and latents have no frames",
-            "see help",
+            "on_frames and output_type latent", "latents have no frames", "leave one of them away"
         )
     _check_listeners(request)
     if request.key is not None and not _is_key(request.key):
@@ -302,7 +295,7 @@ def _checked(request: Request, model: ModelInfo) -> Request:
 
 def _seeds(given: Any) -> int | tuple[int, ...]:
     """One seed, or several of a list. Raises UsageError."""
-    if isinstance(given, list | tuple) or (isinstance(given, np.ndarray) and given.ndim == 1):
+    if is_flat(given):
         return tuple(whole("seed", seed) for seed in given)
     return whole("seed", given)
 
@@ -329,7 +322,12 @@ def _check_seeds(request: Request) -> None:
 
 def _check_listeners(request: Request) -> None:
     """Raises UsageError for functions that cannot be called as they will be."""
-    taken = {"on_step": ("step", "steps"), "on_stage": ("name",), "on_preview": ("step", "frames")}
+    taken = {
+        "on_frames": ("index", "frames"),
+        "on_step": ("step", "steps"),
+        "on_stage": ("name",),
+        "on_preview": ("step", "frames"),
+    }
     for name, arguments in taken.items():
         function = getattr(request, name)
         if function is not None and not _takes(function, arguments):
@@ -338,7 +336,7 @@ def _check_listeners(request: Request) -> None:
                 f"it is a function that is called as {name}({', '.join(arguments)})",
                 f"for example {name}=print",
             )
-    if request.cancel is not None and not callable(getattr(request.cancel, "is_set", None)):
+    if request.cancel is not None and not _takes(getattr(request.cancel, "is_set", None), ()):
         raise UsageError(
             f"cancel is {shown(request.cancel)}",
             "it is a threading.Event, which ends the call once it is set",
@@ -360,16 +358,19 @@ def _takes(function: Any, arguments: tuple) -> bool:
 
 
 def _check_floats(name: str, value: Any) -> None:
-    """Raises UsageError unless an argument is an array of finite numbers."""
+    """Raises UsageError unless an argument is an array of numbers that are finite as float32."""
     try:
-        plain = hasattr(value, "shape") and np.dtype(value.dtype).kind not in "cOSUM"
-        finite = np.isfinite(np.asarray(value, np.float32)).all() if plain else False
-    except (TypeError, ValueError):
+        kind = np.dtype(value.dtype)
+        plain = kind.kind in "biuf" or is_small_float(kind)
+        plain = plain and not isinstance(value, np.ma.MaskedArray)
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(np.asarray(value, np.float32)).all() if plain else False
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # the last: it was deleted
         plain = finite = False
     if not plain:
         raise UsageError(
             f"{name} is {shown(value)}",
-            "it is an array of numbers",
+            "it is an array of numbers, without a mask",
             "convert it with numpy.asarray(..., numpy.float32)",
         )
     if not finite:
@@ -382,7 +383,7 @@ def _is_key(key: Any) -> bool:
     """Whether this is one key, of jax.random.key or of jax.random.PRNGKey."""
     import jax
 
-    if not isinstance(key, jax.Array):
+    if not isinstance(key, jax.Array) or key.is_deleted():
         return False
     if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
         return key.shape == ()
@@ -405,6 +406,12 @@ def _check_arrays(request: Request, model: ModelInfo) -> None:
             f"prompt_embeds have shape {tuple(embeds.shape)}",
             f"this model needs [b {model.text_len} {model.text_dim}]",
             "make them with pipe.embed(prompts), or save_prompt_embeds of the command",
+        )
+    if embeds is not None and len(request.prompts) not in (0, len(embeds)):
+        raise UsageError(
+            f"{len(embeds)} prompt_embeds for {len(request.prompts)} prompts",
+            "prompts beside prompt_embeds say what these are of",
+            "give as many, or no prompt",
         )
 
 

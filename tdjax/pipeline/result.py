@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import html
 import json
+import os
 import platform
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ import tdjax
 from tdjax.config import to_dict
 from tdjax.config.parsing import json_object, mismatch
 from tdjax.config.values import path as checked_path
-from tdjax.config.values import whole
+from tdjax.config.values import switch, whole
 from tdjax.errors import UsageError
 from tdjax.files import refuse_existing, refuse_unwritable, write_text, written
 from tdjax.media import video
@@ -73,7 +74,9 @@ class Result:
                 'use "uint8" or "float"',
             )
         frames = self.frames[index]
-        return frames if frames.dtype == np.uint8 else np.round(frames * 255).astype(np.uint8)
+        if frames.dtype == np.uint8:
+            return frames
+        return np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8)
 
     def frame(self, i: int = 0, index: int = 0):
         """Frame i of one video as a PIL image."""
@@ -131,10 +134,12 @@ class Result:
         where any of them cannot be written.
         """
         path = Path(checked_path("path", path)).expanduser()
+        metadata, overwrite = switch("metadata", metadata), switch("overwrite", overwrite)
         factor = whole("upscale", upscale)
+        index = None if index is None else whole("index", index)
         fps = self.fps if fps is None else whole("fps", fps)
         crf = whole("crf", crf)
-        if index is not None and not 0 <= whole("index", index) < len(self):
+        if index is not None and not 0 <= index < len(self):
             raise UsageError(
                 f"index is {index}",
                 f"there are {len(self)} videos, and the first is 0",
@@ -265,17 +270,36 @@ def sidecar(path: Path) -> Path:
 
 def check_save(path: Path, *, fps: float, crf: int, metadata: bool, overwrite: bool) -> None:
     """Everything that stands in the way of `Result.save`, found before a long run: UsageError."""
+    checked_path("path", path)
     if path.suffix == ".safetensors":
         refuse_existing(path, overwrite)
     else:
         video.check_target(path, fps, crf, overwrite)
-    if metadata and sidecar(path).exists() and not overwrite:
-        raise UsageError(
-            f"{sidecar(path)} exists",
-            "the video's metadata goes there",
-            "give another name, `overwrite`, or `metadata` off",
-        )
+    if metadata:
+        _check_sidecar(sidecar(path), overwrite)
     refuse_unwritable(path)
+
+
+def _check_sidecar(path: Path, overwrite: bool) -> None:
+    """Raises UsageError where metadata cannot be written to a path, which nobody has given: what
+    lies there is replaced only where tdjax wrote it."""
+    checked_path("the path of the metadata", path)
+    if not os.path.lexists(path) or (overwrite and _is_sidecar(path)):
+        return
+    raise UsageError(
+        f"{path} exists",
+        "the video's metadata goes there"
+        + (", and this is not what tdjax writes" if overwrite else ""),
+        "give another name, " + ("or" if overwrite else "`overwrite`, or") + " `metadata` off",
+    )
+
+
+def _is_sidecar(path: Path) -> bool:
+    """Whether a file is metadata as `Result.about` has it."""
+    try:
+        return path.is_file() and json_object(path.read_bytes()).keys() >= {"index", "fps"}
+    except (OSError, ValueError):
+        return False
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

@@ -37,6 +37,16 @@ def test_others_may_read_what_they_may_of_any_new_file(tmp_path, umask, mode):
     assert (tmp_path / "fox").stat().st_mode & 0o777 == mode
 
 
+@pytest.mark.parametrize("name", ["s3://b/v.mp4", "gs://b/v.mp4", "file:///tmp/v.mp4", "hf://a/b"])
+def test_addresses_are_no_names_of_files(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is an address"), written(name):
+        pass
+    assert not os.listdir(tmp_path)
+    for name in ("a:b.mp4", "c/s3:/v.mp4"):
+        refuse_existing(Path(name), overwrite=False)
+
+
 def test_a_folder_appears_with_the_content(tmp_path):
     with written(tmp_path / "x") as part:
         (part / "deep").mkdir(parents=True)

@@ -4,6 +4,8 @@ import re
 import threading
 import time
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tdjax.errors import Cancelled
@@ -88,3 +90,21 @@ def test_a_bar_of_one_call_goes_with_it(error):
         assert bar.bar.total == 4
         raise error
     assert bar.bar is None
+
+
+@pytest.mark.parametrize("answer", [False, np.False_, np.array(False), jnp.array(False)], ids=repr)
+def test_a_listener_ends_the_call_by_any_false(answer):
+    says = lambda *_: answer
+    told = Listener(says, says, None, says)
+    for tell in (lambda: told.stage("x"), lambda: told.step(1, 2), lambda: told.preview(1, None)):
+        with pytest.raises(Cancelled):
+            tell()
+
+
+@pytest.mark.parametrize(
+    "answer", [None, 0, "", [], np.zeros(1, bool), np.float32(0), True], ids=repr
+)
+def test_a_listener_lets_the_call_go_on(answer):
+    says = lambda *_: answer
+    told = Listener(says, says, threading.Event(), says)
+    told.stage("x"), told.step(1, 2), told.preview(1, None)

@@ -23,6 +23,28 @@ def test_numbers_of_other_types_become_pythons_own(value):
         assert type(number) is int and number == 33
 
 
+ARRAYS = [np.array(0.5), np.array(0.5, np.float16), jnp.float32(0.5), jnp.bfloat16(0.5)]
+ARRAYS += [jnp.asarray(0.5, jnp.float8_e4m3fn), np.float64(0.5)]
+
+
+@pytest.mark.parametrize("value", ARRAYS, ids=lambda value: f"{type(value).__name__}-{value.dtype}")
+def test_numbers_that_arrays_hold(value):
+    number = values.real("x", value)
+    assert type(number) is float and number == 0.5
+    assert values.reals("x", value.reshape(1)) == (0.5,)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.array([0.5]), np.array(True), np.array("1"), np.array(1j), np.array(None), np.zeros(2)]
+    + [np.zeros((), [("a", "f4")]), np.datetime64("2020"), jnp.ones((1, 1))],
+    ids=lambda value: str(value.dtype),
+)
+def test_arrays_that_hold_no_number(value):
+    with pytest.raises(UsageError, match="x is"):
+        values.real("x", value)
+
+
 @pytest.mark.parametrize("value", STRANGE, ids=lambda value: type(value).__name__)
 def test_what_is_no_whole_number_is_refused_by_name(value):
     with pytest.raises(UsageError, match="num_frames is") as error:
@@ -49,13 +71,33 @@ def test_numbers_and_lists_of_them():
             values.reals("x", value)
 
 
+class Named:
+    """What has a path."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __fspath__(self):
+        return self.name
+
+
 def test_switches_and_paths():
     assert values.switch("x", np.True_) is True
     for value in ("false", 0, 1, None):
         with pytest.raises(UsageError, match="x is"):
             values.switch("x", value)
     assert values.path("x", Path("a/b")) == Path("a/b")
-    for value in ("", b"a", 3, "nul\0", "half \ud83d", "n" * 300, "a/" + "n" * 5000):
+    for value in (
+        Named(b"a"),
+        "~nobody-of-this-name/x",
+        "",
+        b"a",
+        3,
+        "nul\0",
+        "half \ud83d",
+        "n" * 300,
+        "a/" + "n" * 5000,
+    ):
         with pytest.raises(UsageError, match="x is"):
             values.path("x", value)
 

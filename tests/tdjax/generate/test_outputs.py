@@ -23,7 +23,7 @@ from tdjax.generate.outputs import (
     claimed,
     targets,
 )
-from tdjax.media.video import read_video
+from tdjax.media.video import read_video, write
 from tdjax.pipeline.result import sidecar
 from tdjax.progress import Stages
 
@@ -282,9 +282,19 @@ def test_a_preview_is_there_until_the_video_is(tmp_path, capsys):
 
 
 def test_a_preview_takes_no_other_files_place(tmp_path):
+    """Not even where the video itself may be replaced; one that a killed run has left is."""
     there = tmp_path / "v_preview.mp4"
-    there.write_bytes(b"a video of that name")
     save = ["-o", str(tmp_path / "v.mp4"), "--preview"]
+    for metadata in (None, "somebody's"):
+        write(there, np.zeros((2, 32, 32, 3), np.uint8), metadata=metadata, overwrite=True)
+        for more in ([], ["--overwrite"]):
+            with pytest.raises(UsageError, match="v_preview.mp4 exists"):
+                assigned(parse([*save, *more]), [Job(prompt="a", seed=0)])
+    there.write_bytes(b"a text of that name")
     with pytest.raises(UsageError, match="v_preview.mp4 exists"):
-        assigned(parse(save), [Job(prompt="a", seed=0)])
-    assigned(parse([*save, "--overwrite"]), [Job(prompt="a", seed=0)])
+        assigned(parse([*save, "--overwrite"]), [Job(prompt="a", seed=0)])
+    there.unlink()
+    args, size = parse(save), {"frames": 5, "height": 32, "width": 32}
+    made = Files(args, Stages(False), [tmp_path / "v.mp4"], {"size": size}, overwrite=False)
+    made.listen["on_preview"](1, np.zeros((5, 32, 32, 3), np.uint8))  # and no end
+    assert there.exists() and assigned(args, [Job(prompt="a", seed=0)])

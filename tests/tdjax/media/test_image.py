@@ -1,5 +1,6 @@
 """Images are the same pixels by every way: path, bytes, Pillow image, array."""
 
+import io
 import os
 import threading
 
@@ -67,6 +68,32 @@ def test_image_errors(tmp_path):
         assert "cut short or damaged" in message(tmp_path / name), name
     (tmp_path / "empty.png").write_bytes(b"")
     assert "not an image" in message(tmp_path / "empty.png")
+
+
+def test_pillow_images_that_cannot_be_read(tmp_path):
+    closed, noise = Image.new("RGB", (4, 4)), io.BytesIO()
+    closed.close()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(noise, "JPEG")
+    cut = Image.open(io.BytesIO(noise.getvalue()[:-500]))
+    odd = Image.new("LA", (4, 4)).convert("La")
+    for image in (closed, cut, odd, Image.new("RGB", (0, 4)), Image.new("F", (4, 0))):
+        with pytest.raises(UsageError, match="the image cannot be read"):
+            as_image(image)
+    for image in ([[1], [1, 2]], object(), [], np.ma.masked_array([1.0])):
+        with pytest.raises(UsageError, match="the image is an array"):
+            as_image(image)
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"garbage", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_exif_that_cannot_be_read_says_nothing(tmp_path, exif):
+    """The picture is whole, and viewers show it."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "x.png"), pixels)
+    image = Image.fromarray(pixels)
+    image.info["exif"] = exif
+    assert np.array_equal(as_image(image), pixels)
 
 
 def test_huge_images_are_refused(tmp_path, monkeypatch):

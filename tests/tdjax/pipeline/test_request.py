@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import shutil
+import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_model
@@ -68,6 +70,55 @@ def test_a_key_stands_in_place_of_the_seed():
     bits = lambda key: np.asarray(jax.random.key_data(key))
     seeded = make_request("a", {"seed": 3}, model()).random_key()
     assert np.array_equal(bits(seeded), bits(request.key))
+
+
+def gone(array):
+    array.delete()
+    return array
+
+
+def test_arrays_without_finite_numbers_are_refused():
+    """Masks, fields of records, deleted arrays, and what float32 cannot hold."""
+    shape = model().latent_shape(model().size)
+    zeros = np.zeros(shape, np.float32)
+    odd = [np.ma.masked_array(zeros), np.zeros(shape, [("a", "f4")]), gone(jnp.zeros(shape))]
+    odd += [zeros.astype("m8[s]"), zeros + 0j, zeros.astype(object), zeros.tolist()]
+    for latents in odd:
+        with pytest.raises(UsageError, match="latents is"):
+            make_request("a", {"latents": latents}, model())
+    with pytest.raises(UsageError, match="NaN or infinity"):
+        make_request("a", {"latents": np.full(shape, 1e300)}, model())
+    for kind in (np.float64, np.float16, jnp.bfloat16, jnp.float8_e4m3fn, jnp.int4, np.int64, bool):
+        make_request("a", {"latents": zeros.astype(kind)}, model())
+    with pytest.raises(UsageError, match="key is"):
+        make_request("a", {"key": gone(jax.random.key(0))}, model())
+
+
+def test_prompts_beside_embeddings_are_as_many():
+    embeds = np.zeros((2, 512, 4096), np.float32)
+    for prompts in (None, ["a", "b"]):
+        assert make_request(prompts, {"prompt_embeds": embeds}, model()).videos == 2
+    with pytest.raises(UsageError, match="2 prompt_embeds for 1 prompts"):
+        make_request("a", {"prompt_embeds": embeds}, model())
+
+
+def test_arrays_of_one_axis_are_lists():
+    given = {"seed": jnp.array([3]), "mid_t": jnp.array([1.25])}
+    request = make_request("a", given, model())
+    assert request.seed == (3,) and request.sampler.mid_t == (1.25,)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *(("on_frames", f) for f in (3, lambda: 0, lambda x: 0, lambda *, x: 0)),
+        *(("on_step", f) for f in (lambda: 0, lambda x, y, z: 0, object())),
+        *(("cancel", c) for c in (threading.Event, lambda: True, True, object())),
+    ],
+)
+def test_what_cannot_be_called_as_it_will_be_is_refused(name, wrong):
+    with pytest.raises(UsageError, match=f"{name} is"):
+        make_request("a", {name: wrong}, model())
 
 
 def test_guidance_needs_a_text_encoder():

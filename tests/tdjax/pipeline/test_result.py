@@ -92,6 +92,12 @@ def test_damaged_metadata_beside_latents_is_told(tmp_path, about):
 
 
 WRONG = [{"path": 3}, {"path": "a\0.npy"}, {"path": ""}, {"index": 4}, {"index": -1}]
+WRONG += [{"metadata": None}, {"metadata": "no"}, {"overwrite": "no"}, {"overwrite": 1}]
+WRONG += [
+    {"path": "n" * 248 + ".npy"},
+    {"path": "é" * 124 + ".npy"},
+    {"path": "~nobody-here/v.npy"},
+]
 WRONG += [{"index": "0"}, {"fps": 0}, {"fps": "16"}, {"crf": 1.5}, {"path": "n" * 300 + ".npy"}]
 
 
@@ -101,6 +107,32 @@ def test_arguments_of_save_are_refused_by_name(tmp_path, monkeypatch, wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):
         several().save(**{"path": "v.npy", "index": 0, **wrong})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [np.int64(1), np.array(1), 1.0, np.uint8(1)], ids=repr)
+def test_numbers_of_other_types_choose_a_video(tmp_path, number):
+    one = several().save(tmp_path / "v.npy", index=number, upscale=number, fps=number)
+    assert np.array_equal(np.load(one), several().pixels(1))
+
+
+@pytest.mark.parametrize("other", ["a text", "{}", '{"id": "video", "fps": 30}', None], ids=str)
+def test_metadata_takes_no_other_files_place(tmp_path, other):
+    """Its name is nobody's wish: `overwrite` is for the video, and for what tdjax wrote beside."""
+    path, beside = tmp_path / "v.npy", tmp_path / "v.npy.json"
+    path.write_bytes(b"mine")
+    beside.mkdir() if other is None else beside.write_text(other)
+    with pytest.raises(UsageError, match="v.npy.json exists"):
+        several().save(path, index=0, overwrite=True)
+    assert path.read_bytes() == b"mine" and beside.exists()
+    several().save(path, index=0, overwrite=True, metadata=False)
+    beside.rmdir() if other is None else beside.unlink()
+    for _ in range(2):
+        several().save(path, index=0, overwrite=True)
+
+
+def test_frames_beyond_their_range_are_cut():
+    frames = np.float32([-0.5, 0, 0.5, 1, 1.5]).reshape(1, 1, 1, 5, 1).repeat(3, axis=-1)
+    assert result(frames).pixels()[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255]
 
 
 def test_a_video_is_saved_in_the_home_folder(tmp_path, monkeypatch):

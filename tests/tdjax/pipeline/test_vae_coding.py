@@ -121,6 +121,10 @@ def test_frames_are_handed_out_as_they_come(model):
         assert np.array_equal(
             np.concatenate([frames for index, frames in seen if index == i]), result.frames[i]
         )
-    for wrong in ({"on_frames": 3}, {"on_frames": print, "output_type": "latent"}):
+    for wrong in (
+        {"on_frames": 3},
+        {"on_frames": lambda x: x},
+        {"on_frames": print, "output_type": "latent"},
+    ):
         with pytest.raises(UsageError, match="on_frames"):
             pipe("a", num_frames=9, **wrong, **CALL)
