@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import norm_modulate
 from pallas_kernels.int8_matmul import (
@@ -27,10 +29,35 @@ from pallas_kernels.int8_matmul import (
 )
 from pallas_kernels.primitives import EXACT
 from tdjax.models.abstract import drawn
-from tdjax.parallel.sharding import over_channels, over_tokens
+from tdjax.parallel.sharding import of_each_group, over_channels, over_tokens
 from tdjax.precision import Policy
 
+PRODUCT = "linear_product"  # what `remat` may keep
 xavier = jax.nn.initializers.xavier_uniform()
+
+
+def product(x, kernel):  # [... i], [i o] -> [... o]
+    """x kernel in x.dtype. The kernel's gradient is that of x.dtype for each device, summed over
+    devices in the kernel's own."""
+    # It is cast once for all that reads it, as devices give each other their parts of it.
+    return checkpoint_name(_product(x, kernel, lax.stop_gradient(kernel.astype(x.dtype))), PRODUCT)
+
+
+@jax.custom_jvp
+def _product(x, kernel, cast):
+    """x cast. Its derivative by the kernel is that of `of_each_group`; by the cast it has none."""
+    return jnp.matmul(x, cast, precision=EXACT)
+
+
+@partial(_product.defjvp, symbolic_zeros=True)
+def _product_tangent(primals, tangents):
+    (x, kernel, cast), (dx, dkernel, _) = primals, tangents
+    y = _product(x, kernel, cast)
+    if isinstance(dkernel, SymbolicZero):
+        dy = jnp.zeros_like(y) if isinstance(dx, SymbolicZero) else _product(dx, kernel, cast)
+        return y, dy
+    dy = of_each_group(x, dkernel)
+    return y, dy if isinstance(dx, SymbolicZero) else dy + _product(dx, kernel, cast)
 
 
 class Activations(NamedTuple):
@@ -82,7 +109,7 @@ class Linear(_Layer):
         self.kernel = nnx.Param(kernel(policy.param_dtype))
 
     def __call__(self, x):
-        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=EXACT)
+        y = product(x, self.kernel[...])
         if self.bias is None:
             return y
         # Spread before it is cast: its gradient is summed in float32, over devices too.
@@ -311,8 +338,7 @@ class AdaptedLinear(nnx.Module):
         self.scale = scale
 
     def __call__(self, x):  # [... i] -> [... o]
-        narrow = jnp.matmul(x, self.down[...].astype(x.dtype), precision=EXACT)
-        change = jnp.matmul(narrow, self.up[...].astype(x.dtype), precision=EXACT)
+        change = product(product(x, self.down[...]), self.up[...])
         return self.layer(x) + self.scale * change
 
     def quantize_input(self, x):

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from tdjax.config import DiTConfig
 from tdjax.models.abstract import as_shapes, drawn, stacked
 from tdjax.models.attention import CrossAttention, SelfAttention, TextKV
-from tdjax.models.linear import LINEAR, Linear, converted
+from tdjax.models.linear import LINEAR, PRODUCT, Linear, converted
 from tdjax.models.norms import LayerNorm, modulate, sinusoid
 from tdjax.models.rope import Rotation, rope
 from tdjax.parallel.sharding import constrain, leaf_name, missing_tokens
@@ -335,7 +335,9 @@ def _again(step: Callable, remat: str) -> Callable:
         case "block":
             return jax.checkpoint(step)
         case "products":
-            return jax.checkpoint(step, policy=policies.dots_with_no_batch_dims_saveable)
+            named = policies.save_only_these_names(PRODUCT)
+            dots = policies.dots_with_no_batch_dims_saveable  # of 8-bit bases
+            return jax.checkpoint(step, policy=policies.save_from_both_policies(named, dots))
     policy = policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[_INPUT],

@@ -242,3 +242,24 @@ def over_channels(op, of_tokens, of_channels):  # arrays [b l ...], and [o ...];
         out_specs=PartitionSpec(*rows, *channels),
         check_vma=False,
     )(of_tokens, of_channels)
+
+
+def of_each_group(x, kernel):  # [b l i], [i o] -> [b l o]
+    """x kernel in x.dtype, by a copy of the kernel for each group of devices that has tokens of its
+    own: the kernel's gradient is cast to the kernel's dtype before groups are summed."""
+    sizes = mesh_sizes()
+    lies = spec(x.shape, ("batch", "tokens"), sizes) if x.ndim == 3 else (None, None)
+    m, n = (math.prod(sizes[axis] for axis in _axes(part)) for part in lies)
+    if m * n == 1:
+        return jnp.matmul(x, kernel.astype(x.dtype), precision=lax.Precision.HIGHEST)
+    free = PartitionSpec.UNCONSTRAINED
+    over = PartitionSpec((*_axes(lies[0]), *_axes(lies[1])), free, free)
+    copies = lax.with_sharding_constraint(jnp.broadcast_to(kernel, (m * n, *kernel.shape)), over)
+    rows = rearrange(x, "(m b) (n l) i -> (m n) b l i", m=m, n=n)
+    y = jnp.einsum("gbli,gio->gblo", rows, copies.astype(x.dtype), precision=lax.Precision.HIGHEST)
+    return rearrange(y, "(m n) b l o -> (m b) (n l) o", m=m, n=n)
+
+
+def _axes(part) -> tuple[str, ...]:
+    """Mesh axes of one entry of a PartitionSpec."""
+    return part if isinstance(part, tuple) else (part,) if part else ()

@@ -177,3 +177,47 @@ def test_only_float_layers_can_be_trained(kind):
     layer = LINEAR[kind](128, 128, FLOAT32, rngs=nnx.Rngs(0))
     with pytest.raises(NotImplementedError, match="is forward only"):
         jax.grad(lambda x: layer(x).sum())(jnp.ones((1, 2, 128)))
+
+
+# -- gradients over devices ------------------------------------------------------------------------
+
+
+def bare(kernel):
+    """A layer of this kernel [i o], without a bias."""
+    layer = Linear(*kernel.shape, FLOAT32, rngs=nnx.Rngs(0), bias=False)
+    return jax.tree.map(lambda _: kernel, layer)
+
+
+@pytest.mark.parametrize("axes", [{"data": 4}, {"fsdp": 4}, {"data": 2, "seq": 2}, {"seq": 4}])
+def test_a_kernels_gradient_is_summed_over_devices_in_float32(axes):
+    """Each device has at most 256 of the 267 that they have together, and bfloat16 has no 267."""
+    rows = np.ones((4, 4, 3), np.float32)
+    rows[0, 0], rows[1, 0] = 253.0, 0.0
+    kernel = normal(0, 3, 5)
+
+    def gradient(kernel):
+        return bare(kernel)(jnp.asarray(rows, jnp.bfloat16)).astype(jnp.float32).sum()
+
+    auto = (jax.sharding.AxisType.Auto,) * len(axes)
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=auto)
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.grad(gradient))(kernel)
+    np.testing.assert_array_equal(found, np.full((3, 5), 253.0 + 14))
+
+
+def test_derivatives_of_a_layer_are_those_of_its_product():
+    """In both modes, and one inside the other, towards the input and the kernel."""
+    x, dx = normal(0, 2, 3, 7), normal(1, 2, 3, 7)
+    kernel, weights = normal(2, 7, 5), normal(3, 2, 3, 5)
+    called = lambda kernel, x: jnp.tanh(bare(kernel)(x))
+    plain = lambda kernel, x: jnp.tanh(jnp.matmul(x, kernel))
+
+    def loss(f, kernel, x):
+        y, dy = jax.jvp(lambda x: f(kernel, x), (x,), (dx,))
+        return jnp.sum(weights * y * dy)
+
+    for order in (0, 1):
+        found, wanted = (jax.grad(loss, 1 + order)(f, kernel, x) for f in (called, plain))
+        assert_close(found, wanted, "float32", f"{order}")
+    both = (kernel, x), (kernel * 0.5, dx)
+    assert_close(jax.jvp(called, *both)[1], jax.jvp(plain, *both)[1], "float32", "forward")
