@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 STAGES = ("text", "vae", "dit", "e2e")
 ONE = "one"  # device, in a list of meshes
+MOST_RANK = 4096  # of a LoRA
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -287,6 +288,8 @@ def check_early(args) -> None:
             f"--repeats is {args.repeats}", "it must be at least 1 and at most 100000", "use 20"
         )
     SamplerConfig(num_steps=args.num_steps)
+    if args.lora is not None and not 1 <= args.lora <= MOST_RANK:
+        raise UsageError(f"--lora is {args.lora}", f"it is a rank from 1 to {MOST_RANK}", "use 64")
     if args.stream and args.mesh != [ONE]:
         raise UsageError(
             "--stream with --mesh", "blocks are streamed to one device", "leave one away"
@@ -294,9 +297,10 @@ def check_early(args) -> None:
     for name in args.mesh:
         if name != ONE and "dp" in parse_mesh(name):
             raise UsageError("--mesh dp", "it is of training alone", "use sp, tp or fsdp")
-    of_stages = {"save": "e2e", "error": "dit", "teacher": "dit", "stream": "dit", "lora": "dit"}
+    of_stages = {"save": "e2e", "vae": "vae"}
+    of_stages |= dict.fromkeys(("error", "teacher", "stream", "lora"), "dit")
     for flag, stage in of_stages.items():
-        if getattr(args, flag) and args.stage not in ("all", stage):
+        if getattr(args, flag) not in (None, False, "wan") and args.stage not in ("all", stage):
             raise UsageError(
                 f"--{flag} with --stage {args.stage}",
                 f"it is of the stage {stage}",

@@ -32,7 +32,7 @@ from tdjax.checkpoints.published.rules import Row, invert
 from tdjax.config import DiTConfig
 from tdjax.models.linear import LINEAR
 from tdjax.models.wan_dit import with_low_rank, without_blocks
-from tdjax.pipeline.options import Lora, lora_pairs
+from tdjax.pipeline.options import Lora, lora_pairs, refuse_experts
 from tdjax.pipeline.streaming import Streamed, block_of, waiting, with_one_block
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ def adapt(
     """Merges LoRA files into the transformers of a pipeline, in place of those merged so before;
     arguments as those of `tdjax.load`. Returns lines for the user. Raises CheckpointError and
     UsageError, before any change."""
+    if "dit_low" not in components:
+        refuse_experts(lora_high, lora_low)
     both = lora_pairs("lora", lora)
     own = {"dit": ("lora_high", lora_high), "dit_low": ("lora_low", lora_low)}
     dits = {name: components[name] for name in own if name in components}

@@ -35,6 +35,7 @@ from tdjax.pipeline.options import (
     TextEncoderDevice,
     TransformerDevice,
     VAEDecoding,
+    refuse_experts,
     without_aliases,
 )
 from tdjax.pipeline.pipeline import Pipeline
@@ -338,12 +339,8 @@ def open_components(
             component = components[name] = open_component(path, "dit", low_noise=second)
             component.config, component.beside = config, lora[name]
     _make_alike(components, note)
-    if "dit_low" not in components and lora["dit_low"] != lora["dit"]:
-        raise UsageError(
-            "lora_high or lora_low with one transformer",
-            "they are for the two experts of Wan2.2 A14B",
-            "use `lora`",
-        )
+    if "dit_low" not in components:
+        refuse_experts(options.lora_high, options.lora_low)
     if located.vae is not None:
         component = components["vae"] = open_component(located.vae, "vae")
         dtype = options.vae_dtype or options.dtype

@@ -29,6 +29,7 @@ OutputType = Literal["uint8", "float", "latent"]
 Check = Literal["finite", "none"]
 LoraFile = Union["str | Path", tuple["str | Path", float]]  # of weight 1, or with its own
 Lora = LoraFile | Iterable[LoraFile]
+MOST_LORA = 1000  # of a LoRA's weight; what is beyond it is a slip, and makes infinity of weights
 
 
 class LoadAliases(TypedDict, total=False):
@@ -202,7 +203,24 @@ def _lora_pair(name: str, given: Any) -> tuple[str, float]:
         return str(path(name, given)), 1.0
     if not isinstance(given, tuple | list) or len(given) != 2:
         raise _no_lora(name, given)
-    return str(path(name, given[0])), real(f"the weight of {name}", given[1])
+    weight = real(f"the weight of {name}", given[1])
+    if not abs(weight) <= MOST_LORA:
+        raise UsageError(
+            f"the weight of {name} is {weight:g}",
+            f"it is a number from -{MOST_LORA} to {MOST_LORA}",
+            "1 is the LoRA as it was trained, 0 leaves it out",
+        )
+    return str(path(name, given[0])), weight
+
+
+def refuse_experts(lora_high: Lora, lora_low: Lora) -> None:
+    """Raises UsageError where LoRA files of experts were given, to a model that has none."""
+    if lora_pairs("lora_high", lora_high) or lora_pairs("lora_low", lora_low):
+        raise UsageError(
+            "lora_high or lora_low with one transformer",
+            "they are for the two experts of Wan2.2 A14B",
+            "use `lora`",
+        )
 
 
 def _no_lora(name: str, given: Any) -> UsageError:

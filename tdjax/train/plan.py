@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tdjax.checkpoints import orbax
+from tdjax.checkpoints import demo, orbax
 from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
 from tdjax.parallel.mesh import AXES, every_device, parse_mesh
@@ -159,7 +159,7 @@ def _stored(model) -> DiTConfig | None:
         return model.dit
     if model.weights.lower() in PRESETS:
         return PRESETS[model.weights.lower()].config
-    path = Path(model.weights)
+    path = demo.folder() if model.weights == "demo" else Path(model.weights).expanduser()
     inside = path / "dit"
     path = inside if inside.is_dir() else path
     return open_component(path, "dit").stored if path.exists() else None

@@ -94,6 +94,8 @@ def test_rows_of_a_mesh_stand_beside_one_device(tmp_path, capsys):
         (["--mesh", "one", "sp=x"], "cannot read"),
         (["--stream", "--mesh", "sp=2"], "--stream with --mesh"),
         (["--stage", "vae", "--lora", "4"], "--lora with --stage vae"),
+        (["--stage", "dit", "--vae", "tiny"], "--vae with --stage dit"),
+        *((["--lora", rank], f"--lora is {rank}") for rank in ("0", "-4", "4097", "100000000")),
     ],
 )
 def test_meshes_that_it_does_not_take(words, message, capsys):

@@ -15,7 +15,7 @@ from convert.export import export
 from convert.leaves import open_leaves
 from tdjax.checkpoints import orbax
 from tdjax.checkpoints.published.checkpoint import open_checkpoint
-from tdjax.errors import CheckpointError
+from tdjax.errors import CheckpointError, UsageError
 from tdjax.models.wan_dit import with_linear
 from tdjax.pipeline import adapters
 from tdjax.pipeline.adapters import Adapters, Chosen, choose
@@ -326,6 +326,13 @@ def test_a_pipeline_switches_without_compiling(model, lora):
     for put_on in (pipe.set_loras, lambda lora: tdjax.load(model, lora=lora)):
         with pytest.raises(CheckpointError, match="does not exist"):
             put_on("nothing.safetensors")
+        for weight in (float("nan"), float("inf"), -1e9):
+            with pytest.raises(UsageError, match="the weight of lora is"):
+                put_on((file, weight))
+    for name in ("lora_high", "lora_low"):
+        for put_on in (pipe.set_loras, lambda **given: tdjax.load(model, **given)):
+            with pytest.raises(UsageError, match="with one transformer"):
+                put_on(**{name: file})
     assert isinstance(pipe.components["dit"].adapters.chosen, Chosen)
     assert jax.tree.leaves(pipe.components["dit"].load())
 

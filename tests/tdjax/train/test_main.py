@@ -98,6 +98,13 @@ def test_help_lists_presets_and_keys(capsys):
     assert command.main([]) == 2
 
 
+def test_a_dry_run_counts_the_memory_of_the_embedded_model(capsys):
+    """Which is always here."""
+    assert command.main(["lora-demo", "--dry_run"]) == 0
+    printed = capsys.readouterr().err
+    assert "frozen weights" in printed and "known when" not in printed
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_dry_run_prints_settings_that_give_themselves(capsys, name):
     assert command.main([name, "--dry-run"]) == 0
