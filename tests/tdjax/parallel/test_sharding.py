@@ -1,8 +1,13 @@
 import dataclasses
 import functools
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 
+import eight_devices_step
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -305,3 +310,21 @@ def test_a_step_exchanges_heads_for_tokens_in_a_block_and_gathers_its_result():
     (gathered,) = [shape for shape, kind in found if kind == "all-gather"]
     sizes = map(int, re.match(r"f32\[([\d,]+)\]", gathered)[1].split(","))
     assert math.prod(sizes) == x.size
+
+
+@pytest.mark.slow
+def test_a_step_over_eight_devices():
+    """Equal to one device; a block sends q, k, v and what comes of them once, a share of the tokens
+    each, and the whole stream is gathered nowhere."""
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    flags.append("--xla_force_host_platform_device_count=8")
+    command = [sys.executable, eight_devices_step.__file__]
+    env = os.environ | {"XLA_FLAGS": " ".join(flags)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    out = json.loads(done.stdout.splitlines()[-1])
+    cfg, tokens = eight_devices_step.CFG, 48
+    assert_close(out["error"], 0.0, "float32")
+    parts = [size for kind, size in out["exchanges"] if kind == "all-to-all"]
+    assert parts == 4 * [tokens // 8 * cfg.head_dim]  # of one of eight heads, for each device
+    others = [size for kind, size in out["exchanges"] if kind != "all-to-all"]
+    assert len(others) == 1 and others[0] < tokens * cfg.dim  # the result
