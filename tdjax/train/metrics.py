@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-from PIL import Image
 
 from tdjax.config.parsing import json_object, mismatch
 from tdjax.errors import UsageError
@@ -77,6 +76,8 @@ class Metrics:
     def show(self, step: int, picture: Path) -> None:
         """Shows a .png file in TensorBoard and Weights & Biases."""
         if self.board is not None:
+            from PIL import Image  # a native module: the command heeds signals first
+
             with Image.open(picture) as image:
                 pixels = np.asarray(image)
             self.board.add_image("samples", pixels, step, dataformats="HWC")
