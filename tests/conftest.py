@@ -32,6 +32,8 @@ GROWN = 3 * 2**29  # bytes of a worker from which on the programs of a finished 
 pytest_plugins = ("published_fixtures", "model_fixtures")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Of a script that lies in this folder, where Python would look first and find tests/tdjax.
+SCRIPTS = {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"}
 GOLDEN = (Path(__file__).parent / "golden", REPOSITORY.parent / "shared" / "golden")
 MANIFESTS = (Path(__file__).parent / "manifests", REPOSITORY.parent / "shared" / "manifests")
 

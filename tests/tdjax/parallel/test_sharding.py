@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import SCRIPTS
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -319,8 +320,8 @@ def test_a_step_over_eight_devices():
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     flags.append("--xla_force_host_platform_device_count=8")
     command = [sys.executable, eight_devices_step.__file__]
-    env = os.environ | {"XLA_FLAGS": " ".join(flags)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    env = os.environ | SCRIPTS | {"XLA_FLAGS": " ".join(flags)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, check=True)
     out = json.loads(done.stdout.splitlines()[-1])
     cfg, tokens = eight_devices_step.CFG, 48
     assert_close(out["error"], 0.0, "float32")

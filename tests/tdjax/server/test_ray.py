@@ -14,6 +14,7 @@ import httpx2 as httpx
 import pytest
 import sqlalchemy as sa
 import yaml
+from conftest import SCRIPTS
 from server_cases import until
 
 from tdjax.errors import UsageError
@@ -38,7 +39,7 @@ def replicas(folder, **args):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    environment = os.environ | SCRIPTS | {"RAY_AUTH_MODE": "disabled"}
     line = [sys.executable, ray_app.__file__, url.rpartition(":")[2], json.dumps(args)]
     with open(folder / "log", "w") as log, httpx.Client(base_url=url, timeout=30) as client:
         pipes = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}

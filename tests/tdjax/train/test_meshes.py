@@ -9,7 +9,7 @@ import eight_devices
 import numpy as np
 import pytest
 from compiling import QUICK
-from conftest import REPOSITORY
+from conftest import SCRIPTS
 
 from tdjax.train import metrics
 
@@ -23,12 +23,15 @@ TIMES = re.compile("second|tflops|peak|memory|gib")
 def test_eight_devices_give_the_numbers_of_one(folder, tmp_path):
     """Student and critic of rCM over copies, parameters and tokens; sparse attention with heads
     divided as well, in two parts."""
-    env = os.environ | {
-        "XLA_FLAGS": " ".join(["--xla_force_host_platform_device_count=8", *QUICK]),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
-    }
+    env = (
+        os.environ
+        | SCRIPTS
+        | {
+            "XLA_FLAGS": " ".join(["--xla_force_host_platform_device_count=8", *QUICK]),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+            "JAX_PLATFORMS": "cpu",
+        }
+    )
     command = [sys.executable, eight_devices.__file__, str(folder), str(tmp_path)]
     subprocess.run(command, env=env, check=True, timeout=3600)
     for name, mesh in eight_devices.MESHES.items():
