@@ -93,24 +93,24 @@ class Listener:
         """Tells that a stage begins. Raises Cancelled."""
         self.check(f"before {name}")
         if self.on_stage is not None and _ends(self.on_stage(name)):
-            raise _cancelled(f"before {name}")
+            raise cancelled(f"before {name}")
 
     def step(self, step: int, steps: int) -> None:
         """Tells that a step is done. Raises Cancelled."""
         where = f"after step {step} of {steps}"
         if self.on_step is not None and _ends(self.on_step(step, steps)):
-            raise _cancelled(where)
+            raise cancelled(where)
         self.check(where)
 
     def preview(self, step: int, frames: Any) -> None:
         """Hands the preview of a step over. Raises Cancelled."""
         if self.on_preview is not None and _ends(self.on_preview(step, frames)):
-            raise _cancelled(f"after the preview of step {step}")
+            raise cancelled(f"after the preview of step {step}")
 
     def check(self, where: str) -> None:
         """Raises Cancelled where the event is set."""
         if self.cancel is not None and self.cancel.is_set():
-            raise _cancelled(where)
+            raise cancelled(where)
 
 
 def _ends(answer: Any) -> bool:
@@ -121,7 +121,8 @@ def _ends(answer: Any) -> bool:
     return kind == "b" and answer.shape == () and not answer
 
 
-def _cancelled(where: str) -> Cancelled:
+def cancelled(where: str) -> Cancelled:
+    """Returns the error of a call that its caller has ended."""
     return Cancelled(
         f"the call was cancelled {where}",
         "on_step, on_stage or on_preview returned False, or `cancel` was set",
@@ -248,6 +249,16 @@ class Stages:
         with console.capture() as capture:
             console.print(table)
         return capture.get()
+
+
+class Silent(Stages):
+    """Stages of which nothing is shown, notes neither."""
+
+    def __init__(self):
+        super().__init__(False)
+
+    def tell(self, text: str) -> None:
+        """Shows nothing."""
 
 
 class Bar(Stages):

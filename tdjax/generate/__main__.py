@@ -4,6 +4,7 @@ everything cheap is checked."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -50,6 +51,7 @@ BEFORE = {
     *("vae_dtype", "sla_topk", "mesh", "low_memory", "text_encoder_device", "transformer_device"),
     *("vae", "prompt_cache"),
     *("compile_cache_dir", "config", "serve", "dry_run", "warmup", "profile", "ray", "ray_gpus"),
+    *("coordinator", "processes", "process_id"),
     *("prompt", "prompt_file", "prompt_embeds", "save_prompt_embeds"),
     *PATHS,
 }
@@ -90,8 +92,24 @@ def main(argv: list[str] | None = None) -> int:
 
 def _command(argv: list[str]) -> int:
     args = parse(argv)
+    if several(args):
+        from tdjax.generate import together
+
+        return together.run(args)
     check_early(args)
-    return run(args)
+    return run(args, command_stages(args.quiet, args.verbose))
+
+
+def several(args) -> bool:
+    """Whether this process is one of several that make each video together: it was told so, or a
+    launcher has started them and a mesh is asked for."""
+    if any(value is not None for value in (args.coordinator, args.processes, args.process_id)):
+        return True
+    if not args.mesh:  # each makes its own
+        return False
+    from tdjax.parallel import hosts
+
+    return hosts.launcher() is not None
 
 
 def check_early(args) -> None:
@@ -128,8 +146,7 @@ def check_early(args) -> None:
     if args.upscale is not None and not 1 <= args.upscale <= 64:
         raise UsageError(f"--upscale is {args.upscale}", "it is a number from 1 to 64", "use 1")
     _check_inputs(args)
-    if args.save_path and args.save_path.endswith(".safetensors") and args.format is None:
-        args.format = "latents"
+    settle_format(args)
     if args.grid and args.format == "latents":
         raise UsageError("--grid with latents", "a grid is made of pixels", "leave --grid away")
     outputs.check_early(args)
@@ -141,6 +158,12 @@ def check_early(args) -> None:
         refuse_unwritable(Path(args.profile) / "trace")
     if args.ray is not None:
         _check_ray(args)
+
+
+def settle_format(args) -> None:
+    """Latents are what a name of theirs asks for."""
+    if args.save_path and args.save_path.endswith(".safetensors") and args.format is None:
+        args.format = "latents"
 
 
 def _check_ray(args) -> None:
@@ -220,56 +243,64 @@ def _local_files(args) -> bool:
     return Path(args.model).exists() or any(getattr(args, name) for name in PATHS)
 
 
-def run(args) -> int:
-    """Opens the model and does what the command asks for; the exit code."""
+def run(args, stages: Stages) -> int:
+    """Opens the model and does what the command asks for; the exit code. Of several processes the
+    first decides, writes and speaks."""
     if args.ray is not None:
         from tdjax.generate import ray
 
         return ray.run(args)
-    stages = command_stages(args.quiet, args.verbose)
-    options = start(args, stages)
-    if args.dry_run and _not_downloaded(args):
+    from tdjax.generate import together
+
+    options = together.every(lambda: start(args, stages))
+    if args.dry_run and together.decided(lambda: _not_downloaded(args)):
         from tdjax.pipeline.load import plan_pipeline
 
-        pipe = plan_pipeline(args.model.lower(), options, stages=stages)
-        _check_model(args, pipe)
+        pipe = together.every(lambda: plan_pipeline(args.model.lower(), options, stages=stages))
+        together.every(lambda: _check_model(args, pipe))
         stages.note(f"{args.model} is not downloaded: this plan comes from its preset")
-        return dry_run(args, pipe, read_jobs(args, "dry run", stages.note))
-    pipe = open_model(args, stages, options)
+        return together.decided(
+            lambda: dry_run(args, pipe, read_jobs(args, "dry run", stages.note))
+        )
+    pipe = together.every(lambda: open_model(args, stages, options))
     if args.model == "demo" and not any(getattr(args, name) for name in PATHS):
         stages.note(f"the embedded demo model, {pipe.size}; --model gives another")
-    jobs = read_jobs(args, pipe.default_prompt(drawn_seed()), stages.note)
-    if args.prompt is None and jobs[0].prompt and not args.prompt_file and not args.serve:
-        stages.note(
-            f'no prompt was given, this one is drawn: --prompt "{jobs[0].prompt}" --seed'
-            f" {jobs[0].seed}"
-        )
+    jobs = together.jobs(lambda: _jobs(args, pipe))
     if args.serve:
         return serve(args, pipe)
     if args.dry_run:
-        return dry_run(args, pipe, jobs)
+        return together.decided(lambda: dry_run(args, pipe, jobs))
     if args.warmup:
         pipe.warmup(**_call_arguments(args, jobs[0]))
         return _report(args, pipe)
-    if not jobs[0].prompt and not args.prompt_embeds:
+    if args.save_prompt_embeds:
+        from tdjax.text.embeds import save_embeds
+
+        prompts = [job.prompt for job in jobs]
+        embeds, path = pipe.embed(prompts), args.save_prompt_embeds
+        save = lambda: save_embeds(path, embeds, prompts, args.overwrite)
+        together.decided(lambda: print(save()))
+        return _report(args, pipe)
+    return _run_jobs(args, pipe, together.tasks(lambda: assigned(args, pipe, jobs, stages.note)))
+
+
+def _jobs(args, pipe) -> list[Job]:
+    """What the command has to make. Raises UsageError where there is no prompt."""
+    note = pipe.stages.note
+    jobs = read_jobs(args, pipe.default_prompt(drawn_seed()), note)
+    if args.prompt is None and jobs[0].prompt and not args.prompt_file and not args.serve:
+        note(
+            f'no prompt was given, this one is drawn: --prompt "{jobs[0].prompt}" --seed'
+            f" {jobs[0].seed}"
+        )
+    needed = not (args.prompt_embeds or args.serve or args.dry_run or args.warmup)
+    if needed and not jobs[0].prompt:
         raise UsageError(
             "no prompt",
             "this model needs one",
             'give --prompt "..." (long English descriptions work best)',
         )
-    if args.save_prompt_embeds:
-        from tdjax.text.embeds import save_embeds
-
-        print(
-            save_embeds(
-                args.save_prompt_embeds,
-                pipe.embed([job.prompt for job in jobs]),
-                [job.prompt for job in jobs],
-                args.overwrite,
-            )
-        )
-        return _report(args, pipe)
-    return _run_jobs(args, pipe, assigned(args, pipe, jobs, stages.note))
+    return jobs
 
 
 def start(args, stages: Stages) -> PipelineOptions:
@@ -416,7 +447,9 @@ def _run_jobs(args, pipe, todo: list[outputs.Task]) -> int:
     if args.profile and todo:
         import jax
 
-        with jax.profiler.trace(args.profile):
+        from tdjax.parallel import hosts
+
+        with jax.profiler.trace(args.profile) if hosts.first() else contextlib.nullcontext():
             pipe(todo[-1].job.prompt, **_call_arguments(args, todo[-1].job))
     return _report(args, pipe)
 
@@ -441,13 +474,17 @@ def text_encoder_device(args) -> str:
 def _make(args, pipe, task: outputs.Task, embeds: dict[str, Any]) -> None:
     """One job from prompt to complete files, if no other process makes it. embeds: see `encoded`,
     or nothing."""
-    with outputs.claimed(args, task, pipe.stages.note) as paths:
+    from tdjax.generate import together
+
+    with together.claimed(args, task, pipe.stages.note) as paths:
         if paths is not None:
             make_files(args, pipe, dataclasses.replace(task, paths=paths), embeds)
 
 
 def make_files(args, pipe, task: outputs.Task, embeds: dict[str, Any]) -> None:
     """One job from prompt to complete files. embeds: the same."""
+    from tdjax.generate import together
+
     job, arguments = task.job, _call_arguments(args, task.job)
     if job.prompt in embeds:
         arguments["prompt_embeds"] = embeds[job.prompt]
@@ -456,7 +493,7 @@ def make_files(args, pipe, task: outputs.Task, embeds: dict[str, Any]) -> None:
     facts = _facts(args, pipe, job)
     demo, again = pipe.info.language is not None, task.overwrite
     with outputs.Files(args, pipe.stages, task.paths, facts, overwrite=again, demo=demo) as made:
-        made.finish(pipe(job.prompt, **(arguments | made.listen)))
+        together.finish(made, pipe(job.prompt, **(arguments | together.listening(made))))
 
 
 def _check_model(args, pipe) -> None:
@@ -675,7 +712,9 @@ def _spelled(message: str) -> str:
 
 
 def _report(args, pipe) -> int:
-    if args.timings:
+    from tdjax.parallel import hosts
+
+    if args.timings and hosts.first():
         print(pipe.stages.table(), file=sys.stderr)
     return 0
 

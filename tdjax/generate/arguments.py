@@ -220,6 +220,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="accepted: LayerNorm is always the true one here",
     )
 
+    cli.add_hosts(p)
+
     out = p.add_argument_group("output")
     out.add_argument(
         "--save_path",

@@ -16,6 +16,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +41,17 @@ _LAUNCHERS = (
     ("mpi4py", "PMI_SIZE", "MPI_LOCALNRANKS"),
     ("k8s", "JOB_COMPLETION_INDEX", ""),
 )
+T = TypeVar("T")
+
 _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 class OtherProcessError(TdjaxError):
-    """What ended another process of the run ends this one."""
+    """What ended another process of the run ends this one. told: that one says why, and all end
+    together, with its exit code."""
 
     exit_code = 1
+    told = False
 
 
 # -- finding each other ----------------------------------------------------------------------------
@@ -227,24 +232,74 @@ def agreed(make: Callable[[], str]) -> str:
     failure, told = None, b""
     if first():
         try:
-            told = b"=" + make().encode(errors="surrogateescape")
+            told = make().encode(errors="surrogateescape")
         except BaseException as error:
             failure = error
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(told))))
+    given = len(told) if failure is None else -_code(failure)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(given)))
+    if failure is not None:
+        raise failure
+    if size < 0:
+        raise _told("the first process", -size)
     data = np.zeros(size, np.uint8)
     if first():
         data[:] = np.frombuffer(told, np.uint8)
-    if size:
-        told = bytes(np.asarray(multihost_utils.broadcast_one_to_all(data)))
-    if failure is not None:
+    return bytes(of_first(data)).decode(errors="surrogateescape")
+
+
+def every(make: Callable[[], T]) -> T:
+    """Returns make() of this process, once all have come so far. Where it raises in some, the
+    lowest of these raises what it has, and all others OtherProcessError. It must not wait for other
+    processes by itself."""
+    if jax.process_count() == 1:
+        return make()
+    failure, code = None, 0
+    try:
+        made = make()
+    except BaseException as error:
+        failure, code = error, _code(error)
+    codes = gathered(np.int32(code))
+    failed = np.flatnonzero(codes)
+    if failure is not None and failed[0] == jax.process_index():
         raise failure
-    if not told:
-        raise OtherProcessError(
-            "the first process could not go on",
-            "what it writes there says why",
-            "start all processes again when that is mended",
-        )
-    return told[1:].decode(errors="surrogateescape")
+    if failed.size:
+        number = int(failed[0])
+        raise _told(f"process {number}" if number else "the first process", int(codes[number]))
+    return made
+
+
+def of_first(array: np.ndarray) -> np.ndarray:
+    """Returns an array of the first process, which has one of this shape and dtype in every one,
+    bit by bit."""
+    if jax.process_count() == 1 or not array.size:
+        return array
+    bits = np.ascontiguousarray(array).view(np.uint8)
+    told = np.asarray(multihost_utils.broadcast_one_to_all(bits))
+    return told.astype(np.uint8, copy=False).view(array.dtype).reshape(array.shape)
+
+
+def gathered(array: np.ndarray) -> np.ndarray:
+    """Returns [processes ...], an array of each, in every one."""
+    return np.asarray(multihost_utils.process_allgather(array))
+
+
+def _code(error: BaseException) -> int:
+    """The exit code of a command that an error ends."""
+    if isinstance(error, TdjaxError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return UsageError.exit_code if isinstance(error, OSError) else 1
+
+
+def _told(who: str, code: int) -> OtherProcessError:
+    error = OtherProcessError(
+        f"{who} could not go on",
+        "what it writes there says why",
+        "start all processes again when that is mended",
+    )
+    error.exit_code, error.told = code, True
+    return error
 
 
 @contextlib.contextmanager
@@ -275,6 +330,21 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
+def apart(mesh: Mesh | None) -> bool:
+    """Returns whether the devices of a mesh are those of several processes. Raises UsageError where
+    they are those of some processes and not of all."""
+    if mesh is None or not mesh.is_multi_process:
+        return False
+    there = {device.process_index for device in mesh.devices.flat}
+    if len(there) < jax.process_count():
+        raise UsageError(
+            f"`mesh` has devices of {len(there)} of {jax.process_count()} processes",
+            "it has those of one process, or of all",
+            f"for example sp={len(jax.devices())}, which are all",
+        )
+    return True
+
+
 def whole(array: jax.Array) -> np.ndarray:
     """Returns an array that lies over the devices of all processes, on each of their hosts."""
     if array.is_fully_addressable or array.is_fully_replicated:
@@ -289,12 +359,16 @@ def place(x, sharding: jax.sharding.Sharding) -> jax.Array:
         return jax.device_put(x, sharding)
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         same = x.sharding.is_equivalent_to(sharding, x.ndim)
-        return x if same else jax.jit(lambda x: x, out_shardings=sharding)(x)
+        return x if same else jax.jit(_same, out_shardings=sharding)(x)
     if jax.dtypes.issubdtype(getattr(x, "dtype", np.float32), jax.dtypes.prng_key):
         bits = place(jax.random.key_data(x), sharding)
         return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(x))
     x = np.asarray(x)
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: np.asarray(x[index]))
+
+
+def _same(x):
+    return x
 
 
 class Poll:

@@ -32,6 +32,7 @@ from tdjax.checkpoints.published.rules import Row, invert
 from tdjax.config import DiTConfig
 from tdjax.models.linear import LINEAR
 from tdjax.models.wan_dit import with_low_rank, without_blocks
+from tdjax.parallel import hosts
 from tdjax.pipeline.options import Lora, lora_pairs, refuse_experts
 from tdjax.pipeline.streaming import Streamed, block_of, waiting, with_one_block
 
@@ -156,7 +157,7 @@ class Adapters:
                 _replace(leaves, parts, known)
             if name in merged:
                 old = tuple(leaves[part] for part in parts)
-                base[name] = known or tuple(np.asarray(x) for x in old)
+                base[name] = known or tuple(map(hosts.whole, old))
                 kind = None
                 if name.startswith("blocks.") and name.endswith(".kernel"):
                     kind = module.cfg.linear if len(parts) > 1 else "float"
@@ -196,7 +197,7 @@ class Adapters:
         scaled = functools.partial(_scaled, dtype=cfg.policy.param_dtype)
         with ThreadPoolExecutor(READERS) as pool:
             given = zip(shapes, pool.map(read, shapes), strict=True)
-            made = {layer: scaled(*jax.device_put(x, like)) for layer, x in given}
+            made = {n: scaled(*(hosts.place(one, like) for one in x)) for n, x in given}
         for layer, (_, _, finite) in made.items():  # when all are on their way
             _check(changes[layer], finite)
         return {layer: (down, up) for layer, (down, up, _) in made.items()}
@@ -254,7 +255,7 @@ def _replace(leaves: dict[str, Any], parts: tuple[str, ...], values: tuple) -> N
     """Puts values where the leaves of these names lie, and deletes those."""
     for part, value in zip(parts, values, strict=True):
         old = leaves[part]
-        leaves[part] = jax.block_until_ready(jax.device_put(value, old.sharding))
+        leaves[part] = jax.block_until_ready(hosts.place(value, old.sharding))
         old.delete()
 
 
@@ -354,7 +355,7 @@ def _added(leaves: tuple, downs, ups, scales, touched, *, kind: str) -> tuple[tu
 def _by_steps(old: tuple, changes: list[tuple[_Place, Change]], kind: str | None) -> tuple:
     """The leaves with changes of any form, a tensor at a time on the host. kind: of a linear layer
     of blocks, or None for other leaves."""
-    new = [np.array(x) for x in old]
+    new = [np.array(hosts.whole(x)) for x in old]
     by_layer: dict[int | None, list[tuple[_Place, Change]]] = {}
     for place, change in changes:
         by_layer.setdefault(place.layer, []).append((place, change))

@@ -95,12 +95,15 @@ class Call:
                      vae_path is a small decoder, and for small models with latents of their own;
                      else they have a pixel for each latent.
         cancel:      a threading.Event: the call ends once it is set, between steps and chunks.
+                     Where several processes make a video together, what one of them asks for ends
+                     the call in all, after the next step; a function may be given in one alone.
         aliases:     names that diffusers and TurboDiffusion have for the same things.
 
         Same seed, shapes, version and device kind: same bits. Sample i of a prompt uses
         fold_in(key, i). Threads may share a pipeline: their calls run one after another, and each
-        result has its own timings and warnings. Raises UsageError, OutOfMemory, NotFinite,
-        CheckpointError, KernelError, and Cancelled where the caller ended it.
+        result has its own timings and warnings. Of a mesh over several processes, all make the same
+        calls in the same order, and have the same results. Raises UsageError, OutOfMemory,
+        NotFinite, CheckpointError, KernelError, and Cancelled where the caller ended it.
         """
         given = {**locals(), **aliases}
         for name in ("self", "prompt", "aliases"):

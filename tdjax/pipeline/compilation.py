@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdjax.models.umt5 import without_padding
-from tdjax.parallel import space
+from tdjax.parallel import hosts, space
 from tdjax.pipeline import executables
 from tdjax.pipeline.executables import Asked
 from tdjax.progress import Stages
@@ -178,12 +178,14 @@ class Programs:
     """Programs by function, static arguments and shapes.
 
     stages: where waiting for the compiler is told. With a mesh, weights lie as their shapes say and
-    everything else is whole on every device.
+    everything else is whole on every device. apart: its devices are those of several processes,
+    all of which run the same programs in the same order.
     """
 
     def __init__(self, stages: Stages, mesh: Mesh | None = None):
         self.stages = stages
         self.mesh = mesh
+        self.apart = hosts.apart(mesh)
         self.dropped = 0  # how often programs were let go: who has asked for them asks again
         self._requested: dict[Any, Program] = {}
         self._pool: ThreadPoolExecutor | None = None
@@ -202,7 +204,14 @@ class Programs:
 
     def place(self, tree):
         """Returns the inputs of a stage on the device, or whole on every device of the mesh."""
-        return jax.device_put(tree, self.whole)
+        if not self.apart:
+            return jax.device_put(tree, self.whole)
+        return jax.tree.map(lambda x: hosts.place(x, self.whole), tree)
+
+    def readable(self, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Returns results of a program so that this process can read all of each: they may be
+        divided over devices of several."""
+        return self.place(arrays) if self.apart else arrays
 
     def request(
         self,

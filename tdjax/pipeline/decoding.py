@@ -41,8 +41,9 @@ def decode(
         output_type=output_type,
         fps=fps,
     )
-    plan, stages, each = pipe.plan(request), pipe.stages, np.split(given.latents, len(given))
-    with pipe.lock, stages.listening(request.listener(), len(given), 0):
+    request, listener, plan = pipe.agreed(request)
+    stages, each = pipe.stages, np.split(given.latents, len(given))
+    with pipe.lock, stages.listening(listener, len(given), 0):
         first = len(stages.rows)
         try:
             if not plan.keep_resident:  # what an earlier call, of a smaller size, left there

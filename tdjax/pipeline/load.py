@@ -97,6 +97,8 @@ def load(
     sla_topk:   share of key blocks that sparse attention keeps, in place of the weights' own.
     mesh:       several devices for one video, for example "sp=4" or "tp=2,sp=2"; 4 is "sp=4",
                 "auto" is sp over all GPUs; or a jax.sharding.Mesh whose axes have these names.
+                After jax.distributed.initialize() it is over the devices of all processes, which
+                make each video together.
     low_memory: free every component as soon as its stage ends, also where all would fit together;
                 the text encoder is streamed unless text_encoder_device says otherwise.
     text_encoder: False where only prompt_embeds will be given: the text encoder and the tokenizer

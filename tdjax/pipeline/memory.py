@@ -126,6 +126,7 @@ def make_plan(
     tiled_vae: bool | None = None,
     mesh: Mesh | None = None,
     previews: bool = False,
+    limit: int | None = None,
 ) -> ExecutionPlan:
     """Returns the plan of a request on the first device, or on each device of a mesh.
 
@@ -136,8 +137,9 @@ def make_plan(
     stream_transformer: True, False, or None: where a transformer does not fit.
     tiled_vae:   True, False, or None: where the whole frame does not fit.
     previews:    every step is shown.
+    limit:       bytes that JAX may use on each device; None: on the first, as the backend says.
     """
-    limit = memory_limit()
+    limit = memory_limit() if limit is None else limit
     if tiled_vae is None:
         decode = _vae_stage(configs["vae"], size, encode=False, tiled=False, mesh=mesh)
         tiled_vae = limit is not None and decode.total > USABLE * limit
@@ -166,8 +168,10 @@ def plan_of(
     components: Mapping[str, Component],
     options: PipelineOptions,
     mesh: Mesh | None,
+    limit: int | None = None,
 ) -> ExecutionPlan:
-    """Returns the plan of a request to a pipeline that was opened with these options."""
+    """Returns the plan of a request to a pipeline that was opened with these options. limit: as of
+    `make_plan`."""
     return make_plan(
         {name: component.config for name, component in components.items()},
         request.size,
@@ -178,6 +182,7 @@ def plan_of(
         tiled_vae=options.tiled_vae,
         mesh=mesh,
         previews=request.on_preview is not None,
+        limit=limit,
     )
 
 

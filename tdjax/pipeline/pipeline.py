@@ -17,7 +17,7 @@ import numpy as np
 from tdjax.checkpoints.locate import Located
 from tdjax.config.values import whole
 from tdjax.parallel.mesh import make_mesh, refuse_axis
-from tdjax.pipeline import memory
+from tdjax.pipeline import memory, together
 from tdjax.pipeline.adapters import adapt
 from tdjax.pipeline.call import Call, arguments_of
 from tdjax.pipeline.compilation import Programs
@@ -30,7 +30,7 @@ from tdjax.pipeline.preparation import Preparation
 from tdjax.pipeline.request import Request, make_request, model_info, texts_of
 from tdjax.pipeline.result import Result, joined, metadata_of
 from tdjax.pipeline.text_encoding import open_tokenizer
-from tdjax.progress import Stages
+from tdjax.progress import Listener, Stages
 from tdjax.text.prompt_cache import PromptCache
 
 
@@ -76,8 +76,8 @@ class Pipeline(Call):
         )
 
     def _made(self, prompt: str | list[str] | None, arguments: dict[str, Any]) -> Result:
-        request = self.request(prompt, **arguments)
-        plan, listener, steps = self.plan(request), request.listener(), request.sampler.num_steps
+        request, listener, plan = self.agreed(self.request(prompt, **arguments))
+        steps = request.sampler.num_steps
         with self.lock, self.stages.listening(listener, request.videos, steps):
             first = len(self.stages.rows)
             for line in (*self.warnings(request), *plan_notes(plan, self.options)):
@@ -108,10 +108,18 @@ class Pipeline(Call):
         """Returns the checked arguments of a call; raises UsageError before any long work."""
         return make_request(prompt, arguments, self.info)
 
-    def plan(self, request: Request) -> ExecutionPlan:
-        """Returns how a request will run and the memory of each of its stages; nothing is
-        loaded."""
-        return memory.plan_of(request, self.components, self.options, self.mesh)
+    def plan(self, request: Request, limit: int | None = None) -> ExecutionPlan:
+        """Returns how a request will run and the memory of each of its stages; nothing is loaded.
+        limit: bytes that JAX may use on a device; None: as the first one says."""
+        return memory.plan_of(request, self.components, self.options, self.mesh, limit)
+
+    def agreed(self, request: Request) -> tuple[Request, Listener, ExecutionPlan]:
+        """Returns (a request as it runs, whom it tells how it goes, its plan): the same in all
+        processes that the mesh lies over."""
+        if not self.programs.apart:
+            return request, request.listener(), self.plan(request)
+        request, limit = together.agreed(request, bool(self.stages.show), memory.memory_limit())
+        return request, together.Listeners(request), self.plan(request, limit)
 
     def _run(
         self, request: Request, plan: ExecutionPlan
@@ -141,11 +149,11 @@ class Pipeline(Call):
         """
         if self.task == "i2v" and arguments.get("image") is None:
             arguments["image"] = np.zeros((self.size.height, self.size.width, 3), np.uint8)
-        request = self.request(prompt or "warm up", **arguments)
+        request, _, plan = self.agreed(self.request(prompt or "warm up", **arguments))
         # The whole loop, and its single steps for a terminal; only these for who listens to them.
         kinds = (True,) if request.single_steps else (False, True)
         with self.lock:
-            self.preparation.compile(request, self.plan(request), kinds)
+            self.preparation.compile(request, plan, kinds)
 
     def decode(
         self,

@@ -3,6 +3,7 @@ whole or layer by layer."""
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from tdjax.checkpoints import orbax
 from tdjax.checkpoints.published.files import open_source
 from tdjax.config import to_dict
 from tdjax.errors import CheckpointError, UsageError
+from tdjax.parallel import hosts
 from tdjax.pipeline import compilation, memory
 from tdjax.pipeline.compilation import Program, Programs
 from tdjax.pipeline.components import Component
@@ -104,18 +106,29 @@ class TextEncoding(Stage):
                 facts = self.facts()
                 each = zip(tokens.ids, tokens.mask, strict=True)
                 keys = [entry_key(ids, mask, facts) for ids, mask in each]
-                missing = [i for i, key in enumerate(keys) if not self.cache.read(key, embeds[i])]
+                missing = self._from_cache(self.cache, keys, embeds)
         if not missing:
             return embeds
         encoded = self.encode(Tokens(tokens.ids[missing], tokens.mask[missing]), plan)
         for i, row in zip(missing, encoded, strict=True):
             end = int(tokens.mask[i].sum())
             embeds[i, :end] = row[:end]
-            if self.cache is not None:
+            if self.cache is not None and (hosts.first() or not self.compiler.apart):
                 note = self.cache.put(keys[i], row, end, prompts[i])
                 if note:
                     self.stages.note(note)
         return embeds
+
+    def _from_cache(self, cache: PromptCache, keys: list[str], embeds: np.ndarray) -> list[int]:
+        """Fills rows [b s d] of zeros; returns the numbers of those that the cache lacks. Of
+        several processes the first has the cache."""
+        lacks = lambda: [i for i, key in enumerate(keys) if not cache.read(key, embeds[i])]
+        if not self.compiler.apart:
+            return lacks()
+        missing = json.loads(hosts.agreed(lambda: json.dumps(lacks())))
+        for i in {*range(len(keys))} - {*missing}:
+            embeds[i] = hosts.of_first(embeds[i])
+        return missing
 
     def encode(self, tokens: Tokens, plan: ExecutionPlan) -> Iterator[np.ndarray]:
         """Yields the embedding [s d] of each row of tokens [b s], on the host; the encoder is freed

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -164,7 +165,8 @@ class VAECoding(Stage):
         bodies = self.compiler.wait(self.decoder(latents.shape, output))
         place = self.compiler.place
         chunks = (place(latents[:, i : i + 1]) for i in range(latents.shape[1]))
-        for frames, finite in arriving(_carried(bodies, vae, chunks)):
+        made = map(self.compiler.readable, _carried(bodies, vae, chunks))
+        for frames, finite in arriving(made):
             yield frames[0], bool(finite)
 
     def _decode_tiles(
@@ -211,7 +213,8 @@ class VAECoding(Stage):
 
     def _encoded(self, vae, chunks: Iterable[jax.Array], size: VideoSize) -> np.ndarray:
         bodies = self.compiler.wait(self.encoder(size))
-        coded = [latents for (latents,) in arriving(_carried(bodies, vae, chunks))]
+        made = map(self.compiler.readable, _carried(bodies, vae, chunks))
+        coded = [latents for (latents,) in arriving(made)]
         return np.concatenate(coded, axis=1)
 
 
@@ -237,7 +240,7 @@ class ImageEncoding(Stage):
                 fitted = fit_image(request.image, request.size, request.fit)
                 image = first_frame(fitted, request.size)
                 latents = self.coding.encode(vae, image, request.size)
-                condition = image_condition(self.compiler.place(latents))
+                condition = image_condition(jnp.asarray(latents))
                 return jax.block_until_ready(self.compiler.place(condition))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tdjax import cli
 from tdjax.errors import UsageError
 from tdjax.files import near, near_files
-from tdjax.progress import Stages, say
+from tdjax.progress import Silent, Stages, say
 from tdjax.text.rows import read_prompts
 from tdjax.train.metrics import check_wandb
 from tdjax.train.presets import METHODS, PRESETS
@@ -177,13 +177,6 @@ def _check_prompts(prompts: str) -> None:
         )
 
 
-class Silent(Stages):
-    """Stages of which nothing is shown, notes neither."""
-
-    def tell(self, text: str) -> None:
-        pass
-
-
 def needs(method: str, config: dict[str, Any]) -> int:
     """Says what a run needs, beside its settings."""
     cli.start_jax(lambda line: None)
@@ -211,7 +204,7 @@ def run(args, parts: dict[str, Tree]) -> int:
     hosts.join(args.coordinator, args.processes, args.process_id)
     stages = Stages(False if args.quiet else args.verbose or None)
     if not hosts.first():  # the others say what ends them, and nothing else
-        stages = Silent(False)
+        stages = Silent()
     if cache_note:
         stages.note(cache_note)
     cli.start_jax(stages.note)
