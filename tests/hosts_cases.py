@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from compiling import QUICK
-from conftest import REPOSITORY
+from conftest import SCRIPTS
 
 FLAGS = ["--xla_force_host_platform_device_count=2", *QUICK]
 
@@ -22,29 +22,32 @@ cli.run(lambda: importlib.import_module(f"{name}.__main__").main(words))
 def start(module, cache, *words, lost=60):
     """Two processes of `python -m MODULE WORDS`. lost: seconds of silence after which a process is
     taken for lost."""
+    port = free_port()
+    together = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process_id"]
+    line = ["-c", COMMAND, module, str(lost), *map(str, words), *together]
+    return [started([*line, str(i)], cache) for i in range(2)]
+
+
+def free_port():
     with socket.socket() as s:
         s.bind(("localhost", 0))
-        port = s.getsockname()[1]
+        return s.getsockname()[1]
+
+
+def started(words, cache):
+    """One process of `python WORDS`."""
     env = os.environ | {
         "XLA_FLAGS": " ".join(FLAGS),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "JAX_PLATFORMS": "cpu",
         "TDJAX_CACHE": str(cache),
-        "PYTHONPATH": str(REPOSITORY),
+        **SCRIPTS,
     }
-    together = ["--coordinator", f"localhost:{port}", "--processes", "2", "--process_id"]
     pipe = subprocess.PIPE
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", COMMAND, module, str(lost), *map(str, words), *together, str(i)],
-            env=env,
-            stdout=pipe,
-            stderr=pipe,
-            text=True,
-        )
-        for i in range(2)
-    ]
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)], env=env, stdout=pipe, stderr=pipe, text=True
+    )
 
 
 def ends(processes):

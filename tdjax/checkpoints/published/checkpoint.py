@@ -217,21 +217,46 @@ class Checkpoint:
 
     def placed(self, claim: Claim, target: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding):
         """One leaf where it belongs: made on the host if it is small or stays there, else piece by
-        piece on the device."""
-        device = min(sharding.device_set, key=lambda d: d.id)
+        piece on the device. Each of several processes makes what its own devices hold."""
+        here = sorted(sharding.addressable_devices, key=lambda d: d.id)
+        device, apart = here[0], not sharding.is_fully_addressable
+        if apart and not sharding.is_fully_replicated:
+            return self._divided(claim, target, sharding).block_until_ready()
         size = math.prod(target.shape) * np.dtype(target.dtype).itemsize
-        apart = not sharding.is_fully_addressable  # each process places what its devices hold
-        if device.platform in HOST or size < ON_DEVICE or apart:
+        if device.platform in HOST or size < ON_DEVICE:
             made = self.final(claim, tuple(target.shape), np.dtype(target.dtype))
             return hosts.place(made, sharding).block_until_ready()
         out = upload(
             [self.tensors[key] for key in claim.keys], claim.row, target, device
         ).block_until_ready()
-        here = sharding.device_set == {device} and sharding.memory_kind in (
+        if apart:
+            copies = [jax.device_put(out, each) for each in here]
+            make = jax.make_array_from_single_device_arrays
+            return make(target.shape, sharding, copies).block_until_ready()
+        alone = sharding.device_set == {device} and sharding.memory_kind in (
             None,
             device.default_memory().kind,
         )
-        return out if here else jax.device_put(out, sharding)
+        return out if alone else jax.device_put(out, sharding)
+
+    def _divided(
+        self, claim: Claim, target: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+    ) -> jax.Array:
+        """One leaf over devices of several processes, of which this one reads the parts of its
+        own."""
+        tensors, dtype = [self.tensors[key] for key in claim.keys], np.dtype(target.dtype)
+        made: dict[str, np.ndarray] = {}  # devices may have the same part
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            if str(index) not in made:
+                if claim.row.stacked:
+                    each = [_part(t, claim.row.layout, dtype, index[1:]) for t in tensors[index[0]]]
+                    made[str(index)] = np.stack(each)
+                else:
+                    made[str(index)] = _part(tensors[0], claim.row.layout, dtype, index)
+            return made[str(index)]
+
+        return jax.make_array_from_callback(target.shape, sharding, part)
 
     def layers(
         self, config: Config, prefix: str, device: jax.Device
@@ -317,6 +342,18 @@ class Checkpoint:
 def targets(kind: str, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """{leaf name: shape and dtype} of the abstract module."""
     return orbax.named_leaves(orbax.abstract(kind, config))
+
+
+def _part(tensor: Any, layout: str, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a tensor, transposed and cast. Where the file's rows stay an axis, no others are
+    read."""
+    before, _, after = layout.partition("->")
+    rows, axes = before.split()[:1], after.split()
+    if isinstance(tensor, Tensor) and (not layout or ("(" not in after and rows[0] in axes)):
+        at = axes.index(rows[0]) if layout else 0
+        tensor = tensor.rows(index[at].start or 0, index[at].stop)
+        index = (*index[:at], slice(None), *index[at + 1 :])
+    return np.ascontiguousarray(arrange(tensor.read(), layout, dtype)[index])
 
 
 def arrange(x: np.ndarray, layout: str | None, dtype: np.dtype, **sizes: int) -> np.ndarray:

@@ -9,10 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from einops import rearrange
+from train_cases import mesh
 
 from tdjax.checkpoints import orbax
-from tdjax.checkpoints.published.checkpoint import open_checkpoint
+from tdjax.checkpoints.published.checkpoint import open_checkpoint, targets
 from tdjax.errors import CheckpointError
+from tdjax.parallel.sharding import shardings
 from tdjax.precision import FLOAT32
 
 HEADS = {"dit": 4, "i2v": 4, "clip": 4, "diffusers": 4}
@@ -44,6 +46,21 @@ def test_two_namings_give_the_same_module(opened, kind, other):
     ours, theirs = opened(kind), opened(other)
     assert ours.config == theirs.config and ours.kind == theirs.kind
     equal(ours.load(), theirs.load())
+
+
+@pytest.mark.parametrize("kind", ["dit", "diffusers", "sla", "clip", "text", "vae"])
+def test_parts_of_a_file_are_those_of_the_module(opened, kind):
+    """Each device gets what a process would read that has it alone."""
+    file = opened(kind)
+    module = file.load()
+    lies = shardings(module, mesh(fsdp=2, tensor=2))
+    shapes, claims = targets(file.kind, file.config), file.binding(file.config).claims
+    divided = {
+        name: file._divided(claims[name], shapes[name], where)
+        for name, where in orbax.named_leaves(lies).items()
+    }
+    assert kind == "vae" or not all(x.is_fully_replicated for x in divided.values())
+    equal(module, orbax.assemble(orbax.abstract(file.kind, file.config), divided))
 
 
 def test_values_and_layouts(opened, states):
