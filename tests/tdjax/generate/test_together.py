@@ -19,7 +19,6 @@ from tdjax.generate.arguments import parse
 
 PROMPTS = ["a large red circle moves right quickly", "a small blue square stays on the left"]
 MESH = ["--mesh", "sp=4"]
-CACHE = ["--compile_cache_dir", "none"]
 LOST = "an exchange with the other processes of this run failed"
 ABORTED = "the JAX distributed service detected fatal errors"
 
@@ -29,8 +28,8 @@ def start(tmp_path_factory):
     """start(words of the command) -> two processes, which are gone afterwards."""
     cache, started = tmp_path_factory.mktemp("cache"), []
 
-    def run(*words, frames=5, **options):
-        words = [*words, "--num_frames", frames, "--num_steps", min(frames, 2), *CACHE]
+    def run(*words, **options):
+        words = ["--num_frames", 1, "--num_steps", 2, *words]
         processes = hosts_cases.start("tdjax.generate", cache, *words, **options)
         started.extend(processes)
         return processes
@@ -76,7 +75,7 @@ def test_two_processes_make_what_one_makes(rows):
     assert files(folder) == sorted(["rows.jsonl", "first.safetensors", "second.npy", *sidecars])
     seed = json.loads((folder / "second.npy.json").read_text())["seed"]
     pipe = tdjax.load(mesh="sp=4", compile_cache=False)
-    made = pipe(PROMPTS, seed=[3, seed], num_frames=5, num_steps=2)
+    made = pipe(PROMPTS, seed=[3, seed], num_frames=1, num_steps=2)
     latents = tdjax.Result.load(outs[0]).latents
     assert_close(latents, made.latents[:1], "float32", "latents")
     difference = np.abs(np.load(outs[1]).astype(int) - made.frames[1])
@@ -104,26 +103,28 @@ def test_rows_that_are_done_are_skipped_by_both(rows, start):
 def test_what_the_first_refuses_ends_both(start, tmp_path, name, mesh, message):
     """One message, of the first, and its exit code from each."""
     (tmp_path / "there.npy").write_bytes(b"x")
-    done = ends(start(PROMPTS[0], "--save_path", tmp_path / name, "--mesh", mesh, frames=1))
+    done = ends(start(PROMPTS[0], "--save_path", tmp_path / name, "--mesh", mesh))
     assert [code for code, *_ in done] == [2, 2], done
     assert message in errors(done[0][2])[0] and len(errors(done[0][2])) == 3
     assert errors(done[1][2]) == [] and files(tmp_path) == ["there.npy"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1])
-def test_one_that_is_lost_ends_the_other(start, tmp_path, number):
+@pytest.mark.parametrize(("number", "sent"), [(0, signal.SIGKILL), (1, signal.SIGTERM)])
+def test_one_that_ends_or_is_lost_ends_the_other(start, tmp_path, number, sent):
     """Files that are there are whole."""
     rows = [{"prompt": PROMPTS[0], "out": str(tmp_path / f"{i}.npy")} for i in range(2000)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    processes = start("--prompt_file", path, *MESH, frames=1, lost=10)
+    processes = start("--prompt_file", path, *MESH, lost=10)
     while not (tmp_path / "1.npy.json").exists():
         assert all(process.poll() is None for process in processes)
         time.sleep(0.02)
-    processes[number].kill()
+    processes[number].send_signal(sent)
     begun = time.monotonic()
-    code, _, err = ends(processes)[1 - number]
+    done = ends(processes)
+    assert done[number][0] == (143 if sent == signal.SIGTERM else -sent), done[number]
+    code, _, err = done[1 - number]
     assert (LOST in err and code == 1) or (ABORTED in err and code == -signal.SIGABRT), (code, err)
     assert time.monotonic() - begun < 60
     made = list(tmp_path.glob("*.npy"))
