@@ -41,6 +41,12 @@ def main(model: str, out: Path, port: str, number: int) -> None:
     told["same"] = bool((made.latents == again.latents).all())
     told["folder"] = [path.name for path in Path(os.environ["TDJAX_CACHE"]).glob("prompts/*")]
     told["by step"] = refused(pipe, **({"on_step": lambda *_: False} if number else {}))
+    jax.config.update("jax_compilation_cache_dir", str(out))
+    told["one cache"] = hosts.share_compile_cache()
+    own_folder = out / f"compiled{number}"
+    own_folder.mkdir()
+    jax.config.update("jax_compilation_cache_dir", str(own_folder))
+    told["two caches"] = hosts.share_compile_cache()
     event = threading.Event()
     event.set()
     told["by event"] = refused(pipe, **({} if number else {"cancel": event}))

@@ -253,6 +253,7 @@ def run(args, stages: Stages) -> int:
     from tdjax.generate import together
 
     options = together.every(lambda: start(args, stages))
+    together.share_cache(stages.note)
     if args.dry_run and together.decided(lambda: _not_downloaded(args)):
         from tdjax.pipeline.load import plan_pipeline
 

@@ -100,6 +100,12 @@ def _in_order(how: Callable[[Callable[[], Any]], Any], make: Callable[[], Any]) 
         raise
 
 
+def share_cache(note: Callable[[str], None]) -> None:
+    """Has all processes use one compile cache, or none."""
+    if line := hosts.share_compile_cache():
+        note(line)
+
+
 def jobs(make: Callable[[], list[Job]]) -> list[Job]:
     """Returns the jobs of the first process."""
     return [Job(**job) for job in decided(lambda: [dataclasses.asdict(job) for job in make()])]

@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import os
 import re
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdjax.config.values import shown
@@ -250,8 +252,8 @@ def agreed(make: Callable[[], str]) -> str:
 def every(make: Callable[[], T]) -> T:
     """Returns make() of this process, once all have come so far. Where it raises in some, the
     lowest of these raises what it has, and all others OtherProcessError. It must not wait for other
-    processes by itself."""
-    if jax.process_count() == 1:
+    processes by itself; alone it may be what starts the device."""
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
         return make()
     failure, code = None, 0
     try:
@@ -266,6 +268,41 @@ def every(make: Callable[[], T]) -> T:
         number = int(failed[0])
         raise _told(f"process {number}" if number else "the first process", int(codes[number]))
     return made
+
+
+def share_compile_cache() -> str | None:
+    """Turns JAX's cache of compiled programs off unless all processes see the folder of the first;
+    returns a line for the user where it does. Only the first writes there, and a compiler of GPUs
+    waits for what the others have measured: not all have something to compile where caches differ.
+    """
+    if jax.process_count() == 1:
+        return None
+    place = jax.config.jax_compilation_cache_dir  # pyright: ignore
+    told = agreed(lambda: _marked(place))
+    here = bool(place and told) and (Path(place) / told).exists()
+    shared = gathered(np.uint8(here)).all()
+    if first() and told:
+        (Path(place) / told).unlink(missing_ok=True)
+    if shared or not gathered(np.uint8(bool(place))).any():
+        return None
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    return (
+        f"compile cache {place} is not one folder of all processes: going on without;"
+        " `compile_cache` chooses another"
+    )
+
+
+def _marked(folder: str | None) -> str:
+    """The name of a file that is made in a folder; empty where none can be."""
+    if not folder:
+        return ""
+    name = f".probe-{secrets.token_hex(4)}"
+    try:
+        (Path(folder) / name).touch()
+    except OSError:
+        return ""
+    return name
 
 
 def of_first(array: np.ndarray) -> np.ndarray:

@@ -208,6 +208,8 @@ def run(args, parts: dict[str, Tree]) -> int:
     if cache_note:
         stages.note(cache_note)
     cli.start_jax(stages.note)
+    if note := hosts.share_compile_cache():
+        stages.note(note)
     from tdjax.train.run import TrainingRun
 
     preset = PRESETS[args.preset.lower()]

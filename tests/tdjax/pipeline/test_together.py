@@ -29,7 +29,8 @@ def test_two_processes_and_one(model, tmp_path):
     assert told[0]["previews"] == [[5, 32, 32, 3]] * 2 and told[1]["steps"] == [1, 2]
     assert [len(each["folder"]) for each in told] == [1, 0]  # the first has the cache
     for each in told:
-        assert each["same"]
+        assert each["same"] and each["one cache"] is None
+        assert "is not one folder of all processes" in each["two caches"]
         assert each["by step"] == "the call was cancelled after step 1 of 2"
         assert each["by event"] == "the call was cancelled after step 1 of 2"
         assert each["other seed"] == "the processes were asked for different videos"
