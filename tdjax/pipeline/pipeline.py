@@ -183,8 +183,9 @@ class Pipeline(Call):
         time through the text encoder."""
         texts = texts_of(prompts)
         request = Request(prompts=texts, size=self.size, sampler=self.sampler)
+        _, _, plan = self.agreed(request)
         with self.lock:
-            return self.text_encoding.embed(list(texts), self.plan(request))
+            return self.text_encoding.embed(list(texts), plan)
 
     def warnings(self, request: Request) -> list[str]:
         """Returns what a user should know before waiting: the prompt's length, an unusual size,

@@ -64,6 +64,8 @@ def test_the_launcher_is_known_by_what_it_tells(monkeypatch):
 def test_alone_everything_is_as_it_was(tmp_path):
     hosts.leave()
     assert hosts.first() and hosts.agreed(lambda: "text") == "text"
+    assert hosts.every(lambda: 3) == 3 and not hosts.apart(mesh(fsdp=4))
+    assert hosts.share_compile_cache() is None
     poll = hosts.Poll(None)
     assert [poll.greatest(n) for n in (0, 2, 1)] == [0, 2, 1]
     rows = np.arange(8.0).reshape(4, 2)
