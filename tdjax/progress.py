@@ -73,9 +73,11 @@ class Listener:
     """What a call of a pipeline is asked to tell, and whether it should go on.
 
     on_stage: called with the name of each stage as it begins. on_step: called with (number of the
-              step that is done, steps) of each video. on_preview: called with (that number, frames
-              uint8 [T H W 3]). Each ends the call by returning False.
+              step that is done, steps) of each video, or of those that are made together.
+              on_preview: called with (that number, frames uint8 [T H W 3] of the first of them).
+              Each ends the call by returning False.
     cancel:   a threading.Event, which ends the call once it is set.
+    first, count: the number of the video of the call that is made, and how many are made together.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Listener:
         self.on_stage, self.on_step, self.cancel = on_stage, on_step, cancel
         self.on_preview = on_preview
         self.notes: list[str] = []
+        self.first = self.count = 0
 
     def stage(self, name: str) -> None:
         """Tells that a stage begins. Raises Cancelled."""
@@ -172,8 +175,10 @@ class Stages:
         finally:
             self.listener = before
 
-    def next_video(self) -> None:
-        """Tells that the noise of another video is about to be drawn."""
+    def next_video(self, count: int = 1) -> None:
+        """Tells that the noise of another video is about to be drawn, or of `count` together."""
+        self.listener.first += self.listener.count
+        self.listener.count = count
 
     def expect(self, videos: int, steps: int) -> None:
         """Tells what a command will make in all, in one call of a pipeline or several."""
@@ -269,12 +274,13 @@ class Bar(Stages):
         super().__init__(show)
         self.bar: Any = None
         self.videos = self.video = self.steps = 0  # how many, which one, and of how many steps
+        self.together = 1  # so many, of which that one is the last
         self._closed = threading.Event()
 
     def expect(self, videos: int, steps: int) -> None:
         """Draws the bar of so many videos, in one call of a pipeline or several."""
         if self.show and self.bar is None:
-            self.videos, self.video, self.steps = videos, 0, steps
+            self.videos, self.video, self.steps, self.together = videos, 0, steps, 1
             self.bar = _drawn(videos * (steps + 1))
             self._closed = threading.Event()
             threading.Thread(target=_tick, args=(self.bar, self._closed), daemon=True).start()
@@ -298,17 +304,25 @@ class Bar(Stages):
             if alone:
                 self.close()
 
-    def next_video(self) -> None:
-        """Counts videos; the frames of the one before are there."""
-        self.video += 1
+    def next_video(self, count: int = 1) -> None:
+        """Counts videos; the frames of those before are there."""
+        super().next_video(count)
+        self.video, self.together = self.video + count, count
         if self.bar is not None:
-            self.bar.n = (self.video - 1) * (self.steps + 1)
+            self.bar.n = (self.video - count) * (self.steps + 1)
 
     def began(self, name: str) -> None:
         """Shows the stage before the bar."""
         if self.bar is not None:
-            several = f"video {max(self.video, 1)} of {self.videos}: " if self.videos > 1 else ""
+            several = f"{self._which()} of {self.videos}: " if self.videos > 1 else ""
             self.bar.set_description_str(f"{several}{name.partition(':')[0]}")
+
+    def _which(self) -> str:
+        """The video that is made, or those that are made together."""
+        last = max(self.video, 1)
+        return (
+            f"video {last}" if self.together == 1 else f"videos {last - self.together + 1}-{last}"
+        )
 
     def ended(self, name: str, seconds: float) -> None:
         """Shows nothing: the next stage is shown, or the bar goes."""
@@ -320,7 +334,7 @@ class Bar(Stages):
     def step(self, step: int, steps: int) -> None:
         """Moves the bar on. Raises Cancelled."""
         if self.bar is not None:
-            self.bar.update()
+            self.bar.update(self.together)
         super().step(step, steps)
 
     def aside(self) -> contextlib.AbstractContextManager[None]:

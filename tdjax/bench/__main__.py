@@ -91,8 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=["one"],
         metavar="MESH",
         help=(
-            "devices that share the work, one row for each: one, sp=2, sp=4, tp=2,sp=2 ...; rows"
-            " of a mesh say how many times as fast as `one` they are"
+            "devices that share the work, one row for each: one, sp=2, sp=4, tp=2,sp=2 ..., with"
+            " --teacher cfg=2; rows of a mesh say how many times as fast as `one` they are"
         ),
     )
     parser.add_argument(
@@ -295,8 +295,19 @@ def check_early(args) -> None:
             "--stream with --mesh", "blocks are streamed to one device", "leave one away"
         )
     for name in args.mesh:
-        if name != ONE and "dp" in parse_mesh(name):
-            raise UsageError("--mesh dp", "it is of training alone", "use sp, tp or fsdp")
+        axes = {} if name == ONE else parse_mesh(name)
+        if "dp" in axes:
+            raise UsageError(
+                f"--mesh {name}",
+                "dp makes several videos at a time, and every row here is of one",
+                "use sp, tp, cfg or fsdp",
+            )
+        if "cfg" in axes and not args.teacher:
+            raise UsageError(
+                f"--mesh {name} without --teacher",
+                "cfg divides guided steps, and few steps have no guidance",
+                "add --teacher, or use sp",
+            )
     of_stages = {"save": "e2e", "vae": "vae"}
     of_stages |= dict.fromkeys(("error", "teacher", "stream", "lora"), "dit")
     for flag, stage in of_stages.items():

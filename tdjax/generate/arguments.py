@@ -367,7 +367,13 @@ def add_speed_options(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
             " fallback"
         ),
     )
-    speed.add_argument("--mesh", help="several devices for one video: sp=4, tp=2,sp=2, auto")
+    speed.add_argument(
+        "--mesh",
+        help=(
+            "several devices: for one video sp=4, tp=2,sp=2, cfg=2 (guided steps), auto (sp over"
+            " all GPUs); dp=2 makes two samples of a prompt at a time"
+        ),
+    )
     speed.add_argument(
         "--sla_topk", type=float, help="share of key blocks kept (default 0.1; 0.15 for quality)"
     )

@@ -343,7 +343,7 @@ class Files:
         # a grid and latents are made of what is there at the end only
         self.whole = args.grid or any(path.suffix == ".safetensors" for path in paths)
         self.listen: dict[str, Callable] = {} if self.whole else {"on_frames": self.take}
-        self.videos, self.previews = 0, set[Path]()
+        self.previews = set[Path]()
         if args.preview:
             self.listen["on_preview"] = self.show
 
@@ -358,9 +358,8 @@ class Files:
 
     def show(self, step: int, frames) -> None:
         """Puts the preview of a step in the place of the one before. Of a grid, the sample that is
-        made."""
-        self.videos += step == 1
-        path = preview_of(self.paths[min(self.videos, len(self.paths)) - 1])
+        made; of videos that are made together, the first."""
+        path = preview_of(self.paths[min(self.stages.listener.first, len(self.paths) - 1)])
         if not self.previews:
             self.stages.tell(f"what each step predicts: {path}")
         self.previews.add(path)

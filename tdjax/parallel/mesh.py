@@ -1,10 +1,11 @@
-"""Several devices for one video: meshes such as "tp=2,sp=2". Axes by their field names, checked
-against the network."""
+"""Several devices for one video, or for several: meshes such as "tp=2,sp=2". Axes by their field
+names, checked against the network."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -16,9 +17,9 @@ from tdjax.errors import UsageError
 
 # What users write -> the names of sharding.RULES, from what exchanges least to what exchanges most:
 # the last axis of a mesh lies within a host where it fits.
-AXES = {"dp": "data", "fsdp": "fsdp", "tp": "tensor", "sp": "seq"}
-_MEANING = "copies for samples, parameters, heads and MLP, sequence"
-_ONLY = {"dp": "training"}
+AXES = {"dp": "data", "cfg": "guidance", "fsdp": "fsdp", "tp": "tensor", "sp": "seq"}
+_MEANING = "copies for samples, halves of a guided step, parameters, heads and MLP, sequence"
+HALVES = 2  # of a guided step: the prompt's and the negative prompt's
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -44,12 +45,12 @@ def every_device(axis: str) -> str | None:
     return f"{axis}={count}" if count > 1 and apart else None
 
 
-def refuse_axis(axis: str, mesh: Mesh | None, why: str) -> None:
-    """Raises UsageError where a mesh has an axis that only training uses."""
-    if mesh is not None and AXES[axis] in mesh.shape:
+def refuse_axis(axis: str, sizes: Mapping[str, int], why: str) -> None:
+    """Raises UsageError where a mesh, as `parse_mesh` gives it, has an axis that is of no use."""
+    if axis in sizes:
         raise UsageError(
-            f"`mesh` has the axis {axis}={mesh.shape[AXES[axis]]}",
-            f"it is of {_ONLY[axis]} alone: {why}",
+            f"`mesh` has the axis {axis}={sizes[axis]}",
+            why,
             "leave it away, or use sp in its place",
         )
 
@@ -57,12 +58,13 @@ def refuse_axis(axis: str, mesh: Mesh | None, why: str) -> None:
 def make_mesh(given: str | int | Mesh | None, cfg: DiTConfig) -> Mesh | None:
     """Returns the mesh of a network, or None.
 
-    given: AXIS=SIZE with commas between, of dp (copies of all, for samples), fsdp (parameters), tp
-           (heads and MLP), sp (sequence): "sp=4", "tp=2,sp=2", over the first devices; a number,
-           which is that of sp; or a Mesh with these names for its axes. None: no mesh.
-    Raises UsageError for anything else, for tp that does not divide the heads, for more devices
-        than there are, and where it leaves out a device of several processes. Heads that sp does
-        not divide are filled up.
+    given: AXIS=SIZE with commas between, of dp (copies of all, for samples), cfg (the two halves
+           of a guided step), fsdp (parameters), tp (heads and MLP), sp (sequence): "sp=4",
+           "tp=2,sp=2", over the first devices; a number, which is that of sp; or a Mesh with these
+           names for its axes. None: no mesh.
+    Raises UsageError for anything else, for cfg other than 2, for tp that does not divide the
+        heads, for more devices than there are, and where it leaves out a device of several
+        processes. Heads that sp does not divide are filled up.
     """
     if given is None:
         if jax.process_count() > 1:
@@ -78,6 +80,12 @@ def make_mesh(given: str | int | Mesh | None, cfg: DiTConfig) -> Mesh | None:
         devices = np.array(jax.devices())
         sizes = parse_mesh(given if isinstance(given, str) else f"sp={whole('mesh', given)}")
     text = ",".join(f"{name}={size}" for name, size in sizes.items())
+    if sizes.get("cfg", HALVES) != HALVES:
+        raise UsageError(
+            f"`mesh` {text} divides a guided step by {sizes['cfg']}",
+            "it has two halves, the prompt's and the negative prompt's",
+            "use cfg=2; sp takes any number",
+        )
     heads, over = cfg.heads, sizes.get("tp", 1)
     if heads % over:
         legal = [n for n in range(1, heads + 1) if heads % n == 0]

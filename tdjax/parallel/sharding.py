@@ -18,6 +18,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 TOKENS = "seq"  # the mesh axis that tokens are divided over
+COPIES = "data"  # that of copies of all, which have samples of their own
+GUIDANCE = "guidance"  # that of the halves of a doubled batch
 
 # Pattern of a leaf name (whole) -> the names of its axes; every leaf of every network matches
 # exactly one row.
@@ -66,14 +68,17 @@ PARAM_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 # Axis name -> mesh axis, or several. A mesh axis that the mesh lacks, or that does not divide an
-# array's axis, is not used.
+# array's axis, is not used. Under guidance each sample is there twice, one after the other, and
+# the two lie apart. A batch that is not doubled has one sample for each copy: what comes after that
+# axis does not divide it.
 RULES: dict[str, tuple[str, ...]] = {
     "n": (),
     "vocab": ("tensor",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
-    "batch": ("data", "fsdp"),
+    "halves": (GUIDANCE,),
+    "batch": (COPIES, GUIDANCE, "fsdp"),
     "tokens": ("seq",),
     "channels": ("tensor",),  # of a product's output
 }
@@ -150,6 +155,29 @@ def constrain(x, *axes: str | None):
     x itself."""
     sizes = mesh_sizes()
     return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, sizes)) if sizes else x
+
+
+def twice(x):  # [b ...] -> [2b ...]
+    """Each row of x twice, for its prompt and for its negative prompt; on a mesh, where each of the
+    two is computed."""
+    if len(x) == 1 and not _divides_halves():
+        return jnp.concatenate([x, x])
+    both = jnp.broadcast_to(x[:, None], (len(x), 2, *x.shape[1:]))
+    return constrain(rearrange(constrain(both, "batch", "halves"), "b g ... -> (b g) ..."), "batch")
+
+
+def halves(v):  # [2b ...] -> [b ...] twice
+    """What comes of the two of each row of `twice`, both of them on every device that has the row:
+    one exchange, on a mesh with an axis for them."""
+    if len(v) == 2 and not _divides_halves():
+        return jnp.split(v, 2)
+    both = constrain(rearrange(v, "(b g) ... -> b g ...", g=2), "batch", "halves")
+    both = constrain(both, "batch", None)
+    return both[:, 0], both[:, 1]
+
+
+def _divides_halves() -> bool:
+    return mesh_sizes().get(GUIDANCE, 1) > 1
 
 
 def missing_tokens(count: int) -> int:

@@ -87,23 +87,28 @@ class Call:
         latents:     start noise [1 t h w c]. prompt_embeds: [b s d], in place of a prompt.
         output_type: "uint8", "float" (0 to 1) or "latent". fps: written into files.
         check:       "finite" (raises NotFinite) or "none".
-        on_frames:   called with (number of the video, chunk [t H W 3]) as chunks are decoded.
+        on_frames:   called with (number of the video, chunk [t H W 3]) as chunks are decoded, one
+                     video after another.
         on_step:     called with (step that is done, steps) of each video. on_stage: called with the
                      name of each stage as it begins. Either ends the call by returning False.
         on_preview:  called after each step with (step, what the network predicts: frames uint8
                      [T H W 3]); also ends the call by returning False. Frames are whole where
                      vae_path is a small decoder, and for small models with latents of their own;
                      else they have a pixel for each latent.
+        mesh dp=N:   N videos are denoised together, in the order of the result; the last ones may
+                     be fewer. on_step is called once for a step of all of them, on_preview with the
+                     first of them. NotFinite of one ends the call, `timings` are those of all.
         cancel:      a threading.Event: the call ends once it is set, between steps and chunks.
                      Where several processes make a video together, what one of them asks for ends
                      the call in all, after the next step; a function may be given in one alone.
         aliases:     names that diffusers and TurboDiffusion have for the same things.
 
-        Same seed, shapes, version and device kind: same bits. Sample i of a prompt uses
-        fold_in(key, i). Threads may share a pipeline: their calls run one after another, and each
-        result has its own timings and warnings. Of a mesh over several processes, all make the same
-        calls in the same order, and have the same results. Raises UsageError, OutOfMemory,
-        NotFinite, CheckpointError, KernelError, and Cancelled where the caller ended it.
+        Same seed, shapes, version, mesh and device kind: same bits. Sample i of a prompt uses
+        fold_in(key, i), on every mesh. Threads may share a pipeline: their calls run one after
+        another, and each result has its own timings and warnings. Of a mesh over several processes,
+        all make the same calls in the same order, and have the same results. Raises UsageError,
+        OutOfMemory, NotFinite, CheckpointError, KernelError, and Cancelled where the caller ended
+        it.
         """
         given = {**locals(), **aliases}
         for name in ("self", "prompt", "aliases"):

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdjax.models.umt5 import without_padding
 from tdjax.parallel import hosts, space
+from tdjax.parallel.sharding import COPIES, halves, twice
 from tdjax.pipeline import executables
 from tdjax.pipeline.executables import Asked
 from tdjax.progress import Stages
@@ -101,12 +102,19 @@ def start_noise(key, steps: int, shape: tuple[int, ...]):
 
 def denoise(model, x, text, image, schedule, *, sampler: str):
     """Few steps: schedule = (noise f32[n b t h w c], times f32[n+1]) -> (x f32[b t h w c], finite
-    bool[n])."""
+    bool[n]). image: of each sample, or [1 t h w c] of all."""
     noise, times = schedule
-    kv = _text_kv(model, text)
+    kv, image = _text_kv(model, text), _of_all(image, x)
     return few_step.sample_from(
         lambda x, timestep: model.velocity(x, timestep, kv, image), x, noise, times, sampler
     )
+
+
+def _of_all(image, x):
+    """An image's channels for every row of x [b t h w c]."""
+    if image is None or len(image) == len(x):
+        return image
+    return jnp.broadcast_to(image, (len(x), *image.shape[1:]))
 
 
 def _text_kv(model, text):
@@ -116,18 +124,18 @@ def _text_kv(model, text):
 
 
 def denoise_guided(model, state, text, image, schedule, *, guidance_scale: float):
-    """The teacher's steps: schedule = unipc.StepCoefficients; text holds the prompt, then the
-    negative prompt, [2b s d] (or [b s d] at guidance 1).
+    """The teacher's steps: schedule = unipc.StepCoefficients; text holds the prompt of each sample,
+    then its negative prompt, [2b s d] (or [b s d] at guidance 1). image: of each sample, or of all.
 
     Both halves run as one doubled batch.
     """
-    kv = _text_kv(model, text)
+    kv, image = _text_kv(model, text), _of_all(image, state.x)
 
     def velocity(x, timestep):
-        both = lambda a: None if a is None else jnp.concatenate([a, a])
+        both = lambda a: None if a is None else twice(a)
         if guidance_scale == 1.0:
             return model.velocity(x, timestep, kv, image)
-        v, v_negative = jnp.split(model.velocity(both(x), both(timestep), kv, both(image)), 2)
+        v, v_negative = halves(model.velocity(both(x), both(timestep), kv, both(image)))
         return few_step.guide(v, v_negative, guidance_scale)
 
     return few_step.teacher_from(velocity, state, schedule)
@@ -178,8 +186,8 @@ class Programs:
     """Programs by function, static arguments and shapes.
 
     stages: where waiting for the compiler is told. With a mesh, weights lie as their shapes say and
-    everything else is whole on every device. apart: its devices are those of several processes,
-    all of which run the same programs in the same order.
+    everything else is whole on every device, unless `rows` says otherwise. apart: its devices are
+    those of several processes, all of which run the same programs in the same order.
     """
 
     def __init__(self, stages: Stages, mesh: Mesh | None = None):
@@ -194,13 +202,27 @@ class Programs:
     def whole(self) -> NamedSharding | None:
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
 
+    @property
+    def copies(self) -> int:
+        """How many videos are denoised at a time: one for each copy of the weights."""
+        return 1 if self.mesh is None else self.mesh.shape.get(COPIES, 1)
+
+    def rows(self, axis: int = 0) -> NamedSharding | None:
+        """Returns how an array lies whose axis of this number is that of videos, which copies of
+        the weights divide; whole where there is one copy."""
+        if self.mesh is None or self.copies == 1:
+            return self.whole
+        return NamedSharding(self.mesh, PartitionSpec(*axis * [None], COPIES))
+
     def shape(self, shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
         """Returns the shape of an input of a program."""
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.whole)
 
-    def shapes_of(self, tree):
-        """Returns the shapes of arrays that will be inputs of a program."""
-        return jax.tree.map(lambda x: self.shape(x.shape, x.dtype), tree)
+    def shapes_of(self, tree, lies: NamedSharding | None = None):
+        """Returns the shapes of arrays that will be inputs of a program. lies: where, if they are
+        not whole."""
+        lies = lies or self.whole
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), tree)
 
     def place(self, tree):
         """Returns the inputs of a stage on the device, or whole on every device of the mesh."""
@@ -220,19 +242,21 @@ class Programs:
         *args,
         donate: tuple[int, ...] = (),
         mesh: Mesh | None = None,
+        lies: Any = None,
         **static,
     ) -> Program:
         """Returns the program of a function for these arguments (arrays or shapes): the same one
         for the same function, static arguments and shapes. Nothing is compiled yet.
 
         mesh: another one over the same devices, by which the function itself says where its results
-              lie; by default they are whole on every device.
+              lie. lies: where they lie on the pipeline's own, as `jax.jit` takes it; by default
+              they are whole on every device.
         """
         leaves, structure = jax.tree.flatten(args)
         shapes = tuple((tuple(x.shape), str(x.dtype)) for x in leaves)
         key = function, tuple(sorted(static.items())), structure, shapes
         if key not in self._requested:
-            lies = self.whole if mesh is None else None
+            lies = None if self.mesh is None or mesh is not None else lies or self.whole
             asked = Asked(function, args, static, donate, lies, mesh or self.mesh)
             self._requested[key] = Program(label, lambda: self.compile(asked), self)
         return self._requested[key]

@@ -4,7 +4,7 @@ change, and into single steps where progress is shown. No cut changes a bit."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from tdjax.checkpoints import orbax
 from tdjax.config import DiTConfig, SamplerConfig
 from tdjax.errors import NotFinite
 from tdjax.models.wan_dit import without_blocks
+from tdjax.parallel import hosts
 from tdjax.pipeline import compilation, memory, streaming
 from tdjax.pipeline.compilation import Program, Programs
 from tdjax.pipeline.components import Component
@@ -37,6 +38,16 @@ class Segment(NamedTuple):
     first: int
     last: int
     expert: str
+
+
+class Video(NamedTuple):
+    """What makes one video another than its neighbours: the request with its own seed, its prompt's
+    embeddings [1 s d], or prompt and negative prompt [2 s d] under guidance, and its number among
+    the samples of that prompt."""
+
+    request: Request
+    text: np.ndarray
+    sample: int
 
 
 def segments_of(cfg: SamplerConfig, *, experts: bool, single: bool) -> list[Segment]:
@@ -84,6 +95,20 @@ def start(
     return state, injected
 
 
+def start_together(keys, samples, times, latents, **static):
+    """`start` of several videos at a time: (state [b ...], [noise f32[n b t h w c], or None]), each
+    of them with the noise that it has alone.
+
+    keys: a tuple of theirs; samples uint32[b]; the others as those of `start`.
+    """
+    each = zip(keys, samples, strict=True)
+    states, noise = zip(
+        *(start(key, sample, times, latents, **static) for key, sample in each), strict=True
+    )
+    state = jax.tree.map(lambda *rows: jnp.concatenate(rows), *states)
+    return state, jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=1), *noise)
+
+
 class Denoising(Stage):
     """The stage that makes latents of noise.
 
@@ -117,13 +142,17 @@ class Denoising(Stage):
         in one; None: as `run` does it."""
         cfg, sampler = self.config, request.sampler
         segments = self.segments(request, plan, single)
-        inputs = self._inputs(request, jax.eval_shape(request.random_key), 0)
-        inputs = self.compiler.shapes_of(inputs)
-        static = self._static(request, segments)
-        state, noise = jax.eval_shape(functools.partial(start, **static), *inputs)
-        state, chunks = self.compiler.shapes_of((state, _chunks(sampler, segments, noise)))
+        key, copies = jax.eval_shape(request.random_key), self.compiler.copies
+        begin = self._start(request, segments, [key] * copies, [0] * copies)
+        inputs = self.compiler.shapes_of(begin.inputs)
+        function = functools.partial(begin.function, **begin.static)
+        state, noise = jax.eval_shape(function, *inputs)
+        state = self.compiler.shapes_of(state, self.compiler.rows())
+        noise = self.compiler.shapes_of(noise, self.compiler.rows(1))
+        schedules = self.compiler.shapes_of(_schedules(sampler, segments))
+        chunks = _chunks(sampler, schedules, noise)
         shape = self.compiler.shape
-        rows = 2 if sampler.guided else 1
+        rows = copies * (2 if sampler.guided else 1)
         text = shape((rows, self.text_len, cfg.text_dim), cfg.policy.compute_dtype)
         condition = None
         if cfg.condition_channels:
@@ -136,32 +165,33 @@ class Denoising(Stage):
         if request.on_preview is not None:
             before = state if sampler.sampler == "ode" else None
             steps += self.previews.programs(request, plan, state, before, chunks[0])
-        return [self.compiler.request("start noise", start, *inputs, **static), *steps]
+        return [self._begin(begin, inputs), *steps]
 
     def run(
         self,
         request: Request,
         plan: ExecutionPlan,
-        text: np.ndarray,
         condition: jax.Array | None,
-        sample: int,
+        videos: Sequence[Video],
     ) -> np.ndarray:
-        """Returns latents f32[1 t h w c] on the host of sample number `sample`.
+        """Returns latents f32[b t h w c] on the host, of as many videos as there are copies of the
+        weights, or fewer: the last one then stands in the other places too.
 
-        text: [1 s d], or [2 s d] under guidance; condition: f32[1 t h w 20] for image-to-video.
-        Raises NotFinite with the first bad step.
+        condition: f32[1 t h w 20] for image-to-video, of all videos.
+        Raises NotFinite with the first step that is bad in one of them.
         """
         with memory.naming("denoise", plan, FIRST):
-            self.stages.next_video()
+            self.stages.next_video(len(videos))
             segments = self.segments(request, plan)
-            inputs = self._inputs(request, request.random_key(), sample)
-            inputs = self.compiler.place(inputs)
-            static = self._static(request, segments)
-            begin = self.compiler.request("start noise", start, *inputs, **static)
-            (run,) = self.compiled([begin], plan, FIRST)
+            filled = [*videos, *(self.compiler.copies - len(videos)) * videos[-1:]]
+            keys = [video.request.random_key() for video in filled]
+            begin = self._start(request, segments, keys, [video.sample for video in filled])
+            inputs = self.compiler.place(begin.inputs)
+            (run,) = self.compiled([self._begin(begin, inputs)], plan, FIRST)
             state, noise = run(*inputs)
-            text = self.compiler.place(text)
-            chunks = self.compiler.place(_chunks(request.sampler, segments, noise))
+            text = self.compiler.place(np.concatenate([video.text for video in filled]))
+            schedules = self.compiler.place(_schedules(request.sampler, segments))
+            chunks = _chunks(request.sampler, schedules, noise)
             finite: list[bool] = []
             for chunk, segment in zip(chunks, segments, strict=True):
                 made = self.step_programs(request, plan, state, text, condition, chunk)
@@ -184,7 +214,8 @@ class Denoising(Stage):
                 self.components[segments[-1].expert].free()
             if request.check == "finite" and not all(finite):
                 raise self._not_finite(finite.index(False) + 1, request)
-            return np.asarray(state if request.sampler.few_step else state.x)
+            latents = hosts.whole(state if request.sampler.few_step else state.x)
+            return latents[: len(videos)]
 
     def segments(
         self, request: Request, plan: ExecutionPlan, single: bool | None = None
@@ -221,7 +252,8 @@ class Denoising(Stage):
             function = compilation.denoise_guided
             static = {"guidance_scale": sampler.guidance_scale}
         inputs = model, state, text, condition, chunk
-        return self.compiler.request("denoise", function, *inputs, donate=(1,), **static)
+        lies = self.compiler.rows(), self.compiler.whole
+        return self.compiler.request("denoise", function, *inputs, donate=(1,), lies=lies, **static)
 
     def _ready_alone(self, programs: list[Program], segment: Segment, plan: ExecutionPlan):
         """(executables, module) of a segment. What threads compile and load is done by the time
@@ -246,10 +278,23 @@ class Denoising(Stage):
         if room and (streamed or second.stageable):
             second.load_ahead(host=not streamed)
 
-    def _inputs(self, request: Request, key, sample: int) -> tuple:
-        """Those of the program `start`."""
+    def _start(
+        self, request: Request, segments: list[Segment], keys: Sequence, samples: Sequence[int]
+    ) -> _Start:
+        """What draws the noise of videos with these keys and numbers of samples."""
         latents = None if request.latents is None else np.asarray(request.latents, np.float32)
-        return key, np.uint32(sample), schedules.times(request.sampler), latents
+        later = schedules.times(request.sampler), latents
+        static = self._static(request, segments)
+        if len(keys) == 1:
+            return _Start(start, (keys[0], np.uint32(samples[0]), *later), static)
+        return _Start(start_together, (tuple(keys), np.asarray(samples, np.uint32), *later), static)
+
+    def _begin(self, begin: _Start, inputs: tuple) -> Program:
+        """The program that draws noise, for these inputs or their shapes."""
+        lies = self.compiler.rows(), self.compiler.rows(1)
+        return self.compiler.request(
+            "start noise", begin.function, *inputs, lies=lies, **begin.static
+        )
 
     def _static(self, request: Request, segments: list[Segment]) -> dict[str, Any]:
         """What the program `start` depends on: not the schedule's numbers."""
@@ -272,16 +317,28 @@ class Denoising(Stage):
         )
 
 
-def _chunks(cfg: SamplerConfig, segments: list[Segment], noise: list) -> list:
-    """What the loop of each segment reads at each of its steps, with the noise from `start`."""
+class _Start(NamedTuple):
+    """A program that draws noise: `start` or `start_together`, its arguments on the host, and its
+    static ones."""
+
+    function: Callable
+    inputs: tuple
+    static: dict[str, Any]
+
+
+def _schedules(cfg: SamplerConfig, segments: list[Segment]) -> list:
+    """The schedule of each segment's steps, on the host."""
     if not cfg.few_step:
         steps = unipc.step_coefficients(cfg)
         return [steps.segment(segment.first, segment.last) for segment in segments]
     times = schedules.times(cfg)
-    return [
-        (part, times[segment.first : segment.last + 1])
-        for segment, part in zip(segments, noise, strict=True)
-    ]
+    return [times[segment.first : segment.last + 1] for segment in segments]
+
+
+def _chunks(cfg: SamplerConfig, schedules: list, noise: list) -> list:
+    """What the loop of each segment reads at each of its steps: its schedule, with the noise from
+    `start`."""
+    return [*zip(noise, schedules, strict=True)] if cfg.few_step else schedules
 
 
 def _label(segment: Segment, request: Request) -> str:

@@ -95,9 +95,14 @@ def load(
     dtype:      "auto" (bfloat16 on an accelerator, float32 on a CPU), "bfloat16", "float16",
                 "float32". vae_dtype: the VAE's, where it is another.
     sla_topk:   share of key blocks that sparse attention keeps, in place of the weights' own.
-    mesh:       several devices for one video, for example "sp=4" or "tp=2,sp=2"; 4 is "sp=4",
-                "auto" is sp over all GPUs; or a jax.sharding.Mesh whose axes have these names.
-                After jax.distributed.initialize() it is over the devices of all processes, which
+    mesh:       several devices, for example "sp=4" or "tp=2,sp=2"; 4 is "sp=4", "auto" is sp over
+                all GPUs; or a jax.sharding.Mesh whose axes have these names. For one video: sp
+                divides its tokens, tp heads and the MLP, fsdp the parameters, cfg=2 the two halves
+                of each guided step (nothing without guidance). For several videos of one call, of
+                one prompt or of several: dp=2 denoises two at a time, each on its own copy of the
+                weights, with the noise that it has alone. They are told of together, see the
+                pipeline's call. Axes go together: dp=2,cfg=2,sp=2 takes eight devices. After
+                jax.distributed.initialize() the mesh is over the devices of all processes, which
                 make each video together.
     low_memory: free every component as soon as its stage ends, also where all would fit together;
                 the text encoder is streamed unless text_encoder_device says otherwise.

@@ -25,7 +25,7 @@ from tdjax.config import Config, DiTConfig, TextConfig, TinyVAEConfig, VAEConfig
 from tdjax.errors import OutOfMemory
 from tdjax.models import tiny_vae
 from tdjax.models.wan_vae import cache_bytes
-from tdjax.parallel.sharding import shardings
+from tdjax.parallel.sharding import GUIDANCE, shardings
 from tdjax.parallel.space import space_mesh
 from tdjax.pipeline.vae_tiling import tiling
 
@@ -131,7 +131,7 @@ def make_plan(
     """Returns the plan of a request on the first device, or on each device of a mesh.
 
     configs:     of "text" (or not), "vae", "dit" and "dit_low" (or not).
-    guided:      every step runs a doubled batch.
+    guided:      every step runs a doubled batch, or each half of a mesh for it one of its halves.
     low_memory:  no weights stay, even if all would fit.
     stream_text: True, False, or None: unless everything fits together.
     stream_transformer: True, False, or None: where a transformer does not fit.
@@ -227,8 +227,10 @@ def dit_working(cfg: DiTConfig, size: VideoSize, batch: int, mesh: Mesh | None =
     """Keys and values of the text, the residual stream with what is added to it, and the three of q
     k v and attention's output, or the two of the MLP if larger. References have float32 beside
     them. On a mesh, tokens are divided by "seq", what has heads or is as wide as the MLP by
-    "tensor" too."""
+    "tensor" too, and a batch of 2 by "guidance". batch: of one video; copies of the weights
+    ("data") have one each."""
     sizes = {} if mesh is None else dict(mesh.shape)
+    batch //= min(batch, sizes.get(GUIDANCE, 1))
     by_tokens = sizes.get("seq", 1)
     by_heads = by_tokens * sizes.get("tensor", 1)
     tokens, item = batch * size.tokens(cfg.patch), np.dtype(cfg.policy.compute).itemsize

@@ -4,9 +4,11 @@ suit the weights, kernels that are not used."""
 from __future__ import annotations
 
 import jax
+from jax.sharding import Mesh
 
 from tdjax.config import DiTConfig, SamplerConfig, VideoSize
 from tdjax.media.resolution import size_notes
+from tdjax.parallel.sharding import COPIES, GUIDANCE
 from tdjax.pipeline.memory import GIB, ExecutionPlan
 from tdjax.pipeline.options import PipelineOptions
 from tdjax.pipeline.request import ModelInfo, Request
@@ -76,8 +78,7 @@ def idle_notes(request: Request, info: ModelInfo) -> list[str]:
     """Returns lines about arguments that were given and change nothing."""
     cfg, lines = request.sampler, []
     if request.negative_prompt and not cfg.guided:
-        why = "distilled weights have guidance built in" if cfg.few_step else "guidance_scale is 1"
-        lines.append(f"negative_prompt has no effect: {why}")
+        lines.append(f"negative_prompt has no effect: {_unguided(cfg)}")
     if cfg.few_step and cfg.shift != SamplerConfig.shift:
         lines.append(f"`shift` has no effect: it is of unipc and euler, and this is {cfg.sampler}")
     if not cfg.few_step and cfg.mid_t not in (SamplerConfig.mid_t, info.sampler.mid_t):
@@ -87,6 +88,28 @@ def idle_notes(request: Request, info: ModelInfo) -> list[str]:
     if request.fit != Request.fit and request.image is None:
         lines.append("`fit` has no effect: there is no image")
     return lines
+
+
+def mesh_notes(request: Request, mesh: Mesh | None) -> list[str]:
+    """Returns lines about devices of a mesh that have nothing of their own to denoise."""
+    sizes = {} if mesh is None else mesh.shape
+    cfg, copies, lines = request.sampler, sizes.get(COPIES, 1), []
+    if sizes.get(GUIDANCE, 1) > 1 and not cfg.guided:
+        lines.append(
+            f"cfg={sizes[GUIDANCE]} of `mesh` has no effect: {_unguided(cfg)}, and both halves of"
+            " the devices denoise the same"
+        )
+    if copies > 1 and request.videos == 1:
+        lines.append(
+            f"dp={copies} of `mesh` has no effect: one video is made, and every copy denoises the"
+            " same"
+        )
+    return lines
+
+
+def _unguided(cfg: SamplerConfig) -> str:
+    """Why there is no guidance."""
+    return "distilled weights have guidance built in" if cfg.few_step else "guidance_scale is 1"
 
 
 def sampler_notes(cfg: SamplerConfig, info: ModelInfo) -> list[str]:

@@ -16,15 +16,16 @@ import numpy as np
 
 from tdjax.checkpoints.locate import Located
 from tdjax.config.values import whole
-from tdjax.parallel.mesh import make_mesh, refuse_axis
+from tdjax.parallel.mesh import make_mesh
 from tdjax.pipeline import memory, together
 from tdjax.pipeline.adapters import adapt
 from tdjax.pipeline.call import Call, arguments_of
 from tdjax.pipeline.compilation import Programs
 from tdjax.pipeline.components import Component
 from tdjax.pipeline.decoding import decode
+from tdjax.pipeline.denoising import Video
 from tdjax.pipeline.memory import ExecutionPlan
-from tdjax.pipeline.notes import plan_notes, request_notes
+from tdjax.pipeline.notes import mesh_notes, plan_notes, request_notes
 from tdjax.pipeline.options import Lora, OutputType, PipelineOptions, check_choice
 from tdjax.pipeline.preparation import Preparation
 from tdjax.pipeline.request import Request, make_request, model_info, texts_of
@@ -56,7 +57,6 @@ class Pipeline(Call):
         self.size, self.sampler = info.size, info.sampler  # where a call gives none
         self.lock = threading.RLock()  # calls of several threads run one after another
         self.mesh = make_mesh(options.mesh, self.config)
-        refuse_axis("dp", self.mesh, "a video is made at a time, and several by several processes")
         for component in components.values():
             component.mesh = self.mesh
         self.tokenizer = open_tokenizer(located.tokenizer, info.text_len)
@@ -124,21 +124,25 @@ class Pipeline(Call):
     def _run(
         self, request: Request, plan: ExecutionPlan
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """(latents, frames) of every prompt and sample, through all stages."""
+        """(latents, frames) of every prompt and sample, through all stages: copies of the weights
+        denoise as many at a time, in this order, and all devices decode one after another."""
         self.preparation.check_kernels()
         self.preparation.begin(request, plan)
         texts = self.text_encoding.run(request, plan)
         condition = self.image_encoding.run(request, plan)
         latents: list[np.ndarray] = []
         frames: list[np.ndarray] = []
-        samples = range(request.num_samples)
-        for (number, text), sample in itertools.product(enumerate(texts), samples):
-            one = request.of(number)
+        numbered = itertools.product(enumerate(texts), range(request.num_samples))
+        videos = [Video(request.of(n), text, sample) for (n, text), sample in numbered]
+        for first in range(0, len(videos), self.programs.copies):
+            group = videos[first : first + self.programs.copies]
             if not plan.keep_resident:
                 self.free("vae")
-            latents.append(self.denoising.run(one, plan, text, condition, sample))
+            made = self.denoising.run(request, plan, condition, group)
+            latents += np.split(made, len(group))
             if request.output_type != "latent":
-                frames.append(self.vae_coding.run(request, plan, latents[-1], len(frames)))
+                for one in latents[first:]:
+                    frames.append(self.vae_coding.run(request, plan, one, len(frames)))
         return latents, frames
 
     @arguments_of(Call.__call__)
@@ -189,8 +193,9 @@ class Pipeline(Call):
 
     def warnings(self, request: Request) -> list[str]:
         """Returns what a user should know before waiting: the prompt's length, an unusual size,
-        weights that need many steps."""
-        return request_notes(request, self.config, self.info, self.tokenizer)
+        weights that need many steps, devices that have nothing of their own to do."""
+        lines = request_notes(request, self.config, self.info, self.tokenizer)
+        return lines + mesh_notes(request, self.mesh)
 
     def metadata(self, request: Request) -> dict[str, Any]:
         """Returns everything needed to make the same videos again, as JSON values."""

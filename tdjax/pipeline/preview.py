@@ -35,14 +35,16 @@ BIAS = (-0.1835, -0.0868, -0.3360)
 
 
 def predicted(state, other, schedule, *, sampler: str):
-    """The latents f32[b t h w c] that the network predicted at a step, from the state after it.
+    """The latents f32[1 t h w c] that the network predicted at a step, from the state after it; of
+    the first of several videos that are made together.
 
     other: for "ode" the state before it. schedule: as the step's own in `compilation.denoise`.
     """
     if sampler not in few_step.UPDATE:
-        return state.m1
+        return state.m1[:1]
     noise, (u, u_next) = schedule
-    return few_step.predicted(state, noise[0] if sampler == "sde" else other, u, u_next, sampler)
+    other = noise[0] if sampler == "sde" else other
+    return few_step.predicted(state, other, u, u_next, sampler)[:1]
 
 
 def colours(latents):

@@ -14,7 +14,7 @@ import numpy as np
 from tdjax.checkpoints import demo, orbax
 from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
-from tdjax.parallel.mesh import AXES, every_device, parse_mesh
+from tdjax.parallel.mesh import AXES, every_device, parse_mesh, refuse_axis
 from tdjax.parallel.sharding import RULES, TOKENS
 from tdjax.pipeline.components import open_component
 from tdjax.pipeline.decoding import size_of
@@ -49,11 +49,19 @@ def groups(sizes: Mapping[str, int]) -> int:
     return math.prod(sizes.get(axis, 1) for axis in RULES["batch"])
 
 
+def axes_of(mesh: str) -> dict[str, int]:
+    """Returns a mesh of training as `parse_mesh` does. Raises UsageError for one of generation."""
+    axes = parse_mesh(mesh)
+    why = "it divides guided steps of generation; a batch is divided by fsdp and dp"
+    refuse_axis("cfg", axes, why)
+    return axes
+
+
 def lines(name: str, config: dict[str, Any]) -> list[str]:
     """Returns what `--dry_run` says of a run's needs. name: of the method."""
     run, data, model, loss = (config[part] for part in ("run", "data", "model", "loss"))
     mesh = every_device("fsdp") if run.mesh == "auto" else run.mesh
-    sizes = {AXES[axis]: size for axis, size in parse_mesh(mesh).items()} if mesh else {}
+    sizes = {AXES[axis]: size for axis, size in axes_of(mesh).items()} if mesh else {}
     devices, apart = math.prod(sizes.values()), groups(sizes)
     stored = _stored(model)
     if stored is None:

@@ -21,7 +21,7 @@ from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
 from tdjax.models.wan_dit import HOST_MEMORY
 from tdjax.parallel import hosts
-from tdjax.parallel.mesh import every_device, make_mesh, parse_mesh
+from tdjax.parallel.mesh import every_device, make_mesh
 from tdjax.precision import Policy
 from tdjax.progress import GIB, Stages
 from tdjax.train import checkpoints, cost, loop, page, placement, plan, report
@@ -65,7 +65,7 @@ class TrainingRun:
         if mesh == "auto":
             mesh = every_device("fsdp")
         else:
-            parse_mesh(mesh)  # a wrong word is told before anything is downloaded
+            plan.axes_of(mesh)  # a wrong word is told before anything is downloaded
         self.negative = self._open_negative()
         self.networks = Networks(config["model"], name, self._trained_weights())
         _check_tangent(config["loss"], self.networks.config)

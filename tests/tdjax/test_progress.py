@@ -83,6 +83,21 @@ def test_the_bar_counts_videos_and_goes_away(capsys):
     assert bar.bar is None
 
 
+def test_the_bar_names_videos_that_are_made_together(capsys):
+    bar = Bar(show=True)
+    with bar.listening(Listener(), 3, 2):
+        for first, count in ((0, 2), (2, 1)):
+            bar.next_video(count)
+            assert (bar.listener.first, bar.listener.count) == (first, count)
+            for step in (1, 2):
+                bar.step(step, 2)
+            with bar("vae decode"):
+                assert bar.bar.n == 3 * first + 2 * count and bar.bar.total == 9
+            bar.bar.refresh()
+    shown = capsys.readouterr().err
+    assert "videos 1-2 of 3: vae decode" in shown and "video 3 of 3: vae decode" in shown
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_bar_of_one_call_goes_with_it(error):
     bar = Bar(show=True)

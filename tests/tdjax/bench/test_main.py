@@ -90,7 +90,8 @@ def test_rows_of_a_mesh_stand_beside_one_device(tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--mesh", "dp=2"], "--mesh dp"),
+        (["--mesh", "dp=2"], "--mesh dp=2"),
+        (["--mesh", "one", "cfg=2"], "--mesh cfg=2 without --teacher"),
         (["--mesh", "one", "sp=x"], "cannot read"),
         (["--stream", "--mesh", "sp=2"], "--stream with --mesh"),
         (["--stage", "vae", "--lora", "4"], "--lora with --stage vae"),

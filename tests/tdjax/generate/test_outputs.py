@@ -270,11 +270,14 @@ def test_a_preview_is_there_until_the_video_is(tmp_path, capsys):
     args = parse(["-o", str(tmp_path / "v.mp4"), "--preview", "--num_samples", "2"])
     size = {"frames": 5, "height": 32, "width": 32}
     paths, there = [tmp_path / f"v_{i}.mp4" for i in (0, 1)], tmp_path / "v_0_preview.mp4"
-    with Files(args, Stages(False), paths, {"size": size}, overwrite=False) as made:
+    stages = Stages(False)
+    with Files(args, stages, paths, {"size": size}, overwrite=False) as made:
+        stages.next_video()
         for step, shade in enumerate((20, 200, 90), 1):
             made.listen["on_preview"](step, np.full((2, 4, 4, 3), shade, np.uint8))
             frames = read_video(there)  # a pixel for each latent is shown larger
             assert frames.shape == (2, 16, 16, 3) and abs(int(frames.mean()) - shade) < 8
+        stages.next_video()
         made.listen["on_preview"](1, np.zeros((5, 32, 32, 3), np.uint8))
         assert read_video(tmp_path / "v_1_preview.mp4").shape == (5, 32, 32, 3)
     assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ from jax.sharding import AxisType
 
 from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
-from tdjax.parallel.mesh import every_device, make_mesh, refuse_axis
+from tdjax.parallel.mesh import every_device, make_mesh, parse_mesh, refuse_axis
 
 
 def test_more_devices_than_there_are():
@@ -28,7 +28,7 @@ def test_a_mesh_of_jax():
     mesh = make_mesh(jax.make_mesh((2, 2), ("tp", "sp"), devices=devices), CFG)
     assert dict(mesh.shape) == {"tensor": 2, "seq": 2} and list(mesh.devices.ravel()) == devices
     assert set(mesh.axis_types) == {AxisType.Auto}
-    with pytest.raises(UsageError, match="has an axis 'x'(.|\n)*dp, fsdp, tp, sp"):
+    with pytest.raises(UsageError, match="has an axis 'x'(.|\n)*dp, cfg, fsdp, tp, sp"):
         make_mesh(jax.make_mesh((4,), ("x",)), CFG)
     with pytest.raises(UsageError, match="divides 6 attention heads by 4"):
         make_mesh(jax.make_mesh((4,), ("tp",)), DiTConfig(heads=6, dim=96))
@@ -55,6 +55,16 @@ def test_axes_have_one_order_and_their_place():
     devices = make_mesh("sp=2,dp=2", CFG)
     assert list(devices.shape) == ["data", "seq"]
     assert [d.id for d in devices.devices[0]] == [d.id for d in jax.devices()[:2]]
-    with pytest.raises(UsageError, match="has the axis dp=2(.|\n)*training alone: none"):
-        refuse_axis("dp", devices, "none")
-    refuse_axis("dp", None, "none")
+    assert list(make_mesh("cfg=2,dp=2", CFG).shape) == ["data", "guidance"]
+
+
+def test_an_axis_of_others_is_refused():
+    with pytest.raises(UsageError, match="has the axis cfg=2(.|\n)*because"):
+        refuse_axis("cfg", parse_mesh("sp=2,cfg=2"), "because")
+    refuse_axis("cfg", parse_mesh("sp=2"), "because")
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_a_guided_step_has_two_halves(size):
+    with pytest.raises(UsageError, match=f"divides a guided step by {size}(.|\n)*use cfg=2"):
+        make_mesh(f"cfg={size}", CFG)

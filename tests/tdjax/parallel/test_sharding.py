@@ -30,12 +30,14 @@ from tdjax.parallel.sharding import (
     RULES,
     axes_of,
     constrain,
+    halves,
     leaf_name,
     missing_tokens,
     over_heads,
     over_queries,
     shardings,
     spec,
+    twice,
 )
 from tdjax.precision import FLOAT32
 
@@ -122,6 +124,28 @@ def test_axes_that_are_missing_or_do_not_divide_are_left_whole():
     axes = ("batch", "tokens", "heads", None)
     assert spec((4, 10, 6, 8), axes, sizes) == P(("data", "fsdp"), "seq", "tensor", None)
     assert spec((2, 9, 6, 8), axes, sizes) == P("data", None, "tensor", None)
+
+
+def test_only_a_doubled_batch_is_divided_by_guidance():
+    lies = lambda rows, **sizes: spec((rows, 3), ("batch",), sizes)[0]
+    assert lies(2, guidance=2) == "guidance" and lies(1, guidance=2) is None
+    assert lies(4, guidance=2, data=2) == ("data", "guidance")
+    assert lies(2, guidance=2, fsdp=2) == "guidance" and lies(2, fsdp=2) == "fsdp"
+    for copies in (2, 4):
+        assert lies(copies, guidance=2, data=copies) == "data"
+
+
+def test_halves_of_a_doubled_batch():
+    x = jnp.arange(12.0).reshape(4, 3)
+    double = jax.jit(twice)
+    whole = double(x)
+    with jax.set_mesh(mesh(data=2, guidance=2)):
+        doubled = jax.jit(twice)(x)
+        parts = jax.jit(halves)(doubled)
+        plain = jax.jit(halves)(whole)
+    assert np.array_equal(doubled, whole) and doubled.sharding.spec[0] == ("data", "guidance")
+    for part in (*parts, *plain, *halves(twice(x))):
+        assert np.array_equal(part, x)
 
 
 def test_without_a_mesh_constrain_is_the_identity():

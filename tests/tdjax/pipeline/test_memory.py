@@ -68,6 +68,19 @@ def test_a_device_of_a_mesh_has_its_share(text, weights, working):
     assert 0.7 * working < share <= working
 
 
+def test_a_device_has_a_half_of_a_guided_step_and_one_of_several_videos():
+    def working(guided: bool, text: str | None = None) -> int:
+        mesh = make_mesh(text, WAN_1_3B)
+        return memory.make_plan(T2V, SIZE, guided=guided, mesh=mesh).of("dit").working
+
+    assert working(True, "cfg=2") == working(False) < working(True)
+    assert working(False, "cfg=2") == working(False)
+    assert working(True, "dp=2") == working(True) and working(False, "dp=4") == working(False)
+    assert working(True, "cfg=2,sp=2") == working(True, "dp=2,cfg=2") - working(False) + working(
+        False, "sp=2"
+    )
+
+
 def test_what_a_device_has_room_for(monkeypatch):
     """From a device that says nothing, over one that holds all, down to one that holds a tile."""
     plan = lambda **choice: memory.make_plan(T2V, SIZE, guided=False, **choice)

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 
 from tdjax.config import DiTConfig, VideoSize
 from tdjax.pipeline import notes
@@ -101,3 +102,26 @@ def test_closed_languages():
     language = {"words": ["a", "circle"], "knows": {"shape": ["circle"]}}
     (line,) = told(language=language)
     assert "'fox'" in line and "shape: circle" in line
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sampler", "videos", "expected"),
+    [
+        ((1, 2), TEACHER_SAMPLER, 1, []),
+        ((1, 2), T2V_SAMPLER, 1, ["cfg=2 of `mesh` has no effect: distilled weights"]),
+        (
+            (1, 2),
+            dataclasses.replace(TEACHER_SAMPLER, guidance_scale=1.0),
+            1,
+            ["cfg=2 of `mesh` has no effect: guidance_scale is 1"],
+        ),
+        ((4, 1), T2V_SAMPLER, 1, ["dp=4 of `mesh` has no effect: one video"]),
+        ((4, 1), T2V_SAMPLER, 2, []),
+    ],
+)
+def test_devices_that_have_nothing_of_their_own_to_do(sizes, sampler, videos, expected):
+    mesh = AbstractMesh(sizes, ("data", "guidance"))
+    request = Request(prompts=("a",), size=VideoSize(), sampler=sampler, num_samples=videos)
+    lines = notes.mesh_notes(request, mesh)
+    assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
+    assert not notes.mesh_notes(request, None)

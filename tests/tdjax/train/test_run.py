@@ -158,6 +158,7 @@ def test_distillation_is_traced_before_weights_are_read(folder, loss):
         ("sla-1.3b", ["loss.accumulate=3"], 2, ["batch of 4 cannot be divided into 3"]),
         ("sla-1.3b", ["run.mesh=fsdp=3"], 2, ["data.batch is 4", "multiple of 3"]),
         ("sla-1.3b", ["run.mesh=tp=4"], 2, ["divides 2 attention heads by 4"]),
+        ("sla-1.3b", ["run.mesh=cfg=2,fsdp=2"], 2, ["has the axis cfg=2", "guided steps"]),
         ("sla-1.3b", ["optimizer.train=nothing"], 2, ["no weight matches 'nothing'"]),
         ("sla-1.3b", ["model.weights="], 2, ["model.weights is not given"]),
         ("sla-1.3b", ["model.weights=sla-9b"], 2, ["unknown model 'sla-9b'"]),
