@@ -29,7 +29,7 @@ from pallas_kernels.int8_matmul import (
 )
 from pallas_kernels.primitives import EXACT
 from tdjax.models.abstract import drawn
-from tdjax.parallel.sharding import of_each_group, over_channels, over_tokens
+from tdjax.parallel.sharding import of_each_group, over_channels, over_samples, over_tokens
 from tdjax.precision import Policy
 
 PRODUCT = "linear_product"  # what `remat` may keep
@@ -175,8 +175,12 @@ class QuantizedLinear(_Layer):
         """Returns what the product takes besides: the values that it reads, times the narrow factor
         [b l r], and the other factor [o r]."""
         down, up = (a[...].astype(x.dtype) for a in (self.low_rank_down, self.low_rank_up))
-        narrow = self.narrowed(self.rows(x.values, x.scale), down).astype(x.dtype)
-        return rearrange(narrow, "(b l) r -> b l r", b=x.values.shape[0]), up
+
+        def narrowed(of_tokens, down):
+            narrow = self.narrowed(self.rows(*of_tokens), down).astype(x.dtype)
+            return rearrange(narrow, "(b l) r -> b l r", b=of_tokens[0].shape[0])
+
+        return self.by_samples(narrowed, (x.values, x.scale), down), up
 
     @classmethod
     def narrowed(cls, rows: QTensor, down):  # [(b l) i], [r i] -> [(b l) r]
@@ -199,6 +203,11 @@ class QuantizedLinear(_Layer):
     def divided(op, of_tokens, of_channels):
         """op(of_tokens, of_channels), divided over a mesh by the compiler."""
         return op(of_tokens, of_channels)
+
+    @staticmethod
+    def by_samples(op, of_tokens, shared):
+        """op(of_tokens, shared) of what is not divided by itself."""
+        return op(of_tokens, shared)
 
     @staticmethod
     def rows(values, scale) -> QTensor:  # of Activations -> values [(b l) i]
@@ -226,9 +235,12 @@ class QuantizedLinear(_Layer):
 
     @classmethod
     def quantized(cls, x, impl: str) -> Activations:  # [b l i]
-        rows = quantize_activations(rearrange(x, "b l i -> (b l) i"), cls.scheme, impl=impl)
-        values = rearrange(rows.values, "(b l) i -> b l i", b=x.shape[0])
-        return Activations(values, rows.scale, x.dtype)
+        def quantize(of_tokens, _):
+            rows = rearrange(of_tokens[0], "b l i -> (b l) i")
+            values, scale = quantize_activations(rows, cls.scheme, impl=impl)
+            return rearrange(values, "(b l) i -> b l i", b=of_tokens[0].shape[0]), scale
+
+        return Activations(*cls.by_samples(quantize, (x,), ()), x.dtype)
 
     @classmethod
     def unpacked(cls, values, scale):  # -> float32 [o i]
@@ -240,10 +252,12 @@ class QuantizedLinear(_Layer):
 
 
 class Int8Linear(QuantizedLinear):
-    """int8 in tiles of 128 x 128 with a scale each, tiles of tokens running across samples: the
-    published -quant files."""
+    """int8 in tiles of 128 x 128 with a scale each, tiles of tokens running across the samples of a
+    device: the published -quant files."""
 
     scheme = "block128"
+    divided = staticmethod(over_samples)
+    by_samples = staticmethod(over_samples)
     products: ClassVar = {"mosaic": "auto"}
     leaves = ("int8_weight", "scale")
     dequantize = staticmethod(dequantize)

@@ -256,6 +256,21 @@ def over_tokens(op, *arrays):  # [b l ...], or [b 1 ...] and [1 l ...]
     return jax.shard_map(op, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
 
 
+def over_samples(op, of_samples, shared):  # arrays [b ...], or [n ...] of tiles; and others
+    """op(of_samples, shared), its outputs [b ...] or [n ...], with samples divided over copies and
+    halves of a guided step: tiles that run across samples end with those of a device. Tokens and
+    channels are left to the compiler."""
+    sizes = {m: n for m, n in mesh_sizes().items() if m in (COPIES, GUIDANCE)}
+    lies = PartitionSpec(spec(of_samples[0].shape, ("batch",), sizes)[0])
+    if not _axes(lies[0]):
+        return op(of_samples, shared)
+    names = {*_axes(lies[0])}
+    specs = lies, PartitionSpec()
+    return jax.shard_map(op, in_specs=specs, out_specs=lies, axis_names=names, check_vma=False)(
+        of_samples, shared
+    )
+
+
 def over_channels(op, of_tokens, of_channels):  # arrays [b l ...], and [o ...]; or None
     """op(of_tokens, of_channels) [b l o] with samples, tokens and output channels divided over the
     mesh."""

@@ -148,6 +148,23 @@ def test_halves_of_a_doubled_batch():
         assert np.array_equal(part, x)
 
 
+@pytest.mark.parametrize("rank", [0, 16])
+def test_tiles_end_with_the_samples_of_a_device(rank):
+    """150 tokens are two tiles of each sample, whatever the other one holds."""
+    rngs = nnx.Rngs(0)
+    layer = LINEAR["int8"](256, 384, FLOAT32, rngs=rngs)
+    if rank:
+        layer.low_rank_down = nnx.Variable(rngs.params.normal((rank, 256)) / 16)
+        layer.low_rank_up = nnx.Variable(rngs.params.normal((384, rank)) / 4)
+    x = rngs.params.normal((2, 150, 256)) * jnp.array([1.0, 9.0])[:, None, None]
+    alone = jnp.concatenate([layer(row[None]) for row in x])
+    with jax.set_mesh(mesh(data=2, seq=2)):
+        rows = jax.jit(lambda layer, x: layer.quantize_input(x).scale)(layer, x)
+        made = jax.jit(lambda layer, x: layer(x))(layer, x)
+    assert rows.shape == (2 * 2, 2)
+    assert np.linalg.norm(made - alone) < 1e-5 * np.linalg.norm(alone)
+
+
 def test_without_a_mesh_constrain_is_the_identity():
     x = jnp.ones((2, 3))
     assert constrain(x, "batch", None) is x

@@ -89,6 +89,16 @@ def test_several_videos_at_a_time(small, one, mesh, call):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh, call", [("dp=2", FEW), ("dp=2,tp=2", FEW), ("dp=2", GUIDED)])
+def test_tiles_of_8_bits_are_those_of_a_video_alone(small, mesh, call):
+    """A scale of 128 tokens is no other video's; a last bit may move a value over an edge."""
+    call = {**call, "seed": [1, 2], **LATENT}
+    made, alone = (tdjax.load(small, mesh=m, quant="int8")(PROMPTS, **call) for m in (mesh, None))
+    for many, one in zip(made.latents, alone.latents, strict=True):
+        assert np.linalg.norm(many - one) < 1e-2 * np.linalg.norm(one)
+
+
+@pytest.mark.slow
 def test_a_last_group_that_is_not_full(two, one):
     """Three videos: two, and one beside a copy of itself. Nothing is compiled for it."""
     compare(two, one, PROMPTS[0], num_samples=2, **FEW)
