@@ -11,6 +11,7 @@ from flax import nnx
 
 from tdjax.checkpoints import orbax
 from tdjax.config import TextConfig, VAEConfig
+from tdjax.media.scenes import clips
 from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.models.wan_vae import VAE
@@ -18,7 +19,7 @@ from tdjax.precision import FLOAT32
 from tdjax.progress import Stages
 from tdjax.text.tokenizer import Tokenizer
 from tdjax.train.tiny import configs, work
-from tdjax.train.tiny.data import captions, clips, encoded
+from tdjax.train.tiny.data import captions, encoded
 from tdjax.train.tiny.data.encoded import Data
 from tdjax.train.tiny.data.tokenizer import build
 from tdjax.train.tiny.stages import sla

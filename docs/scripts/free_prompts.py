@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 import tdjax
+from tdjax.media.scenes import detector
 from tdjax.text.language import caption_of, language_notes
 from tdjax.train.tiny.data.captions import LANGUAGE, free_prompt, parse
-from tdjax.train.tiny.evaluation import detector
 
 AT_ONCE = 16
 

@@ -3,20 +3,26 @@ suit the weights, kernels that are not used."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from tdjax.config import DiTConfig, SamplerConfig, VideoSize
 from tdjax.media.resolution import size_notes
+from tdjax.media.scenes import detector
+from tdjax.media.scenes.factors import FRAMES, NAMES, SIDE, UNSAID
 from tdjax.parallel.sharding import COPIES, GUIDANCE
 from tdjax.pipeline.memory import GIB, ExecutionPlan
 from tdjax.pipeline.options import PipelineOptions
 from tdjax.pipeline.request import ModelInfo, Request
 from tdjax.sampling import schedules
-from tdjax.text.language import language_notes
+from tdjax.text.language import asked, language_notes
 from tdjax.text.tokenizer import Tokenizer, prompt_warnings
 
 TRAINED_FRAMES = VideoSize.frames
+_VALUES = {factor: len(values) for factor, values in NAMES.items()}
 
 
 def request_notes(
@@ -35,6 +41,38 @@ def request_notes(
             else:
                 lines += prompt_warnings(tokenizer, text)
     return lines
+
+
+def video_notes(request: Request, info: ModelInfo, video: np.ndarray, number: int) -> list[str]:
+    """Returns lines about video `number` (from 1) of a request, [1 T H W 3], that is not what its
+    prompt asks for."""
+    if request.prompt_embeds is not None:
+        return []
+    prompt = request.prompts[(number - 1) // request.num_samples]
+    which = f"video {number} of {request.videos}: " if request.videos > 1 else ""
+    return [which + line for line in clip_notes(info.language, prompt, video)]
+
+
+def clip_notes(language: dict[str, Any] | None, prompt: str, video: np.ndarray) -> list[str]:
+    """Returns a line about a clip [1 T H W 3] (uint8, or float in [0, 1]) that does not show what
+    its prompt asks for, by the detector; none for other sizes, and for models of no such language.
+    """
+    knows = (language or {}).get("knows", {})
+    same = {factor: len(values) for factor, values in knows.items()} == _VALUES
+    if not same or video.shape != (1, FRAMES, SIDE, SIDE, 3):
+        return []
+    found = detector.measure(video if video.dtype == np.uint8 else 2 * video - 1)
+    if not found.present[0]:
+        return ["the clip shows no single shape: another seed may do better"]
+    wrong = []
+    for factor, place in asked(language or {}, prompt).items():
+        seen = int(getattr(found.seen, factor)[0])
+        if seen != place:
+            instead = "none that it knows" if seen == UNSAID else knows[factor][seen]
+            wrong.append(f"the {factor} is {instead}, not {knows[factor][place]}")
+    if not wrong:
+        return []
+    return [f"the clip does not show what was asked for: {', '.join(wrong)}; another seed may"]
 
 
 def plan_notes(plan: ExecutionPlan, options: PipelineOptions) -> list[str]:

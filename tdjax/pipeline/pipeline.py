@@ -25,7 +25,7 @@ from tdjax.pipeline.components import Component
 from tdjax.pipeline.decoding import decode
 from tdjax.pipeline.denoising import Video
 from tdjax.pipeline.memory import ExecutionPlan
-from tdjax.pipeline.notes import mesh_notes, plan_notes, request_notes
+from tdjax.pipeline.notes import mesh_notes, plan_notes, request_notes, video_notes
 from tdjax.pipeline.options import Lora, OutputType, PipelineOptions, check_choice
 from tdjax.pipeline.preparation import Preparation
 from tdjax.pipeline.request import Request, make_request, model_info, texts_of
@@ -143,6 +143,8 @@ class Pipeline(Call):
             if request.output_type != "latent":
                 for one in latents[first:]:
                     frames.append(self.vae_coding.run(request, plan, one, len(frames)))
+                    for line in video_notes(request, self.info, frames[-1], len(frames)):
+                        self.stages.note(line)
         return latents, frames
 
     @arguments_of(Call.__call__)

@@ -75,6 +75,13 @@ def said(language: dict[str, Any], prompt: str) -> dict[str, list[int]]:
     return out
 
 
+def asked(language: dict[str, Any], prompt: str) -> dict[str, int]:
+    """Returns {factor: place of the value that a clip of this prompt should have}: the last one
+    that it names, or the one that was drawn for it."""
+    both = said(language, prompt) | _drawn(language, prompt)
+    return {factor: places[-1] for factor, places in both.items()}
+
+
 def caption_of(language: dict[str, Any], prompt: str) -> str:
     """Returns what a model of this language reads for a prompt: the prompt, if it is like a caption
     of training, else such a caption of what it says. Of a factor that is named twice the last value
@@ -83,10 +90,7 @@ def caption_of(language: dict[str, Any], prompt: str) -> str:
     words, template = words_of(prompt), language.get("caption")
     if not words or template is None or _as_trained(language, prompt):
         return prompt
-    named = {
-        f: values[-1] for f, values in (said(language, prompt) | _drawn(language, prompt)).items()
-    }
-    knows = language["knows"]
+    named, knows = asked(language, prompt), language["knows"]
     texts = {factor: knows[factor][named[factor]] if factor in named else "" for factor in knows}
     text = " ".join(template.format(**texts).split())
     return re.sub(r"\ba (?=[aeiou])", "an ", text)

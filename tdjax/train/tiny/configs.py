@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 
 from tdjax.config import DiTConfig, SLAConfig, TextConfig, VAEConfig, VideoSize
+from tdjax.media.scenes.factors import FRAMES, SIDE
 from tdjax.precision import FLOAT32
-from tdjax.train.tiny.data.factors import FRAMES, SIDE
 
 SIZE = VideoSize(frames=FRAMES, height=SIDE, width=SIDE)
 

@@ -11,11 +11,12 @@ import pytest
 import tdjax
 from tdjax.checkpoints import demo, orbax
 from tdjax.generate import __main__ as generate
+from tdjax.media.scenes import detector
+from tdjax.media.scenes.factors import UNSAID
 from tdjax.text.language import caption_of
 from tdjax.train.tiny import configs
 from tdjax.train.tiny.data import captions
-from tdjax.train.tiny.data.factors import UNSAID
-from tdjax.train.tiny.evaluation import detector, sampling
+from tdjax.train.tiny.evaluation import sampling
 from tdjax.train.tiny.stages import package
 
 pytestmark = pytest.mark.optimized
@@ -35,9 +36,14 @@ FLAGS = ["--compile_cache_dir", "none"]
 
 
 @pytest.fixture(scope="module")
-def packaged():
+def made():
     """Clips of all prompts, of the model as it is packaged."""
-    return tdjax.load("demo")(list(PROMPTS), seed=0).frames
+    return tdjax.load("demo")(list(PROMPTS), seed=0)
+
+
+@pytest.fixture(scope="module")
+def packaged(made):
+    return made.frames
 
 
 def obeyed(frames, prompts=SOME) -> dict[str, bool]:
@@ -61,9 +67,12 @@ def test_the_prompts_ask_for_everything():
 
 
 @pytest.mark.slow
-def test_it_obeys(packaged):
-    found = obeyed(packaged, PROMPTS)
+def test_it_obeys_or_says_that_it_did_not(made):
+    found = obeyed(made.frames, PROMPTS)
     assert sum(found.values()) >= 6, found
+    for number, right in enumerate(found.values(), 1):
+        told = [line for line in made.warnings if line.startswith(f"video {number} of 8: the clip")]
+        assert len(told) == (not right), made.warnings
 
 
 FREE = tuple(captions.free_prompt(seed) for seed in range(6))

@@ -3,13 +3,17 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
 from tdjax.config import DiTConfig, VideoSize
+from tdjax.media.scenes import clips
+from tdjax.media.scenes.factors import NAMES
 from tdjax.pipeline import notes
 from tdjax.pipeline.request import ModelInfo, Request
 from tdjax.presets import I2V_SAMPLER, T2V_SAMPLER, TEACHER_SAMPLER
+from tdjax.train.tiny.data.captions import LANGUAGE, parse
 
 MODEL = ModelInfo(
     name="fox",
@@ -125,3 +129,50 @@ def test_devices_that_have_nothing_of_their_own_to_do(sizes, sampler, videos, ex
     lines = notes.mesh_notes(request, mesh)
     assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
     assert not notes.mesh_notes(request, None)
+
+
+# -- of a clip -------------------------------------------------------------------------------------
+
+ASKED = "a large orange triangle moves up quickly on a black background"
+
+
+@pytest.fixture(scope="module")
+def clip():
+    """A clip of what ASKED says, drawn: uint8[1 T H W 3]."""
+    where = clips.place(jax.random.key(0), jax.tree.map(jax.numpy.asarray, parse([ASKED])))
+    return np.asarray(clips.to_uint8(clips.render(where)))
+
+
+def test_a_clip_that_shows_what_was_asked_for(clip):
+    for video in (clip, clip.astype(np.float32) / 255):
+        assert notes.clip_notes(LANGUAGE, ASKED, video) == []
+    for prompt in ("", "an orange triangle", "up, quickly"):  # the rest is drawn, or left to chance
+        lines = notes.clip_notes(LANGUAGE, prompt, clip)
+        assert not lines or "the shape is" not in lines[0] or "triangle" not in prompt
+
+
+@pytest.mark.parametrize(
+    ("was", "said", "expected"),
+    [
+        ("large", "small", "the size is large, not small"),
+        ("orange", "green", "the colour is orange, not green"),
+        ("triangle", "circle", "the shape is triangle, not circle"),
+        ("moves up", "moves left", "the motion is moves up, not moves left"),
+        ("quickly", "slowly", "the speed is quickly, not slowly"),
+        ("black", "olive", "the background is black, not olive"),
+    ],
+)
+def test_a_clip_that_shows_something_else(clip, was, said, expected):
+    (line,) = notes.clip_notes(LANGUAGE, ASKED.replace(was, said), clip)
+    assert expected in line and line.count(" is ") == 1 and line.endswith("another seed may")
+    assert len(NAMES) == 6  # a case for each
+
+
+def test_clips_that_show_no_shape_and_those_that_are_not_looked_at(clip):
+    assert "no single shape" in notes.clip_notes(LANGUAGE, ASKED, np.zeros_like(clip))[0]
+    noise = np.random.default_rng(0).integers(0, 256, clip.shape, np.uint8)
+    assert notes.clip_notes(LANGUAGE, ASKED, noise)
+    assert notes.clip_notes(LANGUAGE, ASKED, noise[:, :5]) == []
+    assert notes.clip_notes(None, ASKED, noise) == []
+    other = LANGUAGE | {"knows": LANGUAGE["knows"] | {"shape": ["box"]}}
+    assert notes.clip_notes(other, ASKED, noise) == []

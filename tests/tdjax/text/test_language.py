@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tdjax.media.scenes.factors import STILL, UNSAID
 from tdjax.text.language import caption_of, language_notes, said, understood
 from tdjax.train.tiny.data.captions import (
     LANGUAGE,
@@ -14,7 +15,6 @@ from tdjax.train.tiny.data.captions import (
     free_prompt,
     random_prompt,
 )
-from tdjax.train.tiny.data.factors import STILL, UNSAID
 
 
 @pytest.mark.parametrize("template", TEMPLATES)

@@ -1,1 +1,1 @@
-"""Rendered clips, their captions, and what an encoder makes of both."""
+"""Captions of rendered clips, and what an encoder makes of both."""

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tdjax.media.scenes.factors import FIRST_BOUNCE, NAMES, STILL, UNSAID, Attributes, scenes
 from tdjax.text import language
 from tdjax.text.language import words_of
-from tdjax.train.tiny.data.factors import FIRST_BOUNCE, NAMES, STILL, UNSAID, Attributes, scenes
 
 # Ways to say each value of a factor, the plainest first; it is used half of the time.
 _WAYS = {

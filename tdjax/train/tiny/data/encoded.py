@@ -13,9 +13,10 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 
+from tdjax.media.scenes import clips
+from tdjax.media.scenes.factors import Attributes
 from tdjax.text.tokenizer import Tokenizer
-from tdjax.train.tiny.data import captions, clips
-from tdjax.train.tiny.data.factors import Attributes
+from tdjax.train.tiny.data import captions
 from tdjax.train.tiny.data.tokenizer import build
 from tdjax.train.tiny.work import Run
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tdjax.checkpoints import orbax
+from tdjax.media.scenes import clips, detector
 from tdjax.models.wan_dit import with_linear
 from tdjax.train.evaluate import distances
 from tdjax.train.tiny import configs, work
-from tdjax.train.tiny.data import clips, encoded
-from tdjax.train.tiny.evaluation import detector, metrics, sampling
+from tdjax.train.tiny.data import encoded
+from tdjax.train.tiny.evaluation import metrics, sampling
 from tdjax.train.tiny.evaluation.variants import Variant
 from tdjax.train.tiny.work import Run
 

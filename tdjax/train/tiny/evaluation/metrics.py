@@ -12,9 +12,9 @@ import numpy as np
 from einops import rearrange, reduce
 from jax import lax
 
+from tdjax.media.scenes import clips
+from tdjax.media.scenes.factors import Attributes
 from tdjax.train.evaluate.distances import gaussian
-from tdjax.train.tiny.data import clips
-from tdjax.train.tiny.data.factors import Attributes
 
 POOL, EVERY, COMPONENTS = 8, 4, 64  # pooled pixels are means of 8x8 in every 4th frame
 # Channels of the random network; its features are means and deviations: 256.

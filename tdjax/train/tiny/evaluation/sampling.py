@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tdjax.config import SamplerConfig
+from tdjax.media.scenes import clips, detector
+from tdjax.media.scenes.factors import Attributes
 from tdjax.sampling import few_step, schedules, unipc
 from tdjax.train.tiny.configs import SIZE
-from tdjax.train.tiny.data import captions, clips
+from tdjax.train.tiny.data import captions
 from tdjax.train.tiny.data.encoded import embed, tokens_of
-from tdjax.train.tiny.data.factors import Attributes
-from tdjax.train.tiny.evaluation import detector
 
 MID = (1.3, 1.0, 0.6)  # TrigFlow times between the first and the last step of the student
 _DECODED = 128  # clips through the decoder at once

@@ -15,9 +15,10 @@ import jax
 from tdjax.checkpoints import orbax
 from tdjax.checkpoints.folders import is_model
 from tdjax.files import written
+from tdjax.media.scenes import factors
 from tdjax.models.wan_dit import with_linear
 from tdjax.train.tiny import configs, work
-from tdjax.train.tiny.data import captions, encoded, factors
+from tdjax.train.tiny.data import captions, encoded
 from tdjax.train.tiny.evaluation import sampling
 from tdjax.train.tiny.work import Run
 
@@ -127,7 +128,7 @@ that the table does not use; the two merged, repaired in a few steps, and quanti
 
 ## Results
 
-Measured from pixels (`tdjax/train/tiny/evaluation/detector.py`) of so many clips; the row marked \
+Measured from pixels (`tdjax/media/scenes/detector.py`) of so many clips; the row marked \
 as packaged is this model. FD are Frechet distances
 to real clips, diversity is the spread of places that the prompt leaves free, as a share of the \
 data's; PSNR is to the clips of the same

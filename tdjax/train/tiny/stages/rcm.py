@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tdjax.checkpoints import orbax
+from tdjax.media.scenes import detector
 from tdjax.models.wan_dit import DiT, with_compute
 from tdjax.sampling import flow
 from tdjax.train import rcm
@@ -24,7 +25,7 @@ from tdjax.train.state import Batch, DistillState, Teacher
 from tdjax.train.step import guided_teacher, velocity
 from tdjax.train.tiny import work
 from tdjax.train.tiny.data import encoded
-from tdjax.train.tiny.evaluation import detector, metrics, sampling
+from tdjax.train.tiny.evaluation import metrics, sampling
 from tdjax.train.tiny.settings import RCMStage
 from tdjax.train.tiny.work import Run
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from tdjax.checkpoints import orbax
 from tdjax.config import DiTConfig
+from tdjax.media.scenes import detector
 from tdjax.models.wan_dit import DiT
 from tdjax.train import sla
 from tdjax.train.configs import LogNormal, OptimizerConfig, SLATrainingConfig
@@ -13,7 +14,7 @@ from tdjax.train.optimizer import adamw
 from tdjax.train.state import Batch, Teacher, TrainState
 from tdjax.train.tiny import work
 from tdjax.train.tiny.data import encoded
-from tdjax.train.tiny.evaluation import detector, sampling
+from tdjax.train.tiny.evaluation import sampling
 from tdjax.train.tiny.settings import SLAStage
 from tdjax.train.tiny.work import Run
 

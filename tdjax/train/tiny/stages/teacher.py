@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 
 from tdjax.config import DiTConfig, TextConfig
+from tdjax.media.scenes import detector
 from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT
 from tdjax.parallel.sharding import leaf_name
@@ -18,7 +19,7 @@ from tdjax.train.state import Batch, Teacher, TrainState
 from tdjax.train.tiny import work
 from tdjax.train.tiny.data import encoded
 from tdjax.train.tiny.data.encoded import Data
-from tdjax.train.tiny.evaluation import detector, sampling
+from tdjax.train.tiny.evaluation import sampling
 from tdjax.train.tiny.settings import TeacherStage
 from tdjax.train.tiny.work import Run
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tdjax.media.scenes import clips, detector
 from tdjax.models.wan_vae import VAE
 from tdjax.train.configs import EMAConfig, OptimizerConfig
 from tdjax.train.ema import ema_update
@@ -20,8 +21,6 @@ from tdjax.train.optimizer import adamw
 from tdjax.train.state import TrainState
 from tdjax.train.step import apply, named_keys
 from tdjax.train.tiny import work
-from tdjax.train.tiny.data import clips
-from tdjax.train.tiny.evaluation import detector
 from tdjax.train.tiny.settings import VAEStage
 from tdjax.train.tiny.work import Run
 

@@ -5,8 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from tdjax.train.tiny.data import captions, clips
-from tdjax.train.tiny.data.factors import FIRST_BOUNCE, HELD_OUT, NAMES, STILL, UNSAID
+from tdjax.media.scenes import clips
+from tdjax.media.scenes.factors import FIRST_BOUNCE, HELD_OUT, NAMES, STILL, UNSAID
+from tdjax.train.tiny.data import captions
 
 sample = jax.jit(clips.sample, static_argnames=("n", "split", "motions"))
 PROMPT = "a small red circle moves left slowly on a gray background"

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import tiny_cases
 
+from tdjax.media.scenes import clips
 from tdjax.train import shards
 from tdjax.train.sources import ShardSource
 from tdjax.train.stream import Position, Stream
-from tdjax.train.tiny.data import captions, clips, encoded
+from tdjax.train.tiny.data import captions, encoded
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from tdjax.media.scenes import clips
 from tdjax.train.evaluate import distances
-from tdjax.train.tiny.data import clips
 from tdjax.train.tiny.evaluation import evaluate
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
+from tdjax.media.scenes import clips
+from tdjax.media.scenes.factors import STILL, UNSAID
 from tdjax.train.evaluate.distances import frechet, gaussian
-from tdjax.train.tiny.data import clips
-from tdjax.train.tiny.data.factors import STILL, UNSAID
 from tdjax.train.tiny.evaluation import metrics
 
 rng = np.random.default_rng(0)

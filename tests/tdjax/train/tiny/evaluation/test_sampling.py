@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import tiny_cases
 
+from tdjax.media.scenes import clips, detector
+from tdjax.media.scenes.factors import Attributes, Factors
 from tdjax.train.tiny import configs
-from tdjax.train.tiny.data import captions, clips, encoded
-from tdjax.train.tiny.data.factors import Attributes, Factors
-from tdjax.train.tiny.evaluation import detector, sampling
+from tdjax.train.tiny.data import captions, encoded
+from tdjax.train.tiny.evaluation import sampling
 
 GUIDANCE = 2.0
 NAMES = [field.name for field in dataclasses.fields(Attributes)]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from tdjax.train.tiny.data import clips, factors
-from tdjax.train.tiny.data.factors import (
+from tdjax.media.scenes import clips, factors
+from tdjax.media.scenes.factors import (
     BACKGROUND_RGB,
     COLOUR_RGB,
     FIRST_BOUNCE,

@@ -13,7 +13,7 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 
-from tdjax.train.tiny.data.factors import (
+from tdjax.media.scenes.factors import (
     BACKGROUND_RGB,
     COLOUR_RGB,
     DIRECTION,

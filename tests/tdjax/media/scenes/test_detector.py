@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from tdjax.train.tiny.data import clips
-from tdjax.train.tiny.data.factors import (
+from tdjax.media.scenes import clips, detector
+from tdjax.media.scenes.factors import (
     BACKGROUND_RGB,
     COLOURS,
     FIRST_BOUNCE,
@@ -22,7 +22,6 @@ from tdjax.train.tiny.data.factors import (
     STILL,
     UNSAID,
 )
-from tdjax.train.tiny.evaluation import detector
 
 pytestmark = pytest.mark.optimized
 

@@ -14,8 +14,8 @@ import numpy as np
 from einops import rearrange, reduce
 from jax import lax
 
-from tdjax.train.tiny.data import clips
-from tdjax.train.tiny.data.factors import (
+from tdjax.media.scenes import clips
+from tdjax.media.scenes.factors import (
     BACKGROUND_RGB,
     COLOUR_RGB,
     FRAMES,
