@@ -19,6 +19,9 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+from tdjax.checkpoints.compiled import WORTH_KEEPING, keep_programs  # noqa: E402
+from tdjax.files import trim  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -27,6 +30,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GROWN = 3 * 2**29  # bytes of a worker from which on the programs of a finished module are dropped
+KEPT = 2**30  # bytes of compiled programs that lie there from earlier sessions
 
 # Small checkpoints under published names, and folders of small models.
 pytest_plugins = ("published_fixtures", "model_fixtures")
@@ -90,13 +94,24 @@ def manifest():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compile_cache(tmp_path_factory):
-    """Programs compiled once in a session, whichever test (or pytest-xdist worker) asks first."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if os.environ.get("PYTEST_XDIST_WORKER") is None else base.parent) / "compiled"
-    folder.mkdir(exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+def compile_cache(pytestconfig, tmp_path_factory):
+    """Programs compiled once, whichever test asks first, in this process or one that it starts, in
+    this session or an earlier one. `pytest --cache-clear` drops them."""
+    if pytestconfig.pluginmanager.hasplugin("cacheprovider"):
+        folder = pytestconfig.cache.mkdir("compiled")
+    else:
+        folder = tmp_path_factory.mktemp("compiled")
+    trim(folder, "*-*", KEPT)
+    assert keep_programs(folder) is None
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(WORTH_KEEPING)
+
+
+@pytest.fixture
+def no_compile_cache(monkeypatch):
+    """Processes of a test find no program that another test has compiled."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 
 
 @pytest.fixture(scope="session", autouse=True)

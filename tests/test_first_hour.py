@@ -56,7 +56,7 @@ def test_seeds_that_do_not_fit_the_prompts(pipe):
 
 
 @pytest.mark.slow
-def test_the_first_clip_of_a_new_process_with_a_warm_cache(tmp_path):
+def test_the_first_clip_of_a_new_process_with_a_warm_cache(tmp_path, no_compile_cache):
     """CPU seconds of the whole process, user and system, all threads, from its start to its end.
     The bound has no factor for a slower machine: 5.2 and 6.3 were measured on two cores at a load
     of 6, and 10.3 to 10.9 at a load of 10 when every process still traced its programs."""

@@ -36,6 +36,7 @@ from tdjax.train.shards import write_shard
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 ENDED = {0, 2, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT}
+UNBORN = "Fatal Python error: init"  # Ctrl-C before Python itself had started: nothing of ours ran
 PROMPTS = ("a red circle moves left", "a blue square moves right, black background")
 SETTINGS = (
     "model.dit.dim=16 model.dit.heads=2 model.dit.layers=1 model.dit.ffn_dim=16"
@@ -139,7 +140,7 @@ class Harness:
             folder / "work" / "out" / "poem.txt": b"not a video",
         }
         self.environment = {
-            **os.environ,
+            **{k: v for k, v in os.environ.items() if not k.startswith("JAX_")},
             "TDJAX_CACHE": str(folder / "cache"),
             "HF_HUB_OFFLINE": "1",
             "JAX_PLATFORMS": "cpu",
@@ -230,6 +231,9 @@ class Harness:
             _, said = run.communicate(timeout=120)
         if run.returncode == -signal.SIGSEGV:  # threads of XLA, taken down in their work
             self.counts["crashes on the way out"] += 1
+        elif UNBORN in said:
+            self.counts["stopped before Python ran"] += 1
+            return True
         else:
             assert run.returncode in ENDED, f"{job.name}: {run.returncode}\n{said[-2000:]}"
         self.counts["tracebacks"] += "Traceback" in said

@@ -37,9 +37,8 @@ jax.jit(lambda x: x * 3)(1)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("given", ["True", "False", "'own'"])
-def test_a_process_keeps_programs_after_load(tmp_path, given):
+def test_a_process_keeps_programs_after_load(tmp_path, given, no_compile_cache):
     env = {**os.environ, "TDJAX_CACHE": str(tmp_path / "cache")}
-    env.pop("JAX_COMPILATION_CACHE_DIR", None)
     done = subprocess.run(
         [sys.executable, "-c", LOADS, given], env=env, cwd=tmp_path, capture_output=True, text=True
     )
