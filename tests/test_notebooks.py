@@ -77,7 +77,7 @@ def test_named_files_exist(path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of the kernel's own client
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path):
+def test_notebook_runs(path, no_compile_cache):
     pytest.importorskip("matplotlib", reason="the notebook extra is not installed")
     pytest.importorskip("nbclient", reason="the notebook extra is not installed")
     shown = scripts.outputs(scripts.execute(path))

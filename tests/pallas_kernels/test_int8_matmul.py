@@ -3,7 +3,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from generated import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import assert_close
 
@@ -77,7 +78,7 @@ def test_rows_in_pieces_change_nothing(monkeypatch):
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(
     st.sampled_from([1, 128, 131]),
     st.sampled_from([7, 150]),

@@ -9,7 +9,8 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from generated import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -108,7 +109,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(JSON)
 def test_any_json_value_has_an_answer(value):
     line = mismatch({**GOOD, "inner": value, "size": value}, Form)
@@ -126,6 +127,7 @@ def saved(array, **options) -> bytes:
     return out.getvalue()
 
 
+@examples(100)
 @given(
     arrays.arrays(
         st.sampled_from(["f4", ">f8", "i1", "?", "c8", "<u2"]),

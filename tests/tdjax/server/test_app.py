@@ -10,7 +10,8 @@ import time
 
 import httpx2 as httpx
 import pytest
-from hypothesis import given, settings
+from generated import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from server_cases import REFUSED, STRANGE, encoded, serving, until
 
@@ -555,7 +556,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     method=st.sampled_from(["GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"]),
     path=PATHS,

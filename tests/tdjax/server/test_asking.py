@@ -7,7 +7,8 @@ import io
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from generated import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from server_cases import REFUSED, STRANGE, encoded
@@ -79,7 +80,7 @@ SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_
 VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=2), max_leaves=4)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.dictionaries(st.sampled_from(sorted(FIELDS)), VALUES, max_size=3))
 def test_any_values_are_taken_or_refused(fields):
     try:
