@@ -223,13 +223,12 @@ def text_working(cfg: TextConfig, batch: int) -> int:
     return batch * (3 * cfg.heads * s * s * 4 + 3 * s * cfg.ffn_dim * size)
 
 
-def dit_working(cfg: DiTConfig, size: VideoSize, batch: int, mesh: Mesh | None = None) -> int:
+def dit_working(cfg: DiTConfig, size: VideoSize, batch: int, sizes: Mapping[str, int]) -> int:
     """Keys and values of the text, the residual stream with what is added to it, and the three of q
     k v and attention's output, or the two of the MLP if larger. References have float32 beside
-    them. On a mesh, tokens are divided by "seq", what has heads or is as wide as the MLP by
-    "tensor" too, and a batch of 2 by "guidance". batch: of one video; copies of the weights
-    ("data") have one each."""
-    sizes = {} if mesh is None else dict(mesh.shape)
+    them. On a mesh with axes of these sizes, tokens are divided by "seq", what has heads or is as
+    wide as the MLP by "tensor" too, and a batch of 2 by "guidance". batch: of one video; copies of
+    the weights ("data") have one each."""
     batch //= min(batch, sizes.get(GUIDANCE, 1))
     by_tokens = sizes.get("seq", 1)
     by_heads = by_tokens * sizes.get("tensor", 1)
@@ -301,7 +300,7 @@ def stage_plans(
         names = {"dit": "denoise (high noise)", "dit_low": "denoise (low noise)"}
     for stage, name in names.items():
         cfg, batch = configs[stage], 2 if guided else 1
-        working = dit_working(cfg, size, batch, mesh)
+        working = dit_working(cfg, size, batch, {} if mesh is None else mesh.shape)
         weights, host = weight_bytes("dit", cfg, mesh), 0
         if stream_transformer:  # each block has the text's keys and values when it runs
             host = cfg.layers * block_bytes(cfg)

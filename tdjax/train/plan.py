@@ -118,7 +118,7 @@ def _samples(
     size = size_of((1, *grid), pipe.components["vae"].config)
     request = Request(prompts=("",), size=size, sampler=samplers(name, config, pipe)[0])
     stages = {row.stage: row.total / GIB for row in pipe.plan(request)}
-    network = dit_working(student, size, 1) // sizes.get(TOKENS, 1) / GIB
+    network = dit_working(student, size, 1, sizes) / GIB
     text = (
         "" if cfg.prompts.endswith(".safetensors") else f"; before all, text {stages['text']:.2f}"
     )
