@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -175,6 +176,13 @@ class Adapters:
         return with_low_rank(
             module, {name: tuple(map(shape, two)) for name, two in self._shapes(cfg).items()}
         )
+
+    def factor_bytes(self, cfg: DiTConfig) -> int:
+        """Returns the bytes of all factors beside weights; on a mesh every device has them all."""
+        if not self.chosen.beside:
+            return 0
+        numbers = sum(math.prod(one) for two in self._shapes(cfg).values() for one in two)
+        return numbers * np.dtype(cfg.policy.param_dtype).itemsize
 
     def _shapes(self, cfg: DiTConfig) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """{layer: shapes of its factors}."""

@@ -126,6 +126,7 @@ def make_plan(
     tiled_vae: bool | None = None,
     mesh: Mesh | None = None,
     previews: bool = False,
+    factors: Mapping[str, int] | None = None,
     limit: int | None = None,
 ) -> ExecutionPlan:
     """Returns the plan of a request on the first device, or on each device of a mesh.
@@ -137,13 +138,19 @@ def make_plan(
     stream_transformer: True, False, or None: where a transformer does not fit.
     tiled_vae:   True, False, or None: where the whole frame does not fit.
     previews:    every step is shown.
+    factors:     bytes of low-rank factors beside the weights of "dit" and "dit_low".
     limit:       bytes that JAX may use on each device; None: on the first, as the backend says.
     """
     limit = memory_limit() if limit is None else limit
     if tiled_vae is None:
         decode = _vae_stage(configs["vae"], size, encode=False, tiled=False, mesh=mesh)
         tiled_vae = limit is not None and decode.total > USABLE * limit
-    how: dict[str, Any] = {"tiled": tiled_vae, "mesh": mesh, "previews": previews}
+    how: dict[str, Any] = {
+        "tiled": tiled_vae,
+        "mesh": mesh,
+        "previews": previews,
+        "factors": factors,
+    }
     if stream_transformer is None:
         whole = stage_plans(configs, size, guided=guided, **how)
         rows = [row for row in whole if row.component in ("dit", "dit_low")]
@@ -172,6 +179,7 @@ def plan_of(
 ) -> ExecutionPlan:
     """Returns the plan of a request to a pipeline that was opened with these options. limit: as of
     `make_plan`."""
+    networks = {name: each for name, each in components.items() if each.kind == "dit"}
     return make_plan(
         {name: component.config for name, component in components.items()},
         request.size,
@@ -182,6 +190,7 @@ def plan_of(
         tiled_vae=options.tiled_vae,
         mesh=mesh,
         previews=request.on_preview is not None,
+        factors={name: each.adapters.factor_bytes(each.config) for name, each in networks.items()},
         limit=limit,
     )
 
@@ -287,6 +296,7 @@ def stage_plans(
     tiled: bool = False,
     mesh: Mesh | None = None,
     previews: bool = False,
+    factors: Mapping[str, int] | None = None,
 ) -> tuple[StagePlan, ...]:
     """Returns the stages in the order in which they run; arguments as those of `make_plan`."""
     plans = []
@@ -301,10 +311,12 @@ def stage_plans(
     for stage, name in names.items():
         cfg, batch = configs[stage], 2 if guided else 1
         working = dit_working(cfg, size, batch, {} if mesh is None else mesh.shape)
-        weights, host = weight_bytes("dit", cfg, mesh), 0
+        beside = (factors or {}).get(stage, 0)
+        weights, host = weight_bytes("dit", cfg, mesh) + beside, 0
         if stream_transformer:  # each block has the text's keys and values when it runs
-            host = cfg.layers * block_bytes(cfg)
-            weights += STREAMED_BLOCKS * block_bytes(cfg) - host
+            block = block_bytes(cfg) + beside // cfg.layers
+            host = cfg.layers * block
+            weights += STREAMED_BLOCKS * block - host
             working -= text_kv_bytes(cfg, batch) * (cfg.layers - 1) // cfg.layers
         if previews and previews_decoded(configs["vae"]):  # its weights stay between the steps
             working = decode.weights + max(working, decode.working)

@@ -17,7 +17,7 @@ from tdjax.checkpoints import orbax
 from tdjax.checkpoints.published.checkpoint import open_checkpoint
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.models.wan_dit import with_linear
-from tdjax.pipeline import adapters
+from tdjax.pipeline import adapters, memory
 from tdjax.pipeline.adapters import Adapters, Chosen, choose
 from tdjax.pipeline.components import open_component
 
@@ -354,10 +354,13 @@ def test_a_pipeline_of_8_bits(model, tmp_path, lora):
     pipe = tdjax.load(floats, dit_path=quant, lora=one)
     dit = pipe.components["dit"]
     assert (dit.lora, dit.beside, dit.adapters.chosen.files) == ((), (one,), (one,))
+    planned = lambda pipe: pipe.plan(pipe.request("a", **call)).of("dit")
     with_one = pipe("a", **call)
     assert with_one.metadata["lora"] == {"dit": [["one.safetensors", 0.5]]}
+    assert planned(pipe).weights == memory.module_bytes(dit.load()) > memory.module_bytes(module)
     pipe.set_loras(two)
     both = pipe("a", **call)
+    assert planned(pipe).weights == memory.module_bytes(dit.load())
     compiled = len(pipe.programs.compiled)
     pipe.set_loras((two[0], 0.1))
     assert not np.array_equal(pipe("a", **call).latents, both.latents)
@@ -366,3 +369,4 @@ def test_a_pipeline_of_8_bits(model, tmp_path, lora):
     assert np.array_equal(pipe("a", **call).latents, with_one.latents)
     streamed = tdjax.load(floats, dit_path=quant, transformer_device="stream", lora=one)
     assert_close(streamed("a", **call).latents, with_one.latents, "float32")
+    assert planned(streamed).host == memory.module_bytes(streamed.components["dit"].load().blocks)
