@@ -14,7 +14,7 @@ import numpy as np
 
 import tdjax
 from tdjax.media.scenes import detector
-from tdjax.text.language import caption_of, language_notes
+from tdjax.text.language import caption_of
 from tdjax.train.tiny.data.captions import LANGUAGE, free_prompt, parse
 
 AT_ONCE = 16
@@ -29,20 +29,21 @@ def main() -> None:
     prompts = [free_prompt(seed) for seed in range(args.count)]
     if args.file:
         prompts = [line for line in args.file.read_text().splitlines() if line.strip()]
-    pipe, right = tdjax.load("demo", progress=False), []
+    pipe, right, told = tdjax.load("demo", progress=False), [], []
     for begin in range(0, len(prompts), AT_ONCE):
         group = prompts[begin : begin + AT_ONCE]
         seeds = list(range(begin, begin + len(group)))
-        clips = np.concatenate([pipe(p, seed=s).frames for p, s in zip(group, seeds, strict=True)])
+        results = [pipe(p, seed=s) for p, s in zip(group, seeds, strict=True)]
+        told += [result.warnings for result in results]
+        clips = np.concatenate([result.frames for result in results])
         wanted = parse([caption_of(LANGUAGE, prompt) for prompt in group])
         found = detector.correct(detector.measure(clips), wanted)
         right += np.stack(list(found.values())).all(0).tolist()
     silent = 0
-    for prompt, good in zip(prompts, right, strict=True):
-        told = language_notes(LANGUAGE, prompt)
-        silent += not good and not told
+    for prompt, good, notes in zip(prompts, right, told, strict=True):
+        silent += not good and not notes
         if not good:
-            print(f"wrong: {prompt!r} ({'; '.join(told) or 'nothing told'})")
+            print(f"wrong: {prompt!r} ({'; '.join(notes) or 'nothing told'})")
     print(f"{sum(right)} of {len(right)} right, {np.mean(right):.1%}; {silent} wrong in silence")
 
 
