@@ -205,6 +205,7 @@ assert not xla_bridge._backends, xla_bridge._backends
 """
 
 
+@pytest.mark.slow
 def test_importing_starts_no_device():
     command = [sys.executable, "-c", IMPORTING]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)

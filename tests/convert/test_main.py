@@ -336,6 +336,7 @@ def test_an_input_is_not_replaced(tmp_path, tiny, monkeypatch, capsys, target):
     assert "is the input" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_folder_is_replaced(tmp_path, tiny):
     files = [str(tiny("sla")), str(tiny("vae")), str(tmp_path / "m"), "--no-hash"]
     assert main(files) == 0 and main(files) == 2 and main([*files, "--overwrite"]) == 0
@@ -380,6 +381,7 @@ def test_killed_and_repeated(tmp_path, tiny):
     assert not left_over(tmp_path)
 
 
+@pytest.mark.slow
 def test_help_is_fast_and_stdout_is_clean(tmp_path, tiny):
     start = time.perf_counter()
     run = subprocess.run(

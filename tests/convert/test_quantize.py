@@ -52,6 +52,7 @@ def test_to_a_file_in_the_published_form(tmp_path, source, as_json, published):
     assert len(report["errors"]) == 10 and report["bytes"]["after"] < report["bytes"]["before"]
 
 
+@pytest.mark.slow
 def test_to_our_folder_and_from_it(tmp_path, source, capsys):
     path, _ = source
     from convert.__main__ import main

@@ -161,6 +161,7 @@ def test_buckets_of_every_distance_agree_with_transformers(buckets, max_distance
     assert np.array_equal(relative_bucket(rel, buckets, max_distance), expected.numpy())
 
 
+@pytest.mark.slow
 def test_transformers_encoder_of_prime_sizes():
     torch = pytest.importorskip("torch")
     from transformers import UMT5Config, UMT5EncoderModel

@@ -215,6 +215,7 @@ def test_diffusers():
     assert_close(np.clip(first(ours), -1, 1), decoded, "oracle_vae", "decoded")
 
 
+@pytest.mark.slow
 def test_later_frames_never_change_earlier_ones(golden, tiny):
     g = golden("vae_tiny")
     video, latents = last(g["in/T9/video"]), last(g["in/T9/latent"])

@@ -148,6 +148,7 @@ def test_halves_of_a_doubled_batch():
         assert np.array_equal(part, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 16])
 def test_tiles_end_with_the_samples_of_a_device(rank):
     """150 tokens are two tiles of each sample, whatever the other one holds."""

@@ -96,6 +96,7 @@ def test_merged_as_at_load(file, lora, tensors):
             np.testing.assert_array_equal(ours[name], plain[name], err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", ["float", "int8", "int8_channel", "fp8"])
 def test_off_is_as_never_on(file, lora, linear):
     """Bit by bit, also after several; two files at once are their sum."""
@@ -132,6 +133,7 @@ def test_weights_of_8_bits_are_quantised_again(file, lora, linear, bound):
     assert not np.array_equal(after[1], before[values][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", ["int8", "int8_channel", "fp8"])
 def test_low_rank_beside_weights_of_8_bits(file, lora, linear):
     """The product of two layers is that of the dequantised weights with the change added in

@@ -236,6 +236,7 @@ def test_every_module_is_as_its_source_says():
     assert sum(len(each.defined) for each in said) > 400
 
 
+@pytest.mark.slow
 def test_a_process_began_before_it_imported_anything():
     """A source edited between the two would be taken for the one that runs."""
     script = (
@@ -349,6 +350,7 @@ def test_nothing_is_read_where_something_was_replaced(folder, monkeypatch, chang
 # -- damage ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_damaged_and_foreign_entries_are_replaced(folder, traced):
     expected = run(noise())
     (entry,) = entries(folder)

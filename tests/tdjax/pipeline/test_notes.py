@@ -143,6 +143,7 @@ def clip():
     return np.asarray(clips.to_uint8(clips.render(where)))
 
 
+@pytest.mark.slow
 def test_a_clip_that_shows_what_was_asked_for(clip):
     for video in (clip, clip.astype(np.float32) / 255):
         assert notes.clip_notes(LANGUAGE, ASKED, video) == []
@@ -151,6 +152,7 @@ def test_a_clip_that_shows_what_was_asked_for(clip):
         assert not lines or "the shape is" not in lines[0] or "triangle" not in prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("was", "said", "expected"),
     [
@@ -168,6 +170,7 @@ def test_a_clip_that_shows_something_else(clip, was, said, expected):
     assert len(NAMES) == 6  # a case for each
 
 
+@pytest.mark.slow
 def test_clips_that_show_no_shape_and_those_that_are_not_looked_at(clip):
     assert "no single shape" in notes.clip_notes(LANGUAGE, ASKED, np.zeros_like(clip))[0]
     noise = np.random.default_rng(0).integers(0, 256, clip.shape, np.uint8)

@@ -47,6 +47,7 @@ def same(leaves, module):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", ["float", "int8_channel"])
 def test_weights_are_those_of_the_whole(small, tmp_path, linear):
     ours = small / "dit"

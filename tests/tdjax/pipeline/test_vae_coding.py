@@ -66,6 +66,7 @@ def test_streamed_encode_is_the_whole_encode(coder):
         assert np.array_equal(coder.encode_frames(vae, pixels, size), whole(vae, video))
 
 
+@pytest.mark.slow
 def test_programs_do_not_depend_on_the_length(coder):
     """One pair of programs, so one peak of memory, for 81 frames and for 161; the cache is donated,
     not copied."""

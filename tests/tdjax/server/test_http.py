@@ -89,6 +89,7 @@ def test_who_asks_is_waited_for_no_more_and_who_takes_again_neither():
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_who_takes_nothing_is_sent_away():
     async def run():
         async with connected(TAKING=0.3) as (reader, writer, _):

@@ -118,6 +118,7 @@ def receiving(statuses):
         server.server_close()
 
 
+@pytest.mark.slow
 def test_each_event_arrives_signed_and_is_tried_again(tmp_path, monkeypatch):
     openai = pytest.importorskip("openai")
     monkeypatch.setattr(webhooks, "SOONEST", 0.05)

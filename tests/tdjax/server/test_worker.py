@@ -21,6 +21,7 @@ from tdjax.server.limits import Limits
 from tdjax.server.worker import PipelineMaker, Worker
 
 
+@pytest.mark.slow
 def test_many_shapes_do_not_fill_the_memory(monkeypatch):
     monkeypatch.setattr(worker, "SHAPES", 2)
     cleared = []

@@ -205,6 +205,7 @@ def test_8_bits_are_kept_as_they_are(opened, weights, layout):
         )
 
 
+@pytest.mark.slow
 def test_the_network_of_8_bits_is_that_of_the_same_numbers(opened, weights):
     """Kept in 8 bits, the network differs from its dequantised weights by the rounding of
     activations alone."""
