@@ -57,15 +57,16 @@ def clip_notes(language: dict[str, Any] | None, prompt: str, video: np.ndarray) 
     """Returns a line about a clip [1 T H W 3] (uint8, or float in [0, 1]) that does not show what
     its prompt asks for, by the detector; none for other sizes, and for models of no such language.
     """
-    knows = (language or {}).get("knows", {})
-    same = {factor: len(values) for factor, values in knows.items()} == _VALUES
-    if not same or video.shape != (1, FRAMES, SIDE, SIDE, 3):
+    if language is None or video.shape != (1, FRAMES, SIDE, SIDE, 3):
+        return []
+    knows = language["knows"]
+    if {factor: len(values) for factor, values in knows.items()} != _VALUES:
         return []
     found = detector.measure(video if video.dtype == np.uint8 else 2 * video - 1)
     if not found.present[0]:
         return ["the clip shows no single shape: another seed may do better"]
     wrong = []
-    for factor, place in asked(language or {}, prompt).items():
+    for factor, place in asked(language, prompt).items():
         seen = int(getattr(found.seen, factor)[0])
         if seen != place:
             instead = "none that it knows" if seen == UNSAID else knows[factor][seen]

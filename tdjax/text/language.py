@@ -111,7 +111,9 @@ def _as_trained(language: dict[str, Any], prompt: str) -> bool:
 
 
 def _drawn(language: dict[str, Any], prompt: str) -> dict[str, list[int]]:
-    """{factor: [place]} of those that a prompt lacks, drawn for it."""
+    """{factor: [place]} of those that a prompt lacks, drawn for it: what `caption_of` adds."""
+    if "caption" not in language or not words_of(prompt):
+        return {}
     rng, found = random.Random(" ".join(words_of(prompt))), said(language, prompt)
     never = {(factor, place) for factor, place, other in language["apart"] if other in found}
     out = {}
@@ -126,7 +128,7 @@ def understood(language: dict[str, Any], prompt: str) -> str:
     """Returns a line that says what a model of this language reads in a prompt, what was drawn for
     it, and which factors are left to the model."""
     found, knows = said(language, prompt), language["knows"]
-    drawn = _drawn(language, prompt) if "caption" in language and words_of(prompt) else {}
+    drawn = _drawn(language, prompt)
     told = lambda each: ", ".join(f"{f} {knows[f][places[-1]]}" for f, places in each.items())
     line = f"understood: {told(found) or 'nothing'}"
     line += f"; drawn: {told(drawn)}" if drawn else ""

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from tdjax.media.scenes.factors import STILL, UNSAID
-from tdjax.text.language import caption_of, language_notes, said, understood
+from tdjax.text.language import asked, caption_of, language_notes, said, understood
 from tdjax.train.tiny.data.captions import (
     LANGUAGE,
     TEMPLATES,
     caption,
     free_prompt,
+    parse,
     random_prompt,
 )
 
@@ -110,6 +111,20 @@ def test_a_background_that_no_clip_has_is_drawn_and_is_not_the_shape():
     assert read.startswith("a white circle moves right on a") and "red" not in read
     line = understood(LANGUAGE, "a white circle moves right on a red background")
     assert "colour white" in line and "drawn: background" in line
+
+
+@pytest.mark.parametrize("prompt", ["", " .,! ", "blue", "ein roter Kreis", "up, quickly"])
+def test_what_is_asked_for_is_what_the_model_reads(prompt):
+    """Also of prompts in free words."""
+    for each in (prompt, *map(free_prompt, range(100))):
+        read = parse([caption_of(LANGUAGE, each)])
+        places = {f: int(getattr(read, f)[0]) for f in LANGUAGE["knows"]}
+        assert asked(LANGUAGE, each) == {f: i for f, i in places.items() if i != UNSAID}, each
+
+
+def test_older_languages_have_nothing_drawn():
+    older = {"words": ["a", "circle"], "knows": LANGUAGE["knows"], "says": {"circle": ["shape", 0]}}
+    assert asked(older, "a circle") == {"shape": 0} and asked(older, "a") == {}
 
 
 def test_what_is_understood():
