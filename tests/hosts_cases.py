@@ -1,5 +1,6 @@
 """Commands started as two processes that work together, with two fake devices each."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -48,6 +49,22 @@ def started(words, cache):
     return subprocess.Popen(
         [sys.executable, *map(str, words)], env=env, stdout=pipe, stderr=pipe, text=True
     )
+
+
+@contextlib.contextmanager
+def command(module, cache):
+    """start(words) -> two processes of `python -m MODULE`, which are gone afterwards."""
+    started = []
+
+    def run(*words, **options):
+        processes = start(module, cache, *words, **options)
+        started.extend(processes)
+        return processes
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def ends(processes):

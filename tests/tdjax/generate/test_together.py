@@ -26,18 +26,9 @@ ABORTED = "the JAX distributed service detected fatal errors"
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """start(words of the command) -> two processes, which are gone afterwards."""
-    cache, started = tmp_path_factory.mktemp("cache"), []
-
-    def run(*words, **options):
-        words = ["--num_frames", 1, "--num_steps", 2, *words]
-        processes = hosts_cases.start("tdjax.generate", cache, *words, **options)
-        started.extend(processes)
-        return processes
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
+    few = "--num_frames", 1, "--num_steps", 2
+    with hosts_cases.command("tdjax.generate", tmp_path_factory.mktemp("cache")) as run:
+        yield lambda *words, **options: run(*few, *words, **options)
 
 
 def errors(stderr):

@@ -26,18 +26,8 @@ def settings(folder, run, *more):
 @pytest.fixture(scope="module")
 def start(folder, tmp_path_factory):
     """start(run folder, words of the command) -> two processes, which are gone afterwards."""
-    cache, started = tmp_path_factory.mktemp("cache"), []
-
-    def run(where, *words, **options):
-        words = settings(folder, where, *words)
-        processes = hosts_cases.start("tdjax.train", cache, *words, **options)
-        started.extend(processes)
-        return processes
-
-    yield run
-    for process in started:
-        process.kill()
-        process.communicate()
+    with hosts_cases.command("tdjax.train", tmp_path_factory.mktemp("cache")) as run:
+        yield lambda where, *words, **options: run(*settings(folder, where, *words), **options)
 
 
 def wait_for(step, run, processes):
