@@ -1,8 +1,8 @@
 """A worker without a model, for tests of the server: what it does stands in the prompt.
 
-"sleep 0.5" takes so long, in ten steps; "die" ends the process; "fail", "damaged" and "break" raise
-what a model, its weights and a fault would; "wide" cannot be written. A video is a few bytes that
-name its job.
+"sleep 0.5" takes so long, in ten steps; "late" has its frames before something more is done; "die"
+ends the process; "fail", "damaged" and "break" raise what a model, its weights and a fault would;
+"wide" cannot be written. A video is a few bytes that name its job.
 """
 
 import dataclasses
@@ -60,6 +60,9 @@ class Maker:
             told(progress=5 + 9 * step, stage="denoise", preview=1)
             if cancel.wait(float(seconds[1]) / 10 if seconds else 0):
                 raise Cancelled("cancelled")
+        if "late" in prompt:
+            told(progress=97, stage="decode", preview=1)
+            cancel.wait(0.2)
         if "die" in prompt:
             os._exit(9)
         if "fail" in prompt:

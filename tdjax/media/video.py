@@ -4,8 +4,10 @@ models."""
 from __future__ import annotations
 
 import dataclasses
+import os
 import queue
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
@@ -25,6 +27,7 @@ BT709 = 1  # the code of this colour matrix, of its primaries and of its transfe
 FRAME_NAME = re.compile(r"\d{5}\.png")
 CRF = 17
 GIF_FPS = 50  # players show frames of less than two hundredths of a second for ten
+NICENESS = 10  # of a thread that writes beside one that makes frames
 FOLDER = ""  # a path without a suffix is a folder of numbered PNG files
 
 
@@ -40,7 +43,15 @@ class Codec:
 
 
 CODECS = {
-    ".mp4": Codec("libx264", "yuv420p", 51, container=(("movflags", "faststart"),)),
+    ".mp4": Codec(
+        "libx264",
+        "yuv420p",
+        51,
+        # A frame for each thread, as x264 does by itself: av asks for slices, of which a frame of
+        # 480 rows has few, and which cost bytes.
+        options=(("x264-params", "sliced-threads=0"),),
+        container=(("movflags", "faststart"),),
+    ),
     ".webm": Codec(
         "libvpx-vp9",
         "yuv420p",
@@ -100,6 +111,9 @@ class Writer:
     """`write` in a thread of its own: `put` each chunk as it is made, then `close`; or `cancel`,
     which leaves nothing.
 
+    On Linux it gives way, with the threads of its encoder, to who makes the frames: a device should
+    not wait for its next program because a file is compressed.
+
     Errors of the thread, of whatever kind, are raised by the next call.
     """
 
@@ -111,6 +125,8 @@ class Writer:
 
     def run(self, path: Path, options: dict) -> None:
         try:
+            if sys.platform == "linux":  # where threads have priorities of their own
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
             write(path, self.arriving(), **options)
         except BaseException as error:
             self.error = error
@@ -332,7 +348,8 @@ def comment_of(path: Path) -> str | None:
     """Returns the comment that `write` put into a video file; None where there is none."""
     try:
         with av.open(str(path)) as container:
-            return container.metadata.get("comment")
+            # Matroska has its names in capitals.
+            return container.metadata.get("comment") or container.metadata.get("COMMENT")
     except (av.error.FFmpegError, OSError, ValueError):
         return None
 

@@ -334,6 +334,7 @@ class PublishedComponent(Component):
         self.gates = self.file.gates > 0
         super().__init__(path, self.file.kind, self.file.config)
         self.linear = self.file.linear
+        self._hashed: tuple[list[tuple[int, int]], str] = ([], "")  # (of which files, quick hash)
 
     def restore(self, config: Config, placement) -> Any:
         return self.file.load(config, placement)
@@ -352,18 +353,26 @@ class PublishedComponent(Component):
         return list(self.file.source.files)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Returns name, size and a quick hash (first and last MiB of each file)."""
+        """Returns name, size and a quick hash (first and last MiB of each file), which is made
+        again where a file has changed: every video has it."""
+        stats = [file.stat() for file in self.files()]
+        facts = [(each.st_size, each.st_mtime_ns) for each in stats]
+        if self._hashed[0] != facts:
+            self._hashed = facts, self._quick_hash()
+        return {
+            "name": self.path.name,
+            "bytes": sum(size for size, _ in facts),
+            "quick_sha256": self._hashed[1],
+        }
+
+    def _quick_hash(self) -> str:
         quick = hashlib.sha256()
         for file in self.files():
             with file.open("rb") as f:
                 quick.update(f.read(_QUICK))
                 f.seek(max(0, file.stat().st_size - _QUICK))
                 quick.update(f.read())
-        return {
-            "name": self.path.name,
-            "bytes": sum(f.stat().st_size for f in self.files()),
-            "quick_sha256": quick.hexdigest(),
-        }
+        return quick.hexdigest()
 
 
 class PlannedComponent(Component):

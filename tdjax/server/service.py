@@ -320,6 +320,7 @@ class Worker:
         self.service, self.command, self.devices = service, command, devices
         self.process: asyncio.subprocess.Process | None = None
         self.ready = self.busy = False
+        self.making = ""  # the job that keeps it busy
         self.jobs: dict[str, Job] = {}  # that it has been given: one is made, others written
         self.begun: dict[str, float] = {}
         self.shape: str | None = None
@@ -336,6 +337,7 @@ class Worker:
                 note(f"a worker told what cannot be read: {error}")
             finally:
                 was_ready, self.ready, self.busy = self.ready, False, False
+                self.making = ""
                 for job in list(self.jobs.values()):
                     self._give_back(job)
             if self.service.refused is not None:
@@ -412,7 +414,7 @@ class Worker:
             service.store.give_back(job, counted=False)
             return
         self.in_a_row = self.in_a_row + 1 if job.shape == self.shape else 1
-        self.shape, self.busy = job.shape, True
+        self.shape, self.busy, self.making = job.shape, True, job.id
         self.jobs[job.id], self.begun[job.id] = job, time.monotonic()
         service.progress[job.id] = Progress()
         if service.store.storage is None or "fit" not in job.request:
@@ -458,6 +460,11 @@ class Worker:
         if self.process is not None and self.process.stdin is not None:
             self.process.stdin.write(json.dumps(order).encode() + b"\n")
 
+    def _free_of(self, id: str) -> None:
+        """The process can be given another job, if it was this one that it made."""
+        if id == self.making:
+            self.busy, self.making = False, ""
+
     def _drop(self, id: str) -> None:
         self.jobs.pop(id, None)
         self.begun.pop(id, None)
@@ -486,7 +493,7 @@ class Worker:
         elif event == "progress":
             service.heard(job, told["progress"], told["stage"], told["preview"])
         elif event == "made":
-            self.busy = False
+            self._free_of(id)
             self.feed()
         else:
             self._end(event, job, told)
@@ -505,8 +512,7 @@ class Worker:
             counts = False  # it was ended in the store by who had it cancelled
         if counts:
             service.ended(job.id)
-        if event != "done" and told.get("code") != "not_written":  # it was still being made
-            self.busy = False
+        self._free_of(job.id)
         if told.get("code") == "internal":
             self.busy = True  # the process takes no other one, and ends by itself
         self.feed()

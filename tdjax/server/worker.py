@@ -1,20 +1,21 @@
 """The process that makes videos: `python -m tdjax.server.worker JSON`, started by the server.
 
 It reads orders from its standard input and tells of them on its standard output, a JSON value a
-line. It ends when its input does, so that none outlives the server. While a file is written the
-next video is made.
+line. It ends when its input does, so that none outlives the server. A file is written from the
+first frame on, and while it is the next video is made.
 
 orders: {"do": "make", "id", "request", "image", "loras", "video", "thumbnail"} and {"do":
         "cancel", "id"}.
 told:   {"event": "model", "info"}, "ready", and of a job, with its "id": "progress" ("progress" in
         percent, "stage", "preview": the number of the picture that the thumbnail is), "made"
-        (another one may come), then one of "done" ("result"), "failed" ("code", "message") and
-        "cancelled".
+        (its frames are there, and another one may come), then one of "done" ("result"), "failed"
+        ("code", "message") and "cancelled".
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import gc
@@ -27,7 +28,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from tdjax import cli
 
@@ -45,10 +46,17 @@ from tdjax.errors import (
     UsageError,
 )
 from tdjax.files import written
+from tdjax.media.image import read_image
+from tdjax.media.video import Writer, enlarged
+
+if TYPE_CHECKING:
+    from tdjax.pipeline.result import Result
 
 Tell = Callable[..., None]
 SHAPES = 8  # sizes and numbers of steps whose programs stay in memory
-WRITING = 2  # videos that are made and not yet written; another one waits until there is room
+# Videos that are made and not yet written; another one waits until there is room. To encode one can
+# take longer than to make it on a GPU, and one encoder does not fill the cores beside it.
+WRITING = 4
 TEXT, STEPS, FRAMES = 5, 80, 97  # percent that are done after each part
 # Errors whose lines a client may read; those of weight files name folders of this machine.
 CODES = {UsageError: "invalid_request", OutOfMemory: "out_of_memory", NotFinite: "not_finite"}
@@ -64,10 +72,11 @@ class Maker(Protocol):
         """Compiles what most requests will need."""
 
     def make(self, order: dict[str, Any], told: Tell, cancel: threading.Event) -> Any:
-        """Returns a video that is not yet written. told: called with percent and stage."""
+        """Returns a video that is not yet written to its end. told: called with percent and
+        stage."""
 
     def write(self, order: dict[str, Any], made: Any) -> dict[str, Any]:
-        """Writes it, and returns what the server keeps of it, as JSON values."""
+        """Completes its file, and returns what the server keeps of it, as JSON values."""
 
 
 class PipelineMaker:
@@ -107,8 +116,12 @@ class PipelineMaker:
         """Compiles for the model's own size and steps, which jobs run one by one."""
         self.pipe.warmup(on_step=lambda step, steps: None, on_preview=lambda step, frames: None)
 
-    def make(self, order: dict[str, Any], told: Tell, cancel: threading.Event) -> Any:
-        """Runs the pipeline."""
+    def make(
+        self, order: dict[str, Any], told: Tell, cancel: threading.Event
+    ) -> tuple[Result, Writer]:
+        """Runs the pipeline, and has its frames written as they come."""
+        from tdjax.generate.outputs import DEMO_UPSCALE
+
         arguments = dict(order["request"])
         self._make_room(arguments)
         previews = arguments.pop("previews", False)
@@ -116,8 +129,13 @@ class PipelineMaker:
             arguments.pop(name, None)
         self._set_loras(order["loras"])
         if order["image"]:
-            arguments["image"] = order["image"]
+            arguments["image"] = read_image(order["image"])
         frames = arguments["num_frames"]
+        prompt = arguments.pop("prompt")
+        about = self.pipe.metadata(self.pipe.request(prompt, **arguments))
+        about |= {"index": 0, "fps": arguments["fps"]}
+        factor = DEMO_UPSCALE if self.pipe.info.language else 1
+        writer: Writer | None = None
         shown = pictures = percent = 0
 
         def picture(frame) -> None:
@@ -143,21 +161,33 @@ class PipelineMaker:
             tell(percent, "denoise")
 
         def on_frames(number: int, chunk) -> None:
-            nonlocal shown
-            if not shown:  # clients see the first frame while the others are decoded
+            nonlocal shown, writer
+            if writer is None:  # clients see the first frame while the others are decoded
                 picture(chunk[0])
+                path = Path(order["video"])
+                facts = json.dumps(about)
+                writer = Writer(path, fps=about["fps"], metadata=facts, overwrite=True)
+            with contextlib.suppress(Exception):  # an error of the file is raised by `write`
+                writer.put(enlarged(chunk, factor))
             shown += len(chunk)
             tell(STEPS + (FRAMES - STEPS) * shown // frames, "decode")
 
-        return self.pipe(
-            arguments.pop("prompt"),
-            **arguments,
-            on_stage=on_stage,
-            on_step=on_step,
-            on_frames=on_frames,
-            on_preview=on_preview if previews else None,
-            cancel=cancel,
-        )
+        try:
+            result = self.pipe(
+                prompt,
+                **arguments,
+                on_stage=on_stage,
+                on_step=on_step,
+                on_frames=on_frames,
+                on_preview=on_preview if previews else None,
+                cancel=cancel,
+            )
+        except BaseException:
+            if writer is not None:
+                writer.cancel()
+            raise
+        assert writer is not None
+        return result, writer
 
     def _set_loras(self, loras: dict[str, Any]) -> None:
         """Puts the LoRA files of a job on the weights, if they are not those of the last one, as
@@ -194,16 +224,17 @@ class PipelineMaker:
             self.shapes.clear()
         self.shapes.add(shape)
 
-    def write(self, order: dict[str, Any], made: Any) -> dict[str, Any]:
-        """Writes the video and its metadata."""
-        from tdjax.generate.outputs import DEMO_UPSCALE
+    def write(self, order: dict[str, Any], made: tuple[Result, Writer]) -> dict[str, Any]:
+        """Waits for the file, and writes the metadata beside it."""
+        from tdjax.pipeline.result import sidecar, write_json
         from tdjax.progress import device_bytes
 
-        factor = DEMO_UPSCALE if self.pipe.info.language else 1
-        made.save(Path(order["video"]), overwrite=True, upscale=factor)
+        result, writer = made
+        writer.close()
+        write_json(sidecar(Path(order["video"])), result.about())
         device = device_bytes()
         peak = device[1] if device else None
-        return {"timings": made.timings, "warnings": made.warnings, "device_peak": peak}
+        return {"timings": result.timings, "warnings": result.warnings, "device_peak": peak}
 
 
 def _version(file: str) -> tuple[int, int] | None:
@@ -250,7 +281,7 @@ class Worker:
             self.tell("refused", message=str(error), code=error.exit_code)
             return error.exit_code
         self.tell("ready")
-        with ThreadPoolExecutor(1) as writer:
+        with ThreadPoolExecutor(WRITING) as writer:
             while True:
                 self.room.acquire()
                 if not self._make(self.todo.get(), writer):
@@ -271,8 +302,15 @@ class Worker:
 
     def _make(self, order: dict[str, Any], writer: ThreadPoolExecutor) -> bool:
         """Whether the process can go on after a job."""
-        id = order["id"]
-        told = lambda **values: self.tell("progress", id=id, **values)
+        id, last = order["id"], 0
+
+        def told(progress: int, **values: Any) -> None:
+            nonlocal last
+            self.tell("progress", id=id, progress=progress, **values)
+            if last < FRAMES <= progress:  # the server finds the next one while this one is ended
+                self.tell("made", id=id)
+            last = progress
+
         try:
             made = self.maker.make(order, told, self.cancels[id])
         except Cancelled:
@@ -285,7 +323,8 @@ class Worker:
             if code == "internal":  # of the device, of weights, or a fault here
                 return False
         else:
-            self.tell("made", id=id)
+            if last < FRAMES:
+                self.tell("made", id=id)
             writer.submit(self._write, order, made)
             return True
         self.room.release()

@@ -115,6 +115,7 @@ def test_metadata_is_in_the_file(tmp_path, name):
     else:
         with av.open(str(path)) as container:
             assert {k.lower(): v for k, v in container.metadata.items()}["comment"] == META
+        assert video.comment_of(path) == META
 
 
 def test_gif_loops_keeps_its_frames_and_its_length(tmp_path):
@@ -336,6 +337,36 @@ def test_writer_encodes_before_the_last_chunk_is_there(tmp_path, monkeypatch):
     assert len(seen) == 3 and [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
     writer.cancel()  # too late to matter
     assert (tmp_path / "a.mp4").read_bytes() == b"x"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priorities of their own")
+def test_writer_gives_way_to_who_makes_the_frames(tmp_path, monkeypatch):
+    found = []
+
+    def encode(part, *rest):
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        part.write_bytes(b"x")
+
+    monkeypatch.setattr(video, "encode", encode)
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    writer = video.Writer(tmp_path / "a.mp4")
+    writer.put(waves(1))
+    writer.close()
+    assert found == [max(before, video.NICENESS)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+def test_an_mp4_has_no_slices(tmp_path):
+    clip = np.random.default_rng(0).integers(0, 256, (2, 256, 64, 3), np.uint8)
+    video.write(tmp_path / "a.mp4", clip)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        packet = next(packet for packet in container.demux(video=0) if packet.size)
+        data, kinds = bytes(packet), []
+    while data:
+        size = int.from_bytes(data[:4], "big")
+        kinds.append(data[4] & 31)
+        data = data[4 + size :]
+    assert kinds.count(5) == 1  # NAL units of slices of a key frame
 
 
 def test_cancelled_writer_leaves_nothing(tmp_path):

@@ -2,6 +2,9 @@
 weights give is the same, and a planned one has none."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -59,6 +62,24 @@ def test_identities_tell_weights_apart(pair, model):
     assert set(theirs.fingerprint()) == {"name", "bytes", "quick_sha256"}
     source = open_component(model / "text", "text").fingerprint()["source"]
     assert source == {"name": "random numbers, seed 2"}
+
+
+def test_a_fingerprint_is_made_again_only_where_the_file_has_changed(pair, tmp_path, monkeypatch):
+    file = shutil.copy(pair[0].path, tmp_path)
+    theirs, read = open_component(Path(file), "text"), []
+    quick_hash = PublishedComponent._quick_hash
+    monkeypatch.setattr(
+        PublishedComponent, "_quick_hash", lambda self: read.append(self) or quick_hash(self)
+    )
+    before = theirs.fingerprint()
+    assert theirs.fingerprint() == before and len(read) == 1
+    with open(file, "r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        last = opened.read(1)
+        opened.seek(-1, os.SEEK_END)
+        opened.write(bytes([last[0] ^ 1]))
+    os.utime(file, ns=(1, 1))
+    assert theirs.fingerprint() != before and len(read) == 2
 
 
 def test_what_is_published_of_them_names_no_folder_of_the_machine(pair):

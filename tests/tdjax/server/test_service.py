@@ -67,6 +67,13 @@ def test_a_fault_fails_its_job_without_a_word_of_the_machine(short, prompt, name
     assert short.service.workers[0].starts == starts + 1
 
 
+def test_the_end_of_a_job_whose_frames_are_there_frees_no_place_of_the_next(short):
+    late, long, third = short.add("late fail"), short.add("sleep 0.6"), short.add("a fox")
+    assert short.ended(late)["status"] == "failed"
+    assert [short.get(id)["status"] for id in (long, third)] == ["in_progress", "queued"]
+    assert [short.ended(id)["status"] for id in (long, third)] == ["completed", "completed"]
+
+
 @pytest.mark.slow  # it waits for the limit
 def test_a_job_that_takes_too_long_is_given_up(short):
     stuck, fine = short.add("sleep 60"), short.add("a fox")

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from random_model import photograph
+from server_cases import until
 
-from tdjax.errors import CheckpointError, UsageError
+from tdjax.errors import CheckpointError, NotFinite, UsageError
+from tdjax.media import video
 from tdjax.media.video import read_video
+from tdjax.pipeline.result import Result
 from tdjax.server import worker
 from tdjax.server.__main__ import build_parser, worker_command
 from tdjax.server.asking import asked, model_of
@@ -127,6 +130,116 @@ def test_a_video_that_is_made_is_written_also_when_the_next_one_breaks(capsys):
     failed = next(line for line in lines if line["event"] == "failed")
     assert failed["id"] == "b" and "/a/path" not in failed["message"]
     assert "device lost" in capsys.readouterr().err  # the log has it
+
+
+class Late(Broken):
+    """A maker that has something to do after the frames, until the test has seen them told of."""
+
+    def __init__(self, lines):
+        self.lines = lines
+
+    def make(self, order, told, cancel):
+        told(progress=97, stage="decode", preview=0)
+        until(lambda: self.lines().count("made") == 1)
+        told(progress=97, stage="decode", preview=0)
+        return "made"
+
+
+def test_another_video_may_come_once_the_frames_are_there():
+    out = io.StringIO()
+    events = lambda: [json.loads(line)["event"] for line in out.getvalue().splitlines()]
+    work = Worker(Late(events), stream({"do": "make", "id": "a"}), out)
+    threading.Thread(target=work.run, daemon=True).start()
+    until(lambda: "done" in events())
+    assert events() == ["model", "ready", "progress", "made", "progress", "done"]
+
+
+class Frames:
+    """A pipeline of five grey frames, in two chunks. between: called between the two."""
+
+    def __init__(self, between):
+        self.between = between
+        self.info = types.SimpleNamespace(language=None)
+
+    def request(self, prompt, **arguments):
+        return prompt
+
+    def metadata(self, request):
+        return {"prompts": [request]}
+
+    def __call__(self, prompt, *, on_frames, fps, **arguments):
+        frames = np.full((1, 5, 16, 16, 3), 99, np.uint8)
+        on_frames(0, frames[0, :1])
+        self.between()
+        on_frames(0, frames[0, 1:])
+        metadata = {**self.metadata(prompt), "timings": {"denoise": 1.0}}
+        none = np.zeros((1, 2, 2, 2, 16), np.float32)
+        return Result(frames, none, 3, fps, metadata["timings"], metadata)
+
+
+def order_of(folder, suffix=".mkv"):
+    size = {"width": 16, "height": 16, "num_frames": 5, "num_steps": 1}
+    request = {"prompt": "a boat", "fps": 16, **size}
+    paths = {"video": str(folder / f"v{suffix}"), "thumbnail": str(folder / "v.jpg")}
+    return {"id": "a", "request": request, "image": None, "loras": {}, **paths}
+
+
+def made_by(between, order):
+    maker = PipelineMaker({})
+    maker.pipe = Frames(between)
+    return maker, maker.make(order, lambda **values: None, threading.Event())
+
+
+def test_a_file_is_begun_with_its_first_frame(tmp_path, monkeypatch):
+    begun, encode = threading.Event(), video.encode
+
+    def seen(part, images, *rest):
+        encode(part, (begun.set() or image for image in images), *rest)
+
+    monkeypatch.setattr(video, "encode", seen)
+    order = order_of(tmp_path, ".mp4")
+    maker, made = made_by(lambda: until(begun.is_set), order)
+    assert not Path(order["video"]).exists()
+    assert maker.write(order, made)["timings"] == {"denoise": 1.0}
+    assert read_video(order["video"]).shape == (5, 16, 16, 3)
+    beside = json.loads((tmp_path / "v.mp4.json").read_text())
+    inside = json.loads(video.comment_of(Path(order["video"])))
+    assert beside == {**inside, "timings": {"denoise": 1.0}}
+    assert inside == {"prompts": ["a boat"], "index": 0, "fps": 16}
+
+
+def test_of_a_video_that_breaks_off_nothing_is_left(tmp_path):
+    def breaks():
+        raise NotFinite("NaN", "no number", "another seed")
+
+    with pytest.raises(NotFinite):
+        made_by(breaks, order_of(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["v.jpg"]
+
+
+def test_a_file_that_cannot_be_written_does_not_end_the_process(tmp_path, monkeypatch, capsys):
+    failed = threading.Event()
+
+    def full(*arguments):
+        failed.set()
+        raise OSError("disk full at /a/path")
+
+    monkeypatch.setattr(video, "encode", full)
+    maker = PipelineMaker({})
+    maker.pipe = Frames(lambda: until(failed.is_set))
+    maker.open, maker.warm = dict, lambda: None
+    out = io.StringIO()
+    work = Worker(maker, stream({"do": "make", **order_of(tmp_path)}), out)
+    threading.Thread(target=work.run, daemon=True).start()
+    until(lambda: "failed" in out.getvalue())
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [line["event"] for line in lines if line["event"] != "progress"] == [
+        "model",
+        "ready",
+        "made",
+        "failed",
+    ]
+    assert lines[-1]["code"] == "not_written" and "/a/path" not in lines[-1]["message"]
 
 
 @pytest.mark.slow  # a pipeline compiles
