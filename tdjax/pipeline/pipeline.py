@@ -149,7 +149,8 @@ class Pipeline(Call):
 
     @arguments_of(Call.__call__)
     def warmup(self, prompt: str | list[str] | None = None, **arguments: Any) -> None:
-        """Compiles every stage for a size and a number of steps; no weights are loaded.
+        """Compiles every stage for a size and a number of steps, and what looks at the embedded
+        model's clips; no weights are loaded.
 
         With the persistent compile cache this serves later processes too.
         """
@@ -160,6 +161,9 @@ class Pipeline(Call):
         kinds = (True,) if request.single_steps else (False, True)
         with self.lock:
             self.preparation.compile(request, plan, kinds)
+        size = request.size
+        black = np.zeros((1, size.frames, size.height, size.width, 3), np.uint8)
+        video_notes(request, self.info, black, 1)
 
     def decode(
         self,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
+import tdjax
 from tdjax.config import DiTConfig, VideoSize
 from tdjax.media.scenes import clips
 from tdjax.media.scenes.factors import NAMES
@@ -179,3 +180,13 @@ def test_clips_that_show_no_shape_and_those_that_are_not_looked_at(clip):
     assert notes.clip_notes(None, ASKED, noise) == []
     other = LANGUAGE | {"knows": LANGUAGE["knows"] | {"shape": ["box"]}}
     assert notes.clip_notes(other, ASKED, noise) == []
+
+
+def test_a_warm_up_has_the_detector_of_clips_ready(monkeypatch):
+    pipe, seen = tdjax.load("demo", progress=False), []
+    monkeypatch.setattr(pipe.preparation, "compile", lambda *arguments: None)
+    measure = notes.detector.measure
+    look = lambda video: seen.append((video.shape, video.dtype)) or measure(video)
+    monkeypatch.setattr(notes.detector, "measure", look)
+    pipe.warmup()
+    assert seen == [((1, 33, 64, 64, 3), np.uint8)]  # as a call has it

@@ -419,4 +419,10 @@ def test_the_demo_model_is_served(tmp_path, monkeypatch):
         assert job["timings"] and job["seed"] == 3
         picture = running.ask("GET", f"/v1/videos/{job['id']}/content?variant=thumbnail").content
         assert picture[:2] == b"\xff\xd8"
+        # What the clip itself shows is told: one step is too few for this motion.
+        prompt = "small yellow triangle bouncing horizontally slowly, navy background"
+        body = {"prompt": prompt, "seed": 0, "num_steps": 1}
+        answer = running.ask("POST", "/v1/videos/sync", json=body)
+        job = running.ask("GET", f"/v1/videos/{answer.headers['x-video-id']}").json()
+        assert any("the clip does not show what was asked for" in line for line in job["warnings"])
         assert running.stop() == 0

@@ -180,4 +180,5 @@ def test_a_key_is_asked_for_and_an_image_is_sent(tmp_path, opened):
         headers = {"Authorization": "Bearer secret"}
         (job,) = server.client.get("/v1/videos", headers=headers).json()["data"]
         assert job["warnings"] == ["image: True"]
+        assert "image: True" in page.inner_text("#jobs li")
         until(lambda: not list(Path(tmp_path / "s" / "inputs").iterdir()))
