@@ -126,7 +126,8 @@ class Writer:
     def run(self, path: Path, options: dict) -> None:
         try:
             if sys.platform == "linux":  # where threads have priorities of their own
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+                own = os.PRIO_PROCESS, threading.get_native_id()
+                os.setpriority(*own, max(NICENESS, os.getpriority(*own)))
             write(path, self.arriving(), **options)
         except BaseException as error:
             self.error = error
