@@ -1,6 +1,6 @@
 """A worker without a model, for tests of the server: what it does stands in the prompt.
 
-"sleep 0.5" takes so long, in ten steps; "late" has its frames before something more is done; "die"
+"sleep 0.5" takes so long, in ten steps; "late" has its last frames for a while; "die"
 ends the process; "fail", "damaged" and "break" raise what a model, its weights and a fault would;
 "wide" cannot be written. A video is a few bytes that name its job.
 """

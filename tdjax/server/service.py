@@ -189,8 +189,8 @@ class Service:
         return int(min(600, max(1, self.seconds / len(self.workers))))
 
     def feed(self) -> None:
-        """Gives jobs that wait to workers that are free."""
-        for worker in self.workers:
+        """Gives jobs that wait to workers that are free, first to those with nothing to end."""
+        for worker in sorted(self.workers, key=lambda worker: len(worker.jobs)):
             worker.feed()
 
     def cancel(self, job: Job) -> bool:

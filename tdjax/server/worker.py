@@ -8,8 +8,8 @@ orders: {"do": "make", "id", "request", "image", "loras", "video", "thumbnail"} 
         "cancel", "id"}.
 told:   {"event": "model", "info"}, "ready", and of a job, with its "id": "progress" ("progress" in
         percent, "stage", "preview": the number of the picture that the thumbnail is), "made"
-        (its frames are there, and another one may come), then one of "done" ("result"), "failed"
-        ("code", "message") and "cancelled".
+        (its last frames are being decoded, and another one may come), then one of "done"
+        ("result"), "failed" ("code", "message") and "cancelled".
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ SHAPES = 8  # sizes and numbers of steps whose programs stay in memory
 # take longer than to make it on a GPU, and one encoder does not fill the cores beside it.
 WRITING = 4
 TEXT, STEPS, FRAMES = 5, 80, 97  # percent that are done after each part
+SOON = 94  # from there on the server finds the next job, so that it is here when this one ends
 # Errors whose lines a client may read; those of weight files name folders of this machine.
 CODES = {UsageError: "invalid_request", OutOfMemory: "out_of_memory", NotFinite: "not_finite"}
 
@@ -307,7 +308,7 @@ class Worker:
         def told(progress: int, **values: Any) -> None:
             nonlocal last
             self.tell("progress", id=id, progress=progress, **values)
-            if last < FRAMES <= progress:  # the server finds the next one while this one is ended
+            if last < SOON <= progress:
                 self.tell("made", id=id)
             last = progress
 
@@ -323,7 +324,7 @@ class Worker:
             if code == "internal":  # of the device, of weights, or a fault here
                 return False
         else:
-            if last < FRAMES:
+            if last < SOON:
                 self.tell("made", id=id)
             writer.submit(self._write, order, made)
             return True

@@ -5,6 +5,7 @@ import os
 import signal
 import sqlite3
 import time
+import types
 
 import fsspec
 import pytest
@@ -14,6 +15,7 @@ from stub_worker import MODEL
 
 import tdjax.server.service
 from tdjax.server.asking import model_of
+from tdjax.server.service import Service
 from tdjax.server.tables import Database
 
 
@@ -68,10 +70,19 @@ def test_a_fault_fails_its_job_without_a_word_of_the_machine(short, prompt, name
 
 
 def test_the_end_of_a_job_whose_frames_are_there_frees_no_place_of_the_next(short):
-    late, long, third = short.add("late fail"), short.add("sleep 0.6"), short.add("a fox")
+    late, long, third = short.add("late fail"), short.add("sleep 2"), short.add("a fox")
     assert short.ended(late)["status"] == "failed"
     assert [short.get(id)["status"] for id in (long, third)] == ["in_progress", "queued"]
-    assert [short.ended(id)["status"] for id in (long, third)] == ["completed", "completed"]
+    short.client.post(f"/v1/videos/{long}/cancel")
+    assert short.ended(third)["status"] == "completed"
+
+
+def test_a_job_goes_first_to_a_worker_that_has_nothing_to_end():
+    asked = []
+    worker = lambda name, jobs: types.SimpleNamespace(jobs=jobs, feed=lambda: asked.append(name))
+    workers = [worker("ends two", {"a", "b"}), worker("idle", set()), worker("ends one", {"c"})]
+    Service.feed(types.SimpleNamespace(workers=workers))
+    assert asked == ["idle", "ends one", "ends two"]
 
 
 @pytest.mark.slow  # it waits for the limit

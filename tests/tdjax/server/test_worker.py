@@ -145,7 +145,7 @@ class Late(Broken):
         return "made"
 
 
-def test_another_video_may_come_once_the_frames_are_there():
+def test_another_video_may_come_when_the_last_frames_do():
     out = io.StringIO()
     events = lambda: [json.loads(line)["event"] for line in out.getvalue().splitlines()]
     work = Worker(Late(events), stream({"do": "make", "id": "a"}), out)
