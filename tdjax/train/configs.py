@@ -499,6 +499,11 @@ class RCMConfig:
     )
     ema: EMAConfig = EMAConfig()
     accumulate: int = _field(1, "microbatches in a batch")
+    offload: bool = _field(
+        False,
+        "the teacher, moments and averages wait in the host's memory while a turn does not use"
+        " them",
+    )
 
     def __post_init__(self):
         _check_accumulate(self)
@@ -525,6 +530,11 @@ class RCMConfig:
                     f"RCMConfig.rollout is {','.join(map(str, times))}; {self.max_steps - 1} times"
                     " or more, falling from pi/2 to 0 and neither of the two"
                 )
+        if self.offload and not self.dmd_weight:
+            raise ValueError(
+                "RCMConfig: offload keeps what student and critic do not use in turn on the host;"
+                " with dmd_weight 0 there are no turns"
+            )
         if self.frequency == 1 and self.dmd_weight:
             raise ValueError(
                 "RCMConfig: frequency 1 gives the critic no turn; distribution matching needs at"

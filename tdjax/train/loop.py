@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from tdjax.train.samples import Samples
 from tdjax.train.shards import DataError
 from tdjax.train.state import Batch
 from tdjax.train.stream import Position, ReadAhead, Stream, on_device
+from tdjax.train.turns import Turns
 
 _START = Position()
 Step = Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]
@@ -76,14 +77,17 @@ def train(
     work: Work | None = None,
     on_save: Callable[[Any, int], None] | None = None,
     samples: Samples | None = None,
+    unused: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Outcome:
-    """Runs iterations state.step to run.steps and saves the state; the state given is consumed.
+    """Runs iterations state.step to run.steps and saves the state; the state given is consumed, and
+    with `unused` the teacher.
 
     steps: {phase: step(state, teacher, batch) -> (state, metrics)}; metrics are scalars, one of
     them "loss". position: place of the first batch in the stream. metadata: JSON values for the
     manifests. work: what the report says of speed. on_save: called with the state and its step
     after each checkpoint, in the thread that wrote it. samples: makes videos before the first step
-    and every so many.
+    and every so many. unused: {phase: what of state and teacher waits on the host meanwhile}, as
+    `turns.Turns` has it.
     Raises NotFinite after run.patience losses of one phase in a row that are not finite, DataError
     for a bad sample after saving. Ctrl-C and SIGTERM end the run after the iteration, with a
     checkpoint; a second Ctrl-C at once.
@@ -114,18 +118,23 @@ def train(
         poll = hosts.Poll(mesh)
         ahead = _Ahead(batches, poll.lag + 1)
         answer = _GO_ON
+        turns = Turns(unused or {})
 
         def save():
+            nonlocal state, teacher
             report.flush(done)
             with report.pause(), stages("save"):
                 saver.wait()
+                state, teacher = turns.whole(state, teacher)
                 _check_finite(state, done, folder)
                 manifest = {"data": stream.saved(position), **(metadata or {})}
                 saver.save(done, state, manifest)
             return done
 
         def sample():
+            nonlocal state, teacher
             with report.pause():
+                state, teacher = turns.whole(state, teacher)
                 sheet = samples.make(state, teacher, done)
             if metrics is not None:
                 metrics.show(done, sheet)
@@ -143,6 +152,7 @@ def train(
                 break
             batch, position = ahead.next()
             phase = schedule.phase(done)
+            state, teacher = turns.begin(phase, state, teacher)
             step = programs.get(phase, state, teacher, batch, report)
             state, numbers = step(state, teacher, batch)
             done += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,17 +13,24 @@ from tdjax.train import flow_matching, loop, rcm, sla
 from tdjax.train.configs import RCMConfig
 from tdjax.train.optimizer import adamw, learning_rate
 from tdjax.train.state import DistillState, TrainState
+from tdjax.train.turns import TEACHER
+
+# What the turns of rCM do not use of the state's fields and the teacher.
+UNUSED = {"student": ("critic_opt",), "critic": ("ema", "opt", TEACHER)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """What a run repeats. steps: {phase: step function}, in the order of `schedule`.
-    create(student) -> state at step 0. rates: {phase: learning rate of its update 0, 1, ...}."""
+    create(student) -> state at step 0. rates: {phase: learning rate of its update 0, 1, ...}.
+    unused: what the step of a phase leaves as it is and does not read, as of `turns.Turns`; empty
+    where all of it stays on the devices."""
 
     steps: dict[str, loop.Step]
     schedule: loop.Schedule
     create: Callable[[Any], Any]
     rates: dict[str, Callable[[int], Any]]
+    unused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 def method(name: str, config: dict[str, Any]) -> Method:
@@ -59,7 +66,8 @@ def _distillation(config: dict[str, Any]) -> Method:
     steps["critic"] = rcm.make_critic_step(loss, second)
     both = lambda model: create(model, critic=model, critic_optimizer=second)
     rates["critic"] = learning_rate(config["critic"])
-    return Method(steps=steps, schedule=schedule, create=both, rates=rates)
+    unused = UNUSED if loss.offload else {}
+    return Method(steps=steps, schedule=schedule, create=both, rates=rates, unused=unused)
 
 
 def rcm_schedule(loss: RCMConfig) -> loop.Schedule:

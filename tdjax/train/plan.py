@@ -30,6 +30,7 @@ from tdjax.train.samples import OPTIONS, check_network, opened, samplers
 from tdjax.train.sources import ShardSource
 from tdjax.train.state import Teacher
 from tdjax.train.storage import find_shards
+from tdjax.train.turns import TEACHER
 
 _SIZE_480P = (60, 104)  # rows and columns of latents
 
@@ -68,7 +69,8 @@ def lines(name: str, config: dict[str, Any]) -> list[str]:
         return [f"memory: known when {model.weights} is here"]
     student, teacher = trained(stored, model), frozen(stored, model)
     chosen = partial.select(student, config["optimizer"].train, model.lora)
-    state = jax.eval_shape(method(name, config).create, partial.shapes(student, chosen))
+    way = method(name, config)
+    state = jax.eval_shape(way.create, partial.shapes(student, chosen))
     of_teacher = 0
     if name != "flow" or chosen is not None:
         of_teacher = _bytes(Teacher(model=orbax.abstract("dit", teacher)), sizes)
@@ -78,11 +80,21 @@ def lines(name: str, config: dict[str, Any]) -> list[str]:
     gradients = _bytes(state.model, sizes) * (1 if parts == 1 else 2)  # of a part, and their sum
     samples = math.ceil(data.batch / apart / parts)
     kept = samples * _kept(student, data) // sizes.get(TOKENS, 1) * (model.remat != "offload")
+    held = _bytes(state, sizes)
+    waiting = []  # bytes of state and of teacher that wait on the host, for each phase
+    for names in way.unused.values():
+        own = sum(_bytes(getattr(state, x), sizes) for x in names if x != TEACHER)
+        waiting.append((own, of_teacher if TEACHER in names and chosen is None else 0))
+    away, without = min(waiting, key=sum, default=(0, 0))
+    # Of a checkpoint and of samples all is on the device, without what a step works with.
+    most = max(held + of_teacher, held - away + of_teacher - without + gradients + kept)
+    spared = held + of_teacher + gradients + kept - most
     rows = {
-        "weights, average and moments": _bytes(state, sizes),
+        "weights, average and moments": held,
         "teacher" if chosen is None else "frozen weights": of_teacher,
         "gradients": gradients,
         f"inputs of blocks, {samples} clip{'s' * (samples > 1)} at a time": kept,
+        "of these on the host, in the turn with the most": -spared,
     }
     limit = memory_limit()
     usable = "" if limit is None else f"; usable here: {limit / GIB:.1f} GiB"
@@ -99,9 +111,20 @@ def lines(name: str, config: dict[str, Any]) -> list[str]:
         f"disk: {disk / GIB:.1f} GiB in run.folder (at most {_checkpoints(run)} checkpoints of"
         f" {whole / GIB:.1f}, and the weights twice)",
         f"host: {whole / GIB:.1f} GiB for the copy of the state that a checkpoint is written from",
+        *_host(max(map(sum, waiting), default=0), sizes),
         *_samples(name, config, student, sizes),
         "hours: not measured for a whole run (docs/training.md has seconds of single steps)",
     ]
+
+
+def _host(waiting: int, sizes: Mapping[str, int]) -> list[str]:
+    """A line on what waits in the host's memory, page-locked, for all devices of the mesh."""
+    if not waiting:
+        return []
+    devices = math.prod(sizes.values())
+    text = f"{waiting / GIB:.1f} GiB page-locked beside that for each device"
+    together = f", {devices * waiting / GIB:.1f} for all {devices}" if devices > 1 else ""
+    return [f"host: {text}{together}, of what a turn does not use"]
 
 
 def _samples(

@@ -33,9 +33,10 @@ from tdjax.train.samples import Samples
 from tdjax.train.sources import ShardSource, read_embedding
 from tdjax.train.state import Batch, Teacher
 from tdjax.train.stream import Position, Stream, rows_here
+from tdjax.train.turns import TEACHER
 
 # Keys that may change when a run goes on without changing what it computes.
-_FREE_ON_RESUME = ("run.", "sample.", "model.offline")
+_FREE_ON_RESUME = ("run.", "sample.", "model.offline", "loss.offload")
 
 
 class TrainingRun:
@@ -69,7 +70,7 @@ class TrainingRun:
         self.negative = self._open_negative()
         self.networks = Networks(config["model"], name, self._trained_weights())
         _check_tangent(config["loss"], self.networks.config)
-        _check_remat(config["model"].remat)
+        _check_host_memory(config)
         if self.networks.selection is not None and jax.process_count() > 1:
             raise UsageError(
                 f"a part of the network is trained in {jax.process_count()} processes",
@@ -252,12 +253,22 @@ class TrainingRun:
                 work=self._work(),
                 on_save=self._refresh,
                 samples=self.samples,
+                unused=self._unused(),
             )
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             frozen = self.networks.abstract_teacher(), self.networks.abstract_base()
             raise loop.out_of_memory(self.shapes, frozen) from error
+
+    def _unused(self) -> dict[str, tuple[str, ...]]:
+        """What waits on the host while a phase runs: never a teacher that is the base of networks
+        which are trained in part."""
+        is_base = self.networks.selection is not None and self.networks.base is None
+        return {
+            phase: tuple(name for name in names if not (name == TEACHER and is_base))
+            for phase, names in self.method.unused.items()
+        }
 
     def _check_room(self) -> None:
         size = plan.whole_bytes(self.shapes)
@@ -363,15 +374,20 @@ def _check_tangent(loss, cfg: DiTConfig) -> None:
         )
 
 
-def _check_remat(remat: str) -> None:
-    """Raises UsageError where the device cannot reach the host's memory in a program."""
+def _check_host_memory(config: dict[str, Any]) -> None:
+    """Raises UsageError where the device cannot reach the host's memory and a setting needs it."""
     kinds = [memory.kind for memory in jax.local_devices()[0].addressable_memories()]
-    if remat == "offload" and HOST_MEMORY not in kinds:
-        raise UsageError(
-            "model.remat is 'offload'",
-            f"this device reaches {', '.join(kinds)}, and no {HOST_MEMORY}",
-            "use model.remat=block",
-        )
+    asked = {
+        "model.remat=offload": (config["model"].remat == "offload", "model.remat=block"),
+        "loss.offload=true": (getattr(config["loss"], "offload", False), "loss.offload=false"),
+    }
+    for setting, (given, other) in asked.items():
+        if given and HOST_MEMORY not in kinds:
+            raise UsageError(
+                f"{setting} is given",
+                f"this device reaches {', '.join(kinds)}, and no {HOST_MEMORY}",
+                f"use {other}",
+            )
 
 
 def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
