@@ -378,15 +378,13 @@ def _check_host_memory(config: dict[str, Any]) -> None:
     """Raises UsageError where the device cannot reach the host's memory and a setting needs it."""
     kinds = [memory.kind for memory in jax.local_devices()[0].addressable_memories()]
     asked = {
-        "model.remat=offload": (config["model"].remat == "offload", "model.remat=block"),
-        "loss.offload=true": (getattr(config["loss"], "offload", False), "loss.offload=false"),
+        "model.remat=offload is given": (config["model"].remat == "offload", "model.remat=block"),
+        "loss.offload=true is given": (getattr(config["loss"], "offload", False), "leave it away"),
     }
-    for setting, (given, other) in asked.items():
+    for what, (given, fix) in asked.items():
         if given and HOST_MEMORY not in kinds:
             raise UsageError(
-                f"{setting} is given",
-                f"this device reaches {', '.join(kinds)}, and no {HOST_MEMORY}",
-                f"use {other}",
+                what, f"this device reaches {', '.join(kinds)}, and no {HOST_MEMORY}", fix
             )
 
 

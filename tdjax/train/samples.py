@@ -18,6 +18,8 @@ from tdjax.config import DiTConfig, SamplerConfig
 from tdjax.errors import UsageError
 from tdjax.files import written
 from tdjax.media import video
+from tdjax.parallel import hosts
+from tdjax.parallel.mesh import every_device
 from tdjax.parallel.sharding import constrain
 from tdjax.pipeline.compilation import start_noise
 from tdjax.pipeline.decoding import size_of
@@ -45,7 +47,8 @@ class Samples:
     """The prompts of a run, encoded, and the videos that its networks make of them.
 
     The text encoder has come and gone before the weights are read, and the VAE's decoder is on the
-    device while frames are made. Prompts are divided over the mesh's groups of devices.
+    device while frames are made. Prompts are divided over the mesh's groups of devices. Several
+    processes encode, sample and decode together, each with all prompts; the first one writes.
 
     name: of the method. config: the objects of a run by the first word of their keys. cfg: of the
     network. latents: (t, h, w) of its first data. negative: embedding [s d] of the negative prompt,
@@ -132,12 +135,13 @@ class Samples:
                 self.stages.note(f"samples of step {step} hold NaN or infinity, and show nothing")
             rows = [x if finite[key] else np.zeros_like(x) for key, x in made.items()]
             frames = self.pipe.decode(np.stack(rows)).frames
-            return self._write(step, dict(zip(made, frames, strict=True)))
+            clips = dict(zip(made, frames, strict=True))
+            return Path(hosts.agreed(lambda: str(self._write(step, clips))))
 
     def _latents(self, model, teacher: Teacher, sampler: SamplerConfig) -> np.ndarray:
         """Latents f32[n t h w c] of all prompts, on the host."""
-        place = lambda x: jax.device_put(x, self._whole)
-        key = jax.random.key(self.seed)
+        place = lambda x: x if self._whole is None else hosts.place(x, self._whole)
+        key = place(jax.random.key(self.seed))
         count, out = len(self.text), []
         for first in range(0, count, self.groups):
             rows = [min(first + i, count - 1) for i in range(self.groups)]  # the last fills up
@@ -180,14 +184,7 @@ def _is_samples(folder: Path) -> bool:
 
 
 def check_network(config: dict[str, Any], cfg: DiTConfig) -> None:
-    """Raises UsageError for a network that does not make videos of a prompt by itself, and where
-    several processes make a run."""
-    if jax.process_count() > 1:
-        raise UsageError(
-            f"sample.prompts is given, and there are {jax.process_count()} processes",
-            "one process makes frames of latents, and none has all of the weights",
-            f"leave it away; {config['run'].folder}/dit is what tdjax generate takes as dit_path",
-        )
+    """Raises UsageError for a network that does not make videos of a prompt by itself."""
     if config["model"].expert:
         raise UsageError(
             "sample.prompts is given, and model.expert",
@@ -204,7 +201,8 @@ def check_network(config: dict[str, Any], cfg: DiTConfig) -> None:
 
 def opened(config: dict[str, Any]) -> Pipeline:
     """Returns the model whose VAE and text encoder are used, opened; none of its weights stay on
-    the device between uses. Raises UsageError where there is none, CheckpointError."""
+    the device between uses. It is over the devices of all processes where there are several. Raises
+    UsageError where there is none, CheckpointError."""
     cfg, model = config["sample"], config["model"]
     if not cfg.model and not model.weights:
         raise UsageError(
@@ -213,7 +211,8 @@ def opened(config: dict[str, Any]) -> Pipeline:
             "for example sample.model=demo",
         )
     encoder = not cfg.prompts.endswith(".safetensors")
-    options = dataclasses.replace(OPTIONS, text_encoder=encoder)
+    mesh = every_device("sp") if jax.process_count() > 1 else None
+    options = dataclasses.replace(OPTIONS, text_encoder=encoder, mesh=mesh)
     paths = dict.fromkeys(PATHS)
     stages = Stages(False)
     name = cfg.model or model.weights

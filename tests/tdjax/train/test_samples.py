@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import hosts_cases
 import jax
 import numpy as np
 import pytest
@@ -138,3 +139,30 @@ def test_what_cannot_be_sampled_is_refused(data, tmp_path, capsys, changes, expe
     given = [word.replace("EMBEDS", str(data / "prompts.safetensors")) for word in changes]
     err = fails(capsys, "fm-tiny", *settings(data, tmp_path, *weights, *given))
     assert all(word in err for word in expected), err
+
+
+@pytest.mark.slow
+def test_two_processes_show_what_one_shows(data, tmp_path):
+    """Prompts encoded, sampled and decoded by both, written by the first: before the first step, at
+    a step, and of the run that goes on."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]) + "\n")
+    own = [f"sample.prompts={tmp_path / 'prompts.txt'}", "sample.num_steps=2", "sample.every=2"]
+    own += ["run.mesh=dp=2,fsdp=2", "run.steps=2", "data.negative=", "loss.dropout=0"]
+    own += ["optimizer.eps=1e-3", "optimizer.warmup=0", "optimizer.decay=constant"]
+    own += ["optimizer.steps=none", "run.save_every=2", "optimizer.learning_rate=1e-3"]
+    with hosts_cases.command("tdjax.train", tmp_path / "cache") as start:
+        done = hosts_cases.ends(start("fm-tiny", *settings(data, tmp_path / "two", *own)))
+    assert [code for code, *_ in done] == [0, 0], done
+    training_run("fm-tiny", *settings(data, tmp_path / "one", *own)).train(resume=False)
+    files = {
+        which: sorted(path.relative_to(tmp_path / which) for path in where.rglob("*"))
+        for which in ("one", "two")
+        for where in [tmp_path / which / "samples"]
+    }
+    assert files["one"] == files["two"] and len(files["one"]) == 2 * (1 + 4 + 1)
+    for name in files["one"]:
+        if name.suffix == ".mp4":
+            each = (video.read_video(tmp_path / which / name) for which in ("one", "two"))
+            a, b = (frames.astype(int) for frames in each)
+            assert a.shape == (5, 64, 64, 3) and np.abs(a - b).mean() < 0.1, name
+            assert a.std() > 5  # it shows something

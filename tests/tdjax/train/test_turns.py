@@ -62,9 +62,7 @@ def test_a_run_with_parts_on_the_host_has_the_bits_of_one_without(
         middle = checkpoints.restore(checkpoints.folder(where, 3), shapes)
         out[offload] += (middle,)
     assert [phase for phase, _ in taken] == ["student", "student", "critic", "critic", "student"]
-    assert [missing for _, missing in taken] == [
-        set(methods.UNUSED[phase]) for phase, _ in taken
-    ]
+    assert [missing for _, missing in taken] == [set(methods.UNUSED[phase]) for phase, _ in taken]
     (one, rows, early), (other, same, also) = out.values()
     assert rows == same and len(rows) == 5
     same_bits(one, other)
