@@ -8,12 +8,16 @@ import math
 import os
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from tdjax import cli
 from tdjax.errors import UsageError
 from tdjax.files import refuse_unwritable
 from tdjax.train.settings import Tree, build, put
 from tdjax.train.tiny import settings
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 STAGES = {  # name -> module of tdjax.train.tiny.stages and its function
     "vae": ("vae", "run_stage"),
@@ -59,6 +63,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=1.0,
         help="of every number of steps and clips; 0.01 for a trial",
+    )
+    p.add_argument(
+        "--mesh",
+        help=(
+            "several devices, such as dp=2 or fsdp=2, for the steps of teacher, sla, rcm and merge;"
+            " default: one"
+        ),
     )
     p.add_argument("--seconds", type=float, help="stop, with the state saved, after this time")
     p.add_argument("--seed", type=int, default=0, help="of weights and data")
@@ -134,6 +145,28 @@ def resolve(words: list[str], scale: float) -> dict:
     return {name: settings.scaled(build(tree, base[name]), 1) for name, tree in trees.items()}
 
 
+def mesh_of(given: str | None, parts: dict) -> Mesh | None:
+    """Returns the mesh that the command names, or None. Raises UsageError for one that there is
+    not, or that does not divide the batch of a stage that runs over it."""
+    if given is None:
+        return None
+    from tdjax.parallel.mesh import make_mesh
+    from tdjax.train import plan
+    from tdjax.train.tiny import configs
+
+    plan.axes_of(given)
+    mesh = make_mesh(given, configs.DIT)
+    groups = plan.groups(dict(mesh.shape))
+    for name in ("teacher", "sla", "rcm", "merge"):
+        if parts[name].batch % groups:
+            raise UsageError(
+                f"--mesh {given} with {name}.batch={parts[name].batch}",
+                f"it divides a batch over dp x fsdp = {groups}",
+                f"use a multiple of {groups}",
+            )
+    return mesh
+
+
 def stage_function(name: str) -> Callable:
     """Returns what runs a stage; its module, and jax, are imported here."""
     module, function = STAGES[name]
@@ -151,7 +184,14 @@ def run(args, chosen: tuple[str, ...], parts: dict, begun: float) -> int:
     from tdjax.train.tiny import work
 
     until = begun + args.seconds if args.seconds else math.inf
-    tiny = work.Run(folder=args.folder, settings=parts, seed=args.seed, until=until, stages=stages)
+    tiny = work.Run(
+        folder=args.folder,
+        settings=parts,
+        seed=args.seed,
+        until=until,
+        mesh=mesh_of(args.mesh, parts),
+        stages=stages,
+    )
     for name in chosen:
         result = parts["rcm"].name if name == "rcm" else _RESULT.get(name)
         if result and work.finished(tiny, result) and not args.again:

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdjax.checkpoints import orbax
 from tdjax.config import DiTConfig, TextConfig, VAEConfig
 from tdjax.errors import NotFinite
 from tdjax.progress import Stages
-from tdjax.train import checkpoints
+from tdjax.train import checkpoints, placement
 from tdjax.train.metrics import Metrics
 from tdjax.train.tiny import configs
 
@@ -39,13 +40,15 @@ class Sizes:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """A run of the recipe: where, from which seed, until when (of time.monotonic), and what its
-    stages do."""
+    stages do. mesh: of the devices that the transformers' stages divide their steps over; None:
+    one."""
 
     folder: Path
     settings: dict[str, Any]
     seed: int = 0
     until: float = math.inf
     sizes: Sizes = Sizes()
+    mesh: Mesh | None = None
     stages: Stages = dataclasses.field(default_factory=lambda: Stages(show=False))
 
     def key(self, purpose: str) -> jax.Array:
@@ -65,12 +68,19 @@ class OutOfTime(Exception):
     """The run's time is over in the middle of a stage; its state is saved."""
 
 
-def repeated(step: Callable, chunk: int) -> Callable:
+def repeated(step: Callable, chunk: int, mesh: Mesh | None = None) -> Callable:
     """Returns `chunk` times step(state, *data) -> (state, numbers), as one program that takes over
-    the state's memory."""
+    the state's memory. Over a mesh the state stays as `placement.shardings` lays it."""
 
     def program(state, *data):
-        return lax.scan(lambda state, _: step(state, *data), state, None, length=chunk)
+        def one(state, _):
+            state, numbers = step(state, *data)
+            if mesh is not None:
+                lies = placement.shardings(state, mesh)
+                state = lax.with_sharding_constraint(state, lies)
+            return state, numbers
+
+        return lax.scan(one, state, None, length=chunk)
 
     return jax.jit(program, donate_argnums=0)
 
@@ -90,23 +100,32 @@ def train(
     data=(),
     check: Callable | None = None,
     check_every: int = 0,
+    mesh: Mesh | None = None,
 ):
     """Returns the last state, after all steps of a stage from its last saved state on, if there is
-    one.
+    one; on the first device.
 
     program(state, *data) -> (state, numbers [chunk]) does a chunk of steps. check(state, step) ->
-    numbers, every `check_every` steps and at the end; they are logged beside the others. Raises
+    numbers, every `check_every` steps and at the end, with the state on the first device; they are
+    logged beside the others. mesh: of the program's devices; the data are whole on each. Raises
     OutOfTime, NotFinite.
     """
     folder = run.work(name)
     done = (checkpoints.steps(folder) or [0])[-1]
+    first = jax.devices()[0]
+    # Where data are bound to a device, so is what comes out; a first state that is not would make a
+    # second program of the next call.
+    if mesh is None:
+        state = jax.device_put(state, first)
+    else:
+        data = jax.device_put(data, NamedSharding(mesh, PartitionSpec()))
+        state = jax.device_put(state, placement.shardings(state, mesh))
     if done:
         state = checkpoints.restore(checkpoints.folder(folder, done), state)
         run.say(f"{name}: going on from step {done}")
-    # Where data are bound to a device, so is what comes out; a first state that is not would make a
-    # second program of the next call.
-    state = jax.device_put(state, jax.devices()[0])
     begun = saved = time.monotonic()
+    if mesh is not None:
+        program = _on_mesh(program, mesh)
     with Metrics(folder, done) as log:
         while done < steps:
             state, numbers = program(state, *data)
@@ -124,7 +143,7 @@ def train(
                     "begin again with a lower rate",
                 )
             if check and (done >= steps or done // check_every > (done - chunk) // check_every):
-                found = check(state, done)
+                found = check(jax.device_put(state, first), done)
                 log.write(done, found)
                 run.say(_line(f"{name} check", done, steps, found))
                 begun = time.monotonic()
@@ -136,7 +155,17 @@ def train(
                         f"{name}: stopped at step {done} of {steps}; the same command goes on from"
                         " there"
                     )
-    return state
+    return jax.device_put(state, first)
+
+
+def _on_mesh(program: Callable, mesh: Mesh) -> Callable:
+    """A program whose activations are laid over a mesh."""
+
+    def run(*args):
+        with jax.set_mesh(mesh):
+            return program(*args)
+
+    return run
 
 
 @jax.jit

@@ -15,6 +15,7 @@ from jax import lax
 
 from tdjax.media.scenes import clips
 from tdjax.media.scenes.factors import Attributes
+from tdjax.parallel.sharding import constrain
 from tdjax.text.tokenizer import Tokenizer
 from tdjax.train.tiny.data import captions
 from tdjax.train.tiny.data.tokenizer import build
@@ -34,11 +35,11 @@ class Data:
     tokens: jax.Array
 
     def draw(self, key, n: int):  # -> latents bf16[b t h w c], tokens i32[b s 2]
-        """Returns a batch with replacement, one of the captions each."""
+        """Returns a batch with replacement, one of the captions each, laid over the mesh."""
         which, how = jax.random.split(key)
         i = jax.random.randint(which, (n,), 0, self.latents.shape[0])
         caption = jax.random.randint(how, (n,), 0, self.tokens.shape[1])
-        return self.latents[i], self.tokens[i, caption]
+        return constrain(self.latents[i], "batch"), constrain(self.tokens[i, caption], "batch")
 
 
 def tokenizer(run: Run) -> Tokenizer:

@@ -57,9 +57,9 @@ def _healed(run: Run, cfg: MergeStage, model: DiT, student: DiT) -> DiT:
     optimizer = adamw(rates)
     config = SLATrainingConfig(time=STUDENT_TIMES)
     state = TrainState.create(model, optimizer, run.key("heal steps"))
-    program = work.repeated(sla.make_step(config, optimizer, cfg.batch), cfg.chunk)
+    program = work.repeated(sla.make_step(config, optimizer, cfg.batch), cfg.chunk, run.mesh)
     clips = encoded.make(run, work.load(run, "vae"), cfg.clips)
     data = (clips, student, work.load(run, "text"))
-    state = work.train(run, "merge", state, program, cfg.heal, cfg.chunk, data)
+    state = work.train(run, "merge", state, program, cfg.heal, cfg.chunk, data, mesh=run.mesh)
     work.forget_states(run, "merge")
     return state.ema

@@ -171,7 +171,7 @@ def run_stage(run: Run) -> None:
             f"rcm: derivative along the teacher against a central difference: {float(error):.3f}"
             " relative (above 0.5 is too noisy)"
         )
-    program = work.repeated(make_cycle(cfg, optimizer, critic_optimizer), cfg.chunk)
+    program = work.repeated(make_cycle(cfg, optimizer, critic_optimizer), cfg.chunk, run.mesh)
     best = Best(run, cfg, cfg.name, vae, text)
     work.train(
         run,
@@ -183,6 +183,7 @@ def run_stage(run: Run) -> None:
         (clips, teacher, text, negative),
         best,
         cfg.check_every,
+        run.mesh,
     )
     kept = run.folder / best.name
     source = orbax.inspect(kept)["source"]

@@ -50,7 +50,7 @@ def run_stage(run: Run) -> None:
     config = SLATrainingConfig(time=LogNormal(mean=cfg.mean))
     student = sparse(teacher, run.sizes.sla, cfg.compute)
     state = TrainState.create(student, optimizer, run.key("sla steps"))
-    program = work.repeated(make_step(config, optimizer, cfg.batch), cfg.chunk)
+    program = work.repeated(make_step(config, optimizer, cfg.batch), cfg.chunk, run.mesh)
     negative = encoded.negative(encoded.tokenizer(run))
     prompts = sampling.prompts(encoded.tokenizer(run), run.key("check"), cfg.check_clips)
     how = sampling.teacher(cfg.check_steps, "euler", cfg.guidance, 3.0)
@@ -71,6 +71,7 @@ def run_stage(run: Run) -> None:
         (clips, teacher, text),
         check,
         cfg.check_every,
+        run.mesh,
     )
     work.export(run, "sla", "dit", state.ema, run.sizes.sla, steps=cfg.steps)
     work.forget_states(run, "sla")

@@ -95,7 +95,7 @@ def run_stage(run: Run) -> None:
     create = jax.jit(lambda key: Captioned(dit, run.sizes.text, rngs=nnx.Rngs(key)))
     model = create(run.key("teacher"))
     state = TrainState.create(model, optimizer, run.key("teacher steps"))
-    program = work.repeated(make_step(cfg, optimizer), cfg.chunk)
+    program = work.repeated(make_step(cfg, optimizer), cfg.chunk, run.mesh)
     check = _make_check(run, cfg, vae, negative)
     state = work.train(
         run,
@@ -107,6 +107,7 @@ def run_stage(run: Run) -> None:
         (clips, negative),
         check,
         cfg.check_every,
+        run.mesh,
     )
     work.export(run, "text", "text", state.ema.text, run.sizes.text, steps=cfg.steps)
     # The last one, since it says that the stage is finished.

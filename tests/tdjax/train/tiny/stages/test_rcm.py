@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_cases
+import train_cases
 from tolerances import assert_close
 
 from tdjax.models.wan_dit import DiT, with_compute
 from tdjax.precision import FLOAT32
+from tdjax.train import metrics
 from tdjax.train.optimizer import adamw
 from tdjax.train.state import DistillState
-from tdjax.train.tiny import settings
+from tdjax.train.tiny import settings, work
 from tdjax.train.tiny.data import encoded
 from tdjax.train.tiny.stages import rcm
 
@@ -76,3 +78,42 @@ def test_the_tangent_may_run_in_another_dtype():
     inputs, run = (x, jnp.float32([500]), jnp.ones((1, 32, 16))), tiny_cases.jit(DiT.__call__)
     assert_close(run(exact, *inputs), run(tiny_cases.dit(), *inputs), "float32")
     assert all(a is b for a, b in zip(jax.tree.leaves(exact), jax.tree.leaves(model), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{"data": 2}, {"fsdp": 2}])
+def test_cycles_over_two_devices_are_those_of_one(some, text, tokens, tmp_path, axes):
+    """The loop of a stage: its state goes back to the first device for a check and at the end, and
+    one program serves all calls."""
+    cfg = settings.RCMStage(batch=4, steps=2, chunk=1, warmup=0, compute="float32")
+    student_rates, critic_rates = (adamw(rcm.rates(cfg, 1e-3, n)) for n in (2, 8))
+    model, found = tiny_cases.dit(), {}
+    negative = encoded.embed(text, encoded.negative(tokens)[None])[0]
+    for name, mesh in (("one", None), ("two", train_cases.mesh(**axes))):
+        run, checked, traced = work.Run(folder=tmp_path / name, settings={}), [], []
+        state = DistillState.create(
+            model, student_rates, jax.random.key(0), critic=model, critic_optimizer=critic_rates
+        )
+        cycle = rcm.make_cycle(cfg, student_rates, critic_rates)
+        count = lambda *args, cycle=cycle, to=traced: to.append(1) or cycle(*args)
+        program = work.repeated(count, 1, mesh)
+        seen = lambda state, to=traced: (devices_of(state), len(to))
+        check = lambda state, step, to=checked, seen=seen: to.append(seen(state)) or {}
+        data = some, model, text, negative
+        state = work.train(run, "rcm", state, program, 2, 1, data, check, 1, mesh)
+        assert checked[0] == checked[1] and checked[0][0] == devices_of(state)
+        assert devices_of(state) == {jax.devices()[0]}
+        rows = metrics.read(run.work("rcm"))
+        found[name] = rows[0::2], state
+    (one, before), (two, after) = found.values()
+    for a, b in zip(one, two, strict=True):
+        for key in a.keys() - {"step", "seconds_per_step"}:
+            assert np.isclose(a[key], b[key], 1e-5, 0), (key, a[key], b[key])
+    start = jax.tree.leaves(model)
+    for x, y, z in zip(*map(jax.tree.leaves, (before.model, after.model)), start, strict=True):
+        # Adam makes a step of full length of a gradient that is rounding.
+        assert np.abs(np.asarray(x - y)).mean() <= 0.01 * np.abs(np.asarray(x - z)).mean() + 1e-9
+
+
+def devices_of(tree):
+    return {device for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
