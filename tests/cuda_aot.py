@@ -10,6 +10,7 @@ Needs jax 0.11 or newer, the CUDA plugin (jax-cuda13-plugin, jax-cuda13-pjrt) an
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -64,6 +66,19 @@ def available() -> str | None:
 
 @cache
 def mesh(arch: str):
+    """One such GPU."""
+    return Mesh(devices(arch, 1), ("x",), axis_types=(AxisType.Auto,))
+
+
+def described(arch: str, sizes: dict[str, int]):
+    """A mesh of such GPUs with axes of these sizes, all of one host."""
+    shape = tuple(sizes.values())
+    found = np.reshape(devices(arch, math.prod(shape)), shape)
+    return Mesh(found, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def devices(arch: str, count: int):
+    """GPUs of one host, as the compiler knows them."""
     major, minor, cores, shared, block, name = TARGETS[arch]
     text = f"""gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -77,8 +92,8 @@ def mesh(arch: str):
 }}
 platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{name}"
 """
-    topology = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
-    return Mesh(topology.devices, ("x",), axis_types=(AxisType.Auto,))
+    shape = f"1x1x{count}"
+    return topologies.get_topology_desc(platform="cuda", target_config=text, topology=shape).devices
 
 
 def compile_for(arch: str, function, *args) -> list[Compiled]:

@@ -266,6 +266,9 @@ class SampleConfig:
     guidance_scale: float | None = _field(
         None, "of an undistilled network; none: its own, 1 for none"
     )
+    teacher: bool = _field(
+        True, "the teacher's videos too, by the undistilled model's sampler, before the first step"
+    )
     seed: int = _field(0, "of the noise, which is the same for all prompts and at all times")
 
     def __post_init__(self):

@@ -17,6 +17,7 @@ from tdjax.config import DiTConfig
 from tdjax.train.configs import SCM, RCMConfig
 
 TERA = 1e12
+MEASURED_TFLOPS = 386.0  # of a step of sla-1.3b on one H200 (docs/training.md)
 # Dense bfloat16 products of a device, TFLOP/s, by a part of its name; the first that fits. NVIDIA's
 # data sheets, without sparsity.
 PEAKS = (

@@ -22,8 +22,9 @@ from tdjax.pipeline.load import plan_pipeline
 from tdjax.pipeline.memory import GIB, dit_working, memory_limit
 from tdjax.pipeline.request import Request
 from tdjax.presets import PRESETS
-from tdjax.train import partial, placement
+from tdjax.train import cost, partial, placement, report
 from tdjax.train.configs import RunConfig
+from tdjax.train.loop import Schedule
 from tdjax.train.methods import method
 from tdjax.train.networks import frozen, trained
 from tdjax.train.samples import OPTIONS, check_network, opened, samplers
@@ -113,8 +114,36 @@ def lines(name: str, config: dict[str, Any]) -> list[str]:
         f"host: {whole / GIB:.1f} GiB for the copy of the state that a checkpoint is written from",
         *_host(max(map(sum, waiting), default=0), sizes),
         *_samples(name, config, student, sizes),
-        "hours: not measured for a whole run (docs/training.md has seconds of single steps)",
+        _hours(name, config, way.schedule, (student, teacher), chosen is None, devices),
     ]
+
+
+def _hours(
+    name: str,
+    config: dict[str, Any],
+    schedule: Schedule,
+    networks: tuple[DiTConfig, DiTConfig],
+    whole: bool,
+    devices: int,
+) -> str:
+    """A line on how long a run of Wan's sizes takes, by its FLOPs and the rate of a measured step.
+    networks: student and teacher."""
+    run, data = config["run"], config["data"]
+    if config["model"].weights.lower() not in PRESETS:
+        return "hours: not known for a network of this size (docs/training.md has measured steps)"
+    grid = _grid(networks[0], data)
+    student, teacher = (cost.forward_flops(cfg, grid, cfg.text_len) for cfg in networks)
+    each = cost.step_flops(name, config["loss"], student, teacher, whole)
+    work = report.Work(flops=each, warmup=schedule.warmup)
+    steps = range(run.steps)
+    flops = sum(work.of_step(schedule.phase(i), i + 1) for i in steps) * data.batch
+    hours = flops / (cost.MEASURED_TFLOPS * cost.TERA) / 3600
+    over = f", {hours / devices:,.1f} on {devices}" if devices > 1 else ""
+    return (
+        f"hours: {hours:,.1f} on one H200{over}, of {run.steps} steps: {flops / 1e18:,.0f} EFLOP at"
+        f" the {cost.MEASURED_TFLOPS:.0f} TFLOP/s of a step of sla-1.3b there, without what devices"
+        " exchange"
+    )
 
 
 def _host(waiting: int, sizes: Mapping[str, int]) -> list[str]:

@@ -81,6 +81,9 @@ class Samples:
         self.pipe = opened(config)
         self.size = size_of(self.shape, self.pipe.components["vae"].config)
         self.samplers = samplers(name, config, self.pipe)
+        self.of_teacher = None
+        if name != "flow" and config["sample"].teacher:
+            self.of_teacher = _undistilled(config["sample"].guidance_scale, self.pipe)
         self.names, self.text, self.negative = self._encoded(config, negative)
         if self.text.shape[-1] != cfg.text_dim:
             raise UsageError(
@@ -97,7 +100,8 @@ class Samples:
     ) -> tuple[list[str], np.ndarray, np.ndarray | None]:
         """(names, embeddings [n s d], that of the negative prompt [s d] under guidance)."""
         path = Path(config["sample"].prompts)
-        guided = any(sampler.guided for sampler in self.samplers)
+        all_of_them = [*self.samplers, *filter(None, [self.of_teacher])]
+        guided = any(sampler.guided for sampler in all_of_them)
         if path.suffix == ".safetensors":
             rows = load_embeds(path)
             if guided and negative is None:
@@ -118,7 +122,8 @@ class Samples:
 
     def make(self, state, teacher: Teacher, step: int) -> Path:
         """Writes <run>/samples/step_000500/, a video for each prompt, network and number of steps
-        and a sheet of all, and returns the sheet.
+        and a sheet of all, and returns the sheet. At step 0 the teacher is among the networks: it
+        stays as it is.
 
         state, teacher: as a step takes them; neither is consumed. Raises OutOfMemory, NotFinite.
         """
@@ -129,6 +134,10 @@ class Samples:
                     latents = self._latents(model, teacher, sampler)
                     steps = sampler.num_steps
                     made |= {(i, which, steps): x for i, x in enumerate(latents)}
+            if step == 0 and self.of_teacher is not None:
+                latents = self._latents(teacher.model, teacher, self.of_teacher)
+                steps = self.of_teacher.num_steps
+                made |= {(i, "teacher", steps): x for i, x in enumerate(latents)}
             made = dict(sorted(made.items()))
             finite = {key: bool(np.isfinite(x).all()) for key, x in made.items()}
             if not all(finite.values()):
@@ -229,10 +238,16 @@ def samplers(name: str, config: dict[str, Any], pipe: Pipeline) -> list[SamplerC
         if cfg.num_steps is not None:
             counts = [cfg.num_steps]
         return [SamplerConfig(num_steps=n, mid_t=times) for n in counts]
+    own = _undistilled(cfg.guidance_scale, pipe)
+    count = own.num_steps if cfg.num_steps is None else cfg.num_steps
+    return [dataclasses.replace(own, num_steps=count)]
+
+
+def _undistilled(guidance_scale: float | None, pipe: Pipeline) -> SamplerConfig:
+    """How an undistilled network is sampled, in all of its steps."""
     own = TEACHER_SAMPLER if pipe.sampler.few_step else pipe.sampler
-    given = {"num_steps": cfg.num_steps, "guidance_scale": cfg.guidance_scale}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    return [dataclasses.replace(own, **chosen)]
+    scale = own.guidance_scale if guidance_scale is None else guidance_scale
+    return dataclasses.replace(own, guidance_scale=scale)
 
 
 # -- programs --------------------------------------------------------------------------------------

@@ -142,7 +142,16 @@ def resolve(words: list[str], scale: float) -> dict:
             )
         put(trees, key, value)
     base = {name: settings.scaled(cls(), scale) for name, cls in settings.STAGES.items()}
-    return {name: settings.scaled(build(tree, base[name]), 1) for name, tree in trees.items()}
+    parts = {name: settings.scaled(build(tree, base[name]), 1) for name, tree in trees.items()}
+    for name, stage in parts.items():
+        steps = getattr(stage, "heal", getattr(stage, "steps", None))
+        if steps and stage.warmup > steps:
+            raise UsageError(
+                f"{name}.warmup is {stage.warmup}, of {steps} steps",
+                "rates rise over the warm-up, and then fall",
+                f"give {name}.warmup=0, or more steps",
+            )
+    return parts
 
 
 def mesh_of(given: str | None, parts: dict) -> Mesh | None:

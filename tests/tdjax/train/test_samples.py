@@ -92,6 +92,25 @@ def test_a_student_is_seen_in_one_two_and_four_steps(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_teacher_is_seen_once_in_all_of_its_steps(data, tmp_path):
+    """Beside the student, which begins as it does."""
+    own = ["sample.seed=3", "sample.num_steps=1"]
+    run = training_run("rcm-1.3b", *settings(data, tmp_path, *own))
+    state, teacher, _ = run.start(resume=False)
+    given = kept(run.samples)
+    sheet = run.samples.make(state, teacher, 0)
+    count = TEACHER_SAMPLER.num_steps
+    names = {path.name for path in sheet.parent.glob("*.mp4")}
+    assert names >= {f"{i:03}_teacher_{count}.mp4" for i in range(3)} and len(names) == 9
+    scale = TEACHER_SAMPLER.guidance_scale
+    wanted = generated(data / "dit", sampler="unipc", num_steps=count, guidance_scale=scale)
+    for prompt in range(3):  # average, current, teacher
+        assert_close(given[0][3 * prompt + 2], wanted[prompt], "float32", f"{prompt}")
+    later = run.samples.make(state, teacher, 1).parent
+    assert len([*later.glob("*.mp4")]) == 6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", ["prompts.txt", "prompts.safetensors"])
 def test_an_undistilled_network_is_seen_by_its_own_sampler(data, tmp_path, prompts):
     """In a run: before the first step and at the last, where the average is what is exported."""

@@ -1,17 +1,14 @@
 """Parts of a run that wait on the host: what a step is given, and numbers that stay the same."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 from run_cases import built, training_run, words
 from train_cases import same_bits
 
-from tdjax.config import DiTConfig
 from tdjax.errors import UsageError
 from tdjax.models.wan_dit import HOST_MEMORY
-from tdjax.train import checkpoints, methods, metrics, plan
+from tdjax.train import checkpoints, methods, metrics
 from tdjax.train import run as runs
 from tdjax.train.turns import Turns
 
@@ -93,28 +90,6 @@ def test_the_base_of_adapters_stays(folder, tmp_path):
     more = ["loss.offload=true", "model.lora.rank=2"]
     run = training_run("rcm-1.3b", *settings(folder, tmp_path, *more))
     assert run._unused() == {"student": ("critic_opt",), "critic": ("ema", "opt")}
-
-
-def test_the_plan_counts_what_waits(folder, tmp_path):
-    lines = {}
-    for offload in ("false", "true"):
-        given = settings(folder, tmp_path, f"loss.offload={offload}", "run.mesh=fsdp=2")
-        lines[offload] = plan.lines("rcm", wide(built("rcm-1.3b", *given)))
-    amount = lambda which, what: next(
-        float(line.split()[0]) for line in lines[which] if what in line
-    )
-    assert not any("page-locked" in line for line in lines["false"])
-    spared = amount("true", "of these on the host")
-    assert spared < 0
-    assert np.isclose(amount("false", "together") + spared, amount("true", "together"), atol=0.011)
-    # the critic's moment, one of five arrays of the state
-    assert np.isclose(spared, -amount("true", "weights, average") / 5, atol=0.02)
-
-
-def wide(config):
-    """The network of rcm-1.3b, without its file."""
-    model = dataclasses.replace(config["model"], weights="", dit=DiTConfig())
-    return config | {"model": model, "data": dataclasses.replace(config["data"], path="")}
 
 
 @pytest.mark.parametrize("setting", ["loss.offload=true", "model.remat=offload"])

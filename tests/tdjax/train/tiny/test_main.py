@@ -32,6 +32,7 @@ def test_settings_are_scaled_and_overridden():
         (["teacher.stepz=3"], "did you mean teacher.steps?"),
         (["teacher.steps=many"], "teacher.steps is 'many'"),
         (["fast"], "cannot read 'fast'"),
+        (["vae.steps=1"], "vae.warmup is 100, of 1 steps"),
         (["--mesh", "cfg=2", "--stage", "sla"], "has the axis cfg=2"),
         (["--mesh", "dp=64", "--stage", "sla"], "needs 64 devices"),
         (["--mesh", "dp=2", "rcm.batch=7", "--stage", "sla"], "--mesh dp=2 with rcm.batch=7"),
