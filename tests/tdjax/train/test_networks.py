@@ -4,10 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+import random_model
 from run_cases import TINY, built, training_run, words
 
 from tdjax.checkpoints import orbax
-from tdjax.errors import UsageError
+from tdjax.errors import CheckpointError, UsageError
 from tdjax.precision import FLOAT32
 from tdjax.train.networks import Networks
 from tdjax.train.shards import DataError, write_shard
@@ -69,6 +70,13 @@ def test_a_student_of_its_own(folder):
     for name in stored:
         assert np.array_equal(student[name], np.asarray(stored[name], np.float32)), name
     assert np.any(student["blocks.self_attn.core.proj.kernel"])
+
+
+def test_a_network_of_clip_features_is_refused(tmp_path):
+    cfg = dataclasses.replace(TINY, in_channels=12, image_dim=8)
+    orbax.save(tmp_path / "dit", random_model.random_leaves("dit", cfg, 1), "dit", cfg)
+    with pytest.raises(CheckpointError, match="is a Wan2.1 image-to-video network"):
+        Networks(built("sla-1.3b", f"model.weights={tmp_path / 'dit'}")["model"], "sla")
 
 
 @pytest.mark.slow
