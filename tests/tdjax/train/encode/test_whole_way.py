@@ -30,6 +30,8 @@ SMALLER = {
     "data.batch=16": "data.batch=4",
     "run.steps=10": "run.steps=2",
     "run.steps=20": "run.steps=3",
+    "sample.every=10": "sample.every=2",
+    "sample.num_steps=16": "sample.num_steps=2",
     "16": "2",  # steps of the sampler
 }
 
@@ -48,7 +50,12 @@ def test_clips_to_a_video(model, tmp_path, monkeypatch, capsys):
     dense = dataclasses.replace(random_model.DIT, layers=1, attention="dense")
     random_model.dit_folder(tmp_path / "runs/dense/dit", dense)
     own = {encode: ["--model", str(model)], generate: ["--model", str(model), "-q"], train: ["-q"]}
+    own[train].append(f"sample.model={model}")
     for words in commands("## From clips to a video"):
+        if words[0] == "echo":
+            _, prompt, _, name = words
+            Path(name).write_text(f"{prompt}\n")
+            continue
         name = COMMANDS[words[2]]
         if "fm-tiny" in words:
             continue  # the dense network is there
@@ -64,6 +71,8 @@ def test_clips_to_a_video(model, tmp_path, monkeypatch, capsys):
     leaves = orbax.named_leaves(trained)
     moved = [name for name in leaves if orbax.DENSE_DROPS in name]
     assert moved and all(np.abs(np.asarray(leaves[name])).max() > 0 for name in moved)
+    shown = {path.name: len([*path.glob("*.mp4")]) for path in run.glob("samples/*")}
+    assert shown == {"step_000000": 3, "step_000002": 2}  # the teacher's too before the first
     made = video.read_video(tmp_path / "square.mp4")
     assert made.shape == (5, 32, 32, 3) and made.std() > 1
 
