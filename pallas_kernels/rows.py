@@ -8,6 +8,7 @@ loads to the stores, of 8 bits too.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -23,16 +24,17 @@ __all__ = ["load_parts", "quantize_rows", "split", "store_parts", "store_quantiz
 
 
 def quantize_rows(x, dtype=jnp.int8, *, tile: Tile, interpret: bool, before=None) -> QTensor:
-    """`quantized.quantize_rows` of x [m k] float, or of before(x, interpret) in float32."""
-    m, k = x.shape
+    """`quantized.quantize_rows` of x [m k] float, or of before(x, interpret) in float32. x may be
+    [g m k/g]: a row's columns in g groups, which come side by side."""
+    *groups, m, width = x.shape
+    k = math.prod(groups) * width
     row, scalar = pl.BlockSpec((None, k), lambda i: (i, 0)), pl.BlockSpec((None,), lambda i: (i,))
     out = jax.ShapeDtypeStruct((m, k), dtype), jax.ShapeDtypeStruct((m,), jnp.float32)
-    parts = split(k, tile.warps)
     run = launch(
-        partial(quantize_kernel, parts=parts, before=before, interpret=interpret),
+        partial(quantize_kernel, warps=tile.warps, before=before, interpret=interpret),
         out,
         (m,),
-        [row],
+        [pl.BlockSpec((*groups, None, width), lambda i: (0,) * len(groups) + (i, 0))],
         (row, scalar),
         warps=tile.warps,
         stages=tile.stages,
@@ -41,9 +43,16 @@ def quantize_rows(x, dtype=jnp.int8, *, tile: Tile, interpret: bool, before=None
     return QTensor(*run(x))
 
 
-def quantize_kernel(x_ref, values_ref, scale_ref, *, parts, before, interpret):
-    """x and values [k], scale []."""
-    xs = load_parts(x_ref, parts)
+def quantize_kernel(x_ref, values_ref, scale_ref, *, warps, before, interpret):
+    """x [k] or [g k/g], values [k], scale []."""
+    width = x_ref.shape[-1]
+    parts = split(width, warps)
+    if len(x_ref.shape) == 1:
+        xs = load_parts(x_ref, parts)
+    else:
+        groups = range(x_ref.shape[0])
+        xs = [x for g in groups for x in load_parts(x_ref.at[g], parts)]
+        parts = [pl.ds(g * width + part.start, part.size) for g in groups for part in parts]
     if before is not None:
         xs = [before(x, interpret) for x in xs]
     store_quantized(values_ref, scale_ref, xs, parts, interpret)

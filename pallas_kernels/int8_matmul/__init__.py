@@ -22,7 +22,7 @@ from pallas_kernels import rounding
 from pallas_kernels.derivatives import forward_only
 from pallas_kernels.dispatch import automatic, bound, choose
 from pallas_kernels.int8_matmul.quantize import BLOCK, dequantize, quantize, tiles
-from pallas_kernels.int8_matmul.schemes import SCHEMES, Scheme
+from pallas_kernels.int8_matmul.schemes import SCHEMES, Scheme, rows_of
 from pallas_kernels.primitives import power_of_two
 from pallas_kernels.quantized import QTensor, dequantize_rows, quantize_rows
 
@@ -67,13 +67,18 @@ def int8_linear(x, weight: QTensor, bias=None, *, impl: str = "auto"):
     return _linear(op, _quantize(op, x, scheme, impl), weight, bias, scheme, x.dtype, impl)
 
 
-def quantize_activations(x, scheme: str, *, impl: str = "auto") -> QTensor:  # [m k] float
+def quantize_activations(x, scheme: str, *, groups: int = 1, impl: str = "auto") -> QTensor:
     """x [m k] as the products of the scheme take it; k is a multiple of 128 in block128 (else
-    ValueError)."""
-    if x.ndim != 2:
-        raise ValueError(f"quantize_activations: x {x.shape}; expected [m k]")
-    _check_k("quantize_activations", _named(scheme), x.shape[1])
-    return _quantize("quantize_activations", x, SCHEMES[scheme], impl)
+    ValueError). In channel and fp8 a row's columns may come in more than one group: x [groups m
+    k/groups]."""
+    op, by_rows = "quantize_activations", _named(scheme).scale_shape is rows_of
+    if groups < 1 or (groups > 1 and not by_rows):
+        raise ValueError(f"{op}: groups is {groups}; allowed: 1, and more in channel and fp8")
+    if x.shape[:-2] != (groups,) * (groups > 1) or x.ndim < 2:
+        expected = "[m k]" if groups == 1 else f"[{groups} m k/{groups}]"
+        raise ValueError(f"{op}: x {x.shape}; expected {expected}")
+    _check_k(op, SCHEMES[scheme], _width(x))
+    return _quantize(op, x, SCHEMES[scheme], impl)
 
 
 def quantize_weight(weight, scheme: str) -> QTensor:  # [n k] float
@@ -90,10 +95,12 @@ def quantized_linear(
     low_rank=None,
     scheme: str,
     out_dtype,
+    groups: int = 1,
     impl: str = "auto",
 ):
-    """x W^T + bias of quantised activations: [m k], [n k] -> [m n]. Weights concatenated along n,
-    scales and biases alike, give concatenated outputs.
+    """x W^T + bias of quantised activations: [m k], [n k] -> [m n], or with its columns in more
+    than one group [groups m n/groups]. Weights concatenated along n, scales and biases alike, give
+    concatenated outputs.
 
     low_rank: (narrow [m r], up [n r]), floats of one dtype, r a power of two from 16; narrow up^T
     is added. channel and fp8 round once, after the bias; block128 before and after it, as in the
@@ -105,21 +112,29 @@ def quantized_linear(
     _check(op, _named(scheme), x.values, weight, bias, x.scale)
     if low_rank is not None:
         _check_low_rank(op, *low_rank, x.values, weight.values)
-    return _linear(op, x, weight, bias, SCHEMES[scheme], out_dtype, impl, low_rank)
+    n = weight.values.shape[0]
+    if groups < 1 or n % groups:
+        raise ValueError(f"{op}: groups is {groups}; allowed: divisors of {n} output channels")
+    return _linear(op, x, weight, bias, SCHEMES[scheme], out_dtype, impl, low_rank, groups)
 
 
 def _quantize(op, x, scheme, impl):
-    refusal = _refusal(x.shape[1]) or rounding.refusal(scheme.dtype)
+    refusal = _refusal(_width(x)) or rounding.refusal(scheme.dtype)
     auto = automatic(scheme.quantizers, refusal)
     return forward_only(choose(op, impl, scheme.quantizers, auto), NO_DERIVATIVE.format(op))(x)
 
 
-def _linear(op, x, weight, bias, scheme, out_dtype, impl, low_rank=None):
-    table = bound(scheme.products, out_dtype=jnp.dtype(out_dtype))
+def _linear(op, x, weight, bias, scheme, out_dtype, impl, low_rank=None, groups=1):
+    table = bound(scheme.products, out_dtype=jnp.dtype(out_dtype), groups=groups)
     refusal = _refusal(x.values.shape[1])
     auto = automatic(table, refusal, kernel=scheme.kernel)
     run = forward_only(choose(op, impl, table, auto), NO_DERIVATIVE.format(op))
     return run(x, weight, bias, low_rank)
+
+
+def _width(x) -> int:
+    """Columns of [m k], or of [g m k/g]."""
+    return x.size // x.shape[-2]
 
 
 def _refusal(k) -> str | None:

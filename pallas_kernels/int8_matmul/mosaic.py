@@ -24,6 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.int8_matmul.reference import in_groups
 from pallas_kernels.mosaic import (
     SLICE,
     filled,
@@ -72,8 +73,15 @@ def tile_for(m: int, n: int, programs: int) -> Tile:
 
 
 def row_product(
-    x: QTensor, weight: QTensor, bias, out_dtype, *, tile: Tile | None = None, interpret=False
-):  # [m k], [n k] -> [m n]
+    x: QTensor,
+    weight: QTensor,
+    bias,
+    out_dtype,
+    *,
+    groups: int = 1,
+    tile: Tile | None = None,
+    interpret=False,
+):  # [m k], [n k] -> [m n], or [groups m n/groups]
     """float(dot) * scale_x * scale_weight + bias, rounded once to out_dtype.
 
     Values [m k] and [n k] int8 with int32 sums, or float8_e4m3fn with float32 sums; scales float32
@@ -97,9 +105,14 @@ def row_product(
     scale = jnp.pad(x.scale, (0, plan.rows * tall - m))
     bias = jnp.zeros(n, jnp.float32) if bias is None else bias.astype(jnp.float32)
     values = filled(x.values, 0)
-    out = jax.ShapeDtypeStruct((len(values), n), out_dtype)
+    whole = n % (groups * STRIPE) == 0  # no stripe lies in two groups
+    shape = (len(values), n)
+    if groups > 1 and whole:
+        shape = (groups, len(values), n // groups)
+    out = jax.ShapeDtypeStruct(shape, out_dtype)
     launch = _launch(plan, values.dtype, out, interpret)
-    return launch(values, weight.values, scale, weight.scale, bias)[:m]
+    y = launch(values, weight.values, scale, weight.scale, bias)[..., :m, :]
+    return y if whole else in_groups(y, groups)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -257,7 +270,11 @@ def _store(total, x_scale, y, rows, left, buffers: _Buffers):
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
         buffers.y[warpgroup, slot] = part.astype(y.dtype)
         plgpu.commit_smem()
-        to = y.at[rows, pl.ds(left + c, STRIPE)]
+        if len(y.shape) == 2:
+            to = y.at[rows, pl.ds(left + c, STRIPE)]
+        else:
+            width = y.shape[2]
+            to = y.at[lax.div(left + c, width), rows, pl.ds(lax.rem(left + c, width), STRIPE)]
         plgpu.copy_smem_to_gmem(buffers.y.at[warpgroup, slot], to)
 
 

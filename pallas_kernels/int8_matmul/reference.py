@@ -15,6 +15,7 @@ __all__ = [
     "block_sum",
     "fp8_product",
     "fp8_product_xla",
+    "in_groups",
     "low_rank_product",
     "row_product",
 ]
@@ -70,6 +71,11 @@ def row_product(x: QTensor, weight: QTensor, bias, low_rank=None, *, out_dtype):
     of low_rank (narrow [m r], up [n r]), plus bias, rounded once to out_dtype."""
     total = _dot(x, weight, jnp.int32).astype(jnp.float32)
     return _epilogue(total, x, weight, bias, out_dtype, low_rank)
+
+
+def in_groups(y, groups: int):  # [m n] -> itself, or [groups m n/groups]
+    """Neighbouring columns together, group by group."""
+    return y if groups == 1 else rearrange(y, "m (g n) -> g m n", g=groups)
 
 
 def low_rank_product(narrow, up):  # [m r], [n r] -> float32 [m n]

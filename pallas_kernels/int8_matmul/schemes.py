@@ -5,23 +5,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import jax.numpy as jnp
+from einops import rearrange
 
 from pallas_kernels import quantized, rows, tuning
 from pallas_kernels.dispatch import implementations
 from pallas_kernels.int8_matmul import reference, triton
 from pallas_kernels.int8_matmul.quantize import BLOCK, quantize, tiles
-from pallas_kernels.int8_matmul.reference import low_rank_product
+from pallas_kernels.int8_matmul.reference import in_groups, low_rank_product
 from pallas_kernels.mosaic import imported
 from pallas_kernels.quantized import ROW_SCHEMES, QTensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """quantizers: impl -> (x [m k]) -> QTensor;  products: impl -> (x, weight, bias or None,
-    low_rank or None, out_dtype=) -> [m n].
+    """quantizers: impl -> (x [m k]) -> QTensor, of rows also x [g m k/g];  products: impl -> (x,
+    weight, bias or None, low_rank or None, out_dtype=, groups=) -> [m n], or [groups m n/groups].
 
     Values [m k] of `dtype` have scales of shape `scale_shape((m, k))`; k is a multiple of
     `k_multiple`. kernel: the product that "auto" takes on CUDA, but for Hopper, where it is
@@ -49,25 +49,37 @@ def _beside(product: Callable) -> Callable:
     """A product that has no place for a second one within: that is added to what it gives, with a
     rounding of its own."""
 
-    def run(x, weight, bias, low_rank=None, **options):
-        y = product(x, weight, bias, **options)
-        return y if low_rank is None else y + low_rank_product(*low_rank).astype(y.dtype)
+    def run(x, weight, bias, low_rank=None, *, groups=1, **options):
+        y = product(x, weight, bias, groups=groups, **options)
+        if low_rank is None:
+            return y
+        return y + in_groups(low_rank_product(*low_rank), groups).astype(y.dtype)
 
     return run
 
 
+def _grouped(product: Callable) -> Callable:
+    """A product that gives [m n]: its columns are put into groups after it."""
+    return lambda *args, groups=1, **options: in_groups(product(*args, **options), groups)
+
+
 def _row_quantizers(dtype) -> dict[str, Callable]:
+    def plain(x):
+        if x.ndim == 3:
+            x = rearrange(x, "g m k -> m (g k)")
+        return quantized.quantize_rows(x, dtype)
+
     def kernel(x, *, interpret):
         at = tuning.tile("int8_matmul", "quantize_rows")
         return rows.quantize_rows(x, dtype, tile=at, interpret=interpret)
 
-    return _quantizers(partial(quantized.quantize_rows, dtype=dtype), kernel)
+    return _quantizers(plain, kernel)
 
 
 _MOSAIC = imported("int8_matmul", "row_product")
 
 
-def _rows_of(shape):
+def rows_of(shape):
     return shape[:1]
 
 
@@ -77,28 +89,30 @@ SCHEMES: dict[str, Scheme] = {
         scale_shape=tiles,
         k_multiple=BLOCK,
         quantizers=_quantizers(quantize, triton.quantize),
-        products=implementations(_beside(reference.block_product), _beside(triton.block_product)),
+        products=implementations(
+            _beside(_grouped(reference.block_product)), _beside(_grouped(triton.block_product))
+        ),
     ),
     "channel": Scheme(
         dtype=ROW_SCHEMES["channel"],
-        scale_shape=_rows_of,
+        scale_shape=rows_of,
         k_multiple=1,
         quantizers=_row_quantizers(ROW_SCHEMES["channel"]),
         products=implementations(
-            reference.row_product,
+            _grouped(reference.row_product),
             triton.row_product,
-            xla=reference.row_product,
+            xla=_grouped(reference.row_product),
             mosaic=_beside(_MOSAIC),
         ),
     ),
     "fp8": Scheme(
         dtype=ROW_SCHEMES["fp8"],
-        scale_shape=_rows_of,
+        scale_shape=rows_of,
         k_multiple=1,
         quantizers=_row_quantizers(ROW_SCHEMES["fp8"]),
         products={
-            "reference": _beside(reference.fp8_product),
-            "xla": _beside(reference.fp8_product_xla),
+            "reference": _beside(_grouped(reference.fp8_product)),
+            "xla": _beside(_grouped(reference.fp8_product_xla)),
             "mosaic": _beside(_MOSAIC),
         },
         kernel="xla",

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.int8_matmul.quantize import BLOCK, tiles
+from pallas_kernels.int8_matmul.reference import in_groups
 from pallas_kernels.primitives import blocks, dot, fma, launch, load, store
 from pallas_kernels.quantized import QTensor
 from pallas_kernels.rounding import divide, largest, narrow, rounded
@@ -69,10 +70,12 @@ def block_product(x: QTensor, weight: QTensor, bias, out_dtype, *, interpret: bo
     return product(block_kernel, x, weight, bias, None, out_dtype, HALF, scales, at, interpret)
 
 
-def row_product(x: QTensor, weight: QTensor, bias, low_rank=None, *, out_dtype, interpret: bool):
-    """Values [m k], [n k] -> [m n]. float32(int32 dot) * scale_x * scale_weight, plus the product
-    of low_rank (narrow [m r], up [n r]; r a power of two from 16), plus bias, rounded once. Raises
-    ValueError unless k is a multiple of 128."""
+def row_product(
+    x: QTensor, weight: QTensor, bias, low_rank=None, *, out_dtype, groups=1, interpret: bool
+):
+    """Values [m k], [n k] -> [m n], or [groups m n/groups]. float32(int32 dot) * scale_x *
+    scale_weight, plus the product of low_rank (narrow [m r], up [n r]; r a power of two from 16),
+    plus bias, rounded once. Raises ValueError unless k is a multiple of 128."""
     k = x.values.shape[1]
     if k % BLOCK:
         raise ValueError(
@@ -81,12 +84,17 @@ def row_product(x: QTensor, weight: QTensor, bias, low_rank=None, *, out_dtype, 
         )
     scales = pl.BlockSpec((BLOCK,), lambda i, j: (i,)), pl.BlockSpec((BLOCK,), lambda i, j: (j,))
     at = tile("int8_matmul", "row_product")
-    return product(row_kernel, x, weight, bias, low_rank, out_dtype, BLOCK, scales, at, interpret)
+    out = partial(product, row_kernel, x, weight, bias, low_rank, out_dtype, BLOCK, scales, at)
+    if weight.values.shape[0] % (groups * BLOCK):  # a tile would lie in two groups
+        return in_groups(out(interpret), groups)
+    return out(interpret, groups)
 
 
-def product(kernel: Callable, x, weight, bias, low_rank, out_dtype, rows, scales, at, interpret):
+def product(
+    kernel: Callable, x, weight, bias, low_rank, out_dtype, rows, scales, at, interpret, groups=1
+):
     """The launch that both kernels share: outputs of `rows` x 128; index maps of the scales take
-    the place (i, j) of a tile."""
+    the place (i, j) of a tile. groups: of whole tiles of columns."""
     (m, k), n = x.values.shape, weight.values.shape[0]
     grid = blocks(m, rows), blocks(n, BLOCK)
     place = partial(swizzled, grid=grid)
@@ -105,12 +113,17 @@ def product(kernel: Callable, x, weight, bias, low_rank, out_dtype, rows, scales
         args += low_rank
         specs.append(pl.BlockSpec((rows, rank), lambda i, j: (i, 0)))
         specs.append(pl.BlockSpec((BLOCK, rank), lambda i, j: (j, 0)))
+    out, out_spec = (m, n), pl.BlockSpec((rows, BLOCK), place)
+    if groups > 1:
+        out, wide = (groups, m, n // groups), grid[1] // groups
+        grouped = lambda i, j: (j // wide, i, j % wide)
+        out_spec = placed(pl.BlockSpec((None, rows, BLOCK), grouped))
     return launch(
         partial(kernel, place=place, shape=(m, n), interpret=interpret),
-        jax.ShapeDtypeStruct((m, n), out_dtype),
+        jax.ShapeDtypeStruct(out, out_dtype),
         (grid[0] * grid[1],),
         [placed(spec) for spec in specs],
-        pl.BlockSpec((rows, BLOCK), place),
+        out_spec,
         warps=at.warps,
         stages=at.stages,
         interpret=interpret,

@@ -25,26 +25,30 @@ IMPLEMENTATIONS = {
 }
 
 
-def rms_norm_rope(x, weight, cos, sin, *, eps: float, impl: str = "auto"):
+def rms_norm_rope(x, weight, cos, sin, *, eps: float, groups: int = 1, impl: str = "auto"):
     """x / rms(x) * weight over all heads together, then channel pairs (2j, 2j+1) of each head
-    rotated by their angles: x [b l d], weight [d], float32 cos and sin [l k/2] -> [b l h k].
+    rotated by their angles: x [b l d], weight [d], float32 cos and sin [l k/2] -> [b l h k], or in
+    more than one group of neighbouring heads [groups b l h/groups k].
 
     The tables give the head width k. Float32 inside and one rounding to x.dtype at the end, where a
     norm followed by a rotation rounds twice (thu-ml/TurboDiffusion rcm/networks/wan2pt1.py).
     Differentiable in both modes. ValueError for shapes that do not fit each other.
     """
-    _check(x, weight, cos, sin)
-    return _run("rms_norm_rope", impl, x, weight, cos, sin, eps=eps)
+    _check(x, weight, cos, sin, groups)
+    return _run("rms_norm_rope", impl, x, weight, cos, sin, eps=eps, groups=groups)
 
 
-def rms_norm_rope_pool(x, weight, cos, sin, *, eps: float, block: int, impl: str = "auto"):
-    """`rms_norm_rope` [b l h k], and the mean f32 [b h n k] of each block of `block` rounded
-    tokens; the tail block is averaged over its own length.
+def rms_norm_rope_pool(
+    x, weight, cos, sin, *, eps: float, block: int, groups: int = 1, impl: str = "auto"
+):
+    """`rms_norm_rope`, and the mean f32 [b h n k] of each block of `block` rounded tokens; the tail
+    block is averaged over its own length.
 
     The means are what the block map of sparse attention is made of (arXiv 2509.24006).
     """
-    _check(x, weight, cos, sin)
-    return _run("rms_norm_rope_pool", impl, x, weight, cos, sin, eps=eps, block=block)
+    _check(x, weight, cos, sin, groups)
+    sizes = {"eps": eps, "block": block, "groups": groups}
+    return _run("rms_norm_rope_pool", impl, x, weight, cos, sin, **sizes)
 
 
 def _run(name: str, impl: str, x, weight, cos, sin, **sizes):
@@ -56,9 +60,9 @@ def _run(name: str, impl: str, x, weight, cos, sin, **sizes):
     return op(x, weight, cos, sin)
 
 
-def _check(x, weight, cos, sin):
+def _check(x, weight, cos, sin, groups):
     """Raise ValueError unless x [b l d], weight [d] and float32 tables [l k/2] fit together, d in
-    whole heads of width k."""
+    whole heads of width k, and heads in whole groups."""
     fits = (
         x.ndim == 3
         and cos.ndim == 2
@@ -72,3 +76,6 @@ def _check(x, weight, cos, sin):
             f" {sin.dtype} {sin.shape}; expected [b l d], [d] and float32 [l k/2] with d a multiple"
             " of the head width k"
         )
+    heads = x.shape[2] // (2 * cos.shape[1])
+    if groups < 1 or heads % groups:
+        raise ValueError(f"rms_norm_rope: groups is {groups}; allowed: divisors of {heads} heads")

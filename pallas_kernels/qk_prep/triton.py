@@ -27,24 +27,24 @@ __all__ = ["rms_norm_rope", "rms_norm_rope_pool"]
 PIECE = 32  # tokens of one program
 
 
-def rms_norm_rope(x, weight, cos, sin, *, eps, interpret):
+def rms_norm_rope(x, weight, cos, sin, *, eps, groups, interpret):
     """See `reference.rms_norm_rope`."""
-    return normed(x, weight, cos, sin, eps, PIECE, sums=False, interpret=interpret)[0]
+    return normed(x, weight, cos, sin, eps, PIECE, groups, sums=False, interpret=interpret)[0]
 
 
-def rms_norm_rope_pool(x, weight, cos, sin, *, eps, block, interpret):
+def rms_norm_rope_pool(x, weight, cos, sin, *, eps, block, groups, interpret):
     """See `reference.rms_norm_rope_pool`; each program sums a piece of a block, XLA the pieces."""
     piece = math.gcd(PIECE, block)
-    y, sums = normed(x, weight, cos, sin, eps, piece, sums=True, interpret=interpret)
+    y, sums = normed(x, weight, cos, sin, eps, piece, groups, sums=True, interpret=interpret)
     n = count(x.shape[1], block)
     sums = jnp.pad(sums, ((0, 0), (0, n * (block // piece) - sums.shape[1]), (0, 0), (0, 0)))
     sums = rearrange(sums, "b (n p) h k -> b h n p k", n=n).sum(3)
     return y, sums / counts(x.shape[1], block)[:, None]
 
 
-def normed(x, weight, cos, sin, eps, piece, *, sums, interpret):
-    """Normed and rotated tokens [b l h k] and, where `sums`, their sums over pieces f32 [b pieces h
-    k]: a list."""
+def normed(x, weight, cos, sin, eps, piece, groups, *, sums, interpret):
+    """Normed and rotated tokens [b l h k], or [groups b l h/groups k], and, where `sums`, their
+    sums over pieces f32 [b pieces h k]: a list."""
     b, l, d = x.shape
     k = 2 * cos.shape[1]
     check_power_of_two("rms_norm_rope", "head width", k)
@@ -57,6 +57,10 @@ def normed(x, weight, cos, sin, eps, piece, *, sums, interpret):
         jax.ShapeDtypeStruct((b, count(l, piece), h, k), jnp.float32),
     ]
     specs = [tokens, pl.BlockSpec((None, None, heads, k), lambda i, g: (g, i, 0, 0))]
+    if groups > 1:
+        out[0] = jax.ShapeDtypeStruct((groups, b, l, h // groups, k), x.dtype)
+        block = (groups, None, piece, h // groups, k)
+        specs[0] = pl.BlockSpec(block, lambda i, g: (0, g, i, 0, 0))
     return launch(
         partial(rows_kernel, heads=h, length=l, eps=eps),
         out[: 1 + sums],
@@ -70,9 +74,10 @@ def normed(x, weight, cos, sin, eps, piece, *, sums, interpret):
 
 
 def rows_kernel(x_ref, weight_ref, cos_ref, sin_ref, y_ref, *sum_ref, heads, length, eps):
-    """x [piece heads k] -> y of the same shape, and the sum of its rows; the heads are padded to a
-    power of two."""
+    """x [piece heads k] -> y of the same shape, or [groups piece heads/groups k], and the sum of
+    its rows; the heads are padded to a power of two."""
     piece, padded, k = x_ref.shape
+    head, width = jnp.arange(padded)[:, None], y_ref.shape[-2]
     inside = (jnp.arange(padded) < heads)[:, None]
     weight = load(weight_ref, inside).astype(jnp.float32)
     rows = jnp.minimum(piece, length - pl.program_id(0) * piece)
@@ -89,7 +94,10 @@ def rows_kernel(x_ref, weight_ref, cos_ref, sin_ref, y_ref, *sum_ref, heads, len
         cos, sin = load(cos_ref.at[t])[None], load(sin_ref.at[t])[None]
         y = lax.stack([a * cos - b * sin, b * cos + a * sin], axis=2)
         y = y.reshape(padded, k).astype(y_ref.dtype)
-        store(y_ref.at[t], y, inside)
+        if y_ref.ndim == 4:
+            store(y_ref.at[head // width, t, head % width, jnp.arange(k)[None, :]], y, inside)
+        else:
+            store(y_ref.at[t], y, inside)
         return following, total + y.astype(jnp.float32) if sum_ref else total
 
     total = jnp.zeros((padded, k)) if sum_ref else 0

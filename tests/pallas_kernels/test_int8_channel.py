@@ -1,6 +1,8 @@
 """The channel and fp8 schemes: scales by row and column, one rounding; and the interface that all
 schemes share."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -20,7 +22,7 @@ from pallas_kernels.int8_matmul import (
 BF16 = jnp.bfloat16
 TOP = {"channel": 127, "fp8": 448}
 quantizer = jax.jit(quantize_activations, static_argnames=("scheme", "impl"))
-linear = jax.jit(quantized_linear, static_argnames=("scheme", "out_dtype", "impl"))
+linear = jax.jit(quantized_linear, static_argnames=("scheme", "out_dtype", "groups", "impl"))
 
 
 def normal(seed, *shape):
@@ -154,6 +156,29 @@ def test_a_second_product_joins_before_the_only_rounding(m, n, rank, impl):
     assert (ulps(twice, expected) > 0).mean() > 0.1, "three roundings would show"
 
 
+@pytest.mark.parametrize("n, groups, rank", [(256, 2, 0), (384, 3, 32), (96, 2, 32)])
+@pytest.mark.parametrize("impl", ["reference", "interpret"])
+def test_columns_in_groups(n, groups, impl, rank):
+    """The same bits as of columns side by side, in their places."""
+    x, w = pair(70, 128, n, "channel")
+    bias, low_rank = jnp.arange(n, dtype=jnp.float32), factors(70, n, rank) if rank else None
+    options = {"low_rank": low_rank, "scheme": "channel", "out_dtype": BF16, "impl": impl}
+    y = linear(x, w, bias, groups=groups, **options)
+    assert y.shape == (groups, 70, n // groups)
+    side_by_side = np.concatenate(list(np.asarray(y)), 1)
+    np.testing.assert_array_equal(side_by_side, linear(x, w, bias, **options))
+
+
+@pytest.mark.parametrize("impl", ["reference", "interpret"])
+@pytest.mark.parametrize("scheme", ["channel", "fp8"])
+def test_rows_in_groups_are_quantised_as_whole_rows(scheme, impl):
+    x = jax.random.normal(jax.random.key(0), (3, 20, 128), BF16)
+    quantize = partial(quantize_activations, scheme=scheme, impl=impl)
+    run = jax.jit(lambda x: (quantize(x, groups=3), quantize(jnp.concatenate(list(x), 1))))
+    for a, b in zip(*run(x), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
 @pytest.mark.parametrize("scheme", ["block128", "fp8"])
 def test_a_second_product_beside_those_that_have_no_place_for_it(scheme):
     x, w = pair(130, 256, 136, scheme)
@@ -285,6 +310,12 @@ def test_errors():
         ValueError, match=r"quantize_activations: x \(4, 1, 128\); expected \[m k\]"
     ):
         quantize_activations(jnp.zeros((4, 1, 128)), "channel")
+    with pytest.raises(ValueError, match=r"x \(4, 1, 128\); expected \[2 m k/2\]"):
+        quantize_activations(jnp.zeros((4, 1, 128)), "channel", groups=2)
+    with pytest.raises(ValueError, match="groups is 2; allowed: 1, and more in channel and fp8"):
+        quantize_activations(jnp.zeros((2, 4, 128)), "block128", groups=2)
+    with pytest.raises(ValueError, match="groups is 4; allowed: divisors of 6 output channels"):
+        run(x, w, groups=4)
     with pytest.raises(ValueError, match=r"the rank of low_rank is 24; .*zeros to 32"):
         run(x, w, low_rank=factors(4, 6, 24))
     with pytest.raises(ValueError, match=r"\(5, 16\); expected \(4, 16\) and \(6, 16\)"):

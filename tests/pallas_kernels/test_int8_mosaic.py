@@ -61,6 +61,19 @@ def test_without_a_bias_in_float16():
 
 
 @interpreted
+@pytest.mark.parametrize("n", [256, 192])  # groups of whole stripes, and of one and a half
+def test_columns_in_groups(n):
+    x, weight, bias = operands(136, 128, n, jnp.int8)
+    tile = Tile(columns=128, stages=2, cluster=1)
+    run = lambda groups: row_product(
+        x, weight, bias, jnp.bfloat16, groups=groups, tile=tile, interpret=True
+    )
+    y, whole = jax.jit(lambda: (run(2), run(1)))()
+    assert y.shape == (2, 136, n // 2)
+    np.testing.assert_array_equal(np.concatenate(list(np.asarray(y)), 1), whole)
+
+
+@interpreted
 def test_a_row_that_is_not_finite_stays_alone():
     x, weight, bias = operands(130, 128, 64, jnp.int8)
     x = QTensor(x.values, x.scale.at[7].set(jnp.nan))

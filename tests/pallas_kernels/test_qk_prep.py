@@ -11,8 +11,10 @@ from pallas_kernels import qk_prep as op
 from pallas_kernels.qk_prep import workloads
 
 IMPLS = ("reference", "interpret")
-rms_norm_rope = jax.jit(op.rms_norm_rope, static_argnames=("eps", "impl"))
-rms_norm_rope_pool = jax.jit(op.rms_norm_rope_pool, static_argnames=("eps", "block", "impl"))
+rms_norm_rope = jax.jit(op.rms_norm_rope, static_argnames=("eps", "groups", "impl"))
+rms_norm_rope_pool = jax.jit(
+    op.rms_norm_rope_pool, static_argnames=("eps", "block", "groups", "impl")
+)
 
 
 def normal(seed, *shape):
@@ -69,6 +71,19 @@ def test_means_of_blocks(impl, l, block):
     )
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("h, groups", [(6, 2), (6, 3), (4, 4)])
+def test_heads_in_groups(impl, h, groups):
+    """The same bits in other places; the means stay where they are."""
+    args = arguments(h=h, dtype=jnp.bfloat16)
+    y, means = rms_norm_rope_pool(*args, eps=1e-6, block=32, impl=impl)
+    apart, same = rms_norm_rope_pool(*args, eps=1e-6, block=32, groups=groups, impl=impl)
+    np.testing.assert_array_equal(np.concatenate(list(np.asarray(apart)), 2), y)
+    np.testing.assert_array_equal(same, means)
+    apart = rms_norm_rope(*args, eps=1e-6, groups=groups, impl=impl)
+    np.testing.assert_array_equal(np.concatenate(list(np.asarray(apart)), 2), y)
+
+
 def test_derivatives_of_the_kernel_are_those_of_the_reference():
     args = arguments(l=40)
     ways = tuple(jnp.asarray(normal(3 + i, *a.shape)) for i, a in enumerate(args))
@@ -113,6 +128,8 @@ def test_errors():
             ValueError, match=r"rms_norm_rope: x .*expected \[b l d\], \[d\] and float32 \[l k/2\]"
         ):
             op.rms_norm_rope(*bad, eps=1e-6)
+    with pytest.raises(ValueError, match="groups is 2; allowed: divisors of 3 heads"):
+        op.rms_norm_rope(x, weight, cos, sin, eps=1e-6, groups=2)
     with pytest.raises(
         ValueError,
         match="rms_norm_rope: head width is 6; the kernel takes powers of two; nearest: 4 and 8",
