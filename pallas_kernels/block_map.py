@@ -33,21 +33,22 @@ def block_map(q, k, chosen, block_q, block_k, means=None, *, interpret):
     return block_map_and_mean(q, k, chosen, block_q, block_k, means, interpret=interpret)[0]
 
 
-def block_map_and_mean(q, k, chosen, block_q, block_k, means=None, *, interpret):
-    """`block_map`, and the mean key f32 [b h k] that int8 keys take off, which comes with it for
-    nothing."""
+def block_map_and_mean(q, k, chosen, block_q, block_k, means=None, *, keys=None, interpret):
+    """`block_map` of the first `keys` of k, by default all, and their mean f32 [b h k], which int8
+    keys take off and which comes with it for nothing."""
     q, k, means = lax.stop_gradient((q, k, means))
+    keys = k.shape[1] if keys is None else keys
     if means is None:
-        means = pool(q, block_q, interpret=interpret), pool(k, block_k, interpret=interpret)
-    queries, keys = means
-    mean = token_mean(keys, k.shape[1], block_k)
-    return choose(scores_of_means(queries, keys, mean), chosen, interpret=interpret), mean
+        of_keys = pool(k, block_k, length=keys, interpret=interpret)
+        means = pool(q, block_q, interpret=interpret), of_keys
+    mean = token_mean(means[1], keys, block_k)
+    return choose(scores_of_means(*means, mean), chosen, interpret=interpret), mean
 
 
-def pool(x, block, *, interpret):  # [b l h k] -> f32 [b h n k]
-    """See `blocking.block_means`."""
+def pool(x, block, *, length=None, interpret):  # [b l h k] -> f32 [b h n k]
+    """See `blocking.block_means`; length: of how many of the tokens, by default all."""
     b, l, h, d = x.shape
-    at = tile(SHARED, "pool")
+    l, at = l if length is None else length, tile(SHARED, "pool")
     return launch(
         partial(pool_kernel, length=l),
         jax.ShapeDtypeStruct((b, h, count(l, block), d), jnp.float32),

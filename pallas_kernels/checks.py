@@ -34,14 +34,22 @@ def check_block_list(q, k, v, lists, block_q: int):
         )
 
 
-def check_means(q, k, means, block_q: int, block_k: int):
-    """The means, if any, are float32 [b h blocks k] of q and of k."""
+def counted_keys(k, keys: int | None) -> int:
+    """Returns how many of k [b s h k] count: `keys`, by default all."""
+    s = k.shape[1]
+    if keys is None:
+        return s
+    if not 1 <= keys <= s:
+        raise ValueError(f"sparse_linear_attention: keys is {keys}; allowed: 1 to {s}, those of k")
+    return keys
+
+
+def check_means(q, keys: int, means, block_q: int, block_k: int):
+    """The means, if any, are float32 [b h blocks k] of q and of so many keys."""
     if means is None:
         return
-    expected = [
-        (x.shape[0], x.shape[2], blocks(x.shape[1], block), x.shape[3])
-        for x, block in ((q, block_q), (k, block_k))
-    ]
+    b, l, h, d = q.shape
+    expected = [(b, h, blocks(n, block), d) for n, block in ((l, block_q), (keys, block_k))]
     if [m.shape for m in means] != expected or any(m.dtype != jnp.float32 for m in means):
         given = ", ".join(f"{m.dtype} {m.shape}" for m in means)
         raise ValueError(

@@ -53,10 +53,10 @@ def feature(x):  # float32 island
     return jax.nn.softmax(x.astype(jnp.float32), -1).astype(x.dtype)
 
 
-def operands(q, k, v, proj_kernel, proj_bias, *, interpret):
+def operands(q, k, v, proj_kernel, proj_bias, *, keys=None, interpret):
     """-> phi(k)^T v f32 [b h k k] and the sum of phi(k) f32 [b h k], and the operand `linear` of
-    `online_softmax.attend` made of them."""
-    sums = summaries(k, v, interpret=interpret)
+    `online_softmax.attend` made of them. keys: how many of k and v count, by default all."""
+    sums = summaries(k, v, keys=keys, interpret=interpret)
     return sums, operand(q, sums, proj_kernel, proj_bias)
 
 
@@ -78,14 +78,15 @@ def rows_of_branch(q, m, z, bias, interpret):
     return dot(e, m, (1, 0)) * (1 / n)[:, None] + bias[None]
 
 
-def summaries(k, v, *, interpret):  # k v [b l h k] -> f32 [b h k k], f32 [b h k]
+def summaries(k, v, *, keys=None, interpret):  # k v [b l h k] -> f32 [b h k k], f32 [b h k]
     """phi(k)^T v and the sum of phi(k), phi = softmax over the head width, rounded to k.dtype as in
-    `feature`.
+    `feature`; of the first `keys` tokens, by default all.
 
     Each program sums a chunk of the keys in float32; XLA adds the chunks, so the result does not
     depend on their timing.
     """
     b, l, h, d = k.shape
+    l = l if keys is None else keys
     steps = count(count(l, ROWS), max(1, PROGRAMS // (b * h)))
     chunks = count(l, steps * ROWS)
     tokens = pl.BlockSpec((None, steps * ROWS, None, d), lambda i, g: (g // h, i, g % h, 0))

@@ -58,7 +58,19 @@ def kernel_name(block_q):
 
 
 def attend(
-    scorer, queries, keys, v, blocks, block_q, block_k, *, linear=None, save=False, interpret, at
+    scorer,
+    queries,
+    keys,
+    v,
+    blocks,
+    block_q,
+    block_k,
+    *,
+    linear=None,
+    length=None,
+    save=False,
+    interpret,
+    at,
 ):
     """Softmax attention of each block of queries over its key blocks, plus the linear branch where
     its parts are given.
@@ -66,7 +78,8 @@ def attend(
     queries [b l h k] and keys [b s h k], and other arrays [b h n] beside them: what `scorer` reads;
     v [b s h k]; blocks int32 [b h q_blocks chosen], or None for all of them. linear: None, or q [b
     l h k], m [b h k k] in v.dtype, z [b h k] and bias [k] in float32, which add phi(q) m / (phi(q)
-    . z + eps) + bias to o before it is rounded. -> o [b l h k]; if save: also o_s, the softmax part
+    . z + eps) + bias to o before it is rounded. length: how many keys count, by default all s. -> o
+    [b l h k]; if save: also o_s, the softmax part
     alone (o itself without `linear`), and the natural logarithm of its normaliser, float32 [b h
     q_blocks block_q]. at: the warps and stages. Raises ValueError for sizes or a dtype that the
     kernel does not take.
@@ -75,18 +88,20 @@ def attend(
     reason = refusal(d, block_q, block_k, v.dtype, interpret)
     if reason:
         raise ValueError(f"attention kernel: {reason}")
-    short = max(block_k - v.shape[1], 0)  # less than one block of keys: zeros go before them
+    length = v.shape[1] if length is None else length
+    short = max(block_k - length, 0)  # less than one block of keys: zeros go before them
     if short:
+        v, keys = v[:, :length], tuple(x[:, :length] if x.ndim == 4 else x for x in keys)
         before = ((0, 0), (short, 0), (0, 0), (0, 0))
         lengthen = lambda x: jnp.pad(x, before) if x.ndim == 4 else x
     else:
         lengthen = lambda x: x
-    chosen = count(v.shape[1], block_k) if blocks is None else blocks.shape[-1]
+    chosen = count(length, block_k) if blocks is None else blocks.shape[-1]
     plan = Plan(
         block_q=block_q,
         block_k=block_k,
         rows=l,
-        length=v.shape[1],
+        length=length,
         chosen=chosen,
         scorer=scorer,
         interpret=interpret,
@@ -141,7 +156,7 @@ def attend_kernel(plan, ins, outs):
         store(outs["o"], branch.astype(dtype), rows)
     scores, bound = plan.scorer(plan, rows, ins["queries"], ins["keys"])
     number = lambda t: t if ins["blocks"] is None else ins["blocks"][t]
-    values = lambda j: key_block(ins["v"], j, plan.block_k)
+    values = lambda j: key_block(plan, ins["v"], j)
 
     # Nothing that an address depends on may be in the state of a loop: such loads are not
     # overlapped with work.
@@ -201,10 +216,11 @@ def inside(plan):  # [block_q 1]
     return (rows < plan.rows)[:, None] if plan.rows % plan.block_q else None
 
 
-def key_block(ref, j, size):  # ref [s k] -> [size k]
+def key_block(plan, ref, j):  # ref [s k] -> [block_k k]
     """Block j of the tokens; the tail block's tile begins early, so that it lies inside the
     sequence: no load needs a mask."""
-    return load(ref.at[pl.ds(jnp.minimum(j * size, ref.shape[0] - size), size)])
+    size = plan.block_k
+    return load(ref.at[pl.ds(jnp.minimum(j * size, max(plan.length - size, 0)), size)])
 
 
 def refusal(width, block_q, block_k, dtype, interpret=False) -> str | None:

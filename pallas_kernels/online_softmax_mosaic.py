@@ -69,6 +69,7 @@ def attend(
     scales=None,
     bound=None,
     linear=None,
+    keys: int | None = None,
     save: bool = False,
     tile: Tile | None = None,
     interpret: bool = False,
@@ -85,6 +86,7 @@ def attend(
         is looked for. None: it is looked for everywhere.
     linear: None, or queries [b l h 128] and m [b h 128 128] in v.dtype, z [b h 128] and bias [128]
         in float32, which add phi(q) m / (phi(q) . z + eps) + bias to o before it is rounded.
+    keys: how many of s count, by default all.
     -> o [b l h 128]; if save: also o_s, the softmax part alone, and the natural logarithm of its
     normaliser, float32 [b h q_blocks 128].
 
@@ -93,7 +95,7 @@ def attend(
     op = "attention"
     refuse(op, attention_refusal(q.shape[-1], BLOCK_Q, BLOCK_K, v.dtype))
     refuse(op, unavailable())
-    (b, l, h, _), length = q.shape, k.shape[1]
+    (b, l, h, _), length = q.shape, k.shape[1] if keys is None else keys
     n = pl.cdiv(l, BLOCK_Q)
     plan = _Plan(
         tile=tile or (INT8 if q.dtype == jnp.int8 else FLOATS),

@@ -45,8 +45,12 @@ class Rounded:
     length: object
 
 
-def token_pass(x, v=None, *, mean=None, rounds: bool, interpret: bool = False):
+def token_pass(
+    x, v=None, *, mean=None, rounds: bool, tokens: int | None = None, interpret: bool = False
+):
     """One pass over x and v [b l h 128], bfloat16 or float16.
+
+    tokens: how many of l count, by default all; x is zero in the others.
 
     rounds: whether x is rounded to int8; mean: f32 [b h 128], taken off x first, or None.
     v: the values, where x are keys whose sums are wanted.
@@ -54,9 +58,10 @@ def token_pass(x, v=None, *, mean=None, rounds: bool, interpret: bool = False):
     the softmax over the head width rounded to x.dtype, or None.
     """
     b, l, h, _ = x.shape
-    tiles = pl.cdiv(l, TILE)
+    tokens = l if tokens is None else tokens
+    tiles = pl.cdiv(tokens, TILE)
     plan = _Plan(
-        tokens=l,
+        tokens=tokens,
         tiles=tiles,
         chunks=_chunks(b * h, tiles, programs(interpret)),
         dtype=x.dtype,
@@ -81,8 +86,12 @@ def token_pass(x, v=None, *, mean=None, rounds: bool, interpret: bool = False):
     if v is None:
         return rounded, None
     # tokens past the end are zeros, whose phi is 1/128
-    past = (tiles * TILE - l) / WIDTH
-    return rounded, (out["product"].sum(2), out["total"].sum(2) - past)
+    past = (tiles * TILE - tokens) / WIDTH
+    product = out["product"].sum(2)
+    beyond = v[:, tokens : tiles * TILE]  # what values there are
+    if beyond.shape[1]:
+        product = product - beyond.sum(1, dtype=jnp.float32)[:, :, None] / WIDTH
+    return rounded, (product, out["total"].sum(2) - past)
 
 
 def _chunks(heads: int, tiles: int, programs: int) -> int:

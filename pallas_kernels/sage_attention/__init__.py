@@ -18,6 +18,7 @@ from pallas_kernels.checks import (
     check_attention,
     check_block_list,
     check_means,
+    counted_keys,
     not_a_power_of_two,
 )
 from pallas_kernels.derivatives import forward_only
@@ -53,8 +54,11 @@ def _every_block(q, k, v, block_q, block_k):
     return reference.sage_sparse_attention(q, k, v, every, block_q, block_k)
 
 
-def _sum_of_branches(q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k):
+def _sum_of_branches(
+    q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k, keys
+):
     """The whole op from the references of its parts."""
+    k, v = k[:, :keys], v[:, :keys]
     blocks = block_map(q, k, chosen, block_q, block_k, means)
     near = reference.sage_sparse_attention(q, k, v, blocks, block_q, block_k)
     return near + linear_attention(q, k, v, proj_kernel, proj_bias)
@@ -83,18 +87,30 @@ _run = partial(run, IMPLEMENTATIONS)
 
 
 def sage_sparse_linear_attention(
-    q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, means=None, impl="auto"
+    q,
+    k,
+    v,
+    proj_kernel,
+    proj_bias,
+    *,
+    topk,
+    block_q=128,
+    block_k=64,
+    means=None,
+    keys=None,
+    impl="auto",
 ):
     """`sparse_linear_attention` with int8 scores in its sparse branch: q k v [b l h k] -> [b l h
     k].
 
-    The other arguments, and errors, are those of `sparse_linear_attention`. A derivative raises
-    NotImplementedError.
+    The other arguments, and errors, are those of `sparse_linear_attention`; what follows the keys
+    that count is neither copied nor cut off. A derivative raises NotImplementedError.
     """
     check_attention(q, k, v)
-    check_means(q, k, means, block_q, block_k)
-    chosen = chosen_blocks(k.shape[1], topk, block_k)
-    sizes = {"chosen": chosen, "block_q": block_q, "block_k": block_k}
+    keys = counted_keys(k, keys)
+    check_means(q, keys, means, block_q, block_k)
+    chosen = chosen_blocks(keys, topk, block_k)
+    sizes = {"chosen": chosen, "block_q": block_q, "block_k": block_k, "keys": keys}
     op = partial(_run, "sage_sparse_linear_attention", impl, **sizes)
     return forward_only(op, NO_DERIVATIVE)(q, k, v, proj_kernel, proj_bias, means)
 

@@ -36,32 +36,34 @@ def sage_sparse_attention(q, k, v, blocks, block_q, block_k):
 
 
 def sage_sparse_linear_attention(
-    q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k
+    q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k, keys
 ):
     """The whole op, as in `triton`. Raises ValueError for what the kernel does not take."""
     _check(v, block_q, block_k)
-    blocks, mean = block_map_and_mean(q, k, chosen, block_q, block_k, means, interpret=False)
-    given, sums = operands(q, k, mean, v)
+    options = {"keys": keys, "interpret": False}
+    blocks, mean = block_map_and_mean(q, k, chosen, block_q, block_k, means, **options)
+    given, sums = operands(q, k, mean, v, keys=keys)
     linear = operand(q, sums, proj_kernel, proj_bias)
-    return int8_attention(*given, v, blocks, linear=linear)
+    return int8_attention(*given, v, blocks, linear=linear, keys=keys)
 
 
-def operands(q, k, mean, v=None):
+def operands(q, k, mean, v=None, *, keys=None):
     """What `int8_attention` takes of queries, which have no mean taken off, and of keys; and the
     sums of `linear_branch.summaries` where the values are given. mean: f32 [b h k]."""
     queries, _ = token_pass(q, rounds=True)
-    keys, sums = token_pass(k, v, mean=mean, rounds=True)
+    rounded, sums = token_pass(k, v, mean=mean, rounds=True, tokens=keys)
     # Cauchy-Schwarz
-    longest = keys.length.max(2, keepdims=True)
+    longest = rounded.length.max(2, keepdims=True)
     bound = LOG2E * q.shape[-1] ** -0.5 * queries.length * longest
-    return ((queries.values, queries.scale, bound), (keys.values, keys.scale)), sums
+    return ((queries.values, queries.scale, bound), (rounded.values, rounded.scale)), sums
 
 
-def int8_attention(queries, keys, v, blocks, *, linear=None):
+def int8_attention(queries, keys_and_scale, v, blocks, *, linear=None, keys=None):
     """`attend` of what `operands` gives."""
     q, q_scale, bound = queries
-    k, k_scale = keys
-    return attend(q, k, v, blocks, scales=(q_scale, k_scale), bound=bound, linear=linear)
+    k, k_scale = keys_and_scale
+    options = {"bound": bound, "linear": linear, "keys": keys}
+    return attend(q, k, v, blocks, scales=(q_scale, k_scale), **options)
 
 
 def _check(v, block_q, block_k):

@@ -48,33 +48,34 @@ def sage_sparse_attention(q, k, v, blocks, block_q, block_k, *, interpret):
 
 
 def sage_sparse_linear_attention(
-    q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k, interpret
+    q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k, keys, interpret
 ):
     """The whole op: the pooling that gives the map also gives the mean key; the linear branch is
-    part of the same kernel."""
-    blocks, mean = block_map_and_mean(q, k, chosen, block_q, block_k, means, interpret=interpret)
-    _, linear = linear_branch.operands(q, k, v, proj_kernel, proj_bias, interpret=interpret)
-    options = {"linear": linear, "interpret": interpret}
-    return int8_attention(q, k, mean, v, blocks, block_q, block_k, **options)
+    part of the same kernel. keys: how many of k and v count."""
+    options = {"keys": keys, "interpret": interpret}
+    blocks, mean = block_map_and_mean(q, k, chosen, block_q, block_k, means, **options)
+    _, linear = linear_branch.operands(q, k, v, proj_kernel, proj_bias, **options)
+    return int8_attention(q, k, mean, v, blocks, block_q, block_k, linear=linear, **options)
 
 
-def int8_attention(q, k, mean, v, blocks, block_q, block_k, *, linear=None, interpret):
+def int8_attention(q, k, mean, v, blocks, block_q, block_k, *, linear=None, keys=None, interpret):
     """`attend` with int8 scores; mean f32 [b h k]."""
-    given = operands(q, k, mean, block_q, block_k, interpret=interpret)
+    given = operands(q, k, mean, block_q, block_k, keys=keys, interpret=interpret)
     dense = blocks is None and block_q > 64
     at = tile("sage_attention", "dense" if dense else kernel_name(block_q))
-    options = {"linear": linear, "interpret": interpret, "at": at}
+    options = {"linear": linear, "length": keys, "interpret": interpret, "at": at}
     return attend(int8_scores, *given, v, blocks, block_q, block_k, **options)
 
 
-def operands(q, k, mean, block_q, block_k, *, interpret):
+def operands(q, k, mean, block_q, block_k, *, keys=None, interpret):
     """What `int8_scores` reads of queries, which have no mean taken off, and of keys."""
+    keys = k.shape[1] if keys is None else keys
     measured = partial(quantize_and_measure, interpret=interpret)
-    *queries, q_length = measured(q, jnp.zeros_like(mean), block=block_q)
-    *keys, k_length = measured(k, mean, block=block_k)
+    *queries, q_length = measured(q, jnp.zeros_like(mean), block=block_q, length=q.shape[1])
+    *k, k_length = measured(k, mean, block=block_k, length=keys)
     # Cauchy-Schwarz
     bound = LOG2E * q.shape[-1] ** -0.5 * q_length * k_length.max(2, keepdims=True)
-    return (*queries, bound), tuple(keys)
+    return (*queries, bound), tuple(k)
 
 
 def int8_scores(plan, rows, queries, keys):
@@ -86,27 +87,28 @@ def int8_scores(plan, rows, queries, keys):
     """
     q, here = load(queries[0], rows), pl.program_id(0)
     scale = LOG2E * q.shape[-1] ** -0.5 * queries[1][here]
-    scores = lambda j: dot(q, key_block(keys[0], j, plan.block_k), (1, 1), jnp.int32)
+    scores = lambda j: dot(q, key_block(plan, keys[0], j), (1, 1), jnp.int32)
     return lambda j: (scores(j), scale * keys[1][j]), queries[2][here]
 
 
 def quantize_keys(k, mean, *, block, interpret):
     """See `reference.quantize_keys`; the quotient is a product with 127/amax."""
-    return quantize_and_measure(k, mean, block=block, interpret=interpret)[:2]
+    length = k.shape[1]
+    return quantize_and_measure(k, mean, block=block, length=length, interpret=interpret)[:2]
 
 
-def quantize_and_measure(k, mean, *, block, interpret):
-    """`quantize_keys`, and a bound f32 [b h n] on the length (Euclidean norm) of each block's
-    longest token as rounded: values times scale."""
-    b, l, h, d = k.shape
+def quantize_and_measure(k, mean, *, block, length, interpret):
+    """`quantize_keys` of the first `length` tokens, and a bound f32 [b h n] on the length
+    (Euclidean norm) of each block's longest token as rounded: values times scale."""
+    b, _, h, d = k.shape
     check_power_of_two("quantize_keys", "head width", d)
     check_power_of_two("quantize_keys", "block", block)
-    n, at = count(l, block), tile("sage_attention", "quantize_keys")
+    n, at = count(length, block), tile("sage_attention", "quantize_keys")
     tokens = pl.BlockSpec((None, block, None, d), lambda i, g: (g // h, i, g % h, 0))
     number = pl.BlockSpec((None, None, None), lambda i, g: (g // h, g % h, i))
     of_block = jax.ShapeDtypeStruct((b, h, n), jnp.float32)
     return launch(
-        partial(quantize_kernel, length=l, interpret=interpret),
+        partial(quantize_kernel, length=length, interpret=interpret),
         [jax.ShapeDtypeStruct(k.shape, jnp.int8), of_block, of_block],
         (n, b * h),
         [tokens, pl.BlockSpec((None, None, d), lambda i, g: (g // h, g % h, 0))],

@@ -14,7 +14,7 @@ from functools import partial
 from pallas_kernels import block_map as block_map_kernels
 from pallas_kernels import blocking
 from pallas_kernels.blocking import chosen_blocks, dense_map, pooled_scores
-from pallas_kernels.checks import check_attention, check_block_list, check_means
+from pallas_kernels.checks import check_attention, check_block_list, check_means, counted_keys
 from pallas_kernels.dispatch import implementations
 from pallas_kernels.linear_branch import linear_attention
 from pallas_kernels.mosaic import imported
@@ -59,7 +59,18 @@ _run = partial(run, IMPLEMENTATIONS)
 
 
 def sparse_linear_attention(
-    q, k, v, proj_kernel, proj_bias, *, topk, block_q=128, block_k=64, means=None, impl="auto"
+    q,
+    k,
+    v,
+    proj_kernel,
+    proj_bias,
+    *,
+    topk,
+    block_q=128,
+    block_k=64,
+    means=None,
+    keys=None,
+    impl="auto",
 ):
     """SLA (arXiv 2509.24006; thu-ml/TurboDiffusion turbodiffusion/SLA/core.py): q k v [b l h k],
     one floating dtype -> [b l h k].
@@ -68,12 +79,15 @@ def sparse_linear_attention(
     topk is the share of key blocks kept. The choice of blocks has no gradient; the linear branch
     sums over all keys, chosen or not.
     means: those of the blocks of q f32 [b h i k] and of k f32 [b h j k], as
-    `qk_prep.rms_norm_rope_pool` gives; else computed here. Raises ValueError for other shapes,
-    dtypes and names of `impl`.
+    `qk_prep.rms_norm_rope_pool` gives; else computed here.
+    keys: how many of k and v count, by default all; the k that follow them are zeros.
+    Raises ValueError for other shapes, dtypes, numbers and names of `impl`.
     """
     check_attention(q, k, v)
-    check_means(q, k, means, block_q, block_k)
-    chosen = chosen_blocks(k.shape[1], topk, block_k)
+    keys = counted_keys(k, keys)
+    check_means(q, keys, means, block_q, block_k)
+    chosen = chosen_blocks(keys, topk, block_k)
+    k, v = k[:, :keys], v[:, :keys]
     sizes = {"chosen": chosen, "block_q": block_q, "block_k": block_k}
     args = q, k, v, proj_kernel, proj_bias, means
     return _run("sparse_linear_attention", impl, *args, **sizes)

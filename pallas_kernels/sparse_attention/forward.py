@@ -29,5 +29,5 @@ def _float_scores(plan, rows, queries, keys):
     """Scores q k^T summed in float32; the factor holds 1/sqrt(k) and log2(e)."""
     q = load(queries[0], rows)
     factor = LOG2E * q.shape[-1] ** -0.5
-    scores = lambda j: (dot(q, key_block(keys[0], j, plan.block_k), (1, 1)), factor)
+    scores = lambda j: (dot(q, key_block(plan, keys[0], j), (1, 1)), factor)
     return scores, None

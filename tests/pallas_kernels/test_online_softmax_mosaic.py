@@ -85,6 +85,18 @@ def test_int8_scores_of_listed_blocks(large):
 
 @interpreted
 @pytest.mark.slow
+def test_keys_that_only_fill_up_change_nothing():
+    q, k, v = qkv(200, 320)
+    blocks = lists(200, 200, 1, 3)
+    q8, k8, (q_scale, k_scale) = int8(q, k)
+    scales, bound = (q_scale, k_scale), jnp.full((1, 1, 4), 60.0)
+    run = lambda k, v, **options: attend(q8, k, v, blocks, scales=scales, bound=bound, **options)
+    o, expected = jax.jit(lambda: (run(k8, v, keys=200), run(k8[:, :200], v[:, :200])))()
+    np.testing.assert_array_equal(o, expected)
+
+
+@interpreted
+@pytest.mark.slow
 def test_int8_scores_of_every_block():
     """Dense attention, of other keys than queries."""
     q, k, v = qkv(130, 300)

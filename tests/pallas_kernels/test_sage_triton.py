@@ -16,6 +16,8 @@ from pallas_kernels.online_softmax import BOUND
 from pallas_kernels.sage_attention import triton
 from pallas_kernels.sparse_attention import workloads as sparse_shapes
 
+SLA = sparse_attention.sparse_linear_attention
+
 
 def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
@@ -68,6 +70,19 @@ def test_with_linear_branch():
     q, k, v = qkv(l=200)
     o, expected = both(op.sage_sparse_linear_attention, q, k, v, *proj(16), topk=0.5)
     assert_close(o, expected, "float32")
+
+
+@pytest.mark.parametrize("function", [op.sage_sparse_linear_attention, SLA])
+@pytest.mark.parametrize("keys", [40, 200, 256])  # less than a block, a cut one, whole blocks
+def test_tokens_that_only_fill_up_change_nothing(function, keys):
+    """Beyond `keys` the keys are zeros, and the values and queries anything."""
+    q, k, v = qkv(l=384, h=2)
+    k = k.at[:, keys:].set(0)
+    run = lambda impl: function(q, k, v, *proj(16), topk=0.5, keys=keys, impl=impl)
+    fewer = lambda: function(q, k[:, :keys], v[:, :keys], *proj(16), topk=0.5, impl="interpret")
+    o, reference, alone = jax.jit(lambda: (run("interpret"), run("reference"), fewer()))()
+    np.testing.assert_array_equal(o, alone)
+    assert_close(o, reference, "float32")
 
 
 @pytest.mark.slow

@@ -63,6 +63,22 @@ def test_keys_and_sums(l):
 
 @interpreted
 @pytest.mark.slow
+@pytest.mark.parametrize("l", [200, 256])
+def test_tokens_that_only_fill_up_are_in_no_sum(l):
+    k, v = tokens(0, 384), tokens(1, 384)
+    k, mean = k.at[:, l:].set(0), k[:, :l].astype(jnp.float32).mean(1)
+    run = lambda *args, **options: token_pass(*args, mean=mean, rounds=True, **options)
+    both = lambda: (run(k, v, tokens=l), run(k[:, :l], v[:, :l]))
+    (rounded, sums), (expected, exact) = jax.jit(both)()
+    n = -(-l // 64)
+    np.testing.assert_array_equal(rounded[0][:, :l], expected[0])
+    for ours, theirs in zip(rounded[1:], expected[1:], strict=True):
+        np.testing.assert_array_equal(ours[:, :, :n], theirs[:, :, :n])
+    jax.tree.map(lambda a, e: assert_close(a, e, "float32"), sums, exact)
+
+
+@interpreted
+@pytest.mark.slow
 def test_queries():
     q = tokens(2, 140)
     rounded, sums = jax.jit(lambda q: token_pass(q, rounds=True))(q)
