@@ -11,12 +11,23 @@ from einops import rearrange
 from flax import nnx
 
 from pallas_kernels import attention, sage_sparse_linear_attention, sparse_linear_attention
+from pallas_kernels.blocking import counts
 from pallas_kernels.qk_prep import rms_norm_rope, rms_norm_rope_pool
 from tdjax.config import DiTConfig
 from tdjax.models.linear import LINEAR, Linear
 from tdjax.models.norms import RMSNorm
 from tdjax.models.rope import Rotation
-from tdjax.parallel.sharding import constrain, mesh_sizes, over_heads, over_queries, over_tokens
+from tdjax.parallel.sharding import (
+    blocks_lie_whole,
+    constrain,
+    head_groups,
+    one_by_one,
+    over_heads,
+    over_queries,
+    over_tokens,
+    to_heads,
+    to_tokens,
+)
 from tdjax.precision import FLOAT32
 
 
@@ -27,7 +38,8 @@ class DenseCore(nnx.Module):
         self.cfg = cfg
 
     def queries(self, x, norm: RMSNorm, rope):
-        """[b l d] -> [b l h k] normed and rotated, and what the core needs beside them."""
+        """[b l d] -> heads, see `to_heads`, normed and rotated, and what the core needs beside
+        them."""
         return _rotated(x, norm, rope, self.cfg), None
 
     keys = queries
@@ -45,14 +57,25 @@ class DenseCore(nnx.Module):
         return partial(attention, impl=impl)
 
 
-def _rotated(x, norm: RMSNorm, rope: Rotation, cfg: DiTConfig):
-    """RMS norm over all heads and rotation, tokens divided over the mesh: x [b l d] -> [b l h
-    k]."""
-    run = partial(rms_norm_rope, eps=norm.eps, impl=cfg.row_impl)
+def _rotated(x, norm: RMSNorm, rope: Rotation, cfg: DiTConfig, pool: int | None = None):
+    """RMS norm over all heads and rotation, tokens divided over the mesh: x [b l d] -> heads, see
+    `to_heads`; and the means of blocks of `pool` tokens f32 [b h n k], if that is given."""
+    groups = head_groups(cfg.heads)
+    sizes = {"eps": norm.eps, "groups": groups, "impl": cfg.row_impl}
+    run = partial(rms_norm_rope, **sizes)
+    if pool is not None:
+        run = partial(rms_norm_rope_pool, **sizes, block=pool)
     tables = (rearrange(table, "l k -> 1 l k") for table in (rope.cos, rope.sin))
     weight = rearrange(norm.scale[...], "d -> 1 1 d")
-    op = lambda x, weight, cos, sin: run(x, weight[0, 0], cos[0], sin[0])
-    return over_tokens(op, x, weight, *tables)
+    heads = ("groups", "batch", "tokens") if groups > 1 else ("batch", "tokens")
+
+    def op(x, weight, cos, sin):
+        y = run(x, weight[0, 0], cos[0], sin[0])
+        return y if pool is not None else (y,)
+
+    out = (heads, ("batch", "heads", "tokens")) if pool is not None else (heads,)
+    y = over_tokens(op, x, weight, *tables, out=out)
+    return y if pool is not None else y[0]
 
 
 class SLACore(nnx.Module):
@@ -68,29 +91,44 @@ class SLACore(nnx.Module):
         )
 
     def queries(self, x, norm: RMSNorm, rope):
-        """[b l d] -> [b l h k] normed and rotated, and the means of its blocks f32 [b h n k]."""
+        """[b l d] -> heads, see `to_heads`, normed and rotated, and the means of their blocks f32
+        [b h n k]."""
         return self._pooled(x, norm, rope, self.cfg.sla.block_q)
 
     def keys(self, x, norm: RMSNorm, rope):
         return self._pooled(x, norm, rope, self.cfg.sla.block_k)
 
     def _pooled(self, x, norm, rope, block):
-        # blocks may lie across devices: the core, which sees every token, takes the means itself
-        if mesh_sizes():
-            return _rotated(x, norm, rope, self.cfg), None
-        sizes = {"eps": norm.eps, "block": block, "impl": self.cfg.row_impl}
-        return rms_norm_rope_pool(x, norm.scale[...], rope.cos, rope.sin, **sizes)
+        largest = max(self.cfg.sla.block_q, self.cfg.sla.block_k)
+        if blocks_lie_whole(x.shape[1], largest, self.cfg.heads):
+            return _rotated(x, norm, rope, self.cfg, block)
+        # the core, which sees every token of a head, takes the means itself
+        return _rotated(x, norm, rope, self.cfg), None
 
     def __call__(self, q, k, v, means=None, tokens=None):
-        """[b l h k] -> [b l h k]; means: those of the blocks of q and of k, if they are at hand.
+        """Heads after `to_heads`; means: those of the blocks of q and of k, if they are at hand.
         tokens: how many of l are the clip's, by default all."""
         sla = self.cfg.sla
         sizes = {"topk": sla.topk, "block_q": sla.block_q, "block_k": sla.block_k}
-        run = partial(self.op, **sizes, impl=self.cfg.impl)
+        run = partial(self.op, **sizes, keys=tokens, impl=self.cfg.impl)
+
+        def op(q, k, v, kernel, bias, *means):
+            if means:
+                of_keys = _of_counted(means[1], k.shape[1], tokens, sla.block_k)
+                means = means[0], of_keys
+            return run(q, k, v, kernel, bias, means=means or None)
+
         proj = self.proj.kernel[...], self.proj.bias[...]
-        if means is not None:
-            return run(q, k, v, *proj, means=means)
-        return over_heads(run, q, k, v, *proj, tokens=tokens)
+        return over_heads(op, q, k, v, *proj, means=means or ())
+
+
+def _of_counted(means, length: int, tokens: int | None, block: int):  # f32 [b h n k]
+    """Means of the blocks of `length` tokens as those of the blocks of the first `tokens`; the
+    others are zeros."""
+    if tokens is None or tokens == length:
+        return means
+    ours = counts(tokens, block)
+    return means[:, :, : len(ours)] * (counts(length, block)[: len(ours)] / ours)[:, None]
 
 
 class SageSLACore(SLACore):
@@ -126,6 +164,9 @@ class Attention(nnx.Module):
         return rearrange(x, "b l (h k) -> b l h k", h=self.cfg.heads)
 
     def merge(self, x):
+        """Heads after `to_tokens` to [b l d]."""
+        if x.ndim == 5:
+            return self.o.of_groups(rearrange(x, "g b l h k -> g b l (h k)"))
         return self.o(rearrange(x, "b l h k -> b l (h k)"))
 
 
@@ -145,13 +186,23 @@ class SelfAttention(Attention):
     @jax.named_scope("self_attention")
     def __call__(self, x, rope: Rotation):  # x [b l d], float or quantised for q
         x = self.q.quantize_input(x)
+        v = to_heads(self.values(x))  # while keys are computed, and these while queries are
         with jax.named_scope("queries_and_keys"):
-            q, q_means = self.core.queries(self.q(x), self.norm_q, rope)
             k, k_means = self.core.keys(self.k(x), self.norm_k, rope)
+            v, x = one_by_one(v, x)
+            q, q_means = self.core.queries(self.q(x), self.norm_q, rope)
+            k, q = one_by_one(to_heads(k), q)
         means = None if q_means is None else (q_means, k_means)
         with jax.named_scope("core"):
-            y = self.core(q, k, self.values(x), means, rope.tokens)
-        return self.merge(y)
+            y = self.core(to_heads(q), k, v, means, rope.tokens)
+        return self.merge(to_tokens(y))
+
+    def values(self, x):
+        groups = head_groups(self.cfg.heads)
+        if groups == 1:
+            return super().values(x)
+        h = self.cfg.heads // groups
+        return rearrange(self.v.in_groups(x, groups), "g b l (h k) -> g b l h k", h=h)
 
 
 class TextKV(NamedTuple):

@@ -7,6 +7,7 @@ A block never asks of what kind its layers are. The kind makes the input (`quant
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -115,6 +116,14 @@ class Linear(_Layer):
         # Spread before it is cast: its gradient is summed in float32, over devices too.
         return y + jnp.broadcast_to(self.bias[...].astype(jnp.float32), y.shape).astype(x.dtype)
 
+    def in_groups(self, x, groups: int):  # -> [groups b l o/groups]
+        """Returns self(x) with its channels in groups of neighbours."""
+        return rearrange(self(x), "b l (g o) -> g b l o", g=groups)
+
+    def of_groups(self, x):  # [groups b l i/groups]
+        """Returns self of x with its channels side by side."""
+        return self(rearrange(x, "g b l i -> b l (g i)"))
+
     def quantize_input(self, x):  # [b l i]
         """Returns x as the layer reads it: here as it is."""
         return x
@@ -161,14 +170,19 @@ class QuantizedLinear(_Layer):
         for name, value in zip(self.leaves, self.packed(weight, None), strict=True):
             setattr(self, name, nnx.Variable(value))
 
+    in_groups, of_groups = Linear.in_groups, Linear.of_groups
+
     def __call__(self, x):
+        return self.multiplied(x, self.product, self.divided)
+
+    def multiplied(self, x, product: Callable, divided: Callable):
         x, narrow, up = self.quantize_input(x), None, None
         if self.low_rank_up is not None:
             narrow, up = self.low_rank(x)
         weight = [getattr(self, name)[...] for name in self.leaves]
         bias = None if self.bias is None else self.bias[...]
-        product = partial(self.product, dtype=x.dtype)
-        return self.divided(product, (x.values, x.scale, narrow), (*weight, bias, up))
+        product = partial(product, dtype=x.dtype)
+        return divided(product, (x.values, x.scale, narrow), (*weight, bias, up))
 
     @jax.named_scope("lora")
     def low_rank(self, x: Activations):
@@ -188,16 +202,16 @@ class QuantizedLinear(_Layer):
         floats = cls.dequantize(rows).astype(down.dtype)
         return jnp.matmul(floats, down.T, precision=EXACT)
 
-    def product(self, of_tokens, of_channels, *, dtype):  # -> [b l o]
+    def product(self, of_tokens, of_channels, *, dtype, groups=1):
         """of_tokens: values, scale, narrow or None; of_channels: weight, its scale, bias or None,
-        up or None."""
+        up or None. -> [b l o], or [groups b l o/groups]."""
         (values, scale, narrow), (weight, weight_scale, bias, up) = of_tokens, of_channels
         weight, impl = QTensor(weight, weight_scale), self.products.get(self.impl, self.impl)
-        options = {"scheme": self.scheme, "out_dtype": dtype, "impl": impl}
+        options = {"scheme": self.scheme, "out_dtype": dtype, "groups": groups, "impl": impl}
         if up is not None:
             options["low_rank"] = rearrange(narrow, "b l r -> (b l) r"), up
         y = quantized_linear(self.rows(values, scale), weight, bias, **options)
-        return rearrange(y, "(b l) o -> b l o", b=values.shape[0])
+        return rearrange(y, "... (b l) o -> ... b l o", b=values.shape[0])
 
     @staticmethod
     def divided(op, of_tokens, of_channels):
@@ -268,6 +282,22 @@ class RowLinear(QuantizedLinear):
     in the same pass."""
 
     divided = staticmethod(over_channels)
+
+    def in_groups(self, x, groups):
+        grouped = {"groups": groups}
+        return self.multiplied(
+            x, partial(self.product, **grouped), partial(self.divided, **grouped)
+        )
+
+    def of_groups(self, x):
+        def quantize(x):
+            options = {"groups": len(x), "impl": self.row_impl}
+            rows = rearrange(x, "g b l i -> g (b l) i")
+            return _by_token(quantize_activations(rows, self.scheme, **options), x[0])
+
+        axes, ours = ("groups", "batch", "tokens"), ("batch", "tokens")
+        quantized = over_tokens(quantize, x, axes=axes, out=(ours, ours))
+        return self(Activations(*quantized, x.dtype))
 
     @staticmethod
     def rows(values, scale):
@@ -340,6 +370,7 @@ class WeightOnlyLinear(nnx.Module):
 
     quantize_input = Linear.quantize_input
     gelu_quantized = Linear.gelu_quantized
+    in_groups, of_groups = Linear.in_groups, Linear.of_groups
 
 
 class AdaptedLinear(nnx.Module):
@@ -354,6 +385,8 @@ class AdaptedLinear(nnx.Module):
     def __call__(self, x):  # [... i] -> [... o]
         change = product(product(x, self.down[...]), self.up[...])
         return self.layer(x) + self.scale * change
+
+    in_groups, of_groups = Linear.in_groups, Linear.of_groups
 
     def quantize_input(self, x):
         return self.layer.quantize_input(x)

@@ -26,7 +26,7 @@ from tdjax.models.attention import CrossAttention, SelfAttention, TextKV
 from tdjax.models.linear import LINEAR, PRODUCT, Linear, converted
 from tdjax.models.norms import LayerNorm, modulate, sinusoid
 from tdjax.models.rope import Rotation, rope
-from tdjax.parallel.sharding import constrain, leaf_name, missing_tokens
+from tdjax.parallel.sharding import constrain, leaf_name, mesh_sizes, missing_tokens
 from tdjax.precision import Policy
 
 small = jax.nn.initializers.normal(0.02)
@@ -174,7 +174,8 @@ class DiT(nnx.Module):
         naming the argument, for other shapes."""
         self.check(x=x, timestep=timestep, image=image, text=text, features=features)
         context = self.context(text, features)
-        return self.forward(x, timestep, image, lambda attn, _: attn.text_kv(*context), None)
+        scan = functools.partial(lax.scan, unroll=self.unroll)
+        return self.forward(x, timestep, image, lambda attn, _: attn.text_kv(*context), None, scan)
 
     def text_kv(self, text, features=None) -> TextKV:
         """What every step of a prompt reads alike, for `velocity`: keys and values of all blocks,
@@ -188,10 +189,17 @@ class DiT(nnx.Module):
         """`__call__` on text whose keys and values are at hand: x f32 [b t h w c], timestep f32 [b]
         -> f32 [b t h w c]."""
         self.check(x=x, timestep=timestep, image=image)
-        return self.forward(x, timestep, image, lambda _, kv: kv, kv)
+        return self.forward(x, timestep, image, lambda _, kv: kv, kv, _scan_by_number)
 
-    def forward(self, x, timestep, image, kv_of: Callable, kvs):
-        """kv_of(the cross-attention of a block, its part of kvs) -> its TextKV."""
+    @property
+    def unroll(self) -> int:
+        """Blocks in one turn of the loop while training. Kept activations of a loop are copied into
+        a stack and out of it again; blocks written out one by one hand them over."""
+        return self.cfg.layers if self.cfg.remat == "none" else 1
+
+    def forward(self, x, timestep, image, kv_of: Callable, kvs, scan: Callable):
+        """kv_of(the cross-attention of a block, its part of kvs) -> its TextKV; scan: `lax.scan`,
+        or what does the same."""
         grid = self.grid(x)
         table = rotation(grid, self.cfg)
 
@@ -199,12 +207,9 @@ class DiT(nnx.Module):
             block, kv = each
             return self.between(block(x, e0, kv_of(block.cross_attn, kv), table)), None
 
-        # Kept activations of a loop are copied into a stack and out of it again; blocks written out
-        # one by one hand them over.
-        unroll = self.cfg.layers if self.cfg.remat == "none" else 1
         step = _again(step, self.cfg.remat)
         x, e, e0 = self.begin(x, timestep, image)
-        x, _ = lax.scan(step, x, (self.blocks, kvs), unroll=unroll)
+        x, _ = scan(step, x, (self.blocks, kvs))
         return self.end(x, e, grid)
 
     def begin(self, x, timestep, image):
@@ -301,6 +306,18 @@ class DiT(nnx.Module):
                 f"DiT: latents of {x.shape[1:4]} frames, rows and columns are not multiples of the"
                 f" patch {cfg.patch}"
             )
+
+
+def _scan_by_number(step: Callable, x, stacked):
+    """`lax.scan` of what is not differentiated. On a mesh each turn reads its number from memory:
+    of slices by the loop's own counter XLA makes copies on other streams, for each of which the
+    kernels wait, and no graphs of kernels between two exchanges."""
+    if not mesh_sizes():
+        return lax.scan(step, x, stacked)
+    count = len(jax.tree.leaves(stacked)[0])
+    numbers = lax.optimization_barrier(jnp.arange(count))
+    at = lambda i: jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 0, False), stacked)
+    return lax.scan(lambda x, i: step(x, at(i)), x, numbers)
 
 
 def rotation(grid: tuple[int, ...], cfg: DiTConfig) -> Rotation:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -20,6 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 TOKENS = "seq"  # the mesh axis that tokens are divided over
 COPIES = "data"  # that of copies of all, which have samples of their own
 GUIDANCE = "guidance"  # that of the halves of a doubled batch
+BLOCK = 128  # tokens of the largest block of attention
+MOST_FILL = 1 / 64  # of the tokens, for blocks that are whole on each device
 
 # Pattern of a leaf name (whole) -> the names of its axes; every leaf of every network matches
 # exactly one row.
@@ -80,6 +83,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "halves": (GUIDANCE,),
     "batch": (COPIES, GUIDANCE, "fsdp"),
     "tokens": ("seq",),
+    "groups": (),  # of heads that are about to change devices, or have
     "channels": ("tensor",),  # of a product's output
 }
 
@@ -181,58 +185,137 @@ def _divides_halves() -> bool:
 
 
 def missing_tokens(count: int) -> int:
-    """Returns how many tokens fill up the axis that the current mesh divides them over."""
-    return -count % mesh_sizes().get(TOKENS, 1)
+    """Returns how many tokens fill up the axis that the current mesh divides them over: to whole
+    blocks on each device where that adds little, so that no block lies on two, and to equal shares
+    elsewhere."""
+    devices = mesh_sizes().get(TOKENS, 1)
+    if devices == 1:
+        return 0
+    share = -(-count // devices)
+    whole = -(-share // BLOCK) * BLOCK
+    return devices * (whole if whole - share <= share * MOST_FILL else share) - count
 
 
-def over_heads(op, q, k, v, *shared, tokens: int | None = None):  # q k v [b l h k]
-    """op(q, k, v, *shared) with samples and heads divided over the mesh: each device sees every
-    token of its heads.
+def head_groups(heads: int) -> int:
+    """Returns how many groups of neighbouring heads [groups b l h/groups k] there are for
+    `to_heads`: 1, and [b l h k], where none change devices, or they do not come out even."""
+    sizes = mesh_sizes()
+    devices = sizes.get(TOKENS, 1)
+    return 1 if heads % devices or sizes.get("tensor", 1) > 1 else devices
 
-    Tokens lie divided before and after: exchanges bring q, k and v to their heads, one brings the
-    result back. Heads that do not divide are filled up with zeros. tokens: how many of l are
+
+def blocks_lie_whole(tokens: int, size: int, heads: int) -> bool:
+    """Returns whether no block of `size` tokens lies on two devices of the current mesh, nor heads
+    where they do not come out even."""
+    devices = mesh_sizes().get(TOKENS, 1)
+    return devices == 1 or (tokens % (devices * size) == 0 and head_groups(heads) == devices)
+
+
+def one_by_one(done, x):
+    """(done, x), as they are. Where tokens are exchanged for heads, what is computed of x from here
+    on comes after `done`: the compiler alone would exchange everything in one place, and compute
+    nothing meanwhile."""
+    if mesh_sizes().get(TOKENS, 1) == 1:
+        return done, x
+    leaves, structure = jax.tree.flatten((done, x))
+    held = [isinstance(leaf, jax.Array) for leaf in leaves]  # beside arrays there may be dtypes
+    arrays = [leaf for leaf, array in zip(leaves, held, strict=True) if array]
+    after = iter(lax.optimization_barrier(arrays))
+    return structure.unflatten(
+        next(after) if array else leaf for leaf, array in zip(leaves, held, strict=True)
+    )
+
+
+def to_heads(x):  # [groups b l h/groups k] -> [b l h k]
+    """Every token of some heads on each device, by one exchange, where x comes in `head_groups`; x
+    itself, [b l h k], elsewhere."""
+    if x.ndim == 4:
+        return x
+    here, there = _layouts(x.shape[1:])
+    run = lambda x: rearrange(_exchanged(x), "n b l h k -> b (n l) h k")
+    return jax.shard_map(run, in_specs=here, out_specs=there, check_vma=False)(x)
+
+
+def to_tokens(y):  # [b l h k] -> [groups b l h/groups k]
+    """Every head of some tokens on each device, by one exchange, in `head_groups`; y itself where
+    there is one group."""
+    groups = head_groups(y.shape[2])
+    if groups == 1:
+        return y
+    here, there = _layouts(y.shape)
+    run = lambda y: _exchanged(rearrange(y, "b (n l) h k -> n b l h k", n=groups))
+    return jax.shard_map(run, in_specs=there, out_specs=here, check_vma=False)(y)
+
+
+def _layouts(shape) -> tuple[PartitionSpec, PartitionSpec]:  # of [b l h k]
+    """In groups with tokens divided, and with heads divided instead."""
+    batch, tokens = spec(shape, ("batch", "tokens"), mesh_sizes())
+    return PartitionSpec(None, batch, tokens), PartitionSpec(batch, None, TOKENS)
+
+
+def over_heads(op, q, k, v, *shared, means=(), tokens: int | None = None):  # q k v [b l h k]
+    """op(q, k, v, *shared, *means) with samples and heads divided over the mesh: each device sees
+    every token of its heads. The result lies as q, k and v do: after `to_heads`.
+
+    Where there is one of `head_groups` and tokens are divided, exchanges within bring them to their
+    heads and the result back; heads that do not divide are filled up with zeros.
+    means f32 [b h n k]: of the blocks of tokens, n divided as they are. tokens: how many of l are
     the clip's; op does not see the others.
     """
     sizes = mesh_sizes()
     if not sizes:
-        return op(q, k, v, *shared)
+        return op(q, k, v, *shared, *means)
     lies = spec(q.shape, ("batch", "tokens", "heads", None), sizes)
     devices = sizes[TOKENS] if lies[1] == TOKENS else 1
+    of_means = PartitionSpec(lies[0], lies[2], lies[1])
+    there = head_groups(q.shape[2]) == devices
+    lies = PartitionSpec(lies[0], None, TOKENS) if there and devices > 1 else lies
+    moved = 1 if there else devices
 
-    def run(q, k, v, *shared):
-        heads, rows = q.shape[2], q.shape[1] * devices
+    def run(q, k, v, shared, means):
+        heads, rows = q.shape[2], q.shape[1] * moved
         count = rows if tokens is None else tokens
-        y = op(*(_to_heads(x, devices)[:, :count] for x in (q, k, v)), *shared)
+        q, k, v = (_all_tokens(x, moved)[:, :count] for x in (q, k, v))
+        y = op(q, k, v, *shared, *_means_to_heads(means, devices))
         y = jnp.pad(y, ((0, 0), (0, rows - count), (0, 0), (0, 0)))
-        return _to_tokens(y, devices)[:, :, :heads]
+        return _all_heads(y, moved)[:, :, :heads]
 
-    specs = (lies, lies, lies, *(PartitionSpec() for _ in shared))
-    return jax.shard_map(run, in_specs=specs, out_specs=lies, check_vma=False)(q, k, v, *shared)
+    return jax.shard_map(
+        run,
+        in_specs=(lies, lies, lies, PartitionSpec(), of_means),
+        out_specs=lies,
+        check_vma=False,
+    )(q, k, v, shared, means)
 
 
-def _to_heads(x, devices: int):  # [b l/n h k] -> [b l ceil(h/n) k]
-    """One exchange for each of q, k and v: what comes lies as it is read, and the next one's layer
-    may run meanwhile."""
+def _all_tokens(x, devices: int):  # [b l/n h k] -> [b l ceil(h/n) k]
     if devices == 1:
         return x
     x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % devices), (0, 0)))
-    return _exchanged(
-        rearrange(x, "b l (n h) k -> n b l h k", n=devices), "n b l h k -> b (n l) h k"
-    )
+    x = _exchanged(rearrange(x, "b l (n h) k -> n b l h k", n=devices))
+    return rearrange(x, "n b l h k -> b (n l) h k")
 
 
-def _to_tokens(y, devices: int):  # [b l h k] -> [b l/n h*n k]
+def _all_heads(y, devices: int):  # [b l h k] -> [b l/n h*n k]
     if devices == 1:
         return y
-    return _exchanged(
-        rearrange(y, "b (n l) h k -> n b l h k", n=devices), "n b l h k -> b l (n h) k"
-    )
+    y = _exchanged(rearrange(y, "b (n l) h k -> n b l h k", n=devices))
+    return rearrange(y, "n b l h k -> b l (n h) k")
 
 
-def _exchanged(parts, layout: str):  # [n ...]
-    """Part i goes to device i; those that come, laid out."""
-    parts = lax.all_to_all(parts, TOKENS, split_axis=0, concat_axis=0, tiled=True)
-    return rearrange(parts, layout)
+def _means_to_heads(means, devices: int) -> list:  # each [b h n/d k] -> [b h/d n k]
+    """One exchange for all."""
+    if devices == 1 or not means:
+        return list(means)
+    joined = rearrange(jnp.concatenate(means, 2), "b (d h) n k -> d b h n k", d=devices)
+    ends = np.cumsum([x.shape[2] for x in means])[:-1].tolist()
+    parts = jnp.split(_exchanged(joined), ends, 3)
+    return [rearrange(x, "d b h n k -> b h (d n) k") for x in parts]
+
+
+def _exchanged(parts):  # [n ...]
+    """Part i goes to device i; those that come, by the device that they come from."""
+    return lax.all_to_all(parts, TOKENS, split_axis=0, concat_axis=0, tiled=True)
 
 
 def over_queries(op, q, k, v):  # q [b l h k], k v [b s h k]
@@ -247,13 +330,18 @@ def over_queries(op, q, k, v):  # q [b l h k], k v [b s h k]
     return jax.shard_map(op, in_specs=specs, out_specs=queries, check_vma=False)(q, k, v)
 
 
-def over_tokens(op, *arrays):  # [b l ...], or [b 1 ...] and [1 l ...]
-    """op(*arrays), its outputs [b l ...], with samples and tokens divided over the mesh."""
+def over_tokens(op, *arrays, axes=("batch", "tokens"), out=None):
+    """op(*arrays) with samples and tokens divided over the mesh. axes: the first ones of every
+    array, which may be 1 long; out: those of each output, by default `axes` for all."""
     sizes = mesh_sizes()
     if not sizes:
         return op(*arrays)
-    specs = tuple(spec(a.shape, ("batch", "tokens"), sizes) for a in arrays)
-    return jax.shard_map(op, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+    specs = tuple(spec(a.shape, axes, sizes) for a in arrays)
+    lies = dict(zip(axes, specs[0], strict=True))
+    out_specs = specs[0]
+    if out is not None:
+        out_specs = tuple(PartitionSpec(*(lies.get(axis) for axis in each)) for each in out)
+    return jax.shard_map(op, in_specs=specs, out_specs=out_specs, check_vma=False)(*arrays)
 
 
 def over_samples(op, of_samples, shared):  # arrays [b ...], or [n ...] of tiles; and others
@@ -271,9 +359,10 @@ def over_samples(op, of_samples, shared):  # arrays [b ...], or [n ...] of tiles
     )
 
 
-def over_channels(op, of_tokens, of_channels):  # arrays [b l ...], and [o ...]; or None
-    """op(of_tokens, of_channels) [b l o] with samples, tokens and output channels divided over the
-    mesh."""
+def over_channels(op, of_tokens, of_channels, groups: int = 1):
+    """op(of_tokens, of_channels) with samples, tokens and output channels divided over the mesh:
+    arrays [b l ...], and [o ...], or None -> [b l o], or in more than one of `head_groups` [groups
+    b l o/groups]."""
     sizes = mesh_sizes()
     if not sizes:
         return op(of_tokens, of_channels)
@@ -282,7 +371,7 @@ def over_channels(op, of_tokens, of_channels):  # arrays [b l ...], and [o ...];
     return jax.shard_map(
         op,
         in_specs=(rows, channels),
-        out_specs=PartitionSpec(*rows, *channels),
+        out_specs=PartitionSpec(None, *rows) if groups > 1 else PartitionSpec(*rows, *channels),
         check_vma=False,
     )(of_tokens, of_channels)
 
