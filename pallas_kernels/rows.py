@@ -51,7 +51,8 @@ def quantize_kernel(x_ref, values_ref, scale_ref, *, warps, before, interpret):
         xs = load_parts(x_ref, parts)
     else:
         groups = range(x_ref.shape[0])
-        xs = [load(x_ref.at[g, part]).astype(jnp.float32) for g in groups for part in parts]
+        group = lambda g, part: load(x_ref.at[jnp.int32(g), part]).astype(jnp.float32)
+        xs = [group(g, part) for g in groups for part in parts]
         parts = [pl.ds(g * width + part.start, part.size) for g in groups for part in parts]
     if before is not None:
         xs = [before(x, interpret) for x in xs]

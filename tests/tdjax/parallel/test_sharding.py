@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import SCRIPTS
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 
@@ -25,6 +25,7 @@ from tdjax.models.linear import LINEAR
 from tdjax.models.umt5 import UMT5
 from tdjax.models.wan_dit import DiT, with_linear
 from tdjax.models.wan_vae import VAE
+from tdjax.parallel import sharding
 from tdjax.parallel.sharding import (
     PARAM_AXES,
     RULES,
@@ -324,6 +325,49 @@ def test_queries_stay_where_they_are():
         program = jax.jit(lambda *x: over_queries(op, *x), in_shardings=(lies, None, None))
         text = program.lower(q, kv, kv).compile().as_text()
     assert not re.findall(r" (all-gather|all-to-all|all-reduce|collective-permute)", text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "attention, linear, impl",
+    [("sla", "float", "auto"), ("sagesla", "int8_channel", "interpret")],
+)
+def test_blocks_that_lie_whole_on_each_device(monkeypatch, attention, linear, impl):
+    """180 tokens are filled up to 256 in blocks of 64. Means of blocks are taken where tokens lie,
+    heads change devices in groups as kernels write them, and nothing of it changes a call. A block
+    has five exchanges: v, k, q, the means, and what comes of them."""
+    monkeypatch.setattr(sharding, "BLOCK", 64)
+    monkeypatch.setattr(sharding, "MOST_FILL", 1.0)
+    sla = SLAConfig(topk=0.5, block_q=64, block_k=64)
+    kinds = {"attention": attention, "linear": "float", "impl": impl, "sla": sla}
+    model = DiT(dataclasses.replace(TINY, **kinds), rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    model.head.proj.kernel[...] = draw(*model.head.proj.kernel.shape)
+    model = with_linear(model, linear)
+    args = draw(1, 3, 12, 20, 16), jnp.full(1, 500.0), draw(1, 8, 24)
+    step = lambda model, x, t, text: model.velocity(x, t, model.text_kv(text))
+    one = jax.jit(step)(model, *args)
+    here = mesh(seq=4)
+    whole = NamedSharding(here, P())
+    placed = jax.device_put((model, *args), whole)
+    with jax.set_mesh(here):
+        assert missing_tokens(180) == 76
+        program = jax.jit(step, out_shardings=whole).lower(*placed).compile()
+    distance = np.linalg.norm(program(*placed) - one) / np.linalg.norm(one)
+    assert distance < (1e-5 if linear == "float" else 1e-3)  # an int8 value on an edge may move
+    bodies = re.split(r"\n(?=%|ENTRY)", program.as_text())
+    exchanges = [re.findall(r" (all-[\w-]+|collective-permute)\(", body) for body in bodies]
+    (of_block,) = [found for found in exchanges if "all-to-all" in found]
+    assert of_block == 5 * ["all-to-all"]
+
+
+@pytest.mark.parametrize("tokens, devices", [(32760, 2), (75600, 2), (75600, 8), (32760, 8)])
+def test_tokens_are_filled_up_to_whole_blocks_where_that_is_little(tokens, devices):
+    with use_abstract_mesh(AbstractMesh((devices,), ("seq",))):
+        fill = missing_tokens(tokens)
+        assert (tokens + fill) % (devices * 128) == 0 and fill < tokens / 64
+        assert missing_tokens(100) == -100 % devices
 
 
 @pytest.mark.slow
