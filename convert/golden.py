@@ -81,6 +81,8 @@ class _Golden:
         self.path = Path(path)
         try:
             self.arrays = npz_arrays(self.path)
+            if not self.arrays:
+                raise ValueError("it holds no arrays")
             config = self.arrays.pop("config", np.frombuffer(b"{}", np.uint8))
             self.config: dict[str, Any] = json_object(config.tobytes())
         except FileNotFoundError as e:

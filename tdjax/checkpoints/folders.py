@@ -97,6 +97,14 @@ class Reading(TypedDict):
     says: dict[str, int]
 
 
+class Stand(TypedDict):
+    """Where the values of a factor stand."""
+
+    before: list[str]
+    after: list[list[str]]
+    between: list[str]
+
+
 class Language(TypedDict):
     """The closed language of a small model; tdjax.text.language says what the fields are."""
 
@@ -108,6 +116,8 @@ class Language(TypedDict):
     orders: NotRequired[list[list[str]]]
     caption: NotRequired[str]
     apart: NotRequired[list[tuple[str, int, str]]]
+    stands: NotRequired[dict[str, Stand]]
+    near: NotRequired[dict[str, dict[str, int]]]
 
 
 def _language_fault(language: dict[str, Any]) -> str | None:
@@ -119,14 +129,36 @@ def _language_fault(language: dict[str, Any]) -> str | None:
         if all(reading["when"] for reading in readings):
             return f"language.phrases of {told(factor)} have no reading for all other words"
         places += [(factor, place) for one in readings for place in one["says"].values()]
-    fields = re.findall(r"{(.*?)}", language.get("caption", ""))
-    if "caption" in language and (
-        set(fields) - set(knows) or not {"orders", "apart"} <= language.keys()
-    ):
-        return "language.caption needs orders, apart, and braces around factors"
+    places += [pair for near in language.get("near", {}).values() for pair in near.items()]
+    apart = language.get("apart", ())
+    places += [(factor, place) for factor, place, _ in apart]
     for factor, place in places:
         if not 0 <= place < len(knows.get(factor, ())):
             return f"language has no value {place} of {told(factor)}"
+    needs, stands = language.get("needs", ()), language.get("stands", {})
+    for factor in (*needs, *stands, *(other for _, _, other in apart)):
+        if factor not in knows:
+            return f"language has no values of {told(factor)}"
+    for factor in needs:
+        if len({place for name, place, _ in apart if name == factor}) == len(knows[factor]):
+            return f"language leaves no value of {told(factor)} to draw"
+    if stands and "near" not in language:
+        return "language.stands needs near"
+    return _caption_fault(language)
+
+
+def _caption_fault(language: dict[str, Any]) -> str | None:
+    if "caption" not in language:
+        return None
+    caption, knows = language["caption"], language["knows"]
+    fault = "language.caption needs orders, apart, and braces around factors"
+    complete = {"orders", "apart"} <= language.keys()
+    if not complete or set(re.findall(r"{(.*?)}", caption)) - set(knows):
+        return fault
+    try:
+        caption.format(**dict.fromkeys(knows, ""))
+    except (ValueError, LookupError):  # a single brace
+        return fault
     return None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import os
 import re
 import types
 import typing
@@ -176,12 +177,21 @@ def _literal(text: str) -> Any:
         raise ValueError(f"its header cannot be read ({type(error).__name__})") from error
 
 
+def _entries(path: Path) -> int:
+    """How many entries a zip file without a comment says that it has, in its last record."""
+    with path.open("rb") as file:
+        file.seek(-22, os.SEEK_END)
+        return int.from_bytes(file.read()[10:12], "little")
+
+
 def npz_arrays(path: Path) -> dict[str, np.ndarray]:
     """{name: array} of an .npz file, whose checksums are compared. Raises ValueError where it is
     damaged, or would take far more memory than it has on disk."""
     limit = max(EXPANDED, 4 * path.stat().st_size)
     try:
         with zipfile.ZipFile(path) as archive:
+            if len(archive.infolist()) != _entries(path):  # the table itself has no checksum
+                raise ValueError("its table of entries is damaged")
             total = sum(info.file_size for info in archive.infolist())
             if total > limit:
                 raise ValueError(f"its arrays would have {total} bytes")

@@ -483,7 +483,18 @@ class _Factors:
 
     def add(self, weight: float, x: np.ndarray) -> np.ndarray:
         """x + weight * scale * product; with a magnitude, x and the product together are brought
-        to its length for every output."""
+        to its length for every output. Raises CheckpointError where that is beyond float32."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            changed = self._added(weight, x)
+        if not np.isfinite(changed).all():
+            raise CheckpointError(
+                f"{self.where}: its values are too large",
+                "what they make of the weights is beyond float32",
+                "download it again, or train it anew",
+            )
+        return changed
+
+    def _added(self, weight: float, x: np.ndarray) -> np.ndarray:
         product = self.product().reshape(x.shape)
         if "magnitude" not in self.parts:
             return x + np.float32(weight * self.scale()) * product

@@ -186,6 +186,13 @@ def test_archives(tmp_path):
     path.write_bytes(whole[: at + 9] + bytes([whole[at + 9] ^ 1]) + whole[at + 10 :])
     with pytest.raises(ValueError, match="CRC"):
         npz_arrays(path)
+    # A comment of the first entry that takes the second one in.
+    at = whole.index(b"PK\1\2") + 32
+    second = whole.index(b"PK\5\6") - whole.index(b"PK\1\2", at)
+    path.write_bytes(whole[:at] + second.to_bytes(2, "little") + whole[at + 2 :])
+    assert len(np.load(path).files) == 1
+    with pytest.raises(ValueError, match="table of entries"):
+        npz_arrays(path)
 
 
 def test_an_archive_that_would_fill_the_memory(tmp_path):

@@ -1,11 +1,14 @@
 """The closed language of the demo: captions of training are read as they were written, and what was
 never trained is told."""
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 
+from tdjax.checkpoints.folders import _read_facts
+from tdjax.errors import CheckpointError
 from tdjax.media.scenes.factors import STILL, UNSAID
 from tdjax.text.language import asked, caption_of, language_notes, said, understood
 from tdjax.train.tiny.data.captions import (
@@ -150,3 +153,27 @@ def test_of_thirty_prompts_those_that_make_no_sense_are_told():
     assert not any(ordinary) and len(unknown) == 8 and all(unknown)
     # Those that say everything once, in another order.
     assert [i for i, told in enumerate(odd) if not told] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stands": {"colour": 3}}, "is 3, not a table"),
+        ({"stands": {"colour": {"before": [], "between": []}}}, "after"),
+        ({"stands": {"weight": {"before": [], "after": [], "between": []}}}, "values of 'weight'"),
+        ({"near": None}, "near is None"),
+        ({"near": {"navy": {"colour": 99}}}, "no value 99 of 'colour'"),
+        ({"needs": ["weight"]}, "values of 'weight'"),
+        ({"apart": [["shape", 0, "weight"]]}, "values of 'weight'"),
+        ({"apart": [["shape", place, "speed"] for place in range(4)]}, "no value of 'shape'"),
+        ({"caption": "a {shape"}, "braces"),
+        ({"caption": "a {weight}"}, "braces"),
+    ],
+)
+def test_a_language_that_does_not_fit_together(tmp_path, change, message):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({"language": {**LANGUAGE, **change}}))
+    with pytest.raises(CheckpointError, match=message):
+        _read_facts(path)
+    path.write_text(json.dumps({"language": LANGUAGE}))
+    _read_facts(path)

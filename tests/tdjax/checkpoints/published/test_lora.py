@@ -258,6 +258,14 @@ def test_values_that_are_not_finite(added, part):
         file.tensors[f"{Q}.weight"].read()
 
 
+@pytest.mark.parametrize("magnitude", [{}, {f"{Q}.lora_magnitude_vector": np.ones(80, np.float32)}])
+def test_values_whose_product_is_beyond_float32(added, magnitude):
+    both = [np.full_like(each, 1e38) for each in factors((80, 80))]
+    _, file = added(pair(Q, *both) | magnitude)
+    with pytest.raises(CheckpointError, match="self_attn.q: its values are too large"):
+        file.tensors[f"{Q}.weight"].read()
+
+
 def test_one_factor_alone(added):
     up, down = factors((80, 80))
     lora = pair(K, up, down) | {f"{Q}.lora_A.weight": down}
