@@ -10,11 +10,17 @@ from tdjax.checkpoints.scheduler import FILE, INDEX, saved_boundary, saved_sampl
 from tdjax.errors import CheckpointError
 from tdjax.pipeline.load import _with_scheduler
 
-diffusers = pytest.importorskip("diffusers")
-UNIPC = diffusers.UniPCMultistepScheduler(
-    prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-)
-EULER = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
+
+@pytest.fixture(scope="module")
+def schedulers():
+    """{sampler: such a scheduler}."""
+    diffusers = pytest.importorskip("diffusers")
+    return {
+        "unipc": diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        "euler": diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+    }
 
 
 def written(folder, text):
@@ -23,11 +29,10 @@ def written(folder, text):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "sampler", "shift"), [(UNIPC, "unipc", 3.0), (EULER, "euler", 7.0)]
-)
-def test_schedulers_as_diffusers_saves_them(tmp_path, scheduler, sampler, shift):
-    scheduler.save_pretrained(tmp_path / "scheduler")
+@pytest.mark.slow
+@pytest.mark.parametrize(("sampler", "shift"), [("unipc", 3.0), ("euler", 7.0)])
+def test_schedulers_as_diffusers_saves_them(tmp_path, schedulers, sampler, shift):
+    schedulers[sampler].save_pretrained(tmp_path / "scheduler")
     assert saved_sampler(tmp_path) == {"sampler": sampler, "shift": shift}
     model = Located(
         name="fox",
@@ -43,8 +48,9 @@ def test_schedulers_as_diffusers_saves_them(tmp_path, scheduler, sampler, shift)
     assert notes == [f"{FILE}: {sampler} with `shift` {shift:g}"]
 
 
-def test_other_models_keep_what_they_have(tmp_path):
-    UNIPC.save_pretrained(tmp_path / "scheduler")
+@pytest.mark.slow
+def test_other_models_keep_what_they_have(tmp_path, schedulers):
+    schedulers["unipc"].save_pretrained(tmp_path / "scheduler")
     for change in ({"layout": "diffusers", "distilled": True}, {"layout": "published"}):
         model = Located(name="fox", preset=None, dit=(tmp_path / "x",), **change)
         assert _with_scheduler(model, print) is model
