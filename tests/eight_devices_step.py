@@ -9,11 +9,11 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+import random_model
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tdjax.checkpoints import orbax
 from tdjax.config import DiTConfig, SLAConfig
-from tdjax.models.wan_dit import DiT
 from tdjax.parallel.mesh import make_mesh
 from tdjax.precision import FLOAT32
 
@@ -38,8 +38,10 @@ def main() -> None:
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     x, text, time = draw(1, 5, 6, 6, 16), draw(1, 8, 24), jnp.full(1, 500.0)
-    model = DiT(CFG, rngs=nnx.Rngs(0))
-    model.head.proj.kernel[...] = draw(*model.head.proj.kernel.shape)
+    abstract = orbax.abstract("dit", CFG)
+    leaves = random_model.random_leaves("dit", CFG, 0)
+    leaves["head.proj.kernel"] = draw(*leaves["head.proj.kernel"].shape)
+    model = orbax.assemble(abstract, jax.tree.map(jnp.asarray, leaves))
     step = lambda model, x, time, text: model.velocity(x, time, model.text_kv(text))
     one = jax.jit(step)(model, x, time, text)
     mesh = make_mesh("sp=8", CFG)

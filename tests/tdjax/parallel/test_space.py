@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_model
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tolerances import assert_close
 
+from tdjax.checkpoints import orbax
 from tdjax.config import VAEConfig
 from tdjax.models import causal_conv, wan_vae
 from tdjax.parallel import space
@@ -105,7 +107,9 @@ def test_what_is_not_finite_anywhere_is_told_everywhere():
 def test_the_decoder_and_what_it_sends(grid=(6, 8)):
     """Two latent frames through the bodies of the pipeline: the frames of one device, with edges
     sent to neighbours and nothing gathered but the tokens of the middle attention."""
-    vae, mesh = wan_vae.VAE(SMALL, rngs=nnx.Rngs(0)), space.space_mesh(devices(), *grid)
+    leaves = jax.tree.map(jnp.asarray, random_model.random_leaves("vae", SMALL, 0))
+    vae = orbax.assemble(orbax.abstract("vae", SMALL), leaves)
+    mesh = space.space_mesh(devices(), *grid)
     first, later = (noise(1, 1, *grid, 4, seed=s) for s in (0, 1))
     decode = functools.partial(compilation.decode_first, output="float")
     _, _, cache = jax.jit(decode)(vae, first)
