@@ -120,6 +120,7 @@ def test_forward_only_says_why(ab):
             differentiate()
 
 
+@pytest.mark.slow
 def test_a_second_derivative_says_what_to_do(ab):
     a, b = ab
     tangent_of = lambda b: jax.jvp(lambda a: op(a, b), (a,), (a,))[1]

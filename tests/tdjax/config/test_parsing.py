@@ -109,6 +109,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @examples(30)
 @given(JSON)
 def test_any_json_value_has_an_answer(value):

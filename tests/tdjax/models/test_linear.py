@@ -205,6 +205,7 @@ def test_a_kernels_gradient_is_summed_over_devices_in_float32(axes):
     np.testing.assert_array_equal(found, np.full((3, 5), 253.0 + 14))
 
 
+@pytest.mark.slow
 def test_derivatives_of_a_layer_are_those_of_its_product():
     """In both modes, and one inside the other, towards the input and the kernel."""
     x, dx = normal(0, 2, 3, 7), normal(1, 2, 3, 7)

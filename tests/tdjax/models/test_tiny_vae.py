@@ -71,6 +71,7 @@ def opened(tmp_path, write_safetensors):
     return lambda state: open_checkpoint(write_safetensors(tmp_path / "taew2_1.safetensors", state))
 
 
+@pytest.mark.slow
 def test_frames_are_those_of_torch(opened):
     """A clip a latent frame at a time: one frame, then four for each."""
     state = published()

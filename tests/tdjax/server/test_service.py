@@ -192,6 +192,7 @@ def test_the_time_until_a_place_is_free_is_bounded(short):
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.slow
 def test_a_database_that_is_away_for_a_while_ends_nothing(tmp_path, postgresql, monkeypatch):
     place = {"store": postgresql, "videos": str(tmp_path)}
     with serving(tmp_path / "a", **place) as server:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import PartitionSpec as P
 from train_cases import OPTIMIZER, mesh, same_bits
 
@@ -46,6 +47,7 @@ def test_averages_moments_and_critics_lie_as_their_weights_do():
         assert found["step"].spec == found["key"].spec == P()
 
 
+@pytest.mark.slow
 def test_a_state_is_made_and_restored_over_a_mesh(tmp_path):
     """Leaves named like a network's, so that the table lays them out."""
     w = jnp.arange(64.0).reshape(2, 4, 8)

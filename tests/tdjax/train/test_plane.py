@@ -127,6 +127,7 @@ def off_ring(x):
     return np.linalg.norm(np.asarray(x).reshape(-1, 1, 2) - centres, axis=-1).min(1).mean()
 
 
+@pytest.mark.slow
 def test_flow_matching_learns_the_ring(teacher):
     """The loss falls to that of the best velocity, which is not zero; samples lie where the data
     lie."""

@@ -57,6 +57,7 @@ def test_kernels_with_declared_derivatives_can_be_distilled(monkeypatch):
         np.testing.assert_allclose(two[name], one[name], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_draws_belong_to_their_samples():
     """A microbatch draws what it would have drawn in the whole batch; fixed times take the place of
     drawn ones, in radians of TrigFlow (NVlabs/rcm, backward_timesteps)."""

@@ -77,6 +77,7 @@ def test_clips_to_a_video(model, tmp_path, monkeypatch, capsys):
     assert made.shape == (5, 32, 32, 3) and made.std() > 1
 
 
+@pytest.mark.slow
 def test_the_demo_completes_a_transformer_of_its_latents(tmp_path):
     """Its VAE and text encoder are taken for what was trained on them, and for nothing else."""
     own = dataclasses.replace(random_model.DIT, layers=1, attention="dense", text_dim=128)
