@@ -21,7 +21,7 @@ from tdjax.config import VideoSize
 from tdjax.errors import UsageError
 from tdjax.files import refuse_unwritable
 from tdjax.generate.arguments import add_model_options, add_speed_options
-from tdjax.server.keys import Keys, read_keys
+from tdjax.server.keys import Keys, environment_keys, read_keys
 from tdjax.server.limits import GIB, Limits
 from tdjax.server.webhooks import Webhooks, allowed_addresses, read_secret
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tdjax.server.app import App
 
 LOCAL = {"localhost", "127.0.0.1", "[::1]", "::1"}
+VARIABLE = "env:"  # before the name of a variable that holds keys
 # Limits that the command calls otherwise.
 NAMES = {name: f"max_{name}" for name in ("frames", "pixels", "steps", "body", "image_pixels")}
 EXAMPLES = """examples:
@@ -56,8 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--api_keys",
         metavar="FILE",
         help=(
-            "TOML of keys (python -m tdjax.server.keys), or none: everybody who reaches --host may"
-            " ask (default: none on this machine alone, needed elsewhere)"
+            "TOML of keys (python -m tdjax.server.keys), env:NAME for a variable that holds it, or"
+            " none: everybody who reaches --host may ask (default: none on this machine alone,"
+            " needed elsewhere)"
         ),
     )
     service.add_argument(
@@ -277,16 +279,20 @@ def keys_of(args) -> Keys:
         )
     if args.api_keys in (None, "none"):
         return Keys()
+    if args.api_keys.startswith(VARIABLE):
+        return environment_keys(args.api_keys.removeprefix(VARIABLE))
     return read_keys(cli.path(args.api_keys))
 
 
 def devices_of(workers: int, mesh: str | None, visible: str | None) -> list[str | None]:
     """Returns CUDA_VISIBLE_DEVICES of each worker: as many devices as its mesh has places.
 
-    visible: the variable as it is. One worker sees what the server sees.
+    visible: the variable as it is; where it is empty there are none, and None leaves it so. One
+    worker over `auto` sees what the server sees. No worker sees more than it uses: JAX takes memory
+    of every device that it sees.
     """
-    if workers == 1:
-        return [None]
+    if visible == "" or (workers == 1 and mesh == "auto"):
+        return [None] * workers
     each = math.prod(int(n) for n in re.findall(r"[0-9]{1,4}", mesh or "")) if mesh else 1
     names = visible.split(",") if visible else [str(n) for n in range(workers * each)]
     if len(names) < workers * each:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import os
 import re
 import secrets
 import sys
@@ -117,38 +118,64 @@ def read_keys(path: Path) -> Keys:
     """Returns the keys of a TOML file: a table for each, with sha256 and perhaps limits. Raises
     UsageError."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    return Keys(parsed(text, path), path)
+
+
+def environment_keys(name: str) -> Keys:
+    """Returns the keys of a variable of the environment, whose text is that of such a file. Raises
+    UsageError."""
+    text = os.environ.get(name)
+    if text is None:
         raise UsageError(
-            f"{path} cannot be read",
-            str(error),
-            "it is TOML, with a table for each key: python -m tdjax.server.keys NAME",
-        ) from error
+            f"--api_keys env:{name}",
+            f"the environment has no variable {name}",
+            f'export {name}="$(python -m tdjax.server.keys alice)"',
+        )
+    return Keys(parsed(text, f"the variable {name}"))
+
+
+def parsed(text: str, source: object) -> dict[str, Key]:
+    """Returns {SHA-256: key} of TOML. source: what a message calls it."""
+    try:
+        tables = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(source, error) from error
     keys: dict[str, Key] = {}
     for name, table in tables.items():
         values = dict(table) if isinstance(table, dict) else {}
         hashed = values.pop("sha256", None)
         if not isinstance(hashed, str) or not re.fullmatch(r"[0-9a-f]{64}", hashed):
-            raise _bad_key(path, name, "it has no sha256 of 64 hexadecimal digits")
+            raise _bad_key(source, name, "it has no sha256 of 64 hexadecimal digits")
         if hashed in keys:
-            raise _bad_key(path, name, f"it is the same key as {keys[hashed].name}")
+            raise _bad_key(source, name, f"it is the same key as {keys[hashed].name}")
         known = {field.name for field in dataclasses.fields(Key)} - {"name"}
         for unknown in set(values) - known:
             close = near(unknown, known, cutoff=0.0)[0]
-            raise _bad_key(path, name, f"{unknown} is unknown; nearest: {close}")
+            raise _bad_key(source, name, f"{unknown} is unknown; nearest: {close}")
         keys[hashed] = Key(name=name, **values)
     if not keys:
         raise UsageError(
-            f"{path} has no keys",
-            "with an empty file nobody could ask",
-            f"python -m tdjax.server.keys NAME >> {path}",
+            f"{source} has no keys",
+            "nobody could ask",
+            "python -m tdjax.server.keys NAME draws one, and prints the lines that belong there",
         )
-    return Keys(keys, path)
+    return keys
 
 
-def _bad_key(path: Path, name: str, why: str) -> UsageError:
+def _unreadable(source: object, error: Exception) -> UsageError:
     return UsageError(
-        f"{path}: the key {name}", why, "python -m tdjax.server.keys NAME draws a key"
+        f"{source} cannot be read",
+        str(error),
+        "it is TOML, with a table for each key: python -m tdjax.server.keys NAME",
+    )
+
+
+def _bad_key(source: object, name: str, why: str) -> UsageError:
+    return UsageError(
+        f"{source}: the key {name}", why, "python -m tdjax.server.keys NAME draws a key"
     )
 
 

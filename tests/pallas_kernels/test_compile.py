@@ -63,8 +63,13 @@ def projection():
     return spec((128, 128), jnp.float32), spec((128,), jnp.float32)
 
 
-def sla(op, block_q=128, block_k=64, impl="triton"):
-    return lambda *args: op(*args, topk=0.1, block_q=block_q, block_k=block_k, impl=impl)
+def sla(op, block_q=128, block_k=64, impl="triton", **more):
+    return lambda *args: op(*args, topk=0.1, block_q=block_q, block_k=block_k, impl=impl, **more)
+
+
+def filled_up():
+    """Heads of one of two devices at 480p, and how many tokens count."""
+    return (spec((1, 32768, 6, 128), jnp.bfloat16),) * 3, {"keys": 32760}
 
 
 def gradient(op, *sizes):
@@ -80,14 +85,14 @@ def weights(scheme, m, k, n):
     )
 
 
-def linear(scheme, impl="triton"):
+def linear(scheme, impl="triton", groups=1):
     return lambda x, w, bias: quantized_linear(
-        x, w, bias, scheme=scheme, out_dtype=jnp.bfloat16, impl=impl
+        x, w, bias, scheme=scheme, out_dtype=jnp.bfloat16, groups=groups, impl=impl
     )
 
 
-def quantized(scheme, impl="triton"):
-    return lambda x: quantize_activations(x, scheme, impl=impl)
+def quantized(scheme, impl="triton", groups=1):
+    return lambda x: quantize_activations(x, scheme, groups=groups, impl=impl)
 
 
 def case(name, size):
@@ -109,6 +114,7 @@ def case(name, size):
         "sagesla": (sla(sage), (*qkv(size), *projection())),
         "sagesla 64x64": (sla(sage, 64, 64), (*qkv(size), *projection())),
         "sagesla 64x128": (sla(sage, 64, 128), (*qkv(size), *projection())),
+        "sagesla filled up": (sla(sage, **filled_up()[1]), (*filled_up()[0], *projection())),
         "sage dense": (
             lambda q, k, v: sage_attention.sage_attention(q, k, v, impl="triton"),
             qkv(size),
@@ -130,6 +136,14 @@ def case(name, size):
                 *(spec(shape, jnp.bfloat16) for shape in ((f,), (l, 64), (f, 64))),
             ),
         ),
+        "channel in groups": (
+            linear("channel", groups=2),
+            (*weights("channel", l, d, d), spec((d,), jnp.bfloat16)),
+        ),
+        "quantize groups": (
+            quantized("channel", groups=2),
+            (spec((2, l, d // 2), jnp.bfloat16),),
+        ),
         "quantize block128": (quantized("block128"), (spec((l, d), jnp.bfloat16),)),
         "quantize channel": (quantized("channel"), (spec((l, f), jnp.bfloat16),)),
         "quantize fp8": (quantized("fp8"), (spec((l, f), jnp.bfloat16),)),
@@ -146,6 +160,12 @@ def case(name, size):
         "norm and rope": (
             lambda x, w, cos, sin: qk_prep.rms_norm_rope_pool(
                 x, w, cos, sin, eps=1e-6, block=64, impl="triton"
+            ),
+            (rows, spec((d,), jnp.bfloat16), angles, angles),
+        ),
+        "norm and rope in groups": (
+            lambda x, w, cos, sin: qk_prep.rms_norm_rope_pool(
+                x, w, cos, sin, eps=1e-6, block=64, groups=2, impl="triton"
             ),
             (rows, spec((d,), jnp.bfloat16), angles, angles),
         ),
@@ -166,11 +186,19 @@ def mosaic_case(name):
     return {
         "sla": (sla(sparse, impl="mosaic"), (*qkv("480p"), *projection())),
         "sagesla": (sla(sage, impl="mosaic"), (*qkv("480p"), *projection())),
+        "sagesla filled up": (
+            sla(sage, impl="mosaic", **filled_up()[1]),
+            (*filled_up()[0], *projection()),
+        ),
         "sage dense": (
             lambda q, k, v: sage_attention.sage_attention(q, k, v, impl="mosaic"),
             qkv("480p"),
         ),
         "channel": (linear("channel", "mosaic"), (*weights("channel", l, d, f), bias)),
+        "channel in groups": (
+            linear("channel", "mosaic", groups=2),
+            (*weights("channel", l // 2 + 4, d, d), spec((d,), jnp.bfloat16)),
+        ),
         "channel, few rows": (
             linear("channel", "mosaic"),
             (*weights("channel", 512, d, d), spec((d,), jnp.bfloat16)),
@@ -184,8 +212,10 @@ def mosaic_case(name):
 MOSAIC = {
     "sla": (2, ("sparse_linear_attention", "sparse_attention"), 1304),
     "sagesla": (3, ("sage_sparse_linear_attention", "sage_sparse_attention"), 0),
+    "sagesla filled up": (3, ("sage_sparse_linear_attention", "sage_sparse_attention"), 0),
     "sage dense": (3, ("sage_attention",), 0),
     "channel": (1, ("quantized_linear channel",), 0),
+    "channel in groups": (1, ("quantized_linear channel",), 0),
     "channel, few rows": (1, ("quantized_linear channel",), 0),
     "fp8": (1, ("quantized_linear fp8",), 0),
 }
@@ -202,6 +232,7 @@ CASES = {
     "sagesla": (6, SAGE),
     "sagesla 64x64": (6, SAGE),
     "sagesla 64x128": (6, SAGE),
+    "sagesla filled up": (5, SAGE),
     "sage dense": (2, ("sage_attention",)),
     "dense": (1, ("attention",)),
     "dense tangent": (2, ("attention",)),
@@ -209,12 +240,15 @@ CASES = {
     "block128": (1, ("quantized_linear block128",)),
     "channel": (1, ("quantized_linear channel",)),
     "channel and a LoRA": (1, ("quantized_linear channel",)),
+    "channel in groups": (1, ("quantized_linear channel",)),
+    "quantize groups": (1, ("quantize_activations channel",)),
     "quantize block128": (1, ("quantize_activations block128",)),
     "quantize channel": (1, ("quantize_activations channel",)),
     "quantize fp8": (1, ("quantize_activations fp8",)),
     "norm": (1, ("norm",)),
     "gelu": (1, ("gelu",)),
     "norm and rope": (1, QK_PREP),
+    "norm and rope in groups": (1, QK_PREP),
     "keys": (1, ("quantize_keys",)),
     "temporal unfold": (1, ("temporal_unfold",)),
     "temporal unfold in float32": (1, ("temporal_unfold",)),

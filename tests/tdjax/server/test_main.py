@@ -45,6 +45,7 @@ WRONG = {
     "--videos nowhere://bucket": "nowhere://bucket cannot be opened",
     "--lease 0": "--lease is 0",
     "--api_keys missing.toml": "cannot be read",
+    "--api_keys env:NO_SUCH_KEYS": "no variable NO_SUCH_KEYS",
     "--loras missing": "no such folder",
     "--webhooks ftp://example.org/": "https://example.org/videos/",
     "--webhooks https://user@example.org/": "https://example.org/videos/",
@@ -67,7 +68,11 @@ def test_limits_of_the_command_are_the_librarys():
 
 
 def test_workers_get_devices_of_their_own():
-    assert server.devices_of(1, None, "3") == [None]
+    assert server.devices_of(1, None, None) == ["0"]
+    assert server.devices_of(1, None, "3,4") == ["3"]
+    assert server.devices_of(1, "sp=2", None) == ["0,1"]
+    assert server.devices_of(1, "auto", "3,4") == [None]
+    assert server.devices_of(2, None, "") == [None, None]
     assert server.devices_of(2, None, None) == ["0", "1"]
     assert server.devices_of(2, "sp=2", "4,5,6,7") == ["4,5", "6,7"]
     assert server.devices_of(2, "tp=2,sp=2", None) == ["0,1,2,3", "4,5,6,7"]
@@ -160,11 +165,21 @@ def test_keys_that_change_are_read_and_wrong_ones_change_nothing(tmp_path, monke
 
 
 @pytest.mark.parametrize("text", FILES, ids=FILES.values())
-def test_strange_files_of_keys_are_refused(tmp_path, text):
+def test_strange_files_of_keys_are_refused(tmp_path, text, monkeypatch):
     path = tmp_path / "keys.toml"
     path.write_text(text)
     with pytest.raises(UsageError, match=FILES[text]):
         keys.read_keys(path)
+    monkeypatch.setenv("OUR_KEYS", text)
+    with pytest.raises(UsageError, match=FILES[text]):
+        keys.environment_keys("OUR_KEYS")
+
+
+def test_keys_may_stand_in_the_environment(monkeypatch):
+    monkeypatch.setenv("OUR_KEYS", keys.table_of("alice", "a") + "jobs = 3\n")
+    args = server.build_parser().parse_args(["--host", "0.0.0.0", "--api_keys", "env:OUR_KEYS"])
+    found = server.keys_of(args)
+    assert found.of("Bearer a").jobs == 3 and found.of("Bearer b") is None
 
 
 # -- the container ---------------------------------------------------------------------------------

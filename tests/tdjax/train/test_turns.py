@@ -27,10 +27,7 @@ def numbers(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["auto", "fsdp=2"])
-def test_a_run_with_parts_on_the_host_has_the_bits_of_one_without(
-    folder, tmp_path, mesh, monkeypatch
-):
+def test_a_run_with_parts_on_the_host_has_the_bits_of_one_without(folder, tmp_path, monkeypatch):
     """Student, its warm-up, critic, and a checkpoint in the middle of the critic's turns."""
     taken = []
     inside = Turns.begin
@@ -51,7 +48,7 @@ def test_a_run_with_parts_on_the_host_has_the_bits_of_one_without(
     for offload in ("false", "true"):
         taken.clear()
         where = tmp_path / offload
-        more = (f"run.mesh={mesh}", f"loss.offload={offload}", "run.save_every=3")
+        more = ("run.mesh=fsdp=2", f"loss.offload={offload}", "run.save_every=3")
         outcome = training_run("rcm-1.3b", *settings(folder, where, *more)).train(resume=False)
         assert {kind != HOST_MEMORY for kind in kinds_of(outcome.state)} == {True}
         out[offload] = outcome.state, numbers(where)

@@ -81,15 +81,14 @@ def test_the_tangent_may_run_in_another_dtype():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", [{"data": 2}, {"fsdp": 2}])
-def test_cycles_over_two_devices_are_those_of_one(some, text, tokens, tmp_path, axes):
+def test_cycles_over_two_devices_are_those_of_one(some, text, tokens, tmp_path):
     """The loop of a stage: its state goes back to the first device for a check and at the end, and
     one program serves all calls."""
     cfg = settings.RCMStage(batch=4, steps=2, chunk=1, warmup=0, compute="float32")
     student_rates, critic_rates = (adamw(rcm.rates(cfg, 1e-3, n)) for n in (2, 8))
     model, found = tiny_cases.dit(), {}
     negative = encoded.embed(text, encoded.negative(tokens)[None])[0]
-    for name, mesh in (("one", None), ("two", train_cases.mesh(**axes))):
+    for name, mesh in (("one", None), ("two", train_cases.mesh(data=2))):
         run, checked, traced = work.Run(folder=tmp_path / name, settings={}), [], []
         state = DistillState.create(
             model, student_rates, jax.random.key(0), critic=model, critic_optimizer=critic_rates
