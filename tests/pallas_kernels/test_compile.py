@@ -67,9 +67,10 @@ def sla(op, block_q=128, block_k=64, impl="triton", **more):
     return lambda *args: op(*args, topk=0.1, block_q=block_q, block_k=block_k, impl=impl, **more)
 
 
-def filled_up():
-    """Heads of one of two devices at 480p, and how many tokens count."""
-    return (spec((1, 32768, 6, 128), jnp.bfloat16),) * 3, {"keys": 32760}
+def filled_up(size):
+    """Heads of one of two devices in whole blocks, and how many tokens count."""
+    l, _, _, h = SIZES[size]
+    return (spec((1, -(-l // 256) * 256, h // 2, 128), jnp.bfloat16),) * 3, {"keys": l}
 
 
 def gradient(op, *sizes):
@@ -114,7 +115,10 @@ def case(name, size):
         "sagesla": (sla(sage), (*qkv(size), *projection())),
         "sagesla 64x64": (sla(sage, 64, 64), (*qkv(size), *projection())),
         "sagesla 64x128": (sla(sage, 64, 128), (*qkv(size), *projection())),
-        "sagesla filled up": (sla(sage, **filled_up()[1]), (*filled_up()[0], *projection())),
+        "sagesla filled up": (
+            sla(sage, **filled_up(size)[1]),
+            (*filled_up(size)[0], *projection()),
+        ),
         "sage dense": (
             lambda q, k, v: sage_attention.sage_attention(q, k, v, impl="triton"),
             qkv(size),
@@ -187,8 +191,8 @@ def mosaic_case(name):
         "sla": (sla(sparse, impl="mosaic"), (*qkv("480p"), *projection())),
         "sagesla": (sla(sage, impl="mosaic"), (*qkv("480p"), *projection())),
         "sagesla filled up": (
-            sla(sage, impl="mosaic", **filled_up()[1]),
-            (*filled_up()[0], *projection()),
+            sla(sage, impl="mosaic", **filled_up("480p")[1]),
+            (*filled_up("480p")[0], *projection()),
         ),
         "sage dense": (
             lambda q, k, v: sage_attention.sage_attention(q, k, v, impl="mosaic"),
