@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import SCRIPTS
 from flax import nnx
-from jax.sharding import AbstractMesh, NamedSharding, use_abstract_mesh
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 
@@ -364,7 +364,8 @@ def test_blocks_that_lie_whole_on_each_device(monkeypatch, attention, linear, im
 
 @pytest.mark.parametrize("tokens, devices", [(32760, 2), (75600, 2), (75600, 8), (32760, 8)])
 def test_tokens_are_filled_up_to_whole_blocks_where_that_is_little(tokens, devices):
-    with use_abstract_mesh(AbstractMesh((devices,), ("seq",))):
+    here = AbstractMesh((devices,), ("seq",), axis_types=(AxisType.Auto,))
+    with use_abstract_mesh(here):
         fill = missing_tokens(tokens)
         assert (tokens + fill) % (devices * 128) == 0 and fill < tokens / 64
         assert missing_tokens(100) == -100 % devices
