@@ -176,6 +176,7 @@ class QuantizedLinear(_Layer):
         return self.multiplied(x, self.product, self.divided)
 
     def multiplied(self, x, product: Callable, divided: Callable):
+        """Returns self(x) by such a `product`, divided over a mesh by `divided`."""
         x, narrow, up = self.quantize_input(x), None, None
         if self.low_rank_up is not None:
             narrow, up = self.low_rank(x)
