@@ -99,8 +99,7 @@ class SLACore(nnx.Module):
         return self._pooled(x, norm, rope, self.cfg.sla.block_k)
 
     def _pooled(self, x, norm, rope, block):
-        largest = max(self.cfg.sla.block_q, self.cfg.sla.block_k)
-        if blocks_lie_whole(x.shape[1], largest, self.cfg.heads):
+        if blocks_lie_whole(x.shape[1], largest_block(self.cfg), self.cfg.heads):
             return _rotated(x, norm, rope, self.cfg, block)
         # the core, which sees every token of a head, takes the means itself
         return _rotated(x, norm, rope, self.cfg), None
@@ -135,6 +134,11 @@ class SageSLACore(SLACore):
     """Sparse-linear attention with int8 scores; the same parameters."""
 
     op = staticmethod(sage_sparse_linear_attention)
+
+
+def largest_block(cfg: DiTConfig) -> int:
+    """Returns how many tokens the largest block of self-attention has; 1 where it has no blocks."""
+    return 1 if cfg.attention == "dense" else max(cfg.sla.block_q, cfg.sla.block_k)
 
 
 SELF_ATTENTION = {"dense": DenseCore, "sla": SLACore, "sagesla": SageSLACore}

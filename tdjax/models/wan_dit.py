@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from tdjax.config import DiTConfig
 from tdjax.models.abstract import as_shapes, drawn, stacked
-from tdjax.models.attention import CrossAttention, SelfAttention, TextKV
+from tdjax.models.attention import CrossAttention, SelfAttention, TextKV, largest_block
 from tdjax.models.linear import LINEAR, PRODUCT, Linear, converted
 from tdjax.models.norms import LayerNorm, modulate, sinusoid
 from tdjax.models.rope import Rotation, rope
@@ -215,7 +215,7 @@ class DiT(nnx.Module):
     def begin(self, x, timestep, image):
         """What comes before the blocks: x f32 [b t h w c], timestep f32 [b] -> (the stream [b l d],
         e [b d] for the head, e0 [b 6 d] for the blocks)."""
-        fill = missing_tokens(math.prod(self.grid(x)))
+        fill = missing_tokens(math.prod(self.grid(x)), largest_block(self.cfg))
         e, e0 = (constrain(part, "batch") for part in self.time(timestep))
         x = self.patchify(x, image)
         return self.between(jnp.pad(x, ((0, 0), (0, fill), (0, 0))) if fill else x), e, e0
@@ -322,7 +322,8 @@ def _scan_by_number(step: Callable, x, stacked):
 
 def rotation(grid: tuple[int, ...], cfg: DiTConfig) -> Rotation:
     """Angles of the tokens of a grid, with what is missing on a mesh."""
-    return rope(grid, cfg.head_dim).filled(missing_tokens(math.prod(grid)))
+    fill = missing_tokens(math.prod(grid), largest_block(cfg))
+    return rope(grid, cfg.head_dim).filled(fill)
 
 
 def with_low_rank(model: DiT, factors: Mapping[str, tuple]) -> DiT:

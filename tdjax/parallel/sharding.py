@@ -21,7 +21,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 TOKENS = "seq"  # the mesh axis that tokens are divided over
 COPIES = "data"  # that of copies of all, which have samples of their own
 GUIDANCE = "guidance"  # that of the halves of a doubled batch
-BLOCK = 128  # tokens of the largest block of attention
 MOST_FILL = 1 / 64  # of the tokens, for blocks that are whole on each device
 
 # Pattern of a leaf name (whole) -> the names of its axes; every leaf of every network matches
@@ -184,15 +183,15 @@ def _divides_halves() -> bool:
     return mesh_sizes().get(GUIDANCE, 1) > 1
 
 
-def missing_tokens(count: int) -> int:
+def missing_tokens(count: int, block: int = 1) -> int:
     """Returns how many tokens fill up the axis that the current mesh divides them over: to whole
-    blocks on each device where that adds little, so that no block lies on two, and to equal shares
-    elsewhere."""
+    blocks of so many on each device where that adds little, so that none lies on two, and to equal
+    shares elsewhere."""
     devices = mesh_sizes().get(TOKENS, 1)
     if devices == 1:
         return 0
     share = -(-count // devices)
-    whole = -(-share // BLOCK) * BLOCK
+    whole = -(-share // block) * block
     return devices * (whole if whole - share <= share * MOST_FILL else share) - count
 
 

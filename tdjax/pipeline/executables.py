@@ -55,7 +55,7 @@ TRACED = re.compile(
 
 # On a mesh, what is exchanged travels while other layers run, and between GPUs of one host by their
 # copy engines: a step of 1.3B on two H200 took 96.6 ms without, 93.0 with both. Kernels between two
-# exchanges are few, and worth a graph all the same.
+# exchanges are few, and go into a graph all the same: 92.2 to 91.0 ms, with blocks taken by number.
 MESH_OPTIONS = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_use_memcpy_local_p2p": True,

@@ -336,7 +336,6 @@ def test_blocks_that_lie_whole_on_each_device(monkeypatch, attention, linear, im
     """180 tokens are filled up to 256 in blocks of 64. Means of blocks are taken where tokens lie,
     heads change devices in groups as kernels write them, and nothing of it changes a call. A block
     has five exchanges: v, k, q, the means, and what comes of them."""
-    monkeypatch.setattr(sharding, "BLOCK", 64)
     monkeypatch.setattr(sharding, "MOST_FILL", 1.0)
     sla = SLAConfig(topk=0.5, block_q=64, block_k=64)
     kinds = {"attention": attention, "linear": "float", "impl": impl, "sla": sla}
@@ -352,7 +351,7 @@ def test_blocks_that_lie_whole_on_each_device(monkeypatch, attention, linear, im
     whole = NamedSharding(here, P())
     placed = jax.device_put((model, *args), whole)
     with jax.set_mesh(here):
-        assert missing_tokens(180) == 76
+        assert missing_tokens(180, 64) == 76
         program = jax.jit(step, out_shardings=whole).lower(*placed).compile()
     distance = np.linalg.norm(program(*placed) - one) / np.linalg.norm(one)
     assert distance < (1e-5 if linear == "float" else 1e-3)  # an int8 value on an edge may move
@@ -366,9 +365,10 @@ def test_blocks_that_lie_whole_on_each_device(monkeypatch, attention, linear, im
 def test_tokens_are_filled_up_to_whole_blocks_where_that_is_little(tokens, devices):
     here = AbstractMesh((devices,), ("seq",), axis_types=(AxisType.Auto,))
     with use_abstract_mesh(here):
-        fill = missing_tokens(tokens)
+        fill = missing_tokens(tokens, 128)
         assert (tokens + fill) % (devices * 128) == 0 and fill < tokens / 64
-        assert missing_tokens(100) == -100 % devices
+        assert missing_tokens(100, 128) == -100 % devices  # where it is much: equal shares
+        assert missing_tokens(tokens) == -tokens % devices  # where attention has no blocks
 
 
 @pytest.mark.slow
