@@ -31,6 +31,7 @@ from tdjax.checkpoints.published import detect
 from tdjax.checkpoints.published.lora import Change, changes_of, left_out_note
 from tdjax.checkpoints.published.rules import Row, invert
 from tdjax.config import DiTConfig
+from tdjax.errors import CheckpointError
 from tdjax.models.linear import LINEAR
 from tdjax.models.wan_dit import with_low_rank, without_blocks
 from tdjax.parallel import hosts
@@ -312,9 +313,15 @@ def _check(changes: list[tuple[_Place, Change]], finite: jax.Array) -> None:
     """Raises CheckpointError where factors are not finite; finite [n]: whether those of each layer
     are."""
     good = np.asarray(finite)
-    for place, change in changes:
-        if not good[place.layer]:
-            change.step(np.zeros(place.shape, np.float32))
+    bad = [(place, change) for place, change in changes if not good[place.layer]]
+    for place, change in bad:
+        change.step(np.zeros(place.shape, np.float32))
+    if bad:  # the file is right, and too large for the dtype of the factors
+        raise CheckpointError(
+            f"{bad[0][1].key}: a LoRA is too strong",
+            "its factors, times the strength, are beyond the numbers of this network",
+            "take a smaller strength",
+        )
 
 
 def _beside(name: str, changes: list[tuple[_Place, Change]]) -> bool:
@@ -338,16 +345,17 @@ def filled_rank(rank: int) -> int:
 def _scaled(downs, ups, scales, *, dtype) -> tuple:
     """downs [n r i], ups [n o r], scales [n r] -> the same downs and scaled ups in dtype, and
     whether those of each layer are finite [n]."""
-    downs, ups = downs.astype(jnp.float32), ups.astype(jnp.float32)
+    ups = ups.astype(jnp.float32) * scales[:, None]
+    downs, ups = downs.astype(jnp.float32).astype(dtype), ups.astype(dtype)
     finite = jnp.isfinite(downs).all((1, 2)) & jnp.isfinite(ups).all((1, 2))
-    return downs.astype(dtype), (ups * scales[:, None]).astype(dtype), finite
+    return downs, ups, finite
 
 
 @functools.partial(jax.jit, static_argnames="kind")
 def _added(leaves: tuple, downs, ups, scales, touched, *, kind: str) -> tuple[tuple, jax.Array]:
     """leaves [n ...] of kind, the others as in `_scaled`: the leaves with the products added, a
     layer at a time; those that no file touches keep their bits. And whether the factors of each
-    layer are finite."""
+    layer and their product are finite."""
     layer = LINEAR[kind]
     downs, ups, finite = _scaled(downs, ups, scales, dtype=jnp.float32)
 
@@ -355,9 +363,11 @@ def _added(leaves: tuple, downs, ups, scales, touched, *, kind: str) -> tuple[tu
         leaves, up, down, change = each
         product = jnp.matmul(up, down, precision=lax.Precision.HIGHEST)
         new = layer.packed(layer.unpacked(*leaves) + product, leaves[0].dtype)
-        return tuple(jnp.where(change, a, b) for a, b in zip(new, leaves, strict=True))
+        new = tuple(jnp.where(change, a, b) for a, b in zip(new, leaves, strict=True))
+        return new, jnp.isfinite(product).all()
 
-    return lax.map(one, (leaves, ups, downs, touched)), finite
+    new, good = lax.map(one, (leaves, ups, downs, touched))
+    return new, finite & good
 
 
 def _by_steps(old: tuple, changes: list[tuple[_Place, Change]], kind: str | None) -> tuple:

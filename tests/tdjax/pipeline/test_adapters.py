@@ -268,6 +268,25 @@ def test_a_file_that_is_not_finite_is_named_by_its_layer(file, lora, linear, fac
         on(with_linear(loaded(file), linear), Adapters(), (lora(damaged),))
 
 
+@pytest.mark.parametrize(
+    "linear, down, up, message",
+    [
+        ("float", 1e30, 1e30, "q: its values are too large"),
+        ("int8_channel", 1e30, 3e38, "q: its values are too large"),
+        ("float", 1e-30, 3e38, "q.*: a LoRA is too strong"),
+        ("int8_channel", 1e-30, 3e38, "q.*: a LoRA is too strong"),
+    ],
+)
+def test_a_file_whose_numbers_are_too_large_is_refused(file, lora, linear, down, up, message):
+    """Finite factors whose product is not, and those that the strength makes infinite."""
+    damaged = {name: x.copy() for name, x in LOW_RANK.items()}
+    layer = "diffusion_model.blocks.2.self_attn.q"
+    damaged[f"{layer}.lora_A.weight"][...] = down
+    damaged[f"{layer}.lora_B.weight"][...] = up
+    with pytest.raises(CheckpointError, match=message):
+        on(with_linear(loaded(file), linear), Adapters(), ((lora(damaged)[0], 8.0),))
+
+
 @pytest.mark.parametrize("dtypes", [("bfloat16", "bfloat16"), ("float16", "bfloat16")])
 def test_factors_of_16_bits_are_those_of_the_file(file, lora, dtypes):
     """Also of two files of other dtypes at once: a scale is multiplied in float32."""
