@@ -87,9 +87,10 @@ class OverSpace:
     def __name__(self) -> str:
         return self.body.__name__
 
-    def __call__(self, *args, **static):
-        op = functools.partial(self.body, **static)
-        return space.over_space(op, self.mesh, self.inputs, self.outputs)(*args)
+    def __call__(self, vae, *chunk, output: str | None = None):
+        """chunk: the body's arrays after its weights. output: of bodies that decode."""
+        op = self.body if output is None else functools.partial(self.body, output=output)
+        return space.over_space(op, self.mesh, self.inputs, self.outputs)(vae, *chunk)
 
 
 def start_noise(key, steps: int, shape: tuple[int, ...]):

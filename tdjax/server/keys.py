@@ -121,7 +121,7 @@ def read_keys(path: Path) -> Keys:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
-    return Keys(parsed(text, path), path)
+    return Keys(_parsed(text, path), path)
 
 
 def environment_keys(name: str) -> Keys:
@@ -134,10 +134,10 @@ def environment_keys(name: str) -> Keys:
             f"the environment has no variable {name}",
             f'export {name}="$(python -m tdjax.server.keys alice)"',
         )
-    return Keys(parsed(text, f"the variable {name}"))
+    return Keys(_parsed(text, f"the variable {name}"))
 
 
-def parsed(text: str, source: object) -> dict[str, Key]:
+def _parsed(text: str, source: object) -> dict[str, Key]:
     """Returns {SHA-256: key} of TOML. source: what a message calls it."""
     try:
         tables = tomllib.loads(text)

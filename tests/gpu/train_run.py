@@ -1,9 +1,9 @@
 """Runs of the training presets over one GPU and over several: `python -m tdjax.train` itself, on
 random shards and weights, from its start to a step.
 
-    python tests/gpu/train_run.py sla --devices 2 --against rows.jsonl --json rows.jsonl
-    python tests/gpu/train_run.py sla rcm --steps 5 --json rows.jsonl    two runs at the same time,
-    each on a GPU of its own
+    python tests/gpu/train_run.py sla rcm --folder FOLDER --steps 5 --json rows.jsonl    two runs at
+    the same time, each on a GPU of its own
+    python tests/gpu/train_run.py sla --folder FOLDER --devices 2 --against rows.jsonl
 
 Without other options: the 1.3B network, 480p latents, a global batch of 8 in parts of one clip a
 device, 20 steps. A row of --json (JSON lines) has the seconds, losses and norms of every step, the
@@ -216,7 +216,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--limit", type=float, default=560, help="seconds of a run")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/train_run"))
+    parser.add_argument("--folder", type=Path, required=True, help="of weights and runs")
     parser.add_argument("--weights", help="in place of a file of random numbers")
     parser.add_argument("--latents", nargs=3, type=int, default=LATENTS)
     parser.add_argument("--channels", type=int, default=16)

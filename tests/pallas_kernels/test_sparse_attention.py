@@ -262,3 +262,7 @@ def test_errors():
         sparse_attention(q, k, v, blocks, block_q=64)
     with pytest.raises(ValueError, match=r"impl is 'cudnn'; allowed: auto, reference"):
         sparse_attention(q, k, v, blocks, impl="cudnn")
+    proj = jnp.zeros((q.shape[-1],) * 2), jnp.zeros(q.shape[-1])
+    for keys in (0, k.shape[1] + 1):
+        with pytest.raises(ValueError, match=rf"keys is {keys}; allowed: 1 to {k.shape[1]}"):
+            op.sparse_linear_attention(q, k, v, *proj, topk=0.5, keys=keys)
