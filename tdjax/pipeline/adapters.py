@@ -33,7 +33,7 @@ from tdjax.checkpoints.published.rules import Row, invert
 from tdjax.config import DiTConfig
 from tdjax.errors import CheckpointError
 from tdjax.models.linear import LINEAR
-from tdjax.models.wan_dit import with_low_rank, without_blocks
+from tdjax.models.wan_dit import HOST_MEMORY, with_low_rank, without_blocks
 from tdjax.parallel import hosts
 from tdjax.pipeline.options import Lora, lora_pairs, refuse_experts
 from tdjax.pipeline.streaming import Streamed, block_of, waiting, with_one_block
@@ -131,11 +131,15 @@ def adapt(
 
 
 class Adapters:
-    """What is merged into one transformer, and the leaves as they were, on the host."""
+    """What is merged into one transformer, and the leaves as they were, on the host.
 
-    def __init__(self):
+    locked: these are in page-locked memory, of which a process has a limited amount.
+    """
+
+    def __init__(self, locked: bool = True):
         self.chosen = Chosen((), [], {})
-        self._base: dict[str, tuple[np.ndarray, ...]] = {}
+        self._locked = locked
+        self._base: dict[str, tuple[np.ndarray | jax.Array, ...]] = {}
         self._pieces: dict[int | None, Adapters] = {}  # of a `Streamed`: its blocks, and the rest
 
     def merged(self, module: Any) -> Any:
@@ -149,26 +153,36 @@ class Adapters:
             leaves.pop(name).delete()
         linear = LINEAR[module.cfg.linear].leaves
         merged = {n: x for n, x in self.chosen.changes.items() if n not in self.chosen.beside}
-        for name in merged.keys() - self._base.keys():
-            for part in _parts(name, leaves, linear):
-                leaves[part].copy_to_host_async()  # all begin before the first is waited for
+        parts = {name: _parts(name, leaves, linear) for name in {**self._base, **merged}}
+        kinds = {n: _kind(n, parts[n], module.cfg.linear) for n in merged}
         base = {}
-        for name in {**self._base, **merged}:
-            parts, known = _parts(name, leaves, linear), self._base.get(name)
-            if known:
-                _replace(leaves, parts, known)
-            if name in merged:
-                old = tuple(leaves[part] for part in parts)
-                base[name] = known or tuple(map(hosts.whole, old))
-                kind = None
-                if name.startswith("blocks.") and name.endswith(".kernel"):
-                    kind = module.cfg.linear if len(parts) > 1 else "float"
-                products = kind and all(change.factors for _, change in merged[name])
-                new = (_low_rank if products else _by_steps)(old, merged[name], kind)
-                _replace(leaves, parts, new)
+        with ThreadPoolExecutor(READERS) as pool:
+            products = {
+                name: pool.submit(_read, each, len(leaves[parts[name][0]]))
+                for name, each in merged.items()
+                if kinds[name] and all(change.factors for _, change in each)
+            }
+            for name, own in parts.items():
+                # Bound to their device from the first time on, as the sum is compiled for that.
+                old = tuple(hosts.place(leaves[part], leaves[part].sharding) for part in own)
+                known = self._base.get(name)
+                if known:
+                    old = _restored(old, known)
+                if name in merged:
+                    base[name] = known or jax.block_until_ready(tuple(map(self._kept, old)))
+                    given = products.pop(name).result() if name in products else None
+                    old = _changed(old, merged[name], kinds[name], given)
+                leaves |= zip(own, old, strict=True)
         self._base = base
         plain = orbax.assemble(orbax.abstract("dit", module.cfg), leaves)
         return with_low_rank(plain, self._factors(module.cfg, next(iter(leaves.values())).sharding))
+
+    def _kept(self, leaf: jax.Array) -> np.ndarray | jax.Array:
+        """A leaf in the host's memory: page-locked where it lies on one device, to which it then
+        comes back at the speed of the bus; once for all devices of a mesh."""
+        if self._locked and len(leaf.sharding.device_set) == 1:
+            return jax.device_put(leaf, leaf.sharding.with_memory_kind(HOST_MEMORY))
+        return hosts.whole(leaf)
 
     def abstract(self, module: Any, sharding: Any = None) -> Any:
         """Returns a network as shapes, with those of the factors beside its weights."""
@@ -202,11 +216,14 @@ class Adapters:
             like = jax.sharding.NamedSharding(like.mesh, jax.sharding.PartitionSpec())
         shapes = self._shapes(cfg)
         changes = {n: self.chosen.changes.get(f"{n}.kernel", []) for n in shapes}
-        read = lambda layer: _side_by_side(changes[layer], *shapes[layer])
-        scaled = functools.partial(_scaled, dtype=cfg.policy.param_dtype)
+
+        def make(layer: str) -> tuple:
+            given = _side_by_side(changes[layer], *shapes[layer])
+            return _scaled(*(hosts.place(x, like) for x in given), dtype=cfg.policy.param_dtype)
+
+        # Programs of different shapes are compiled beside each other, the first time.
         with ThreadPoolExecutor(READERS) as pool:
-            given = zip(shapes, pool.map(read, shapes), strict=True)
-            made = {n: scaled(*(hosts.place(one, like) for one in x)) for n, x in given}
+            made = dict(zip(shapes, pool.map(make, shapes), strict=True))
         for layer, (_, _, finite) in made.items():  # when all are on their way
             _check(changes[layer], finite)
         return {layer: (down, up) for layer, (down, up, _) in made.items()}
@@ -216,7 +233,7 @@ class Adapters:
         outer, blocks = module.outer, list(module.blocks)
         like = self.abstract(orbax.abstract("dit", outer.cfg)).blocks
         for at in (None, *range(len(blocks))):
-            part = self._pieces.setdefault(at, Adapters())
+            part = self._pieces.setdefault(at, Adapters(locked=False))  # the blocks are
             part.chosen = self.chosen.of(at)
             touched = part.chosen.changes or part.chosen.beside or part._base
             if at is not None:
@@ -260,23 +277,45 @@ def _parts(name: str, leaves: dict[str, Any], linear: tuple[str, ...]) -> tuple[
     return tuple(f"{stem}.{part}" for part in linear)
 
 
-def _replace(leaves: dict[str, Any], parts: tuple[str, ...], values: tuple) -> None:
-    """Puts values where the leaves of these names lie, and deletes those."""
-    for part, value in zip(parts, values, strict=True):
-        old = leaves[part]
-        leaves[part] = jax.block_until_ready(hosts.place(value, old.sharding))
-        old.delete()
+def _kind(name: str, parts: tuple[str, ...], linear: str) -> str | None:
+    """How the weights of a linear layer of blocks are held; None for other leaves."""
+    if not (name.startswith("blocks.") and name.endswith(".kernel")):
+        return None
+    return linear if len(parts) > 1 else "float"
 
 
-def _low_rank(old: tuple, changes: list[tuple[_Place, Change]], kind: str) -> tuple:
-    """The leaves [n ...] of a linear layer with products added, those of all files side by side."""
-    (outputs, inputs), rank, count = changes[0][0].shape, _rank(changes), len(old[0])
-    given = _side_by_side(changes, (count, rank, inputs), (count, outputs, rank))
-    touched = np.zeros(count, bool)
-    touched[list(_ranks(changes))] = True
-    new, finite = _added(old, *given, touched, kind=kind)
-    _check(changes, finite)
-    return new
+def _restored(old: tuple, known: tuple) -> tuple:
+    """The leaves of before on the device, in the place of those there, which are deleted first."""
+    for leaf in old:
+        leaf.delete()
+    return tuple(hosts.place(x, leaf.sharding) for x, leaf in zip(known, old, strict=True))
+
+
+def _changed(
+    old: tuple, changes: list[tuple[_Place, Change]], kind: str | None, given: tuple | None
+) -> tuple:
+    """The leaves with changes, in the place of those that are given, which are deleted. given: what
+    `_read` returns, of changes that are products."""
+    if given is None or kind is None:
+        new = _by_steps(old, changes, kind)
+    else:
+        touched = np.zeros(len(old[0]), bool)
+        touched[list(_ranks(changes))] = True
+        new, finite = _added(old, *given, touched, kind=kind)
+        _check(changes, finite)
+    made = tuple(hosts.place(x, leaf.sharding) for x, leaf in zip(new, old, strict=True))
+    jax.block_until_ready(made)
+    for leaf in old:
+        leaf.delete()
+    return made
+
+
+def _read(
+    changes: list[tuple[_Place, Change]], count: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The factors of the changes of a leaf of `count` layers, those of all files side by side."""
+    (outputs, inputs), rank = changes[0][0].shape, _rank(changes)
+    return _side_by_side(changes, (count, rank, inputs), (count, outputs, rank))
 
 
 def _ranks(changes: list[tuple[_Place, Change]]) -> dict[int, int]:

@@ -1,15 +1,15 @@
 """`python -m tdjax.generate` on files of the published layouts at real size, from the start of the
 process to the video.
 
-    python tests/gpu/real_size.py 1.3B FOLDER     writes 16 GB; T2V at 480p, 81 frames, 4 steps: the
-    fastest way, the int8 file, dense python tests/gpu/real_size.py 14B FOLDER      writes 26 GB;
-    T2V at 720p, 81 frames, 4 steps, the int8 file python tests/gpu/real_size.py A14B FOLDER
-    writes 41 GB; I2V at 720p, 81 frames, 4 steps, the int8 files of both experts
+    python tests/gpu/real_size.py 1.3B FOLDER   writes 16 GB; text to video at 480p: the fastest
+                                                way, the int8 file, dense
+    python tests/gpu/real_size.py 14B FOLDER    writes 26 GB; text to video at 720p, the int8 file
+    python tests/gpu/real_size.py A14B FOLDER   writes 41 GB; image to video at 720p, the int8 files
+                                                of both experts
 
-The first run of a configuration starts with empty caches, the others find them filled. The numbers
-in the files are random, so the
-frames are noise: the worst case for the video encoder. Files that are in FOLDER already are used
-                  again.
+All are 81 frames in 4 steps. The first run of a configuration starts with empty caches, the others
+find them filled. The numbers in the files are random, so the frames are noise: the worst case for
+the video encoder. Files that are in FOLDER already are used again.
 """
 
 from __future__ import annotations

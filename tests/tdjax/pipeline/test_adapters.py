@@ -4,6 +4,7 @@ the bits of before without."""
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_model
@@ -317,6 +318,19 @@ def test_a_network_is_copied_to_the_host_once(file, lora):
     module = on(module, held, ())
     assert not held._base
     assert all(np.array_equal(leaf, before[name]) for name, leaf in leaves(module).items())
+
+
+@pytest.mark.parametrize("linear", ["float", "int8_channel"])
+def test_another_file_in_its_place_compiles_nothing(file, lora, caplog, linear):
+    """Also where the leaves were not bound to a device when they were loaded."""
+    one, two = lora(LOW_RANK, "one"), lora(LOW_RANK, "two")
+    module, held = with_linear(loaded(file), linear), Adapters()
+    module = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), module)
+    assert not jax.tree.leaves(module)[0].committed
+    module = on(module, held, (one,))
+    with jax.log_compiles():
+        on(module, held, (two,))
+    assert "XLA compilation" not in caplog.text
 
 
 def test_nothing_fits(lora):

@@ -64,12 +64,13 @@ def test_another_schedule_or_seed_compiles_nothing(pipe):
 
 
 @pytest.mark.slow
-def test_a_second_call_traces_nothing(pipe):
+def test_a_second_call_traces_nothing(pipe, caplog):
     """A warm call is the work itself: nothing is traced or compiled on the way."""
     pipe("a red circle", seed=1, **SMALL)
     with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "eval_shape", lambda *_, **__: pytest.fail("shapes were traced again"))
         pipe("a blue square", seed=2, **SMALL)
+    assert "XLA compilation" not in caplog.text
 
 
 @pytest.mark.slow
