@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 AXES = {"rows": 2, "columns": 3}  # mesh axis -> axis of [b t h w c]
 COPIES = "copies"  # mesh axis of devices that do the same
+AT_ONCE = 2  # latent frames: eight frames, which `temporal_unfold` holds in registers
 
 
 def space_mesh(mesh: Mesh, height: int, width: int) -> Mesh:
@@ -28,6 +29,14 @@ def space_mesh(mesh: Mesh, height: int, width: int) -> Mesh:
     name = max(by, key=lambda axis: by[axis])
     shape = by[name], devices.size // by[name]
     return Mesh(devices.reshape(shape), (name, COPIES), axis_types=(AxisType.Auto,) * 2)
+
+
+def latents_at_once(mesh: Mesh | None, height: int, width: int, later: int) -> int:
+    """Returns how many latent frames pass through the VAE together, of those after the first, for
+    frames of this size in latents. Divided over devices several take no more memory than one does
+    on a single device, and as many edges go to the neighbours as of one."""
+    alone = mesh is None or space_mesh(mesh, height, width).devices.shape[0] < AT_ONCE
+    return 1 if alone or later % AT_ONCE else AT_ONCE
 
 
 def part(mesh: Mesh) -> PartitionSpec:

@@ -46,7 +46,7 @@ def encode_first(vae, video):
 
 
 def encode_later(vae, cache, video):
-    """Four frames f32[b 4 H W 3] after those that the cache remembers -> (latents f32[b 1 h w c],
+    """Frames f32[b 4n H W 3] after those that the cache remembers -> (latents f32[b n h w c],
     cache)."""
     return vae.encode_chunk(video, cache)
 
@@ -58,8 +58,8 @@ def decode_first(vae, latents, *, output: str):
 
 
 def decode_later(vae, cache, latents, *, output: str):
-    """A latent frame after those that the cache remembers -> (frames [b 4 H W 3], whether all of it
-    was finite, cache)."""
+    """Latent frames [b n h w c] after those that the cache remembers -> (frames [b 4n H W 3],
+    whether all of them were finite, cache)."""
     video, cache = vae.decode_chunk(latents, cache)
     return *pixels(video, output), cache
 

@@ -26,7 +26,7 @@ from tdjax.errors import OutOfMemory
 from tdjax.models import tiny_vae
 from tdjax.models.wan_vae import cache_bytes
 from tdjax.parallel.sharding import GUIDANCE, shardings
-from tdjax.parallel.space import space_mesh
+from tdjax.parallel.space import latents_at_once, space_mesh
 from tdjax.pipeline.vae_tiling import tiling
 
 if TYPE_CHECKING:
@@ -266,12 +266,13 @@ def text_kv_bytes(cfg: DiTConfig, batch: int) -> int:
     return 2 * cfg.layers * batch * cfg.text_len * cfg.dim * item
 
 
-def vae_working(cfg: VAEConfig, height: int, width: int, *, encode: bool) -> int:
-    """The cache and the activations of one chunk at full resolution; frames come and go. XLA counts
-    5.0 of them with the kernel, and up to 9.0 where the reference makes the taps."""
+def vae_working(cfg: VAEConfig, height: int, width: int, *, encode: bool, latents: int = 1) -> int:
+    """The cache and the activations of one chunk of `latents` latent frames at full resolution;
+    frames come and go. XLA counts 5.0 of them with the kernel, and up to 9.0 where the reference
+    makes the taps."""
     item, frame = np.dtype(cfg.policy.compute).itemsize, height * width
     steps = KERNEL_STEPS if has_kernels(cfg) else REFERENCE_STEPS
-    activation = 4 * cfg.multipliers[0] * cfg.dim * frame * item  # four frames, full resolution
+    activation = 4 * latents * cfg.multipliers[0] * cfg.dim * frame * item  # four frames of each
     return cache_bytes(cfg, height, width, encode=encode) + int(steps * activation)
 
 
@@ -345,7 +346,8 @@ def _vae_stage(
     if isinstance(cfg, TinyVAEConfig):
         kind, working = "tiny_vae", tiny_working(cfg, *pixels)
     else:
-        kind, working = "vae", vae_working(cfg, *pixels, encode=encode)
+        latents = latents_at_once(mesh, *sides, size.latent_frames - 1)
+        kind, working = "vae", vae_working(cfg, *pixels, encode=encode, latents=latents)
     if mesh is not None:
         working //= space_mesh(mesh, *sides).devices.shape[0]
     return StagePlan(stage, stage, "vae", weight_bytes(kind, cfg, mesh), working)

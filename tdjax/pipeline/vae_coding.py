@@ -3,7 +3,8 @@ memory does not depend on the length of the clip.
 
 One compiled body for the first latent frame and one for every later one, called from the host; what
 the VAE remembers of the past is donated from call to call. The bits are those of `VAE.decode` and
-`VAE.encode` (tested). On a mesh every device has some rows or columns of all frames.
+`VAE.encode` (tested). On a mesh every device has some rows or columns of all frames, and later
+latent frames come two at a time where their number is even.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tdjax.errors import NotFinite
 from tdjax.media.resolution import fit_image
 from tdjax.models import tiny_vae
 from tdjax.models.wan_vae import cache_shapes
-from tdjax.parallel.space import part, space_mesh
+from tdjax.parallel.space import latents_at_once, part, space_mesh
 from tdjax.pipeline import compilation, memory
 from tdjax.pipeline.compilation import Program, Programs
 from tdjax.pipeline.components import Component
@@ -94,23 +95,25 @@ class VAECoding(Stage):
         if tiled and len(tiling(h, w).corners) > 1:
             h, w = tiling(h, w).size
             output = "float"
-        cfg, one = self.component.config, (1, 1, h, w, z)
+        cfg, later = self.component.config, self._at_once(t, h, w)
         bodies = compilation.decode_first, compilation.decode_later
         shapes = cache_shapes if isinstance(cfg, VAEConfig) else tiny_vae.cache_shapes
         cache = shapes(cfg, h * cfg.spatial, w * cfg.spatial)
         # of (frames, whether they are finite, cache), which are divided over a mesh
         bodies, mesh = self._divided(bodies, h, w, (True, False, True))
-        chunks = one, one if t > 1 else None
+        chunks = (1, 1, h, w, z), (1, later, h, w, z) if t > 1 else None
         return self._pair(DECODE, bodies, chunks, cache, mesh, output=output)
 
     def encoder(self, size: VideoSize) -> list[Program]:
-        """Returns the programs for the first frame and, if there are more, for each four others."""
+        """Returns the programs for the first frame and, if there are more, for each four others or
+        each eight."""
         cfg = self.component.config
         frames = lambda n: (1, n, size.height, size.width, 3)
         cache = cache_shapes(cfg, size.height, size.width, encode=True)
         bodies = compilation.encode_first, compilation.encode_later
-        chunks = frames(1), frames(cfg.temporal) if size.frames > 1 else None
         grid = size.height // cfg.spatial, size.width // cfg.spatial
+        later = cfg.temporal * self._at_once(size.latent_frames, *grid)
+        chunks = frames(1), frames(later) if size.frames > 1 else None
         bodies, mesh = self._divided(bodies, *grid, (True, True))
         return self._pair(ENCODE, bodies, chunks, cache, mesh)
 
@@ -127,6 +130,11 @@ class VAECoding(Stage):
             divided(first, mesh, (False, True), outputs),
             divided(later, mesh, (False, True, True), outputs),
         ), mesh
+
+    def _at_once(self, t: int, h: int, w: int) -> int:
+        """Latent frames in a chunk after the first, of t latent frames of h x w."""
+        small = isinstance(self.component.config, tiny_vae.TinyVAEConfig)
+        return 1 if small else latents_at_once(self.compiler.mesh, h, w, t - 1)
 
     def _pair(
         self,
@@ -157,14 +165,14 @@ class VAECoding(Stage):
     def decode(
         self, vae, latents: np.ndarray, output: str, tiled: bool = False
     ) -> Iterator[tuple[np.ndarray, bool]]:
-        """Yields (frames [1 or 4, H W 3] on the host, whether they were finite), in order, of
+        """Yields (frames [1, 4 or 8, H W 3] on the host, whether they were finite), in order, of
         latents f32 [1 t h w z] on the host."""
         if tiled and len(tiling(*latents.shape[2:4]).corners) > 1:
             yield from self._decode_tiles(vae, latents, output)
             return
         bodies = self.compiler.wait(self.decoder(latents.shape, output))
-        place = self.compiler.place
-        chunks = (place(latents[:, i : i + 1]) for i in range(latents.shape[1]))
+        place, (t, h, w) = self.compiler.place, latents.shape[1:4]
+        chunks = (place(latents[:, each]) for each in _chunks(t, self._at_once(t, h, w)))
         made = map(self.compiler.readable, _carried(bodies, vae, chunks))
         for frames, finite in arriving(made):
             yield frames[0], bool(finite)
@@ -179,9 +187,8 @@ class VAECoding(Stage):
         _, t, height, width, _ = latents.shape
         count = 1 + (t - 1) * cfg.temporal
         video = np.zeros((count, height * scale, width * scale, 3), np.float32)
-        later = [slice(i, i + cfg.temporal) for i in range(1, count, cfg.temporal)]
-        chunks = [slice(0, 1), *later]
-        finite = [True] * t
+        chunks = _chunks(count, cfg.temporal * self._at_once(t, h, w))
+        finite = [True] * len(chunks)
         for (top, left), weight in zip(tiles.corners, tiles.weights(scale), strict=True):
             place = video[:, top * scale : (top + h) * scale, left * scale : (left + w) * scale]
             tile = latents[:, :, top : top + h, left : left + w]
@@ -197,19 +204,24 @@ class VAECoding(Stage):
     def encode(self, vae, image: np.ndarray, size: VideoSize) -> np.ndarray:
         """Returns latents f32 [1 t h w z] on the host, of the image f32 [1 1 H W 3] followed by
         grey frames."""
-        place, later = self.compiler.place, size.latent_frames - 1
+        place, (_, *later) = self.compiler.place, self._frames(size)
         chunks = iter([place(image)])
         if later:
-            grey = np.zeros((1, self.component.config.temporal, *image.shape[2:]), np.float32)
-            chunks = itertools.chain(chunks, itertools.repeat(place(grey), later))
+            grey = np.zeros((1, later[0].stop - later[0].start, *image.shape[2:]), np.float32)
+            chunks = itertools.chain(chunks, itertools.repeat(place(grey), len(later)))
         return self._encoded(vae, chunks, size)
 
     def encode_frames(self, vae, frames: np.ndarray, size: VideoSize) -> np.ndarray:
         """Returns latents f32 [1 t h w z] on the host, of a clip's frames uint8 [T H W 3]."""
-        step = self.component.config.temporal
-        ends = [slice(0, 1), *(slice(i, i + step) for i in range(1, size.frames, step))]
-        chunks = (self.compiler.place(in_range(frames[each])[None]) for each in ends)
+        place = self.compiler.place
+        chunks = (place(in_range(frames[each])[None]) for each in self._frames(size))
         return self._encoded(vae, chunks, size)
+
+    def _frames(self, size: VideoSize) -> list[slice]:
+        """The frames of each chunk that is encoded."""
+        cfg, t = self.component.config, size.latent_frames
+        grid = size.height // cfg.spatial, size.width // cfg.spatial
+        return _chunks(size.frames, cfg.temporal * self._at_once(t, *grid))
 
     def _encoded(self, vae, chunks: Iterable[jax.Array], size: VideoSize) -> np.ndarray:
         bodies = self.compiler.wait(self.encoder(size))
@@ -242,6 +254,11 @@ class ImageEncoding(Stage):
                 latents = self.coding.encode(vae, image, request.size)
                 condition = image_condition(jnp.asarray(latents))
                 return jax.block_until_ready(self.compiler.place(condition))
+
+
+def _chunks(count: int, step: int) -> list[slice]:
+    """The first of `count` frames, then `step` at a time."""
+    return [slice(0, 1), *(slice(i, i + step) for i in range(1, count, step))]
 
 
 def _carried(

@@ -1,19 +1,25 @@
 """The VAE a chunk at a time: the bits of the whole decode and encode, and memory that does not grow
 with the clip."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_model
+from tolerances import assert_close
 
 import tdjax
 from tdjax.checkpoints import orbax
 from tdjax.config import VideoSize
 from tdjax.errors import UsageError
+from tdjax.parallel.mesh import make_mesh
+from tdjax.parallel.space import latents_at_once
 from tdjax.pipeline import compilation
 from tdjax.pipeline.components import open_component
 from tdjax.pipeline.vae_coding import IN_FLIGHT, VAECoding, arriving
+from tdjax.presets import WAN_1_3B
 from tdjax.progress import Stages
 
 SIZE = VideoSize(
@@ -64,6 +70,45 @@ def test_streamed_encode_is_the_whole_encode(coder):
         pixels = np.random.default_rng(2).integers(0, 256, shape, np.uint8)
         video = (pixels.astype(np.float32) / 127.5 - 1)[None]
         assert np.array_equal(coder.encode_frames(vae, pixels, size), whole(vae, video))
+
+
+@pytest.mark.slow
+def test_devices_take_two_latent_frames_at_once(model, coder):
+    """Where their number is even: the frames and latents of one device."""
+    component, stages = open_component(model / "vae", "vae"), Stages(show=False)
+    component.mesh = make_mesh("sp=2", WAN_1_3B)
+    divided = VAECoding(compilation.Programs(stages, component.mesh), component, stages)
+    whole, vae = coder.component.load(), component.load()
+    for frames, lengths in ((17, [1, 8, 8]), (13, [1, 4, 4, 4])):
+        size = dataclasses.replace(SIZE, frames=frames)
+        chunks = list(divided.decode(vae, latents(frames), "float"))
+        assert [len(c) for c, _ in chunks] == lengths and all(finite for _, finite in chunks)
+        made, once = (
+            np.concatenate([c for c, _ in each])
+            for each in (chunks, coder.decode(whole, latents(frames), "float"))
+        )
+        assert_close(made, once, "float32")
+        pixels = np.random.default_rng(2).integers(0, 256, (frames, 32, 32, 3), np.uint8)
+        assert_close(
+            divided.encode_frames(vae, pixels, size),
+            coder.encode_frames(whole, pixels, size),
+            "float32",
+        )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "size", "later", "latents"),
+    [
+        ("sp=2", (6, 8), 4, 2),
+        ("sp=4", (6, 8), 4, 2),
+        ("sp=2", (6, 8), 3, 1),
+        ("sp=2", (3, 5), 4, 1),
+    ],
+)
+def test_latents_at_once(mesh, size, later, latents):
+    """Nothing is gained where the devices do not divide the frames."""
+    assert latents_at_once(make_mesh(mesh, WAN_1_3B), *size, later) == latents
+    assert latents_at_once(None, *size, later) == 1
 
 
 @pytest.mark.slow
