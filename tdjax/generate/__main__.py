@@ -7,9 +7,10 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -442,8 +443,9 @@ def _run_jobs(args, pipe, todo: list[outputs.Task]) -> int:
     for begin in range(0, len(todo), GROUP):
         group = todo[begin : begin + GROUP]
         embeds = encoded(args, pipe, group)
-        for task in group:
-            _make(args, pipe, task, embeds)
+        many = 1 if args.latents else pipe.programs.copies // args.num_samples
+        for tasks in side_by_side(group, many):
+            _make(args, pipe, tasks, embeds)
     pipe.stages.close()
     if args.profile and todo:
         import jax
@@ -453,6 +455,15 @@ def _run_jobs(args, pipe, todo: list[outputs.Task]) -> int:
         with jax.profiler.trace(args.profile) if hosts.first() else contextlib.nullcontext():
             pipe(todo[-1].job.prompt, **_call_arguments(args, todo[-1].job))
     return _report(args, pipe)
+
+
+def side_by_side(tasks: list[outputs.Task], many: int) -> Iterator[list[outputs.Task]]:
+    """Rows that copies of the weights make at the same time, up to `many` of them: those that
+    follow each other and differ in prompt and seed alone."""
+    for _, alike in itertools.groupby(tasks, lambda task: (task.job.image, task.job.num_frames)):
+        rows = list(alike)
+        for begin in range(0, len(rows), max(1, many)):
+            yield rows[begin : begin + max(1, many)]
 
 
 def encoded(args, pipe, group: list[outputs.Task]) -> dict[str, Any]:
@@ -472,29 +483,56 @@ def text_encoder_device(args) -> str:
     return "stream" if args.text_encoder_device == "auto" and once else args.text_encoder_device
 
 
-def _make(args, pipe, task: outputs.Task, embeds: dict[str, Any]) -> None:
-    """One job from prompt to complete files, if no other process makes it. embeds: see `encoded`,
-    or nothing."""
+def _make(args, pipe, tasks: list[outputs.Task], embeds: dict[str, Any]) -> None:
+    """Jobs from prompts to complete files, but those that another process makes. embeds: see
+    `encoded`, or nothing."""
     from tdjax.generate import together
 
-    with together.claimed(args, task, pipe.stages.note) as paths:
-        if paths is not None:
-            make_files(args, pipe, dataclasses.replace(task, paths=paths), embeds)
+    with contextlib.ExitStack() as held:
+        claimed = lambda task: held.enter_context(together.claimed(args, task, pipe.stages.note))
+        found = [(task, claimed(task)) for task in tasks]
+        own = [dataclasses.replace(task, paths=paths) for task, paths in found if paths is not None]
+        if own:
+            make_files(args, pipe, own, embeds)
 
 
-def make_files(args, pipe, task: outputs.Task, embeds: dict[str, Any]) -> None:
-    """One job from prompt to complete files. embeds: the same."""
+def make_files(args, pipe, tasks: list[outputs.Task], embeds: dict[str, Any]) -> None:
+    """Jobs of one call, which differ in prompt and seed alone, from prompts to complete files.
+    embeds: the same."""
+    import numpy as np
+
     from tdjax.generate import together
 
-    job, arguments = task.job, _call_arguments(args, task.job)
-    if job.prompt in embeds:
-        arguments["prompt_embeds"] = embeds[job.prompt]
-    if pipe.info.language and job.prompt:
-        pipe.stages.note(understood(pipe.info.language, job.prompt))
-    facts = _facts(args, pipe, job)
-    demo, again = pipe.info.language is not None, task.overwrite
-    with outputs.Files(args, pipe.stages, task.paths, facts, overwrite=again, demo=demo) as made:
-        together.finish(made, pipe(job.prompt, **(arguments | together.listening(made))))
+    jobs = [task.job for task in tasks]
+    prompts, arguments = [job.prompt for job in jobs], _call_arguments(args, jobs[0])
+    if embeds:
+        rows = [row for prompt in prompts for row in embeds[prompt]]
+        arguments["prompt_embeds"] = np.stack(rows)
+    if pipe.info.language:
+        for prompt in filter(None, prompts):
+            pipe.stages.note(understood(pipe.info.language, prompt))
+    if len(jobs) == 1:
+        (prompts,) = prompts
+    else:
+        arguments["seed"] = [job.seed for job in jobs]
+    demo = pipe.info.language is not None
+    with contextlib.ExitStack() as open_files:
+        made = [
+            open_files.enter_context(
+                outputs.Files(
+                    args,
+                    pipe.stages,
+                    task.paths,
+                    _facts(args, pipe, task.job),
+                    overwrite=task.overwrite,
+                    demo=demo,
+                )
+            )
+            for task in tasks
+        ]
+        result = pipe(prompts, **(arguments | together.listening(made)))
+        for each, one in zip(made, outputs.divided(result, made), strict=True):
+            together.finish(each, one)
 
 
 def _check_model(args, pipe) -> None:
@@ -628,7 +666,7 @@ def _serve_prompt(args, pipe, line: str, row: int, session: dict[Path, int]) -> 
     pipe.request(prompt, **_call_arguments(args, job))
     facts = lambda job: asked(args, pipe, job)
     (task,) = outputs.assign(args, pipe.name, [job], pipe.stages.note, facts, session)
-    _make(args, pipe, task, {})
+    _make(args, pipe, [task], {})
 
 
 def _setting(line: str) -> tuple[str, list[str]]:

@@ -371,7 +371,7 @@ def add_speed_options(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--mesh",
         help=(
             "several devices: for one video sp=4, tp=2,sp=2, cfg=2 (guided steps), auto (sp over"
-            " all GPUs); dp=2 makes two samples of a prompt at a time"
+            " all GPUs); dp=2 makes two videos at a time, of samples or rows"
         ),
     )
     speed.add_argument(

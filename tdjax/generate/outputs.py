@@ -403,6 +403,38 @@ class Files:
                 tell(self.args, path, result.seed, index, result.timings)
 
 
+def listening(made: list[Files]) -> dict[str, Callable]:
+    """Returns what a call that makes the videos of several jobs, one after another, tells their
+    files; a preview shows the first."""
+    if len(made) == 1:
+        return made[0].listen
+    each = made[0].args.num_samples
+
+    def take(number: int, frames) -> None:
+        files = made[number // each]
+        if not files.whole:
+            files.take(number % each, frames)
+
+    return {**made[0].listen, "on_frames": take}
+
+
+def divided(result, made: list[Files]) -> list:
+    """Returns the result of each of the jobs that one call has made."""
+    if len(made) == 1:
+        return [result]
+    each = len(result) // len(made)
+    part = lambda array, job: None if array is None else array[job * each : (job + 1) * each]
+    return [
+        dataclasses.replace(
+            result,
+            frames=part(result.frames, job),
+            latents=part(result.latents, job),
+            seed=result.seed[job],
+        )
+        for job in range(len(made))
+    ]
+
+
 def tell(args, path: Path, seed: int | None, index: int, timings: dict[str, float]) -> None:
     """Writes on stdout that a file is there."""
     line = {"path": str(path), "seed": seed, "index": index, "timings": timings}

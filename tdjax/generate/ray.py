@@ -156,7 +156,7 @@ class Rows:
         for task in group:
             rest = outputs.remaining(args, task.job, task.paths, pipe.stages.note, facts)
             if rest is not None:
-                make_files(args, pipe, rest, embeds)
+                make_files(args, pipe, [rest], embeds)
                 continue
             for index, path in enumerate(task.paths):
                 outputs.tell(args, path, task.job.seed, index, {})

@@ -131,9 +131,9 @@ def claimed(
         yield None if paths is None else list(map(Path, paths))
 
 
-def listening(made: outputs.Files) -> dict[str, Callable]:
-    """Returns what a call tells the files of a job: in the first process."""
-    return made.listen if hosts.first() else {}
+def listening(made: list[outputs.Files]) -> dict[str, Callable]:
+    """Returns what a call tells the files of its jobs: in the first process."""
+    return outputs.listening(made) if hosts.first() else {}
 
 
 def finish(made: outputs.Files, result) -> None:

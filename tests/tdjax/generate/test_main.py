@@ -13,6 +13,7 @@ import random_model
 from PIL import Image
 from random_model import SMALL, photograph
 from safetensors.numpy import load_file
+from tolerances import assert_close
 
 import tdjax
 from tdjax.checkpoints import orbax
@@ -130,6 +131,38 @@ def test_prompt_file_resumes(model, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr()
     assert out.out == "b.npy\n" and "a.npy is there already: skipped" in out.err
     assert (tmp_path / "b.npy").read_bytes() == first
+
+
+@pytest.mark.slow
+def test_copies_of_the_weights_make_rows_at_the_same_time(model, tmp_path, monkeypatch, capsys):
+    """The files that the same rows have without a mesh; those of another length are a call of their
+    own."""
+    names = ("a.npy", "b.safetensors", "c.npy", "d.npy", "e.npy")
+    prompts = ("a red circle", "a blue square", "a red circle", "a green star", "a blue square")
+    asked, call = [], tdjax.Pipeline.__call__
+    counted = lambda pipe, prompt, **given: asked.append(prompt) or call(pipe, prompt, **given)
+    monkeypatch.setattr(tdjax.Pipeline, "__call__", counted)
+    for folder, mesh in (("one", []), ("two", ["--mesh", "dp=2"])):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        rows = enumerate(zip(prompts, names, (5, 5, 5, 9, 9), strict=True))
+        lines = [f"{prompt},{n},{name},{frames}" for n, (prompt, name, frames) in rows]
+        text = "\n".join(["prompt,seed,out,num_frames", *lines])
+        (tmp_path / folder / "rows.csv").write_text(text)
+        assert generate.main(command(model, "--prompt_file", "rows.csv", *mesh)) == 0
+        assert capsys.readouterr().out.split() == list(names)
+    assert asked == [*prompts, [*prompts[:2]], prompts[2], [*prompts[3:]]]
+    for n, name in enumerate(names):
+        one, two = (tmp_path / folder / name for folder in ("one", "two"))
+        if name.endswith(".npy"):
+            far = np.abs(np.load(one).astype(int) - np.load(two))
+            assert far.max() <= 1
+        else:
+            assert_close(load_file(two)["latents"], load_file(one)["latents"], "float32")
+        facts = [json.loads(path.with_name(f"{name}.json").read_text()) for path in (one, two)]
+        for each in facts:
+            each.pop("timings")
+        assert facts[0] == facts[1] and facts[0]["seed"] == n
 
 
 @pytest.mark.slow
