@@ -378,16 +378,26 @@ def _params(folder: Path) -> str:
     return os.path.abspath(folder / "params")
 
 
-def _readable(folder: Path, action: Callable[[ocp.Checkpointer], Any]):
-    """action(reader), where whatever Orbax and TensorStore raise becomes one CheckpointError."""
+def _readable(folder: Path, action: Callable[[ocp.Checkpointer], Any], alone: bool = False):
+    """action(reader), where whatever Orbax and TensorStore raise becomes one CheckpointError.
+    alone: the reader waits for no other process."""
     registry = ocp.type_handlers.create_type_handler_registry(
         (jax.Array, _InGroups()), (np.ndarray, _Sizes())
     )
+    among = ocp.options.MultiprocessingOptions()
+    if alone:
+        here = jax.process_index()
+        among = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
     try:
         with (
             quiet(),
             contextlib.closing(
-                ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry))
+                ocp.Checkpointer(
+                    ocp.PyTreeCheckpointHandler(
+                        type_handler_registry=registry, multiprocessing_options=among
+                    ),
+                    multiprocessing_options=among,
+                )
             ) as reader,
         ):
             return action(reader)
@@ -446,9 +456,9 @@ def placements(leaves: dict[str, Any], sharding) -> dict[str, Any]:
 
 
 def read(folder, name: str) -> np.ndarray:
-    """One leaf, on the host, as stored."""
+    """One leaf, on the host, as stored; no other process of a run takes part."""
     as_array = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
     request = ocp.args.PyTreeRestore(item={name: 0}, restore_args=as_array, partial_restore=True)
     return _readable(
-        Path(folder), lambda reader: reader.restore(_params(Path(folder)), args=request)
+        Path(folder), lambda reader: reader.restore(_params(Path(folder)), args=request), alone=True
     )[name]

@@ -382,9 +382,11 @@ def apart(mesh: Mesh | None) -> bool:
     return True
 
 
-def whole(array: jax.Array) -> np.ndarray:
-    """Returns an array that lies over the devices of all processes, on each of their hosts."""
-    if array.is_fully_addressable or array.is_fully_replicated:
+def whole(array: jax.Array | np.ndarray) -> np.ndarray:
+    """Returns an array that lies over the devices of all processes, on each of their hosts; one of
+    the host as it is."""
+    here = not isinstance(array, jax.Array) or array.is_fully_addressable
+    if here or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from tdjax.files import near, written
 from tdjax.models.abstract import as_shapes
 from tdjax.models.linear import LINEAR, AdaptedLinear, WeightOnlyLinear
 from tdjax.models.wan_dit import DiT
+from tdjax.parallel import hosts
 from tdjax.parallel.sharding import leaf_name
 from tdjax.precision import Policy
 from tdjax.train.configs import LoRA
@@ -108,16 +110,24 @@ class Trained:
             _put(out, stem, AdaptedLinear(_at(out, stem), down, self.up[stem], self.scale))
         return out
 
-    def merged(self, name: str, frozen: np.ndarray) -> np.ndarray:
-        """Returns one leaf of the network with its change added, f32, on the host. frozen: the
-        base's, if it has one."""
-        if name in self.weights:
-            return np.asarray(self.weights[name], np.float32)
+    def merged(self, name: str, frozen: Callable[[str], np.ndarray | None]) -> np.ndarray | None:
+        """Returns one leaf of the network with its change added, f32, on the host: that of the
+        first process, None in the others, which give it what their devices hold. frozen: gives the
+        base's leaf of a name that is not trained whole."""
         stem = name.removesuffix(_KERNEL)
-        out = frozen.astype(np.float32)
-        if stem == name or stem not in self.down:
+        trained, factors = self.weights.get(name), ()
+        if trained is not None:
+            trained = hosts.whole(trained)
+        elif stem != name and stem in self.down:
+            factors = tuple(hosts.whole(x[stem]) for x in (self.down, self.up))
+        if not hosts.first():
+            return None
+        if trained is not None:
+            return trained
+        out = frozen(name).astype(np.float32)
+        if not factors:
             return out
-        down, up = (np.asarray(x[stem], np.float32) for x in (self.down, self.up))
+        down, up = factors
         return out + np.float32(self.scale) * (down @ up)
 
 
@@ -224,31 +234,54 @@ def _matching(names, pattern: str, what: str) -> tuple[str, ...]:
 def save_lora(path: str | Path, trained: Trained, frozen: dict[str, np.ndarray]) -> Path:
     """Writes the change as a LoRA in float32, over a file of before, under the names that ComfyUI,
     diffusers and tdjax read. Their scale is in the factors, so that no alpha is needed and all
-    loaders agree on it.
+    loaders agree on it. Every process of a run takes part, and the first one writes.
 
     frozen: the base's values of the weights that were trained whole; a difference is written for
     each (`.diff`). Projections of sparse-linear attention, which a dense base lacks, are left out.
     """
     rows = detect.rows("dit", "wan", trained.cfg)
     tensors: dict[str, np.ndarray] = {}
-    for stem, down in trained.down.items():
-        up = trained.scale * np.asarray(trained.up[stem])
-        keys = _keys(stem + _KERNEL, rows, len(down))
-        for key, a, b in zip(keys, np.asarray(down), up, strict=True):
-            name = _PREFIX + key.removesuffix(".weight")
-            tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
-            tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b.T)
+    for stem in trained.down:
+        down, up = (hosts.whole(x[stem]) for x in (trained.down, trained.up))
+        if hosts.first():
+            tensors |= _factors(_keys(stem + _KERNEL, rows, len(down)), down, trained.scale * up)
     for leaf, before in frozen.items():
-        row = row_of(leaf, rows)
-        change = np.asarray(trained.weights[leaf]) - before.astype(np.float32)
-        layers = change if row.stacked else change[None]
-        sizes = dict(zip("thw", trained.cfg.patch, strict=True)) if "(" in row.layout else {}
-        for key, layer in zip(_keys(leaf, rows, len(layers)), layers, strict=True):
-            values = arrange(layer, row.inverse_layout, np.dtype("float32"), **sizes)
-            tensors[_PREFIX + _difference(key)] = values
-    with written(path, overwrite=True, size=sum(x.nbytes for x in tensors.values())) as part:
-        save_file(tensors, part, metadata={"format": "pt"})
-    return Path(path)
+        after = hosts.whole(trained.weights[leaf])
+        if hosts.first():
+            change = after - before.astype(np.float32)
+            tensors |= _differences(leaf, change, rows, trained.cfg.patch)
+
+    def write() -> str:
+        size = sum(x.nbytes for x in tensors.values())
+        with written(path, overwrite=True, size=size) as part:
+            save_file(tensors, part, metadata={"format": "pt"})
+        return str(path)
+
+    return Path(hosts.agreed(write))
+
+
+def _factors(keys: list[str], down: np.ndarray, up: np.ndarray) -> dict[str, np.ndarray]:
+    """The tensors of a layer's factors [n i r] and [n r o]. keys: of its layers in files."""
+    tensors = {}
+    for key, a, b in zip(keys, down, up, strict=True):
+        name = _PREFIX + key.removesuffix(".weight")
+        tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
+        tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b.T)
+    return tensors
+
+
+def _differences(
+    leaf: str, change: np.ndarray, rows: tuple[Row, ...], patch: tuple[int, int, int]
+) -> dict[str, np.ndarray]:
+    """The tensors of the change of a leaf that was trained whole."""
+    row = row_of(leaf, rows)
+    layers = change if row.stacked else change[None]
+    sizes = dict(zip("thw", patch, strict=True)) if "(" in row.layout else {}
+    place = lambda layer: arrange(layer, row.inverse_layout, np.dtype("float32"), **sizes)
+    keys = _keys(leaf, rows, len(layers))
+    return {
+        _PREFIX + _difference(key): place(layer) for key, layer in zip(keys, layers, strict=True)
+    }
 
 
 def _keys(leaf: str, rows: tuple[Row, ...], layers: int) -> list[str]:

@@ -71,12 +71,6 @@ class TrainingRun:
         self.networks = Networks(config["model"], name, self._trained_weights())
         _check_tangent(config["loss"], self.networks.config)
         _check_host_memory(config)
-        if self.networks.selection is not None and jax.process_count() > 1:
-            raise UsageError(
-                f"a part of the network is trained in {jax.process_count()} processes",
-                "its results are written by one",
-                "use the devices of one host",
-            )
         self.mesh = make_mesh(mesh, self.networks.config)
         self.stream = self._open_data()
         self.config["loss"] = plan.with_parts(config["loss"], self._parts())
@@ -335,19 +329,24 @@ class TrainingRun:
         networks, cfg = self.networks, self._exported()
         wanted = orbax.named_leaves(orbax.abstract("dit", cfg))
         source = {"name": f"tdjax train {self.preset}", "step": step, "settings": self.settings}
-        if networks.selection is None:
+        one_by_one = lambda values: {
+            name: Lazy(tuple(x.shape), np.dtype(x.dtype), functools.partial(values, name, x))
+            for name, x in wanted.items()
+        }
+
+        def merged(name, x):
+            value = ema.merged(name, networks.stored_leaf)
+            if value is None:  # the first process has it, and writes it
+                return np.broadcast_to(np.zeros((), x.dtype), x.shape)
+            return value.astype(x.dtype)
+
+        if networks.selection is not None:
+            given = one_by_one(merged)
+        elif jax.process_count() == 1:
             leaves = orbax.named_leaves(ema)
-            values = lambda name: np.asarray(leaves[name].astype(wanted[name].dtype))
-        else:
-            values = lambda name: ema.merged(name, networks.stored_leaf(name)).astype(
-                wanted[name].dtype
-            )
-        if jax.process_count() == 1:  # one leaf at a time, as it is written
-            given = {
-                name: Lazy(tuple(x.shape), np.dtype(x.dtype), functools.partial(values, name))
-                for name, x in wanted.items()
-            }
+            given = one_by_one(lambda name, x: np.asarray(leaves[name].astype(x.dtype)))
         else:  # no host has all of a leaf: each writes what it has
+            leaves = orbax.named_leaves(ema)
             given = {name: leaves[name].astype(x.dtype) for name, x in wanted.items()}
         folder = self.folder / "dit"
         return orbax.save(folder, given, "dit", cfg, source=source, overwrite=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hosts_cases import ends
 from run_cases import flow, training_run
+from safetensors.numpy import load_file
 from tolerances import assert_close
 
 from tdjax.checkpoints import orbax
@@ -62,9 +63,9 @@ def alone(folder, tmp_path_factory):
     return run
 
 
-def same_state(folder, run, step, wanted):
+def same_state(folder, run, step, wanted, *more):
     """Compares a checkpoint, as one process reads it over two devices, with a state."""
-    words = settings(folder, run, "run.mesh=fsdp=2", f"run.steps={step}")
+    words = settings(folder, run, *more, "run.mesh=fsdp=2", f"run.steps={step}")
     state = training_run(*words).start(resume=True)[0]
     found = checkpoints.arrays(state)
     assert found.keys() == wanted.keys() and int(state.step) == step
@@ -87,6 +88,39 @@ def test_two_processes_give_the_numbers_of_one(folder, finished, alone):
     exported = orbax.named_leaves(orbax.restore(run / "dit")[1])
     for name, leaf in exported.items():
         assert_close(np.asarray(leaf), np.asarray(state[f"ema.{name}"]), "float32", name)
+
+
+def test_two_processes_train_a_part(folder, start, tmp_path):
+    """Adapters, the projections of sparse attention and norms: numbers and files are those of one
+    process, which reads the state over two devices."""
+    part = [
+        f"model.weights={folder / 'sparse'}",
+        "model.attention=sla",
+        "model.lora.rank=2",
+        r"optimizer.train=blocks\.(norm3\..*|self_attn\.core\.proj\..*)",
+        "optimizer.learning_rate=1e-2",
+    ]
+    two, one = tmp_path / "two", tmp_path / "one"
+    own = *part, "run.mesh=fsdp=4", "run.steps=2"
+    processes = start(two, *own)
+    alone = training_run(*settings(folder, one, *own))
+    outcome = alone.train(False)
+    alone.export(outcome)
+    done = ends(processes)
+    assert [code for code, *_ in done] == [0, 0], done
+    written = [str(two / name) for name in ("dit", "lora.safetensors")]
+    assert [hosts_cases.printed(out) for _, out, _ in done] == [written, []]
+    losses = [[row["flow/loss"] for row in metrics.read(run)] for run in (two, one)]
+    assert len(losses[0]) == 2
+    assert_close(losses[0], losses[1], "float32", "losses")
+    loras = [load_file(run / "lora.safetensors") for run in (two, one)]
+    weights = [orbax.named_leaves(orbax.restore(run / "dit")[1]) for run in (two, one)]
+    for found, wanted in (loras, weights):
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert_close(np.asarray(found[name]), np.asarray(value), "float32", name)
+    assert all(np.any(x) for name, x in loras[0].items() if ".lora_B." in name)
+    same_state(folder, two, 2, checkpoints.arrays(outcome.state), *part)
 
 
 def test_a_signal_to_one_stops_both_and_the_run_goes_on_elsewhere(folder, finished, start, alone):

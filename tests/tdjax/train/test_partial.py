@@ -56,7 +56,8 @@ def adapters(base):
 def dense(trained, base):
     """The base with the change added to its weights."""
     leaves = orbax.named_leaves(base)
-    merged = {name: trained.merged(name, np.asarray(x)) for name, x in leaves.items()}
+    frozen = lambda name: np.asarray(leaves[name])
+    merged = {name: trained.merged(name, frozen) for name in leaves}
     return orbax.assemble(orbax.abstract("dit", trained.cfg), merged)
 
 
