@@ -1,12 +1,18 @@
-"""A small video transformer, data for it, and the size of differences."""
+"""A small video transformer, data for it, those of golden files, and the size of differences."""
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
+from convert.golden import Held
+from tdjax.checkpoints.published.checkpoint import Checkpoint
+from tdjax.checkpoints.published.detect import detect
+from tdjax.checkpoints.published.files import Source
 from tdjax.config import DiTConfig, SLAConfig
 from tdjax.models.abstract import as_shapes
 from tdjax.models.wan_dit import DiT
@@ -53,6 +59,41 @@ def clip(t, h, w, b=2):
     return Batch(
         jnp.asarray(draw(size=(b, t, h, w, 3)), jnp.float32),
         jnp.asarray(draw(size=(b, 4, 5)), jnp.float32),
+    )
+
+
+def channels_last(x):
+    return rearrange(x, "b c t h w -> b t h w c")
+
+
+def module(tensors, **known):
+    """A float32 DiT from a state dict, by the rows that read any checkpoint."""
+    held = {key: Held(value) for key, value in tensors.items()}
+    found = detect(held, "state dict", policy=FLOAT32, round_time=False, **known)
+    return Checkpoint(Source(Path("state dict"), (), held, {}), found, held).load()
+
+
+def load(g):
+    """The model of a golden file; its timesteps are already what the network gets."""
+    c = g.config
+    sla = (
+        {"sla": SLAConfig(topk=c["sla_topk"], block_q=c["BLKQ"], block_k=c["BLKK"])}
+        if "sla_topk" in c
+        else {}
+    )
+    return module(g.weights(), heads=c["num_heads"], **sla)
+
+
+def inputs(g):
+    """x, timestep, text, image, features in our layouts."""
+    video = lambda name: jnp.asarray(channels_last(g[name])) if name in g else None
+    features = jnp.asarray(g["in/clip"]) if "in/clip" in g else None
+    return (
+        video("in/x"),
+        jnp.asarray(g["in/timesteps"][:, 0]),
+        jnp.asarray(g["in/crossattn_emb"]),
+        video("in/y"),
+        features,
     )
 
 

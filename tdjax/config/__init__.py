@@ -25,6 +25,8 @@ IMPLS = ("auto", "reference", "triton", "interpret")
 # block reads, in page-locked memory of the host.
 REMAT = ("none", "block", "products", "offload")
 
+# Rows of CLIP's features of an image of 224 x 224: its class and 16 x 16 patches.
+CLIP_TOKENS = 257
 
 LARGEST = 2**20  # what a size of a network stays below: umT5's vocabulary has a quarter of that
 MANY = 1024  # layers, blocks, and other counts of which each costs work

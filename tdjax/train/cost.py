@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from tdjax.config import DiTConfig
+from tdjax.config import CLIP_TOKENS, DiTConfig
 from tdjax.train.configs import SCM, RCMConfig
 
 TERA = 1e12
@@ -45,6 +45,7 @@ def forward_flops(cfg: DiTConfig, latents: tuple[int, int, int], text: int) -> f
     rows of the prompt's embedding."""
     tokens = math.prod(latents) // math.prod(cfg.patch)
     d = cfg.dim
+    text += CLIP_TOKENS if cfg.image_dim else 0  # the image has keys and values of its own
     products = 2 * tokens * (6 * d * d + 2 * d * cfg.ffn_dim) + 2 * text * 2 * d * d
     share = 1.0 if cfg.attention == "dense" else cfg.sla.topk
     own = 4 * tokens * tokens * d * share

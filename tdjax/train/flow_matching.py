@@ -1,5 +1,5 @@
 """Flow matching: the velocity eps - x0 at a random time, with the caption sometimes replaced so
-that guidance has a partner."""
+that guidance has a partner. The image of image-to-video stays: both halves of guidance see it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tdjax.train.ema import ema_update
 from tdjax.train.step import (
     accumulated,
     apply,
+    conditioned,
     drawn,
     keep,
     negative_text,
@@ -24,7 +25,6 @@ from tdjax.train.step import (
     normal,
     sample_keys,
     summary,
-    velocity,
     whole,
 )
 
@@ -69,7 +69,7 @@ def make_step(config: FlowMatchingConfig, optimizer) -> Callable:
             batch = dataclasses.replace(batch, text=drop_captions(batch.text, negative, dropped))
 
         def loss(model, batch, keys):
-            trained = velocity(network(model, teacher), batch.text, batch.image)
+            trained = conditioned(network(model, teacher), batch)
             values, ok = flow_matching_loss(
                 trained, batch.latents, *noise_and_time(config, keys, batch)
             )

@@ -52,7 +52,6 @@ class Networks:
                 f"{method} starts from a trained network",
                 "for example wan2.1-t2v-1.3b",
             )
-        _check_features(stored, model.weights)
         self.config: DiTConfig = trained(stored, model)
         self.selection = partial.select(self.config, train, model.lora)
         for component in filter(None, (self.teacher, self.student)):
@@ -207,16 +206,6 @@ def _check_quantised(
             f"{component.path} holds {component.stored.linear} weights",
             "training moves weights by less than their steps",
             "give the unquantised file, or train adapters on it: lora-1.3b",
-        )
-
-
-def _check_features(stored: DiTConfig, name: str) -> None:
-    """Raises CheckpointError for a network that reads what no shard has."""
-    if stored.image_dim is not None:
-        raise CheckpointError(
-            f"{name} is a Wan2.1 image-to-video network",
-            "its image branch needs CLIP features, and shards have none",
-            "Wan2.2 reads latents alone: sla-a14b-i2v-high and sla-a14b-i2v-low",
         )
 
 

@@ -25,6 +25,7 @@ from tdjax.train.state import Batch, DistillState
 from tdjax.train.step import (
     accumulated,
     apply,
+    conditioned,
     drawn,
     guided_teacher,
     keep,
@@ -32,7 +33,6 @@ from tdjax.train.step import (
     normal,
     sample_keys,
     summary,
-    velocity,
     whole,
 )
 
@@ -64,7 +64,7 @@ def scm_gradient(config: RCMConfig, model, teacher, batch: Batch, draws: dict, r
     x = flow.noisy(batch.latents, draws["data_noise"], flow.per_sample(c))
     v_teacher = guided_teacher(teacher, batch, config.guidance)(x, flow.TIME_SCALE * c.u)
     v, term = consistency.TANGENT[own.tangent](
-        velocity(network(model, teacher, own.compute), batch.text, batch.image),
+        conditioned(network(model, teacher, own.compute), batch),
         x,
         v_teacher,
         c,
@@ -76,7 +76,7 @@ def scm_gradient(config: RCMConfig, model, teacher, batch: Batch, draws: dict, r
 
     def loss(model):
         values, again = consistency.consistency_loss(
-            velocity(network(model, teacher), batch.text, batch.image), x, c, direction, own.kappa
+            conditioned(network(model, teacher), batch), x, c, direction, own.kappa
         )
         values = keep(ok & whole(again), values)
         return values.mean(), values
@@ -97,12 +97,12 @@ def dcm_gradient(config: RCMConfig, model, teacher, batch: Batch, draws: dict, r
     c, last = flow.from_log_sigma(s[0]), flow.from_log_sigma(s[-1])
     x = flow.noisy(batch.latents, draws["data_noise"], flow.per_sample(c))
     there = consistency.teacher_steps(guided_teacher(teacher, batch, config.guidance), x, s)
-    target = data_of(velocity(network(model, teacher), batch.text, batch.image), there, last)
+    target = data_of(conditioned(network(model, teacher), batch), there, last)
     ok = whole(x, target)
     x, target = lax.stop_gradient((keep(ok, x), keep(ok, target)))
 
     def loss(model):
-        student = velocity(network(model, teacher), batch.text, batch.image)
+        student = conditioned(network(model, teacher), batch)
         values = keep(ok, own.weight * consistency.dcm_loss(student, x, c, target))
         return values.mean(), values
 
@@ -113,8 +113,8 @@ def dcm_gradient(config: RCMConfig, model, teacher, batch: Batch, draws: dict, r
 def dmd_gradient(config: RCMConfig, state: DistillState, teacher, batch: Batch, draws: dict, count):
     """Returns (gradient of the mean, values of each sample) of the distribution-matching term; only
     the last of the `count` steps has a gradient."""
-    student = velocity(network(state.model, teacher), batch.text, batch.image)
-    critic = velocity(network(state.critic, teacher), batch.text, batch.image)
+    student = conditioned(network(state.model, teacher), batch)
+    critic = conditioned(network(state.critic, teacher), batch)
     x, s = rollout(student, draws["noise"], draws["time"], count)
     ok = whole(x)
 
@@ -124,7 +124,7 @@ def dmd_gradient(config: RCMConfig, state: DistillState, teacher, batch: Batch, 
         return dmd_direction(made, guided, critic, noise, time, config.dmd_limit)
 
     def loss(model):
-        student = velocity(network(model, teacher), batch.text, batch.image)
+        student = conditioned(network(model, teacher), batch)
         made = data_of(student, keep(ok, x), flow.from_log_sigma(s))
         d, gap = lax.stop_gradient(direction(lax.stop_gradient(made)))
         good = ok & whole(made, d)
@@ -236,7 +236,7 @@ def make_student_step(config: RCMConfig, optimizer) -> Callable:
 def critic_gradient(config: RCMConfig, state: DistillState, teacher, batch: Batch, draws: dict):
     """Returns (gradient of the mean, values of each sample) of the critic's loss on fresh samples
     of the student."""
-    student = velocity(network(state.model, teacher), batch.text, batch.image)
+    student = conditioned(network(state.model, teacher), batch)
     count = critic_updates(config, state.step) % config.max_steps + 1
     x, s = rollout(student, draws["noise"], draws["time"], count)
     made = data_of(student, x, flow.from_log_sigma(s))
@@ -244,7 +244,7 @@ def critic_gradient(config: RCMConfig, state: DistillState, teacher, batch: Batc
     made = keep(ok, made)
 
     def loss(critic):
-        trained = velocity(network(critic, teacher), batch.text, batch.image)
+        trained = conditioned(network(critic, teacher), batch)
         values, v = critic_loss(trained, made, draws["renoise"], draws["renoise_time"])
         good = ok & whole(v)
         return keep(good, values).mean(), {"loss": keep(good, values), "ok": good}

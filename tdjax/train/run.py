@@ -106,6 +106,7 @@ class TrainingRun:
             channels=cfg.out_channels,
             text_dim=cfg.text_dim,
             condition=cfg.condition_channels,
+            features=cfg.image_dim,
             blank=data.grid if getattr(self.config["loss"], "consistency", True) is None else None,
             cache=self.folder / "shards" / str(jax.process_index()),
             keep=4 * data.mix + 8,

@@ -2,7 +2,8 @@
 without torch or webdataset.
 
 One sample is three members whose names share a key: KEY.latent.pt [c t h w], KEY.embed.pt [s d],
-KEY.prompt.txt.
+KEY.prompt.txt. For image-to-video there are more: KEY.image.pt [c t h w], latents of the first
+frame, and for Wan2.1 KEY.clip.pt [257 1280], its CLIP features.
 Layout: NVlabs/rcm rcm/datasets/build_synthetic_dataset.py (writer), webdataset.py (reader). `.pth`
 and `.npy` are read too.
 """
@@ -30,7 +31,7 @@ from tdjax.errors import CheckpointError
 from tdjax.files import written
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-_FIELDS = ("latent", "embed", "image")
+_FIELDS = ("latent", "embed", "image", "clip")
 _SUFFIXES = ("pt", "pth", "npy")
 DAMAGE = (
     zipfile.BadZipFile,
@@ -91,11 +92,12 @@ class Member:
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One sample: where its latents (None where there is a prompt alone), its prompt embedding and,
-    for image-to-video, the latents of its first frame lie."""
+    for image-to-video, the latents of its first frame and the frame's CLIP features lie."""
 
     latent: Member | None
     embed: Member
     image: Member | None = None
+    clip: Member | None = None
 
 
 def index(shard: Path) -> tuple[Entry, ...]:
@@ -232,7 +234,8 @@ def write_shard(
 
     Latents are None where there are prompts alone. A fourth entry of a sample is the latents
     [t h w c] of its first frame followed by grey ones, the condition of image-to-video;
-    KEY.image.pt.
+    KEY.image.pt. A fifth one is the frame's CLIP features [257 1280], which Wan2.1 reads;
+    KEY.clip.pt.
     first: number of the first sample; keys have nine digits. Tensors are bfloat16, as torch.load
     reads them.
     """
@@ -240,14 +243,16 @@ def write_shard(
         written(Path(path), overwrite) as part,
         tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for key, (latents, text, prompt, *image) in enumerate(samples, first):
+        for key, (latents, text, prompt, *of_image) in enumerate(samples, first):
             members = {} if latents is None else {"latent.pt": _channels_first(latents)}
             members |= {
                 "embed.pt": torch_bytes(np.asarray(text).astype(BF16)),
                 "prompt.txt": prompt.encode(),
             }
-            if image:
-                members["image.pt"] = _channels_first(image[0])
+            if of_image:
+                members["image.pt"] = _channels_first(of_image[0])
+            if len(of_image) > 1:
+                members["clip.pt"] = torch_bytes(np.asarray(of_image[1]).astype(BF16))
             for suffix, data in members.items():
                 info = tarfile.TarInfo(f"{key:09}.{suffix}")
                 info.size = len(data)

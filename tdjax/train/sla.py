@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from tdjax.sampling.few_step import Velocity
 from tdjax.train.configs import SLATrainingConfig
 from tdjax.train.flow_matching import distance, finish, flow_matching_loss, noise_and_time
-from tdjax.train.step import network, sample_keys, velocity
+from tdjax.train.step import conditioned, network, sample_keys
 
 
 def white_box_loss(student: Velocity, teacher: Velocity, latents, eps, s):
@@ -37,13 +37,13 @@ def make_step(config: SLATrainingConfig, optimizer) -> Callable:
         keys = sample_keys(state, len(latents), "noise", "time")
 
         def loss(model, batch, keys):
-            student = velocity(network(model, teacher), batch.text, batch.image)
+            student = conditioned(network(model, teacher), batch)
             draws = noise_and_time(config, keys, batch)
             if config.target == "data":
                 values, ok = flow_matching_loss(student, batch.latents, *draws)
             else:
                 values, ok = white_box_loss(
-                    student, velocity(teacher.model, batch.text, batch.image), batch.latents, *draws
+                    student, conditioned(teacher.model, batch), batch.latents, *draws
                 )
             return values.mean(), {"loss": values, "ok": ok}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange
 
+from tdjax.config import CLIP_TOKENS
 from tdjax.errors import UsageError
 from tdjax.text.embeds import load_embeds
 from tdjax.train.shards import BF16, DAMAGE, DataError, Entry, decode, index
@@ -24,6 +25,7 @@ class ShardSource:
             the last `keep` of them stay.
     blank: (h, w) of latents of zeros where shards hold prompts alone; None where latents are read.
     condition: channels beside the noisy latents of an image-to-video network; 0 for none.
+    features: width of the CLIP features that the network reads; None for none.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class ShardSource:
         channels: int,
         text_dim: int,
         condition: int = 0,
+        features: int | None = None,
         blank: tuple[int, int] | None = None,
         cache: Path = Path("shards"),
         keep: int = 24,
@@ -48,6 +51,7 @@ class ShardSource:
             )
         self.frames = frames
         self.condition = condition
+        self.features = features
         # The first shard of each size.
         self.firsts = {self.size(unit): unit for unit in reversed(range(self.units))}
         embed = self.first(0).embed.array()
@@ -90,10 +94,12 @@ class ShardSource:
         except UsageError as error:
             raise DataError(error.what, error.why, error.fix) from error
 
-    def read(self, entry: Entry) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Returns (latents f32[t h w c], text bf16[s d], image f32[t h w condition] or None).
-        Raises DataError for a sample of another shape, and for one without what the network
-        reads."""
+    def read(
+        self, entry: Entry
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Returns (latents f32[t h w c], text bf16[s d], image f32[t h w condition] or None,
+        features f32[257 features] or None). Raises DataError for a sample of another shape, and for
+        one without what the network reads."""
         folder = entry.embed.shard.parent.relative_to(self.storage.folder).as_posix()
         size = "" if folder == "." else folder
         shape, frames = self.latent_shapes[size], self.lengths[size]
@@ -108,7 +114,8 @@ class ShardSource:
                 "set data.frames to the smallest number",
             )
         text = _fitting(entry.embed.array(), self.text_shape, entry.embed)
-        return _cut(latent, frames), text.astype(BF16), self._image(entry, latent, frames)
+        image = self._image(entry, latent, frames)
+        return _cut(latent, frames), text.astype(BF16), image, self._features(entry)
 
     def _blank(self, channels: int, shape: tuple[int, int] | None) -> np.ndarray:
         """Latents [c t h w] for prompts alone."""
@@ -136,6 +143,21 @@ class ShardSource:
         mask = np.zeros((*image.shape[:3], self.condition - image.shape[3]), np.float32)
         mask[0] = 1
         return np.concatenate([mask, image], axis=-1)
+
+    def _features(self, entry: Entry) -> np.ndarray | None:
+        """What the image branch of Wan2.1 image-to-video reads: CLIP's view of the first frame."""
+        if self.features is None:
+            return None
+        shape = CLIP_TOKENS, self.features
+        if entry.clip is None:
+            key = entry.embed.name.rpartition(".embed.")[0]
+            raise DataError(
+                f"{entry.embed} has no CLIP features beside it",
+                f"a Wan2.1 image-to-video network reads {key}.clip.pt, {list(shape)}: the first"
+                " frame, as the last but one layer of CLIP ViT-H/14 gives it",
+                "add them to the shards (docs/training.md, Data); there is no CLIP encoder here",
+            )
+        return _fitting(entry.clip.array(), shape, entry.clip).astype(np.float32)
 
 
 def _instead(folder: str | Path) -> str:

@@ -19,11 +19,12 @@ from tdjax.parallel.sharding import leaf_name
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """Samples: latents f32[b t h w c] (normalised, as the VAE gives them), text [b s d], image
-    [b t h w 20] or None."""
+    [b t h w 20] or None, features [b 257 1280] of CLIP or None."""
 
     latents: jax.Array | np.ndarray
     text: jax.Array | np.ndarray
     image: jax.Array | np.ndarray | None = None
+    features: jax.Array | np.ndarray | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -3,6 +3,7 @@ microbatches, the update, and the samples that do not count."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -23,10 +24,16 @@ from tdjax.train.state import Batch, Teacher
 # -- networks as velocities ------------------------------------------------------------------------
 
 
-def velocity(model, text, image=None) -> Velocity:
-    """Returns a model with its conditioning, text [b s d] and image [b t h w 20] or None, as the
-    (x, timestep) -> v f32[b t h w c] of losses."""
-    return lambda x, timestep: model(x, timestep, text, image).astype(jnp.float32)
+def velocity(model, text, image=None, features=None) -> Velocity:
+    """Returns a model with its conditioning, text [b s d], image [b t h w 20] and features
+    [b 257 1280] or None, as the (x, timestep) -> v f32[b t h w c] of losses."""
+    more = () if features is None else (features,)  # networks of text and image know no other
+    return lambda x, timestep: model(x, timestep, text, image, *more).astype(jnp.float32)
+
+
+def conditioned(model, batch: Batch) -> Velocity:
+    """Returns a model with the conditioning of a batch, as `velocity`."""
+    return velocity(model, batch.text, batch.image, batch.features)
 
 
 def network(model, teacher: Teacher | None, compute: str = "own"):
@@ -62,16 +69,18 @@ def negative_text(teacher: Teacher | None, text, purpose: str):
 
 def guided_teacher(teacher: Teacher, batch: Batch, guidance: float) -> Velocity:
     """Returns the teacher's velocity (x f32[b t h w c], timestep f32[b]) -> v of a batch with
-    classifier-free guidance; 1 means none.
+    classifier-free guidance; 1 means none. Both halves see the image and its features, as in Wan's
+    image-to-video (Wan-Video/Wan2.1 wan/image2video.py).
 
     Raises UsageError where guidance needs the negative embedding and it is missing, or of another
     shape than a sample's text.
     """
-    positive = velocity(teacher.model, batch.text, batch.image)
+    positive = conditioned(teacher.model, batch)
     if guidance == 1.0:
         return positive
     negative = negative_text(teacher, batch.text, f"guidance {guidance:g}")
-    return guided(positive, velocity(teacher.model, negative, batch.image), guidance)
+    without = dataclasses.replace(batch, text=negative)
+    return guided(positive, conditioned(teacher.model, without), guidance)
 
 
 # -- from draws to the update ----------------------------------------------------------------------

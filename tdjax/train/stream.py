@@ -40,8 +40,9 @@ class Source(Protocol):
         """Returns the name of the size of a unit's samples: those of one size make a batch."""
         ...
 
-    def read(self, entry) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Returns (latents f32[t h w c], text [s d], image [t h w 20] or None)."""
+    def read(self, entry) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Returns (latents f32[t h w c], text [s d], image [t h w 20] or None, features [257 1280]
+        or None)."""
         ...
 
 
@@ -153,9 +154,9 @@ class Stream:
         """Returns this host's rows of the batch at a place, as numpy arrays, and the place behind
         the whole batch. Raises DataError for more samples than may be damaged."""
         entries, position = self._following(position, self.size)
-        latents, text, image = zip(*(self._read(entries, i) for i in self.rows), strict=True)
+        samples = zip(*(self._read(entries, i) for i in self.rows), strict=True)
         stack = lambda arrays: None if arrays[0] is None else np.stack(arrays)
-        return Batch(latents=stack(latents), text=stack(text), image=stack(image)), position
+        return Batch(*map(stack, samples)), position
 
     def _read(self, entries: list, row: int):
         """The sample of a row; in place of a damaged one the next of the batch, so that the other

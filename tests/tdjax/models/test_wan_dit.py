@@ -1,22 +1,17 @@
 import dataclasses
-from pathlib import Path
 
 import described
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dit_cases import clip, dit, jit
+from dit_cases import channels_last, clip, dit, inputs, jit, load, module
 from einops import rearrange
 from tolerances import assert_close
 
-from convert.golden import Held
 from pallas_kernels import norm_modulate
 from pallas_kernels.norm_modulate import reference
-from tdjax.checkpoints.published.checkpoint import Checkpoint
-from tdjax.checkpoints.published.detect import detect
-from tdjax.checkpoints.published.files import Source
-from tdjax.config import DiTConfig, SLAConfig
+from tdjax.config import DiTConfig
 from tdjax.models.abstract import as_shapes
 from tdjax.models.intermediates import intermediates
 from tdjax.models.linear import LINEAR
@@ -66,41 +61,6 @@ def batch(b=2):
         jnp.asarray(np.linspace(977.3, 104.8, b), jnp.float32),
         normal(1, b, 4, 6),
         normal(2, b, 2, 4, 6, 2),
-    )
-
-
-def channels_last(x):
-    return rearrange(x, "b c t h w -> b t h w c")
-
-
-def module(tensors, **known):
-    """A float32 DiT from a state dict, by the rows that read any checkpoint."""
-    held = {key: Held(value) for key, value in tensors.items()}
-    found = detect(held, "state dict", policy=FLOAT32, round_time=False, **known)
-    return Checkpoint(Source(Path("state dict"), (), held, {}), found, held).load()
-
-
-def load(g):
-    """The model of a golden file; its timesteps are already what the network gets."""
-    c = g.config
-    sla = (
-        {"sla": SLAConfig(topk=c["sla_topk"], block_q=c["BLKQ"], block_k=c["BLKK"])}
-        if "sla_topk" in c
-        else {}
-    )
-    return module(g.weights(), heads=c["num_heads"], **sla)
-
-
-def inputs(g):
-    """x, timestep, text, image, features in our layouts."""
-    video = lambda name: jnp.asarray(channels_last(g[name])) if name in g else None
-    features = jnp.asarray(g["in/clip"]) if "in/clip" in g else None
-    return (
-        video("in/x"),
-        jnp.asarray(g["in/timesteps"][:, 0]),
-        jnp.asarray(g["in/crossattn_emb"]),
-        video("in/y"),
-        features,
     )
 
 

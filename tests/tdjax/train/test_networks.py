@@ -8,7 +8,7 @@ import random_model
 from run_cases import TINY, built, training_run, words
 
 from tdjax.checkpoints import orbax
-from tdjax.errors import CheckpointError, UsageError
+from tdjax.errors import UsageError
 from tdjax.precision import FLOAT32
 from tdjax.train.networks import Networks
 from tdjax.train.shards import DataError, write_shard
@@ -72,11 +72,46 @@ def test_a_student_of_its_own(folder):
     assert np.any(student["blocks.self_attn.core.proj.kernel"])
 
 
-def test_a_network_of_clip_features_is_refused(tmp_path):
+@pytest.fixture(scope="module")
+def of_clip(tmp_path_factory):
+    """A network with an image branch, shards of what it reads, and others without CLIP features."""
+    out, rng = tmp_path_factory.mktemp("clip"), np.random.default_rng(0)
     cfg = dataclasses.replace(TINY, in_channels=12, image_dim=8)
-    orbax.save(tmp_path / "dit", random_model.random_leaves("dit", cfg, 1), "dit", cfg)
-    with pytest.raises(CheckpointError, match="is a Wan2.1 image-to-video network"):
-        Networks(built("sla-1.3b", f"model.weights={tmp_path / 'dit'}")["model"], "sla")
+    orbax.save(out / "dense", random_model.random_leaves("dit", cfg, 1), "dit", cfg)
+    noise = lambda: rng.normal(size=(2, 4, 4, 4))
+    row = lambda: (noise(), rng.normal(size=(7, 6)), "a prompt", noise())
+    rows = [(*row(), rng.normal(size=(257, 8))) for _ in range(2)]
+    write_shard(out / "shards" / "shard_000000.tar", rows)
+    write_shard(out / "without" / "shard_000000.tar", [row()])
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "more"),
+    [
+        ("fm-tiny", ["loss.dropout=0.5"]),
+        ("fm-tiny", ["loss.dropout=0.5", "model.lora.rank=2"]),
+        ("sla-1.3b", []),
+        ("rcm-1.3b", []),
+        ("rcm-1.3b", ["loss.consistency=DCM"]),
+    ],
+)
+def test_every_method_gives_the_image_branch_its_features(folder, of_clip, preset, more):
+    """Every step of a run is traced: a call of the network without them is refused there."""
+    given = [f"model.weights={of_clip / 'dense'}", f"data.path={of_clip / 'shards'}", *more]
+    run = training_run(preset, *words(folder, *given))
+    assert run.networks.config.image_dim == 8
+    batch, _ = run.stream.batch(Position())
+    assert batch.image.shape == (4, 2, 4, 4, 8) and batch.features.shape == (4, 257, 8)
+    if run.networks.selection is not None:
+        assert "blocks.cross_attn.k_img" in run.networks.selection.layers
+
+
+def test_shards_without_clip_features(folder, of_clip):
+    given = [f"model.weights={of_clip / 'dense'}", f"data.path={of_clip / 'without'}"]
+    with pytest.raises(DataError, match="has no CLIP features beside it"):
+        training_run("sla-1.3b", *words(folder, *given))
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def test_folders_in_names_and_other_endings_are_read(tmp_path):
     }
     rewritten(path, change)
     data = source(tmp_path)
-    x, text, _ = data.read(data.entries(0)[0])
+    x, text, *_ = data.read(data.entries(0)[0])
     assert x.shape == (2, 2, 5, 4) and (text == 2.5).all()
 
 

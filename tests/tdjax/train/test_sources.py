@@ -14,8 +14,8 @@ def test_samples_come_back(tmp_path):
     entries = [entry for unit in range(3) for entry in data.entries(unit)]
     wanted = [*samples(0, 3), *samples(3, 4), *samples(7, 2)]
     for entry, (latents, text, _) in zip(entries, wanted, strict=True):
-        x, t, image = data.read(entry)
-        assert x.dtype == np.float32 and t.dtype == BF16 and image is None
+        x, t, *others = data.read(entry)
+        assert x.dtype == np.float32 and t.dtype == BF16 and others == [None, None]
         assert (x == latents[:2].astype(np.float32)).all()  # cut to two frames
         assert (t == text).all()
 
@@ -24,7 +24,7 @@ def test_an_image_is_the_mask_and_the_latents_of_the_first_frame(tmp_path):
     x, text, prompt = next(samples(0, 1))
     write_shard(tmp_path / "shard_000000.tar", [(x, text, prompt, -x)])
     data = source(tmp_path, condition=4 + 4)
-    latents, _, image = data.read(data.first(0))
+    latents, _, image, _ = data.read(data.first(0))
     assert image.shape == (2, 2, 5, 8) and image.dtype == np.float32
     assert (image[0, ..., :4] == 1).all() and (image[1, ..., :4] == 0).all()
     assert (image[..., 4:] == -latents).all()
@@ -33,6 +33,23 @@ def test_an_image_is_the_mask_and_the_latents_of_the_first_frame(tmp_path):
     with pytest.raises(DataError, match="no latents of its first frame") as error:
         data.read(source(tmp_path).first(1))
     assert "--image_latents" in error.value.fix
+
+
+def test_clip_features_are_read_where_the_network_has_a_branch_for_them(tmp_path):
+    x, text, prompt = next(samples(0, 1))
+    features = np.random.default_rng(1).normal(size=(257, 8)).astype(BF16)
+    write_shard(tmp_path / "shard_000000.tar", [(x, text, prompt, -x, features)])
+    data = source(tmp_path, condition=4 + 4, features=8)
+    _, _, image, found = data.read(data.first(0))
+    assert found.dtype == np.float32 and (found == features).all() and image is not None
+    assert source(tmp_path, condition=8).read(data.first(0))[3] is None
+    with pytest.raises(DataError, match=r"clip.pt has shape \[257, 8\]") as error:
+        source(tmp_path, condition=8, features=9).read(data.first(0))
+    assert "expected [257, 9]" in error.value.why
+    write_shard(tmp_path / "shard_000001.tar", [(x, text, prompt, -x)], first=7)
+    with pytest.raises(DataError, match="has no CLIP features beside it") as error:
+        data.read(source(tmp_path).first(1))
+    assert "000000007.clip.pt, [257, 8]" in error.value.why
 
 
 def test_folders_of_several_sizes(tmp_path):

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dit_cases import channels_last, inputs, jit, load
 from flax import nnx
+from tolerances import assert_close
 
 from tdjax.errors import UsageError
 from tdjax.train import step as parts
@@ -44,6 +46,26 @@ def test_guidance_acts_once_on_the_velocity():
         run(5.0, jnp.full((4, 5), 3.0)), 2 * (3 + 5 * (np.array([0, 1]) - 3.0))
     )
     np.testing.assert_allclose(run(1.0, None), [0, 2])
+
+
+@pytest.mark.slow
+def test_an_image_and_its_features_are_given_to_both_halves_of_guidance(golden):
+    """The network of Wan2.1 image-to-video gives the official numbers, and its guided velocity is
+    that of two calls which differ by the text."""
+    g = golden("dit_i2v21_tiny")
+    model, (x, timestep, text, image, features) = load(g), inputs(g)
+    negative = jnp.asarray(np.random.default_rng(1).normal(size=text.shape[1:]), jnp.float32)
+    batch = Batch(x, text, image, features)
+
+    @jit
+    def velocities(model):
+        teacher = parts.guided_teacher(Teacher(model, negative), batch, 3.0)
+        below = model(x, timestep, jnp.broadcast_to(negative, text.shape), image, features)
+        return parts.conditioned(model, batch)(x, timestep), teacher(x, timestep), below
+
+    v, guided, below = velocities(model)
+    assert_close(v, channels_last(g["out/v"]), "dit")
+    assert_close(guided, below + 3 * (v - below), "float32")
 
 
 def test_guidance_without_a_negative_prompt_is_refused():

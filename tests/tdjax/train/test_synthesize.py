@@ -66,7 +66,7 @@ def test_text_alone_is_read_where_no_latents_are(model, prompts, tmp_path, capsy
     assert [entry.latent for entry in entries] == [None, None]
     sizes = {"frames": 2, "channels": 8, "text_dim": 64}
     source = ShardSource(out, **sizes, blank=(4, 6))
-    latents, text, _ = source.read(entries[1])
+    latents, text, *_ = source.read(entries[1])
     assert latents.shape == (2, 4, 6, 8) and not latents.any() and np.asarray(text).any()
     with pytest.raises(DataError, match="prompts without latents") as error:
         ShardSource(out, **sizes)
