@@ -1,20 +1,23 @@
 """XLA's count of a training step's memory on each of several GPUs that are only described (H100,
 80 GB): nothing is run, and no GPU is needed.
 
-    JAX_PLATFORMS=cpu python tests/gpu/train_memory.py rcm-14b fsdp=4 student --json rows.jsonl
-    model.remat=offload
+    JAX_PLATFORMS=cpu python tests/gpu/train_memory.py rcm-14b fsdp=2,sp=4 student
+    loss.offload=true --json rows.jsonl
 
-Settings are those of python -m tdjax.train; latents are those of 480p. A row of --json (JSON lines)
-has GiB of a device: what the step is given, what it works with, and both together; under
-loss.offload what is not used is on the host. Needs jax 0.11 or newer with the CUDA plugin
-(`.ci/run`, last step). cuDNN cannot be called here: our own attention kernel stands for it.
+Settings are those of python -m tdjax.train; latents are those of 480p, or others: --latents 21 90
+160. A row of --json (JSON lines) has GiB of a device: what the step is given, what it works with,
+and both together; under loss.offload what is not used is on the host. Takes one to two minutes on
+two cores, for 64 GPUs as for 4. Needs jax 0.11 or newer with the CUDA plugin (`.ci/run`, last
+step). cuDNN cannot be called here: our own attention kernel stands for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import json
+import platform
 import sys
 import time
 from pathlib import Path
@@ -44,7 +47,7 @@ def fused(q, k, v, scale=None, return_residual=False):
     return (o, jnp.zeros(q.shape[:3], q.dtype)) if return_residual else o
 
 
-def given(name: str, config: dict, mesh, phase: str):
+def given(name: str, config: dict, latents: tuple[int, int, int], mesh, phase: str):
     """(step, state, teacher, batch) of a phase as shapes over a mesh."""
     model, data = config["model"], config["data"]
     stored = MODELS[model.weights].config
@@ -56,7 +59,7 @@ def given(name: str, config: dict, mesh, phase: str):
     way = method(name, config)
     state = jax.eval_shape(way.create, partial.shapes(student, chosen))
     frozen = partial.weight_only(orbax.abstract("dit", networks.frozen(stored, model)))
-    shapes = lambda: conditioned(stored, data.batch, (data.frames, *LATENTS[1:]), jax.random.key(0))
+    shapes = lambda: conditioned(stored, data.batch, latents, jax.random.key(0))
     batch, negative = jax.eval_shape(shapes)
     teacher = Teacher(model=frozen, negative=negative)
     unused = way.unused.get(phase, ())
@@ -80,6 +83,7 @@ def main() -> int:
     parser.add_argument("mesh", help="fsdp=4")
     parser.add_argument("phase", help="student, critic or sla")
     parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.add_argument("--latents", nargs=3, type=int, default=LATENTS)
     parser.add_argument("--json", type=Path, help="a row is added to this file")
     args = parser.parse_intermixed_args()
     cudnn.fused = fused
@@ -88,13 +92,19 @@ def main() -> int:
     mesh = described("sm90", sizes)
     config = {key: build(tree) for key, tree in resolve(args.preset, args.settings).items()}
     start = time.perf_counter()
-    step, *arrays = given(PRESETS[args.preset].method, config, mesh, args.phase)
+    step, *arrays = given(
+        PRESETS[args.preset].method, config, tuple(args.latents), mesh, args.phase
+    )
     with jax.set_mesh(mesh):
         out = (jax.tree.map(lambda x: x.sharding, arrays[0]), NamedSharding(mesh, PartitionSpec()))
         lowered = jax.jit(step, donate_argnums=0, out_shardings=out).lower(*arrays)
         program = lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})
-    row = {"preset": args.preset, "mesh": args.mesh, "phase": args.phase}
-    row |= {"settings": args.settings, "jax": jax.__version__, "gib": counted(program)}
+    device = mesh.devices.flat[0].device_kind
+    row = {"device": f"{device}, described", "jax": jax.__version__}
+    row |= {"python": platform.python_version(), "date": str(datetime.date.today())}
+    row |= {"stage": "train memory", "preset": args.preset, "mesh": args.mesh}
+    row |= {"phase": args.phase, "settings": args.settings, "latents": args.latents}
+    row |= {"gib": counted(program)}
     row["compile_s"] = round(time.perf_counter() - start, 1)
     print(json.dumps(row), flush=True)
     if args.json:
