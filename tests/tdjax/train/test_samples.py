@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import random_model
+from PIL import Image
 from run_cases import TINY, fails, training_run
 from tolerances import assert_close
 
@@ -181,7 +182,9 @@ def test_two_processes_show_what_one_shows(data, tmp_path):
     assert files["one"] == files["two"] and len(files["one"]) == 2 * (1 + 4 + 1)
     for name in files["one"]:
         if name.suffix == ".mp4":
-            each = (video.read_video(tmp_path / which / name) for which in ("one", "two"))
-            a, b = (frames.astype(int) for frames in each)
-            assert a.shape == (5, 64, 64, 3) and np.abs(a - b).mean() < 0.1, name
-            assert a.std() > 5  # it shows something
+            assert video.read_video(tmp_path / "two" / name).shape == (5, 64, 64, 3)
+    for sheet in (name for name in files["one"] if name.suffix == ".png"):
+        # Frames as they were before the video encoder, whose choices hang on a pixel.
+        a, b = (np.asarray(Image.open(tmp_path / which / sheet), int) for which in ("one", "two"))
+        assert a.shape == b.shape and np.abs(a - b).mean() < 0.1, sheet
+        assert a.std() > 5  # it shows something
