@@ -67,8 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--mesh",
         help=(
-            "several devices, such as dp=2 or fsdp=2, for the steps of teacher, sla, rcm and merge;"
-            " default: one"
+            "several devices, such as dp=2 or fsdp=2, for all but the steps of vae; default: one"
         ),
     )
     p.add_argument("--seconds", type=float, help="stop, with the state saved, after this time")

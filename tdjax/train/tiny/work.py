@@ -4,6 +4,7 @@ state to go on from."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 import zlib
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tdjax.checkpoints import orbax
 from tdjax.config import DiTConfig, TextConfig, VAEConfig
@@ -25,6 +26,7 @@ from tdjax.train.metrics import Metrics
 from tdjax.train.tiny import configs
 
 _SAVE_SECONDS = 120.0
+_CLIPS = "clips"  # the axis of a mesh that clips are divided over
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +42,8 @@ class Sizes:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """A run of the recipe: where, from which seed, until when (of time.monotonic), and what its
-    stages do. mesh: of the devices that the transformers' stages divide their steps over; None:
-    one."""
+    stages do. mesh: of the devices that the transformers' stages divide their steps over, and all
+    but the autoencoder their clips (`by_devices`); None: one."""
 
     folder: Path
     settings: dict[str, Any]
@@ -83,6 +85,39 @@ def repeated(step: Callable, chunk: int, mesh: Mesh | None = None) -> Callable:
         return lax.scan(one, state, None, length=chunk)
 
     return jax.jit(program, donate_argnums=0)
+
+
+def by_devices(mesh: Mesh | None, function: Callable, whole: tuple, parts: tuple, **static):
+    """Returns function(*whole, *parts, **static) of clips that have nothing to do with each other:
+    each device of a mesh runs it on its share of every leading axis of `parts`, and its results
+    have such an axis too. On one device where there is no mesh, or it does not divide them.
+
+    function: jitted; one object for all calls.
+    """
+    if mesh is None:
+        return function(*whole, *parts, **static)
+    if any(len(x) % mesh.size for x in jax.tree.leaves(parts)):
+        whole, parts = jax.device_put((whole, parts), mesh.devices.flat[0])
+        return function(*whole, *parts, **static)
+    flat = Mesh(mesh.devices.ravel(), (_CLIPS,), axis_types=(AxisType.Auto,))
+    lies = lambda spec: NamedSharding(flat, spec)
+    whole = jax.device_put(whole, lies(PartitionSpec()))
+    parts = jax.device_put(parts, lies(PartitionSpec(_CLIPS)))
+    return _divided(function, flat, tuple(static.items()))(whole, parts)
+
+
+@functools.cache
+def _divided(function: Callable, mesh: Mesh, static: tuple) -> Callable:
+    """function over a mesh of one axis; jax knows a function by its identity."""
+    return jax.jit(
+        jax.shard_map(
+            lambda whole, parts: function(*whole, *parts, **dict(static)),
+            mesh=mesh,
+            in_specs=(PartitionSpec(), PartitionSpec(_CLIPS)),
+            out_specs=PartitionSpec(_CLIPS),
+            check_vma=False,
+        )
+    )
 
 
 def batch_key(state) -> jax.Array:

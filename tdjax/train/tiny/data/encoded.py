@@ -19,7 +19,7 @@ from tdjax.parallel.sharding import constrain
 from tdjax.text.tokenizer import Tokenizer
 from tdjax.train.tiny.data import captions
 from tdjax.train.tiny.data.tokenizer import build
-from tdjax.train.tiny.work import Run
+from tdjax.train.tiny.work import Run, by_devices
 
 FULL = 3  # captions of a clip that say everything; one more leaves something out
 _SHORT = (("size",), ("speed",), ("size", "speed"))  # what the last caption of a clip leaves out
@@ -88,15 +88,16 @@ def encode(vae, factors: clips.Factors):  # -> bf16[b t h w c]
     return vae.encode(clips.render(factors), whole=True).astype(jnp.bfloat16)
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def _encoded(vae, key, blocks: int, size: int):  # -> bf16[n t h w c], what captions say of them
-    """Fresh clips of the training split through the encoder, a block at a time."""
+@partial(jax.jit, static_argnames="size")
+def _encoded(vae, key, blocks, *, size: int):  # -> bf16[n t h w c], what captions say of them
+    """Fresh clips of the training split through the encoder, a block at a time: those of these
+    numbers, i32[n]."""
 
     def one(i):
         factors = clips.sample(jax.random.fold_in(key, i), size)
         return encode(vae, factors), factors.said
 
-    found = lax.map(one, jnp.arange(blocks))
+    found = lax.map(one, blocks)
     return jax.tree.map(lambda x: rearrange(x, "n b ... -> (n b) ..."), found)
 
 
@@ -105,7 +106,9 @@ def make(run: Run, vae, n: int) -> Data:
     seed."""
     size = min(_AT_ONCE, n)
     with run.stages("encode clips"):
-        latents, said = _encoded(vae, run.key("data"), math.ceil(n / size), size)
+        whole, blocks = (vae, run.key("data")), jnp.arange(math.ceil(n / size))
+        latents, said = by_devices(run.mesh, _encoded, whole, (blocks,), size=size)
         # Meanwhile the device encodes.
         rows = [tokens_of(tokenizer(run), texts) for texts in texts_of(said, run.seed)]
+        latents = jax.device_put(latents, jax.devices()[0])
         return Data(jax.block_until_ready(latents), jnp.asarray(np.stack(rows, 1)))

@@ -57,7 +57,9 @@ class Bench:
     def sampled(self, row: Variant, tokens, key):  # i32[b s 2] -> f32[b t h w c]
         """Returns latents of a batch of captions, sampled as the row says."""
         model = self.model(row)
-        return sampling.latents(model, self.text, tokens, self.negative, key, row.sampler)
+        return sampling.latents(
+            model, self.text, tokens, self.negative, key, row.sampler, self.run.mesh
+        )
 
     def latents(self, row: Variant, prompts, key):  # -> f32[n t h w c] on the host
         """Returns latents of all captions, a batch at a time."""
@@ -84,7 +86,7 @@ class Bench:
         batches."""
         if row.sampler is not None:
             x = self.latents(row, prompts, self.run.key(f"noise {seed}"))
-            return sampling.videos(self.vae, x)
+            return sampling.videos(self.vae, x, self.run.mesh)
         n = self.cfg.clips
         factors = clips.sample(self.run.key(f"evaluate {seed} {row.split} {n}"), n, row.split)
         factors = jax.tree.map(lambda x: x[: len(prompts.texts)], factors)
@@ -95,25 +97,26 @@ class Bench:
         parts = []
         for i in range(0, factors.start.shape[0], _AT_ONCE):
             part = jax.tree.map(lambda x, i=i: x[i : i + _AT_ONCE], factors)
-            if through_vae:
-                x = encoded.encode(self.vae, part).astype(jnp.float32)
-                made = sampling.decode(self.vae, x)
-            else:
-                made = clips.to_uint8(clips.render(part))
+            made = self.divided(_through, (self.vae,), part) if through_vae else _rendered(part)
             parts.append(np.asarray(made))
         return np.concatenate(parts)
+
+    def divided(self, function, whole: tuple, part):
+        """Returns function(*whole, part), clips divided over the run's devices."""
+        return work.by_devices(self.run.mesh, function, whole, (part,))
 
     def measured(self, video) -> detector.Measured:
         """Returns what the detector sees, on the host."""
         parts = [
-            jax.device_get(detector.measure(video[i : i + _AT_ONCE]))
+            jax.device_get(self.divided(detector.measure, (), video[i : i + _AT_ONCE]))
             for i in range(0, len(video), _AT_ONCE)
         ]
         return jax.tree.map(lambda *part: np.concatenate(part), *parts)
 
     def features(self, video) -> tuple[np.ndarray, np.ndarray]:
         """Returns pooled pixels and the random network's view."""
-        pairs = [_features(video[i : i + _AT_ONCE]) for i in range(0, len(video), _AT_ONCE)]
+        blocks = (video[i : i + _AT_ONCE] for i in range(0, len(video), _AT_ONCE))
+        pairs = [self.divided(_features, (), block) for block in blocks]
         return tuple(np.concatenate([np.asarray(pair[i]) for pair in pairs]) for i in range(2))
 
     def reference(self):
@@ -133,6 +136,16 @@ class Bench:
         pooled, random = (np.concatenate(x) for x in zip(*parts, strict=True))
         basis = metrics.principal(pooled, min(metrics.COMPONENTS, n - 1))
         return basis, distances.gaussian(basis(pooled)), distances.gaussian(random)
+
+
+@jax.jit
+def _through(vae, factors):  # -> uint8[b T H W 3]
+    return sampling.decode(vae, encoded.encode(vae, factors).astype(jnp.float32))
+
+
+@jax.jit
+def _rendered(factors):  # -> uint8[b T H W 3]
+    return clips.to_uint8(clips.render(factors))
 
 
 @jax.jit
@@ -190,7 +203,7 @@ def _diversity(bench: Bench, row: Variant) -> float:
     n = bench.cfg.prompts
     prompts = bench.prompts(row, bench.cfg.seeds, n, repeats=n)
     x = bench.latents(row, prompts, bench.run.key("diversity"))
-    start = sampling.measured(bench.vae, jnp.asarray(x)).start.reshape(n, n, 2)
+    start = sampling.measured(bench.vae, jnp.asarray(x), bench.run.mesh).start.reshape(n, n, 2)
     said = jax.tree.map(lambda i: i[::n], prompts.said)
     return metrics.diversity(start, said, bench.run.key("places"))
 

@@ -129,11 +129,11 @@ class Best:
     def __call__(self, state: DistillState, step: int) -> dict[str, float]:
         key = self.run.key("student noise")
         found: dict[str, float] = {}
-        tokens = self.prompts.tokens
+        tokens, mesh = self.prompts.tokens, self.run.mesh
         for steps in (4, 1):
             how = sampling.student(steps)
-            x = sampling.latents(state.ema, self.text, tokens, self.negative, key, how)
-            seen = sampling.measured(self.vae, x)
+            x = sampling.latents(state.ema, self.text, tokens, self.negative, key, how, mesh)
+            seen = sampling.measured(self.vae, x, mesh)
             found[f"all_{steps}"] = detector.scores(seen, self.prompts.said)["all"]
             if steps == 4:
                 start = seen.start.reshape(-1, self.seeds, 2)

@@ -56,8 +56,9 @@ def run_stage(run: Run) -> None:
     how = sampling.teacher(cfg.check_steps, "euler", cfg.guidance, 3.0)
 
     def check(state, step: int) -> dict[str, float]:
-        x = sampling.latents(state.ema, text, prompts.tokens, negative, run.key("check"), how)
-        scores = detector.scores(sampling.measured(vae, x), prompts.said)
+        tokens, key = prompts.tokens, run.key("check")
+        x = sampling.latents(state.ema, text, tokens, negative, key, how, run.mesh)
+        scores = detector.scores(sampling.measured(vae, x, run.mesh), prompts.said)
         return {name: scores[name] for name in _SHOWN}
 
     clips = encoded.make(run, vae, cfg.clips)

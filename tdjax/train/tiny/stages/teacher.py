@@ -77,8 +77,9 @@ def _make_check(run: Run, cfg: TeacherStage, vae, negative):
     how = sampling.teacher(cfg.check_steps, "euler", cfg.guidance, cfg.shift)
 
     def check(state: TrainState, step: int) -> dict[str, float]:
-        x = sampling.latents(state.ema.dit, state.ema.text, prompts.tokens, negative, key, how)
-        scores = detector.scores(sampling.measured(vae, x), prompts.said)
+        dit, text = state.ema.dit, state.ema.text
+        x = sampling.latents(dit, text, prompts.tokens, negative, key, how, run.mesh)
+        scores = detector.scores(sampling.measured(vae, x, run.mesh), prompts.said)
         return {name: scores[name] for name in _SHOWN}
 
     return check

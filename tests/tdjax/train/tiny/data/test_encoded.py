@@ -4,11 +4,14 @@ import jax
 import numpy as np
 import pytest
 import tiny_cases
+import train_cases
+from tolerances import assert_close
 
 from tdjax.media.scenes import clips
 from tdjax.train import shards
 from tdjax.train.sources import ShardSource
 from tdjax.train.stream import Position, Stream
+from tdjax.train.tiny import work
 from tdjax.train.tiny.data import captions, encoded
 
 
@@ -57,6 +60,17 @@ def test_a_batch_keeps_latents_and_captions_together(some, tokens):
         )
         assert np.array_equal(x, np.asarray(some.latents[i], np.float32))
     assert len({bytes(np.asarray(row)) for row in rows}) > 16  # different captions of one clip
+
+
+@pytest.mark.slow
+def test_devices_encode_some_of_the_clips_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoded, "_AT_ONCE", 2)
+    vae = tiny_cases.vae()
+    run = lambda mesh: work.Run(folder=tmp_path, settings={}, sizes=tiny_cases.PACKED, mesh=mesh)
+    one, two = (encoded.make(run(mesh), vae, 4) for mesh in (None, train_cases.mesh(data=2)))
+    assert two.latents.devices() == one.latents.devices()
+    assert_close(two.latents.astype("float32"), one.latents.astype("float32"), "bf16")
+    assert np.array_equal(two.tokens, one.tokens)
 
 
 def test_clips_as_shards_are_what_the_loader_reads(tmp_path, some):

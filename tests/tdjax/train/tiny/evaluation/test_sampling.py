@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_cases
+import train_cases
+from tolerances import assert_close
 
 from tdjax.media.scenes import clips, detector
 from tdjax.media.scenes.factors import Attributes, Factors
@@ -97,6 +99,32 @@ def test_an_oracle_gets_everything_right(world, how):
     assert np.abs(np.asarray(x - oracle.x0)).max() < 2e-3
     scores = detector.scores(sampling.measured(codec, x), prompts.said)
     assert scores["all"] == 1.0 and scores["speed_error"] < 0.02
+
+
+@pytest.mark.slow
+def test_devices_make_some_of_the_clips_each(world):
+    """From the noise that one device has, and one makes what they do not divide."""
+    tokenizer, prompts, _, _, text = world
+    dit, vae, mesh = (
+        tiny_cases.dit(),
+        tiny_cases.vae(tiny_cases.PACKED.vae),
+        train_cases.mesh(data=2),
+    )
+    negative, key = encoded.negative(tokenizer), jax.random.key(6)
+    for n, how in ((4, sampling.student(2)), (4, sampling.teacher(2, "euler", 1.5, 3.0))):
+        tokens = prompts.tokens[:n]
+        one, two = (
+            sampling.latents(dit, text, tokens, negative, key, how, m) for m in (None, mesh)
+        )
+        assert_close(two, one, "float32")
+        assert len(two.devices()) == 2
+    seen = [sampling.measured(vae, x, m) for x, m in ((one, None), (two, mesh), (two[:3], mesh))]
+    for whole, divided, part in zip(*map(jax.tree.leaves, seen), strict=True):
+        np.testing.assert_allclose(divided, whole, atol=0.02)
+        np.testing.assert_allclose(part, whole[:3], atol=0.02)
+    assert (
+        np.abs(sampling.videos(vae, two, mesh).astype(int) - sampling.videos(vae, one)).max() <= 1
+    )
 
 
 @pytest.mark.slow
