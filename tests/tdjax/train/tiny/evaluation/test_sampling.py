@@ -118,13 +118,10 @@ def test_devices_make_some_of_the_clips_each(world):
         )
         assert_close(two, one, "float32")
         assert len(two.devices()) == 2
-    seen = [sampling.measured(vae, x, m) for x, m in ((one, None), (two, mesh), (two[:3], mesh))]
-    for whole, divided, part in zip(*map(jax.tree.leaves, seen), strict=True):
-        np.testing.assert_allclose(divided, whole, atol=0.02)
-        np.testing.assert_allclose(part, whole[:3], atol=0.02)
-    assert (
-        np.abs(sampling.videos(vae, two, mesh).astype(int) - sampling.videos(vae, one)).max() <= 1
-    )
+    whole = sampling.videos(vae, one).astype(int)
+    for n in (4, 3):
+        assert np.abs(sampling.videos(vae, two[:n], mesh) - whole[:n]).max() <= 1
+    assert len(sampling.measured(vae, two, mesh).start) == 4
 
 
 @pytest.mark.slow
