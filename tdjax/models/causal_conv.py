@@ -53,11 +53,10 @@ def _with_lines_beyond(y, x, kernel, stride: int, pads: tuple[int, int]):
     return y
 
 
-def _along(
-    line, taps, stride: int, pads: tuple[int, int]
-):  # [n m i], [k i o] -> f32 [n m/stride o]
-    """The convolution along a line, as one product with all taps: cuDNN takes longer to begin than
-    the product takes, and what runs before and after cannot be in one graph with it."""
+def _along(line, taps, stride: int, pads: tuple[int, int]):  # [n m i], [k i o] -> f32 [n m o]
+    """The convolution along a line, every `stride`-th output of it, as one product with all taps:
+    cuDNN takes longer to begin than the product takes, and what runs before and after cannot be in
+    one graph with it."""
     k, out = len(taps), (line.shape[1] + sum(pads) - len(taps)) // stride + 1
     products = jnp.einsum("nmi,kio->nmko", line, taps, preferred_element_type=jnp.float32)
     products = jnp.pad(products, ((0, 0), pads, (0, 0), (0, 0)))
