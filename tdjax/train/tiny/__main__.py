@@ -66,9 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--mesh",
-        help=(
-            "several devices, such as dp=2 or fsdp=2, for all but the steps of vae; default: one"
-        ),
+        help="several devices, such as dp=2 or fsdp=2; default: one",
     )
     p.add_argument("--seconds", type=float, help="stop, with the state saved, after this time")
     p.add_argument("--seed", type=int, default=0, help="of weights and data")

@@ -42,8 +42,8 @@ class Sizes:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
     """A run of the recipe: where, from which seed, until when (of time.monotonic), and what its
-    stages do. mesh: of the devices that the transformers' stages divide their steps over, and all
-    but the autoencoder their clips (`by_devices`); None: one."""
+    stages do. mesh: of the devices that stages divide their steps and clips over (`by_devices`);
+    None: one."""
 
     folder: Path
     settings: dict[str, Any]

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from tdjax.media.scenes import clips, detector
 from tdjax.models.wan_vae import VAE
@@ -52,12 +54,20 @@ def _distance(a, b, width: float):
     return jnp.sqrt(jnp.square(a - b) + width**2) - width
 
 
-def loss(vae: VAE, video, draws, jitter, cfg: VAEStage):
+def deviation(latents, axes: tuple[str, ...] = ()):  # f32[b t h w z] -> f32[z]
+    """Returns that of each channel, over the clips of all devices of the mesh axes of these
+    names."""
+    mean_of = lambda x: lax.pmean(x.mean((0, 1, 2, 3)), axes) if axes else x.mean((0, 1, 2, 3))
+    return jnp.sqrt(mean_of(jnp.square(latents - mean_of(latents))))
+
+
+def loss(vae: VAE, video, draws, jitter, cfg: VAEStage, axes: tuple[str, ...] = ()):
     """Returns (f32[], its parts): the distance of pixels and of their differences, and a little of
-    the divergence; jitter f32[] times noise is added to what the decoder sees."""
+    the divergence; jitter f32[] times noise is added to what the decoder sees. axes: of the mesh
+    that the clips of a batch are divided over."""
     mean, log_variance = posterior(vae, video)
     z = mean + jnp.exp(0.5 * log_variance) * draws["latent"]
-    z = z + jitter * jax.lax.stop_gradient(mean.std((0, 1, 2, 3))) * draws["jitter"]
+    z = z + jitter * deviation(lax.stop_gradient(mean), axes) * draws["jitter"]
     made = vae.decode(z, whole=True)
     pixels = (emphasis(video, cfg.drawn) * _distance(made, video, cfg.width)).mean()
     along = [
@@ -69,9 +79,27 @@ def loss(vae: VAE, video, draws, jitter, cfg: VAEStage):
     return total, {"loss": total, "rmse": jnp.sqrt(jnp.square(made - video).mean()), "kl": kl}
 
 
-def make_step(cfg: VAEStage, optimizer):
+def gradient(cfg: VAEStage, mesh: Mesh | None):
+    """Returns f(vae, video, draws, jitter) -> (gradient, parts of the loss): means over a batch, of
+    which each device of a mesh has a share."""
+    if mesh is None:
+        return partial(jax.grad(loss, has_aux=True), cfg=cfg)
+    axes = mesh.axis_names
+    own = partial(jax.grad(loss, has_aux=True), cfg=cfg, axes=axes)
+    whole, divided = PartitionSpec(), PartitionSpec(axes)
+    return jax.shard_map(
+        lambda *args: lax.pmean(own(*args), axes),
+        mesh=mesh,
+        in_specs=(whole, divided, divided, whole),
+        out_specs=whole,
+        check_vma=False,
+    )
+
+
+def make_step(cfg: VAEStage, optimizer, mesh: Mesh | None = None):
     """Returns step(state) -> (state, numbers) on whole clips: with shorter ones, reconstructions of
     whole ones stayed at 20 dB."""
+    gradient_of = gradient(cfg, mesh)
 
     def step(state: TrainState):
         keys = named_keys(state, "clips", "latent", "jitter")
@@ -80,7 +108,7 @@ def make_step(cfg: VAEStage, optimizer):
         draws = {name: jax.random.normal(keys[name], shape) for name in ("latent", "jitter")}
         late = state.step >= cfg.jitter_from * cfg.steps
         jitter = jnp.where(late, jnp.float32(cfg.jitter), jnp.float32(0))
-        grads, numbers = jax.grad(loss, has_aux=True)(state.model, video, draws, jitter, cfg)
+        grads, numbers = gradient_of(state.model, video, draws, jitter)
         model, opt, more = apply(optimizer, grads, state.opt, state.model)
         ema = ema_update(state.ema, model, state.step, _EMA)
         state = dataclasses.replace(state, step=state.step + 1, model=model, ema=ema, opt=opt)
@@ -157,9 +185,10 @@ def run_stage(run: Run) -> None:
     optimizer = adamw(rates)
     vae = jax.jit(lambda key: VAE(sizes, rngs=nnx.Rngs(key)))(run.key("vae"))
     state = TrainState.create(vae, optimizer, run.key("vae steps"))
-    program = work.repeated(make_step(cfg, optimizer), cfg.chunk)
-    check = _make_check(run, cfg)
-    state = work.train(run, "vae", state, program, cfg.steps, cfg.chunk, (), check, cfg.check_every)
+    mesh = run.mesh if run.mesh is not None and cfg.batch % run.mesh.size == 0 else None
+    program = work.repeated(make_step(cfg, optimizer, mesh), cfg.chunk, mesh)
+    check, every = _make_check(run, cfg), cfg.check_every
+    state = work.train(run, "vae", state, program, cfg.steps, cfg.chunk, (), check, every, mesh)
     with run.stages("latent statistics"):
         mean, std = statistics(state.ema, run.key("statistics"), cfg.statistics)
     run.say(f"latents: mean {mean}, deviation {std}")

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_cases
+import train_cases
+from jax.sharding import PartitionSpec
 from tolerances import assert_close
 
 from tdjax.train.tiny import settings
@@ -73,6 +75,35 @@ def test_the_loss_counts_pixels_differences_and_divergence(seen):
     assert_close(seen["kl"], kl, "float32")
     assert abs(seen["total"] - pixels - cfg.differences * steps - cfg.kl * kl) < 1e-5
     assert seen["noisy"] != seen["total"]
+
+
+def test_devices_have_the_gradient_of_their_clips():
+    """The mean of those of each clip alone. One batch on one device has it to 3e-4, as it has its
+    own where the last bit of the clips is another."""
+    model, (first, second) = tiny_cases.vae(), jax.random.split(jax.random.key(1))
+    video = jax.random.uniform(first, (2, 5, 16, 16, 3), minval=-1.0)
+    draws = {"latent": jax.random.normal(second, (2, 2, 2, 2, 2))}
+    draws |= {"jitter": jnp.zeros_like(draws["latent"])}
+    run = lambda mesh: tiny_cases.jit(vae.gradient(settings.VAEStage(), mesh))
+    share = lambda x, i: jax.tree.map(lambda leaf: leaf[i : i + 1], x)
+    alone, zero = run(None), jnp.float32(0)
+    each = [alone(model, share(video, i), share(draws, i), zero) for i in range(2)]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *each)
+    two = run(train_cases.mesh(data=2))(model, video, draws, zero)
+    for a, b in zip(*map(jax.tree.leaves, (mean, two)), strict=True):
+        scale = float(jnp.abs(a).max()) + 1e-12
+        assert_close(b / scale, a / scale, "float32")
+
+
+def test_a_deviation_is_over_the_clips_of_all_devices():
+    mesh, latents = (
+        train_cases.mesh(data=2),
+        5 + jax.random.normal(jax.random.key(0), (4, 2, 3, 3, 2)),
+    )
+    lies = {"in_specs": PartitionSpec("data"), "out_specs": PartitionSpec(), "check_vma": False}
+    divided = jax.shard_map(lambda x: vae.deviation(x, ("data",)), mesh=mesh, **lies)
+    assert_close(jax.jit(divided)(latents), np.std(latents, (0, 1, 2, 3)), "float32")
+    assert_close(vae.deviation(latents), np.std(latents, (0, 1, 2, 3)), "float32")
 
 
 def test_deviations_are_not_below_a_share_of_the_largest(monkeypatch):
