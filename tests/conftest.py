@@ -29,12 +29,15 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_traceback_in_locations_limit", 0)  # programs are not debugged here
 
 # Where the tests run in the background their commands would not hear of Ctrl-C.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-GROWN = 3 * 2**29  # bytes of a worker from which on the programs of a finished module are dropped
+GROWN = 2**29  # bytes more of a worker for which the programs of finished modules are dropped
+OBJECTS = 50_000  # new ones after which Python looks for cycles
+DROPPED = pytest.StashKey[int]()  # bytes of a worker when that was done, or begun
 KEPT = 2**30  # bytes of compiled programs that lie there from earlier sessions
 
 # Small checkpoints under published names, and folders of small models.
@@ -133,18 +136,19 @@ def module_of_programs(request):
     """Programs of a module are compiled in little time, and run in more: most run once. Modules
     marked `optimized`, which run theirs for long, have them as users do.
 
-    Afterwards none is kept where a worker has grown: compiled programs are most of what it holds.
-    This fixture is set up before any other of its module, and so comes last, when their values are
-    gone."""
+    Afterwards none is kept where a worker has grown since the last time: compiled programs are most
+    of what it holds. This fixture is set up before any other of its module, and so comes last, when
+    their values are gone."""
     quick = request.node.get_closest_marker("optimized") is None
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
-    if sys.platform == "linux" and resident_bytes() < GROWN:
+    if sys.platform == "linux" and resident_bytes() < request.config.stash[DROPPED] + GROWN:
         return
     jax.clear_caches()
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # the allocator otherwise keeps what was freed
+        request.config.stash[DROPPED] = resident_bytes()
 
 
 def resident_bytes() -> int:
@@ -168,6 +172,15 @@ def own_cache_folder(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+def pytest_collection_finish(session):
+    """Python's search for cycles passes over what is there by now, modules and tests, and is made
+    less often: a tenth of the suite's time."""
+    session.config.stash[DROPPED] = resident_bytes() if sys.platform == "linux" else 0
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(OBJECTS)
 
 
 def pytest_collection_modifyitems(items):
