@@ -35,36 +35,51 @@ def text():
     return tiny_cases.text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kappa", [1.0, 0.0])
-def test_a_cycle_is_a_turn_of_the_student_and_four_of_the_critic(some, text, tokens, kappa):
-    cfg = settings.RCMStage(
-        batch=2,
-        steps=6,
-        warmup=0,
-        compute="float32",
-        tangent="float32",
-        kappa=kappa,
-        learning_rate=1e-3,
-    )
-    student_rates, critic_rates = (adamw(rcm.rates(cfg, 1e-3, n)) for n in (6, 24))
-    model = tiny_cases.dit()
-    state = tiny_cases.jit(
-        lambda model, key: DistillState.create(
-            model, student_rates, key, critic=model, critic_optimizer=critic_rates
-        )
-    )(model, jax.random.key(0))
+@pytest.fixture(scope="module")
+def ran(some, text, tokens, tmp_path_factory):
+    """ran(a network, a mesh, settings) -> (numbers of two cycles in the loop of a stage, its last
+    state, what was seen at its checks: devices of the state, how often the cycle was traced)."""
     negative = encoded.embed(text, encoded.negative(tokens)[None])[0]
-    state, numbers = tiny_cases.repeated(rcm.make_cycle(cfg, student_rates, critic_rates), 2)(
-        state, some, model, text, negative
-    )
-    assert int(state.step) == 10 and all(np.isfinite(np.asarray(x)).all() for x in numbers.values())
+
+    def run(model, mesh=None, **more):
+        fixed = {"batch": 4, "steps": 2, "chunk": 1, "warmup": 0, "compute": "float32"}
+        cfg = settings.RCMStage(**fixed, **more)
+        student_rates, critic_rates = (adamw(rcm.rates(cfg, 1e-3, n)) for n in (2, 8))
+        run, checked, traced = work.Run(folder=tmp_path_factory.mktemp("rcm"), settings={}), [], []
+        state = DistillState.create(
+            model, student_rates, jax.random.key(0), critic=model, critic_optimizer=critic_rates
+        )
+        cycle = rcm.make_cycle(cfg, student_rates, critic_rates)
+        program = work.repeated(lambda *args: traced.append(1) or cycle(*args), 1, mesh)
+        check = lambda state, step: checked.append((devices_of(state), len(traced))) or {}
+        data = some, model, text, negative
+        state = work.train(run, "rcm", state, program, 2, 1, data, check, 1, mesh)
+        return metrics.read(run.work("rcm"))[0::2], state, checked
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def single(ran):
+    """(the network that two cycles on one device began with, what `ran` says of them)."""
+    model = tiny_cases.dit()
+    return model, ran(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kappa", [settings.RCMStage.kappa, 0.0])
+def test_a_cycle_is_a_turn_of_the_student_and_four_of_the_critic(single, ran, kappa):
+    model, (rows, state, _) = single
+    if not kappa:
+        rows, state, _ = ran(model, kappa=kappa)
+    assert int(state.step) == 10
+    assert len(rows) == 2 and all(np.isfinite(list(row.values())).all() for row in rows)
     moved = lambda after: max(
         float(np.abs(np.asarray(a) - np.asarray(b)).max())
         for a, b in zip(*map(jax.tree.leaves, (after, model)), strict=True)
     )
     assert moved(state.model) > 1e-4 and moved(state.critic) > 1e-4
-    assert ("consistency" in numbers) == (kappa > 0)
+    assert all(("consistency" in row) == (kappa > 0) for row in rows)
 
 
 @pytest.mark.slow
@@ -81,30 +96,14 @@ def test_the_tangent_may_run_in_another_dtype():
 
 
 @pytest.mark.slow
-def test_cycles_over_two_devices_are_those_of_one(some, text, tokens, tmp_path):
+def test_cycles_over_two_devices_are_those_of_one(single, ran):
     """The loop of a stage: its state goes back to the first device for a check and at the end, and
     one program serves all calls."""
-    cfg = settings.RCMStage(batch=4, steps=2, chunk=1, warmup=0, compute="float32")
-    student_rates, critic_rates = (adamw(rcm.rates(cfg, 1e-3, n)) for n in (2, 8))
-    model, found = tiny_cases.dit(), {}
-    negative = encoded.embed(text, encoded.negative(tokens)[None])[0]
-    for name, mesh in (("one", None), ("two", train_cases.mesh(data=2))):
-        run, checked, traced = work.Run(folder=tmp_path / name, settings={}), [], []
-        state = DistillState.create(
-            model, student_rates, jax.random.key(0), critic=model, critic_optimizer=critic_rates
-        )
-        cycle = rcm.make_cycle(cfg, student_rates, critic_rates)
-        count = lambda *args, cycle=cycle, to=traced: to.append(1) or cycle(*args)
-        program = work.repeated(count, 1, mesh)
-        seen = lambda state, to=traced: (devices_of(state), len(to))
-        check = lambda state, step, to=checked, seen=seen: to.append(seen(state)) or {}
-        data = some, model, text, negative
-        state = work.train(run, "rcm", state, program, 2, 1, data, check, 1, mesh)
+    model, (one, before, alone) = single
+    two, after, halved = ran(model, train_cases.mesh(data=2))
+    for state, checked in ((before, alone), (after, halved)):
         assert checked[0] == checked[1] and checked[0][0] == devices_of(state)
         assert devices_of(state) == {jax.devices()[0]}
-        rows = metrics.read(run.work("rcm"))
-        found[name] = rows[0::2], state
-    (one, before), (two, after) = found.values()
     for a, b in zip(one, two, strict=True):
         for key in a.keys() - {"step", "seconds_per_step"}:
             assert np.isclose(a[key], b[key], 1e-5, 0), (key, a[key], b[key])
