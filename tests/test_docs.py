@@ -238,20 +238,58 @@ def test_fences_are_known(path):
             ast.parse(body)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "path",
-    [p for p in PAGES if p != README and {"python", "bash"} & {fence for fence, _ in blocks(p)}],
-    ids=ids,
-)
-def test_blocks_run(path, tmp_path, monkeypatch):
-    """A page's code from top to bottom in one folder, as a reader would try it."""
-    monkeypatch.setenv("TDJAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    # One device, as a reader has, and programs that are compiled quickly.
+# A process for the code of many pages: imports and programs are there for the next page, and names
+# are not. Says {number of the page: what went wrong}.
+MANY = """
+import json, os, sys, traceback
+found = {}
+for number, (folder, blocks) in enumerate(json.load(sys.stdin)):
+    os.chdir(folder)
+    os.environ["TDJAX_CACHE"] = os.path.join(folder, "cache")
+    try:
+        for block in blocks:
+            exec(compile(block, "block", "exec"), {"__name__": "__main__"})
+    except BaseException:
+        found[number] = traceback.format_exc()
+json.dump(found, open(sys.argv[1], "w"))
+"""
+RUN = [p for p in PAGES if p != README and {"python", "bash"} & {fence for fence, _ in blocks(p)}]
+
+
+@pytest.fixture(scope="module")
+def as_a_reader():
+    """The environment of a reader: one device. Programs are compiled quickly."""
     flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    quick = {"XLA_FLAGS": " ".join(flags), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return os.environ | quick | {"PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def failures(as_a_reader, tmp_path_factory):
+    """{page of code that starts no command: what went wrong in it}."""
+    pages = [path for path in RUN if "bash" not in {fence for fence, _ in blocks(path)}]
+    code = [[body for fence, body in blocks(path) if fence == "python"] for path in pages]
+    folders = [str(tmp_path_factory.mktemp("page")) for _ in pages]
+    result = tmp_path_factory.mktemp("pages") / "failures.json"
+    done = subprocess.run(
+        [sys.executable, "-c", MANY, result],
+        input=json.dumps([*zip(folders, code, strict=True)]),
+        env=as_a_reader,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return {pages[int(number)]: text for number, text in json.loads(result.read_text()).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RUN, ids=ids)
+def test_blocks_run(path, as_a_reader, failures, tmp_path):
+    """A page's code from top to bottom in one folder, as a reader would try it."""
+    assert path not in failures, failures[path]
+    if "bash" not in {fence for fence, _ in blocks(path)}:
+        return
     for fence, body in blocks(path):
         if fence == "python":
             argvs = [[sys.executable, "-c", body]]
@@ -259,8 +297,11 @@ def test_blocks_run(path, tmp_path, monkeypatch):
             argvs = [[sys.executable, *shlex.split(line)[1:]] for line in body.splitlines()]
         else:
             continue
+        env = as_a_reader | {"TDJAX_CACHE": str(tmp_path / "cache")}
         for argv in argvs:
-            done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            done = subprocess.run(
+                argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+            )
             assert done.returncode == 0, f"{argv}\n{done.stdout}\n{done.stderr}"
 
 

@@ -7,6 +7,7 @@ import time
 import jax
 import pytest
 from flax import nnx
+from tiny_cases import SMALL_VAE
 
 from tdjax.bench import __main__ as bench
 from tdjax.bench import stages
@@ -193,7 +194,7 @@ def test_vae_stage_takes_whole_clips(monkeypatch):
     monkeypatch.setattr(vae_tiling, "TILE", 4)
     monkeypatch.setattr(vae_tiling, "OVERLAP", 2)
     size = VideoSize(frames=5, height=32, width=64)  # three tiles
-    encode, decode, tiles = stages.vae_rows(demo.VAE, size, 2)
+    encode, decode, tiles = stages.vae_rows(SMALL_VAE, size, 2)
     assert [(row.stage, row.what) for row in (encode, decode)] == [
         ("vae encode", "5 frames"),
         ("vae decode", "5 frames"),
