@@ -5,13 +5,12 @@ from importlib import metadata
 _OLDER = metadata.version("jax").startswith("0.10.")
 
 # A program is one piece for the compiler: pieces are for many cores, and cost more time in all.
+ONE_PIECE = "--xla_cpu_parallel_codegen_split_count=1"
+
 # And the older emitters of XLA's CPU compiler, which later versions no longer have: a program is
 # made in less than half of the time. They contract products and sums otherwise in a loop than
 # outside.
-QUICK = [
-    "--xla_cpu_parallel_codegen_split_count=1",
-    *(["--xla_cpu_use_fusion_emitters=false"] if _OLDER else []),
-]
+QUICK = [ONE_PIECE, *(["--xla_cpu_use_fusion_emitters=false"] if _OLDER else [])]
 
 # Compiler options of programs whose bits are compared with those of other programs.
 AS_USERS = {"xla_cpu_use_fusion_emitters": True} if _OLDER else {}

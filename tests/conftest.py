@@ -35,7 +35,7 @@ jax.config.update("jax_traceback_in_locations_limit", 0)  # programs are not deb
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-GROWN = 2**29  # bytes more of a worker for which the programs of finished modules are dropped
+GROWN = 3 * 2**27  # bytes more of a worker for which the programs of finished modules are dropped
 OBJECTS = 50_000  # new ones after which Python looks for cycles
 DROPPED = pytest.StashKey[int]()  # bytes of a worker when that was done, or begun
 KEPT = 2**30  # bytes of compiled programs that lie there from earlier sessions
@@ -146,13 +146,15 @@ def module_of_programs(request):
         return
     jax.clear_caches()
     gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # the allocator otherwise keeps what was freed
-        request.config.stash[DROPPED] = resident_bytes()
+    request.config.stash[DROPPED] = resident_bytes()
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds (Linux)."""
+    """Memory that this process needs (Linux; 0 elsewhere): what was freed is given back before, as
+    the allocator otherwise keeps up to half a gigabyte of it."""
+    if sys.platform != "linux":
+        return 0
+    ctypes.CDLL(None).malloc_trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -177,7 +179,7 @@ def key():
 def pytest_collection_finish(session):
     """Python's search for cycles passes over what is there by now, modules and tests, and is made
     less often: a tenth of the suite's time."""
-    session.config.stash[DROPPED] = resident_bytes() if sys.platform == "linux" else 0
+    session.config.stash[DROPPED] = resident_bytes()
     gc.collect()
     gc.freeze()
     gc.set_threshold(OBJECTS)
