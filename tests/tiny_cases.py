@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+import random_model
 
 from tdjax.checkpoints import orbax
 from tdjax.config import TextConfig, VAEConfig
@@ -69,22 +69,26 @@ def shades(tokenizer) -> Data:
     return Data(jnp.broadcast_to(shade, (16, 3, 4, 4, 8)).astype(jnp.bfloat16), jnp.asarray(rows))
 
 
+def drawn(kind: str, cfg, seed: int, **change):
+    """A network of random weights, drawn by numpy: a program that draws them all takes long to
+    compile. change={leaf: factor} (dots as double underscores) scales a leaf."""
+    leaves = random_model.random_leaves(kind, cfg, seed)
+    for name, factor in change.items():
+        leaves[name.replace("__", ".")] *= np.float32(factor)
+    return orbax.assemble(orbax.abstract(kind, cfg), jax.device_put(leaves))
+
+
 def dit(cfg=DIT, seed: int = 0) -> DiT:
     """A network whose output is not zero."""
-    model = jit(lambda key: DiT(cfg, rngs=nnx.Rngs(key)))(jax.random.key(seed))
-    leaves = orbax.named_leaves(model)
-    leaves["head.proj.kernel"] = 0.1 * jax.random.normal(
-        jax.random.key(seed + 1), leaves["head.proj.kernel"].shape
-    )
-    return orbax.assemble(orbax.abstract("dit", cfg), leaves)
+    return drawn("dit", cfg, seed, head__proj__kernel=0.1 * cfg.dim**0.5)
 
 
 def text(cfg=TEXT) -> UMT5:
-    return jit(lambda key: UMT5(cfg, rngs=nnx.Rngs(key)))(jax.random.key(3))
+    return drawn("text", cfg, 3)
 
 
 def vae(cfg=SMALL_VAE) -> VAE:
-    return jit(lambda key: VAE(cfg, rngs=nnx.Rngs(key)))(jax.random.key(0))
+    return drawn("vae", cfg, 0)
 
 
 PACKED_TEXT = dataclasses.replace(TEXT, dim=32, attention_dim=32)
