@@ -16,9 +16,11 @@ from conftest import SCRIPTS
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
+from random_model import random_leaves
 from tolerances import assert_close
 
 from tdjax.bench.stages import with_random_lora
+from tdjax.checkpoints import orbax
 from tdjax.config import DiTConfig, SLAConfig, TextConfig, VAEConfig
 from tdjax.models.abstract import as_shapes
 from tdjax.models.linear import LINEAR
@@ -339,11 +341,11 @@ def test_blocks_that_lie_whole_on_each_device(monkeypatch, attention, linear, im
     monkeypatch.setattr(sharding, "MOST_FILL", 1.0)
     sla = SLAConfig(topk=0.5, block_q=64, block_k=64)
     kinds = {"attention": attention, "linear": "float", "impl": impl, "sla": sla}
-    model = DiT(dataclasses.replace(TINY, **kinds), rngs=nnx.Rngs(0))
+    cfg = dataclasses.replace(TINY, **kinds)
+    leaves = jax.device_put(random_leaves("dit", cfg, 0))
+    model = with_linear(orbax.assemble(orbax.abstract("dit", cfg), leaves), linear)
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    model.head.proj.kernel[...] = draw(*model.head.proj.kernel.shape)
-    model = with_linear(model, linear)
     args = draw(1, 3, 12, 20, 16), jnp.full(1, 500.0), draw(1, 8, 24)
     step = lambda model, x, t, text: model.velocity(x, t, model.text_kv(text))
     one = jax.jit(step)(model, *args)
