@@ -33,7 +33,7 @@ from tdjax.train.samples import Samples
 from tdjax.train.sources import ShardSource, read_embedding
 from tdjax.train.state import Batch, Teacher
 from tdjax.train.stream import Position, Stream, rows_here
-from tdjax.train.turns import TEACHER
+from tdjax.train.turns import TEACHER, without
 
 # Keys that may change when a run goes on without changing what it computes.
 _FREE_ON_RESUME = ("run.", "sample.", "model.offline", "loss.offload")
@@ -165,7 +165,8 @@ class TrainingRun:
 
     def _check_steps(self):
         """Shapes of the state. Every step is traced: whatever does not fit together is found here,
-        in seconds."""
+        in seconds. Under a mesh, shapes say that they lie on it: only then is what was traced there
+        for the program."""
         source = self.stream.source
         batched = lambda x: jax.ShapeDtypeStruct((self.stream.size, *x.shape), x.dtype)
         samples = [source.read(source.first(unit)) for unit in source.firsts.values()]
@@ -178,8 +179,9 @@ class TrainingRun:
         try:
             state = jax.eval_shape(self.method.create, self.networks.abstract())
             with self._on_mesh():
-                for step, batch in itertools.product(self.method.steps.values(), batches):
-                    jax.eval_shape(step, state, teacher, batch)
+                for (phase, step), batch in itertools.product(self.method.steps.items(), batches):
+                    used = without(self._unused().get(phase, ()), state, teacher)
+                    jax.eval_shape(step, *placement.abstract((*used, batch), self.mesh))
         except UsageError:
             raise
         except ValueError as error:

@@ -50,6 +50,12 @@ class Turns:
         return jax.tree.map(lambda x: _moved(x, kind), self._waiting.pop(name))
 
 
+def without(unused: tuple[str, ...], state, teacher):
+    """Returns (state, teacher) with None in place of the parts of these names: what a step is given
+    while they wait."""
+    return _with(state, teacher, dict.fromkeys(unused))
+
+
 def _part(name: str, state, teacher):
     return teacher.model if name == TEACHER else getattr(state, name)
 
