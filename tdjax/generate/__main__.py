@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from tdjax.checkpoints.locate import PATHS
 from tdjax.config import SamplerConfig, SLAConfig, VideoSize, check_fps, check_samples
-from tdjax.errors import CheckpointError, TdjaxError, UsageError
+from tdjax.errors import CheckpointError, NotFinite, TdjaxError, UsageError
 from tdjax.files import near_files, refuse_existing, refuse_inputs, refuse_unwritable
 from tdjax.generate import outputs
 from tdjax.generate.arguments import INSTEAD, OFFICIAL_MODELS, build_parser, parse
@@ -492,8 +492,14 @@ def _make(args, pipe, tasks: list[outputs.Task], embeds: dict[str, Any]) -> None
         claimed = lambda task: held.enter_context(together.claimed(args, task, pipe.stages.note))
         found = [(task, claimed(task)) for task in tasks]
         own = [dataclasses.replace(task, paths=paths) for task, paths in found if paths is not None]
-        if own:
-            make_files(args, pipe, own, embeds)
+        try:
+            if own:
+                make_files(args, pipe, own, embeds)
+        except NotFinite:
+            if len(own) == 1:
+                raise
+            for task in own:  # one by one up to that which is not finite: what is before it is kept
+                make_files(args, pipe, [task], embeds)
 
 
 def make_files(args, pipe, tasks: list[outputs.Task], embeds: dict[str, Any]) -> None:

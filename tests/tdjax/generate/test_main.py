@@ -17,6 +17,7 @@ from tolerances import assert_close
 
 import tdjax
 from tdjax.checkpoints import orbax
+from tdjax.errors import NotFinite
 from tdjax.generate import __main__ as generate
 from tdjax.media.video import read_video
 from tdjax.pipeline.components import Component
@@ -163,6 +164,28 @@ def test_copies_of_the_weights_make_rows_at_the_same_time(model, tmp_path, monke
         for each in facts:
             each.pop("timings")
         assert facts[0] == facts[1] and facts[0]["seed"] == n
+
+
+@pytest.mark.slow
+def test_a_row_that_is_not_finite_takes_no_row_before_it_along(
+    model, tmp_path, monkeypatch, capsys
+):
+    """Rows made beside it are as they are without a mesh: those before it are there."""
+    call = tdjax.Pipeline.__call__
+
+    def broken(pipe, prompt, **given):
+        if "a blue square" in prompt:
+            raise NotFinite("the latents are not finite", "a test said so", "another prompt")
+        return call(pipe, prompt, **given)
+
+    monkeypatch.setattr(tdjax.Pipeline, "__call__", broken)
+    monkeypatch.chdir(tmp_path)
+    rows = ["prompt,seed,out", "a red circle,1,a.npy", "a blue square,2,b.npy"]
+    (tmp_path / "rows.csv").write_text("\n".join(rows))
+    assert generate.main(command(model, "--prompt_file", "rows.csv", "--mesh", "dp=2")) == 5
+    out = capsys.readouterr()
+    assert out.out == "a.npy\n" and "not finite" in out.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "a.npy.json", "rows.csv"]
 
 
 @pytest.mark.slow
