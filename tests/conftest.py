@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import ctypes  # noqa: E402
 import gc  # noqa: E402
+import itertools  # noqa: E402
 import json  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
@@ -165,10 +166,18 @@ def cache_folder_of_the_session(tmp_path_factory):
     os.environ["TDJAX_CACHE"] = str(tmp_path_factory.mktemp("tdjax"))
 
 
+@pytest.fixture(scope="session")
+def cache_folders(tmp_path_factory):
+    """Paths where nothing lies yet. pytest would make a folder for each, and look through all those
+    before to number it."""
+    parent = tmp_path_factory.mktemp("caches")
+    return (parent / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def own_cache_folder(tmp_path_factory, monkeypatch):
+def own_cache_folder(cache_folders, monkeypatch):
     """No test sees what another one, or the user, has left in tdjax's cache folder."""
-    monkeypatch.setenv("TDJAX_CACHE", str(tmp_path_factory.mktemp("tdjax")))
+    monkeypatch.setenv("TDJAX_CACHE", str(next(cache_folders)))
 
 
 @pytest.fixture
