@@ -1,5 +1,7 @@
 """The autoencoder's loss, and the statistics of its latents."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,23 +16,23 @@ from tdjax.train.tiny.stages import vae
 
 pytestmark = pytest.mark.slow
 
+# Of two levels, half as large in space and time: half of the program.
+LEVELS = dataclasses.replace(tiny_cases.SMALL_VAE, multipliers=(1, 1), temporal_down=(True,))
+LATENTS = (1, 2, 4, 4, 2)  # of three frames of 8 x 8
+
 
 @pytest.fixture(scope="module")
 def seen():
     """What one program says of a small network and a short clip: the loss with and without noise,
     and what it is made of."""
-    cfg, model, video = (
-        settings.VAEStage(),
-        tiny_cases.vae(),
-        jax.random.uniform(jax.random.key(1), (1, 5, 16, 16, 3), minval=-1.0),
-    )
-    zeros = {name: jnp.zeros((1, 2, 2, 2, 2)) for name in ("latent", "jitter")}
+    cfg, model = settings.VAEStage(), tiny_cases.vae(LEVELS)
+    video = np.random.default_rng(1).uniform(-1, 1, (1, 3, 8, 8, 3)).astype(np.float32)
+    zeros = dict.fromkeys(("latent", "jitter"), np.zeros(LATENTS, np.float32))
+    ones = zeros | {"jitter": np.ones(LATENTS, np.float32)}
 
     def all_of(model):
         total, parts = vae.loss(model, video, zeros, jnp.float32(0), cfg)
-        noisy, _ = vae.loss(
-            model, video, zeros | {"jitter": jnp.ones((1, 2, 2, 2, 2))}, jnp.float32(0.5), cfg
-        )
+        noisy, _ = vae.loss(model, video, ones, jnp.float32(0.5), cfg)
         mean, log_variance = vae.posterior(model, video)
         z = model.encode(video)
         error = model.decode(z) - video
@@ -58,7 +60,7 @@ def test_the_object_weighs_as_much_more_in_every_clip():
 
 
 def test_the_mean_of_the_posterior_is_what_the_encoder_gives(seen):
-    assert seen["mean"].shape == seen["log_variance"].shape == (1, 2, 2, 2, 2)
+    assert seen["mean"].shape == seen["log_variance"].shape == LATENTS
     assert_close(seen["mean"], seen["z"], "float32")
 
 
@@ -80,18 +82,18 @@ def test_the_loss_counts_pixels_differences_and_divergence(seen):
 def test_devices_have_the_gradient_of_their_clips():
     """The mean of those of each clip alone. One batch on one device has it to 3e-4, as it has its
     own where the last bit of the clips is another."""
-    model, (first, second) = tiny_cases.vae(), jax.random.split(jax.random.key(1))
-    video = jax.random.uniform(first, (2, 5, 16, 16, 3), minval=-1.0)
-    draws = {"latent": jax.random.normal(second, (2, 2, 2, 2, 2))}
-    draws |= {"jitter": jnp.zeros_like(draws["latent"])}
+    model, rng = tiny_cases.vae(LEVELS), np.random.default_rng(1)
+    video = rng.uniform(-1, 1, (2, 3, 8, 8, 3)).astype(np.float32)
+    draws = {"latent": rng.normal(size=(2, 2, 4, 4, 2)).astype(np.float32)}
+    draws |= {"jitter": np.zeros_like(draws["latent"])}
     run = lambda mesh: tiny_cases.jit(vae.gradient(settings.VAEStage(), mesh))
     share = lambda x, i: jax.tree.map(lambda leaf: leaf[i : i + 1], x)
-    alone, zero = run(None), jnp.float32(0)
-    each = [alone(model, share(video, i), share(draws, i), zero) for i in range(2)]
+    alone, zero = run(None), np.float32(0)
+    each = [jax.device_get(alone(model, video[i : i + 1], share(draws, i), zero)) for i in range(2)]
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *each)
-    two = run(train_cases.mesh(data=2))(model, video, draws, zero)
+    two = jax.device_get(run(train_cases.mesh(data=2))(model, video, draws, zero))
     for a, b in zip(*map(jax.tree.leaves, (mean, two)), strict=True):
-        scale = float(jnp.abs(a).max()) + 1e-12
+        scale = np.abs(a).max() + np.float32(1e-12)
         assert_close(b / scale, a / scale, "float32")
 
 
