@@ -7,6 +7,8 @@ sigmoid, one pixel wide, of the signed distance to the outline.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +45,7 @@ ARM = 1 / 3  # half the width of a cross's arms, as a share of its half side
 # -- sampling --------------------------------------------------------------------------------------
 
 
+@functools.partial(jax.jit, static_argnames=("n", "split", "motions"))
 def sample(key, n: int, split: str = "train", motions: int = len(MOTIONS)) -> Factors:
     """Returns n clips: attributes uniform over the allowed ones of a split (`factors.scenes`),
     positions uniform where they fit.
@@ -66,6 +69,7 @@ def sample(key, n: int, split: str = "train", motions: int = len(MOTIONS)) -> Fa
     return place(keys["place"], said)
 
 
+@jax.jit
 def place(key, said: Attributes) -> Factors:
     """Returns clips whose attributes are all given: start and heading are uniform where the clip
     stays in the frame."""
@@ -95,6 +99,7 @@ def walls(said: Attributes):  # -> f32[b 1] x2
     return low, SIDE - low
 
 
+@functools.partial(jax.jit, static_argnames="frames")
 def track(factors: Factors, frames: int = FRAMES):  # -> f32[b t 2]
     """Returns the centre (x, y) in every frame: a straight line, folded back at the walls."""
     low, high = (rearrange(w, "b 1 -> b 1 1") for w in walls(factors.said))
@@ -145,6 +150,7 @@ def coverage(shape, r, centres):  # i32[b], f32[b], f32[b t 2] -> f32[b t h w] i
     return jax.nn.sigmoid(-EDGE * lax.select_n(which, *cases))
 
 
+@jax.jit
 def draw(said: Attributes, centres):  # centres f32[b t 2] -> f32[b t h w 3] in [-1, 1]
     """Returns the object of each clip at the given centres, over its background."""
     alpha = coverage(said.shape, jnp.asarray(RADIUS)[said.size], centres)
@@ -154,12 +160,14 @@ def draw(said: Attributes, centres):  # centres f32[b t 2] -> f32[b t h w 3] in 
     return background + alpha * (colour - background)
 
 
+@functools.partial(jax.jit, static_argnames="frames")
 def render(factors: Factors, frames: int = FRAMES):  # -> f32[b t h w 3] in [-1, 1]
     """Returns the clips. 4 bytes x 3 x 64 x 64 x 33 are 1.6 MB a clip: render as many as are used
     at once."""
     return draw(factors.said, track(factors, frames))
 
 
+@jax.jit
 def to_uint8(video):  # float [... 3] in [-1, 1] -> uint8
     return jnp.round((jnp.clip(video, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 

@@ -140,7 +140,7 @@ ASKED = "a large orange triangle moves up quickly on a black background"
 @pytest.fixture(scope="module")
 def clip():
     """A clip of what ASKED says, drawn: uint8[1 T H W 3]."""
-    where = clips.place(jax.random.key(0), jax.tree.map(jax.numpy.asarray, parse([ASKED])))
+    where = clips.place(jax.random.key(0), parse([ASKED]))
     return np.asarray(clips.to_uint8(clips.render(where)))
 
 

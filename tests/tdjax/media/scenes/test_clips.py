@@ -25,15 +25,13 @@ from tdjax.media.scenes.factors import (
 )
 
 N = 4096
-sample = jax.jit(clips.sample, static_argnames=("n", "split", "motions"))
-render = jax.jit(clips.render, static_argnames="frames")
 coverage = jax.jit(clips.coverage)
 first = lambda factors, n: jax.tree.map(lambda a: a[:n], factors)
 
 
 @pytest.fixture(scope="module")
 def many():
-    return jax.tree.map(np.asarray, sample(jax.random.key(1), N, "all"))
+    return jax.tree.map(np.asarray, clips.sample(jax.random.key(1), N, "all"))
 
 
 def apart(a, b):
@@ -66,7 +64,7 @@ def test_held_out_pairs_are_in_their_split_alone():
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_samples_cover_their_split(split):
-    said = sample(jax.random.key(0), N, split).said
+    said = clips.sample(jax.random.key(0), N, split).said
     drawn = {
         tuple(row) for row in np.stack([said.shape, said.colour, said.background], -1).tolist()
     }
@@ -87,7 +85,7 @@ def test_all_values_are_drawn_alike(many):
 
 @pytest.mark.slow
 def test_first_motions_can_be_drawn_alone():
-    motion = np.asarray(sample(jax.random.key(0), N, "train", FIRST_BOUNCE).said.motion)
+    motion = np.asarray(clips.sample(jax.random.key(0), N, "train", FIRST_BOUNCE).said.motion)
     assert set(np.unique(motion)) == set(range(FIRST_BOUNCE))
 
 
@@ -126,7 +124,7 @@ def test_objects_stay_in_the_frame(many):
 
 def test_border_is_background(many):
     f = first(many, 32)
-    video = np.asarray(render(f))
+    video = np.asarray(clips.render(f))
     error = np.abs(video - BACKGROUND_RGB[f.said.background][:, None, None, None])
     for edge in (error[:, :, [0, -1]], error[:, :, :, [0, -1]]):
         assert edge.max() < 0.01
@@ -183,7 +181,7 @@ def test_shapes_have_their_area_place_and_outline(shape, size):
 
 
 def test_moving_by_whole_pixels_moves_the_picture(many):
-    centre, draw = jnp.full((8, 1, 2), 30.25), jax.jit(clips.draw)
+    centre, draw = jnp.full((8, 1, 2), 30.25), clips.draw
     a, b = (
         np.asarray(draw(first(many, 8).said, c)) for c in (centre, centre + jnp.float32([3, 5]))
     )
@@ -193,7 +191,7 @@ def test_moving_by_whole_pixels_moves_the_picture(many):
 @pytest.mark.slow
 def test_colours_are_the_palettes(many):
     f = first(many, 32)
-    video = np.asarray(render(f))
+    video = np.asarray(clips.render(f))
     centre = np.asarray(clips.track(f))[:, 0].astype(int)
     middle = video[np.arange(32), 0, centre[:, 1], centre[:, 0]]
     assert np.abs(middle - COLOUR_RGB[f.said.colour]).max() < 0.01
@@ -205,7 +203,7 @@ def test_colours_are_the_palettes(many):
 
 
 def test_same_key_same_clips(many):
-    again, other = (sample(jax.random.key(k), N, "all") for k in (1, 2))
+    again, other = (clips.sample(jax.random.key(k), N, "all") for k in (1, 2))
     assert all(
         np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (many, again)), strict=True)
     )
@@ -214,11 +212,11 @@ def test_same_key_same_clips(many):
 
 def test_short_clips_are_beginnings(many):
     f = first(many, 32)
-    assert_close(render(f, 17), np.asarray(render(f))[:, :17], "float32")
+    assert_close(clips.render(f, 17), np.asarray(clips.render(f))[:, :17], "float32")
 
 
 def test_place_keeps_what_is_said(many):
-    f = jax.jit(clips.place)(jax.random.key(8), many.said)
+    f = clips.place(jax.random.key(8), many.said)
     for field in dataclasses.fields(many.said):
         assert np.array_equal(getattr(f.said, field.name), getattr(many.said, field.name))
     assert not np.array_equal(f.start, many.start)

@@ -26,9 +26,8 @@ from tdjax.media.scenes.factors import (
 pytestmark = pytest.mark.optimized
 
 N = 32  # clips at once, always: one program
-draw, sample = jax.jit(clips.draw), jax.jit(clips.sample, static_argnames=("n", "split", "motions"))
-FACTORS = jax.tree.map(np.asarray, sample(jax.random.key(3), N, "all"))
-SAID, TRACK = FACTORS.said, np.asarray(jax.jit(clips.track)(FACTORS))
+FACTORS = jax.tree.map(np.asarray, clips.sample(jax.random.key(3), N, "all"))
+SAID, TRACK = FACTORS.said, np.asarray(clips.track(FACTORS))
 MOVES = SAID.motion != STILL
 
 
@@ -39,7 +38,7 @@ def judged(video, said=SAID):
 
 @pytest.fixture(scope="module")
 def truth():
-    return draw(SAID, TRACK)
+    return clips.draw(SAID, TRACK)
 
 
 @pytest.mark.slow
@@ -48,8 +47,8 @@ def test_true_clips_are_right():
     right."""
     right = []
     for seed in range(8):
-        f = sample(jax.random.key(100 + seed), N, "all")
-        measured = detector.measure(draw(f.said, clips.track(f)))
+        f = clips.sample(jax.random.key(100 + seed), N, "all")
+        measured = detector.measure(clips.draw(f.said, clips.track(f)))
         right.append(detector.correct(measured, f.said)["all"])
         scores = detector.scores(measured, f.said)
         assert scores["present"] == 1 and scores["flicker"] < 1e-6 and scores["colour_error"] < 0.02
@@ -88,14 +87,14 @@ def swapped(**changes):
     ],
 )
 def test_another_value_is_seen_as_such(name, shown):
-    measured, right = judged(draw(shown, TRACK))
+    measured, right = judged(clips.draw(shown, TRACK))
     assert not right[name].any() and not right["all"].any()
     assert (np.asarray(getattr(measured.seen, name)) == getattr(shown, name)).all()
     assert all(right[other].all() for other in NAMES if other != name)
 
 
 def test_frozen_motion():
-    measured, right = judged(draw(SAID, np.repeat(TRACK[:, :1], FRAMES, axis=1)))
+    measured, right = judged(clips.draw(SAID, np.repeat(TRACK[:, :1], FRAMES, axis=1)))
     assert (np.asarray(measured.seen.motion) == STILL).all() and (
         np.asarray(measured.seen.speed) == UNSAID
     ).all()
@@ -108,7 +107,7 @@ def test_half_and_double_speed():
         centre = TRACK[:, :1] + factor * (TRACK - TRACK[:, :1])
         middle = (centre.min(1, keepdims=True) + centre.max(1, keepdims=True)) / 2
         measured, right = judged(
-            draw(SAID, 32 + (centre - middle) * np.float32(0.9 if factor == 2 else 1))
+            clips.draw(SAID, 32 + (centre - middle) * np.float32(0.9 if factor == 2 else 1))
         )  # kept in the frame
         assert not right["all"][MOVES].any() and not right["speed"][straight].any()
         assert right["motion"][straight].all()
@@ -117,13 +116,13 @@ def test_half_and_double_speed():
 
 @pytest.mark.slow
 def test_backwards_and_diagonal():
-    measured, right = judged(draw(SAID, TRACK[:, ::-1]))
+    measured, right = judged(clips.draw(SAID, TRACK[:, ::-1]))
     straight = MOVES & (SAID.motion < FIRST_BOUNCE)
     assert not right["motion"][straight].any() and right["motion"][~straight].all()
     time = np.arange(FRAMES, dtype=np.float32) - 16
     for x, y in ((0.5, 0.5), (-0.5, 0.5), (0.3, -0.35)):
         centre = np.broadcast_to(32 + np.stack([x * time, y * time], -1), TRACK.shape)
-        measured, right = judged(draw(SAID, centre))
+        measured, right = judged(clips.draw(SAID, centre))
         assert (np.asarray(measured.seen.motion) == UNSAID).all() and not right["all"].any()
         assert np.abs(np.asarray(measured.speed) - np.hypot(x, y)).max() < 0.03
 
@@ -138,7 +137,7 @@ def test_a_slow_drift_is_still_and_a_shallow_turn_is_a_bounce():
         (-0.5 * np.abs(time - 25), FIRST_BOUNCE),
     ):
         centre = np.stack([32 + x - x.mean(), np.full_like(x, 30)], -1)
-        measured, _ = judged(draw(SAID, np.broadcast_to(centre, TRACK.shape)))
+        measured, _ = judged(clips.draw(SAID, np.broadcast_to(centre, TRACK.shape)))
         assert (np.asarray(measured.seen.motion) == motion).all()
 
 
@@ -186,7 +185,7 @@ def test_noise(kind):
 
 def test_constancy_is_the_jitter_that_was_put_in():
     jitter = 0.5 * np.random.default_rng(0).standard_normal(TRACK.shape).astype(np.float32)
-    measured, right = judged(draw(SAID, TRACK + jitter))
+    measured, right = judged(clips.draw(SAID, TRACK + jitter))
     assert (
         abs(float(jnp.mean(measured.constancy)) / (0.5 * 2**0.5) - 1) < 0.08
     )  # the fit takes up a few of 66 degrees of freedom
@@ -195,7 +194,7 @@ def test_constancy_is_the_jitter_that_was_put_in():
 
 def test_area_variation_and_flicker():
     small, large = (
-        np.asarray(draw(swapped(size=np.full(N, i, np.int32)), np.full_like(TRACK, 32)))
+        np.asarray(clips.draw(swapped(size=np.full(N, i, np.int32)), np.full_like(TRACK, 32)))
         for i in (0, 1)
     )
     video = np.where(rearrange(np.arange(FRAMES) % 2 == 0, "t -> 1 t 1 1 1"), small, large)

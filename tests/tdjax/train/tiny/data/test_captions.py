@@ -9,13 +9,12 @@ from tdjax.media.scenes import clips
 from tdjax.media.scenes.factors import FIRST_BOUNCE, HELD_OUT, NAMES, STILL, UNSAID
 from tdjax.train.tiny.data import captions
 
-sample = jax.jit(clips.sample, static_argnames=("n", "split", "motions"))
 PROMPT = "a small red circle moves left slowly on a gray background"
 
 
 @pytest.fixture(scope="module")
 def said():
-    return jax.tree.map(np.asarray, sample(jax.random.key(1), 4096, "all").said)
+    return jax.tree.map(np.asarray, clips.sample(jax.random.key(1), 4096, "all").said)
 
 
 def ids(**values):

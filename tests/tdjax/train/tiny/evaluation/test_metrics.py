@@ -13,7 +13,6 @@ from tdjax.train.evaluate.distances import frechet, gaussian
 from tdjax.train.tiny.evaluation import metrics
 
 rng = np.random.default_rng(0)
-draw, sample = jax.jit(clips.draw), jax.jit(clips.sample, static_argnames=("n", "split", "motions"))
 
 
 def rotation(d):
@@ -32,8 +31,8 @@ def test_principal_components():
 @pytest.fixture(scope="module")
 def real():
     """Two sets of 32 true clips."""
-    sets = [sample(jax.random.key(k), 32, "all") for k in (1, 2)]
-    return [np.array(draw(f.said, clips.track(f))) for f in sets]
+    sets = [clips.sample(jax.random.key(k), 32, "all") for k in (1, 2)]
+    return [np.array(clips.draw(f.said, clips.track(f))) for f in sets]
 
 
 def test_pooled_pixels(real):
@@ -83,7 +82,7 @@ def test_distances_of_clips(real):
 @pytest.fixture(scope="module")
 def seeds():
     """32 prompts and the true starts of 256 clips of each."""
-    said = sample(jax.random.key(1), 32, "all").said
+    said = clips.sample(jax.random.key(1), 32, "all").said
     start = jax.jit(jax.vmap(lambda key: clips.place(key, said).start))(
         jax.random.split(jax.random.key(2), 256)
     )

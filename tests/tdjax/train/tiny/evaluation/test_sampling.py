@@ -75,7 +75,7 @@ class Codec:
 def world(tmp_path_factory):
     tokenizer = tiny_cases.tokenizer(tmp_path_factory.mktemp("tokenizer"))
     prompts = sampling.prompts(tokenizer, jax.random.key(4), 12)
-    factors = clips.place(jax.random.key(5), jax.tree.map(jnp.asarray, prompts.said))
+    factors = clips.place(jax.random.key(5), prompts.said)
     codec = Codec(jnp.float32(2))
     return tokenizer, prompts, codec, Oracle(codec.encode(factors)), tiny_cases.text()
 
