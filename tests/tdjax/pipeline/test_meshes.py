@@ -53,6 +53,18 @@ def halves(small):
     return tdjax.load(small, mesh="cfg=2")
 
 
+@pytest.fixture(scope="module")
+def of_8_bits(small):
+    """A pipeline of int8 layers on one device."""
+    return tdjax.load(small, quant="int8")
+
+
+@pytest.fixture(scope="module")
+def experts(i2v_model):
+    """A pipeline of two image-to-video experts on one device."""
+    return tdjax.load(i2v_model)
+
+
 def compare(many, one, prompt, frames=True, **call):
     """Latents, frames and the order of both. frames: False for the latents alone, where the decoder
     is compiled for the same devices elsewhere."""
@@ -107,10 +119,11 @@ def test_several_videos_at_a_time(small, one, mesh, frames, call):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh, call", [("dp=2", FEW), ("dp=2,tp=2", FEW), ("dp=2", GUIDED)])
-def test_tiles_of_8_bits_are_those_of_a_video_alone(small, mesh, call):
+def test_tiles_of_8_bits_are_those_of_a_video_alone(small, of_8_bits, mesh, call):
     """A scale of 128 tokens is no other video's; a last bit may move a value over an edge."""
     call = {**call, "seed": [1, 2], **LATENT}
-    made, alone = (tdjax.load(small, mesh=m, quant="int8")(PROMPTS, **call) for m in (mesh, None))
+    pipes = tdjax.load(small, mesh=mesh, quant="int8"), of_8_bits
+    made, alone = (pipe(PROMPTS, **call) for pipe in pipes)
     for many, one in zip(made.latents, alone.latents, strict=True):
         assert np.linalg.norm(many - one) < 1e-2 * np.linalg.norm(one)
 
@@ -148,11 +161,11 @@ def test_noise_embeddings_and_keys_that_were_given(two, one):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("low_memory", [False, True])
-def test_two_experts_and_an_image(i2v_model, low_memory):
+def test_two_experts_and_an_image(i2v_model, experts, low_memory):
     many = tdjax.load(i2v_model, mesh="dp=2,cfg=2", low_memory=low_memory)
-    alone, image = tdjax.load(i2v_model), photograph()
-    compare(many, alone, PROMPTS[0], image=image, num_samples=3)
-    compare(many, alone, PROMPTS, image=image, boundary=0.9, **GUIDED)
+    image = photograph()
+    compare(many, experts, PROMPTS[0], image=image, num_samples=3)
+    compare(many, experts, PROMPTS, image=image, boundary=0.9, **GUIDED)
     assert low_memory == all(each.module is None for each in many.components.values())
 
 
