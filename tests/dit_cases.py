@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arrays import put
 from einops import rearrange
 
 from convert.golden import Held
@@ -47,9 +48,9 @@ def dit(seed=0, **changes):
     names = as_shapes(DiT, cfg)
     draw = np.random.default_rng(seed).normal
     value = lambda path, x: (
-        jnp.zeros(x.shape)
+        put(np.zeros(x.shape), x.dtype)
         if "proj" in str(path) and "core" in str(path)
-        else jnp.asarray(draw(size=x.shape) / 4, x.dtype)
+        else put(draw(size=x.shape) / 4, x.dtype)
     )
     return jax.tree_util.tree_map_with_path(value, names)
 
@@ -57,8 +58,8 @@ def dit(seed=0, **changes):
 def clip(t, h, w, b=2):
     draw = np.random.default_rng(3).normal
     return Batch(
-        jnp.asarray(draw(size=(b, t, h, w, 3)), jnp.float32),
-        jnp.asarray(draw(size=(b, 4, 5)), jnp.float32),
+        put(draw(size=(b, t, h, w, 3)), jnp.float32),
+        put(draw(size=(b, 4, 5)), jnp.float32),
     )
 
 
@@ -86,12 +87,12 @@ def load(g):
 
 def inputs(g):
     """x, timestep, text, image, features in our layouts."""
-    video = lambda name: jnp.asarray(channels_last(g[name])) if name in g else None
-    features = jnp.asarray(g["in/clip"]) if "in/clip" in g else None
+    video = lambda name: put(channels_last(g[name])) if name in g else None
+    features = put(g["in/clip"]) if "in/clip" in g else None
     return (
         video("in/x"),
-        jnp.asarray(g["in/timesteps"][:, 0]),
-        jnp.asarray(g["in/crossattn_emb"]),
+        put(g["in/timesteps"][:, 0]),
+        put(g["in/crossattn_emb"]),
         video("in/y"),
         features,
     )

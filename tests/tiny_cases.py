@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import random_model
+from arrays import put
 
 from tdjax.checkpoints import orbax
 from tdjax.config import TextConfig, VAEConfig
@@ -65,8 +66,8 @@ def shades(tokenizer) -> Data:
     """Latents that are one number each, by the colour in their captions."""
     said = clips.sample(jax.random.key(0), 16).said
     rows = np.stack([encoded.tokens_of(tokenizer, texts) for texts in encoded.texts_of(said, 0)], 1)
-    shade = jnp.asarray(said.colour, jnp.float32).reshape(-1, 1, 1, 1, 1) / 4 - 1
-    return Data(jnp.broadcast_to(shade, (16, 3, 4, 4, 8)).astype(jnp.bfloat16), jnp.asarray(rows))
+    shade = put(said.colour, jnp.float32).reshape(-1, 1, 1, 1, 1) / 4 - 1
+    return Data(jnp.broadcast_to(shade, (16, 3, 4, 4, 8)).astype(jnp.bfloat16), put(rows))
 
 
 def drawn(kind: str, cfg, seed: int, **change):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 
@@ -46,8 +47,7 @@ op = with_derivatives(forward, tangent=tangent, grad=grad)
 @pytest.fixture
 def ab():
     return tuple(
-        jnp.asarray(np.random.default_rng(seed).normal(size=(4, 3)), jnp.float32)
-        for seed in range(2)
+        put(np.random.default_rng(seed).normal(size=(4, 3)), jnp.float32) for seed in range(2)
     )
 
 

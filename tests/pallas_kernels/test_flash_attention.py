@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from jaxprs import largest
 from tolerances import assert_close
 
@@ -13,7 +14,7 @@ from pallas_kernels.flash_attention import cudnn, reference
 
 def qkv(seed=0, b=2, l=37, s=23, h=3, k=20, dtype=jnp.float32):
     draw = np.random.default_rng(seed).normal
-    return tuple(jnp.asarray(draw(size=(b, n, h, k)), dtype) for n in (l, s, s))
+    return tuple(put(draw(size=(b, n, h, k)), dtype) for n in (l, s, s))
 
 
 run = jax.jit(attention, static_argnames=("scale", "impl"))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from jax.sharding import PartitionSpec as P
 from tolerances import assert_close
 
@@ -18,15 +19,14 @@ from pallas_kernels.flash_attention.tangent import tangent
 from pallas_kernels.flash_attention.workloads import WORKLOADS
 
 ours = partial(attention, impl="interpret")
-f64 = lambda x: jnp.asarray(np.asarray(x, np.float64))
+f64 = lambda x: put(np.asarray(x, np.float64))
 
 
 def draw(seed, b, l, s, h, k, dtype, shift=0.0):
     """q, k, v."""
     rng = np.random.default_rng(seed)
     q, k, v = (
-        jnp.asarray(rng.normal(size=(b, n, h, k)) + m, dtype)
-        for n, m in ((l, 0.0), (s, shift), (s, 0.0))
+        put(rng.normal(size=(b, n, h, k)) + m, dtype) for n, m in ((l, 0.0), (s, shift), (s, 0.0))
     )
     return q, k, v
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from arrays import put
 
 from pallas_kernels.int8_matmul import (
     SCHEMES,
@@ -50,7 +51,7 @@ def ulps(actual, expected):
 
 
 def pair(m, k, n, scheme):
-    return quantizer(jnp.asarray(normal(0, m, k), BF16), scheme), jax.jit(
+    return quantizer(put(normal(0, m, k), BF16), scheme), jax.jit(
         lambda w: quantize_weight(w, scheme)
     )(normal(1, n, k) / 40)
 
@@ -91,7 +92,7 @@ def test_rows_are_quantised_by_the_formula(scheme):
 
 def test_ties_go_to_even_and_the_range_is_symmetric():
     same(
-        quantize_rows(jnp.array([[127.0, 0.5, 1.5, 2.5, -0.5, -127.0]])),
+        quantize_rows(put([[127.0, 0.5, 1.5, 2.5, -0.5, -127.0]])),
         (np.int8([[127, 0, 2, 2, 0, -127]]), np.ones(1, np.float32)),
     )
 
@@ -101,7 +102,7 @@ def test_ties_go_to_even_and_the_range_is_symmetric():
     [("channel", 1, 1), ("channel", 2, 8960), ("fp8", 5, 80), ("fp8", 3, 1536)],
 )
 def test_kernel_quantises_the_same_bits(scheme, m, k):
-    x = jnp.asarray(normal(0, m, k) * np.exp(normal(1, m, k)), BF16)
+    x = put(normal(0, m, k) * np.exp(normal(1, m, k)), BF16)
     same(quantizer(x, scheme, impl="interpret"), quantizer(x, scheme))
 
 
@@ -134,7 +135,7 @@ def test_kernel_product(m, n):
 
 def factors(m, n, rank):
     """A second product about as large as that of `pair`."""
-    scaled = lambda seed, rows: jnp.asarray(normal(seed, rows, rank) * rank**-0.25, BF16)
+    scaled = lambda seed, rows: put(normal(seed, rows, rank) * rank**-0.25, BF16)
     return scaled(3, m), scaled(4, n)
 
 
@@ -193,8 +194,7 @@ def test_sums_are_exact_and_rounded_once():
     """Whole numbers below 2^24 come out whole, and the bias joins before the only rounding."""
     rng = np.random.default_rng(0)
     x, w = (
-        QTensor(jnp.asarray(rng.integers(-127, 128, (n, 256)), jnp.int8), jnp.ones(n))
-        for n in (40, 130)
+        QTensor(put(rng.integers(-127, 128, (n, 256)), jnp.int8), jnp.ones(n)) for n in (40, 130)
     )
     total, bias = exact(x, w), rng.integers(-1000, 1000, 130).astype(np.float32) + np.float32(0.5)
     np.testing.assert_array_equal(

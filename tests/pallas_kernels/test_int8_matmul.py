@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from generated import examples
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ def exact(actual, expected, what):
 def test_quantiser_is_bit_exact(golden, name):
     g = golden("int8_linear")
     source = {"x": "in/x", "w": "w/weight", "z": "in/z"}[name]
-    q = jax.jit(quantize)(jnp.asarray(g[source], jnp.bfloat16))
+    q = jax.jit(quantize)(put(g[source], jnp.bfloat16))
     exact(q.scale, g[f"out/{name}_scale"], "scales")
     exact(q.values, g[f"out/{name}_q"], "values")
 
@@ -34,15 +35,15 @@ def test_quantiser_is_bit_exact(golden, name):
 def test_product_and_both_roundings(golden):
     g = golden("int8_linear")
     x, weight = (
-        jnp.asarray(g["in/x"], jnp.bfloat16),
-        QTensor(jnp.asarray(g["out/w_q"]), jnp.asarray(g["out/w_scale"])),
+        put(g["in/x"], jnp.bfloat16),
+        QTensor(put(g["out/w_q"]), put(g["out/w_scale"])),
     )
     y = jax.jit(lambda x, w: reference.block_sum(quantize(x), w))(x, weight)
     assert_close(y, g["out/y_f32"], "int8_y")
     run = jax.jit(int8_linear)
     for bias, key in (
         (None, "out/y_bf16"),
-        (jnp.asarray(g["w/bias"], jnp.bfloat16), "out/y_bf16_plus_bias"),
+        (put(g["w/bias"], jnp.bfloat16), "out/y_bf16_plus_bias"),
     ):
         y = run(x, weight, bias)
         assert y.dtype == jnp.bfloat16
@@ -55,7 +56,7 @@ def test_product_and_both_roundings(golden):
 
 def test_cuda_kernels_of_the_publishers(golden):
     g = golden("int8_linear_cuda")
-    x, w = jnp.asarray(g["x"], jnp.bfloat16), jax.jit(quantize)(jnp.asarray(g["w"], jnp.bfloat16))
+    x, w = put(g["x"], jnp.bfloat16), jax.jit(quantize)(put(g["w"], jnp.bfloat16))
     q = jax.jit(quantize)(x)
     exact(q.scale, g["xs"], "scales of x")
     exact(w.scale, g["ws"], "scales of the weight")
@@ -63,7 +64,7 @@ def test_cuda_kernels_of_the_publishers(golden):
     assert (np.asarray(q.values) != g["xq"]).sum() <= 1, (
         "their quotient is computed by fast division"
     )
-    y = jax.jit(int8_linear)(x, QTensor(jnp.asarray(g["wq"], jnp.int8), jnp.asarray(g["ws"])))
+    y = jax.jit(int8_linear)(x, QTensor(put(g["wq"], jnp.int8), put(g["ws"])))
     np.testing.assert_allclose(np.asarray(y, np.float32), g["y"], rtol=2**-7, atol=1e-2)
 
 
@@ -99,7 +100,7 @@ def test_one_step_bounds_the_error(m, k, size, seed):
 def test_zero_and_extremes():
     q = quantize(jnp.zeros((3, 128)))
     assert not np.asarray(q.values).any() and np.asarray(q.scale)[0, 0] == np.float32(1e-8) / 128
-    q = quantize(jnp.array([[128.0, -128.0, 0.5, 1.5, 2.5, -0.5]]))
+    q = quantize(put([[128.0, -128.0, 0.5, 1.5, 2.5, -0.5]]))
     exact(q.values, [[127, -128, 0, 2, 2, 0]], "saturation, and ties to even")
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from tolerances import assert_close
 
 from pallas_kernels import mosaic as shared
@@ -21,8 +22,8 @@ interpreted = pytest.mark.skipif(shared.unavailable() is not None, reason=str(sh
 
 def operands(m, k, n, dtype):
     rng = np.random.default_rng(m + k + n)
-    x, weight = (jnp.asarray(rng.normal(size=(rows, k)), jnp.float32) for rows in (m, n))
-    bias = jnp.asarray(rng.normal(size=n), jnp.float32)
+    x, weight = (put(rng.normal(size=(rows, k)), jnp.float32) for rows in (m, n))
+    bias = put(rng.normal(size=n), jnp.float32)
     quantized = (quantize_rows(a, dtype) for a in (x, weight * k**-0.5))
     return *quantized, bias
 

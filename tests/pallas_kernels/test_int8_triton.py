@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from tolerances import assert_close
 
 from pallas_kernels.int8_matmul import (
@@ -46,11 +47,11 @@ def test_quantiser_is_that_of_the_golden_file(golden, name):
     source = {"x": "in/x", "w": "w/weight", "z": "in/z"}[
         name
     ]  # ties, saturation, a block of zeros, an outlier; z is ragged in k
-    x = jnp.asarray(g[source], jnp.bfloat16)
+    x = put(g[source], jnp.bfloat16)
     if name == "z":
         x = jnp.pad(x, ((0, 0), (0, 56)))  # the op takes whole blocks of k; zeros are in no maximum
     q = kernel_quantize(x)
-    same(q.scale, jnp.asarray(g[f"out/{name}_scale"]), "scales")
+    same(q.scale, put(g[f"out/{name}_scale"]), "scales")
     np.testing.assert_array_equal(np.asarray(q.values)[:, : g[source].shape[1]], g[f"out/{name}_q"])
 
 
@@ -64,10 +65,10 @@ def test_quantiser_equals_the_reference(m):
 def test_product_of_the_golden_file(golden):
     g = golden("int8_linear")
     x, weight = (
-        jnp.asarray(g["in/x"], jnp.bfloat16),
-        QTensor(jnp.asarray(g["out/w_q"]), jnp.asarray(g["out/w_scale"])),
+        put(g["in/x"], jnp.bfloat16),
+        QTensor(put(g["out/w_q"]), put(g["out/w_scale"])),
     )
-    bias = jnp.asarray(g["w/bias"], jnp.bfloat16)
+    bias = put(g["w/bias"], jnp.bfloat16)
     y = kernel_linear(x, weight, bias)
     assert y.dtype == jnp.bfloat16
     differ = np.asarray(y, np.float32) != g["out/y_bf16_plus_bias"]
@@ -84,11 +85,11 @@ def test_product_of_the_golden_file(golden):
 def test_cuda_kernels_of_the_publishers(golden):
     g = golden("int8_linear_cuda")
     x, weight = (
-        jnp.asarray(g["x"], jnp.bfloat16),
-        QTensor(jnp.asarray(g["wq"], jnp.int8), jnp.asarray(g["ws"])),
+        put(g["x"], jnp.bfloat16),
+        QTensor(put(g["wq"], jnp.int8), put(g["ws"])),
     )
     q = kernel_quantize(x)
-    same(q.scale, jnp.asarray(g["xs"]), "scales of x")
+    same(q.scale, put(g["xs"]), "scales of x")
     assert (np.asarray(q.values) != g["xq"]).sum() <= 1, (
         "their quotient is computed by fast division"
     )
@@ -103,7 +104,7 @@ def test_product_equals_the_reference(m, n):
     """The same operations in the same order; a bias is rounded to the dtype of x, and added with a
     second rounding."""
     x, w, bias = (
-        jnp.asarray(normal(0, m, 256), jnp.bfloat16),
+        put(normal(0, m, 256), jnp.bfloat16),
         reference_quantize(normal(1, n, 256)),
         normal(2, n),
     )
@@ -114,7 +115,7 @@ def test_partial_sums_are_exact_integers():
     values = np.random.default_rng(0).integers(-128, 128, size=(2, 130, 256)).astype(np.int8)
     values[:, 0, :128] = -128  # the largest sum of a block, 2^21
     ones = jnp.ones((2, 2))
-    y = kernel_product(QTensor(jnp.asarray(values[0]), ones), QTensor(jnp.asarray(values[1]), ones))
+    y = kernel_product(QTensor(put(values[0]), ones), QTensor(put(values[1]), ones))
     np.testing.assert_array_equal(y, values[0].astype(np.int64) @ values[1].astype(np.int64).T)
 
 

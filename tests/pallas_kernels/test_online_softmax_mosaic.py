@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from tolerances import assert_close
 
 from pallas_kernels import blocking, sage_sparse_linear_attention
@@ -33,7 +34,7 @@ def attend(*args, stages=STAGES, query_buffers=1, **options):
 
 def qkv(l, s, h=1, dtype=jnp.bfloat16):
     rng = np.random.default_rng(l + s)
-    return tuple(jnp.asarray(rng.normal(size=(1, n, h, 128)), dtype) for n in (l, s, s))
+    return tuple(put(rng.normal(size=(1, n, h, 128)), dtype) for n in (l, s, s))
 
 
 def lists(l, s, h, chosen):
@@ -43,7 +44,7 @@ def lists(l, s, h, chosen):
     made = np.stack([np.sort(rng.permutation(m)[:chosen]) for _ in range(h * n)])
     made = made.reshape(1, h, n, chosen)
     made[:, :, ::2, -1] = m - 1
-    return jnp.asarray(made, jnp.int32)
+    return put(made, jnp.int32)
 
 
 def quantized(x, size, mean):
@@ -61,8 +62,8 @@ def int8(q, k):
 def projection(q, k, v):
     """Kernel and bias, and what `attend` takes of the linear branch."""
     rng = np.random.default_rng(7)
-    kernel = jnp.asarray(rng.normal(size=(128, 128)) / 12, jnp.float32)
-    bias = jnp.asarray(rng.normal(size=128), jnp.float32)
+    kernel = put(rng.normal(size=(128, 128)) / 12, jnp.float32)
+    bias = put(rng.normal(size=128), jnp.float32)
     phi = feature(k).astype(jnp.float32)
     m = jnp.einsum("bshi,bshj,jo->bhio", phi, v.astype(jnp.float32), kernel, precision="highest")
     return (kernel, bias), (q, m.astype(v.dtype), phi.sum(1), bias)
@@ -77,7 +78,7 @@ def test_int8_scores_of_listed_blocks(large):
     q, k, v = qkv(200, 200)
     blocks = lists(200, 200, 1, 3)
     q8, k8, scales = int8(q, k)
-    bound = jnp.asarray([[[25.0, 60.0 if large else 25.0, 25.0, 25.0]]], jnp.float32)
+    bound = put([[[25.0, 60.0 if large else 25.0, 25.0, 25.0]]], jnp.float32)
     run = lambda: attend(q8, k8, v, blocks, scales=scales, bound=bound)
     o = jax.jit(run)()
     assert_close(o, sage_reference.sage_sparse_attention(q, k, v, blocks, 128, 64), "bf16")

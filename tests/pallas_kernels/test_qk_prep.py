@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from jaxprs import largest
 from tolerances import assert_close
 
@@ -24,8 +25,8 @@ def normal(seed, *shape):
 def arguments(b=2, l=70, h=3, k=16, dtype=jnp.float32):
     angle = normal(2, l, k // 2)
     return (
-        jnp.asarray(2 * normal(0, b, l, h * k), dtype),
-        1 + 0.3 * jnp.asarray(normal(1, h * k)),
+        put(2 * normal(0, b, l, h * k), dtype),
+        1 + 0.3 * put(normal(1, h * k)),
         jnp.cos(angle),
         jnp.sin(angle),
     )
@@ -86,7 +87,7 @@ def test_heads_in_groups(impl, h, groups):
 
 def test_derivatives_of_the_kernel_are_those_of_the_reference():
     args = arguments(l=40)
-    ways = tuple(jnp.asarray(normal(3 + i, *a.shape)) for i, a in enumerate(args))
+    ways = tuple(put(normal(3 + i, *a.shape)) for i, a in enumerate(args))
     run = lambda impl: lambda *args: op.rms_norm_rope_pool(*args, eps=1e-6, block=32, impl=impl)
     loss = lambda impl: lambda *args: sum(jnp.sin(y).sum() for y in run(impl)(*args))
     both = lambda impl: (

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from jaxprs import largest
 from tolerances import assert_close
 
@@ -31,7 +32,7 @@ def normal(seed, *shape):
 
 
 def qkv(b=1, l=500, h=2, k=64, dtype=jnp.float32):
-    return tuple(jnp.asarray(normal(seed, b, l, h, k), dtype) for seed in range(3))
+    return tuple(put(normal(seed, b, l, h, k), dtype) for seed in range(3))
 
 
 def agrees(actual, expected):
@@ -96,8 +97,8 @@ def test_cuda_kernel_of_the_publishers(golden):
     """Theirs has e4m3 values and bfloat16 pooled scores, so query blocks are compared one by one,
     loosely."""
     g = golden("sla_cuda")
-    q, k, v = (jnp.asarray(g[name], jnp.bfloat16) for name in "qkv")
-    proj = jnp.asarray(g["proj_w"].T), jnp.asarray(g["proj_b"])
+    q, k, v = (put(g[name], jnp.bfloat16) for name in "qkv")
+    proj = put(g["proj_w"].T), put(g["proj_b"])
     o = np.asarray(
         sage_sparse_linear_attention(q, k, v, *proj, topk=0.2, block_q=64, block_k=128), np.float32
     )
@@ -139,7 +140,7 @@ def test_errors():
     "tail, block", [(0, 64), (1, 64), (16, 64), (56, 64), (80, 128), (120, 128)]
 )
 def test_keys(tail, block):
-    k = jnp.asarray(normal(0, 2, block + tail, 2, 32) + 5, jnp.bfloat16)
+    k = put(normal(0, 2, block + tail, 2, 32) + 5, jnp.bfloat16)
     mean = k.mean(1, dtype=jnp.float32)
     values, scale = quantize_keys(k, mean, block=block, impl="interpret")
     expected, expected_scale = quantize_keys(k, mean, block=block, impl="reference")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from tolerances import assert_close
 
 import pallas_kernels.sage_attention as op
@@ -24,11 +25,11 @@ def normal(seed, *shape):
 
 
 def qkv(b=1, l=300, h=1, k=16, dtype=jnp.float32):
-    return tuple(jnp.asarray(normal(seed, b, l, h, k), dtype) for seed in range(3))
+    return tuple(put(normal(seed, b, l, h, k), dtype) for seed in range(3))
 
 
 def proj(k):
-    return jnp.asarray(normal(3, k, k) / 8), jnp.asarray(normal(4, k))
+    return put(normal(3, k, k) / 8), put(normal(4, k))
 
 
 def both(function, *args, **sizes):
@@ -43,8 +44,9 @@ def both(function, *args, **sizes):
 def test_sparse_equals_the_reference(l, block_q, block_k):
     q, k, v = qkv(b=2, l=l, h=2)
     sizes = {"block_q": block_q, "block_k": block_k}
-    blocks = sparse_attention.block_map(q, k, topk=0.5, **sizes)
-    blocks = blocks.at[:, :, 0, -1].set(-(-l // block_k) - 1)  # the tail block is among them
+    mapped = jax.jit(partial(sparse_attention.block_map, topk=0.5, **sizes))
+    blocks = np.array(mapped(q, k))
+    blocks[:, :, 0, -1] = -(-l // block_k) - 1  # the tail block is among them
     o, expected = both(op.sage_sparse_attention, q, k, v, blocks, **sizes)
     assert_close(o, expected, "float32")
 
@@ -101,7 +103,7 @@ def test_bounded_and_running_maximum_give_the_same(l):
 def test_bounds_hold():
     """No score is larger than the bound of its block of queries, and a block of equal tokens comes
     close to it."""
-    q, k = jnp.asarray(normal(0, 1, 100, 2, 32)), jnp.asarray(normal(1, 1, 130, 2, 32))
+    q, k = put(normal(0, 1, 100, 2, 32)), put(normal(1, 1, 130, 2, 32))
     q = q.at[:, 64:].set(q[:, 64:65])
     k = jnp.concatenate([k, -2 * q[:, 64:65].repeat(40, 1)], 1)
     (values, scale, bound), (keys, key_scale) = triton.operands(
@@ -140,8 +142,8 @@ def test_cuda_kernel_of_the_publishers(golden):
     """Theirs has e4m3 values and bfloat16 pooled scores, so query blocks are compared one by one,
     loosely."""
     g = golden("sla_cuda")
-    q, k, v = (jnp.asarray(g[name], jnp.bfloat16) for name in "qkv")
-    weights = jnp.asarray(g["proj_w"].T), jnp.asarray(g["proj_b"])
+    q, k, v = (put(g[name], jnp.bfloat16) for name in "qkv")
+    weights = put(g["proj_w"].T), put(g["proj_b"])
     run = lambda *a: op.sage_sparse_linear_attention(
         *a, topk=0.2, block_q=64, block_k=128, impl="interpret"
     )

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from jaxprs import largest
 from tolerances import assert_close
 
@@ -22,7 +23,7 @@ SIZES = {"q128k64": (128, 64), "q64k128": (64, 128)}
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return put(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def qkv(b=1, l=300, h=2, k=16):
@@ -30,11 +31,11 @@ def qkv(b=1, l=300, h=2, k=16):
 
 
 def golden_qkv(g, dtype=jnp.float32):
-    return tuple(jnp.asarray(g[f"in/{name}"], dtype) for name in "qkv")
+    return tuple(put(g[f"in/{name}"], dtype) for name in "qkv")
 
 
 def projection(g):
-    return jnp.asarray(g["w/proj_l.weight"].T), jnp.asarray(g["w/proj_l.bias"])
+    return put(g["w/proj_l.weight"].T), put(g["w/proj_l.bias"])
 
 
 def masked(q, k, v, blocks, block_q, block_k):
@@ -94,10 +95,8 @@ def test_cuda_kernel_of_the_publishers(golden):
     """Theirs rounds the pooled scores to bfloat16, so near ties choose other blocks: query blocks
     are compared one by one."""
     g = golden("sla_cuda")
-    q, k, v = (jnp.asarray(g[name], jnp.bfloat16) for name in "qkv")
-    o = sparse_linear_attention(
-        q, k, v, jnp.asarray(g["proj_w"].T), jnp.asarray(g["proj_b"]), topk=0.2
-    )
+    q, k, v = (put(g[name], jnp.bfloat16) for name in "qkv")
+    o = sparse_linear_attention(q, k, v, put(g["proj_w"].T), put(g["proj_b"]), topk=0.2)
     error = np.abs(np.asarray(o, np.float32) - g["out_sla"])[0]  # [l h k]
     worst = np.array([error[i : i + 128].max((0, 2)) for i in range(0, 2000, 128)])  # [q_blocks h]
     assert (worst < 2e-2).mean() >= 0.8, worst
@@ -133,7 +132,7 @@ def test_map_is_sorted_unique_and_breaks_ties_low():
     assert blocks.dtype == np.int32 and blocks.shape == (2, 2, 8, 6)
     assert (np.diff(blocks, axis=-1) > 0).all()
     scores = np.asarray(pooled_scores(q, k, 128, 64))
-    kept = np.asarray(dense_map(jnp.asarray(blocks), 16)).astype(bool)
+    kept = np.asarray(dense_map(put(blocks), 16)).astype(bool)
     assert (np.where(kept, scores, np.inf).min(-1) >= np.where(kept, -np.inf, scores).max(-1)).all()
     same = jnp.ones((1, 640, 1, 8))
     np.testing.assert_array_equal(

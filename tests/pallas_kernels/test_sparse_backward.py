@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from tolerances import assert_close
 
 from pallas_kernels import flash_attention, linear_branch
@@ -26,7 +27,7 @@ reference_forward = jit(reference.forward, static_argnums=(4, 5))
 def arguments(l, block_q, block_k, chosen, *, b=2, h=2, k=16, dtype=jnp.float32):
     """args of the op and a cotangent; the block lists are drawn at random."""
     rng = np.random.default_rng(l)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    draw = lambda *shape: put(rng.normal(size=shape), jnp.float32)
     q, keys, v, do = (draw(b, l, h, k).astype(dtype) for _ in range(4))
     n, columns = -(-l // block_q), -(-l // block_k)
     lists = [np.sort(rng.permutation(columns)[:chosen]) for _ in range(b * h * n)]
@@ -36,7 +37,7 @@ def arguments(l, block_q, block_k, chosen, *, b=2, h=2, k=16, dtype=jnp.float32)
         v,
         draw(k, k) / 4,
         draw(k),
-        jnp.asarray(lists, jnp.int32).reshape(b, h, n, chosen),
+        put(lists, jnp.int32).reshape(b, h, n, chosen),
     ), do
 
 
@@ -219,7 +220,8 @@ def test_long_lists_go_first():
     """In each of three heads all eight query blocks chose key block 5, and two others each."""
     rest = np.array([[0, 1], [2, 3], [4, 6], [7, 8], [9, 10], [11, 12], [13, 14], [0, 15]])
     lists = np.sort(np.concatenate([np.full((8, 1), 5), rest], 1))
-    order = np.asarray(transpose(jnp.asarray(np.stack([lists] * 3)[None], jnp.int32), 16).order)
+    blocks = np.stack([lists] * 3)[None].astype(np.int32)
+    order = np.asarray(jax.jit(transpose, static_argnums=1)(blocks, 16).order)
     np.testing.assert_array_equal(order[:4], [5, 21, 37, 0])
     np.testing.assert_array_equal(order[3:] // 16, np.repeat(np.arange(3), 15))
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from tolerances import assert_close
 
 import pallas_kernels.sparse_attention as op
@@ -15,16 +16,16 @@ from pallas_kernels.sparse_attention.forward import forward
 
 def qkv(b=1, l=300, h=2, k=16, dtype=jnp.float32):
     return tuple(
-        jnp.asarray(np.random.default_rng(seed).normal(size=(b, l, h, k)), dtype)
-        for seed in range(3)
+        put(np.random.default_rng(seed).normal(size=(b, l, h, k)), dtype) for seed in range(3)
     )
+
+
+MAP = jax.jit(blocking.block_map, static_argnums=(2, 3, 4))
 
 
 def projection(k=16):
     rng = np.random.default_rng(7)
-    return jnp.asarray(rng.normal(size=(k, k)) / 4, jnp.float32), jnp.asarray(
-        rng.normal(size=k), jnp.float32
-    )
+    return put(rng.normal(size=(k, k)) / 4, jnp.float32), put(rng.normal(size=k), jnp.float32)
 
 
 def kernel(q, k, v, blocks, sizes, **more):
@@ -62,9 +63,9 @@ def relative(actual, expected):
 )
 def test_every_tail(l, block_q, block_k):
     q, k, v = qkv(b=2, l=l)
-    blocks = blocking.block_map(q, k, 2, block_q, block_k)
-    blocks = blocks.at[:, :, 0, -1].set(-(-l // block_k) - 1)  # the tail block is among them
-    blocks = blocks.at[:, :, 0, 0].set(0)
+    blocks = np.array(MAP(q, k, 2, block_q, block_k))
+    blocks[:, :, 0, -1] = -(-l // block_k) - 1  # the tail block is among them
+    blocks[:, :, 0, 0] = 0
     o, o_s, lse = kernel(q, k, v, blocks, (block_q, block_k))
     expected, expected_lse = jax.jit(reference.forward, static_argnums=(4, 5))(
         q, k, v, blocks, block_q, block_k
@@ -85,14 +86,14 @@ def test_less_than_one_block_of_keys_with_both_branches():
 
 def test_order_of_the_list_does_not_matter():
     q, k, v = qkv(l=312)
-    blocks = jnp.broadcast_to(jnp.array([4, 0, 2], jnp.int32), (1, 2, 3, 3))
+    blocks = jnp.broadcast_to(put([4, 0, 2], jnp.int32), (1, 2, 3, 3))
     o = kernel(q, k, v, blocks, (128, 64))[0]
     assert_close(o, kernel(q, k, v, jnp.sort(blocks), (128, 64))[0], "float32")
 
 
 def test_large_scores_neither_overflow_nor_leak_past_the_end():
     q, k, v = qkv(l=312)
-    blocks = jnp.broadcast_to(jnp.array([1, 4], jnp.int32), (1, 2, 3, 2))
+    blocks = jnp.broadcast_to(put([1, 4], jnp.int32), (1, 2, 3, 2))
     k = k.at[:, 248:256].mul(
         1000
     )  # keys of block 3, which no list holds, but which the tile of the tail block begins with
@@ -105,7 +106,7 @@ def test_large_scores_neither_overflow_nor_leak_past_the_end():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_dtypes_are_as_good_as_the_reference(dtype):
     q, k, v = qkv(l=380, h=1, k=64, dtype=dtype)
-    blocks = blocking.block_map(q, k, 3, 128, 64)
+    blocks = MAP(q, k, 3, 128, 64)
     expected = exact(q, k, v, blocks, 128, 64)
     o = kernel(q, k, v, blocks, (128, 64))[0]
     assert o.dtype == dtype
@@ -137,8 +138,8 @@ def test_linear_branch_beside_the_sparse_one(save):
 def test_golden(golden):
     """The sparse branch of the published Triton kernel, and its sum with the linear branch."""
     g = golden("sla_op")
-    q, k, v = (jnp.asarray(g[f"in/{name}"]) for name in "qkv")
-    proj = jnp.asarray(g["w/proj_l.weight"].T), jnp.asarray(g["w/proj_l.bias"])
+    q, k, v = (put(g[f"in/{name}"]) for name in "qkv")
+    proj = put(g["w/proj_l.weight"].T), put(g["w/proj_l.bias"])
     run = lambda *a: op.sparse_linear_attention(*a, topk=0.2, impl="interpret")
     assert_close(jax.jit(run)(q, k, v, *proj), g["out/q128k64_t0.2/o"], "sla")
 
@@ -148,9 +149,9 @@ def test_cuda_kernel_of_the_publishers(golden):
     """Theirs rounds the pooled scores to bfloat16, so near ties choose other blocks: query blocks
     are compared one by one."""
     g = golden("sla_cuda")
-    q, k, v = (jnp.asarray(g[name], jnp.bfloat16) for name in "qkv")
+    q, k, v = (put(g[name], jnp.bfloat16) for name in "qkv")
     run = lambda *a: op.sparse_linear_attention(*a, topk=0.2, impl="interpret")
-    o = jax.jit(run)(q, k, v, jnp.asarray(g["proj_w"].T), jnp.asarray(g["proj_b"]))
+    o = jax.jit(run)(q, k, v, put(g["proj_w"].T), put(g["proj_b"]))
     error = np.abs(np.asarray(o, np.float32) - g["out_sla"])[0]  # [l h k]
     worst = np.array([error[i : i + 128].max((0, 2)) for i in range(0, 2000, 128)])  # [q_blocks h]
     assert (worst < 2e-2).mean() >= 0.8, worst

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from tolerances import assert_close
 
 from pallas_kernels import mosaic as shared
@@ -25,7 +26,7 @@ def token_pass(*args, **options):
 def tokens(seed, l, h=1):
     """With a mean to take off."""
     rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=(1, l, h, 128)) + 1, jnp.bfloat16)
+    return put(rng.normal(size=(1, l, h, 128)) + 1, jnp.bfloat16)
 
 
 def check_rounded(x, mean, values, scale, length):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from flax import nnx
 from tolerances import assert_close
 
@@ -20,7 +21,7 @@ cross = jax.jit(lambda module, x, *context: module(x, module.text_kv(*context)))
 
 
 def normal(*shape):
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    return put(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
 def core(name, **changes):

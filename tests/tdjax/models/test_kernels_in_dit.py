@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 
 from tdjax.config import DiTConfig, SLAConfig
 from tdjax.models.abstract import as_shapes
@@ -37,9 +38,7 @@ def floats(**changes):
     draw = np.random.default_rng(0).normal
     abstract = as_shapes(DiT, dataclasses.replace(CFG, **changes))
     width = lambda leaf: leaf.shape[-2] ** 0.5 if leaf.ndim > 1 and leaf.shape[-2] > 6 else 3
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract
-    )
+    return jax.tree.map(lambda leaf: put(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract)
 
 
 def with_impl(model, impl):
@@ -49,14 +48,14 @@ def with_impl(model, impl):
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return put(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def inputs(b=1):
     """160 tokens: three blocks, the last one half full."""
     return (
         normal(0, b, 2, 16, 20, 4),
-        jnp.asarray(np.linspace(977.0, 104.0, b), jnp.float32),
+        put(np.linspace(977.0, 104.0, b), jnp.float32),
         normal(1, b, 8, 6),
     )
 

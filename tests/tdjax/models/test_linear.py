@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from flax import nnx
 from tolerances import assert_close
 
@@ -22,7 +23,7 @@ def test_linear_computes_in_the_dtype_of_its_input():
     assert layer.kernel[...].shape == (7, 5) and layer.kernel[...].dtype == jnp.bfloat16
     layer.bias[...] = jnp.arange(5, dtype=jnp.bfloat16)
     x = normal(0, 2, 3, 7)
-    y, low = layer(x), layer(jnp.asarray(x, jnp.bfloat16))
+    y, low = layer(x), layer(put(x, jnp.bfloat16))
     assert y.dtype == jnp.float32 and low.dtype == jnp.bfloat16
     expected = np.asarray(x, np.float64) @ np.asarray(layer.kernel[...], np.float64) + np.arange(5)
     assert_close(y, expected, "float32")
@@ -38,7 +39,7 @@ def test_linear_without_bias():
 def stacked(kind, i, o, n=2):
     """n layers of a kind, leaves [n ...], whose weights are those of random float layers; and the
     float kernels."""
-    kernel = jnp.asarray(normal(1, n, i, o)) / i**0.5
+    kernel = put(normal(1, n, i, o)) / i**0.5
     layer = jax.vmap(lambda key: LINEAR[kind](i, o, FLOAT32, rngs=nnx.Rngs(key), impl="reference"))(
         jax.random.split(jax.random.key(0), n)
     )
@@ -49,7 +50,7 @@ def stacked(kind, i, o, n=2):
             and getattr(layer, name)[...].dtype == leaf.dtype
         )
         getattr(layer, name)[...] = leaf
-    layer.bias[...] = jnp.asarray(normal(2, n, o))
+    layer.bias[...] = put(normal(2, n, o))
     return layer, kernel
 
 
@@ -78,7 +79,7 @@ def test_distance_from_the_float_product(kind, bound):
     assert y.shape == (2, 70, 200) and y.dtype == jnp.float32
     bias = np.asarray(layer.bias[...])[0]
     assert relative(y - bias, x @ np.asarray(kernel[0], np.float64)) < bound
-    low = jax.jit(lambda layer, x: layer(x))(first(layer), jnp.asarray(x, jnp.bfloat16))
+    low = jax.jit(lambda layer, x: layer(x))(first(layer), put(x, jnp.bfloat16))
     assert low.dtype == jnp.bfloat16
 
 
@@ -88,11 +89,11 @@ def test_published_int8_layer(golden):
     g = golden("int8_linear")
     layer = Int8Linear(384, 200, BF16, rngs=nnx.Rngs(0))
     layer.int8_weight[...], layer.scale[...] = (
-        jnp.asarray(g["out/w_q"]),
-        jnp.asarray(g["out/w_scale"]),
+        put(g["out/w_q"]),
+        put(g["out/w_scale"]),
     )
-    layer.bias[...] = jnp.asarray(g["w/bias"], jnp.bfloat16)
-    x = jnp.asarray(g["in/x"], jnp.bfloat16)[None]
+    layer.bias[...] = put(g["w/bias"], jnp.bfloat16)
+    x = put(g["in/x"], jnp.bfloat16)[None]
     values, scale = jax.jit(lambda layer, x: layer.quantize_input(x)[:2])(layer, x)
     np.testing.assert_array_equal(np.asarray(values[0]), g["out/x_q"])
     np.testing.assert_array_equal(np.asarray(scale), g["out/x_scale"])
@@ -114,10 +115,10 @@ def test_what_a_layer_reads(kind, impl):
     layer = first(stacked(kind, 256, 128)[0])
     layer.impl = impl
     x, y, gate = (
-        jnp.asarray(normal(seed, *shape))
+        put(normal(seed, *shape))
         for seed, shape in ((3, (2, 9, 256)), (4, (2, 9, 256)), (5, (2, 1, 256)))
     )
-    factor, shift = 1 + 0.1 * jnp.asarray(normal(6, 256)), jnp.asarray(normal(7, 2, 1, 256))
+    factor, shift = 1 + 0.1 * put(normal(6, 256)), put(normal(7, 2, 1, 256))
 
     @jax.jit
     def both(layer, x, y):
@@ -196,7 +197,7 @@ def test_a_kernels_gradient_is_summed_over_devices_in_float32(axes):
     kernel = normal(0, 3, 5)
 
     def gradient(kernel):
-        return bare(kernel)(jnp.asarray(rows, jnp.bfloat16)).astype(jnp.float32).sum()
+        return bare(kernel)(put(rows, jnp.bfloat16)).astype(jnp.float32).sum()
 
     auto = (jax.sharding.AxisType.Auto,) * len(axes)
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=auto)

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from tolerances import assert_close
 
 from tdjax.models.norms import LayerNorm, RMSNorm, layer_norm, modulate, sinusoid
@@ -16,18 +17,16 @@ def normal(seed, *shape):
 
 def norm(cls, d, g, policy=FLOAT32):
     module = cls(d, 1e-6, policy)
-    module.scale[...] = jnp.asarray(g[f"w/n{d}/weight"])
+    module.scale[...] = put(g[f"w/n{d}/weight"])
     if cls is LayerNorm:
-        module.bias[...] = jnp.asarray(g[f"w/n{d}/bias"])
+        module.bias[...] = put(g[f"w/n{d}/bias"])
     return module
 
 
 @pytest.mark.parametrize("d", WIDTHS)
 def test_rms_norm(golden, d):
     g = golden("fastnorm")
-    assert_close(
-        norm(RMSNorm, d, g)(jnp.asarray(g[f"in/n{d}/x"])), g[f"out/n{d}/fast_rmsnorm"], "fastnorm"
-    )
+    assert_close(norm(RMSNorm, d, g)(put(g[f"in/n{d}/x"])), g[f"out/n{d}/fast_rmsnorm"], "fastnorm")
 
 
 @pytest.mark.parametrize("d", WIDTHS)
@@ -35,7 +34,7 @@ def test_layer_norm_is_a_true_one(golden, d):
     """The published kernel counts its padding columns as zeros in the variance; adding that term to
     ours gives its numbers."""
     g = golden("fastnorm")
-    x = jnp.asarray(g[f"in/n{d}/x"])
+    x = put(g[f"in/n{d}/x"])
     assert_close(layer_norm(x, 1e-6), g[f"ref/n{d}/true_layernorm_noaffine"], "fastnorm")
     padding = 2 ** int(np.ceil(np.log2(d))) / d - 1
     mean, var = (
@@ -52,7 +51,7 @@ def test_layer_norm_is_a_true_one(golden, d):
 
 def test_norms_round_once():
     """bfloat16 in and out: the float32 result, rounded at the end and nowhere before."""
-    x = jnp.asarray(3 + normal(0, 2, 5, 48), jnp.bfloat16)
+    x = put(3 + normal(0, 2, 5, 48), jnp.bfloat16)
     scale, shift = normal(1, 2, 2, 1, 48)
     y = modulate(x, scale, shift, 1e-6)
     full = layer_norm(x.astype(jnp.float32), 1e-6) * (1 + scale) + shift
@@ -75,7 +74,7 @@ def test_sinusoid_in_float32_is_that_of_float64(width):
 
 
 def test_sinusoid_has_the_right_derivative():
-    t = jnp.array([0.25, 1.0, 998.7, 73.0])
+    t = put([0.25, 1.0, 998.7, 73.0])
     frequency = 10000.0 ** (-np.arange(32) / 32)
     _, actual = jax.jvp(lambda t: sinusoid(t, 64), (t,), (jnp.full(4, 2.0),))
     angle = np.asarray(t, np.float64)[:, None] * frequency

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from jaxprs import equations
 from tolerances import assert_close
 
@@ -41,20 +42,18 @@ def floats(**changes):
     draw = np.random.default_rng(0).normal
     abstract = as_shapes(DiT, dataclasses.replace(CFG, **changes))
     width = lambda leaf: leaf.shape[-2] ** 0.5 if leaf.ndim > 1 and leaf.shape[-2] > 6 else 3
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract
-    )
+    return jax.tree.map(lambda leaf: put(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract)
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return put(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def inputs(b=1):
     """160 tokens: three blocks, the last one half full."""
     return (
         normal(0, b, 2, 16, 20, 4),
-        jnp.asarray(np.linspace(977.0, 104.0, b), jnp.float32),
+        put(np.linspace(977.0, 104.0, b), jnp.float32),
         normal(1, b, 8, 6),
     )
 
@@ -78,9 +77,13 @@ def test_activations_are_quantised_once(linear, dtype):
     all blocks."""
     model, (x, timestep, _) = with_linear(floats(attention="dense"), linear), inputs()
     text = normal(1, 1, 40, 6)
-    block, kv = jax.tree.map(lambda leaf: leaf[0], (model.blocks, model.text_kv(text)))
-    one = jax.make_jaxpr(lambda *a: block(*a))(
-        normal(2, 1, 160, 128), normal(3, 1, 6, 128), kv, rope((2, 8, 10), 64)
+    block, kv = jax.eval_shape(
+        lambda model, text: jax.tree.map(lambda leaf: leaf[0], (model.blocks, model.text_kv(text))),
+        model,
+        text,
+    )
+    one = jax.make_jaxpr(lambda block, *a: block(*a))(
+        block, normal(2, 1, 160, 128), normal(3, 1, 6, 128), kv, rope((2, 8, 10), 64)
     )
     assert rounded(one.jaxpr, dtype) == 6
     assert rounded(jax.make_jaxpr(model.text_kv)(text).jaxpr, dtype) == 1
@@ -115,7 +118,7 @@ def loops(function, *args):
 def test_steps_do_not_read_the_text_again():
     """No product in the loop of a sampler has the text's rows times the width; and its latents are
     those of the plain call."""
-    model, (x, _, text), times = floats(), inputs(), jnp.array([0.99, 0.8, 0.0])
+    model, (x, _, text), times = floats(), inputs(), put([0.99, 0.8, 0.0])
     noise = normal(6, 2, *x.shape)
     few = lambda model, x, text: compilation.denoise(
         model, x, text, None, (noise, times), sampler="sde"

@@ -3,10 +3,10 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_model
+from arrays import put
 from tolerances import assert_close
 
 import tdjax
@@ -83,7 +83,7 @@ def test_frames_are_those_of_torch(opened):
     step = jax.jit(lambda vae, x, cache: vae.decode_chunk(x, cache))
     frames, cache = [], None
     for frame in latents:
-        x = jnp.asarray(frame.transpose(1, 2, 0)[None, None])
+        x = put(frame.transpose(1, 2, 0)[None, None])
         chunk, cache = step(vae, x, cache)
         frames.append(np.asarray(chunk[0]))
     assert [len(chunk) for chunk in frames] == [1, 4, 4]

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from flax import nnx
 from tolerances import assert_close
 
@@ -77,7 +78,7 @@ def build(cfg, weights, dialect):
             else array
         )
         assert array.shape == shape.shape, name(path)
-        return jnp.asarray(array, shape.dtype)
+        return put(array, shape.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, model)
 
@@ -104,7 +105,7 @@ def tiny(golden):
 
 
 def run(model, ids, mask):
-    return jax.jit(lambda m, i, k: m(i, k))(model, jnp.asarray(ids), jnp.asarray(mask))
+    return jax.jit(lambda m, i, k: m(i, k))(model, put(ids), put(mask))
 
 
 def test_golden_embedding(tiny):
@@ -240,11 +241,9 @@ def test_gradient_reaches_every_leaf():
     )
     rng = np.random.default_rng(0)
     abstract = as_shapes(UMT5, cfg)
-    model = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), abstract
-    )
-    ids, mask = jnp.array([[3, 4, 1, 0, 0]]), jnp.array([[1, 1, 1, 0, 0]])
-    target = jnp.asarray(rng.normal(size=(1, 5, 6)), jnp.float32)
+    model = jax.tree.map(lambda leaf: put(rng.normal(size=leaf.shape), jnp.float32), abstract)
+    ids, mask = put([[3, 4, 1, 0, 0]]), put([[1, 1, 1, 0, 0]])
+    target = put(rng.normal(size=(1, 5, 6)), jnp.float32)
     grads = jax.jit(jax.grad(lambda m: jnp.sum(m(ids, mask) * target)))(model)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(leaf).all(), name(path)

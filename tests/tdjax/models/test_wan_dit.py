@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from dit_cases import channels_last, clip, dit, inputs, jit, load, module
 from einops import rearrange
 from tolerances import assert_close
@@ -43,7 +44,7 @@ def tiny(**changes):
     draw = np.random.default_rng(0).normal
     width = lambda leaf: leaf.shape[-2] ** 0.5 if leaf.ndim > 1 and leaf.shape[-2] > 6 else 3
     return jax.tree.map(
-        lambda leaf: jnp.asarray(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract(cfg)
+        lambda leaf: put(draw(size=leaf.shape) / width(leaf), leaf.dtype), abstract(cfg)
     )
 
 
@@ -52,13 +53,13 @@ def abstract(cfg):
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return put(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def batch(b=2):
     return (
         normal(0, b, 2, 4, 6, 5),
-        jnp.asarray(np.linspace(977.3, 104.8, b), jnp.float32),
+        put(np.linspace(977.3, 104.8, b), jnp.float32),
         normal(1, b, 4, 6),
         normal(2, b, 2, 4, 6, 2),
     )
@@ -185,7 +186,7 @@ def test_derivatives_of_both_modes():
     step = lambda s: np.asarray(f(*moved(at, way, s)), np.float64)
     slope = (step(1e-3) - step(-1e-3)) / 2e-3
     assert np.linalg.norm(tangent - slope) < 5e-3 * np.linalg.norm(slope)
-    grads = jax.jit(lambda *at: jax.vjp(f, *at)[1](jnp.asarray(out)))(*at)
+    grads = jax.jit(lambda *at: jax.vjp(f, *at)[1](put(out)))(*at)
     np.testing.assert_allclose(inner(grads, way), inner(out, tangent), rtol=1e-4)
 
 
@@ -224,7 +225,7 @@ def test_tangent_as_a_target_of_a_bfloat16_student():
 @pytest.mark.slow
 def test_timestep_is_rounded_and_its_derivative_is_not():
     """Compiled, where a cast to bfloat16 and back would be removed."""
-    t = jnp.array([977.3, 104.8])
+    t = put([977.3, 104.8])
     coarse = t.astype(jnp.bfloat16).astype(jnp.float32)
     assert np.abs(coarse - t).max() > 0.1
     time = jax.jit(lambda model, t: jax.jvp(model.time, (t,), (jnp.full(2, 1.001),)))
@@ -399,7 +400,7 @@ def test_a_profile_speaks_the_models_language():
 def test_what_is_kept_of_a_block_changes_no_gradient(remat):
     """What a policy keeps is in the program: activations moved to the host, fewer products."""
     data = clip(1, 4, 4, b=1)
-    loss = lambda model: jnp.sum(model(data.latents, jnp.array([300.0]), data.text) ** 2)
+    loss = lambda model: jnp.sum(model(data.latents, put([300.0]), data.text) ** 2)
     usual, other = dit(0), dit(0, remat=remat)
     gradient = jit(jax.grad(loss))
     for a, b in zip(*(jax.tree.leaves(gradient(model)) for model in (usual, other)), strict=True):

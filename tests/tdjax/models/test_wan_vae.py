@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from einops import rearrange
 from tolerances import assert_close
 
@@ -97,7 +98,7 @@ def load(cfg, weights, rows):
     assert len(given) == len(weights)
     assert {k: v.shape for k, v in given.items()} == {k: v.shape for k, v in wanted.items()}
     return jax.tree.unflatten(
-        treedef, [jnp.asarray(given[name].astype(leaf.dtype)) for name, leaf in wanted.items()]
+        treedef, [put(given[name].astype(leaf.dtype)) for name, leaf in wanted.items()]
     )
 
 
@@ -124,7 +125,7 @@ def first(x):
 
 
 def normal(shape):
-    return jnp.asarray(np.random.default_rng(len(shape)).standard_normal(shape), jnp.float32)
+    return put(np.random.default_rng(len(shape)).standard_normal(shape), jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +234,7 @@ def test_later_frames_never_change_earlier_ones(golden, tiny):
 @pytest.mark.slow
 def test_all_frames_at_once_are_the_frames_one_by_one():
     """`whole` is another division of the same work, for both directions; a single frame has one."""
-    vae = jax.tree.map(lambda leaf: normal(leaf.shape) / 5, abstract(SMALL))
+    vae = jax.tree.map(lambda leaf: np.asarray(normal(leaf.shape)) / 5, abstract(SMALL))
     video, latents = normal((1, 9, 12, 20, 3)), normal((1, 3, 3, 5, SMALL.latent_channels))
     for method, one_by_one, x in ((VAE.encode, encode, video), (VAE.decode, decode, latents)):
         at_once = functools.partial(method, whole=True)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from conftest import SCRIPTS
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, use_abstract_mesh
@@ -160,8 +161,9 @@ def test_tiles_end_with_the_samples_of_a_device(rank):
     if rank:
         layer.low_rank_down = nnx.Variable(rngs.params.normal((rank, 256)) / 16)
         layer.low_rank_up = nnx.Variable(rngs.params.normal((384, rank)) / 4)
-    x = rngs.params.normal((2, 150, 256)) * jnp.array([1.0, 9.0])[:, None, None]
-    alone = jnp.concatenate([layer(row[None]) for row in x])
+    x = np.random.default_rng(0).normal(size=(2, 150, 256)).astype(np.float32)
+    x *= np.float32([1.0, 9.0])[:, None, None]
+    alone = np.concatenate([jax.jit(lambda layer, x: layer(x))(layer, row[None]) for row in x])
     with jax.set_mesh(mesh(data=2, seq=2)):
         rows = jax.jit(lambda layer, x: layer.quantize_input(x).scale)(layer, x)
         made = jax.jit(lambda layer, x: layer(x))(layer, x)
@@ -184,7 +186,7 @@ def test_constrain_lays_out_activations():
 
 def random_model(name):
     draw = np.random.default_rng(0).normal
-    value = lambda leaf: jnp.asarray((draw(size=leaf.shape) / 16).astype(leaf.dtype))
+    value = lambda leaf: put((draw(size=leaf.shape) / 16).astype(leaf.dtype))
     return jax.tree.map(value, abstract(name))
 
 
@@ -197,10 +199,8 @@ def sharded_and_whole(run, model, *args, **axes):
 
 @pytest.fixture
 def inputs():
-    normal = lambda seed, *shape: jnp.asarray(
-        np.random.default_rng(seed).normal(size=shape), jnp.float32
-    )
-    return normal(1, 2, 2, 16, 18, 16), jnp.array([999.0, 417.5]), normal(2, 2, 8, 24)
+    normal = lambda seed, *shape: put(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+    return normal(1, 2, 2, 16, 18, 16), put([999.0, 417.5]), normal(2, 2, 8, 24)
 
 
 @pytest.mark.slow
@@ -275,7 +275,7 @@ def test_divided_weights_give_the_same_layer(linear, rank):
 
     pair, x = (
         jax.jit(Pair)(),
-        jnp.asarray(np.random.default_rng(0).normal(size=(2, 150, 256)), jnp.float32),
+        put(np.random.default_rng(0).normal(size=(2, 150, 256)), jnp.float32),
     )
     run = jax.jit(lambda pair, x: pair(constrain(x, "batch", "tokens", None)))
     whole = np.asarray(run(pair, x))
@@ -303,7 +303,7 @@ def test_divided_weights_give_the_same_layer(linear, rank):
 def test_heads_and_tokens_that_do_not_divide_are_filled_up(heads, tokens):
     """Over four devices every head sees all tokens of the clip and no others."""
     q, k, v = (
-        jnp.asarray(np.random.default_rng(i).normal(size=(2, tokens, heads, 4)), jnp.float32)
+        put(np.random.default_rng(i).normal(size=(2, tokens, heads, 4)), jnp.float32)
         for i in range(3)
     )
     op = lambda q, k, v: jax.nn.dot_product_attention(q, k, v)
@@ -345,7 +345,7 @@ def test_blocks_that_lie_whole_on_each_device(monkeypatch, attention, linear, im
     leaves = jax.device_put(random_leaves("dit", cfg, 0))
     model = with_linear(orbax.assemble(orbax.abstract("dit", cfg), leaves), linear)
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    draw = lambda *shape: put(rng.normal(size=shape), jnp.float32)
     args = draw(1, 3, 12, 20, 16), jnp.full(1, 500.0), draw(1, 8, 24)
     step = lambda model, x, t, text: model.velocity(x, t, model.text_kv(text))
     one = jax.jit(step)(model, *args)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 
 from tdjax.config import VideoSize
 from tdjax.media.resolution import choose_size, fit_image
@@ -46,7 +47,7 @@ def test_mask_is_one_in_the_first_latent_frame():
 def test_condition_has_the_layout_of_the_golden_input(golden):
     """in/y of the official image-to-video run: 4 mask channels, then 16 latents."""
     expected = np.moveaxis(golden("dit_i2v22_tiny")["in/y"], 1, -1)
-    condition = jax.jit(image_condition)(jnp.asarray(expected[..., 4:]))
+    condition = jax.jit(image_condition)(put(expected[..., 4:]))
     assert condition.dtype == jnp.float32
     assert np.array_equal(condition, expected)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_model
+from arrays import put
 
 import tdjax
 from tdjax.checkpoints.locate import Located
@@ -103,7 +104,7 @@ def test_prompts_beside_embeddings_are_as_many():
 
 
 def test_arrays_of_one_axis_are_lists():
-    given = {"seed": jnp.array([3]), "mid_t": jnp.array([1.25])}
+    given = {"seed": put([3]), "mid_t": put([1.25])}
     request = make_request("a", given, model())
     assert request.seed == (3,) and request.sampler.mid_t == (1.25,)
 

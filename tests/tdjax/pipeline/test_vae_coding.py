@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_model
+from arrays import put
 from tolerances import assert_close
 
 import tdjax
@@ -130,7 +131,7 @@ def test_a_frame_that_is_not_finite_is_told(coder):
     leaves = random_model.random_leaves("vae", random_model.VAE, 1)
     leaves["decoder.conv_out.bias"][...] = np.nan
     bad = orbax.assemble(
-        orbax.abstract("vae", random_model.VAE), {n: jnp.asarray(x) for n, x in leaves.items()}
+        orbax.abstract("vae", random_model.VAE), {n: put(x) for n, x in leaves.items()}
     )
     assert [finite for _, finite in coder.decode(bad, latents(5), "uint8")] == [False, False]
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arrays import put
 from tolerances import assert_close
 
 from tdjax.sampling import flow
@@ -22,7 +23,7 @@ def fields(shape=(2, 3, 2, 5, 7)):
 
 
 def test_coefficients_are_the_sine_and_cosine_of_the_trig_time():
-    c = flow.from_u(jnp.asarray(U, jnp.float32))
+    c = flow.from_u(put(U, jnp.float32))
     sin, cos = trig(U)
     for got, expected in zip(c, (U, 1 - U, 1 / (sin + cos), sin, cos), strict=True):
         assert_close(got, expected, "float32")
@@ -30,7 +31,7 @@ def test_coefficients_are_the_sine_and_cosine_of_the_trig_time():
 
 def test_coefficients_from_log_sigma_keep_small_data_weights():
     s = np.array([-20.0, -3.0, 0.0, 4.0, 15.0, 20.0])
-    c = flow.from_log_sigma(jnp.asarray(s, jnp.float32))
+    c = flow.from_log_sigma(put(s, jnp.float32))
     exact = 1 / (1 + np.exp(s))
     assert (
         np.abs(np.asarray(c.a, np.float64) / exact - 1).max() < 1e-5
@@ -38,12 +39,12 @@ def test_coefficients_from_log_sigma_keep_small_data_weights():
 
 
 def test_both_ends_are_finite():
-    c = flow.from_log_sigma(jnp.asarray([-jnp.inf, jnp.inf], jnp.float32))
+    c = flow.from_log_sigma(put([-jnp.inf, jnp.inf], jnp.float32))
     np.testing.assert_array_equal(
         np.asarray(c), np.array([[0, 1], [1, 0], [1, 1], [0, 1], [1, 0]], np.float32)
     )
     np.testing.assert_array_equal(
-        np.asarray(flow.from_u(jnp.asarray([0.0, 1.0], jnp.float32))), np.asarray(c)
+        np.asarray(flow.from_u(put([0.0, 1.0], jnp.float32))), np.asarray(c)
     )
 
 
@@ -52,8 +53,8 @@ def test_predictions_agree_with_their_definitions():
     u = np.array([0.3, 0.98765])
     wide = u[:, None, None, None, None]
     sin, cos = trig(wide)
-    c = flow.per_sample(flow.from_u(jnp.asarray(u, jnp.float32)))
-    x0_, eps_ = jnp.asarray(x0, jnp.float32), jnp.asarray(eps, jnp.float32)
+    c = flow.per_sample(flow.from_u(put(u, jnp.float32)))
+    x0_, eps_ = put(x0, jnp.float32), put(eps, jnp.float32)
     x = flow.noisy(x0_, eps_, c)
     assert_close(x, (1 - wide) * x0 + wide * eps, "float32", "x_u")
     assert_close(x / c.b, cos * x0 + sin * eps, "float32", "x_t")
@@ -68,7 +69,7 @@ def test_predictions_agree_with_their_definitions():
 def test_derivatives_along_the_clock():
     """du/ds = u (1-u) for s = log sigma, and d(sin)/du = cos/b^2: the coefficients may be
     differentiated."""
-    s = jnp.asarray([-2.0, 0.5, 6.0], jnp.float32)
+    s = put([-2.0, 0.5, 6.0], jnp.float32)
     c, tangent = jax.jvp(flow.from_log_sigma, (s,), (jnp.ones_like(s),))
     assert_close(tangent.u, c.u * c.a, "float32")
     assert_close(tangent.sin, c.cos / c.b**2 * tangent.u, "float32")
@@ -79,7 +80,7 @@ def test_clocks_and_shift():
     assert_close(flow.u_from_sigma(sigmas), U, "float32")
     assert_close(flow.sigma(U), sigmas, "float32")
     np.testing.assert_allclose(flow.u_from_trig(np.arctan(sigmas)), U, rtol=1e-12)
-    assert_close(flow.u_from_trig(jnp.asarray(np.arctan(sigmas), jnp.float32)), U, "float32")
+    assert_close(flow.u_from_trig(put(np.arctan(sigmas), jnp.float32)), U, "float32")
     shifted = flow.shift(U, 5.0)
     np.testing.assert_allclose(flow.sigma(shifted), 5 * sigmas, rtol=1e-9)
     np.testing.assert_allclose(flow.unshift(shifted, 5.0), U, rtol=1e-12)
@@ -89,7 +90,7 @@ def test_denoiser_scaling_matches_the_official_wrapper(golden):
     """c_skip = c_in = b, c_out = -u, c_noise = 1000 u, and the conversions between clocks."""
     g = golden("train_targets")
     t = g["in/scaling/t_trig"]
-    c = flow.from_u(jnp.asarray(flow.u_from_trig(t), jnp.float32))
+    c = flow.from_u(put(flow.u_from_trig(t), jnp.float32))
     assert_close(c.b, g["out/scaling/c_skip"], "float32")
     assert_close(-c.u, g["out/scaling/c_out"], "float32")
     assert_close(flow.TIME_SCALE * c.u, g["out/scaling/c_noise"], "float32")

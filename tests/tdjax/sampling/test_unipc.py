@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from compiling import AS_USERS
 from tolerances import assert_close
 
@@ -95,7 +96,7 @@ def gaussian_error(mode, steps, deviation=0.5, mean=0.7):
         offset = x - (1.0 - t) * mean
         return (t - (1.0 - t) * deviation**2) / variance * offset - mean
 
-    got = few_step.sample_teacher(velocity, jnp.asarray(x, jnp.float32), cfg)[0]
+    got = few_step.sample_teacher(velocity, put(x, jnp.float32), cfg)[0]
     return np.abs(np.asarray(got) - (mean + deviation * z)).max()
 
 
@@ -116,7 +117,7 @@ def test_teacher_in_two_calls_gives_the_bits_of_one():
     whole, _ = jit(lambda z: few_step.sample_teacher(jax_curved, z, cfg))(z)
     go = jit(functools.partial(few_step.teacher_from, jax_curved), donate_argnums=0)
     for cut in (1, 3, 5):
-        state, first = go(few_step.teacher_start(jnp.array(z)), rows.segment(0, cut))
+        state, first = go(few_step.teacher_start(put(z)), rows.segment(0, cut))
         state, second = go(state, rows.segment(cut, 6))
         np.testing.assert_array_equal(state.x, whole)
         assert len(first) == cut and len(second) == 6 - cut
@@ -172,6 +173,4 @@ def test_diffusers_schedulers_agree():
     ):
         cfg = SamplerConfig(num_steps=8, sampler=mode, sigma_max=5000.0)
         expected = diffusers_steps(scheduler, z.astype(np.float64), schedules.grid(cfg))
-        assert_close(
-            few_step.sample_teacher(jax_curved, jnp.asarray(z), cfg)[0], expected, "float32", mode
-        )
+        assert_close(few_step.sample_teacher(jax_curved, put(z), cfg)[0], expected, "float32", mode)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 
 from tdjax.sampling import flow
 from tdjax.train import consistency, distribution
@@ -40,7 +41,7 @@ def teacher(x, timestep):
 
 def at_times():
     """x_u, coefficients, and the teacher's velocity."""
-    x0, eps, t = jnp.asarray(draw(0, *SHAPE)), jnp.asarray(draw(1, *SHAPE)), jnp.asarray(TIMES)
+    x0, eps, t = put(draw(0, *SHAPE)), put(draw(1, *SHAPE)), put(TIMES)
     c = flow.from_log_sigma(jnp.log(jnp.tan(t)))
     x = flow.noisy(x0, eps, flow.per_sample(c))
     return x, c, consistency.at(teacher, x, c.u), t
@@ -162,20 +163,20 @@ def test_loss_pulls_along_the_direction():
 def test_teacher_steps_of_the_discrete_variant():
     """The grid is the shifted one, and each step is Euler's in TrigFlow time."""
     place = np.array([0.0, 0.25, 0.8, 0.999, 0.5])
-    s = consistency.dcm_times(jnp.asarray(place), 48, 5.0, 3)
+    s = consistency.dcm_times(put(place), 48, 5.0, 3)
     u = flow.shift(1 - (place * (1 - 3 / 48) + np.arange(4)[:, None] / 48), 5.0)
     np.testing.assert_allclose(flow.from_log_sigma(s).u, u, **CLOSE)
     assert np.isinf(s[0, 0]) and (np.asarray(u[-1]) >= 0).all()
     x = flow.noisy(
-        jnp.asarray(draw(0, *SHAPE)),
-        jnp.asarray(draw(1, *SHAPE)),
-        flow.per_sample(flow.from_u(jnp.asarray(u[0]))),
+        put(draw(0, *SHAPE)),
+        put(draw(1, *SHAPE)),
+        flow.per_sample(flow.from_u(put(u[0]))),
     )
     there = consistency.teacher_steps(teacher, x, s)
     t = np.arctan2(u, 1 - u)
     x_t = np.asarray(x) * column(np.cos(t[0]) + np.sin(t[0]))
     for now, after in zip(t, t[1:], strict=False):
-        x_t = x_t - column(now - after) * trig(teacher, jnp.asarray(x_t), jnp.asarray(now))
+        x_t = x_t - column(now - after) * trig(teacher, put(x_t), put(now))
     np.testing.assert_allclose(there * column(np.cos(t[-1]) + np.sin(t[-1])), x_t, **CLOSE)
 
 
@@ -186,8 +187,8 @@ def test_teacher_steps_of_the_discrete_variant():
 def test_rollout_is_the_stochastic_sampler():
     """Every count; a time later than the one before becomes that one; nothing after the start when
     count is 1."""
-    noise = jnp.asarray(draw(0, 2, 4, 1, 2, 2, 3))
-    s = jnp.asarray([[np.inf, 1.0, 2.0, -1.0], [np.inf, 0.5, -0.5, 0.0]])
+    noise = put(draw(0, 2, 4, 1, 2, 2, 3))
+    s = put([[np.inf, 1.0, 2.0, -1.0], [np.inf, 0.5, -0.5, 0.0]])
     run = jax.jit(lambda count: distribution.rollout(student, noise, s, count))
     times, x = [np.array([1.0, 1.0])], np.asarray(noise[:, 0])
     for k in range(1, 5):
@@ -197,7 +198,7 @@ def test_rollout_is_the_stochastic_sampler():
         u = times[-1]
         if k < 4:
             after = np.minimum(u, 1 / (1 + np.exp(-np.asarray(s[:, k]))))
-            x0 = x - column(u) * np.asarray(student(jnp.asarray(x), jnp.asarray(1000 * u)))
+            x0 = x - column(u) * np.asarray(student(put(x), put(1000 * u)))
             x = column(1 - after) * x0 + column(after) * np.asarray(noise[:, k])
             times.append(after)
     assert (times[2] == times[1])[0] and (times[3] == times[2])[1]
@@ -208,39 +209,37 @@ def test_gradient_of_distribution_matching():
     linear fields."""
     made, eps, s = draw(0, *SHAPE), draw(1, *SHAPE), draw(2, SHAPE[0])
     linear = lambda slope: lambda x, timestep: slope * x
-    d, gap = distribution.dmd_direction(
-        jnp.asarray(made), linear(0.3), linear(-0.6), jnp.asarray(eps), jnp.asarray(s)
-    )
+    d, gap = distribution.dmd_direction(put(made), linear(0.3), linear(-0.6), put(eps), put(s))
     u = column(1 / (1 + np.exp(-s)))
     x = (1 - u) * made + u * eps
     weight = np.abs(made - (1 - 0.3 * u) * x).mean((1, 2, 3, 4))
     np.testing.assert_allclose(gap, weight, **CLOSE)
     np.testing.assert_allclose(d, u * 0.9 * x / column(weight), **CLOSE)
     np.testing.assert_allclose(
-        jax.grad(lambda made: distribution.dmd_loss(made, d).sum())(jnp.asarray(made)),
+        jax.grad(lambda made: distribution.dmd_loss(made, d).sum())(put(made)),
         2 * d,
         **CLOSE,
     )
     np.testing.assert_allclose(
-        distribution.dmd_loss(jnp.asarray(made), d), (np.asarray(d) ** 2).sum((1, 2, 3, 4)), **CLOSE
+        distribution.dmd_loss(put(made), d), (np.asarray(d) ** 2).sum((1, 2, 3, 4)), **CLOSE
     )
     limited, _ = distribution.dmd_direction(
-        jnp.asarray(made), linear(0.3), linear(-0.6), jnp.asarray(eps), jnp.asarray(s), 0.6
+        put(made), linear(0.3), linear(-0.6), put(eps), put(s), 0.6
     )
     rms = np.sqrt((np.asarray(d) ** 2).mean((1, 2, 3, 4), keepdims=True))
     assert (rms > 0.6).any() and (rms < 0.6).any()
     np.testing.assert_allclose(limited, d * np.minimum(1, 0.6 / rms), **CLOSE)
     same, _ = distribution.dmd_direction(
-        jnp.asarray(made), linear(0.0), linear(0.0), jnp.zeros(SHAPE), jnp.full(SHAPE[0], -np.inf)
+        put(made), linear(0.0), linear(0.0), jnp.zeros(SHAPE), jnp.full(SHAPE[0], -np.inf)
     )
     assert (np.asarray(same) == 0).all()  # mean|made - x0_teacher| is 0 here
 
 
 def test_critic_loss_is_weighted_flow_matching():
     made, eps, s = (
-        jnp.asarray(draw(0, *SHAPE)),
-        jnp.asarray(draw(1, *SHAPE)),
-        jnp.asarray(draw(2, SHAPE[0])),
+        put(draw(0, *SHAPE)),
+        put(draw(1, *SHAPE)),
+        put(draw(2, SHAPE[0])),
     )
     c = flow.from_log_sigma(s)
     x0 = distribution.data_of(student, flow.noisy(made, eps, flow.per_sample(c)), c)

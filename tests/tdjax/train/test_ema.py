@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 
 from tdjax.train.configs import EMAConfig
 from tdjax.train.ema import ema_update, exponent
@@ -12,7 +13,7 @@ def averaged(config, values):
     """EMA of weights that take these values, starting from another one."""
     ema = {"w": jnp.float32(7.0)}
     for n, value in enumerate(values):
-        ema = ema_update(ema, {"w": jnp.asarray(value, jnp.bfloat16)}, jnp.int32(n), config)
+        ema = ema_update(ema, {"w": put(value, jnp.bfloat16)}, jnp.int32(n), config)
     return ema["w"]
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from einops import rearrange
 from tolerances import assert_close
 
@@ -32,7 +33,7 @@ OURS = {  # five of the official weights, and where they are in ours
 
 
 def video(x):
-    return jnp.asarray(rearrange(np.asarray(x, np.float32), "b c t h w -> b t h w c"))
+    return put(rearrange(np.asarray(x, np.float32), "b c t h w -> b t h w c"))
 
 
 def official(x):
@@ -52,7 +53,7 @@ class Case:
         self.student, self.teacher, self.fake = (
             self.load(name) for name in ("student", "teacher", "fake")
         )
-        self.text = jnp.asarray(g["in/cond"])
+        self.text = put(g["in/cond"])
 
     def load(self, name):
         held = {key: Held(value) for key, value in self.g.weights(f"w/{name}/").items()}
@@ -66,7 +67,7 @@ class Case:
 
     def guided(self):
         # The golden negative is one embedding for each sample; ours is one for all.
-        uncond = jnp.asarray(self.g["in/uncond"])
+        uncond = put(self.g["in/uncond"])
         return few_step.guided(
             self.velocity(self.teacher),
             lambda x, timestep: network(self.teacher, x, timestep, uncond),
@@ -91,13 +92,11 @@ def at_time(t):
         "sin": sin,
         "cos": cos,
     }
-    return flow.Coefficients(
-        **{name: jnp.asarray(value, jnp.float32) for name, value in exact.items()}
-    )
+    return flow.Coefficients(**{name: put(value, jnp.float32) for name, value in exact.items()})
 
 
 def log_sigma(t):
-    return jnp.asarray(np.log(np.tan(np.asarray(t, np.float64))).reshape(-1), jnp.float32)
+    return put(np.log(np.tan(np.asarray(t, np.float64))).reshape(-1), jnp.float32)
 
 
 def assert_gradients(grads, g, prefix):
@@ -120,7 +119,7 @@ def test_scaling_and_times(golden):
     }.items():
         assert_close(value, g[f"out/scaling/{name}"], "sampler", name)
     rf = g["in/time/rf"].astype(np.float32)
-    c = flow.from_u(jnp.asarray(rf))
+    c = flow.from_u(put(rf))
     assert_close(np.arctan2(c.sin, c.cos), g["out/time/rf_to_trig"], "sampler")
     assert_close(1 / (1 + flow.sigma(rf[:-1])), 1 / (1 + g["out/time/rf_to_sigma"][:-1]), "sampler")
     assert_close(flow.u_from_trig(t), g["out/time/trig_to_rf"], "sampler")
@@ -203,7 +202,7 @@ def test_finite_differences(case, name, tangent):
 @pytest.mark.slow
 def test_discrete_consistency(case):
     g = case.g
-    times = consistency.dcm_times(jnp.asarray(g["in/dcm/u"][:, 0]), 48, 5.0, 1)
+    times = consistency.dcm_times(put(g["in/dcm/u"][:, 0]), 48, 5.0, 1)
     for s, name in zip(times, ("t0", "tN"), strict=True):
         c = flow.from_log_sigma(s)
         assert_close(np.arctan2(c.sin, c.cos), g[f"out/dcm/{name}"][:, 0], "float32", name)
@@ -277,13 +276,13 @@ def test_schedule(golden):
     turns = [schedule.phase(int(i)) == "student" for i in steps]
     assert turns == g["out/schedule/is_student_phase"].tolist()
     traced = jax.jit(lambda i: (rcm.student_updates(config, i), rcm.critic_updates(config, i)))(
-        jnp.asarray(steps, jnp.int32)
+        put(steps, jnp.int32)
     )
     np.testing.assert_array_equal(traced[0], g["out/schedule/effective_iteration"])
     np.testing.assert_array_equal(traced[1], g["out/schedule/effective_iteration_fake"])
     ema = EMAConfig(width=0.1)
     np.testing.assert_allclose(exponent(0.1), g.config["ema_exp_coefficient"], rtol=1e-12)
-    beta = ema_beta(ema, jnp.asarray(steps, jnp.int32))
+    beta = ema_beta(ema, put(steps, jnp.int32))
     assert_close(beta, g["out/schedule/ema_beta_rate0.1"], "sampler")
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import put
 from flax import nnx
 from tolerances import assert_close
 
@@ -16,16 +17,13 @@ from tdjax.train.optimizer import adamw
 class Two(nnx.Module):
     def __init__(self):
         draw = np.random.default_rng(0).normal
-        self.a = nnx.Param(jnp.asarray(draw(size=(3, 5)), jnp.float32))
-        self.b = nnx.Param(jnp.asarray(draw(size=7), jnp.float32))
+        self.a = nnx.Param(put(draw(size=(3, 5)), jnp.float32))
+        self.b = nnx.Param(put(draw(size=7), jnp.float32))
 
 
 def gradients(n, model):
     draw = np.random.default_rng(1).normal
-    return [
-        jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape), jnp.float32), model)
-        for _ in range(n)
-    ]
+    return [jax.tree.map(lambda x: put(draw(size=x.shape), jnp.float32), model) for _ in range(n)]
 
 
 def run(config, model, grads):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from dit_cases import clip, dit, jit
 from flax import nnx
 from run_cases import TINY, fails, training_run, words
@@ -25,8 +26,8 @@ from tdjax.train import checkpoints, metrics, partial
 from tdjax.train.configs import LoRA
 
 CLIP = clip(2, 4, 4)
-TIMES = jnp.array([900.0, 300.0])
-PULL = jnp.asarray(np.random.default_rng(7).normal(size=CLIP.latents.shape), jnp.float32)
+TIMES = put([900.0, 300.0])
+PULL = put(np.random.default_rng(7).normal(size=CLIP.latents.shape), jnp.float32)
 
 
 def pulled(model):
@@ -38,7 +39,7 @@ def pulled(model):
 def random(trained, seed=5):
     """With factors that are not zero, as after some steps."""
     draw = np.random.default_rng(seed).normal
-    up = {stem: jnp.asarray(draw(size=x.shape), x.dtype) for stem, x in trained.up.items()}
+    up = {stem: put(draw(size=x.shape), x.dtype) for stem, x in trained.up.items()}
     return dataclasses.replace(trained, up=up)
 
 
@@ -93,7 +94,7 @@ def test_adapters_are_a_change_of_the_weights(base, adapters):
 def test_a_layer_of_8_bits(kind):
     """Its product is that of the floats that the 8 bits stand for, and has a derivative by x."""
     rng = np.random.default_rng(2)
-    x, pull = (jnp.asarray(rng.normal(size=(1, 5, n)), jnp.float32) for n in (16, 12))
+    x, pull = (put(rng.normal(size=(1, 5, n)), jnp.float32) for n in (16, 12))
     layer = LINEAR[kind](16, 12, FLOAT32, rngs=nnx.Rngs(1))
     frozen = WeightOnlyLinear(layer, kind)
     assert orbax.named_leaves(frozen).keys() == orbax.named_leaves(layer).keys()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import put
 from dit_cases import difference, jit, norm
 from einops import rearrange
 from flax import nnx
@@ -312,7 +313,7 @@ def test_a_critic_learns_the_students_samples_and_not_the_data():
 
 def test_dropped_captions():
     seen = flow_matching.drop_captions(
-        jnp.zeros((3, 2, 1)), jnp.ones((3, 2, 1)), jnp.array([True, False, True])
+        jnp.zeros((3, 2, 1)), jnp.ones((3, 2, 1)), put([True, False, True])
     )
     np.testing.assert_array_equal(seen[:, :, 0], [[1, 1], [0, 0], [1, 1]])
     state, data = small_state("flow"), batch(0, 8)

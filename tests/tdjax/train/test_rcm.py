@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from arrays import put
 from dit_cases import clip, difference, dit, jit, norm
 
 from pallas_kernels import flash_attention
@@ -44,8 +45,8 @@ def test_kernels_with_declared_derivatives_can_be_distilled(monkeypatch):
     for make in (rcm.make_student_step, rcm.make_critic_step):
         after, _ = jax.eval_shape(make(config, PLAIN), state, teacher("opaque"), data)
         assert jax.tree.structure(after) == jax.tree.structure(state)
-    noise = jnp.asarray(np.random.default_rng(5).normal(size=data.latents.shape), jnp.float32)
-    draws = {"data_noise": noise, "data_time": jnp.array([0.2, 1.7])}
+    noise = put(np.random.default_rng(5).normal(size=data.latents.shape), jnp.float32)
+    draws = {"data_noise": noise, "data_time": put([0.2, 1.7])}
     run = jit(lambda model, teacher: rcm.scm_gradient(config, model, teacher, data, draws, 1.0))
     (expected, one), (actual, two) = (
         run(dit(0, impl=impl), teacher(impl)) for impl in ("reference", "opaque")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from dit_cases import TINY, clip, dit, jit, network, norm
 
 from tdjax.train import sla
@@ -23,8 +24,8 @@ def test_white_box_loss_is_the_distance_to_dense_attention():
     is."""
     data = clip(3, 16, 16)  # 192 tokens
     eps, s = (
-        jnp.asarray(np.random.default_rng(4).normal(size=data.latents.shape), jnp.float32),
-        jnp.array([0.3, 1.9]),
+        put(np.random.default_rng(4).normal(size=data.latents.shape), jnp.float32),
+        put([0.3, 1.9]),
     )
     dense = lambda x, timestep: network(dit(), x, timestep, data.text)
 

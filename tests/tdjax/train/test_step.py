@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import put
 from dit_cases import channels_last, inputs, jit, load
 from flax import nnx
 from tolerances import assert_close
@@ -54,7 +55,7 @@ def test_an_image_and_its_features_are_given_to_both_halves_of_guidance(golden):
     that of two calls which differ by the text."""
     g = golden("dit_i2v21_tiny")
     model, (x, timestep, text, image, features) = load(g), inputs(g)
-    negative = jnp.asarray(np.random.default_rng(1).normal(size=text.shape[1:]), jnp.float32)
+    negative = put(np.random.default_rng(1).normal(size=text.shape[1:]), jnp.float32)
     batch = Batch(x, text, image, features)
 
     @jit
@@ -113,7 +114,7 @@ def test_microbatches_give_the_mean_and_every_sample_in_order():
 @pytest.mark.slow
 def test_update_counts_bad_entries():
     model = Scale()
-    grads = jax.tree.map(lambda x: jnp.array([jnp.nan, 3.0, jnp.inf]), model)
+    grads = jax.tree.map(lambda x: put([jnp.nan, 3.0, jnp.inf]), model)
     after, _, metrics = parts.apply(OPTIMIZER, grads, OPTIMIZER.init(model), model)
     assert float(metrics["bad_gradients"]) == 2 and float(metrics["grad_norm"]) == 3.0
     assert np.isfinite(after.scale[...]).all()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_cases
 import train_cases
+from arrays import put
 from tolerances import assert_close
 
 from tdjax.media.scenes import clips, detector
@@ -53,7 +54,7 @@ class Codec:
     def encode(self, factors: Factors):
         numbers = jnp.stack(
             [
-                *(jnp.asarray(getattr(factors.said, name), jnp.float32) for name in NAMES),
+                *(put(getattr(factors.said, name), jnp.float32) for name in NAMES),
                 *factors.start.T / 32,
             ],
             -1,
