@@ -2,6 +2,7 @@
 were put in."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +27,31 @@ from tdjax.media.scenes.factors import (
 pytestmark = pytest.mark.optimized
 
 N = 32  # clips at once, always: one program
-FACTORS = jax.tree.map(np.asarray, clips.sample(jax.random.key(3), N, "all"))
-SAID, TRACK = FACTORS.said, np.asarray(clips.track(FACTORS))
-MOVES = SAID.motion != STILL
 
 
-def judged(video, said=SAID):
+@functools.cache
+def drawn():
+    """The clips. Nothing is drawn, nor compiled for it, while tests are collected."""
+    return jax.tree.map(np.asarray, clips.sample(jax.random.key(3), N, "all"))
+
+
+@functools.cache
+def centres():
+    return np.asarray(clips.track(drawn()))
+
+
+def moves():
+    return drawn().said.motion != STILL
+
+
+def judged(video, said=None):
     measured = detector.measure(jnp.asarray(video))
-    return measured, detector.correct(measured, said)
+    return measured, detector.correct(measured, said or drawn().said)
 
 
 @pytest.fixture(scope="module")
 def truth():
-    return clips.draw(SAID, TRACK)
+    return clips.draw(drawn().said, centres())
 
 
 @pytest.mark.slow
@@ -74,55 +87,57 @@ def test_bytes_and_pixel_noise_change_little(truth):
 
 
 def swapped(**changes):
-    return dataclasses.replace(SAID, **changes)
+    return dataclasses.replace(drawn().said, **changes)
 
 
 @pytest.mark.parametrize(
-    ("name", "shown"),
+    ("name", "other"),
     [
-        ("colour", swapped(colour=(SAID.colour + 1 + np.arange(N) % 7) % len(COLOURS))),
-        ("shape", swapped(shape=(SAID.shape + 1 + np.arange(N) % 3) % len(SHAPES))),
-        ("size", swapped(size=1 - SAID.size)),
-        ("background", swapped(background=(SAID.background + 1 + np.arange(N) % 3) % 4)),
+        ("colour", lambda said: (said.colour + 1 + np.arange(N) % 7) % len(COLOURS)),
+        ("shape", lambda said: (said.shape + 1 + np.arange(N) % 3) % len(SHAPES)),
+        ("size", lambda said: 1 - said.size),
+        ("background", lambda said: (said.background + 1 + np.arange(N) % 3) % 4),
     ],
+    ids=["colour", "shape", "size", "background"],
 )
-def test_another_value_is_seen_as_such(name, shown):
-    measured, right = judged(clips.draw(shown, TRACK))
+def test_another_value_is_seen_as_such(name, other):
+    shown = swapped(**{name: other(drawn().said)})
+    measured, right = judged(clips.draw(shown, centres()))
     assert not right[name].any() and not right["all"].any()
     assert (np.asarray(getattr(measured.seen, name)) == getattr(shown, name)).all()
-    assert all(right[other].all() for other in NAMES if other != name)
+    assert all(right[each].all() for each in NAMES if each != name)
 
 
 def test_frozen_motion():
-    measured, right = judged(clips.draw(SAID, np.repeat(TRACK[:, :1], FRAMES, axis=1)))
+    measured, right = judged(clips.draw(drawn().said, np.repeat(centres()[:, :1], FRAMES, axis=1)))
     assert (np.asarray(measured.seen.motion) == STILL).all() and (
         np.asarray(measured.seen.speed) == UNSAID
     ).all()
-    assert np.array_equal(right["all"], ~MOVES)
+    assert np.array_equal(right["all"], ~moves())
 
 
 def test_half_and_double_speed():
-    straight = MOVES & (SAID.motion < FIRST_BOUNCE)
+    straight = moves() & (drawn().said.motion < FIRST_BOUNCE)
     for factor in (0.5, 2.0):
-        centre = TRACK[:, :1] + factor * (TRACK - TRACK[:, :1])
+        centre = centres()[:, :1] + factor * (centres() - centres()[:, :1])
         middle = (centre.min(1, keepdims=True) + centre.max(1, keepdims=True)) / 2
         measured, right = judged(
-            clips.draw(SAID, 32 + (centre - middle) * np.float32(0.9 if factor == 2 else 1))
+            clips.draw(drawn().said, 32 + (centre - middle) * np.float32(0.9 if factor == 2 else 1))
         )  # kept in the frame
-        assert not right["all"][MOVES].any() and not right["speed"][straight].any()
+        assert not right["all"][moves()].any() and not right["speed"][straight].any()
         assert right["motion"][straight].all()
-        assert detector.scores(measured, SAID)["speed_error"] > 0.2
+        assert detector.scores(measured, drawn().said)["speed_error"] > 0.2
 
 
 @pytest.mark.slow
 def test_backwards_and_diagonal():
-    measured, right = judged(clips.draw(SAID, TRACK[:, ::-1]))
-    straight = MOVES & (SAID.motion < FIRST_BOUNCE)
+    measured, right = judged(clips.draw(drawn().said, centres()[:, ::-1]))
+    straight = moves() & (drawn().said.motion < FIRST_BOUNCE)
     assert not right["motion"][straight].any() and right["motion"][~straight].all()
     time = np.arange(FRAMES, dtype=np.float32) - 16
     for x, y in ((0.5, 0.5), (-0.5, 0.5), (0.3, -0.35)):
-        centre = np.broadcast_to(32 + np.stack([x * time, y * time], -1), TRACK.shape)
-        measured, right = judged(clips.draw(SAID, centre))
+        centre = np.broadcast_to(32 + np.stack([x * time, y * time], -1), centres().shape)
+        measured, right = judged(clips.draw(drawn().said, centre))
         assert (np.asarray(measured.seen.motion) == UNSAID).all() and not right["all"].any()
         assert np.abs(np.asarray(measured.speed) - np.hypot(x, y)).max() < 0.03
 
@@ -137,21 +152,21 @@ def test_a_slow_drift_is_still_and_a_shallow_turn_is_a_bounce():
         (-0.5 * np.abs(time - 25), FIRST_BOUNCE),
     ):
         centre = np.stack([32 + x - x.mean(), np.full_like(x, 30)], -1)
-        measured, _ = judged(clips.draw(SAID, np.broadcast_to(centre, TRACK.shape)))
+        measured, _ = judged(clips.draw(drawn().said, np.broadcast_to(centre, centres().shape)))
         assert (np.asarray(measured.seen.motion) == motion).all()
 
 
 def test_no_object():
     measured, right = judged(
         np.broadcast_to(
-            rearrange(BACKGROUND_RGB[SAID.background], "b c -> b 1 1 1 c"),
+            rearrange(BACKGROUND_RGB[drawn().said.background], "b c -> b 1 1 1 c"),
             (N, FRAMES, SIDE, SIDE, 3),
         )
     )
     assert not np.asarray(measured.present).any()
     assert not any(rates.any() for name, rates in right.items() if name not in ("speed",))
     assert all((np.asarray(i) == UNSAID).all() for i in jax.tree.leaves(measured.seen))
-    scores = detector.scores(measured, SAID)
+    scores = detector.scores(measured, drawn().said)
     assert (
         scores["all"] == scores["present"] == 0
         and np.isnan(scores["overlap"])
@@ -160,7 +175,7 @@ def test_no_object():
 
 
 def test_an_object_that_vanishes(truth):
-    empty = rearrange(BACKGROUND_RGB[SAID.background], "b c -> b 1 1 1 c")
+    empty = rearrange(BACKGROUND_RGB[drawn().said.background], "b c -> b 1 1 1 c")
     for frames, present in ((3, True), (4, False)):
         measured, right = judged(
             jnp.concatenate(
@@ -184,8 +199,8 @@ def test_noise(kind):
 
 
 def test_constancy_is_the_jitter_that_was_put_in():
-    jitter = 0.5 * np.random.default_rng(0).standard_normal(TRACK.shape).astype(np.float32)
-    measured, right = judged(clips.draw(SAID, TRACK + jitter))
+    jitter = 0.5 * np.random.default_rng(0).standard_normal(centres().shape).astype(np.float32)
+    measured, right = judged(clips.draw(drawn().said, centres() + jitter))
     assert (
         abs(float(jnp.mean(measured.constancy)) / (0.5 * 2**0.5) - 1) < 0.08
     )  # the fit takes up a few of 66 degrees of freedom
@@ -194,7 +209,7 @@ def test_constancy_is_the_jitter_that_was_put_in():
 
 def test_area_variation_and_flicker():
     small, large = (
-        np.asarray(clips.draw(swapped(size=np.full(N, i, np.int32)), np.full_like(TRACK, 32)))
+        np.asarray(clips.draw(swapped(size=np.full(N, i, np.int32)), np.full_like(centres(), 32)))
         for i in (0, 1)
     )
     video = np.where(rearrange(np.arange(FRAMES) % 2 == 0, "t -> 1 t 1 1 1"), small, large)
@@ -211,12 +226,12 @@ def test_area_variation_and_flicker():
 def test_scores_are_means_over_what_was_asked(truth):
     measured, right = judged(truth)
     wanted = swapped(
-        colour=np.where(np.arange(N) < N // 4, (SAID.colour + 1) % 8, SAID.colour),
+        colour=np.where(np.arange(N) < N // 4, (drawn().said.colour + 1) % 8, drawn().said.colour),
         size=np.full(N, UNSAID, np.int32),
     )
     scores = detector.scores(measured, wanted)
     assert scores["colour"] == scores["all"] == 0.75 and scores["size"] == scores["shape"] == 1
-    error = np.abs(np.asarray(measured.speed) - SPEED[SAID.speed])[MOVES].mean()
+    error = np.abs(np.asarray(measured.speed) - SPEED[drawn().said.speed])[moves()].mean()
     assert scores["speed_error"] == pytest.approx(error)
 
 
