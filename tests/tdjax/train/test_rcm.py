@@ -39,9 +39,8 @@ def test_kernels_with_declared_derivatives_can_be_distilled(monkeypatch):
     data, teacher = clip(1, 4, 4), lambda impl: Teacher(dit(2, impl=impl), jnp.ones((4, 5)))
     config = RCMConfig(warmup=1, accumulate=2)
     student = dit(0, impl="opaque")
-    state = DistillState.create(
-        student, PLAIN, jax.random.key(0), critic=student, critic_optimizer=PLAIN
-    )
+    key, critic = jax.random.key(0), {"critic": student, "critic_optimizer": PLAIN}
+    state = jax.eval_shape(lambda: DistillState.create(student, PLAIN, key, **critic))
     for make in (rcm.make_student_step, rcm.make_critic_step):
         after, _ = jax.eval_shape(make(config, PLAIN), state, teacher("opaque"), data)
         assert jax.tree.structure(after) == jax.tree.structure(state)

@@ -50,7 +50,8 @@ def test_sla_step_brings_the_student_to_the_teacher():
         adamw(OptimizerConfig(learning_rate=3e-4, b1=0.9, warmup=0)),
     )
     step = jit(sla.make_step(SLATrainingConfig(), optimizer), donate_argnums=0)
-    state = TrainState.create(dit(attention="sla"), optimizer, jax.random.key(0))
+    create = jit(lambda model: TrainState.create(model, optimizer, jax.random.key(0)))
+    state = create(dit(attention="sla"))
     losses = []
     for _ in range(10):
         state = dataclasses.replace(state, step=jnp.int32(0))  # the same noise and times

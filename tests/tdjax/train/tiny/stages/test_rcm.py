@@ -46,9 +46,9 @@ def ran(some, text, tokens, tmp_path_factory):
         cfg = settings.RCMStage(**fixed, **more)
         student_rates, critic_rates = (adamw(rcm.rates(cfg, 1e-3, n)) for n in (2, 8))
         run, checked, traced = work.Run(folder=tmp_path_factory.mktemp("rcm"), settings={}), [], []
-        state = DistillState.create(
-            model, student_rates, jax.random.key(0), critic=model, critic_optimizer=critic_rates
-        )
+        critic = {"critic": model, "critic_optimizer": critic_rates}
+        create = lambda: DistillState.create(model, student_rates, jax.random.key(0), **critic)
+        state = tiny_cases.jit(create)()
         cycle = rcm.make_cycle(cfg, student_rates, critic_rates)
         program = work.repeated(lambda *args: traced.append(1) or cycle(*args), 1, mesh)
         check = lambda state, step: checked.append((devices_of(state), len(traced))) or {}
