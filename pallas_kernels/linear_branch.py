@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -45,7 +46,10 @@ def linear_attention(q, k, v, proj_kernel, proj_bias):
     m = product("bhij,jo->bhio", product("blhi,blhj->bhij", phi_k, v), proj_kernel)
     z = phi_k.sum(1, dtype=jnp.float32)
     n = (phi_q.astype(jnp.float32) * z[:, None]).sum(-1, keepdims=True) + EPS
-    return (product("blhi,bhio->blho", phi_q, m.astype(q.dtype)) / n + proj_bias).astype(q.dtype)
+    # Heads before tokens, as the product gives them: on a CPU XLA has no product of bfloat16 with
+    # float32 sums that is transposed as well.
+    rows = rearrange(product("blhi,bhio->bhlo", phi_q, m.astype(q.dtype)), "b h l o -> b l h o")
+    return (rows / n + proj_bias).astype(q.dtype)
 
 
 def feature(x):  # float32 island

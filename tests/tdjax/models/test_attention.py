@@ -53,6 +53,19 @@ def test_projection_is_float32_whatever_the_policy_and_starts_at_zero(name):
         assert leaf.dtype == jnp.float32 and not leaf.any()
 
 
+@pytest.mark.parametrize("name", list(ATTENTION))
+def test_bfloat16_runs_on_a_cpu(qkv, name):
+    """Compiled, with its gradient where it has one: XLA lacks some products of bfloat16 there."""
+    qkv = qkv.astype(jnp.bfloat16)
+    wide = call(core(name), *qkv.astype(jnp.float32))
+    error = np.asarray(call(core(name), *qkv).astype(jnp.float32) - wide)
+    assert np.linalg.norm(error) < 2e-2 * np.linalg.norm(wide)
+    if name != "sagesla":
+        loss = lambda module, *qkv: jnp.square(module(*qkv).astype(jnp.float32)).sum()
+        grads = jax.jit(jax.grad(loss, (0, 1, 2, 3), allow_int=True))(core(name), *qkv)
+        assert all(np.isfinite(x.astype(jnp.float32)).all() for x in jax.tree.leaves(grads))
+
+
 def test_int8_scores_cannot_be_trained(qkv):
     module = core("sagesla")
     with pytest.raises(NotImplementedError, match='Train with attention "sla" or "dense"'):
