@@ -174,7 +174,11 @@ class DiT(nnx.Module):
         naming the argument, for other shapes."""
         self.check(x=x, timestep=timestep, image=image, text=text, features=features)
         context = self.context(text, features)
-        scan = functools.partial(lax.scan, unroll=self.unroll)
+        remat = self.cfg.remat
+        # Kept activations of a loop are copied into a stack and out of it again; blocks written out
+        # one by one hand them over.
+        unrolled = functools.partial(lax.scan, unroll=self.cfg.layers)
+        scan = unrolled if remat == "none" else functools.partial(_scan_by_number, remat=remat)
         return self.forward(x, timestep, image, lambda attn, _: attn.text_kv(*context), None, scan)
 
     def text_kv(self, text, features=None) -> TextKV:
@@ -189,13 +193,9 @@ class DiT(nnx.Module):
         """`__call__` on text whose keys and values are at hand: x f32 [b t h w c], timestep f32 [b]
         -> f32 [b t h w c]."""
         self.check(x=x, timestep=timestep, image=image)
-        return self.forward(x, timestep, image, lambda _, kv: kv, kv, _scan_by_number)
-
-    @property
-    def unroll(self) -> int:
-        """Blocks in one turn of the loop while training. Kept activations of a loop are copied into
-        a stack and out of it again; blocks written out one by one hand them over."""
-        return self.cfg.layers if self.cfg.remat == "none" else 1
+        # One device copies a block's weights beside the block before it, which costs nothing there.
+        scan = _scan_by_number if mesh_sizes() else lax.scan
+        return self.forward(x, timestep, image, lambda _, kv: kv, kv, scan)
 
     def forward(self, x, timestep, image, kv_of: Callable, kvs, scan: Callable):
         """kv_of(the cross-attention of a block, its part of kvs) -> its TextKV; scan: `lax.scan`,
@@ -207,7 +207,6 @@ class DiT(nnx.Module):
             block, kv = each
             return self.between(block(x, e0, kv_of(block.cross_attn, kv), table)), None
 
-        step = _again(step, self.cfg.remat)
         x, e, e0 = self.begin(x, timestep, image)
         x, _ = scan(step, x, (self.blocks, kvs))
         return self.end(x, e, grid)
@@ -308,16 +307,30 @@ class DiT(nnx.Module):
             )
 
 
-def _scan_by_number(step: Callable, x, stacked):
-    """`lax.scan` of what is not differentiated. On a mesh each turn reads its number from memory:
-    of slices by the loop's own counter XLA makes copies on other streams, for each of which the
-    kernels wait, and no graphs of kernels between two exchanges."""
-    if not mesh_sizes():
-        return lax.scan(step, x, stacked)
+def _scan_by_number(step: Callable, x, stacked, remat: str = "none"):
+    """`lax.scan`, whose turns are computed again as `_again` says. Each turn reads its number from
+    memory: of slices by the loop's own counter XLA makes copies on other streams, for each of which
+    the kernels wait, and which divide the graphs of kernels."""
     count = len(jax.tree.leaves(stacked)[0])
     numbers = lax.optimization_barrier(jnp.arange(count))
-    at = lambda i: jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, i, 0, False), stacked)
-    return lax.scan(lambda x, i: step(x, at(i)), x, numbers)
+
+    def turn(x, each):
+        i, own = each
+        return step(x, jax.tree.map(lambda all_, one: _row(all_, i, one), stacked, own))
+
+    return lax.scan(_again(turn, remat), x, (numbers, stacked))
+
+
+@jax.custom_jvp
+def _row(stacked, i, own):
+    """Row i of `stacked`, whose derivative is that of `own`, the same row as a loop hands it over:
+    gradients are stacked, where those of rows taken by number would be added to zeros of all."""
+    return lax.dynamic_index_in_dim(stacked, i, 0, False)
+
+
+@_row.defjvp
+def _(primals, tangents):
+    return _row(*primals), tangents[2]
 
 
 def rotation(grid: tuple[int, ...], cfg: DiTConfig) -> Rotation:

@@ -8,6 +8,7 @@ import pytest
 from arrays import put
 from dit_cases import channels_last, clip, dit, inputs, jit, load, module
 from einops import rearrange
+from jaxprs import equations
 from tolerances import assert_close
 
 from pallas_kernels import norm_modulate
@@ -409,6 +410,27 @@ def test_what_is_kept_of_a_block_changes_no_gradient(remat):
     plain, changed = (text.count("dot_general") for text in texts)
     assert changed < plain if remat == "products" else changed == plain
     assert ("Host" in texts[1]) == (remat == "offload") and "Host" not in texts[0]
+
+
+def test_a_loop_over_blocks_has_the_derivatives_of_blocks_one_by_one():
+    """Rows that a loop reads by number: their gradients are stacked by the loop, a tangent of the
+    input alone does not reach them, and no turn adds zeros of all blocks."""
+    data = clip(1, 4, 4, b=1)
+    t = jnp.array([300.0])
+
+    def derivatives(model):
+        of_input = lambda x: model(x, t, data.text)
+        loss = lambda model: jnp.sum(model(data.latents, t, data.text) ** 2)
+        return jax.grad(loss)(model), jax.jvp(of_input, (data.latents,), (data.latents + 1,))
+
+    loop, written_out = dit(0), dit(0, remat="none")
+    both = (jax.tree.leaves(jit(derivatives)(model)) for model in (loop, written_out))
+    for a, b in zip(*both, strict=True):
+        assert_close(a, b, "float32")
+    stacked = {x.shape for x in jax.tree.leaves(loop.blocks)}
+    found = equations(jax.make_jaxpr(derivatives)(loop).jaxpr)
+    sums = {e.outvars[0].aval.shape for e in found if e.primitive.name in ("add", "add_any")}
+    assert sums and not sums & stacked
 
 
 def test_remat_of_older_files():
