@@ -16,6 +16,7 @@ import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
+import forked  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -37,7 +38,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GROWN = 3 * 2**27  # bytes more of a worker for which the programs of finished modules are dropped
-OBJECTS = 50_000  # new ones after which Python looks for cycles
 DROPPED = pytest.StashKey[int]()  # bytes of a worker when that was done, or begun
 KEPT = 2**30  # bytes of compiled programs that lie there from earlier sessions
 
@@ -116,6 +116,13 @@ def compile_cache(pytestconfig, tmp_path_factory):
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(WORTH_KEEPING)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def forked_processes():
+    """None outlives the session."""
+    yield
+    forked.stop()
+
+
 @pytest.fixture
 def no_compile_cache(monkeypatch):
     """Processes of a test find no program that another test has compiled."""
@@ -191,7 +198,7 @@ def pytest_collection_finish(session):
     session.config.stash[DROPPED] = resident_bytes()
     gc.collect()
     gc.freeze()
-    gc.set_threshold(OBJECTS)
+    gc.set_threshold(forked.OBJECTS)
 
 
 def pytest_collection_modifyitems(items):

@@ -3,11 +3,10 @@
 import contextlib
 import os
 import socket
-import subprocess
-import sys
 
 from compiling import QUICK
 from conftest import SCRIPTS
+from forked import Forked
 
 FLAGS = ["--xla_force_host_platform_device_count=2", *QUICK]
 
@@ -42,13 +41,11 @@ def started(words, cache):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "JAX_PLATFORMS": "cpu",
+        "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
         "TDJAX_CACHE": str(cache),
         **SCRIPTS,
     }
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)], env=env, stdout=pipe, stderr=pipe, text=True
-    )
+    return Forked([*map(str, words)], env)
 
 
 @contextlib.contextmanager
