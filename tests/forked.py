@@ -11,6 +11,7 @@ import tempfile
 from multiprocessing import forkserver
 
 import pytest
+from jax._src import cache_key
 
 IMPORTED = [
     "tdjax.generate.__main__",
@@ -28,7 +29,7 @@ class Forked:
     """Such a process, with the methods of subprocess.Popen that tests use."""
 
     def __init__(self, words, env):
-        self._said = [tempfile.NamedTemporaryFile() for _ in range(2)]
+        self._said = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115 - see `communicate`
         names = [file.name for file in self._said]
         context = server(frozenset(jax_variables(env).items()))
         self._process = context.Process(target=_run, args=(words, dict(env), *names))
@@ -92,6 +93,9 @@ def _run(words, env, out, err):
         os.close(file)
     os.environ.clear()
     os.environ.update(env)
+    # A program has one key in all processes of a run, as on GPUs: one compiles it. Without this the
+    # key says which devices are this process's own.
+    cache_key._hash_accelerator_config = cache_key._hash_devices
     gc.freeze()  # what is imported stays
     gc.set_threshold(OBJECTS)
     if words[0] == "-c":

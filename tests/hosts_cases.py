@@ -41,6 +41,8 @@ def started(words, cache):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "JAX_PLATFORMS": "cpu",
+        "JAX_SHARE_BINARY_BETWEEN_HOSTS": "true",
+        "JAX_SHARE_BINARY_BETWEEN_HOSTS_TIMEOUT_MS": "120000",
         "JAX_TRACEBACK_IN_LOCATIONS_LIMIT": "0",
         "TDJAX_CACHE": str(cache),
         **SCRIPTS,
