@@ -34,6 +34,7 @@ import tdjax.train.synthesize
 import tdjax.train.tiny.__main__
 from tdjax import cli
 from tdjax.__main__ import COMMANDS
+from tdjax.checkpoints import demo
 from tdjax.cli import hyphens
 from tdjax.generate import __main__ as generate
 from tdjax.generate import arguments, decode, models
@@ -238,17 +239,26 @@ def test_fences_are_known(path):
             ast.parse(body)
 
 
-# A process for the code of many pages: imports and programs are there for the next page, and names
-# are not. Says {number of the page: what went wrong}.
+# A process for the code of all pages: imports and programs are there for the next page, and names
+# are not; commands are processes of their own. The demo is the folder that it is given. Says
+# {number of the page: what went wrong}.
 MANY = """
-import json, os, sys, traceback
+import gc, json, os, pathlib, shlex, subprocess, sys, traceback
+from tdjax.checkpoints import demo
+gc.set_threshold(50_000)
+demo.PACKAGED = pathlib.Path(sys.argv[2])
 found = {}
 for number, (folder, blocks) in enumerate(json.load(sys.stdin)):
     os.chdir(folder)
     os.environ["TDJAX_CACHE"] = os.path.join(folder, "cache")
     try:
-        for block in blocks:
-            exec(compile(block, "block", "exec"), {"__name__": "__main__"})
+        for fence, block in blocks:
+            if fence == "python":
+                exec(compile(block, "block", "exec"), {"__name__": "__main__"})
+            for line in block.splitlines() if fence == "bash" else ():
+                words = [sys.executable, *shlex.split(line)[1:]]
+                done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+                assert done.returncode == 0, f"{words}\\n{done.stdout}\\n{done.stderr}"
     except BaseException:
         found[number] = traceback.format_exc()
 json.dump(found, open(sys.argv[1], "w"))
@@ -265,14 +275,25 @@ def as_a_reader():
 
 
 @pytest.fixture(scope="module")
-def failures(as_a_reader, tmp_path_factory):
-    """{page of code that starts no command: what went wrong in it}."""
-    pages = [path for path in RUN if "bash" not in {fence for fence, _ in blocks(path)}]
-    code = [[body for fence, body in blocks(path) if fence == "python"] for path in pages]
-    folders = [str(tmp_path_factory.mktemp("page")) for _ in pages]
+def short_demo(tmp_path_factory):
+    """The demo model, with short clips where nothing else is said."""
+    folder = tmp_path_factory.mktemp("demo")
+    for name in demo.PARTS:
+        (folder / name).symlink_to(demo.folder() / name)
+    facts = json.loads((folder / "model.json").read_text()) | {"frames": 5}
+    (folder / "model.json").unlink()
+    (folder / "model.json").write_text(json.dumps(facts))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def failures(as_a_reader, short_demo, tmp_path_factory):
+    """{page: what went wrong in its code, from top to bottom in one folder}."""
+    code = [[each for each in blocks(path) if each[0] in ("python", "bash")] for path in RUN]
+    folders = [str(tmp_path_factory.mktemp("page")) for _ in RUN]
     result = tmp_path_factory.mktemp("pages") / "failures.json"
     done = subprocess.run(
-        [sys.executable, "-c", MANY, result],
+        [sys.executable, "-c", MANY, result, short_demo],
         input=json.dumps([*zip(folders, code, strict=True)]),
         env=as_a_reader,
         capture_output=True,
@@ -280,29 +301,14 @@ def failures(as_a_reader, tmp_path_factory):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    return {pages[int(number)]: text for number, text in json.loads(result.read_text()).items()}
+    return {RUN[int(number)]: text for number, text in json.loads(result.read_text()).items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", RUN, ids=ids)
-def test_blocks_run(path, as_a_reader, failures, tmp_path):
-    """A page's code from top to bottom in one folder, as a reader would try it."""
+def test_blocks_run(path, failures):
+    """As a reader would try it."""
     assert path not in failures, failures[path]
-    if "bash" not in {fence for fence, _ in blocks(path)}:
-        return
-    for fence, body in blocks(path):
-        if fence == "python":
-            argvs = [[sys.executable, "-c", body]]
-        elif fence == "bash":
-            argvs = [[sys.executable, *shlex.split(line)[1:]] for line in body.splitlines()]
-        else:
-            continue
-        env = as_a_reader | {"TDJAX_CACHE": str(tmp_path / "cache")}
-        for argv in argvs:
-            done = subprocess.run(
-                argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-            )
-            assert done.returncode == 0, f"{argv}\n{done.stdout}\n{done.stderr}"
 
 
 # -- troubleshooting -------------------------------------------------------------------------------
