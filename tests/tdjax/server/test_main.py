@@ -348,7 +348,7 @@ def test_jobs_of_a_server_that_is_killed_are_made_by_another_one(tmp_path, postg
     with process(tmp_path / "a", *words) as dies, process(tmp_path / "b", *words) as lives:
         for each in (dies, lives):
             until(lambda each=each: each.ask("GET", "/ready").status_code == 200)
-        body = {"prompt": "sleep 5"}
+        body = {"prompt": "sleep 3"}
         ids = [dies.ask("POST", "/v1/videos", json=body).json()["id"] for _ in range(2)]
         states = lambda: [job["status"] for job in lives.ask("GET", "/v1/videos").json()["data"]]
         until(lambda: states().count("in_progress") == 2)
