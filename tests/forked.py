@@ -9,8 +9,8 @@ import runpy
 import sys
 import tempfile
 from multiprocessing import forkserver
+from unittest import mock
 
-import pytest
 from jax._src import cache_key
 
 IMPORTED = [
@@ -72,9 +72,7 @@ def server(variables):
     """The context of processes of the server, which is started with these variables."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables:
-            patch.setenv(name, value)
+    with mock.patch.dict(os.environ, dict(variables)):
         forkserver.ensure_running()
     return context
 
