@@ -193,7 +193,7 @@ class DiT(nnx.Module):
         """`__call__` on text whose keys and values are at hand: x f32 [b t h w c], timestep f32 [b]
         -> f32 [b t h w c]."""
         self.check(x=x, timestep=timestep, image=image)
-        # One device copies a block's weights beside the block before it, which costs nothing there.
+        # On one device it was as fast either way (docs/performance.md).
         scan = _scan_by_number if mesh_sizes() else lax.scan
         return self.forward(x, timestep, image, lambda _, kv: kv, kv, scan)
 

@@ -413,8 +413,8 @@ def test_what_is_kept_of_a_block_changes_no_gradient(remat):
 
 
 def test_a_loop_over_blocks_has_the_derivatives_of_blocks_one_by_one():
-    """Rows that a loop reads by number: their gradients are stacked by the loop, a tangent of the
-    input alone does not reach them, and no turn adds zeros of all blocks."""
+    """Rows that a loop reads by number: their gradients are stacked by the loop, and no turn adds
+    zeros of all blocks."""
     data = clip(1, 4, 4, b=1)
     t = jnp.array([300.0])
 
