@@ -18,6 +18,8 @@ from pallas_kernels import (
     sage_attention,
     sparse_attention,
 )
+from pallas_kernels.causal_conv import causal_conv
+from pallas_kernels.causal_conv import workloads as conv_shapes
 from pallas_kernels.flash_attention import attention, cudnn
 from pallas_kernels.flash_attention import workloads as dense_shapes
 from pallas_kernels.int8_matmul import (
@@ -225,6 +227,10 @@ def unfold(impl, x, past, gain):
     return temporal_unfold(x, past, gain, impl=impl)
 
 
+def conv(impl, *args):
+    return causal_conv(*args, impl=impl)
+
+
 def linears() -> dict[str, tuple[str, str]]:
     """Names of linear layers of 8 bits -> scheme and implementation of the product: "channel" is
     XLA's product, "channel+triton" our kernel's; the first one of a scheme has its name alone."""
@@ -374,6 +380,13 @@ TABLE = (
         workloads=frame_shapes.WORKLOADS,
         run=unfold,
         exact=exactly(unfold),
+    ),
+    Case(
+        name="causal_conv",
+        impls=of("causal_conv"),
+        workloads=conv_shapes.WORKLOADS,
+        run=conv,
+        exact=exactly(conv),
     ),
     Case(
         name="quantize_keys",

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from pallas_kernels import (
+    causal_conv,
     flash_attention,
     int8_matmul,
     norm_modulate,
@@ -23,6 +24,7 @@ OPS: dict[str, Mapping[str, Callable]] = {
     **norm_modulate.IMPLEMENTATIONS,
     **qk_prep.IMPLEMENTATIONS,
     **temporal_unfold.IMPLEMENTATIONS,
+    **causal_conv.IMPLEMENTATIONS,
 }  # op -> its implementations by name
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import mosaic, norm_modulate, qk_prep, sage_attention, sparse_attention
+from pallas_kernels.causal_conv import causal_conv
 from pallas_kernels.flash_attention import attention
 from pallas_kernels.int8_matmul import (
     SCHEMES,
@@ -56,6 +57,7 @@ BOUNDS = {
     "dense with int8 scores (Mosaic)": BF16,
     "channel linear (Mosaic)": BF16,
     "fp8 linear (Mosaic)": BF16,
+    "causal convolution (Mosaic)": BF16,
 }
 MOSAIC = " (Mosaic)"  # ends the name of a check of the same op's kernel for Hopper
 
@@ -188,8 +190,15 @@ def _mosaic_cases():
     dense = partial(sage_attention.sage_attention, q, k, v)
     operands = _normal(6, 200, 256), _normal(8, 384, 256), _normal(9, 384)
 
+    # rows and columns that no tile divides
+    frames, past, plus = (_normal(15, 2, t, 40, 12, 96) for t in (4, 2, 4))
+    kernel, gain = _normal(16, 3, 3, 3, 96, 96) / 51, _normal(17, 96)
+
     def product(scheme):
         return lambda impl: _linear(*operands, scheme, impl)
+
+    def convolution(impl):
+        return causal_conv(frames, past, gain, kernel, gain, plus, impl=impl)
 
     checks = {
         "sparse-linear attention": (("sparse_linear_attention",), lambda impl: sla(impl=impl)),
@@ -197,6 +206,7 @@ def _mosaic_cases():
         "dense with int8 scores": (("sage_attention",), lambda impl: dense(impl=impl)),
         "channel linear": (("quantized_linear channel",), product("channel")),
         "fp8 linear": (("quantized_linear fp8",), product("fp8")),
+        "causal convolution": (("causal_conv",), convolution),
     }
     chosen = lambda impl: "reference" if impl == "reference" else "mosaic"
     for name, (ops, function) in checks.items():

@@ -12,9 +12,8 @@ from einops import rearrange
 
 from pallas_kernels.dispatch import automatic, choose, implementations
 from pallas_kernels.temporal_unfold import reference, triton
-from pallas_kernels.temporal_unfold.reference import norm_silu, unit_norm
 
-__all__ = ["IMPLEMENTATIONS", "norm_silu", "temporal_unfold", "unit_norm"]
+__all__ = ["IMPLEMENTATIONS", "temporal_unfold"]
 
 IMPLEMENTATIONS = {
     "temporal_unfold": implementations(reference.temporal_unfold, triton.temporal_unfold)

@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
-import jax
 import jax.numpy as jnp
 
-
-def unit_norm(x, gain):  # [... c], [c] -> f32 [... c]
-    """Unit length over channels times sqrt(c) times the gain."""
-    x = x.astype(jnp.float32)
-    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    length = jnp.sqrt(jnp.maximum(squares, 1e-24))  # with a derivative at zero too
-    return x / length * math.sqrt(x.shape[-1]) * gain.astype(x.dtype)
-
-
-def norm_silu(x, gain):  # [... c], [c] -> [... c]
-    return jax.nn.silu(unit_norm(x, gain)).astype(x.dtype)
+from pallas_kernels.norm_silu import norm_silu
 
 
 def temporal_unfold(x, past, gain):  # [b t n c], [b 2 n c], [c] -> [b t n 3c], [b 2 n c]

@@ -7,16 +7,16 @@ The past is renewed in place: no other program reads these pixels of it.
 from __future__ import annotations
 
 import math
-from functools import partial, reduce
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.primitives import LOG2E, exp2, launch, load, power_of_two, reciprocal, store
+from pallas_kernels.norm_silu import activated
+from pallas_kernels.primitives import launch, load, power_of_two, store
 from pallas_kernels.rows import load_parts, split
 from pallas_kernels.tuning import tile
 
@@ -92,12 +92,3 @@ def unfold_kernel(*refs, names, parts, interpret):
     for frame, values in enumerate(before):
         for part, value in zip(parts, values, strict=True):
             store(refs["next"].at[np.int32(frame), :, part], value)
-
-
-def activated(xs, gains, c, interpret):
-    """silu(unit_norm(x, gain)): parts [p ..], [..] -> float32 parts."""
-    xs = [x.astype(jnp.float32) for x in xs]
-    squares = reduce(jnp.add, [(x * x).sum(1, keepdims=True) for x in xs])
-    factor = math.sqrt(c) * lax.rsqrt(jnp.maximum(squares, 1e-24))
-    ys = [x * factor * gain for x, gain in zip(xs, gains, strict=True)]
-    return [y * reciprocal(1 + exp2(y * -LOG2E, interpret), interpret) for y in ys]

@@ -8,10 +8,12 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
-from pallas_kernels.temporal_unfold import norm_silu, temporal_unfold
+from pallas_kernels import causal_conv
+from pallas_kernels.norm_silu import norm_silu
+from pallas_kernels.temporal_unfold import temporal_unfold
 from tdjax.config import VAEConfig
 from tdjax.models.abstract import drawn
-from tdjax.parallel.space import lines_beyond
+from tdjax.parallel.space import is_divided, lines_beyond
 
 
 def conv2d(x, kernel, bias, stride: int = 1, plus=None):
@@ -155,6 +157,10 @@ class CausalConv(Conv):
         past [b 2 h w i]: what is convolved of the two frames before; None: x is the beginning, the
         past is zeros. gain [i]; plus [b t h w o]: what is added to the output.
         """
+        if self.impl == "auto" and not is_divided():
+            kernel, bias = self.kernel[...], self.bias[...]
+            if causal_conv.refusal(x, past, kernel) is None:
+                return causal_conv.causal_conv(x, past, gain, kernel, bias, plus)
         wide, past = temporal_unfold(x, past, gain, impl=self.impl)
         return self.of_taps(wide, plus), past
 

@@ -19,7 +19,7 @@ from einops import rearrange
 from flax import nnx
 from jax import lax
 
-from pallas_kernels.temporal_unfold import unit_norm
+from pallas_kernels.norm_silu import unit_norm
 from tdjax.config import VAEConfig, neighbours
 from tdjax.errors import UsageError
 from tdjax.models.abstract import as_shapes

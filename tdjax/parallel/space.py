@@ -1,8 +1,8 @@
 """Frames divided in space over devices: each has some rows or columns, and asks its neighbours for
 the lines that a convolution sees.
 
-The networks know only `lines_beyond`, `whole_frame` and `on_every_device`, which stand for nothing
-outside of `over_space`.
+The networks know only `is_divided`, `lines_beyond`, `whole_frame` and `on_every_device`, which
+stand for nothing outside of `over_space`.
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ def _sizes() -> dict[str, int]:
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if name in AXES and kind == AxisType.Manual and mesh.shape[name] > 1
     }
+
+
+def is_divided() -> bool:
+    """Whether frames are divided here."""
+    return bool(_sizes())
 
 
 def lines_beyond(x) -> Iterator[tuple[int, jax.Array, jax.Array]]:  # x [b t h w c]

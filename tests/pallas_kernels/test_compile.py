@@ -20,6 +20,7 @@ import pytest
 import pallas_kernels
 from pallas_kernels import (
     attention,
+    causal_conv,
     norm_modulate,
     qk_prep,
     sage_attention,
@@ -27,6 +28,8 @@ from pallas_kernels import (
     temporal_unfold,
     tuning,
 )
+from pallas_kernels.causal_conv.triton import frame_pairs
+from pallas_kernels.causal_conv.winograd import in_strips
 from pallas_kernels.int8_matmul import QTensor, quantize_activations, quantized_linear
 from pallas_kernels.int8_matmul.schemes import SCHEMES
 from pallas_kernels.inventory import OPS
@@ -47,11 +50,23 @@ SIZES = {
 spec = jax.ShapeDtypeStruct
 
 
+def frames(size, t=4, parts=1, c=96, dtype=jnp.bfloat16):
+    """A chunk of the VAE at a part of the full height and width."""
+    h, w = {"480p": (480, 832), "720p": (720, 1280)}[size]
+    return spec((1, t, h // parts, w // parts, c), dtype)
+
+
 def unfold(size, dtype):
     """The VAE's widest activations."""
-    frames = lambda t: spec((1, t, *{"480p": (480, 832), "720p": (720, 1280)}[size], 96), dtype)
     run = lambda *args: temporal_unfold.temporal_unfold(*args, impl="triton")
-    return run, (frames(4), frames(2), spec((96,), dtype))
+    return run, (frames(size, dtype=dtype), frames(size, 2, dtype=dtype), spec((96,), dtype))
+
+
+def conv(parts=1, c=96, t=4, plus=True):
+    x, past = (frames("480p", t, parts, c) for t in (t, 2))
+    kernel, vector = spec((3, 3, 3, c, c), jnp.bfloat16), spec((c,), jnp.bfloat16)
+    run = lambda *args: causal_conv.causal_conv(*args, impl="mosaic")
+    return run, (x, past, vector, kernel, vector, *((x,) if plus else ()))
 
 
 def qkv(size):
@@ -173,6 +188,10 @@ def case(name, size):
             ),
             (rows, spec((d,), jnp.bfloat16), angles, angles),
         ),
+        "frame pairs": (
+            lambda x, *more: frame_pairs(in_strips(x), *more, interpret=False),
+            (frames(size), frames(size, 2), spec((96,), jnp.bfloat16)),
+        ),
         "temporal unfold": unfold(size, jnp.bfloat16),
         "temporal unfold in float32": unfold(size, jnp.float32),
         "keys": (
@@ -208,6 +227,9 @@ def mosaic_case(name):
             (*weights("channel", 512, d, d), spec((d,), jnp.bfloat16)),
         ),
         "fp8": (linear("fp8", "mosaic"), (*weights("fp8", l, d, f), bias)),
+        "causal convolution": conv(),
+        "causal convolution, nothing added": conv(plus=False),
+        "causal convolution, two frames": conv(4, 384, 2),
     }[name]
 
 
@@ -222,6 +244,9 @@ MOSAIC = {
     "channel in groups": (1, ("quantized_linear channel",), 0),
     "channel, few rows": (1, ("quantized_linear channel",), 0),
     "fp8": (1, ("quantized_linear fp8",), 0),
+    "causal convolution": (1, ("causal_conv",), 112),
+    "causal convolution, nothing added": (1, ("causal_conv",), 0),
+    "causal convolution, two frames": (1, ("causal_conv",), 112),
 }
 # case -> kernels that must be in it, and the ops of the inventory that they are
 SLA = "sparse_linear_attention", "sparse_attention", "block_map"
@@ -254,6 +279,7 @@ CASES = {
     "norm and rope": (1, QK_PREP),
     "norm and rope in groups": (1, QK_PREP),
     "keys": (1, ("quantize_keys",)),
+    "frame pairs": (1, ()),
     "temporal unfold": (1, ("temporal_unfold",)),
     "temporal unfold in float32": (1, ("temporal_unfold",)),
 }

@@ -1,0 +1,25 @@
+"""The op in plain JAX: the specification. Sums in float32, rounded once."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.norm_silu import norm_silu
+
+
+def causal_conv(x, past, gain, kernel, bias, plus):
+    """x [b t h w i], past [b 2 h w i], gain [i] or None, kernel [3 3 3 i o], bias [o], plus [b t h
+    w o] or None -> [b t h w o], the next past."""
+    frames = jnp.concatenate([past, x if gain is None else norm_silu(x, gain)], axis=1)
+    y = lax.conv_general_dilated(
+        frames,
+        kernel.astype(x.dtype),
+        (1, 1, 1),
+        [(0, 0), (1, 1), (1, 1)],
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+        preferred_element_type=jnp.float32,
+    )
+    y = y + bias.astype(jnp.float32)
+    y = y if plus is None else y + plus.astype(jnp.float32)
+    return y.astype(x.dtype), frames[:, -2:]
