@@ -13,12 +13,12 @@ def causal_conv(x, past, gain, kernel, bias, plus):
     w o] or None -> [b t h w o], the next past."""
     frames = jnp.concatenate([past, x if gain is None else norm_silu(x, gain)], axis=1)
     y = lax.conv_general_dilated(
-        frames,
-        kernel.astype(x.dtype),
+        frames.astype(jnp.float32),
+        kernel.astype(x.dtype).astype(jnp.float32),
         (1, 1, 1),
         [(0, 0), (1, 1), (1, 1)],
         dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-        preferred_element_type=jnp.float32,
+        precision=lax.Precision.HIGHEST,
     )
     y = y + bias.astype(jnp.float32)
     y = y if plus is None else y + plus.astype(jnp.float32)

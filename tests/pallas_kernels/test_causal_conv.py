@@ -60,6 +60,19 @@ def test_the_reference_is_the_convolution(without):
     assert_close(past, activated(given[0], given[2])[:, -2:], "float32", "past")
 
 
+@pytest.mark.slow
+def test_a_gradient_in_bfloat16():
+    """What is differentiated on a GPU too."""
+    given = arrays(1, 2, 4, 4, 3, 5, jnp.bfloat16)
+    total = lambda *given: causal_conv(*given)[0].astype(jnp.float32).var()
+    gradients = jax.jit(jax.grad(total, tuple(range(6))))
+    exact = gradients(*(a.astype(jnp.float32) for a in given))
+    for made, wanted in zip(gradients(*given), exact, strict=True):
+        assert made.dtype == jnp.bfloat16
+        error = np.linalg.norm(np.asarray(made, np.float32) - wanted)
+        assert error < 1e-2 * np.linalg.norm(wanted)
+
+
 def test_four_products_are_two_outputs_of_three_taps():
     rng = np.random.default_rng(0)
     d, taps = rng.normal(size=(4, 5)), rng.normal(size=(3, 5))
