@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tdjax.config import VAEConfig, VideoSize
 from tdjax.errors import NotFinite
@@ -147,16 +147,17 @@ class VAECoding(Stage):
     ) -> list[Program]:
         """chunks: (shape of the first, of each later one or None). mesh: over which they are
         divided, or None."""
-        shape, vae = self.compiler.shape, self.component.abstract()
+        whole = lies = None
+        if mesh is not None:
+            # All by this mesh: other meshes of the same devices then have the same programs.
+            whole, lies = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, part(mesh))
+        shapes = self.compiler.shapes_of
+        vae = shapes(self.component.abstract(), whole)
+        chunk = lambda shape: shapes(self.compiler.shape(shape), whole)
         request, (first, later) = self.compiler.request, bodies
-        programs = [request(label, first, vae, shape(chunks[0]), mesh=mesh, **static)]
+        programs = [request(label, first, vae, chunk(chunks[0]), mesh=mesh, **static)]
         if chunks[1] is not None:
-            if mesh is not None:
-                lies = NamedSharding(mesh, part(mesh))
-                cache = jax.tree.map(
-                    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies), cache
-                )
-            inputs = vae, cache, shape(chunks[1])
+            inputs = vae, shapes(cache, lies), chunk(chunks[1])
             programs.append(request(label, later, *inputs, donate=(1,), mesh=mesh, **static))
         return programs
 

@@ -17,7 +17,7 @@ from tdjax.config import VideoSize
 from tdjax.errors import UsageError
 from tdjax.parallel.mesh import make_mesh
 from tdjax.parallel.space import latents_at_once
-from tdjax.pipeline import compilation
+from tdjax.pipeline import compilation, executables
 from tdjax.pipeline.components import open_component
 from tdjax.pipeline.vae_coding import IN_FLIGHT, VAECoding, arriving
 from tdjax.presets import WAN_1_3B
@@ -73,28 +73,45 @@ def test_streamed_encode_is_the_whole_encode(coder):
         assert np.array_equal(coder.encode_frames(vae, pixels, size), whole(vae, video))
 
 
+def divided(model, mesh: str) -> VAECoding:
+    """The same over a mesh."""
+    component, stages = open_component(model / "vae", "vae"), Stages(show=False)
+    component.mesh = make_mesh(mesh, WAN_1_3B)
+    return VAECoding(compilation.Programs(stages, component.mesh), component, stages)
+
+
 @pytest.mark.slow
 def test_devices_take_two_latent_frames_at_once(model, coder):
-    """Where their number is even: the frames and latents of one device."""
-    component, stages = open_component(model / "vae", "vae"), Stages(show=False)
-    component.mesh = make_mesh("sp=2", WAN_1_3B)
-    divided = VAECoding(compilation.Programs(stages, component.mesh), component, stages)
-    whole, vae = coder.component.load(), component.load()
-    for frames, lengths in ((17, [1, 8, 8]), (13, [1, 4, 4, 4])):
-        size = dataclasses.replace(SIZE, frames=frames)
-        chunks = list(divided.decode(vae, latents(frames), "float"))
-        assert [len(c) for c, _ in chunks] == lengths and all(finite for _, finite in chunks)
-        made, once = (
-            np.concatenate([c for c, _ in each])
-            for each in (chunks, coder.decode(whole, latents(frames), "float"))
-        )
-        assert_close(made, once, "float32")
-        pixels = np.random.default_rng(2).integers(0, 256, (frames, 32, 32, 3), np.uint8)
-        assert_close(
-            divided.encode_frames(vae, pixels, size),
-            coder.encode_frames(whole, pixels, size),
-            "float32",
-        )
+    """Where their number is even: the frames and latents of one device. One at a time are in
+    test_meshes.py."""
+    two, size = divided(model, "sp=2"), dataclasses.replace(SIZE, frames=17)
+    whole, vae = coder.component.load(), two.component.load()
+    chunks = list(two.decode(vae, latents(17), "float"))
+    assert [len(c) for c, _ in chunks] == [1, 8, 8] and all(finite for _, finite in chunks)
+    made, once = (
+        np.concatenate([c for c, _ in each])
+        for each in (chunks, coder.decode(whole, latents(17), "float"))
+    )
+    assert_close(made, once, "float32")
+    pixels = np.random.default_rng(2).integers(0, 256, (17, 32, 32, 3), np.uint8)
+    assert_close(
+        two.encode_frames(vae, pixels, size), coder.encode_frames(whole, pixels, size), "float32"
+    )
+
+
+def test_meshes_of_the_same_devices_have_the_same_programs(model, tmp_path, monkeypatch):
+    """Another mesh finds them on disk."""
+    monkeypatch.setattr(executables, "folder", lambda: tmp_path)
+
+    def entries(mesh):
+        coding, asked = divided(model, mesh), []
+        monkeypatch.setattr(coding.compiler, "compile", asked.append)
+        coding.compiler.wait([*coding.decoder(latents(13).shape, "uint8"), *coding.encoder(SIZE)])
+        return [executables._path(each) for each in asked]
+
+    rows = entries("sp=2")
+    assert len({*rows}) == 4 and None not in rows
+    assert entries("dp=2") == entries("cfg=2") == rows
 
 
 @pytest.mark.parametrize(
