@@ -99,6 +99,16 @@ async def all_of(tasks) -> list:
     return [item for result in done for item in result]
 
 
+async def to_the_end(read):
+    """What a read gives, its failure raised as that of `all_of`."""
+    before = asyncio.all_tasks()
+    try:
+        return await read
+    except BaseException:
+        await asyncio.gather(*asyncio.all_tasks() - before, return_exceptions=True)
+        raise
+
+
 class _Sizes(ocp.type_handlers.NumpyHandler):
     """Tells shapes and dtypes, leaf by leaf."""
 
@@ -111,14 +121,14 @@ class _InGroups(ocp.type_handlers.ArrayHandler):
     """Reads leaves in groups of bounded size."""
 
     async def deserialize(self, infos, args=None):
-        one, out, group, size = super().deserialize, [], [], 0
-        for info, arg in zip(infos, args, strict=True):
+        out, first, size = [], 0, 0
+        for i, arg in enumerate(args):
             size += math.prod(arg.global_shape) * np.dtype(arg.dtype).itemsize
-            group.append(one([info], [arg]))
-            if size > READ_BYTES:
-                out += await all_of(group)
-                group, size = [], 0
-        return out + await all_of(group)
+            if size > READ_BYTES or i + 1 == len(args):
+                group = slice(first, i + 1)
+                out += await to_the_end(super().deserialize(infos[group], args[group]))
+                first, size = i + 1, 0
+        return out
 
 
 def array_handlers(*more):
