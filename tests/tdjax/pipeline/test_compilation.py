@@ -20,8 +20,6 @@ from tdjax.pipeline.components import Component
 from tdjax.progress import Stages
 from tdjax.sampling import schedules
 
-pytestmark = pytest.mark.usefixtures("as_users")  # bits of programs are compared
-
 SMALL = {"num_frames": 5, "width": 32, "height": 32, "num_steps": 1}
 
 
@@ -267,26 +265,6 @@ def experts(model, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_second_expert_waits_in_the_host(experts, monkeypatch):
-    """Memory for one expert at a time: the other one is read while the first runs, and the video is
-    the same."""
-    call = {"num_frames": 5, "width": 32, "height": 32, "output_type": "latent"}
-    plain = tdjax.load(experts)
-    expected, request = plain("a red circle", **call), plain.request("a", **call)
-    limit = plain.plan(request).of("dit").total + 2**20
-    staged, read = [], Component.read_to_host
-    noted = lambda self: staged.append(self.path.name) or read(self)
-    monkeypatch.setattr(Component, "read_to_host", noted)
-    for room, names in ((True, ["dit_low"]), (False, [])):
-        staged.clear()
-        lean = tdjax.load(experts, low_memory=True)
-        monkeypatch.setattr(memory, "memory_limit", lambda room=room: 2**34 if room else limit // 2)
-        assert np.array_equal(lean("a red circle", **call).latents, expected.latents)
-        assert staged == names
-        assert all(c.module is None and c.coming is None for c in lean.components.values())
-
-
-@pytest.mark.slow
 def test_the_second_expert_is_read_after_the_first_step(experts, monkeypatch):
     pipe, events = tdjax.load(experts, low_memory=True), []
     watch_steps(monkeypatch, pipe, lambda: events.append("step"))
@@ -304,3 +282,25 @@ def test_the_second_expert_is_read_after_the_first_step(experts, monkeypatch):
         "a red circle", num_steps=4, boundary=0.95, **call
     )  # one step above it: nothing to hide the reading behind
     assert events == ["step"] * 4
+
+
+# The last one, as what it asks for holds for the rest of the module.
+@pytest.mark.slow
+@pytest.mark.usefixtures("as_users")  # bits of programs are compared
+def test_the_second_expert_waits_in_the_host(experts, monkeypatch):
+    """Memory for one expert at a time: the other one is read while the first runs, and the video is
+    the same."""
+    call = {"num_frames": 5, "width": 32, "height": 32, "output_type": "latent"}
+    plain = tdjax.load(experts)
+    expected, request = plain("a red circle", **call), plain.request("a", **call)
+    limit = plain.plan(request).of("dit").total + 2**20
+    staged, read = [], Component.read_to_host
+    noted = lambda self: staged.append(self.path.name) or read(self)
+    monkeypatch.setattr(Component, "read_to_host", noted)
+    for room, names in ((True, ["dit_low"]), (False, [])):
+        staged.clear()
+        lean = tdjax.load(experts, low_memory=True)
+        monkeypatch.setattr(memory, "memory_limit", lambda room=room: 2**34 if room else limit // 2)
+        assert np.array_equal(lean("a red circle", **call).latents, expected.latents)
+        assert staged == names
+        assert all(c.module is None and c.coming is None for c in lean.components.values())
