@@ -1,20 +1,27 @@
 """Model folders of random weights, each written once by a process, and how pipelines compile."""
 
 import dataclasses
-import functools
 import json
 import shutil
 
-import jax
 import pytest
 import random_model
 from compiling import AS_USERS
+
+from tdjax.pipeline.executables import Asked
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """A text-to-video model folder."""
     return random_model.write(tmp_path_factory.mktemp("models") / "random")
+
+
+@pytest.fixture(scope="session")
+def dense_model(model, tmp_path_factory):
+    """The same with a transformer of one layer, dense."""
+    cfg = dataclasses.replace(random_model.DIT, layers=1, attention="dense")
+    return random_model.with_dit(model, tmp_path_factory.mktemp("models") / "dense", cfg)
 
 
 @pytest.fixture(scope="session")
@@ -31,11 +38,18 @@ def i2v_model(model, tmp_path_factory):
     return folder
 
 
+LOOP = ("start", "denoise", "denoise_guided")  # functions whose programs are the sampling loop's
+
+
 @pytest.fixture(scope="module")
 def as_users():
-    """Programs of pipelines have the bits that users have: where those of two are compared."""
-    lowered = jax.stages.Lowered
+    """Programs of the sampling loop have the bits that users have: where those of two are compared.
+    They take five times as long to compile."""
+    make = Asked.compile
+
+    def compile_(asked, **options):
+        return make(asked, **options, **(AS_USERS if asked.function.__name__ in LOOP else {}))
+
     with pytest.MonkeyPatch.context() as patch:
-        options = {"compiler_options": AS_USERS} if AS_USERS else {}
-        patch.setattr(lowered, "compile", functools.partialmethod(lowered.compile, **options))
+        patch.setattr(Asked, "compile", compile_)
         yield

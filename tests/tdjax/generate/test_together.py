@@ -9,6 +9,7 @@ import hosts_cases
 import numpy as np
 import pytest
 from hosts_cases import ends
+from safetensors.numpy import load_file
 from tolerances import assert_close
 
 import tdjax
@@ -24,9 +25,9 @@ ABORTED = "the JAX distributed service detected fatal errors"
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
+def start(dense_model, tmp_path_factory):
     """start(words of the command) -> two processes, which are gone afterwards."""
-    few = "--num_frames", 1, "--num_steps", 2
+    few = "--model", dense_model, "--num_frames", 1, "--num_steps", 2
     with hosts_cases.command("tdjax.generate", tmp_path_factory.mktemp("cache")) as run:
         yield lambda *words, **options: run(*few, *words, **options)
 
@@ -55,7 +56,7 @@ def rows(start, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_make_what_one_makes(rows):
+def test_two_processes_make_what_one_makes(dense_model, rows):
     """The seed that was drawn is that of the first, which alone prints and writes."""
     folder, done = rows
     assert [code for code, *_ in done] == [0, 0], done
@@ -65,7 +66,7 @@ def test_two_processes_make_what_one_makes(rows):
     sidecars = ["first.safetensors.json", "second.npy.json"]
     assert files(folder) == sorted(["rows.jsonl", "first.safetensors", "second.npy", *sidecars])
     seed = json.loads((folder / "second.npy.json").read_text())["seed"]
-    pipe = tdjax.load(mesh="sp=4", compile_cache=False)
+    pipe = tdjax.load(dense_model, mesh="sp=4", compile_cache=False)
     made = pipe(PROMPTS, seed=[3, seed], num_frames=1, num_steps=2)
     latents = tdjax.Result.load(outs[0]).latents
     assert_close(latents, made.latents[:1], "float32", "latents")
@@ -103,12 +104,13 @@ def test_what_the_first_refuses_ends_both(start, tmp_path, name, mesh, message):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "sent"), [(0, signal.SIGKILL), (1, signal.SIGTERM)])
 def test_one_that_ends_or_is_lost_ends_the_other(start, tmp_path, number, sent):
-    """Files that are there are whole."""
-    rows = [{"prompt": PROMPTS[0], "out": str(tmp_path / f"{i}.npy")} for i in range(2000)]
+    """Files that are there are whole. Latents: none of the two has a decoder."""
+    outs = [str(tmp_path / f"{i}.safetensors") for i in range(200)]
+    rows = [{"prompt": PROMPTS[0], "out": out} for out in outs]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     processes = start("--prompt_file", path, *MESH, lost=10)
-    while not (tmp_path / "1.npy.json").exists():
+    while not (tmp_path / "1.safetensors.json").exists():
         assert all(process.poll() is None for process in processes)
         time.sleep(0.02)
     processes[number].send_signal(sent)
@@ -118,8 +120,9 @@ def test_one_that_ends_or_is_lost_ends_the_other(start, tmp_path, number, sent):
     code, _, err = done[1 - number]
     assert (LOST in err and code == 1) or (ABORTED in err and code == -signal.SIGABRT), (code, err)
     assert time.monotonic() - begun < 60
-    made = list(tmp_path.glob("*.npy"))
-    assert 1 < len(made) < 2000 and {np.load(path).shape for path in made} == {(1, 64, 64, 3)}
+    made = list(tmp_path.glob("*.safetensors"))
+    shapes = {load_file(path)["latents"].shape for path in made}
+    assert 1 < len(made) < 200 and shapes == {(1, 1, 4, 4, 8)}
 
 
 @pytest.mark.parametrize(

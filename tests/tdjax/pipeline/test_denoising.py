@@ -23,14 +23,8 @@ DENSE = dataclasses.replace(random_model.DIT, layers=1, attention="dense")
 
 
 @pytest.fixture(scope="module")
-def small(model, tmp_path_factory):
-    """A model folder with a transformer of one layer, dense."""
-    return random_model.with_dit(model, tmp_path_factory.mktemp("models") / "small", DENSE)
-
-
-@pytest.fixture(scope="module")
-def pipe(small):
-    return tdjax.load(small)
+def pipe(dense_model):
+    return tdjax.load(dense_model)
 
 
 def test_calls_of_a_loop():
@@ -55,9 +49,9 @@ def test_calls_of_a_loop():
         {"sampler": "unipc", "num_steps": 4, "guidance_scale": 3.0},
     ],
 )
-def test_the_loop_in_steps_is_the_loop_in_one(small, pipe, sampler):
+def test_the_loop_in_steps_is_the_loop_in_one(dense_model, pipe, sampler):
     """Progress runs one step a call; the video must be the same to the bit."""
-    steps = tdjax.load(small, stages=Stages(show=True))
+    steps = tdjax.load(dense_model, stages=Stages(show=True))
     a, b = pipe("a red circle", **sampler, **LATENT), steps("a red circle", **sampler, **LATENT)
     assert np.array_equal(a.latents, b.latents)
     assert any("step 2 of" in name for name in b.timings) and not any(

@@ -1,13 +1,11 @@
 """Guided steps in halves, and several videos at a time: those of one device, up to rounding."""
 
-import dataclasses
 import math
 import re
 
 import jax
 import numpy as np
 import pytest
-import random_model
 from random_model import SMALL, photograph
 from tolerances import assert_close
 
@@ -15,7 +13,6 @@ import tdjax
 from tdjax.errors import Cancelled, NotFinite
 from tdjax.progress import Stages
 
-DENSE = dataclasses.replace(random_model.DIT, layers=1, attention="dense")
 LATENT = {"output_type": "latent", **SMALL}
 FEW = {"num_steps": 2}
 ODE = {"sampler": "ode", **FEW}
@@ -30,33 +27,27 @@ EXCHANGE = re.compile(r"= \(?(\w+)\[([\d,]*)\].*? (all-[\w-]+|collective-permute
 
 
 @pytest.fixture(scope="module")
-def small(model, tmp_path_factory):
-    """A model folder with a transformer of one layer, dense."""
-    return random_model.with_dit(model, tmp_path_factory.mktemp("models") / "small", DENSE)
-
-
-@pytest.fixture(scope="module")
-def one(small):
+def one(dense_model):
     """A pipeline on one device."""
-    return tdjax.load(small)
+    return tdjax.load(dense_model)
 
 
 @pytest.fixture(scope="module")
-def two(small):
+def two(dense_model):
     """A pipeline of two copies."""
-    return tdjax.load(small, mesh="dp=2")
+    return tdjax.load(dense_model, mesh="dp=2")
 
 
 @pytest.fixture(scope="module")
-def halves(small):
+def halves(dense_model):
     """A pipeline of two halves of a guided step."""
-    return tdjax.load(small, mesh="cfg=2")
+    return tdjax.load(dense_model, mesh="cfg=2")
 
 
 @pytest.fixture(scope="module")
-def of_8_bits(small):
-    """A pipeline of int8 layers on one device."""
-    return tdjax.load(small, quant="int8")
+def of_8_bits(dense_model):
+    """Pipelines of int8 layers: on one device, and of two copies."""
+    return tdjax.load(dense_model, quant="int8"), tdjax.load(dense_model, mesh="dp=2", quant="int8")
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +56,9 @@ def experts(i2v_model):
     return tdjax.load(i2v_model)
 
 
-def compare(many, one, prompt, frames=True, **call):
-    """Latents, frames and the order of both. frames: False for the latents alone, where the decoder
-    is compiled for the same devices elsewhere."""
+def compare(many, one, prompt, frames=False, **call):
+    """Latents, frames and the order of both. frames: False for the latents alone: the decoder reads
+    them from the host, and knows of its mesh how many devices there are."""
     kind = "float" if frames else "latent"
     made, alone = (pipe(prompt, output_type=kind, **call, **SMALL) for pipe in (many, one))
     assert_close(made.latents, alone.latents, "float32", "latents")
@@ -84,33 +75,26 @@ def idle(result) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "frames"),
-    [
-        ("cfg=2", False),
-        ("cfg=2,sp=2", True),
-        ("cfg=2,tp=2", False),
-        ("cfg=2,fsdp=2", False),
-        ("dp=2,cfg=2", False),
-    ],
+    "mesh", ["cfg=2", "cfg=2,sp=2", "cfg=2,tp=2", "cfg=2,fsdp=2", "dp=2,cfg=2"]
 )
-def test_guided_steps_in_halves(small, one, halves, mesh, frames):
+def test_guided_steps_in_halves(dense_model, one, halves, mesh):
     """Also of another prompt, for which nothing is compiled."""
-    many = halves if mesh == "cfg=2" else tdjax.load(small, mesh=mesh)
-    made = compare(many, one, PROMPTS, frames, seed=[1, 2], **GUIDED)
+    many = halves if mesh == "cfg=2" else tdjax.load(dense_model, mesh=mesh)
+    made = compare(many, one, PROMPTS, seed=[1, 2], **GUIDED)
     assert not idle(made)
     before = set(many.programs.compiled)
-    compare(many, one, "a green triangle", frames, seed=3, **GUIDED)
+    compare(many, one, "a green triangle", seed=3, **GUIDED)
     assert set(many.programs.compiled) == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "frames", "call"),
-    [("dp=2,sp=2", True, FEW), ("dp=2,tp=2", False, ODE), ("dp=4", True, GUIDED)],
+    [("dp=2,sp=2", True, FEW), ("dp=2,tp=2", False, ODE), ("dp=4", False, GUIDED)],
 )
-def test_several_videos_at_a_time(small, one, mesh, frames, call):
+def test_several_videos_at_a_time(dense_model, one, mesh, frames, call):
     """Two prompts of two samples, each with its seed."""
-    many = tdjax.load(small, mesh=mesh)
+    many = tdjax.load(dense_model, mesh=mesh)
     made = compare(many, one, PROMPTS, frames, seed=[1, 2], num_samples=2, **call)
     assert len(made) == 4 and not idle(made)
     rows = [name for name in made.timings if name.startswith("denoise")]
@@ -119,11 +103,12 @@ def test_several_videos_at_a_time(small, one, mesh, frames, call):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh, call", [("dp=2", FEW), ("dp=2,tp=2", FEW), ("dp=2", GUIDED)])
-def test_tiles_of_8_bits_are_those_of_a_video_alone(small, of_8_bits, mesh, call):
+def test_tiles_of_8_bits_are_those_of_a_video_alone(dense_model, of_8_bits, mesh, call):
     """A scale of 128 tokens is no other video's; a last bit may move a value over an edge."""
     call = {**call, "seed": [1, 2], **LATENT}
-    pipes = tdjax.load(small, mesh=mesh, quant="int8"), of_8_bits
-    made, alone = (pipe(PROMPTS, **call) for pipe in pipes)
+    one, two = of_8_bits
+    many = two if mesh == "dp=2" else tdjax.load(dense_model, mesh=mesh, quant="int8")
+    made, alone = (pipe(PROMPTS, **call) for pipe in (many, one))
     for many, one in zip(made.latents, alone.latents, strict=True):
         assert np.linalg.norm(many - one) < 1e-2 * np.linalg.norm(one)
 
@@ -142,8 +127,8 @@ def test_a_last_group_that_is_not_full(two, one):
 
 
 @pytest.mark.slow
-def test_warmup_compiles_what_several_videos_run(small):
-    pipe = tdjax.load(small, mesh="dp=2")
+def test_warmup_compiles_what_several_videos_run(dense_model):
+    pipe = tdjax.load(dense_model, mesh="dp=2")
     pipe.warmup(**FEW, **SMALL)
     before = set(pipe.programs.compiled)
     pipe(PROMPTS, **FEW, **SMALL)
@@ -222,8 +207,8 @@ def test_a_step_is_told_once_for_all_that_are_made_together(two):
 
 
 @pytest.mark.slow
-def test_steps_are_timed_for_the_group(small):
-    shown = tdjax.load(small, mesh="dp=2", stages=Stages(show=True))
+def test_steps_are_timed_for_the_group(dense_model):
+    shown = tdjax.load(dense_model, mesh="dp=2", stages=Stages(show=True))
     made = shown(PROMPTS, **FEW, **LATENT)
     assert [name for name in made.timings if "step" in name] == [
         "denoise: step 1 of 2",
@@ -232,7 +217,7 @@ def test_steps_are_timed_for_the_group(small):
 
 
 @pytest.mark.slow
-def test_a_bad_step_of_one_video_is_named(small, two):
+def test_a_bad_step_of_one_video_is_named(dense_model, two):
     """Its embeddings hold NaN after the text encoder: the first video of the group is well."""
     bad = two.embed(PROMPTS)
     text = np.concatenate([bad[:1], np.full_like(bad[:1], 3e38)])
@@ -243,8 +228,8 @@ def test_a_bad_step_of_one_video_is_named(small, two):
 
 
 @pytest.mark.slow
-def test_an_axis_without_guidance_is_told(small, one):
-    many = tdjax.load(small, mesh="dp=2,cfg=2")
-    made = compare(many, one, PROMPTS, frames=False, **FEW)
+def test_an_axis_without_guidance_is_told(dense_model, one):
+    many = tdjax.load(dense_model, mesh="dp=2,cfg=2")
+    made = compare(many, one, PROMPTS, **FEW)
     (line,) = idle(made)
     assert line.startswith("cfg=2 of `mesh` has no effect: distilled weights")

@@ -1,7 +1,5 @@
 """What each step of a sampler predicts, shown to who asks: by which decoder, and the same video."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import random_model
@@ -12,16 +10,11 @@ from tdjax.config import TinyVAEConfig, VAEConfig, VideoSize
 from tdjax.errors import Cancelled
 from tdjax.pipeline import memory, preview
 
-pytestmark = pytest.mark.usefixtures("as_users")  # bits of programs are compared
-
-DENSE = dataclasses.replace(random_model.DIT, layers=1, attention="dense")
-
 
 @pytest.fixture(scope="module")
-def pipe(model, tmp_path_factory):
-    """A transformer of one layer, dense, and a VAE whose latents are its own."""
-    folder = tmp_path_factory.mktemp("models") / "small"
-    return tdjax.load(random_model.with_dit(model, folder, DENSE))
+def pipe(dense_model):
+    """Its VAE has latents of its own."""
+    return tdjax.load(dense_model)
 
 
 def test_latents_of_wan_become_colours():

@@ -15,9 +15,9 @@ import tdjax
 
 
 @pytest.mark.slow
-def test_two_processes_and_one(model, tmp_path):
+def test_two_processes_and_one(dense_model, tmp_path):
     script, port = REPOSITORY / "tests/hosts_calls.py", free_port()
-    line = [script, model, tmp_path, port]
+    line = [script, dense_model, tmp_path, port]
     both = [started([*line, i], tmp_path / f"cache{i}") for i in range(2)]
     try:
         done = ends(both)
@@ -34,7 +34,7 @@ def test_two_processes_and_one(model, tmp_path):
         assert each["by step"] == "the call was cancelled after step 1 of 2"
         assert each["by event"] == "the call was cancelled after step 1 of 2"
         assert each["other seed"] == "the processes were asked for different videos"
-    pipe = tdjax.load(str(model), mesh="sp=4", compile_cache=False)
+    pipe = tdjax.load(str(dense_model), mesh="sp=4", compile_cache=False)
     made = pipe(PROMPT, **CALL, on_step=lambda *_: None)
     for i in range(2):
         found = np.load(tmp_path / f"{i}.npz")
