@@ -69,6 +69,7 @@ def test_one_that_is_there_is_not_traced(folder, traced):
 
 def test_one_that_jax_has_kept_is_compiled_anew(folder, traced):
     """What JAX's cache gives on a CPU cannot be serialised: functions are missing in it."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     try:
         for _ in range(2):
@@ -78,7 +79,7 @@ def test_one_that_jax_has_kept_is_compiled_anew(folder, traced):
         jax.clear_caches()
         assert np.array_equal(run(noise()), expected) and len(traced) == 3
     finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
 def test_nothing_is_kept_where_jax_keeps_nothing(tmp_path, monkeypatch, traced):
@@ -272,7 +273,7 @@ def test_an_edit_of_the_sources_counts(tmp_path):
     """The process in which it happens may run either: it keeps nothing and reads nothing."""
     root = Path(tdjax.__file__).parents[1]
     for name in ("tdjax", "pallas_kernels"):
-        ignored = shutil.ignore_patterns("assets", "__pycache__")
+        ignored = shutil.ignore_patterns("assets")  # bytecode comes along
         shutil.copytree(root / name, tmp_path / name, ignore=ignored)
     os.utime(tmp_path / "tdjax")
     time.sleep(0.1)
@@ -284,10 +285,10 @@ def test_an_edit_of_the_sources_counts(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
-    first, same = printed(), printed()
+    first = printed()
     edited = printed(str(tmp_path / "pallas_kernels" / "rows.py"))
     after = printed()
-    assert first == same == edited[:1] and edited[1:] == ["None"]
+    assert first == edited[:1] and edited[1:] == ["None"]
     assert after[0].startswith("text_end-") and after != first
 
 
