@@ -32,7 +32,7 @@ PROMPTS = (
     "the little cyan square slides to the right rapidly, the background is grey",
     "large magenta circle slowly bouncing vertically, plain black background",
 )
-SOME = PROMPTS[:4]  # of the variants: a clip takes a second
+SOME = PROMPTS[:2]  # of the variants, which must obey both: a clip takes a second
 FLAGS = ["--compile_cache_dir", "none"]
 
 
@@ -47,7 +47,7 @@ def packaged(made):
     return made.frames
 
 
-def obeyed(frames, prompts=SOME) -> dict[str, bool]:
+def obeyed(frames, prompts) -> dict[str, bool]:
     """For each prompt, whether the detector finds everything that it asks for in its clip. Clips
     are measured one by one, as for what is told of them: one program."""
     each = [detector.measure(frames[i : i + 1]) for i in range(len(frames))]
@@ -79,15 +79,15 @@ def test_it_obeys_or_says_that_it_did_not(made):
         assert len(told) == (not right), made.warnings
 
 
-FREE = tuple(captions.free_prompt(seed) for seed in range(6))
+FREE = tuple(captions.free_prompt(seed) for seed in range(4))
 
 
 @pytest.mark.slow
 def test_it_obeys_prompts_of_any_order():
     """What they name, and what was drawn for them; docs/scripts/free_prompts.py tries many."""
-    frames = tdjax.load("demo")(list(FREE), seed=list(range(6))).frames
+    frames = tdjax.load("demo")(list(FREE), seed=list(range(4))).frames
     read = [caption_of(captions.LANGUAGE, prompt) for prompt in FREE]
-    assert sum(obeyed(frames, read).values()) >= 5
+    assert sum(obeyed(frames, read).values()) >= 3
 
 
 @pytest.mark.slow
@@ -101,15 +101,14 @@ def test_it_obeys_prompts_of_any_order():
     ids=lambda options: " ".join(options.values()),
 )
 def test_its_variants_obey(options):
-    found = obeyed(tdjax.load("demo", **options)(list(SOME), seed=0).frames)
-    assert sum(found.values()) >= 3, found
+    found = obeyed(tdjax.load("demo", **options)(list(SOME), seed=0).frames, SOME)
+    assert all(found.values()), found
 
 
 @pytest.mark.slow
 def test_another_seed_is_another_clip_of_the_same_prompt(packaged):
-    frames = tdjax.load("demo")(list(SOME), seed=1).frames
-    found = obeyed(frames)
-    assert sum(found.values()) >= 3, found
+    frames = tdjax.load("demo")(PROMPTS[0], seed=1).frames
+    assert all(obeyed(frames, PROMPTS[:1]).values())
     assert np.abs(frames[0].astype(int) - packaged[0]).max() > 50  # an object at another place
 
 
