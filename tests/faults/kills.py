@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from shard_cases import samples
@@ -76,7 +77,7 @@ def files(out: Path) -> dict[str, str]:
     return found
 
 
-def arrays(leaves: dict[str, np.ndarray]) -> str:
+def arrays(leaves: dict[str, np.ndarray | jax.Array]) -> str:
     found = hashlib.sha256()
     for name, array in sorted(leaves.items()):
         found.update(f"{name} {array.dtype} {array.shape}".encode() + np.asarray(array).tobytes())
@@ -87,9 +88,7 @@ def converted(out: Path) -> dict[str, str]:
     """{name: digest} of the checkpoints in a folder, each opened and read."""
     found = {}
     for folder in out.glob("[!.]*"):
-        kind, config = orbax.checked(folder)
-        names = orbax.named_leaves(orbax.abstract(kind, config))
-        found[folder.name] = arrays({name: orbax.read(folder, name) for name in names})
+        found[folder.name] = arrays(orbax.named_leaves(orbax.restore(folder)[1]))
     return found
 
 
