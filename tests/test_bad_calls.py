@@ -217,8 +217,14 @@ def bad_settings(cls, prefix):
             yield from ((f"{key}={value}", key) for value in sorted(values))
 
 
+def of_each_kind():
+    """A preset for each set of configuration classes, which have the same keys."""
+    classes = lambda preset: tuple(tree.cls for tree in train.resolve(preset, []).values())
+    return {classes(preset): preset for preset in PRESETS}.values()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", of_each_kind())
 def test_settings_of_training(capsys, preset):
     parts = train.resolve(preset, [])
     words = [word for part, tree in parts.items() for word in bad_settings(tree.cls, part)]

@@ -1,4 +1,4 @@
-"""Ten thousand changed files: an error of ours or the values, in time, in memory, and nothing run.
+"""Five thousand changed files: an error of ours or the values, in time, in memory, and nothing run.
 
 `python tests/fuzz/readers.py` runs longer."""
 
@@ -12,14 +12,14 @@ from safetensors.numpy import load_file
 
 from tdjax.errors import CheckpointError
 
-TOTAL = 10_000
+TOTAL = 5_000
 FEW = {"arrays": 40, "arrays' own table": 60}  # each opens a checkpoint of Orbax
 
 
-@pytest.mark.slow  # ten thousand files of a few kilobytes
+@pytest.mark.slow  # five thousand files of a few kilobytes
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_ten_thousand_changed_files(tmp_path):
+def test_five_thousand_changed_files(tmp_path):
     every = readers.readers(tmp_path)
     count = (TOTAL - sum(FEW.values())) // (len(every) - len(FEW)) + 1
     before, refused, total = readers.peak_bytes(), 0, 0
