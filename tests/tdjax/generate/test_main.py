@@ -23,6 +23,7 @@ from tdjax.media.video import read_video
 from tdjax.pipeline.components import Component
 
 FLAGS = ["--num_frames", "5", "--width", "32", "--height", "32", "--compile_cache_dir", "none"]
+LATENTS = ["--format", "latents"]  # where frames do not matter: no decoder is loaded
 DENSE = dataclasses.replace(random_model.DIT, layers=1, attention="dense")
 
 
@@ -75,14 +76,14 @@ def test_the_smallest_command(model, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_embeddings_saved_and_given(model, tmp_path, capsys):
-    path, out = tmp_path / "e.safetensors", tmp_path / "v.npy"
+    path, out = tmp_path / "e.safetensors", tmp_path / "v.safetensors"
     words = command(model, "--prompt", "a red circle", "--save_prompt_embeds", path)
     assert generate.main(words) == 0
     assert capsys.readouterr().out == f"{path}\n"
-    words = command(model, "--prompt_embeds", path, "--save_path", out, "--seed", 3)
+    words = command(model, "--prompt_embeds", path, "--save_path", out, "--seed", 3, *LATENTS)
     assert generate.main(words) == 0
-    expected = tdjax.load(model)("a red circle", seed=3, **SMALL)
-    assert np.array_equal(np.load(out), expected.frames[0])
+    expected = tdjax.load(model)("a red circle", seed=3, output_type="latent", **SMALL)
+    assert np.array_equal(load_file(out)["latents"], expected.latents)
 
 
 @pytest.mark.slow
@@ -180,12 +181,14 @@ def test_a_row_that_is_not_finite_takes_no_row_before_it_along(
 
     monkeypatch.setattr(tdjax.Pipeline, "__call__", broken)
     monkeypatch.chdir(tmp_path)
-    rows = ["prompt,seed,out", "a red circle,1,a.npy", "a blue square,2,b.npy"]
+    rows = ["prompt,seed,out", "a red circle,1,a.safetensors", "a blue square,2,b.safetensors"]
     (tmp_path / "rows.csv").write_text("\n".join(rows))
-    assert generate.main(command(model, "--prompt_file", "rows.csv", "--mesh", "dp=2")) == 5
+    words = command(model, "--prompt_file", "rows.csv", "--mesh", "dp=2", *LATENTS)
+    assert generate.main(words) == 5
     out = capsys.readouterr()
-    assert out.out == "a.npy\n" and "not finite" in out.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "a.npy.json", "rows.csv"]
+    assert out.out == "a.safetensors\n" and "not finite" in out.err
+    files = ["a.safetensors", "a.safetensors.json", "rows.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
 
 
 @pytest.mark.slow
@@ -207,9 +210,9 @@ def test_serving_keeps_weights_and_survives_a_bad_line(model, tmp_path, monkeypa
     )
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     monkeypatch.chdir(tmp_path)
-    assert generate.main(command(model, "--serve")) == 0
+    assert generate.main(command(model, "--serve", *LATENTS)) == 0
     out = capsys.readouterr()
-    assert out.out.split() == ["output/random_0_0.mp4", "output/random_0_1.mp4"]
+    assert out.out.split() == [f"output/random_0_{i}.safetensors" for i in range(2)]
     assert "num_steps is 9" in out.err
 
 
@@ -240,7 +243,7 @@ def test_a_session_changes_its_lora_files(model, tmp_path, monkeypatch, capsys, 
 def test_rows_of_one_prompt_are_different_files(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("红色的圆\n蓝色的圆\n红色的圆\n")
-    assert generate.main(command(model, "--prompt_file", "p.txt", "--format", "npy")) == 0
+    assert generate.main(command(model, "--prompt_file", "p.txt", *LATENTS)) == 0
     assert len(set(capsys.readouterr().out.split())) == 3
     (tmp_path / "same.csv").write_text("prompt,out\na,v.npy\nb,v.npy\n")
     assert generate.main(command(model, "--prompt_file", "same.csv")) == 2
@@ -354,7 +357,7 @@ def test_interrupt_leaves_nothing(model, tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_compile_cache_that_cannot_be_written(model, tmp_path, capsys):
     (tmp_path / "file").touch()
-    words = command(model, "--prompt", "a", "--save_path", tmp_path / "v.npy")
+    words = command(model, "--prompt", "a", "--save_path", tmp_path / "v.safetensors", *LATENTS)
     words[words.index("none")] = str(tmp_path / "file" / "cache")
     assert generate.main(words) == 0
     err = capsys.readouterr().err

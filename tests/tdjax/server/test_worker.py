@@ -253,6 +253,7 @@ def test_videos_are_those_of_the_pipeline(i2v_model, tmp_path, fit):
     assert info == maker.pipe.info
     fields = {"prompt": "a boat", "seed": 3, "fit": fit, "size": "32x32", "num_steps": 1}
     fields["previews"] = fit == "pad"
+    fields["num_frames"] = 5 if fit == "pad" else 1  # of another size: programs of its own
     what = asked(fields, image, info, Limits())
     Image.fromarray(image).save(tmp_path / "image.png")
     order = {
@@ -266,7 +267,7 @@ def test_videos_are_those_of_the_pipeline(i2v_model, tmp_path, fit):
     told = []
     made = maker.make(order, lambda **values: told.append(values), threading.Event())
     result = maker.write(order, made)
-    size = {"width": 32, "height": 32, "num_steps": 1}
+    size = {"width": 32, "height": 32, "num_steps": 1, "num_frames": fields["num_frames"]}
     expected = maker.pipe("a boat", image=image, seed=3, fit=fit, **size)
     np.testing.assert_array_equal(read_video(tmp_path / "v.mkv"), expected.frames[0])
     assert (tmp_path / "v.jpg").stat().st_size > 100 and result["timings"]
