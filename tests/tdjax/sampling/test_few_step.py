@@ -70,6 +70,13 @@ def run(mode, model, bf16):
     return jit(lambda x, noise, times: few_step.sample_from(velocity, x, noise, times, mode))
 
 
+@functools.cache
+def whole(mode, bf16):
+    """The loop of all steps, of the first network."""
+    velocity = fake(0, jnp.bfloat16 if bf16 else jnp.float32)
+    return jit(functools.partial(few_step.sample, velocity, sampler=mode))
+
+
 def test_every_golden_case_is_named(golden):
     assert sorted(p for p, _ in golden_cases()) == sorted(
         bytes(golden("sampler")["index"]).decode().split()
@@ -92,12 +99,8 @@ def test_official_loops(golden, prefix, mode):
         assert_close(x, expected[i], "sampler", f"{prefix} step {i}")
         assert finite.tolist() == [True]
     if not index.any():
-        whole, finite = jit(
-            functools.partial(
-                few_step.sample, fake(0, jnp.bfloat16 if bf16 else jnp.float32), sampler=mode
-            )
-        )(z, times)
-        np.testing.assert_array_equal(whole, x)
+        at_once, finite = whole(mode, bf16)(z, times)
+        np.testing.assert_array_equal(at_once, x)
         assert finite.tolist() == [True] * len(index)
 
 
@@ -121,19 +124,26 @@ def test_the_network_receives_the_official_timesteps(golden):
         np.testing.assert_allclose(got.astype(np.float64), expected, rtol=1e-7)
 
 
+@functools.cache
+def one_and_part(mode):
+    """The loop, and some steps of it, of another network."""
+    velocity = lambda x, timestep: (
+        jnp.sin(3.0 * x) + 0.1 * jnp.cos(timestep / 100.0)[:, None, None, None, None] * x
+    )
+    loops = few_step.sample, few_step.sample_from
+    return [jit(functools.partial(loop, velocity, sampler=mode)) for loop in loops]
+
+
 @pytest.mark.parametrize("mode", ["sde", "ode"])
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_two_calls_give_the_bits_of_one(mode, cut):
     times, z = schedules.times(SamplerConfig()), noise(4)
-    velocity = lambda x, timestep: (
-        jnp.sin(3.0 * x) + 0.1 * jnp.cos(timestep / 100.0)[:, None, None, None, None] * x
-    )
-    whole, finite = jit(functools.partial(few_step.sample, velocity, sampler=mode))(z, times)
-    part = jit(functools.partial(few_step.sample_from, velocity, sampler=mode))
+    one, part = one_and_part(mode)
+    once, finite = one(z, times)
     eps = few_step.injected(z)
     x, first = part(few_step.start(z[0], times), eps[:cut], times[: cut + 1])
     x, second = part(x, eps[cut:], times[cut:])
-    np.testing.assert_array_equal(x, whole)
+    np.testing.assert_array_equal(x, once)
     assert [*first.tolist(), *second.tolist()] == finite.tolist() == [True] * 4
 
 
