@@ -34,7 +34,6 @@ EXCHANGE = re.compile(r"= \(?f32\[([\d,]+)\].*? (all-[\w-]+|collective-permute|r
 
 
 def main() -> None:
-    jax.config.update("jax_default_matmul_precision", "highest")
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     x, text, time = draw(1, 5, 6, 6, 16), draw(1, 8, 24), jnp.full(1, 500.0)

@@ -1,4 +1,5 @@
-"""Commands started as two processes that work together, with two fake devices each."""
+"""Commands started as two processes that work together, with two fake devices each; and one process
+with more."""
 
 import contextlib
 import os
@@ -7,8 +8,6 @@ import socket
 from compiling import QUICK
 from conftest import SCRIPTS
 from forked import Forked
-
-FLAGS = ["--xla_force_host_platform_device_count=2", *QUICK]
 
 COMMAND = """
 import importlib, sys
@@ -34,10 +33,10 @@ def free_port():
         return s.getsockname()[1]
 
 
-def started(words, cache):
+def started(words, cache, devices=2):
     """One process of `python WORDS`."""
     env = os.environ | {
-        "XLA_FLAGS": " ".join(FLAGS),
+        "XLA_FLAGS": " ".join([f"--xla_force_host_platform_device_count={devices}", *QUICK]),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "JAX_PLATFORMS": "cpu",
@@ -70,6 +69,14 @@ def ends(processes):
     """[(code, stdout, stderr)] of both."""
     out = [process.communicate(timeout=900) for process in processes]
     return [(p.returncode, *texts) for p, texts in zip(processes, out, strict=True)]
+
+
+def output(script, cache, *words, devices):
+    """What a script prints that runs by itself, over so many devices."""
+    process = started([script, *words], cache, devices)
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err
+    return out
 
 
 def printed(stdout):

@@ -2,18 +2,15 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 
 import eight_devices_step
+import hosts_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import put
-from conftest import SCRIPTS
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
@@ -403,16 +400,11 @@ def test_a_step_exchanges_heads_for_tokens_in_a_block_and_gathers_its_result():
 
 
 @pytest.mark.slow
-def test_a_step_over_eight_devices():
+def test_a_step_over_eight_devices(tmp_path):
     """Equal to one device; a block sends q, k, v and what comes of them once, a share of the tokens
     each, and the whole stream is gathered nowhere."""
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
-    flags.append("--xla_force_host_platform_device_count=8")
-    command = [sys.executable, eight_devices_step.__file__]
-    env = os.environ | SCRIPTS | {"XLA_FLAGS": " ".join(flags)}
-    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, check=True)
-    out = json.loads(done.stdout.splitlines()[-1])
+    done = hosts_cases.output(eight_devices_step.__file__, tmp_path, devices=8)
+    out = json.loads(done.splitlines()[-1])
     cfg, tokens = eight_devices_step.CFG, 48
     assert_close(out["error"], 0.0, "float32")
     parts = [size for kind, size in out["exchanges"] if kind == "all-to-all"]
