@@ -1,19 +1,22 @@
 """Runs of two processes, with two fake devices each: equal to one process, stopped together, gone
 on with elsewhere."""
 
+import dataclasses
 import signal
 import time
 
 import hosts_cases
+import jax
 import numpy as np
 import pytest
 from hosts_cases import ends
 from run_cases import flow, training_run
 from safetensors.numpy import load_file
 from tolerances import assert_close
+from train_cases import mesh
 
 from tdjax.checkpoints import orbax
-from tdjax.train import checkpoints, metrics
+from tdjax.train import checkpoints, metrics, placement
 
 pytestmark = pytest.mark.slow
 MESH = "run.mesh=dp=2,fsdp=2"  # copies on each host, parameters over its devices
@@ -50,31 +53,32 @@ def finished(folder, start, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(folder, tmp_path_factory):
-    """alone(steps) -> (the folder, its last state) of one process, with four devices."""
-    made = {}
+    """alone(steps) -> (its folder, its state there) of a run of one process, with four devices,
+    which goes on from one call to the next."""
+    where = tmp_path_factory.mktemp("one")
+    run = training_run(*settings(folder, where, MESH))
 
-    def run(steps):
-        if steps not in made:
-            where = tmp_path_factory.mktemp("one")
-            words = settings(folder, where, MESH, f"run.steps={steps}")
-            made[steps] = where, checkpoints.arrays(training_run(*words).train(False).state)
-        return made[steps]
+    def to(steps):
+        run.config["run"] = dataclasses.replace(run.config["run"], steps=steps)
+        return where, run.train(resume=True).state
 
-    return run
+    return to
 
 
-def same_state(folder, run, step, wanted, *more):
-    """Compares a checkpoint, as one process reads it over two devices, with a state."""
-    words = settings(folder, run, *more, "run.mesh=fsdp=2", f"run.steps={step}")
-    state = training_run(*words).start(resume=True)[0]
-    found = checkpoints.arrays(state)
-    assert found.keys() == wanted.keys() and int(state.step) == step
+def same_state(run, wanted):
+    """Compares the last checkpoint of a run, as one process reads it over two devices, with a
+    state."""
+    shapes = placement.abstract(jax.eval_shape(lambda x: x, wanted), mesh(fsdp=2))
+    state = checkpoints.restore(checkpoints.latest(run), shapes)
+    found, wanted = checkpoints.arrays(state), checkpoints.arrays(wanted)
+    assert found.keys() == wanted.keys() and int(state.step) == wanted["step"]
+    assert any(len(x.sharding.device_set) == 2 for x in found.values())
     for name, value in found.items():
         if ".mu." not in name and ".nu." not in name:
             assert_close(np.asarray(value), np.asarray(wanted[name]), "float32", name)
 
 
-def test_two_processes_give_the_numbers_of_one(folder, finished, alone):
+def test_two_processes_give_the_numbers_of_one(finished, alone):
     """One of them writes the numbers, both the checkpoints and the weights."""
     run, done = finished
     assert [code for code, *_ in done] == [0, 0], done
@@ -84,10 +88,10 @@ def test_two_processes_give_the_numbers_of_one(folder, finished, alone):
     losses = [[row["flow/loss"] for row in metrics.read(each)] for each in (run, where)]
     assert len(losses[0]) == 4
     assert_close(losses[0], losses[1], "float32", "losses")
-    same_state(folder, run, 4, state)
+    same_state(run, state)
     exported = orbax.named_leaves(orbax.restore(run / "dit")[1])
-    for name, leaf in exported.items():
-        assert_close(np.asarray(leaf), np.asarray(state[f"ema.{name}"]), "float32", name)
+    for name, leaf in orbax.named_leaves(state.ema).items():
+        assert_close(np.asarray(exported[name]), np.asarray(leaf), "float32", name)
 
 
 def test_two_processes_train_a_part(folder, start, tmp_path):
@@ -120,7 +124,7 @@ def test_two_processes_train_a_part(folder, start, tmp_path):
         for name, value in wanted.items():
             assert_close(np.asarray(found[name]), np.asarray(value), "float32", name)
     assert all(np.any(x) for name, x in loras[0].items() if ".lora_B." in name)
-    same_state(folder, two, 2, checkpoints.arrays(outcome.state), *part)
+    same_state(two, outcome.state)
 
 
 def test_a_signal_to_one_stops_both_and_the_run_goes_on_elsewhere(folder, finished, start, alone):
@@ -134,7 +138,7 @@ def test_a_signal_to_one_stops_both_and_the_run_goes_on_elsewhere(folder, finish
     assert step >= 6 and metrics.read(run)[-1]["step"] == step
     words = settings(folder, run, "run.mesh=fsdp=2", f"run.steps={step + 2}")
     state = checkpoints.arrays(training_run(*words).train(resume=True).state)
-    wanted = alone(step + 2)[1]
+    wanted = checkpoints.arrays(alone(step + 2)[1])
     for name in wanted:
         if name.startswith(("model.", "ema.", "step")):
             assert_close(np.asarray(state[name]), np.asarray(wanted[name]), "float32", name)
