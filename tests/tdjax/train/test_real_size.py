@@ -24,7 +24,7 @@ KERNELS = {
         DENSE | {"attend_kernel", "choose_kernel", "summaries_kernel", "query_sums_kernel"}
     ),
 }
-FEWER = {"rcm": ["loss.guidance=1"], "sla": []}
+FEWER = {"rcm": ["loss.guidance=1", "loss.warmup=0"], "sla": []}
 
 
 def abstract(name, settings=(), latents=train_step.LATENTS):

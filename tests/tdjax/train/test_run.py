@@ -95,7 +95,7 @@ def test_four_devices_give_the_numbers_of_one(folder, tmp_path, monkeypatch):
     ("preset", "more"),
     [
         ("sla-1.3b", []),
-        ("rcm-1.3b", ["loss.consistency=none", "loss.warmup=0"]),  # soon traced
+        ("rcm-1.3b", ["loss.dmd_weight=0", "loss.warmup=0"]),  # soon traced
         ("lora-1.3b", []),
     ],
 )
