@@ -396,39 +396,56 @@ def test_a_profile_speaks_the_models_language():
         assert f"block/{attention}/core/" in text, attention
 
 
+def traced(f, *args):
+    """(the jaxpr of f, what it gives), traced once."""
+    found = jit(f).trace(*args)
+    return found.jaxpr, found.lower().compile()(*args)
+
+
+CLIP = clip(1, 4, 4, b=1)
+
+
+def loss(model):
+    return jnp.sum(model(CLIP.latents, put([300.0]), CLIP.text) ** 2)
+
+
+def derivatives(model):
+    """Of the loss by the weights, and of the velocity along the latents."""
+    of_input = lambda x: model(x, put([300.0]), CLIP.text)
+    return jax.grad(loss)(model), jax.jvp(of_input, (CLIP.latents,), (CLIP.latents + 1,))
+
+
+@pytest.fixture(scope="module")
+def looped():
+    """(a model, the jaxpr of its derivatives, these) with a loop over blocks, as usual."""
+    model = dit(0)
+    return model, *traced(derivatives, model)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["products", "offload"])
-def test_what_is_kept_of_a_block_changes_no_gradient(remat):
+def test_what_is_kept_of_a_block_changes_no_gradient(looped, remat):
     """What a policy keeps is in the program: activations moved to the host, fewer products."""
-    data = clip(1, 4, 4, b=1)
-    loss = lambda model: jnp.sum(model(data.latents, put([300.0]), data.text) ** 2)
-    usual, other = dit(0), dit(0, remat=remat)
-    gradient = jit(jax.grad(loss))
-    for a, b in zip(*(jax.tree.leaves(gradient(model)) for model in (usual, other)), strict=True):
+    model, _, (usual, _) = looped
+    program, gradient = traced(jax.grad(loss), dit(0, remat=remat))
+    for a, b in zip(*map(jax.tree.leaves, (usual, gradient)), strict=True):
         assert_close(b, a, "float32")
-    texts = [str(jax.make_jaxpr(jax.grad(loss))(model)) for model in (usual, other)]
+    texts = str(jax.make_jaxpr(jax.grad(loss))(model)), str(program)
     plain, changed = (text.count("dot_general") for text in texts)
     assert changed < plain if remat == "products" else changed == plain
     assert ("Host" in texts[1]) == (remat == "offload") and "Host" not in texts[0]
 
 
-def test_a_loop_over_blocks_has_the_derivatives_of_blocks_one_by_one():
+@pytest.mark.slow
+def test_a_loop_over_blocks_has_the_derivatives_of_blocks_one_by_one(looped):
     """Rows that a loop reads by number: their gradients are stacked by the loop, and no turn adds
     zeros of all blocks."""
-    data = clip(1, 4, 4, b=1)
-    t = jnp.array([300.0])
-
-    def derivatives(model):
-        of_input = lambda x: model(x, t, data.text)
-        loss = lambda model: jnp.sum(model(data.latents, t, data.text) ** 2)
-        return jax.grad(loss)(model), jax.jvp(of_input, (data.latents,), (data.latents + 1,))
-
-    loop, written_out = dit(0), dit(0, remat="none")
-    both = (jax.tree.leaves(jit(derivatives)(model)) for model in (loop, written_out))
-    for a, b in zip(*both, strict=True):
+    model, program, loop = looped
+    _, written_out = traced(derivatives, dit(0, remat="none"))
+    for a, b in zip(*map(jax.tree.leaves, (loop, written_out)), strict=True):
         assert_close(a, b, "float32")
-    stacked = {x.shape for x in jax.tree.leaves(loop.blocks)}
-    found = equations(jax.make_jaxpr(derivatives)(loop).jaxpr)
+    stacked = {x.shape for x in jax.tree.leaves(model.blocks)}
+    found = equations(program.jaxpr)
     sums = {e.outvars[0].aval.shape for e in found if e.primitive.name in ("add", "add_any")}
     assert sums and not sums & stacked
 
