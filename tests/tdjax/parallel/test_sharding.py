@@ -194,6 +194,12 @@ def sharded_and_whole(run, model, *args, **axes):
         return run(jax.device_put(model, shardings(model, devices)), *args), whole
 
 
+def with_impl(model, impl):
+    """The same weights under another `impl`."""
+    abstract = as_shapes(DiT, dataclasses.replace(model.cfg, impl=impl))
+    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(model))
+
+
 @pytest.fixture
 def inputs():
     normal = lambda seed, *shape: put(np.random.default_rng(seed).normal(size=shape), jnp.float32)
@@ -219,20 +225,14 @@ def test_sharded_forward_equals_the_unsharded_one(inputs):
 @pytest.mark.slow
 @pytest.mark.parametrize("linear, impl", [("int8_channel", "interpret"), ("int8", "auto")])
 def test_sharded_layers_of_8_bits(inputs, linear, impl):
-    """Kernels see their part; rows keep their scales. A last bit may move a value over an edge, and
-    that moves the next layer's."""
-    model = with_linear(random_model("dense"), linear)
-    cfg = dataclasses.replace(model.cfg, impl=impl)
-    model = jax.tree.unflatten(
-        jax.tree.structure(as_shapes(DiT, cfg)),
-        jax.tree.leaves(model),
-    )
-    actual, whole = sharded_and_whole(
-        jax.jit(lambda model, *args: model(*args)), model, *inputs, data=2, seq=2
-    )
-    assert np.linalg.norm(np.asarray(actual) - np.asarray(whole)) < 1e-2 * np.linalg.norm(
-        np.asarray(whole)
-    )
+    """Kernels see their part, against the reference of the whole; rows keep their scales. A last
+    bit may move a value over an edge, and that moves the next layer's."""
+    model, run = with_linear(random_model("dense"), linear), jax.jit(lambda model, *x: model(*x))
+    whole = np.asarray(run(with_impl(model, "reference"), *inputs))
+    split, devices = with_impl(model, impl), mesh(data=2, seq=2)
+    with jax.set_mesh(devices):
+        actual = np.asarray(run(jax.device_put(split, shardings(split, devices)), *inputs))
+    assert np.linalg.norm(actual - whole) < 1e-2 * np.linalg.norm(whole)
 
 
 @pytest.mark.slow
