@@ -121,7 +121,7 @@ def test_a_kernel_without_a_tangent_gets_one(monkeypatch, f):
     monkeypatch.setattr(cudnn, "fused", gradient_only)
     args, tangents = (tuple(x.astype(jnp.bfloat16) for x in qkv(seed, k=24)) for seed in (0, 1))
 
-    def everything(f):
+    def everything(f, args, tangents):
         stack = lambda q, k, v: jax.lax.scan(
             jax.checkpoint(lambda q, _: (f(q, k, v, scale=0.3), None)), q, None, 2
         )[0]
@@ -131,8 +131,8 @@ def test_a_kernel_without_a_tangent_gets_one(monkeypatch, f):
         return *jax.jvp(stack, args, tangents), *grads
 
     actual, expected = (
-        jax.jit(lambda: everything(f))(),
-        jax.jit(lambda: everything(reference.attention))(),
+        jax.jit(partial(everything, f))(args, tangents),
+        jax.jit(partial(everything, reference.attention))(args, tangents),
     )
     for ours, theirs in zip(actual, expected, strict=True):
         ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))

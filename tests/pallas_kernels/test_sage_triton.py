@@ -63,7 +63,7 @@ def test_keys_without_variation_do_not_leak_past_the_end(l):
     """Their scale is the least there is; scores that are not there must still count as minus
     infinity."""
     q, k, v = qkv(l=l)
-    o = jax.jit(lambda: op.sage_attention(q, jnp.ones_like(k), v, impl="interpret"))()
+    o = jax.jit(partial(op.sage_attention, impl="interpret"))(q, jnp.ones_like(k), v)
     assert_close(o, jnp.broadcast_to(v.mean(1, keepdims=True), v.shape), "float32")
 
 
@@ -80,9 +80,13 @@ def test_tokens_that_only_fill_up_change_nothing(function, keys):
     """Beyond `keys` the keys are zeros, and the values and queries anything."""
     q, k, v = qkv(l=384, h=2)
     k = k.at[:, keys:].set(0)
-    run = lambda impl: function(q, k, v, *proj(16), topk=0.5, keys=keys, impl=impl)
-    fewer = lambda: function(q, k[:, :keys], v[:, :keys], *proj(16), topk=0.5, impl="interpret")
-    o, reference, alone = jax.jit(lambda: (run("interpret"), run("reference"), fewer()))()
+    run = lambda impl, *x: function(*x, *proj(16), topk=0.5, keys=keys, impl=impl)
+    fewer = lambda q, *x: function(
+        q, *(x[:, :keys] for x in x), *proj(16), topk=0.5, impl="interpret"
+    )
+    o, reference, alone = jax.jit(
+        lambda *x: (run("interpret", *x), run("reference", *x), fewer(*x))
+    )(q, k, v)
     np.testing.assert_array_equal(o, alone)
     assert_close(o, reference, "float32")
 
@@ -128,7 +132,7 @@ def test_bounds_hold():
 def test_published_accuracy_in_bfloat16():
     """Against float64 attention over all keys: the bounds published for int8 scores."""
     q, k, v = qkv(l=500, k=64, dtype=jnp.bfloat16)
-    o = np.asarray(jax.jit(lambda: op.sage_attention(q, k, v, impl="interpret"))(), np.float64)
+    o = np.asarray(jax.jit(partial(op.sage_attention, impl="interpret"))(q, k, v), np.float64)
     q, k, v = (np.asarray(x, np.float64)[0, :, 0] for x in (q, k, v))
     p = np.exp(q @ k.T / 8)
     expected = (p @ v / p.sum(1, keepdims=True)).ravel()
