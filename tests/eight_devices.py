@@ -14,7 +14,7 @@ RUNS = {
 }
 # rcm over copies, what a turn does not use on the host; sla with heads over tp and sp
 OVER_EIGHT = {
-    "rcm": ["run.mesh=dp=2,fsdp=2,sp=2", "loss.offload=true", "run.steps=3"],
+    "rcm": ["run.mesh=dp=2,fsdp=2,sp=2", "loss.offload=true", "run.steps=4"],
     "sla": ["run.mesh=fsdp=2,tp=2,sp=2"],
 }
 

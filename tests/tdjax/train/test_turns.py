@@ -22,16 +22,20 @@ def settings(folder, out, *more):
 
 @pytest.mark.slow
 def test_what_leaves_is_gone_from_the_device(folder, tmp_path):
-    run = training_run("rcm-1.3b", *settings(folder, tmp_path, "loss.offload=true", *SHORT))
+    """Over two devices; what comes back is what has left, and lies where it did."""
+    more = "run.mesh=fsdp=2", "loss.offload=true", *SHORT
+    run = training_run("rcm-1.3b", *settings(folder, tmp_path, *more))
     state, teacher, _ = run.start(resume=False)
-    before, turns = np.asarray(jax.tree.leaves(state.opt)[1]), Turns(methods.UNUSED)
-    moments, weights = jax.tree.leaves(state.opt), jax.tree.leaves(teacher.model)
+    turns, parts = Turns(methods.UNUSED), (state.opt, state.ema, teacher.model)
+    before, lies = jax.device_get(parts), [x.sharding for x in jax.tree.leaves(parts)]
     state, teacher = turns.begin("critic", state, teacher)
-    assert all(x.is_deleted() for x in (*moments, *weights))
+    assert all(x.is_deleted() for x in jax.tree.leaves(parts))
     state, teacher = turns.begin("critic", state, teacher)  # another turn moves nothing
     assert teacher.model is None and state.critic_opt is not None
     state, teacher = turns.whole(state, teacher)
-    assert np.array_equal(before, jax.tree.leaves(state.opt)[1]) and teacher.model is not None
+    parts = state.opt, state.ema, teacher.model
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, parts))
+    assert [x.sharding for x in jax.tree.leaves(parts)] == lies
 
 
 @pytest.mark.slow
