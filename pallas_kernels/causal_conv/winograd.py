@@ -66,12 +66,13 @@ def from_strips(x):  # [b t h/8 8w c] -> [b t h w c]
 
 
 def combined_frames(d):
-    """Frames d0 to d3 combined in float32."""
+    """Frames d0 to d3 combined in float32: what the four products read."""
     d = [frame.astype(jnp.float32) for frame in d]
     return d[0] - d[2], d[1] + d[2], d[2] - d[1], d[3] - d[1]
 
 
 def combined_taps(kernel):  # [3 h w i o] -> f32 [4 h w i o]
+    """Taps g0 to g2 combined in float32."""
     first, middle, last = kernel.astype(jnp.float32)
     halves = (first + middle + last) / 2, (first - middle + last) / 2
     return jnp.stack([first, *halves, last])
