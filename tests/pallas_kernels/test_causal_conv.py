@@ -113,7 +113,6 @@ def test_pairs_of_frames(shape, gain):
 
 
 @interpreted
-@pytest.mark.slow
 @pytest.mark.parametrize("without", [(), (2, 5)])
 def test_the_kernels_are_the_convolution(without):
     """Rows and columns that tiles do not divide."""
