@@ -67,9 +67,11 @@ def _check(x, past, gain, kernel, bias, plus):
     for name, (array, shape, dtype) in expected.items():
         if array is None and name in ("gain", "plus"):
             continue
-        wanted = jnp.dtype(dtype or array.dtype)
-        if (array.shape, array.dtype) != (shape, wanted):
+        given = None if array is None else (array.dtype, array.shape)
+        wanted = jnp.dtype(dtype or getattr(array, "dtype", x.dtype))
+        if given != (wanted, shape):
+            given = "None" if given is None else f"{given[0]} {given[1]}"
             raise ValueError(
-                f"causal_conv: {name} is {array.dtype} {array.shape}; expected {wanted} {shape}:"
-                " x [b t h w i], past [b 2 h w i], kernel [3 3 3 i o], plus [b t h w o]"
+                f"causal_conv: {name} is {given}; expected {wanted} {shape}: x [b t h w i], past"
+                " [b 2 h w i], kernel [3 3 3 i o], plus [b t h w o]"
             )

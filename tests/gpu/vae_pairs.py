@@ -26,7 +26,7 @@ from tdjax.config import VAEConfig
 from tdjax.models.wan_vae import VAE
 from tdjax.precision import BF16, FLOAT32
 
-TAPS = {"pairs": None, "taps": lambda *_: "not asked for"}  # why pairs are refused
+FORMS = {"pairs": None, "taps": lambda *_: "not asked for"}  # what stands for `refusal`
 
 
 def measured(state, policy, method: str, x, refuse, repeats: int):
@@ -63,8 +63,8 @@ def main():
     frames = (1, args.num_frames, height, width, 3)
     video = jnp.clip(0.3 * jax.random.normal(jax.random.key(2), frames), -1, 1)
     for method, x in (("decode", latents), ("encode", video)):
-        exact, _ = measured(state, FLOAT32, method, x, TAPS["taps"], 0)
-        for form, refuse in TAPS.items():
+        exact, _ = measured(state, FLOAT32, method, x, FORMS["taps"], 0)
+        for form, refuse in FORMS.items():
             y, row = measured(state, BF16, method, x, refuse, 6)
             row["error"] = float(np.linalg.norm(y - exact) / np.linalg.norm(exact))
             row = {"device": jax.devices()[0].device_kind, "what": method, "form": form} | row

@@ -188,6 +188,18 @@ def test_what_the_kernels_refuse(x, past, kernel, said):
             raise ValueError(reason)
 
 
+def test_floats_that_the_kernels_refuse():
+    given = Shape((1, 4, 8, 4, 32), jnp.dtype(jnp.float32)), True, Shape((3, 3, 3, 32, 96))
+    assert winograd.refusal(*given) == "frames are float32; allowed: bfloat16, float16"
+
+
+@interpreted
+def test_a_refusal_by_name_says_what_takes_it():
+    said = 'causal_conv: frames are float32; .*\nimpl="auto" and impl="reference" take it'
+    with pytest.raises(ValueError, match=said):
+        causal_conv(*arrays(1, 2, 8, 4, 32, 96), impl="mosaic")
+
+
 def test_without_a_gpu_it_says_so():
     reason = refusal(*(Shape(s) for s in ((1, 4, 8, 4, 32), (1, 2, 8, 4, 32), (3, 3, 3, 32, 96))))
     assert reason == (mosaic.unavailable() or "no GPU is at hand")
@@ -201,3 +213,9 @@ def test_shapes_that_do_not_fit(wrong):
     blamed = names[wrong] if wrong not in (0, 3) else "(past|bias|kernel)"
     with pytest.raises(ValueError, match=rf"causal_conv: {blamed} is float32 .*; expected"):
         causal_conv(*given)
+
+
+def test_a_past_is_needed():
+    x, _, *more = arrays(1, 2, 8, 4, 32, 96)
+    with pytest.raises(ValueError, match=r"past is None; expected float32 \(1, 2, 8, 4, 32\)"):
+        causal_conv(x, None, *more)

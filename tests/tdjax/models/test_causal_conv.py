@@ -10,7 +10,9 @@ from flax import nnx
 from jax import lax
 from tolerances import assert_close
 
+import pallas_kernels as kernels
 from tdjax.config import VAEConfig
+from tdjax.models import causal_conv as layers
 from tdjax.models.causal_conv import CausalConv, NarrowCausalConv, conv2d, conv2d_upsampled
 from tdjax.models.wan_vae import over_chunks
 from tdjax.precision import FLOAT32
@@ -70,6 +72,26 @@ def test_causal_convolution_is_the_one_over_three_dimensions(size, gain):
     expected = jit(conv3d)(np.concatenate([past, y], axis=1), conv) + plus
     assert_close(out, expected, "float32", "convolution")
     assert_close(following, y[:, -2:], "float32", "past")
+
+
+@pytest.mark.parametrize("impl, divided", [("auto", False), ("auto", True), ("reference", False)])
+def test_pairs_of_frames_where_they_run(monkeypatch, impl, divided):
+    """One GPU that takes them, and the kernels chosen by themselves: the same convolution."""
+    conv, made = causal_conv((3, 3, 3), 11, 13), []
+    conv.impl = impl
+    x, past, plus = normal((2, 4, 5, 6, 11)), normal((2, 2, 5, 6, 11)), normal((2, 4, 5, 6, 13))
+    expected = conv(x, past, normal((11,)), plus)
+
+    def pairs(*given):
+        made.append(given)
+        return kernels.causal_conv.reference.causal_conv(*given)
+
+    monkeypatch.setattr(kernels.causal_conv, "refusal", lambda *_: None)
+    monkeypatch.setattr(kernels.causal_conv, "causal_conv", pairs)
+    monkeypatch.setattr(layers, "is_divided", lambda: divided)
+    for ours, wanted in zip(conv(x, past, normal((11,)), plus), expected, strict=True):
+        assert_close(ours, wanted, "float32")
+    assert len(made) == (impl == "auto" and not divided)
 
 
 @pytest.mark.slow

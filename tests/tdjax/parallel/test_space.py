@@ -93,6 +93,20 @@ def test_attention_sees_the_whole_frame():
         assert_close(y, whole, "float32")
 
 
+def test_layers_know_whether_frames_are_divided():
+    asked = []
+
+    def op(x):
+        asked.append(space.is_divided())
+        return (x,)
+
+    for count in (4, 1):  # one device has the whole frame
+        mesh = space.space_mesh(devices(count), 8, 8)
+        jax.eval_shape(space.over_space(op, mesh, (True,), (True,)), noise(1, 1, 8, 8, 3))
+    jax.eval_shape(op, noise(1, 1, 8, 8, 3))
+    assert asked == [True, False, False]
+
+
 def test_what_is_not_finite_anywhere_is_told_everywhere():
     mesh = space.space_mesh(devices(), 4, 1)
     finite = lambda x: (space.on_every_device(jnp.isfinite(x).all()),)
