@@ -28,7 +28,7 @@ OUTPUTS = 96  # of a tile
 FRAMES = 8  # of a chunk at most: a program holds them all in registers
 PIXELS = 4  # columns are a multiple of so many
 WIDEST = 1024  # channels at most
-LARGEST = 2**31  # values of the combined frames: the kernel that makes them counts in 32 bits
+LARGEST = 2**31  # values of the combined frames: above it offsets are wider, which was never run
 
 
 def refusal(x, past, kernel) -> str | None:
@@ -53,7 +53,7 @@ def refusal(x, past, kernel) -> str | None:
     if c > WIDEST:
         return f"{c} inputs are more than {WIDEST}"
     if 2 * b * t * c * (h + 2 * STRIPS) * (w + 2) >= LARGEST:
-        return f"{b} x {t} frames of {h} x {w} and {c} inputs are too many for 32-bit numbers"
+        return f"{b} x {t} frames of {h} x {w} and {c} inputs are {LARGEST} values or more"
     return None
 
 
