@@ -93,6 +93,8 @@ def quantized_linear(
     bias=None,
     *,
     low_rank=None,
+    stream=None,
+    gate=None,
     scheme: str,
     out_dtype,
     groups: int = 1,
@@ -101,6 +103,9 @@ def quantized_linear(
     """x W^T + bias of quantised activations: [m k], [n k] -> [m n], or with its columns in more
     than one group [groups m n/groups]. Weights concatenated along n, scales and biases alike, give
     concatenated outputs.
+
+    stream: [m n] of out_dtype, in one group, to which (x W^T + bias) gate is added; gate [n], None
+    for ones. That is in the one rounding of channel and "mosaic", and rounded after it elsewhere.
 
     low_rank: (narrow [m r], up [n r]), floats of one dtype, r a power of two from 16; narrow up^T
     is added. channel and fp8 round once, after the bias; block128 before and after it, as in the
@@ -115,7 +120,9 @@ def quantized_linear(
     n = weight.values.shape[0]
     if groups < 1 or n % groups:
         raise ValueError(f"{op}: groups is {groups}; allowed: divisors of {n} output channels")
-    return _linear(op, x, weight, bias, SCHEMES[scheme], out_dtype, impl, low_rank, groups)
+    _check_stream(op, stream, gate, (x.values.shape[0], n), out_dtype, groups)
+    more = low_rank, stream, gate
+    return _linear(op, x, weight, bias, SCHEMES[scheme], out_dtype, impl, *more, groups=groups)
 
 
 def _quantize(op, x, scheme, impl):
@@ -124,12 +131,12 @@ def _quantize(op, x, scheme, impl):
     return forward_only(choose(op, impl, scheme.quantizers, auto), NO_DERIVATIVE.format(op))(x)
 
 
-def _linear(op, x, weight, bias, scheme, out_dtype, impl, low_rank=None, groups=1):
+def _linear(op, x, weight, bias, scheme, out_dtype, impl, *more, groups=1):
     table = bound(scheme.products, out_dtype=jnp.dtype(out_dtype), groups=groups)
     refusal = _refusal(x.values.shape[1])
     auto = automatic(table, refusal, kernel=scheme.kernel)
     run = forward_only(choose(op, impl, table, auto), NO_DERIVATIVE.format(op))
-    return run(x, weight, bias, low_rank)
+    return run(x, weight, bias, *more)
 
 
 def _width(x) -> int:
@@ -193,4 +200,20 @@ def _check_low_rank(op, narrow, up, x, weight):
         raise ValueError(
             f"{op}: the rank of low_rank is {rank}; allowed: powers of two from 16; fill up with"
             f" zeros to {max(16, power_of_two(rank))}"
+        )
+
+
+def _check_stream(op, stream, gate, shape, out_dtype, groups):
+    """Raise ValueError unless stream is `shape` and gate fits it."""
+    if gate is not None and (stream is None or gate.shape != shape[1:]):
+        given = "no stream" if stream is None else f"stream {stream.shape}"
+        raise ValueError(
+            f"{op}: gate {gate.shape}, {given}; expected {shape[1:]}, and a stream {shape}"
+        )
+    if stream is None:
+        return
+    if (stream.shape, stream.dtype) != (shape, jnp.dtype(out_dtype)) or groups > 1:
+        raise ValueError(
+            f"{op}: stream {stream.dtype} {stream.shape} in {groups} groups; expected"
+            f" {jnp.dtype(out_dtype)} {shape} in 1"
         )

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.int8_matmul.reference import in_groups
+from pallas_kernels.int8_matmul.reference import added, in_groups
 from pallas_kernels.mosaic import (
     SLICE,
     filled,
@@ -39,6 +39,7 @@ from pallas_kernels.quantized import QTensor
 __all__ = ["SMALL", "Tile", "WIDE", "row_product", "tile_for"]
 
 WARPGROUPS = 2  # that multiply, one below the other
+WARPGROUP = 128  # threads
 ROWS = 64  # outputs of one warpgroup
 HEIGHT = WARPGROUPS * ROWS
 STRIPE = 64  # columns of the outputs in one store
@@ -78,53 +79,75 @@ def row_product(
     bias,
     out_dtype,
     *,
+    stream=None,
+    gate=None,
     groups: int = 1,
     tile: Tile | None = None,
     interpret=False,
 ):  # [m k], [n k] -> [m n], or [groups m n/groups]
-    """float(dot) * scale_x * scale_weight + bias, rounded once to out_dtype.
+    """float(dot) * scale_x * scale_weight + bias, times gate [n] and added to stream [m n] if they
+    are given, rounded once to out_dtype.
 
     Values [m k] and [n k] int8 with int32 sums, or float8_e4m3fn with float32 sums; scales float32
-    [m] and [n]; bias [n] or None. Raises ValueError for shapes, dtypes, devices and versions of jax
-    that the kernel does not take. See `reference.row_product` and `reference.fp8_product`.
+    [m] and [n]; bias [n] or None; a stream of out_dtype, in one group. Raises ValueError for
+    shapes, dtypes, devices and versions of jax that the kernel does not take. See
+    `reference.row_product` and `reference.fp8_product`.
     """
     op = "product of 8-bit rows"
     refuse(op, product_refusal(x.values, weight.values, out_dtype))
     refuse(op, unavailable())
+    if stream is not None and weight.values.shape[0] % STRIPE:
+        return added(
+            row_product(x, weight, bias, out_dtype, tile=tile, interpret=interpret), stream, gate
+        )
     (m, k), n, number = x.values.shape, weight.values.shape[0], programs(interpret)
     tile = tile or tile_for(m, n, number)
     tall = HEIGHT * tile.cluster
+    values, w_scale = filled(x.values, 0), weight.scale
+    rows = max(len(values), tall)
     plan = _Plan(
         tile=tile,
         steps=k // SLICE,
-        rows=pl.cdiv(m, tall),
+        rows=pl.cdiv(rows, tall),
         columns=pl.cdiv(n, tile.columns),
         clusters=max(number // tile.cluster, 1),
+        last=rows - tall,
         accumulator=jnp.dtype(jnp.int32 if x.values.dtype == jnp.int8 else jnp.float32),
     )
-    scale = jnp.pad(x.scale, (0, plan.rows * tall - m))
-    bias = jnp.zeros(n, jnp.float32) if bias is None else bias.astype(jnp.float32)
-    values = filled(x.values, 0)
+    bias = jnp.zeros(n, jnp.float32) if bias is None else bias
+    if gate is not None:
+        w_scale, bias = (a.astype(jnp.float32) * gate for a in (w_scale, bias))
+    # nothing is added to arrays that have whole tiles
+    bias = jnp.pad(bias, (0, plan.columns * tile.columns - n))
+    ins = [values, weight.values, _to(rows, x.scale), w_scale, bias]
+    if stream is not None:
+        ins.append(_to(rows, stream))
     whole = n % (groups * STRIPE) == 0  # no stripe lies in two groups
     shape = (len(values), n)
     if groups > 1 and whole:
         shape = (groups, len(values), n // groups)
     out = jax.ShapeDtypeStruct(shape, out_dtype)
-    launch = _launch(plan, values.dtype, out, interpret)
-    y = launch(values, weight.values, scale, weight.scale, bias)[..., :m, :]
+    y = _launch(plan, values.dtype, out, len(ins), interpret)(*ins)[..., :m, :]
     return y if whole else in_groups(y, groups)
+
+
+def _to(rows: int, x):
+    """x with zeros after its last row, to so many rows."""
+    return jnp.pad(x, ((0, rows - len(x)), *((0, 0),) * (x.ndim - 1)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Plan:
     """What is fixed when a kernel is compiled. steps: slices of k; rows and columns: tiles of the
-    output, a cluster's counted as one; clusters: how many work at a time."""
+    output, a cluster's counted as one; clusters: how many work at a time; last: the row of the
+    output where the last of its tiles begins, with rows that the one before it has too."""
 
     tile: Tile
     steps: int
     rows: int
     columns: int
     clusters: int
+    last: int
     accumulator: jnp.dtype
 
     @property
@@ -155,8 +178,9 @@ class _Buffers:
     vectors_empty: object
 
 
-def _launch(plan: _Plan, dtype, out, interpret):
-    """Returns the kernel as a function of values, values, scales of whole tiles, scales, bias."""
+def _launch(plan: _Plan, dtype, out, inputs: int, interpret):
+    """Returns the kernel as a function of values, values, scales, scales, bias of whole tiles and,
+    if it takes so many inputs, a stream."""
     tile = plan.tile
     shared = lambda shape, dtype: plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
     ring = {"num_arrivals": WARPGROUPS, "num_barriers": tile.stages}
@@ -176,7 +200,7 @@ def _launch(plan: _Plan, dtype, out, interpret):
     )
 
     def row_product(*refs):  # the name that a profile shows
-        _kernel(plan, refs[:5], refs[5], _Buffers(*refs[6:]))
+        _kernel(plan, refs[:inputs], refs[inputs], _Buffers(*refs[inputs + 1 :]))
 
     return plgpu.kernel(
         row_product,
@@ -204,14 +228,18 @@ def _kernel(plan: _Plan, ins, y, buffers: _Buffers):
     def origin(i):
         """First row and column of this program's i-th tile."""
         row, column = plan.place(first + i * plan.clusters)
-        return (row * tile.cluster + lax.axis_index("cluster")) * HEIGHT, column * tile.columns
+        top = lax.min(row * tile.cluster * HEIGHT, plan.last)
+        return top + lax.axis_index("cluster") * HEIGHT, column * tile.columns
 
-    pl.when(warpgroup < WARPGROUPS)(partial(_multiply, plan, mine, origin, ins[2], y, buffers))
+    read = ins[2], *ins[5:]
+    pl.when(warpgroup < WARPGROUPS)(partial(_multiply, plan, mine, origin, read, y, buffers))
     pl.when(warpgroup == WARPGROUPS)(partial(_copy, plan, mine, origin, ins, buffers))
 
 
-def _multiply(plan: _Plan, mine, origin, x_scale, y, buffers: _Buffers):
-    """A warpgroup that multiplies: its part of each tile, from the ring to memory."""
+def _multiply(plan: _Plan, mine, origin, read, y, buffers: _Buffers):
+    """A warpgroup that multiplies: its part of each tile, from the ring to memory. read: the scales
+    of the rows, and perhaps the stream."""
+    x_scale, *stream = read
     tile, stages, steps = plan.tile, plan.tile.stages, plan.steps
     plgpu.set_max_registers(240, action="increase")
     for stage in range(stages):
@@ -225,6 +253,7 @@ def _multiply(plan: _Plan, mine, origin, x_scale, y, buffers: _Buffers):
         here = pl.ds(top + row, ROWS)
         by_row = plgpu.Layout.WGMMA.reduce(1)
         scale = plgpu.load(x_scale.at[here], layout=by_row, optimized=False)
+        stripes = [_stripe(stream[0], here, left + c) for c in _stripes(tile) if stream]
 
         def products(total):
             def step(j, _):
@@ -246,15 +275,27 @@ def _multiply(plan: _Plan, mine, origin, x_scale, y, buffers: _Buffers):
 
         total = pl.run_scoped(products, plgpu.ACC((ROWS, tile.columns), plan.accumulator))
         plgpu.barrier_wait(buffers.vectors_full)
-        _store(total, scale, y, here, left, buffers)
+        _store(total, scale, stripes, y, here, left, buffers)
         plgpu.barrier_arrive(buffers.vectors_empty)
 
     plgpu.wait_smem_to_gmem(0)
 
 
-def _store(total, x_scale, y, rows, left, buffers: _Buffers):
-    """The epilogue of a warpgroup's tile: total [64 columns] scaled, rounded and stored in
-    stripes."""
+def _stripes(tile: Tile) -> range:
+    """Returns the first column of each of a tile's stripes."""
+    return range(0, tile.columns, STRIPE)
+
+
+def _stripe(stream, rows, column):
+    """A stripe of the stream, read long before it is added. Past the last column it is the last,
+    which is not stored."""
+    columns = pl.ds(lax.min(column, stream.shape[1] - STRIPE), STRIPE)
+    return plgpu.load(stream.at[rows, columns], layout=plgpu.Layout.WGMMA, optimized=False)
+
+
+def _store(total, x_scale, stripes, y, rows, left, buffers: _Buffers):
+    """The epilogue of a warpgroup's tile: total [64 columns] scaled, added to the stream's stripes
+    if there are some, rounded and stored in stripes."""
     warpgroup = lax.axis_index("warpgroup")
     by_column, shape = plgpu.Layout.WGMMA.reduce(0), (ROWS, STRIPE)
     for number, c in enumerate(range(0, total.shape[1], STRIPE)):
@@ -267,6 +308,8 @@ def _store(total, x_scale, y, rows, left, buffers: _Buffers):
         )
         part = total[:, c : c + STRIPE].astype(jnp.float32)
         part = part * lax.broadcast_in_dim(x_scale, shape, (0,)) * scale + bias
+        if stripes:
+            part = part + stripes[number].astype(jnp.float32)
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
         buffers.y[warpgroup, slot] = part.astype(y.dtype)
         plgpu.commit_smem()
@@ -282,7 +325,8 @@ def _copy(plan: _Plan, mine, origin, ins, buffers: _Buffers):
     """The warpgroup that copies: slices of the operands as buffers come free, and each tile's
     vectors. What lies past the end is not stored, so it may be anything."""
     tile, stages, steps = plan.tile, plan.tile.stages, plan.steps
-    x, w, _, w_scale, bias = ins
+    x, w, _, w_scale, bias, *_ = ins
+    by_thread = plgpu.Layout.WG_STRIDED((tile.columns,), vec_size=tile.columns // WARPGROUP)
     shared = "cluster" if tile.cluster > 1 else None
     plgpu.set_max_registers(24, action="decrease")
 
@@ -302,9 +346,11 @@ def _copy(plan: _Plan, mine, origin, ins, buffers: _Buffers):
 
         lax.fori_loop(0, steps, step, None)
         plgpu.barrier_wait(buffers.vectors_empty)
-        for number, vector in enumerate((w_scale, bias)):
-            to = buffers.vectors.at[number]
-            plgpu.copy_gmem_to_smem(vector.at[columns], to, buffers.vectors_full)
+        plgpu.copy_gmem_to_smem(w_scale.at[columns], buffers.vectors.at[0], buffers.vectors_full)
+        part = plgpu.load(bias.at[columns], layout=by_thread, optimized=False)
+        buffers.vectors[1] = part.astype(jnp.float32)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(buffers.vectors_full)
 
     # nothing may be on its way to a program of the cluster that has ended
     for stage in range(stages):

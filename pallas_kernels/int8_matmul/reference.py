@@ -11,6 +11,7 @@ from pallas_kernels.primitives import EXACT
 from pallas_kernels.quantized import QTensor
 
 __all__ = [
+    "added",
     "block_product",
     "block_sum",
     "fp8_product",
@@ -66,11 +67,22 @@ def _columns(values):
     return rearrange(values, "m (c k) -> c m k", k=BLOCK)
 
 
-def row_product(x: QTensor, weight: QTensor, bias, low_rank=None, *, out_dtype):
+def row_product(
+    x: QTensor, weight: QTensor, bias, low_rank=None, stream=None, gate=None, *, out_dtype
+):
     """Values [m k], [n k] -> [m n]: float32(int32 dot) * scale_x * scale_weight, plus the product
-    of low_rank (narrow [m r], up [n r]), plus bias, rounded once to out_dtype."""
+    of low_rank (narrow [m r], up [n r]), plus bias; times gate [n] and added to stream [m n], if
+    they are given; rounded once to out_dtype."""
     total = _dot(x, weight, jnp.int32).astype(jnp.float32)
-    return _epilogue(total, x, weight, bias, out_dtype, low_rank)
+    y = _epilogue(total, x, weight, bias, jnp.float32, low_rank)
+    return (y if stream is None else added(y, stream, gate)).astype(out_dtype)
+
+
+def added(y, stream, gate):  # [m n], [m n], [n] or None -> [m n]
+    """stream + y gate in float32, rounded to the dtype of y."""
+    total = y.astype(jnp.float32)
+    total = total if gate is None else total * gate
+    return (stream.astype(jnp.float32) + total).astype(y.dtype)
 
 
 def in_groups(y, groups: int):  # [m n] -> itself, or [groups m n/groups]

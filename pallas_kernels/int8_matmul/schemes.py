@@ -13,7 +13,7 @@ from pallas_kernels import quantized, rows, tuning
 from pallas_kernels.dispatch import implementations
 from pallas_kernels.int8_matmul import reference, triton
 from pallas_kernels.int8_matmul.quantize import BLOCK, quantize, tiles
-from pallas_kernels.int8_matmul.reference import in_groups, low_rank_product
+from pallas_kernels.int8_matmul.reference import added, in_groups, low_rank_product
 from pallas_kernels.mosaic import imported
 from pallas_kernels.quantized import ROW_SCHEMES, QTensor
 
@@ -21,7 +21,8 @@ from pallas_kernels.quantized import ROW_SCHEMES, QTensor
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheme:
     """quantizers: impl -> (x [m k]) -> QTensor, of rows also x [g m k/g];  products: impl -> (x,
-    weight, bias or None, low_rank or None, out_dtype=, groups=) -> [m n], or [groups m n/groups].
+    weight, bias or None, low_rank or None, stream or None, gate or None, out_dtype=, groups=) -> [m
+    n], or [groups m n/groups].
 
     Values [m k] of `dtype` have scales of shape `scale_shape((m, k))`; k is a multiple of
     `k_multiple`. kernel: the product that "auto" takes on CUDA, but for Hopper, where it is
@@ -45,15 +46,17 @@ def _quantizers(plain: Callable, kernel: Callable) -> dict[str, Callable]:
     return implementations(plain, kernel, xla=plain)
 
 
-def _beside(product: Callable) -> Callable:
+def _beside(product: Callable, *, adds: bool = False) -> Callable:
     """A product that has no place for a second one within: that is added to what it gives, with a
-    rounding of its own."""
+    rounding of its own. So is what it gives to a stream, unless the product `adds` it."""
 
-    def run(x, weight, bias, low_rank=None, *, groups=1, **options):
+    def run(x, weight, bias, low_rank=None, stream=None, gate=None, *, groups=1, **options):
+        if adds and low_rank is None:
+            return product(x, weight, bias, stream=stream, gate=gate, groups=groups, **options)
         y = product(x, weight, bias, groups=groups, **options)
-        if low_rank is None:
-            return y
-        return y + in_groups(low_rank_product(*low_rank), groups).astype(y.dtype)
+        if low_rank is not None:
+            y = y + in_groups(low_rank_product(*low_rank), groups).astype(y.dtype)
+        return y if stream is None else added(y, stream, gate)
 
     return run
 
@@ -102,7 +105,7 @@ SCHEMES: dict[str, Scheme] = {
             _grouped(reference.row_product),
             triton.row_product,
             xla=_grouped(reference.row_product),
-            mosaic=_beside(_MOSAIC),
+            mosaic=_beside(_MOSAIC, adds=True),
         ),
     ),
     "fp8": Scheme(
@@ -113,7 +116,7 @@ SCHEMES: dict[str, Scheme] = {
         products={
             "reference": _beside(_grouped(reference.fp8_product)),
             "xla": _beside(_grouped(reference.fp8_product_xla)),
-            "mosaic": _beside(_MOSAIC),
+            "mosaic": _beside(_MOSAIC, adds=True),
         },
         kernel="xla",
     ),

@@ -67,15 +67,25 @@ def block_product(x: QTensor, weight: QTensor, bias, out_dtype, *, interpret: bo
         pl.BlockSpec((None, columns), lambda i, j: (j, 0)),
     )
     at = tile("int8_matmul", "block_product")
-    return product(block_kernel, x, weight, bias, None, out_dtype, HALF, scales, at, interpret)
+    return product(block_kernel, x, weight, bias, {}, out_dtype, HALF, scales, at, interpret)
 
 
 def row_product(
-    x: QTensor, weight: QTensor, bias, low_rank=None, *, out_dtype, groups=1, interpret: bool
+    x: QTensor,
+    weight: QTensor,
+    bias,
+    low_rank=None,
+    stream=None,
+    gate=None,
+    *,
+    out_dtype,
+    groups=1,
+    interpret: bool,
 ):
     """Values [m k], [n k] -> [m n], or [groups m n/groups]. float32(int32 dot) * scale_x *
     scale_weight, plus the product of low_rank (narrow [m r], up [n r]; r a power of two from 16),
-    plus bias, rounded once. Raises ValueError unless k is a multiple of 128."""
+    plus bias, times gate [n] and added to stream [m n], rounded once. Raises ValueError unless k is
+    a multiple of 128."""
     k = x.values.shape[1]
     if k % BLOCK:
         raise ValueError(
@@ -84,35 +94,41 @@ def row_product(
         )
     scales = pl.BlockSpec((BLOCK,), lambda i, j: (i,)), pl.BlockSpec((BLOCK,), lambda i, j: (j,))
     at = tile("int8_matmul", "row_product")
-    out = partial(product, row_kernel, x, weight, bias, low_rank, out_dtype, BLOCK, scales, at)
+    more = {"low_rank": low_rank, "stream": stream, "gate": gate}
+    out = partial(product, row_kernel, x, weight, bias, more, out_dtype, BLOCK, scales, at)
     if weight.values.shape[0] % (groups * BLOCK):  # a tile would lie in two groups
         return in_groups(out(interpret), groups)
     return out(interpret, groups)
 
 
 def product(
-    kernel: Callable, x, weight, bias, low_rank, out_dtype, rows, scales, at, interpret, groups=1
+    kernel: Callable, x, weight, bias, more, out_dtype, rows, scales, at, interpret, groups=1
 ):
     """The launch that both kernels share: outputs of `rows` x 128; index maps of the scales take
-    the place (i, j) of a tile. groups: of whole tiles of columns."""
+    the place (i, j) of a tile. more: by name, what one of the kernels takes besides. groups: of
+    whole tiles of columns."""
     (m, k), n = x.values.shape, weight.values.shape[0]
     grid = blocks(m, rows), blocks(n, BLOCK)
     place = partial(swizzled, grid=grid)
     placed = lambda spec: pl.BlockSpec(spec.block_shape, lambda p: spec.index_map(*place(p)))
-    args = [x.values, weight.values, x.scale, weight.scale]
+    given = {name: part for name, part in ({"bias": bias} | more).items() if part is not None}
+    rank = given["low_rank"][0].shape[1] if "low_rank" in given else 0
+    of_columns = pl.BlockSpec((BLOCK,), lambda i, j: (j,))
+    of_given = {
+        "bias": of_columns,
+        "gate": of_columns,
+        "stream": pl.BlockSpec((rows, BLOCK), lambda i, j: (i, j)),
+        "low_rank": (
+            pl.BlockSpec((rows, rank), lambda i, j: (i, 0)),
+            pl.BlockSpec((BLOCK, rank), lambda i, j: (j, 0)),
+        ),
+    }
     specs = [
         pl.BlockSpec((rows, k), lambda i, j: (i, 0)),
         pl.BlockSpec((BLOCK, k), lambda i, j: (j, 0)),
         *scales,
+        {name: of_given[name] for name in given},
     ]
-    if bias is not None:
-        args.append(bias)
-        specs.append(pl.BlockSpec((BLOCK,), lambda i, j: (j,)))
-    if low_rank is not None:
-        kernel, rank = partial(kernel, low_rank=True), low_rank[0].shape[1]
-        args += low_rank
-        specs.append(pl.BlockSpec((rows, rank), lambda i, j: (i, 0)))
-        specs.append(pl.BlockSpec((BLOCK, rank), lambda i, j: (j, 0)))
     out, out_spec = (m, n), pl.BlockSpec((rows, BLOCK), place)
     if groups > 1:
         out, wide = (groups, m, n // groups), grid[1] // groups
@@ -122,12 +138,12 @@ def product(
         partial(kernel, place=place, shape=(m, n), interpret=interpret),
         jax.ShapeDtypeStruct(out, out_dtype),
         (grid[0] * grid[1],),
-        [placed(spec) for spec in specs],
+        jax.tree.map(placed, specs),
         out_spec,
         warps=at.warps,
         stages=at.stages,
         interpret=interpret,
-    )(*args)
+    )(x.values, weight.values, x.scale, weight.scale, given)
 
 
 def swizzled(p, grid):
@@ -139,35 +155,42 @@ def swizzled(p, grid):
     return first + p % height, p // height
 
 
-def block_kernel(x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret):
-    """x [64 k], w [128 k], scales [k/128], bias [128]."""
-    (i, j), (*bias, y_ref) = place(pl.program_id(0)), rest
+def block_kernel(x_ref, w_ref, xs_ref, ws_ref, given, y_ref, *, place, shape, interpret):
+    """x [64 k], w [128 k], scales [k/128]; given: perhaps the bias [128]."""
+    i, j = place(pl.program_id(0))
 
     def step(c, total):
         part = tile_dot(x_ref, w_ref, c, (i, j), shape).astype(jnp.float32)
         return fma(part, xs_ref[c] * ws_ref[c], total, interpret)
 
     total = lax.fori_loop(0, xs_ref.shape[0], step, jnp.zeros(y_ref.shape, jnp.float32))
-    if bias:
-        total = rounded(total, y_ref.dtype, interpret) + vector(bias[0], j, shape[1])[None, :]
+    if "bias" in given:
+        bias = vector(given["bias"], j, shape[1])[None, :]
+        total = rounded(total, y_ref.dtype, interpret) + bias
     store(y_ref, total.astype(y_ref.dtype), inside(i, j, shape, y_ref.shape))
 
 
-def row_kernel(x_ref, w_ref, xs_ref, ws_ref, *rest, place, shape, interpret, low_rank=False):
-    """x w [128 k], scales and bias [128]; narrow and up [128 r], if there are some."""
-    (i, j), (*rest, y_ref) = place(pl.program_id(0)), rest
-    bias, factors = (rest[:-2], rest[-2:]) if low_rank else (rest, ())
+def row_kernel(x_ref, w_ref, xs_ref, ws_ref, given, y_ref, *, place, shape, interpret):
+    """x w [128 k], scales [128]; what is given of bias and gate [128], stream [128 128], low_rank:
+    narrow and up [128 r]."""
+    i, j = place(pl.program_id(0))
+    here = inside(i, j, shape, y_ref.shape)
     step = lambda c, total: total + tile_dot(x_ref, w_ref, c, (i, j), shape)
     total = lax.fori_loop(0, x_ref.shape[1] // BLOCK, step, jnp.zeros(y_ref.shape, jnp.int32))
     y = total.astype(jnp.float32) * vector(xs_ref, i, shape[0])[:, None]
     y = y * vector(ws_ref, j, shape[1])[None, :]
-    if factors:
-        width = min(factors[0].shape[1], RANKS)
+    if "low_rank" in given:
+        factors, rank = given["low_rank"], given["low_rank"][0].shape[1]
+        width = min(rank, RANKS)
         step = lambda c, y: y + tile_dot(*factors, c, (i, j), shape, width, jnp.float32)
-        y = lax.fori_loop(0, factors[0].shape[1] // width, step, y)
-    if bias:
-        y = y + vector(bias[0], j, shape[1])[None, :]
-    store(y_ref, y.astype(y_ref.dtype), inside(i, j, shape, y_ref.shape))
+        y = lax.fori_loop(0, rank // width, step, y)
+    if "bias" in given:
+        y = y + vector(given["bias"], j, shape[1])[None, :]
+    if "gate" in given:
+        y = y * vector(given["gate"], j, shape[1])[None, :]
+    if "stream" in given:
+        y = load(given["stream"], here).astype(jnp.float32) + y
+    store(y_ref, y.astype(y_ref.dtype), here)
 
 
 def tile_dot(x_ref, w_ref, c, place, shape, width=BLOCK, dtype=jnp.int32):  # -> [rows 128]

@@ -22,7 +22,7 @@ from tdjax.models.attention import SLACore
 from tdjax.models.linear import Activations
 from tdjax.models.norms import sinusoid
 from tdjax.models.rope import angles, over_grid, rope
-from tdjax.models.wan_dit import DiT, gated_residual
+from tdjax.models.wan_dit import DiT
 
 
 def intermediates(model: DiT, x, timestep, text, image=None, features=None) -> dict[str, jax.Array]:
@@ -78,8 +78,8 @@ def inside(block, x, e, kv, table):
     y = out["cross_attn_out"] = block.cross_attn(h, kv)
     x, h = block.norm2(x, scale2, shift2, residual=y)
     out["after_cross_attn"], out["ffn_in"] = x, floats(block.up, h)
-    out["ffn_out"] = block.mlp(h)
-    return out | {"out": gated_residual(x, out["ffn_out"], gate2)}
+    out["ffn_out"] = block.down(block.down.gelu_quantized(block.up(h)))
+    return out | {"out": block.mlp(x, h, gate2)}
 
 
 def floats(layer, h):  # what `layer` reads -> [b l d]

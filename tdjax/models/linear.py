@@ -124,6 +124,10 @@ class Linear(_Layer):
         """Returns self of x with its channels side by side."""
         return self(rearrange(x, "g b l i -> b l (g i)"))
 
+    def onto(self, stream, x, gate):  # [b l o], [b l i], f32 [b 1 o] -> [b l o]
+        """Returns stream + self(x) gate, the gate in the dtype of the stream."""
+        return stream + self(x) * gate.astype(stream.dtype)
+
     def quantize_input(self, x):  # [b l i]
         """Returns x as the layer reads it: here as it is."""
         return x
@@ -170,20 +174,21 @@ class QuantizedLinear(_Layer):
         for name, value in zip(self.leaves, self.packed(weight, None), strict=True):
             setattr(self, name, nnx.Variable(value))
 
-    in_groups, of_groups = Linear.in_groups, Linear.of_groups
+    in_groups, of_groups, onto = Linear.in_groups, Linear.of_groups, Linear.onto
 
     def __call__(self, x):
         return self.multiplied(x, self.product, self.divided)
 
-    def multiplied(self, x, product: Callable, divided: Callable):
-        """Returns self(x) by such a `product`, divided over a mesh by `divided`."""
+    def multiplied(self, x, product: Callable, divided: Callable, *outputs):
+        """Returns self(x) by such a `product`, divided over a mesh by `divided`. outputs: what they
+        take besides, if anything."""
         x, narrow, up = self.quantize_input(x), None, None
         if self.low_rank_up is not None:
             narrow, up = self.low_rank(x)
         weight = [getattr(self, name)[...] for name in self.leaves]
         bias = None if self.bias is None else self.bias[...]
         product = partial(product, dtype=x.dtype)
-        return divided(product, (x.values, x.scale, narrow), (*weight, bias, up))
+        return divided(product, (x.values, x.scale, narrow), (*weight, bias, up), *outputs)
 
     @jax.named_scope("lora")
     def low_rank(self, x: Activations):
@@ -203,14 +208,18 @@ class QuantizedLinear(_Layer):
         floats = cls.dequantize(rows).astype(down.dtype)
         return jnp.matmul(floats, down.T, precision=EXACT)
 
-    def product(self, of_tokens, of_channels, *, dtype, groups=1):
+    def product(self, of_tokens, of_channels, onto=(), *, dtype, groups=1):
         """of_tokens: values, scale, narrow or None; of_channels: weight, its scale, bias or None,
-        up or None. -> [b l o], or [groups b l o/groups]."""
+        up or None; onto: nothing, or a stream [1 l o] and its gate f32 [1 1 o]. -> [b l o], or
+        [groups b l o/groups]."""
         (values, scale, narrow), (weight, weight_scale, bias, up) = of_tokens, of_channels
         weight, impl = QTensor(weight, weight_scale), self.products.get(self.impl, self.impl)
         options = {"scheme": self.scheme, "out_dtype": dtype, "groups": groups, "impl": impl}
         if up is not None:
             options["low_rank"] = rearrange(narrow, "b l r -> (b l) r"), up
+        if onto:
+            stream, gate = onto
+            options |= {"stream": stream[0], "gate": gate[0, 0]}
         y = quantized_linear(self.rows(values, scale), weight, bias, **options)
         return rearrange(y, "... (b l) o -> ... b l o", b=values.shape[0])
 
@@ -289,6 +298,11 @@ class RowLinear(QuantizedLinear):
         return self.multiplied(
             x, partial(self.product, **grouped), partial(self.divided, **grouped)
         )
+
+    def onto(self, stream, x, gate):
+        if len(stream) > 1:  # each sample has a gate of its own
+            return super().onto(stream, x, gate)
+        return self.multiplied(x, self.product, self.divided, (stream, gate))
 
     def of_groups(self, x):
         def quantize(x):
@@ -371,7 +385,7 @@ class WeightOnlyLinear(nnx.Module):
 
     quantize_input = Linear.quantize_input
     gelu_quantized = Linear.gelu_quantized
-    in_groups, of_groups = Linear.in_groups, Linear.of_groups
+    in_groups, of_groups, onto = Linear.in_groups, Linear.of_groups, Linear.onto
 
 
 class AdaptedLinear(nnx.Module):
@@ -387,7 +401,7 @@ class AdaptedLinear(nnx.Module):
         change = product(product(x, self.down[...]), self.up[...])
         return self.layer(x) + self.scale * change
 
-    in_groups, of_groups = Linear.in_groups, Linear.of_groups
+    in_groups, of_groups, onto = Linear.in_groups, Linear.of_groups, Linear.onto
 
     def quantize_input(self, x):
         return self.layer.quantize_input(x)

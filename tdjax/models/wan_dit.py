@@ -111,20 +111,15 @@ class Block(nnx.Module):
         x, h = self.norm3(x, residual=y, gate=gate1)
         y = self.cross_attn(h, kv)
         x, h = self.norm2(x, scale2, shift2, residual=y)
-        return gated_residual(x, self.mlp(h), gate2)
+        return self.mlp(x, h, gate2)
 
     def modulations(self, e):
         """f32 [b 6 d] -> shift, scale and gate of self-attention, then of the MLP, [b 1 d] each."""
         return rearrange(self.modulation[...].astype(jnp.float32) + e, "b m d -> m b 1 d")
 
     @jax.named_scope("mlp")
-    def mlp(self, x):
-        return self.down(self.down.gelu_quantized(self.up(x)))
-
-
-def gated_residual(x, y, gate):  # x y [b l d], gate f32 [b 1 d]
-    """x + y gate, the gate in the dtype of the stream."""
-    return x + y * gate.astype(x.dtype)
+    def mlp(self, stream, x, gate):  # [b l d], x perhaps quantised, gate f32 [b 1 d] -> [b l d]
+        return self.down.onto(stream, self.down.gelu_quantized(self.up(x)), gate)
 
 
 def _modulation(rngs, rows, cfg):

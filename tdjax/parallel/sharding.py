@@ -358,21 +358,24 @@ def over_samples(op, of_samples, shared):  # arrays [b ...], or [n ...] of tiles
     )
 
 
-def over_channels(op, of_tokens, of_channels, groups: int = 1):
-    """op(of_tokens, of_channels) with samples, tokens and output channels divided over the mesh:
-    arrays [b l ...], and [o ...], or None -> [b l o], or in more than one of `head_groups` [groups
-    b l o/groups]."""
+def over_channels(op, of_tokens, of_channels, onto=(), groups: int = 1):
+    """op(of_tokens, of_channels, onto) with samples, tokens and output channels divided over the
+    mesh: arrays [b l ...], and [o ...], or None, and [b l o] or [b 1 o] -> [b l o], or in more than
+    one of `head_groups` [groups b l o/groups]."""
     sizes = mesh_sizes()
     if not sizes:
-        return op(of_tokens, of_channels)
+        return op(of_tokens, of_channels, onto)
     rows = spec(of_tokens[0].shape, ("batch", "tokens"), sizes)
     channels = spec(of_channels[0].shape, ("channels",), sizes)
+    outputs = PartitionSpec(*rows, *channels)
+    alike = PartitionSpec(rows[0], None, *channels)  # for all tokens
+    each = tuple(outputs if a.shape[1] > 1 else alike for a in onto)
     return jax.shard_map(
         op,
-        in_specs=(rows, channels),
-        out_specs=PartitionSpec(None, *rows) if groups > 1 else PartitionSpec(*rows, *channels),
+        in_specs=(rows, channels, each),
+        out_specs=PartitionSpec(None, *rows) if groups > 1 else outputs,
         check_vma=False,
-    )(of_tokens, of_channels)
+    )(of_tokens, of_channels, onto)
 
 
 def of_each_group(x, kernel):  # [b l i], [i o] -> [b l o]

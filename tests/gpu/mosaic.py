@@ -30,6 +30,7 @@ from pallas_kernels import linear_branch, sage_attention, sparse_attention
 from pallas_kernels.block_map import block_map_and_mean, pool
 from pallas_kernels.int8_matmul import QTensor, quantized_linear
 from pallas_kernels.int8_matmul.mosaic import SMALL, WIDE, row_product
+from pallas_kernels.norm_modulate import norm
 from pallas_kernels.online_softmax import attend, kernel_name
 from pallas_kernels.sage_attention import mosaic as sage_mosaic
 from pallas_kernels.sage_attention import triton as sage_triton
@@ -108,6 +109,48 @@ def products():
         yield from product_jobs(f"{name} fp8", PRODUCTS[name], impls)
 
 
+def onto_a_stream():
+    """Products added to a stream, in the kernel and after it; and with the norm that follows."""
+    for name in ("1.3B down", "1.3B square", "14B down", "14B square"):
+        m, k, n = shape = PRODUCTS[name]
+        make = partial(operands_onto, shape=shape)
+        common = {"make": make, "operations": 2.0 * m * k * n, "bound": 4e-3}
+        run = partial(quantized_linear, scheme="channel", out_dtype=jnp.bfloat16, impl="mosaic")
+        within = lambda stream, gate, *rest, run=run: run(*rest, stream=stream, gate=gate)
+        after = lambda stream, gate, *rest, run=run: stream + run(*rest) * gate.astype(stream.dtype)
+        for impl, each in {"mosaic, added within": within, "mosaic, added after": after}.items():
+            yield Job(shape=f"{name} onto", impl=impl, run=each, error=onto_error, **common)
+        for impl, each in {"norm of x": within, "norm of x + y": None}.items():
+            yield Job(
+                shape=f"{name} onto, norm",
+                impl=f"mosaic, {impl}",
+                run=partial(with_norm, run=run, within=each),
+                **common,
+            )
+
+
+def with_norm(stream, gate, *rest, run, within):
+    """The stream and the norm of it after the product, added by the one or by the other."""
+    vector, options = gate, {"eps": 1e-6, "floats": False, "scheme": "channel"}
+    if within:
+        x = within(stream, gate, *rest)
+        return x, norm(x[None], vector, vector, **options).q
+    y = run(*rest)[None]
+    gate = gate[None, None]
+    return norm(stream[None], vector, vector, y=y, gate=gate, **options)[::2]
+
+
+def operands_onto(key, *, shape):
+    (m, _, n), (one, two, three) = shape, jax.random.split(key, 3)
+    stream = jax.random.normal(one, (m, n)).astype(jnp.bfloat16)
+    gate = jax.random.normal(two, (n,))
+    return stream, gate, *operands_of_product(three, shape=shape, int8=True)
+
+
+def onto_error(y, stream, gate, *operands):
+    return product_error(y, *operands, stream=stream, gate=gate)
+
+
 def product_jobs(name, shape, impls):
     m, k, n = shape
     int8 = name.endswith("int8")
@@ -133,7 +176,7 @@ def operands_of_product(key, *, shape, int8):
     return x, weight, jax.random.normal(keys[4], (n,))
 
 
-def product_error(y, x, weight, bias):
+def product_error(y, x, weight, bias, *, stream=None, gate=None):
     m = x.values.shape[0]
     random = np.random.default_rng(0).integers(0, m, 128)
     ends = np.arange(192)
@@ -146,6 +189,8 @@ def product_error(y, x, weight, bias):
         wide = [a.astype(jnp.float32) for a in (x.values[rows], weight.values)]
         total = lax.dot_general(*wide, dims, precision="highest")
     expected = total * x.scale[rows][:, None] * weight.scale[None] + bias[None]
+    if stream is not None:
+        expected = stream[rows].astype(jnp.float32) + expected * gate[None]
     return distance(y[rows], expected) * finite(y)
 
 
@@ -352,7 +397,8 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only jobs whose name contains this")
     parser.add_argument("--json", default=os.path.join(os.environ.get("OUT", "."), "mosaic.jsonl"))
     options = parser.parse_args()
-    jobs = [job for job in (*products(), *attention()) if options.match in job.label]
+    jobs = [*products(), *onto_a_stream(), *attention()]
+    jobs = [job for job in jobs if options.match in job.label]
     start = time.time()
     with ThreadPoolExecutor(THREADS) as pool:
         waiting, made = [], {}
