@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -310,7 +311,7 @@ def start_jax(note: Callable[[str], None]) -> str:
             "unset it",
         )
     try:
-        return jax.default_backend()
+        backend = jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # what jax raises for a backend that fails
         asked = os.environ.get("JAX_PLATFORMS")
         lines = str(error).splitlines() or [type(error).__name__]
@@ -319,6 +320,19 @@ def start_jax(note: Callable[[str], None]) -> str:
             lines[0],
             "python -m tdjax.env says what there is; without JAX_PLATFORMS that is used",
         ) from error
+    if backend == "gpu":
+        # Now JAX takes most of the GPU's memory, for seconds, in which the command has modules to
+        # import and files to open. What is wrong with that the first use of the GPU tells, too.
+        threading.Thread(target=_first_copy, name="first copy", daemon=True).start()
+    return backend
+
+
+def _first_copy() -> None:
+    """The first use of the device, which everything after it would wait for."""
+    import jax
+
+    with contextlib.suppress(RuntimeError):
+        jax.block_until_ready(jax.device_put(False))
 
 
 def _refused(error: OSError) -> str:

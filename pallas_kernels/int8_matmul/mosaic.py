@@ -8,6 +8,10 @@ whose tiles lie below each other: each fetches half of the weight's slice and se
 Against the Triton kernel, whose outputs are 128 x 128, a tile of 128 x 256 reads a quarter less
 from the cache for each product, and nothing waits between tiles.
 
+What the outputs are added to is read into registers before a tile's products begin, so that no one
+waits for it. The last tile of rows begins as late as the output allows: it makes some rows again
+that the one before it has made, and nothing needs to be filled up.
+
 GELU and the quantisation of its rows are not part of the epilogue: the scale of a row is known
 only when all its columns are, which belong to other programs. The kernel that does both reads
 every element once, so there would be no traffic to save.

@@ -107,6 +107,17 @@ def linear(scheme, impl="triton", groups=1):
     )
 
 
+def onto(impl):
+    return lambda x, w, bias, stream, gate: quantized_linear(
+        x, w, bias, stream=stream, gate=gate, scheme="channel", out_dtype=stream.dtype, impl=impl
+    )
+
+
+def stream(l, d):
+    """Bias, stream and gate."""
+    return spec((d,), jnp.bfloat16), spec((l, d), jnp.bfloat16), spec((d,), jnp.float32)
+
+
 def quantized(scheme, impl="triton", groups=1):
     return lambda x: quantize_activations(x, scheme, groups=groups, impl=impl)
 
@@ -155,6 +166,7 @@ def case(name, size):
                 *(spec(shape, jnp.bfloat16) for shape in ((f,), (l, 64), (f, 64))),
             ),
         ),
+        "channel onto a stream": (onto("triton"), (*weights("channel", l, f, d), *stream(l, d))),
         "channel in groups": (
             linear("channel", groups=2),
             (*weights("channel", l, d, d), spec((d,), jnp.bfloat16)),
@@ -226,6 +238,10 @@ def mosaic_case(name):
             linear("channel", "mosaic"),
             (*weights("channel", 512, d, d), spec((d,), jnp.bfloat16)),
         ),
+        "channel onto a stream": (
+            onto("mosaic"),
+            (*weights("channel", l, f, d), *stream(l, d)),
+        ),
         "fp8": (linear("fp8", "mosaic"), (*weights("fp8", l, d, f), bias)),
         "causal convolution": conv(),
         "causal convolution, nothing added": conv(plus=False),
@@ -244,6 +260,7 @@ MOSAIC = {
     "channel": (1, ("quantized_linear channel",), 0),
     "channel in groups": (1, ("quantized_linear channel",), 0),
     "channel, few rows": (1, ("quantized_linear channel",), 0),
+    "channel onto a stream": (1, ("quantized_linear channel",), 0),
     "fp8": (1, ("quantized_linear fp8",), 0),
     "causal convolution": (1, ("causal_conv",), 128),
     "causal convolution, nothing added": (1, ("causal_conv",), 0),
@@ -270,6 +287,7 @@ CASES = {
     "block128": (1, ("quantized_linear block128",)),
     "channel": (1, ("quantized_linear channel",)),
     "channel and a LoRA": (1, ("quantized_linear channel",)),
+    "channel onto a stream": (1, ("quantized_linear channel",)),
     "channel in groups": (1, ("quantized_linear channel",)),
     "quantize groups": (1, ("quantize_activations channel",)),
     "quantize block128": (1, ("quantize_activations block128",)),

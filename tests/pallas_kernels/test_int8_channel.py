@@ -157,6 +157,34 @@ def test_a_second_product_joins_before_the_only_rounding(m, n, rank, impl):
     assert (ulps(twice, expected) > 0).mean() > 0.1, "three roundings would show"
 
 
+@pytest.mark.parametrize("impl", ["reference", "interpret"])
+@pytest.mark.parametrize(("m", "n", "rank", "gated"), [(184, 130, 16, True), (128, 128, 0, False)])
+def test_a_product_joins_a_stream_before_the_only_rounding(m, n, rank, gated, impl):
+    x, w = pair(m, 256, n, "channel")
+    stream, bias, low_rank = put(normal(6, m, n), BF16), normal(2, n), None
+    total = exact(x, w, bias)
+    if rank:
+        low_rank = factors(m, n, rank)
+        total = total + float64(low_rank[0]) @ float64(low_rank[1]).T
+    gate = normal(5, n) if gated else None
+    total = float64(stream) + (total * float64(gate) if gated else total)
+    options = {"scheme": "channel", "out_dtype": BF16, "impl": impl}
+    y = linear(x, w, bias, low_rank=low_rank, stream=stream, gate=gate, **options)
+    off = ulps(y, total.astype(np.float32))
+    assert y.dtype == BF16 and (off > 0).mean() < 1e-2
+    assert off[np.abs(total) > 0.1].max() <= 1
+
+
+@pytest.mark.parametrize("scheme", ["block128", "fp8"])
+def test_a_stream_beside_products_that_have_no_place_for_it(scheme):
+    """What the product rounds is added, and that rounded once more."""
+    x, w = pair(130, 256, 136, scheme)
+    stream, gate = put(normal(6, 130, 136), BF16), normal(5, 136)
+    run = lambda **more: linear(x, w, scheme=scheme, out_dtype=BF16, **more)
+    expected = (float64(stream) + float64(run()) * float64(gate)).astype(np.float32)
+    assert ulps(run(stream=stream, gate=gate), expected).max() <= 1
+
+
 @pytest.mark.parametrize("n, groups, rank", [(256, 2, 0), (384, 3, 32), (96, 2, 32)])
 @pytest.mark.parametrize("impl", ["reference", "interpret"])
 def test_columns_in_groups(n, groups, impl, rank):
@@ -320,6 +348,19 @@ def test_errors():
         run(x, w, low_rank=factors(4, 6, 24))
     with pytest.raises(ValueError, match=r"\(5, 16\); expected \(4, 16\) and \(6, 16\)"):
         run(x, w, low_rank=factors(4, 5, 16))
+    stream = jnp.zeros((4, 6), BF16)
+    for more, message in (
+        ({"gate": jnp.ones(6)}, r"gate \(6,\), no stream; expected \(6,\), and a stream \(4, 6\)"),
+        ({"stream": stream, "gate": jnp.ones(4)}, r"gate \(4,\), stream \(4, 6\); expected \(6,\)"),
+        ({"stream": stream.astype(jnp.float32)}, r"stream float32 .*expected bfloat16 \(4, 6\)"),
+        (
+            {"stream": stream[:3]},
+            r"stream bfloat16 \(3, 6\) in 1 groups; expected bfloat16 \(4, 6\)",
+        ),
+        ({"stream": stream, "groups": 2}, r"in 2 groups; expected bfloat16 \(4, 6\) in 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(x, w, **more)
     narrow = [QTensor(q.values[:, :100], q.scale) for q in (x, w)]
     with pytest.raises(
         ValueError,

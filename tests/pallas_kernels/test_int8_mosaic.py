@@ -62,6 +62,33 @@ def test_without_a_bias_in_float16():
 
 
 @interpreted
+@pytest.mark.parametrize(
+    "m, n, gated, tile",
+    [  # more rows than a tile and fewer, a last tile without whole stripes, and a last stripe
+        (300, 320, True, Tile(columns=256, stages=2, cluster=2)),
+        (100, 64, False, Tile(columns=128, stages=2, cluster=1)),
+        (136, 72, True, Tile(columns=128, stages=2, cluster=1)),
+    ],
+)
+def test_onto_a_stream(m, n, gated, tile):
+    """Where whole stripes are, the sum is rounded once: as near as a bfloat16 is."""
+    x, weight, bias = operands(m, 256, n, jnp.int8)
+    rng = np.random.default_rng(7)
+    stream = put(rng.normal(size=(m, n)), jnp.bfloat16)
+    gate = put(rng.normal(size=n), jnp.float32) if gated else None
+    run = lambda x, weight, bias, stream, gate: row_product(
+        x, weight, bias, jnp.bfloat16, stream=stream, gate=gate, tile=tile, interpret=True
+    )
+    y = np.asarray(jax.jit(run)(x, weight, bias.astype(jnp.bfloat16), stream, gate), np.float32)
+    args = x, weight, bias.astype(jnp.bfloat16), None, stream.astype(jnp.float32), gate
+    expected = np.asarray(reference.row_product(*args, out_dtype=jnp.float32))
+    assert_close(y, expected, "bf16")
+    if n % 64 == 0:
+        once = np.asarray(jnp.asarray(expected).astype(jnp.bfloat16), np.float32)
+        assert (y != once).mean() < 1e-2
+
+
+@interpreted
 @pytest.mark.parametrize("n", [256, 192])  # groups of whole stripes, and of one and a half
 def test_columns_in_groups(n):
     x, weight, bias = operands(136, 128, n, jnp.int8)

@@ -22,7 +22,7 @@ from tdjax.checkpoints.published.tensor import Tensor, is_float
 TRAVELS = ("float32", "bfloat16", "float16", "int8")
 # A single tensor without a layout is cut into pieces of this size; layers are pieces by themselves.
 PIECE_BYTES = 2**27
-READERS = 2  # threads that read the next pieces from the file
+READERS = 4  # threads that read the next pieces from the file, and compare their checksums
 IN_FLIGHT = 3  # pieces on their way while the next one is read
 
 

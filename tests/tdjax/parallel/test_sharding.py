@@ -222,6 +222,9 @@ def test_sharded_forward_equals_the_unsharded_one(inputs):
     assert_close(actual, whole, "dit")
 
 
+SIZES_ONTO = (64, 256), (64, 384), (1, 384)  # tokens and channels of x, a stream and its gate
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("linear, impl", [("int8_channel", "interpret"), ("int8", "auto")])
 def test_sharded_layers_of_8_bits(inputs, linear, impl):
@@ -233,6 +236,22 @@ def test_sharded_layers_of_8_bits(inputs, linear, impl):
     with jax.set_mesh(devices):
         actual = np.asarray(run(jax.device_put(split, shardings(split, devices)), *inputs))
     assert np.linalg.norm(actual - whole) < 1e-2 * np.linalg.norm(whole)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("axes", [{"seq": 2, "tensor": 2}, {"data": 2, "seq": 2}])
+def test_a_layer_adds_itself_to_a_divided_stream(axes, samples):
+    """One sample's gate is that of all rows; of two each has its own, and is added after it."""
+    layer = LINEAR["int8_channel"](256, 384, FLOAT32, rngs=nnx.Rngs(0), impl="interpret")
+    normal = lambda seed, *shape: np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    x, stream, gate = (normal(i, samples, n, o) for i, (n, o) in enumerate(SIZES_ONTO))
+    run = jax.jit(lambda layer, *arrays: layer.onto(*arrays))
+    with jax.set_mesh(mesh(**axes)):
+        divided = np.asarray(run(layer, stream, x, gate))
+    whole = run(layer, stream, x, gate)
+    expected = stream + np.asarray(jax.jit(lambda layer, x: layer(x))(layer, x)) * gate
+    assert np.linalg.norm(whole - expected) < 1e-6 * np.linalg.norm(expected)
+    assert np.linalg.norm(divided - whole) < 1e-6 * np.linalg.norm(whole)
 
 
 @pytest.mark.slow
