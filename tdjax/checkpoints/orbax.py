@@ -1,5 +1,5 @@
 """Our one checkpoint layout: <folder>/manifest.json beside <folder>/params/ (Orbax, a flat dict
-{leaf name: array}).
+{leaf name: array}; `arrays` reads and writes them).
 
 A leaf's name is its path in the module joined by dots ("blocks.self_attn.q.kernel"); blocks are
 stacked on axis 0. The manifest holds the config, so loading is: config -> abstract module ->
@@ -8,20 +8,15 @@ shardings -> restore, and needs no other argument.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
 import json
-import logging
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 import tdjax
 from tdjax.checkpoints.folders import is_model, read_manifest
@@ -42,12 +37,6 @@ MODULES = {"dit": DiT, "vae": VAE, "tiny_vae": TinyVAE, "text": UMT5}
 DENSE_DROPS = (  # parameters of sparse attention, which dense attention does without
     ".self_attn.core."
 )
-GROUP_BYTES = 2**26  # small leaves written together; a larger leaf is alone in memory
-SHARED_BYTES = 2**22  # a part of an array that copies of it write in parts
-READ_BYTES = 2**30  # leaves read at the same time
-CHUNK_BYTES = (
-    2**28
-)  # pieces in which an array is written, so that a sharded restore reads only what it needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,95 +51,6 @@ class Lazy:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-class InTurn(ocp.type_handlers.NumpyHandler):
-    """Writes Lazy leaves in turn: small ones together, a large one only after what came before is
-    on disk."""
-
-    async def serialize(self, values, infos, args=None):
-        args = args or [ocp.SaveArgs()] * len(values)
-        group, size = [], 0
-        for i, value in enumerate(values):
-            if group and size + value.nbytes > GROUP_BYTES:
-                await self.write(group, values, infos, args)
-                group, size = [], 0
-            group.append(i)
-            size += value.nbytes
-        await self.write(group, values, infos, args)
-        return []
-
-    async def write(self, group, values, infos, args):
-        arrays = [np.asarray(values[i].read()) for i in group]
-        for done in await super().serialize(
-            arrays, [infos[i] for i in group], [args[i] for i in group]
-        ):
-            await asyncio.to_thread(done.result)
-
-
-async def all_of(tasks) -> list:
-    """The results of all tasks in one list. The first failure is raised when every task has come to
-    its end: a read that is abandoned would complain on the terminal, from another thread, long
-             after."""
-    done = await asyncio.gather(*tasks, return_exceptions=True)
-    for result in done:
-        if isinstance(result, BaseException):
-            raise result
-    return [item for result in done for item in result]
-
-
-async def to_the_end(read):
-    """What a read gives, its failure raised as that of `all_of`."""
-    before = asyncio.all_tasks()
-    try:
-        return await read
-    except BaseException:
-        await asyncio.gather(*asyncio.all_tasks() - before, return_exceptions=True)
-        raise
-
-
-class _Sizes(ocp.type_handlers.NumpyHandler):
-    """Tells shapes and dtypes, leaf by leaf."""
-
-    async def metadata(self, infos):
-        one = super().metadata
-        return await all_of([one([info]) for info in infos])
-
-
-class _InGroups(ocp.type_handlers.ArrayHandler):
-    """Reads leaves in groups of bounded size."""
-
-    async def deserialize(self, infos, args=None):
-        out, first, size = [], 0, 0
-        for i, arg in enumerate(args):
-            size += math.prod(arg.global_shape) * np.dtype(arg.dtype).itemsize
-            if size > READ_BYTES or i + 1 == len(args):
-                group = slice(first, i + 1)
-                out += await to_the_end(super().deserialize(infos[group], args[group]))
-                first, size = i + 1, 0
-        return out
-
-
-def array_handlers(*more):
-    """How Orbax writes arrays over several devices: copies share the writing of large ones. The cut
-    of each is a program, which small ones are not worth. more: (type, its handler), ..."""
-    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SHARED_BYTES)
-    return ocp.type_handlers.create_type_handler_registry((jax.Array, handler), *more)
-
-
-@contextlib.contextmanager
-def quiet():
-    """Orbax tells the terminal about its own conventions through absl; users of this layout cannot
-    act on that."""
-    logger = logging.getLogger("absl")
-    severe = lambda record: (
-        record.levelno >= logging.CRITICAL
-    )  # one for each block: parts may be read by several threads
-    logger.addFilter(severe)
-    try:
-        yield
-    finally:
-        logger.removeFilter(severe)
 
 
 # Names
@@ -245,14 +145,12 @@ def save(
         "leaves": {name: [list(shape), dtype] for name, (shape, dtype) in expected.items()},
     }
     size = sum(x.nbytes for x in lazy.values())
-    with hosts.written_by_all(folder, overwrite, is_model, size) as part, quiet():
+    from tdjax.checkpoints import arrays
+
+    with hosts.written_by_all(folder, overwrite, is_model, size) as part:
         if hosts.first():
             part.mkdir()
-        registry = array_handlers((Lazy, InTurn(deepcopy_host_arrays=False)))
-        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
-        with contextlib.closing(ocp.Checkpointer(handler)) as writer:
-            pieces = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in lazy}
-            writer.save(part / "params", args=ocp.args.PyTreeSave(lazy, save_args=pieces))
+        arrays.write_arrays(part / "params", lazy, Lazy)
         if hosts.first():
             for told in part.glob("params/commit_success.txt"):
                 told.write_text(
@@ -367,50 +265,19 @@ def checked(folder) -> tuple[str, Config]:
         listed,
         f"{folder / 'manifest.json'} does not describe its own config",
     )
-    stored = _readable(
-        folder, lambda reader: table(_described(reader.metadata(_params(folder)).item_metadata))
-    )
+    from tdjax.checkpoints import arrays
+
+    stored = _readable(folder, lambda params: table(arrays.described(params)))
     check_table(listed, stored, f"{folder / 'params'} does not hold what manifest.json lists")
     check_files(folder / "params", manifest.get("files"), AGAIN)
     return kind, cfg
 
 
-def _described(metadata) -> dict[str, Any]:
-    """{leaf name: what has its shape and dtype}; Orbax gives None for a folder whose description it
-    cannot read."""
-    if metadata is None:
-        raise ValueError("no readable description of the arrays")
-    return metadata.tree
-
-
-def _params(folder: Path) -> str:
-    """The path of the arrays; Orbax wants it absolute."""
-    return os.path.abspath(folder / "params")
-
-
-def _readable(folder: Path, action: Callable[[ocp.Checkpointer], Any], alone: bool = False):
-    """action(reader), where whatever Orbax and TensorStore raise becomes one CheckpointError.
-    alone: the reader waits for no other process."""
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, _InGroups()), (np.ndarray, _Sizes())
-    )
-    among = ocp.options.MultiprocessingOptions()
-    if alone:
-        here = jax.process_index()
-        among = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+def _readable(folder: Path, read: Callable[[Path], Any]):
+    """read(the path of the arrays), where whatever Orbax and TensorStore raise becomes one
+    CheckpointError."""
     try:
-        with (
-            quiet(),
-            contextlib.closing(
-                ocp.Checkpointer(
-                    ocp.PyTreeCheckpointHandler(
-                        type_handler_registry=registry, multiprocessing_options=among
-                    ),
-                    multiprocessing_options=among,
-                )
-            ) as reader,
-        ):
-            return action(reader)
+        return read(folder / "params")
     except Exception as e:
         raise CheckpointError(
             f"{folder / 'params'} cannot be read: files are missing or damaged",
@@ -445,14 +312,11 @@ def restore(folder, sharding=None, config: Config | None = None):
         no_dtype(have),
         f"{folder} cannot be read with the config asked for",
     )
+    from tdjax.checkpoints import arrays
+
     where = placements(wanted, sharding)
-    how = lambda x, s: ocp.ArrayRestoreArgs(
-        restore_type=jax.Array, sharding=s, global_shape=x.shape, dtype=x.dtype
-    )
-    args = {name: how(x, where[name]) for name, x in wanted.items()}
-    request = ocp.args.PyTreeRestore(item=dict(wanted), restore_args=args, partial_restore=True)
-    arrays = _readable(folder, lambda reader: reader.restore(_params(folder), args=request))
-    return config or stored, assemble(module, arrays)
+    leaves = _readable(folder, lambda params: arrays.placed(params, wanted, where))
+    return config or stored, assemble(module, leaves)
 
 
 def placements(leaves: dict[str, Any], sharding) -> dict[str, Any]:
@@ -467,8 +331,6 @@ def placements(leaves: dict[str, Any], sharding) -> dict[str, Any]:
 
 def read(folder, name: str) -> np.ndarray:
     """One leaf, on the host, as stored; no other process of a run takes part."""
-    as_array = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
-    request = ocp.args.PyTreeRestore(item={name: 0}, restore_args=as_array, partial_restore=True)
-    return _readable(
-        Path(folder), lambda reader: reader.restore(_params(Path(folder)), args=request), alone=True
-    )[name]
+    from tdjax.checkpoints import arrays
+
+    return _readable(Path(folder), lambda params: arrays.read(params, name))

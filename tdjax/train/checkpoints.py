@@ -22,17 +22,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import tdjax
+from tdjax.checkpoints.arrays import quiet, write_arrays
 from tdjax.checkpoints.orbax import (
-    CHUNK_BYTES,
     FORMAT,
-    InTurn,
     Lazy,
-    array_handlers,
     check_files,
     check_table,
     file_sizes,
     named_leaves,
-    quiet,
     table,
 )
 from tdjax.config.parsing import json_object, mismatch
@@ -103,16 +100,10 @@ def save(run: Path, step: int, state, metadata: dict[str, Any], keep: int = 0) -
     target = folder(run, step)
     size = sum(x.nbytes for x in leaves.values())
     own = {"overwrite": True, "owned": _is_checkpoint, "size": size}
-    with hosts.written_by_all(target, **own) as part, quiet():
+    with hosts.written_by_all(target, **own) as part:
         if hosts.first():
             part.mkdir()
-        registry = array_handlers((Lazy, InTurn(deepcopy_host_arrays=False)))
-        handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
-        leaves = {name: _in_turn(x) for name, x in leaves.items()}
-        with contextlib.closing(ocp.Checkpointer(handler)) as writer:
-            pieces = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in leaves}
-            args = ocp.args.PyTreeSave(leaves, save_args=pieces)
-            writer.save(os.path.abspath(part / "state"), args=args)
+        write_arrays(part / "state", {name: _in_turn(x) for name, x in leaves.items()}, Lazy)
         if hosts.first():
             manifest["files"] = file_sizes(part / "state")
             (part / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -278,7 +269,10 @@ def restore(path: Path, state):
         item=dict(stored), restore_args={name: how(name, x) for name, x in stored.items()}
     )
     try:
-        with quiet(), contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+        with (
+            quiet(),
+            contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader,
+        ):
             read = reader.restore(os.path.abspath(path / "state"), args=args)
     except Exception as e:  # whatever Orbax and TensorStore raise
         raise CheckpointError(

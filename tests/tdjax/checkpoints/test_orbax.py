@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from tdjax.checkpoints import orbax
+from tdjax.checkpoints import arrays, orbax
 from tdjax.config import DiTConfig, TextConfig, VAEConfig
 from tdjax.errors import CheckpointError, UsageError
 from tdjax.precision import FLOAT32, Policy
@@ -218,13 +218,13 @@ def test_save_checks_before_it_writes(tmp_path, modules):
 
 def test_leaves_are_read_one_after_another(tmp_path, modules, monkeypatch):
     """A leaf is asked for only after the one before is on disk; small ones go together."""
-    events, real = [], orbax.InTurn.write
+    events, real = [], arrays.InTurn.write
 
     async def write(*args):
         await real(*args)
         events.append("written")
 
-    monkeypatch.setattr(orbax.InTurn, "write", write)
+    monkeypatch.setattr(arrays.InTurn, "write", write)
     leaves = {n: np.asarray(x) for n, x in orbax.named_leaves(modules["text"]).items()}
     lazy = {
         n: orbax.Lazy(x.shape, x.dtype, lambda x=x: events.append("read") or x)
@@ -233,7 +233,7 @@ def test_leaves_are_read_one_after_another(tmp_path, modules, monkeypatch):
     orbax.save(tmp_path / "together", lazy, "text", CONFIGS["text"])
     assert events == ["read"] * len(leaves) + ["written"]
     events.clear()
-    monkeypatch.setattr(orbax, "GROUP_BYTES", 1)
+    monkeypatch.setattr(arrays, "GROUP_BYTES", 1)
     orbax.save(tmp_path / "apart", lazy, "text", CONFIGS["text"])
     assert events == ["read", "written"] * len(leaves)
     for folder in ("together", "apart"):
