@@ -348,10 +348,14 @@ def intermediates(vae: VAE, video=None, latents=None) -> dict:
     }
 
 
-@functools.cache
 def cache_shapes(cfg: VAEConfig, height: int, width: int, *, encode: bool = False):
     """What one clip's decoder (or encoder) carries from one latent frame to the next, as shapes;
     nothing is run."""
+    return _cache_shapes(cfg, height, width, encode)  # one trace, however they are named
+
+
+@functools.cache
+def _cache_shapes(cfg: VAEConfig, height: int, width: int, encode: bool):
     vae = as_shapes(VAE, cfg)
     h, w, c = height // cfg.spatial, width // cfg.spatial, cfg.latent_channels
     if encode:

@@ -313,6 +313,9 @@ SPILLS = {
     ("attend_kernel", "sm89"): 64,
     ("attend_kernel", "sm120"): 16,
 }
+# Of a product onto a stream, which is read beside all accumulators, once for a tile: on an H200 a
+# step is faster with it all the same (docs/performance.md).
+ONTO_A_STREAM = {"sm90": 16, "sm100": 24}
 REFUSED = [("quantize fp8", "sm80")]  # Ampere has no instruction that rounds to float8
 WITHOUT_SPILLS = ("sage dense", "sla 64x64")  # the same kernel, where it fits
 
@@ -334,6 +337,8 @@ def test_compiles(monkeypatch, name, arch):
             f" {kernel.shared} shared"
         )
         allowed = 0 if name in WITHOUT_SPILLS else SPILLS.get((kernel.name, arch), 0)
+        if name == "channel onto a stream":
+            allowed = ONTO_A_STREAM.get(arch, 0)
         assert kernel.spills <= allowed, kernel.name
         assert kernel.shared <= SHARED[arch], kernel.name
         assert not kernel.serialized, kernel.name
