@@ -311,7 +311,7 @@ def start_jax(note: Callable[[str], None]) -> str:
             "unset it",
         )
     try:
-        backend = jax.default_backend()
+        return jax.default_backend()
     except (RuntimeError, AssertionError) as error:  # what jax raises for a backend that fails
         asked = os.environ.get("JAX_PLATFORMS")
         lines = str(error).splitlines() or [type(error).__name__]
@@ -320,19 +320,19 @@ def start_jax(note: Callable[[str], None]) -> str:
             lines[0],
             "python -m tdjax.env says what there is; without JAX_PLATFORMS that is used",
         ) from error
-    if backend == "gpu":
-        # Now JAX takes most of the GPU's memory, for seconds, in which the command has modules to
-        # import and files to open. What is wrong with that the first use of the GPU tells, too.
-        threading.Thread(target=_first_copy, name="first copy", daemon=True).start()
-    return backend
 
 
-def _first_copy() -> None:
-    """The first use of the device, which everything after it would wait for."""
+def take_memory() -> None:
+    """Has a thread use the GPU for the first time, by which JAX takes most of its memory: that
+    lasts seconds, in which a command has modules to import and files to open."""
     import jax
 
-    with contextlib.suppress(RuntimeError):
-        jax.block_until_ready(jax.device_put(False))
+    def first_copy() -> None:
+        with contextlib.suppress(RuntimeError):  # the next use tells it too
+            jax.block_until_ready(jax.device_put(False))
+
+    if jax.default_backend() == "gpu":
+        threading.Thread(target=first_copy, name="first copy", daemon=True).start()
 
 
 def _refused(error: OSError) -> str:

@@ -312,6 +312,8 @@ def start(args, stages: Stages) -> PipelineOptions:
         stages.note(cache_note)
     with stages("start device"):
         cli.start_jax(stages.note)
+        if not args.dry_run:
+            cli.take_memory()
         text_device = text_encoder_device(args)
     return pipeline_options(
         args,

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -170,6 +171,7 @@ def test_a_signal_leaves_nothing_behind(tmp_path, number, expected):
 
 SPEAKS = """
 import sys
+import threading
 from tdjax import cli
 def command(words):
     for i in range(20000):
@@ -349,6 +351,20 @@ def test_settings_that_refuse_right_programs_are_turned_off(name, strict):
         assert (jax.numpy.ones((2, 3)) + jax.numpy.ones(3) * 2)[0, 0] == 3
     finally:
         jax.config.update(name, before)
+
+
+@pytest.mark.parametrize("backend", ["gpu", "cpu"])
+def test_a_gpu_is_used_by_a_thread_before_anything_waits_for_it(monkeypatch, backend):
+    used = threading.Event()
+
+    def refused(value):
+        used.set()
+        raise RuntimeError("out of memory")  # which what comes after it meets as well
+
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "device_put", refused)
+    cli.take_memory()
+    assert used.wait(10 if backend == "gpu" else 0.1) == (backend == "gpu")
 
 
 @pytest.mark.slow
