@@ -38,11 +38,23 @@ _SIZE_480P = (60, 104)  # rows and columns of latents
 
 def accumulate(batch: int, groups: int, per_device: int | None) -> int:
     """Returns in how many parts a batch is computed, so that each of `groups` of devices has at
-    most `per_device` samples at a time; 1 where that is None. `groups` divides the batch."""
+    most `per_device` samples at a time; 1 where that is None. Raises UsageError where `groups` do
+    not divide the batch."""
+    check_batch(batch, groups)
     own = batch // groups
     if per_device is None:
         return 1
     return own // max(n for n in range(1, min(per_device, own) + 1) if own % n == 0)
+
+
+def check_batch(batch: int, groups: int) -> None:
+    """Raises UsageError unless each of `groups` of devices gets as many samples of a batch."""
+    if batch % groups:
+        raise UsageError(
+            f"data.batch is {batch}",
+            f"run.mesh divides it over dp x fsdp = {groups}",
+            f"use a multiple of {groups}",
+        )
 
 
 def groups(sizes: Mapping[str, int]) -> int:
@@ -76,7 +88,8 @@ def lines(name: str, config: dict[str, Any]) -> list[str]:
     if name != "flow" or chosen is not None:
         of_teacher = _bytes(Teacher(model=orbax.abstract("dit", teacher)), sizes)
     parts = loss.accumulate
-    if parts == 1 and data.batch % apart == 0:
+    check_batch(data.batch, apart)
+    if parts == 1:
         parts = accumulate(data.batch, apart, data.per_device)
     gradients = _bytes(state.model, sizes) * (1 if parts == 1 else 2)  # of a part, and their sum
     samples = math.ceil(data.batch / apart / parts)

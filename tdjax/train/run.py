@@ -93,13 +93,7 @@ class TrainingRun:
 
     def _open_data(self) -> Stream:
         data, cfg = self.config["data"], self.networks.config
-        rows = self._groups()
-        if data.batch % rows:
-            raise UsageError(
-                f"data.batch is {data.batch}",
-                f"run.mesh divides it over dp x fsdp = {rows}",
-                f"use a multiple of {rows}",
-            )
+        plan.check_batch(data.batch, self._groups())
         source = ShardSource(
             data.path,
             frames=data.frames,

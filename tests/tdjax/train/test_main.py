@@ -98,6 +98,12 @@ def test_help_lists_presets_and_keys(capsys):
     assert command.main([]) == 2
 
 
+def test_a_dry_run_refuses_a_batch_that_its_mesh_does_not_divide(capsys):
+    assert command.main(["sla-14b", "run.mesh=fsdp=64", "--dry_run"]) == 2
+    errors = capsys.readouterr().err
+    assert "data.batch is 32" in errors and "use a multiple of 64" in errors
+
+
 def test_a_dry_run_counts_the_memory_of_the_embedded_model(capsys):
     """Which is always here."""
     assert command.main(["lora-demo", "--dry_run"]) == 0
