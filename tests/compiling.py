@@ -12,5 +12,9 @@ ONE_PIECE = "--xla_cpu_parallel_codegen_split_count=1"
 # outside.
 QUICK = [ONE_PIECE, *(["--xla_cpu_use_fusion_emitters=false"] if _OLDER else [])]
 
+# Of modules marked `optimized`, whose programs run for long: they are made in half of the time that
+# users' take, and run as fast here. All others are made at level 0, as conftest.py says.
+LONG = "--xla_backend_optimization_level=1"
+
 # Compiler options of programs whose bits are compared with those of other programs.
 AS_USERS = {"xla_cpu_use_fusion_emitters": True} if _OLDER else {}

@@ -3,9 +3,9 @@ devices."""
 
 import os
 
-from compiling import QUICK
+from compiling import LONG, QUICK
 
-FLAGS = ["--xla_force_host_platform_device_count=4", *QUICK]
+FLAGS = ["--xla_force_host_platform_device_count=4", LONG, *QUICK]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 
 import ctypes  # noqa: E402
@@ -142,7 +142,7 @@ def no_executables():
 @pytest.fixture(scope="module", autouse=True)
 def module_of_programs(request):
     """Programs of a module are compiled in little time, and run in more: most run once. Modules
-    marked `optimized`, which run theirs for long, have them as users do.
+    marked `optimized`, which run theirs for long, have them at the level of `LONG`.
 
     Afterwards none is kept where a worker has grown since the last time: compiled programs are most
     of what it holds. This fixture is set up before any other of its module, and so comes last, when
