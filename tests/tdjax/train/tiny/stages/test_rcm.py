@@ -46,7 +46,7 @@ def ran(some, text, tokens, tmp_path_factory):
         cfg = settings.RCMStage(**fixed, **more)
         student_rates, critic_rates = (adamw(rcm.rates(cfg, 1e-3, n)) for n in (2, 8))
         run, checked, traced = work.Run(folder=tmp_path_factory.mktemp("rcm"), settings={}), [], []
-        critic = {"critic": model, "critic_optimizer": critic_rates}
+        critic = {"critic": model, "critic_optimizer": critic_rates} if cfg.dmd_weight else {}
         create = lambda: DistillState.create(model, student_rates, jax.random.key(0), **critic)
         state = tiny_cases.jit(create)()
         cycle = rcm.make_cycle(cfg, student_rates, critic_rates)
@@ -67,20 +67,31 @@ def single(ran):
     return model, ran(model, kappa=0.0)
 
 
+def moved(after, before):
+    return max(
+        float(np.abs(np.asarray(a) - np.asarray(b)).max())
+        for a, b in zip(*map(jax.tree.leaves, (after, before)), strict=True)
+    )
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kappa", [settings.RCMStage.kappa, 0.0])
-def test_a_cycle_is_a_turn_of_the_student_and_four_of_the_critic(single, ran, kappa):
+def test_a_cycle_is_a_turn_of_the_student_and_four_of_the_critic(single):
     model, (rows, state, _) = single
-    if kappa:
-        rows, state, _ = ran(model, kappa=kappa)
     assert int(state.step) == 10
     assert len(rows) == 2 and all(np.isfinite(list(row.values())).all() for row in rows)
-    moved = lambda after: max(
-        float(np.abs(np.asarray(a) - np.asarray(b)).max())
-        for a, b in zip(*map(jax.tree.leaves, (after, model)), strict=True)
-    )
-    assert moved(state.model) > 1e-4 and moved(state.critic) > 1e-4
-    assert all(("consistency" in row) == (kappa > 0) for row in rows)
+    assert moved(state.model, model) > 1e-4 and moved(state.critic, model) > 1e-4
+    assert not any("consistency" in row for row in rows)
+
+
+@pytest.mark.slow
+def test_consistency_alone_has_no_critic(ran):
+    """Every turn is the student's. Both terms in one step are in tests/tdjax/train."""
+    model = tiny_cases.dit()
+    rows, state, _ = ran(model, dmd_weight=0.0)
+    assert int(state.step) == 2 and state.critic is None
+    assert len(rows) == 2 and all(np.isfinite(list(row.values())).all() for row in rows)
+    assert moved(state.model, model) > 1e-4
+    assert all("consistency" in row and "dmd" not in row for row in rows)
 
 
 @pytest.mark.slow
