@@ -305,14 +305,14 @@ def _jobs(args, pipe) -> list[Job]:
     return jobs
 
 
-def start(args, stages: Stages) -> PipelineOptions:
-    """Starts the device; how the model is opened on it."""
+def start(args, stages: Stages, *, makes: bool = True) -> PipelineOptions:
+    """Starts the device; how the model is opened on it. makes: whether it will be computed with."""
     cache_note = cli.set_compile_cache(args.compile_cache_dir)
     if cache_note:
         stages.note(cache_note)
     with stages("start device"):
         cli.start_jax(stages.note)
-        if not args.dry_run:
+        if makes and not args.dry_run:
             cli.take_memory()
         text_device = text_encoder_device(args)
     return pipeline_options(

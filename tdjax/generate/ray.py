@@ -92,7 +92,7 @@ def _assigned(
     os.chdir(folder)
     notes: list[str] = []
     stages = command_stages(True, False)
-    pipe = open_model(args, stages, start(args, stages))
+    pipe = open_model(args, stages, start(args, stages, makes=False))
     return assigned(args, pipe, jobs, notes.append), notes
 
 

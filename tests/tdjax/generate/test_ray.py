@@ -91,6 +91,19 @@ def test_a_group_whose_process_was_lost_is_made_to_its_end(model, tmp_path, monk
     assert (tmp_path / "1.npy").stat().st_mtime_ns == before
 
 
+def test_finding_out_what_is_done_takes_no_memory_of_a_gpu(model, tmp_path, monkeypatch):
+    """That process has ended, or is about to, when others begin to make the rows on its GPU."""
+    taken = []
+    monkeypatch.setattr(generate.cli, "take_memory", lambda: taken.append("taken"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text(ROWS)
+    args = parse([*FLAGS, "--model", str(model), *ACTORS, "--compile_cache_dir", "none", "-q"])
+    todo, _ = rows._assigned(args, read_jobs(args), str(tmp_path))
+    assert len(todo) == 6 and not taken
+    rows.Rows(args, [todo], str(tmp_path))
+    assert taken == ["taken"]
+
+
 def test_the_error_of_a_row_comes_back_whole(model, tmp_path, monkeypatch):
     def fail(*arguments):
         print("1.npy")
