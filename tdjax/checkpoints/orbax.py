@@ -314,7 +314,8 @@ def restore(folder, sharding=None, config: Config | None = None):
     )
     from tdjax.checkpoints import arrays
 
-    where = placements(wanted, sharding)
+    places = placements(wanted, sharding)
+    where = {name: places[name] for name in wanted}  # what is missing here is no damage
     leaves = _readable(folder, lambda params: arrays.placed(params, wanted, where))
     return config or stored, assemble(module, leaves)
 

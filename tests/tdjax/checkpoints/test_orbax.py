@@ -156,6 +156,8 @@ def test_shardings_and_device_counts(tmp_path, folder, modules):
         jax.tree.structure(modules["dit"]), list(where.values())
     )  # as tdjax.parallel.sharding.shardings gives it
     assert orbax.restore(folder, tree)[1].blocks.up.kernel[...].sharding == split
+    with pytest.raises(KeyError, match="head.modulation"):  # of the argument: the folder is whole
+        orbax.restore(folder, {name: one for name, one in where.items() if "head" not in name})
     orbax.save(tmp_path / "again", module, "dit", DIT)  # written from four devices, read on one
     same(orbax.restore(tmp_path / "again", jax.devices()[3])[1], modules["dit"])
 
