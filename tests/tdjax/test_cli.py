@@ -171,7 +171,6 @@ def test_a_signal_leaves_nothing_behind(tmp_path, number, expected):
 
 SPEAKS = """
 import sys
-import threading
 from tdjax import cli
 def command(words):
     for i in range(20000):
