@@ -140,12 +140,19 @@ def _linear_cases():
 
 
 def _linear(x, weight, bias, scheme, impl):
+    """The product, and in the schemes whose kernels add themselves to a stream that as well."""
     table = OPS[f"quantized_linear {scheme}"]
     if impl not in table:  # of fp8 there is no Triton kernel
         impl = "reference" if impl == "interpret" else "xla"
     x = quantize_activations(x, scheme, impl="reference")
     weight = quantize_weight(weight, scheme)
-    return quantized_linear(x, weight, bias, scheme=scheme, out_dtype=jnp.bfloat16, impl=impl)
+    options = {"scheme": scheme, "out_dtype": jnp.bfloat16, "impl": impl}
+    product = partial(quantized_linear, x, weight, bias, **options)
+    if scheme == "block128":
+        return product()
+    # as large as the product, so that a part that is lost shows
+    stream, gate = 16 * _normal(18, 200, 384), _normal(19, 384, dtype=jnp.float32)
+    return product(), product(stream=stream, gate=gate)
 
 
 def _quantised(x, scheme, impl):

@@ -2,6 +2,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import mosaic, selftest
+from pallas_kernels.int8_matmul import triton
 from pallas_kernels.inventory import OPS
 from tdjax import env
 
@@ -30,6 +31,23 @@ def test_two_real_cases(monkeypatch):
         and all(check.passed for check in together)
     )
     assert list(selftest.run("interpret", wanted)) == together and together[0].error > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["stream", "gate"])
+def test_a_product_is_checked_with_what_it_is_added_to(monkeypatch, lost):
+    """A step runs both forms of the kernel."""
+    kernel = triton.row_kernel
+
+    def without(x, w, x_scale, w_scale, given, y, **options):
+        given = {name: ref for name, ref in given.items() if name != lost}
+        kernel(x, w, x_scale, w_scale, given, y, **options)
+
+    (check,) = selftest.run("interpret", {"channel linear"})
+    assert check.passed, check
+    monkeypatch.setattr(triton, "row_kernel", without)
+    (check,) = selftest.run("interpret", {"channel linear"})
+    assert not check.failure and not check.passed, check
 
 
 def test_kernels_for_hopper_are_checked_there(monkeypatch):
