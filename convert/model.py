@@ -10,7 +10,11 @@ from typing import Any
 from convert import merge
 from convert.cli import bar, known, reading, save
 from convert.leaves import Leaves, of_file, open_leaves
-from tdjax.checkpoints import filenames, folders
+from tdjax.checkpoints import (
+    arrays,  # noqa: F401  a signal while it is imported would leave a folder that is begun
+    filenames,
+    folders,
+)
 from tdjax.checkpoints.folders import is_model
 from tdjax.checkpoints.orbax import inspect
 from tdjax.checkpoints.published import detect, lora
