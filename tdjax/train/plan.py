@@ -30,6 +30,7 @@ from tdjax.train.networks import frozen, trained
 from tdjax.train.samples import OPTIONS, check_network, opened, samplers
 from tdjax.train.sources import ShardSource
 from tdjax.train.state import Teacher
+from tdjax.train.step import check_parts
 from tdjax.train.storage import find_shards
 from tdjax.train.turns import TEACHER
 
@@ -89,6 +90,7 @@ def lines(name: str, config: dict[str, Any]) -> list[str]:
         of_teacher = _bytes(Teacher(model=orbax.abstract("dit", teacher)), sizes)
     parts = loss.accumulate
     check_batch(data.batch, apart)
+    check_parts(data.batch, parts)
     if parts == 1:
         parts = accumulate(data.batch, apart, data.per_device)
     gradients = _bytes(state.model, sizes) * (1 if parts == 1 else 2)  # of a part, and their sum

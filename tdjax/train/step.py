@@ -112,6 +112,17 @@ def drawn(
     return jax.vmap(lambda key: times.draw(time, key, shape, within))(keys)
 
 
+def check_parts(size: int, accumulate: int) -> None:
+    """Raises UsageError unless a batch of `size` divides into `accumulate` microbatches."""
+    if size % accumulate:
+        larger = math.ceil(size / accumulate) * accumulate
+        raise UsageError(
+            f"a batch of {size} cannot be divided into {accumulate} microbatches",
+            "accumulate must divide the batch size",
+            f"use {math.gcd(size, accumulate)}, or a batch of {larger}",
+        )
+
+
 def accumulated(gradient: Callable, arrays, accumulate: int):
     """Returns gradient(arrays), (gradients of a mean over samples, values of each sample), computed
     in `accumulate` microbatches.
@@ -123,13 +134,7 @@ def accumulated(gradient: Callable, arrays, accumulate: int):
     if accumulate == 1:
         return gradient(arrays)
     size = jax.tree.leaves(arrays)[0].shape[0]
-    if size % accumulate:
-        larger = math.ceil(size / accumulate) * accumulate
-        raise UsageError(
-            f"a batch of {size} cannot be divided into {accumulate} microbatches",
-            "accumulate must divide the batch size",
-            f"use {math.gcd(size, accumulate)}, or a batch of {larger}",
-        )
+    check_parts(size, accumulate)
     parts = jax.tree.map(lambda x: rearrange(x, "(b a) ... -> a b ...", a=accumulate), arrays)
     shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))[0]
     zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, g.dtype), shapes)

@@ -98,10 +98,17 @@ def test_help_lists_presets_and_keys(capsys):
     assert command.main([]) == 2
 
 
-def test_a_dry_run_refuses_a_batch_that_its_mesh_does_not_divide(capsys):
-    assert command.main(["sla-14b", "run.mesh=fsdp=64", "--dry_run"]) == 2
-    errors = capsys.readouterr().err
-    assert "data.batch is 32" in errors and "use a multiple of 64" in errors
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("run.mesh=fsdp=64", "use a multiple of 64"),
+        ("run.mesh=dp=2,fsdp=24", "use a multiple of 48"),
+        ("loss.accumulate=3", "a batch of 32 cannot be divided into 3 microbatches"),
+    ],
+)
+def test_a_dry_run_refuses_a_batch_that_does_not_divide_as_the_run_does(capsys, setting, message):
+    assert command.main(["sla-14b", setting, "--dry_run"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_dry_run_counts_the_memory_of_the_embedded_model(capsys):
