@@ -200,9 +200,23 @@ import sys
 import tdjax
 assert "jax" not in sys.modules
 import tdjax.pipeline.pipeline, tdjax.checkpoints.published.checkpoint, pallas_kernels
+import tdjax.pipeline.load
+assert "orbax.checkpoint" not in sys.modules, "half a second, which published files do without"
 from jax._src import xla_bridge
 assert not xla_bridge._backends, xla_bridge._backends
 """
+
+
+# Begin folders in which arrays are written. A signal while Orbax is imported ends a process at
+# once, and would leave the folder.
+BEGINNING = ("convert.model", "tdjax.train.tiny.stages.package", "tdjax.train.checkpoints")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", BEGINNING)
+def test_what_begins_a_folder_has_imported_what_writes_in_it(module):
+    code = f"import sys, {module}; sys.exit('orbax.checkpoint' not in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, cwd=ROOT).returncode == 0
 
 
 @pytest.mark.slow

@@ -99,6 +99,7 @@ def test_two_steps_never_reach_the_low_noise_expert(i2v_model, photo, tmp_path, 
 
 def test_dry_run_loads_nothing(model, capsys, monkeypatch):
     monkeypatch.setattr(Component, "load", lambda self: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(generate.cli, "take_memory", lambda: pytest.fail("memory of a GPU"))
     assert generate.main(command(model, "--dry_run")) == 0
     out = capsys.readouterr().out
     assert "vae decode" in out and "peak" in out and "5 frames" in out

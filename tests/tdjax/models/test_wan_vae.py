@@ -332,3 +332,9 @@ def test_illegal_layouts():
         jax.eval_shape(encode, abstract(TINY), jax.ShapeDtypeStruct((1, 3, 5, 32, 48), jnp.float32))
     with pytest.raises(ValueError, match=r"\(1, 16, 3, 4, 6\); they must be \[b t h w 16\]"):
         jax.eval_shape(decode, abstract(TINY), jax.ShapeDtypeStruct((1, 16, 3, 4, 6), jnp.float32))
+
+
+def test_shapes_of_a_cache_are_traced_once():
+    shapes = wan_vae.cache_shapes(SMALL, 32, 32)
+    assert wan_vae.cache_shapes(SMALL, 32, 32, encode=False) is shapes
+    assert wan_vae.cache_shapes(SMALL, 32, 32, encode=True) is not shapes
