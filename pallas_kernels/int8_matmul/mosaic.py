@@ -8,8 +8,8 @@ whose tiles lie below each other: each fetches half of the weight's slice and se
 Against the Triton kernel, whose outputs are 128 x 128, a tile of 128 x 256 reads a quarter less
 from the cache for each product, and nothing waits between tiles.
 
-What the outputs are added to is read into registers before a tile's products begin, so that no one
-waits for it. The last tile of rows begins as late as the output allows: it makes some rows again
+What the outputs are added to is asked for before a tile's products begin, and waits in registers.
+The last tile of rows begins as late as the output allows: it makes some rows again
 that the one before it has made, and nothing needs to be filled up.
 
 GELU and the quantisation of its rows are not part of the epilogue: the scale of a row is known
@@ -257,7 +257,8 @@ def _multiply(plan: _Plan, mine, origin, read, y, buffers: _Buffers):
         here = pl.ds(top + row, ROWS)
         by_row = plgpu.Layout.WGMMA.reduce(1)
         scale = plgpu.load(x_scale.at[here], layout=by_row, optimized=False)
-        stripes = [_stripe(stream[0], here, left + c) for c in _stripes(tile) if stream]
+        columns = range(0, tile.columns, STRIPE) if stream else ()
+        stripes = [_stripe(stream[0], here, left + c) for c in columns]
 
         def products(total):
             def step(j, _):
@@ -283,11 +284,6 @@ def _multiply(plan: _Plan, mine, origin, read, y, buffers: _Buffers):
         plgpu.barrier_arrive(buffers.vectors_empty)
 
     plgpu.wait_smem_to_gmem(0)
-
-
-def _stripes(tile: Tile) -> range:
-    """Returns the first column of each of a tile's stripes."""
-    return range(0, tile.columns, STRIPE)
 
 
 def _stripe(stream, rows, column):
