@@ -344,13 +344,16 @@ def _copy(plan: _Plan, mine, origin, ins, buffers: _Buffers):
                 w.at[columns, at], buffers.w.at[stage], full, collective_axes=shared
             )
 
-        lax.fori_loop(0, steps, step, None)
+        part = plgpu.load(bias.at[columns], layout=by_thread, optimized=False)
+        # a ring that is free again says that the last tile's vectors are read, too: nothing waits
+        middle = min(stages, steps)
+        lax.fori_loop(0, middle, step, None)
         plgpu.barrier_wait(buffers.vectors_empty)
         plgpu.copy_gmem_to_smem(w_scale.at[columns], buffers.vectors.at[0], buffers.vectors_full)
-        part = plgpu.load(bias.at[columns], layout=by_thread, optimized=False)
         buffers.vectors[1] = part.astype(jnp.float32)
         plgpu.commit_smem()
         plgpu.barrier_arrive(buffers.vectors_full)
+        lax.fori_loop(middle, steps, step, None)
 
     # nothing may be on its way to a program of the cluster that has ended
     for stage in range(stages):
