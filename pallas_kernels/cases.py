@@ -118,7 +118,7 @@ def int8_operands(impl, q, k, v, blocks):
     def make(q, k):
         mean = k.mean(1, dtype=jnp.float32)
         if impl == "mosaic":
-            return mosaic.imported("sage_attention", "operands")(q, k, mean)[0]
+            return mosaic.imported("sage_attention", "operands")(q, k, mean)
         return sage_kernels.operands(q, k, mean, BLOCK_Q, BLOCK_K, interpret=False)
 
     return make(q, k), v, blocks

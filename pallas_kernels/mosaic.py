@@ -9,7 +9,7 @@ does, and is imported where its kernel is called.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,10 @@ FLOATS = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 EIGHT_BITS = (jnp.dtype(jnp.int8), jnp.dtype(FP8))
 BLOCK_Q, BLOCK_K, WIDTH = 128, 64, 128  # of attention: queries, keys, head width
 COPIED = 8  # rows of a copy
+# 1.5 * 2**23 and its bits: a small float added to it leaves the nearest integer in the bits, and an
+# integer below 2**22 added to the bits is added to the float
+ROUND = 12582912.0
+ROUND_BITS = 0x4B400000
 SLICE = 128  # columns of a product's operands that are copied at once: bytes of a row
 
 
@@ -54,6 +58,12 @@ def filled(x, axis: int):
     missing = -x.shape[axis] % COPIED
     pads = [(0, missing if i == axis else 0) for i in range(x.ndim)]
     return jnp.pad(x, pads) if missing else x
+
+
+def chosen(table: Mapping[str, Callable], refusal: str | None, otherwise: str) -> str:
+    """Returns the kernel of `table` that "auto" is on CUDA: "mosaic" if there is one, it takes the
+    arguments (`refusal` is None) and runs on the GPU at hand, else `otherwise`."""
+    return "mosaic" if "mosaic" in table and refusal is None and at_hand() else otherwise
 
 
 def imported(op: str, name: str) -> Callable:

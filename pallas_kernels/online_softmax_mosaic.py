@@ -1,15 +1,16 @@
 """The loop of attention over lists of key blocks on Hopper, through Mosaic GPU.
 
-The function of `online_softmax.attend`, for the sizes that the networks have. A program stays on
-its multiprocessor and works through blocks of queries: one warpgroup copies keys and values into
-rings of buffers, two multiply, for 64 queries each. The scores of a block are begun together with
-the products of the values of the block before, so the softmax of one lies beside the products of
-the other (FlashAttention-3, arXiv 2407.08608).
+The function of `online_softmax.attend`, for the sizes that the networks have; the linear branch
+comes from `token_pass_mosaic.query_pass` and is added. A program stays on its multiprocessor and
+works through blocks of queries: one warpgroup copies keys and values into rings of buffers, two
+multiply, for 64 queries each. The scores of a block are begun together with the products of the
+values of the block before, so the softmax of one lies beside the products of the other
+(FlashAttention-3, arXiv 2407.08608).
 
-With int8 scores and a small bound nothing is rescaled, so the values' products are not awaited
-before those of the next block follow them. Otherwise they are awaited after the softmax, and two
-things keep ptxas from putting the products in a row: weights that are operands in registers are
-rounded only when no product is under way, and the wait stands behind a branch, the wait for the
+With int8 scores and a small bound nothing is rescaled, so a block's scores are begun before the
+softmax of the block before it, too. Otherwise the values' products are awaited after the softmax,
+and two things keep ptxas from putting the products in a row: weights that are operands in registers
+are rounded only when no product is under way, and the wait stands behind a branch, the wait for the
 next keys, over which it is not moved.
 """
 
@@ -27,10 +28,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.linear_branch import EPS
 from pallas_kernels.mosaic import (
     BLOCK_K,
     BLOCK_Q,
+    ROUND,
+    ROUND_BITS,
     WIDTH,
     attention_refusal,
     filled,
@@ -68,14 +70,12 @@ def attend(
     *,
     scales=None,
     bound=None,
-    linear=None,
+    plus=None,
     keys: int | None = None,
-    save: bool = False,
     tile: Tile | None = None,
     interpret: bool = False,
 ):
-    """Softmax attention of each block of 128 queries over its blocks of 64 keys, plus the linear
-    branch where its parts are given.
+    """Softmax attention of each block of 128 queries over its blocks of 64 keys -> o [b l h 128].
 
     q [b l h 128] and k [b s h 128] int8, or of v's dtype; v [b s h 128] bfloat16 or float16; blocks
     int32 [b h q_blocks chosen], ascending without repeats, or None for all of them.
@@ -84,11 +84,8 @@ def attend(
     bound: float32 [b h 2*q_blocks], at least the magnitude of the scores of 64 queries over
         1/sqrt(128), as logarithms to base 2; where it is at most `online_softmax.BOUND` no maximum
         is looked for. None: it is looked for everywhere.
-    linear: None, or queries [b l h 128] and m [b h 128 128] in v.dtype, z [b h 128] and bias [128]
-        in float32, which add phi(q) m / (phi(q) . z + eps) + bias to o before it is rounded.
+    plus: [b l h 128] of v.dtype, added to o before it is rounded; None for zeros.
     keys: how many of s count, by default all.
-    -> o [b l h 128]; if save: also o_s, the softmax part alone, and the natural logarithm of its
-    normaliser, float32 [b h q_blocks 128].
 
     Raises ValueError for sizes, dtypes, devices and versions of jax that the kernel does not take.
     """
@@ -106,26 +103,17 @@ def attend(
         values=v.dtype,
         listed=blocks is not None,
         bounded=bound is not None,
-        linear=linear is not None,
-        save=save,
+        adds=plus is not None,
         programs=programs(interpret),
         interpret=interpret,
     )
     q, k, v = (filled(x, 1) for x in (q, k, v))
-    ins = {"q": q, "k": k, "v": v, "blocks": blocks, "bound": bound}
+    plus = None if plus is None else filled(plus, 1)
+    ins = {"q": q, "k": k, "v": v, "blocks": blocks, "bound": bound, "plus": plus}
     if scales is not None:
         ins |= {"q_scale": scales[0] * (LOG2E * WIDTH**-0.5), "k_scale": scales[1]}
-    if linear is not None:
-        linear = filled(linear[0], 1), *linear[1:]
-        ins |= dict(zip(("linear_q", "m", "z", "bias"), linear, strict=True))
-    outs = {"o": jax.ShapeDtypeStruct(q.shape, v.dtype)}
-    if save:
-        outs["lse"] = jax.ShapeDtypeStruct((b, h, n, BLOCK_Q), jnp.float32)
-    if save and linear is not None:
-        outs["o_s"] = outs["o"]
-    out = _launch(plan, {name: x for name, x in ins.items() if x is not None}, outs)
-    o = out["o"][:, :l]
-    return (o, out["o_s"][:, :l] if "o_s" in out else o, out["lse"]) if save else o
+    ins = {name: x for name, x in ins.items() if x is not None}
+    return _launch(plan, ins, jax.ShapeDtypeStruct(q.shape, v.dtype))[:, :l]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,8 +129,7 @@ class _Plan:
     values: jnp.dtype
     listed: bool
     bounded: bool
-    linear: bool
-    save: bool
+    adds: bool
     programs: int
     interpret: bool
 
@@ -153,11 +140,6 @@ class _Plan:
     @property
     def quantized(self) -> bool:
         return self.scores == jnp.int8
-
-    @property
-    def shares_queries(self) -> bool:
-        """Whether the linear branch reads the queries of the scores."""
-        return self.linear and not self.quantized
 
     @property
     def tail(self) -> int:
@@ -176,7 +158,7 @@ class _Plan:
         return lax.div(t, h * n), lax.rem(lax.div(t, n), h), lax.rem(t, n)
 
 
-def _launch(plan: _Plan, ins: dict, outs: dict) -> dict:
+def _launch(plan: _Plan, ins: dict, out: jax.ShapeDtypeStruct):
     """The kernel on arrays by name."""
     tile = plan.tile
     shared = lambda *shape, dtype: plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
@@ -193,27 +175,22 @@ def _launch(plan: _Plan, ins: dict, outs: dict) -> dict:
         "v_full": ring(1, tile.stages),
         "v_empty": ring(2, tile.stages),
     }
-    if plan.linear:
+    if plan.adds:
         scratch |= {
-            "m_s": shared(WIDTH, WIDTH, dtype=plan.values),
-            "vectors_s": plgpu.SMEM((2, WIDTH), jnp.float32),
-            "linear_full": ring(3 if plan.shares_queries else 4, 1),
-            "linear_empty": ring(2, 1),
+            "plus_s": shared(BLOCK_Q, WIDTH, dtype=plan.values),
+            "plus_full": ring(1, 1),
+            "plus_empty": ring(2, 1),
         }
-    if plan.linear and not plan.shares_queries:
-        scratch["linear_q_s"] = shared(BLOCK_Q, WIDTH, dtype=plan.values)
-    if plan.save:
-        scratch["lse_s"] = plgpu.SMEM((2, HALF), jnp.float32)
     if plan.interpret:
         scratch["operand_s"] = shared(2, HALF, WIDTH, dtype=plan.values)
-    names = (*ins, *(f"{name}_out" for name in outs))
+    names = (*ins, "o")
 
     def attend_blocks(*refs, **buffers):
         _kernel(plan, SimpleNamespace(**dict(zip(names, refs, strict=True)), **buffers))
 
-    out = plgpu.kernel(
+    return plgpu.kernel(
         attend_blocks,
-        out_type=tuple(outs.values()),
+        out_type=out,
         scratch_types=scratch,
         grid=(plan.programs,),
         grid_names=("grid",),
@@ -226,7 +203,6 @@ def _launch(plan: _Plan, ins: dict, outs: dict) -> dict:
         ),
         interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
     )(*ins.values())
-    return dict(zip(outs, out, strict=True))
 
 
 def _kernel(plan: _Plan, refs) -> None:
@@ -240,8 +216,8 @@ def _kernel(plan: _Plan, refs) -> None:
 
 
 def _copy(plan: _Plan, mine, place: Callable, refs) -> None:
-    """The warpgroup that copies: queries, keys and values as buffers come free, and last what the
-    linear branch takes. Tokens past the end are zeros."""
+    """The warpgroup that copies: queries, keys and values as buffers come free, and last what is
+    added. Tokens past the end are zeros."""
     tile = plan.tile
     plgpu.set_max_registers(24, action="decrease")
 
@@ -268,14 +244,9 @@ def _copy(plan: _Plan, mine, place: Callable, refs) -> None:
             return following
 
         lax.fori_loop(0, plan.chosen, step, _number(plan, refs, (b, h, n), 0))
-        if plan.linear:
-            full = refs.linear_full
-            plgpu.barrier_wait(refs.linear_empty)
-            if not plan.shares_queries:
-                plgpu.copy_gmem_to_smem(refs.linear_q.at[b, queries, h], refs.linear_q_s, full)
-            plgpu.copy_gmem_to_smem(refs.m.at[b, h], refs.m_s, full)
-            plgpu.copy_gmem_to_smem(refs.z.at[b, h], refs.vectors_s.at[0], full)
-            plgpu.copy_gmem_to_smem(refs.bias, refs.vectors_s.at[1], full)
+        if plan.adds:
+            plgpu.barrier_wait(refs.plus_empty)
+            plgpu.copy_gmem_to_smem(refs.plus.at[b, queries, h], refs.plus_s, refs.plus_full)
 
     # every barrier is waited for as often as it completes
     for stage in range(tile.stages):
@@ -284,8 +255,8 @@ def _copy(plan: _Plan, mine, place: Callable, refs) -> None:
         plgpu.barrier_wait(refs.v_empty.at[slot])
     for buffer in range(tile.query_buffers):
         plgpu.barrier_wait(refs.q_empty.at[lax.rem(mine + buffer, tile.query_buffers)])
-    if plan.linear:
-        plgpu.barrier_wait(refs.linear_empty)
+    if plan.adds:
+        plgpu.barrier_wait(refs.plus_empty)
 
 
 def _number(plan: _Plan, refs, at, t):
@@ -304,8 +275,8 @@ def _multiply(plan: _Plan, mine, place: Callable, refs) -> None:
         plgpu.barrier_arrive(refs.v_empty.at[stage])
     for buffer in range(tile.query_buffers):
         plgpu.barrier_arrive(refs.q_empty.at[buffer])
-    if plan.linear:
-        plgpu.barrier_arrive(refs.linear_empty)
+    if plan.adds:
+        plgpu.barrier_arrive(refs.plus_empty)
 
     @pl.loop(0, mine)
     def _(i):
@@ -338,34 +309,27 @@ def _attend_half(plan: _Plan, i, at, refs, bound) -> None:
         layout = plgpu.Layout.WGMMA_8BIT
         queries = plgpu.load(queries, layout=layout, optimized=False)
         plgpu.barrier_arrive(refs.q_empty.at[buffer])
-    loop = partial(_over_blocks, plan, i, at, refs, queries, bound)
-    o, total, top = pl.run_scoped(loop, plgpu.ACC((HALF, WIDTH)))
-    total = total.sum(axis=1)
-    o = o * _wide(1.0 / total, WIDTH)
-    if plan.save:
-        _store_normaliser(at, refs, (top + jnp.log2(total)) * math.log(2))
-    if plan.save and plan.linear:
-        _store(at, refs, o, refs.o_s_out)
-    if plan.linear:
-        o = o + _linear_branch(plan, refs, refs.q_s.at[buffer] if plan.shares_queries else None)
+    loop = _over_blocks_queued if plan.quantized and bound is not None else _over_blocks
+    loop = partial(loop, plan, i, at, refs, queries, bound)
+    o, total = pl.run_scoped(loop, plgpu.ACC((HALF, WIDTH)))
+    o = o * _wide(1.0 / total.sum(axis=1), WIDTH)
     if not plan.registers:
         plgpu.barrier_arrive(refs.q_empty.at[buffer])
-    _store(at, refs, o, refs.o_out)
+    if plan.adds:
+        plgpu.barrier_wait(refs.plus_full)
+        plus = plgpu.load(refs.plus_s.at[own], layout=plgpu.Layout.WGMMA)
+        plgpu.barrier_arrive(refs.plus_empty)
+        o = o + plus.astype(jnp.float32)
+    _store(at, refs, o)
 
 
 def _over_blocks(plan: _Plan, i, at, refs, queries, bound, o_sum):
-    """The loop over the listed blocks. -> sums of exponentials times values f32 [64 128], of
-    exponentials f32 [64 8], and what was subtracted: the bound, or f32 [64]."""
+    """The loop over the listed blocks. -> sums of exponentials times values f32 [64 128], and of
+    exponentials f32 [64 8]."""
     chosen, running = plan.chosen, bound is None
     slot = lambda t: lax.rem(i * chosen + t, plan.tile.stages)
-    deferred = plan.quantized and not running
     begin_values = partial(_begin_values, plan, refs, o_sum)
-
-    def factor(j):
-        """What makes scores of the block of keys j logarithms to base 2."""
-        if not plan.quantized:
-            return LOG2E * WIDTH**-0.5
-        return refs.q_scale[_half(at)] * refs.k_scale[(*at[:2], j)]
+    factor = partial(_factor, plan, at, refs)
 
     def softmax(x, scale, state, exists):
         """Weights f32 [64 64] of scores x; the sums and what is subtracted, with these; and the
@@ -405,46 +369,120 @@ def _over_blocks(plan: _Plan, i, at, refs, queries, bound, o_sum):
             summed = o if first else begin_values(p, slot(t - 1), o)
             x = plgpu.wgmma_accumulator_load(scores, wait_n=0 if first else 1)
             plgpu.barrier_arrive(refs.k_empty.at[slot(t)])
-            if deferred and not first:
-                pl.when(t > 1)(lambda: plgpu.barrier_arrive(refs.v_empty.at[slot(t - 2)]))
-            # the list ascends: only its last block can be the cut one
-            exists = None
-            if last and plan.tail:
-                exists = _exists(plan, _number(plan, refs, at, chosen - 1))
+            exists = _exists(plan, refs, at) if last else None
             weights, sums, new, fade = softmax(x.astype(jnp.float32), scale, (total, top), exists)
             weights, sums = lax.optimization_barrier((weights, sums))  # before the waits
-            if deferred:
-                weights = lax.optimization_barrier(weights.astype(plan.values))
             if not last:
                 plgpu.barrier_wait(refs.k_full.at[slot(t + 1)])
-            if not deferred:
-                summed = summed if first else await_values(t, summed, fade)
-                weights = lax.optimization_barrier(weights).astype(plan.values)
+            summed = summed if first else await_values(t, summed, fade)
+            weights = lax.optimization_barrier(weights).astype(plan.values)
             return weights, sums, new, summed
 
         sums = plgpu.ACC((HALF, BLOCK_K), jnp.int32 if plan.quantized else jnp.float32)
         return (*pl.run_scoped(block, sums), *ahead)
 
-    total = plgpu.layout_cast(jnp.zeros((HALF, 8), jnp.float32), plgpu.Layout.WGMMA)
     top = bound
     if running:
         least = jnp.full((HALF,), -jnp.inf, jnp.float32)
         top = plgpu.layout_cast(least, plgpu.Layout.WGMMA.reduce(1))
     o = jnp.zeros((HALF, WIDTH), jnp.float32) if plan.interpret else None
     block = _number(plan, refs, at, 0)
-    carry = (None, total, top, o, factor(block), _number(plan, refs, at, 1))
+    carry = (None, _no_sums(), top, o, factor(block), _number(plan, refs, at, 1))
     plgpu.barrier_wait(refs.k_full.at[slot(0)])
     carry = step(0, carry, first=True, last=chosen == 1)
     if chosen > 1:
-        carry = _repeat(step, 1, chosen - 1, carry, by=2 if deferred else 1)
+        carry = lax.fori_loop(1, chosen - 1, step, carry)
         carry = step(chosen - 1, carry, last=True)
-    p, total, top, o, *_ = carry
+    p, total, _, o, *_ = carry
     o = begin_values(p, slot(chosen - 1), o)
     o = o if plan.interpret else o_sum[...]
-    if deferred and chosen > 1:
+    plgpu.barrier_arrive(refs.v_empty.at[slot(chosen - 1)])
+    return o, total
+
+
+def _over_blocks_queued(plan: _Plan, i, at, refs, queries, bound, o_sum):
+    """`_over_blocks` of int8 scores with a bound. Nothing is rescaled, so the scores of the next
+    block are queued before the softmax of this one, and its products with values behind them.
+
+    Scores are summed from the bits of a float on, and are that float plus the sums: no integer is
+    converted. What is subtracted is rounded to half a unit of ROUND times the scale, at most 2^-9
+    where the bound is `online_softmax.BOUND`, and the same for all scores of a block.
+    """
+    chosen = plan.chosen
+    slot = lambda t: lax.rem(i * chosen + t, plan.tile.stages)
+    factor = partial(_factor, plan, at, refs)
+
+    def begin_scores(t, sums):
+        plgpu.barrier_wait(refs.k_full.at[slot(t)])
+        if not plan.interpret:  # which does not write to accumulators
+            bits = jnp.full((HALF, BLOCK_K), ROUND_BITS, jnp.int32)
+            sums[...] = plgpu.layout_cast(bits, plgpu.Layout.WGMMA)
+        plgpu.wgmma(sums, queries, refs.k_s.at[slot(t)].transpose((1, 0)))
+
+    def take_scores(t, sums, under_way):
+        x = plgpu.wgmma_accumulator_load(sums, wait_n=under_way)
+        plgpu.barrier_arrive(refs.k_empty.at[slot(t)])
+        return x
+
+    def weigh(t, x, total, o, scale, *, last=False):
+        """The softmax of block t, and the begin of its products with values."""
+        if plan.interpret:
+            x = x.astype(jnp.float32) + ROUND
+        else:
+            x = lax.bitcast_convert_type(x, jnp.float32)
+        weights = jnp.exp2(x * scale - (bound + ROUND * scale))
+        exists = _exists(plan, refs, at) if last else None
+        weights = weights if exists is None else jnp.where(exists, weights, 0.0)
+        total = total + _fold(weights)
+        weights, total = lax.optimization_barrier((weights, total))  # before the wait
+        weights = lax.optimization_barrier(weights.astype(plan.values))
+        return total, _begin_values(plan, refs, o_sum, weights, slot(t), o)
+
+    def step(t, carry, *, first=False):
+        x, total, o, scale, following = carry
+        # read one step before it is needed
+        ahead = factor(following), _number(plan, refs, at, t + 2)
+
+        def block(sums):
+            begin_scores(t + 1, sums)
+            state = weigh(t, x, total, o, scale)
+            coming = take_scores(t + 1, sums, 1)  # the products of block t may be under way
+            if not first:
+                plgpu.barrier_arrive(refs.v_empty.at[slot(t - 1)])
+            return coming, *state
+
+        return *pl.run_scoped(block, plgpu.ACC((HALF, BLOCK_K), jnp.int32)), *ahead
+
+    def scores_of_first(sums):
+        begin_scores(0, sums)
+        return take_scores(0, sums, 0)
+
+    o = jnp.zeros((HALF, WIDTH), jnp.float32) if plan.interpret else None
+    block = _number(plan, refs, at, 0)
+    x = pl.run_scoped(scores_of_first, plgpu.ACC((HALF, BLOCK_K), jnp.int32))
+    carry = x, _no_sums(), o, factor(block), _number(plan, refs, at, 1)
+    if chosen > 1:
+        carry = step(0, carry, first=True)
+        # weights in registers are not written while their products are under way: two sets
+        carry = _repeat(step, 1, chosen - 1, carry, by=2)
+    x, total, o, scale, _ = carry
+    total, o = weigh(chosen - 1, x, total, o, scale, last=True)
+    o = o if plan.interpret else o_sum[...]
+    if chosen > 1:
         plgpu.barrier_arrive(refs.v_empty.at[slot(chosen - 2)])
     plgpu.barrier_arrive(refs.v_empty.at[slot(chosen - 1)])
-    return o, total, top
+    return o, total
+
+
+def _factor(plan: _Plan, at, refs, j):
+    """What makes scores of the block of keys j logarithms to base 2."""
+    if not plan.quantized:
+        return LOG2E * WIDTH**-0.5
+    return refs.q_scale[_half(at)] * refs.k_scale[(*at[:2], j)]
+
+
+def _no_sums():  # f32 [64 8]
+    return plgpu.layout_cast(jnp.zeros((HALF, 8), jnp.float32), plgpu.Layout.WGMMA)
 
 
 def _begin_values(plan: _Plan, refs, o_sum, p, slot, o):
@@ -474,45 +512,15 @@ def _repeat(step: Callable, start: int, end: int, carry, *, by: int):
     return carry
 
 
-def _linear_branch(plan: _Plan, refs, queries):
-    """phi(q) m / (phi(q) . z + eps) + bias for a warpgroup's queries -> f32 [64 128]. phi(q) = e /
-    sum(e) is not divided out: e m / (e . (z + eps)) + bias."""
-    warpgroup = lax.axis_index("warpgroup")
-    columns = plgpu.Layout.WGMMA.reduce(0)
-    plgpu.barrier_wait(refs.linear_full)
-    queries = refs.linear_q_s if queries is None else queries
-    x = plgpu.load(queries.at[pl.ds(warpgroup * HALF, HALF)], layout=plgpu.Layout.WGMMA)
-    x = x.astype(jnp.float32)
-    e = jnp.exp2((x - _wide(x.max(axis=1), WIDTH)) * LOG2E).astype(plan.values)
-    z = plgpu.load(refs.vectors_s.at[0], layout=columns) + EPS
-    bias = plgpu.load(refs.vectors_s.at[1], layout=columns)
-    n = (e.astype(jnp.float32) * _wide(z, HALF, 1)).sum(axis=1)
-    if plan.interpret:
-        e = _through_memory(e, refs.operand_s.at[warpgroup])
-    y = _product(e, refs.m_s)
-    plgpu.barrier_arrive(refs.linear_empty)
-    return y * _wide(1.0 / n, WIDTH) + _wide(bias, HALF, 1)
-
-
-def _store(at, refs, o, out) -> None:
+def _store(at, refs, o) -> None:
     """o [64 128] to memory; queries past the end are not written."""
     b, h, n = at
     warpgroup = lax.axis_index("warpgroup")
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    refs.o_s[warpgroup] = o.astype(out.dtype)
+    refs.o_s[warpgroup] = o.astype(refs.o.dtype)
     plgpu.commit_smem()
     rows = pl.ds(n * BLOCK_Q + warpgroup * HALF, HALF)
-    plgpu.copy_smem_to_gmem(refs.o_s.at[warpgroup], out.at[b, rows, h])
-
-
-def _store_normaliser(at, refs, lse) -> None:
-    """lse f32 [64] to memory."""
-    warpgroup = lax.axis_index("warpgroup")
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    refs.lse_s[warpgroup] = lse
-    plgpu.commit_smem()
-    rows = pl.ds(warpgroup * HALF, HALF)
-    plgpu.copy_smem_to_gmem(refs.lse_s.at[warpgroup], refs.lse_out.at[(*at, rows)])
+    plgpu.copy_smem_to_gmem(refs.o_s.at[warpgroup], refs.o.at[b, rows, h])
 
 
 def _product(a, b):
@@ -532,8 +540,12 @@ def _through_memory(x, there):
     return there
 
 
-def _exists(plan: _Plan, j):  # -> bool [64 64]
-    """Which keys of the block j there are."""
+def _exists(plan: _Plan, refs, at):  # -> bool [64 64]
+    """Which keys of the last listed block there are; None if all. The list ascends: no other one
+    can be cut."""
+    if not plan.tail:
+        return None
+    j = _number(plan, refs, at, plan.chosen - 1)
     here = jnp.where(j == plan.keys // BLOCK_K, plan.tail, BLOCK_K)
     return plgpu.broadcasted_iota(jnp.int32, (HALF, BLOCK_K), 1, layout=plgpu.Layout.WGMMA) < here
 

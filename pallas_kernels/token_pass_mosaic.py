@@ -1,10 +1,11 @@
 """What comes before the loop of attention, in one pass over tokens on Hopper, through Mosaic GPU:
-int8 values of queries or keys, and the sums over all keys of the linear branch.
+int8 values of queries or keys, the sums over all keys of the linear branch, and that branch.
 
 A program takes a chunk of the tokens of one head, 128 at a time: one warpgroup copies them into a
 ring of buffers, two work on a block of 64 each. The sums are products: phi(k) goes through shared
-memory, and each warpgroup multiplies half of its columns with all the values. Every token is read
-once, which is what such a pass costs.
+memory, and each warpgroup multiplies half of its columns with all the values. phi(q) stays in
+registers: every warpgroup multiplies its own, with what the program fetches once. Every token is
+read once, which is what such a pass costs.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic import WIDTH, filled, programs, swizzled
+from pallas_kernels.linear_branch import EPS
+from pallas_kernels.mosaic import ROUND, WIDTH, filled, programs, swizzled
 from pallas_kernels.primitives import LOG2E
 
-__all__ = ["Rounded", "token_pass"]
+__all__ = ["Rounded", "query_pass", "token_pass"]
 
 BLOCK = 64  # tokens of a warpgroup, and of one scale
 TILE = 2 * BLOCK
@@ -31,7 +33,6 @@ STRIPE = 32  # columns of the sums in one store
 FLOOR = 1e-7  # least amax of a block
 MOST_CHUNKS = 64  # of one head
 FILL = 3  # tiles' time that a program takes to begin and to end
-ROUND = 12582912.0  # 1.5 * 2**23: added to a small float, it leaves the nearest integer in its bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,53 +46,59 @@ class Rounded:
     length: object
 
 
+def query_pass(q, m, z, bias, *, rounds: bool, interpret: bool = False):
+    """One pass over queries [b l h 128], bfloat16 or float16 -> `Rounded` of them if `rounds`, else
+    None; and phi(q) m / (phi(q) . z + eps) + bias, [b l h 128] of q.dtype, phi the softmax over the
+    head width.
+
+    m [b h 128 128] of q.dtype, z [b h 128] and bias [128] in float32: `linear_branch.operand`.
+    """
+    x = filled(q, 1)
+    plan = _planned(q, q.shape[1], rounds=rounds, branch=True, interpret=interpret)
+    branch = {"branch": jax.ShapeDtypeStruct(x.shape, q.dtype)}
+    out = _launch(plan, q, {"x": x, "m": m, "z": z, "bias": bias}, branch)
+    return _rounded(plan, q, out), out["branch"][:, : q.shape[1]]
+
+
 def token_pass(
     x, v=None, *, mean=None, rounds: bool, tokens: int | None = None, interpret: bool = False
 ):
     """One pass over x and v [b l h 128], bfloat16 or float16.
 
     tokens: how many of l count, by default all; x is zero in the others.
-
     rounds: whether x is rounded to int8; mean: f32 [b h 128], taken off x first, or None.
     v: the values, where x are keys whose sums are wanted.
     -> `Rounded` of x or None; phi(x)^T v f32 [b h 128 128] and the sum of phi(x) f32 [b h 128], phi
     the softmax over the head width rounded to x.dtype, or None.
     """
-    b, l, h, _ = x.shape
+    (b, l, h, _), options = x.shape, {"rounds": rounds, "interpret": interpret}
     tokens = l if tokens is None else tokens
-    tiles = pl.cdiv(tokens, TILE)
-    plan = _Plan(
-        tokens=tokens,
-        tiles=tiles,
-        chunks=_chunks(b * h, tiles, programs(interpret)),
-        dtype=x.dtype,
-        rounds=rounds,
-        smooth=mean is not None,
-        sums=v is not None,
-        interpret=interpret,
-    )
-    x, v = filled(x, 1), None if v is None else filled(v, 1)
-    ins = {"x": x, "mean": mean, "v": v}
-    ins = {name: given for name, given in ins.items() if given is not None}
-    f32 = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    outs = {}
-    if rounds:
-        outs |= {"values": jax.ShapeDtypeStruct(x.shape, jnp.int8)}
-        outs |= {"scale": f32((b, h, 2 * tiles)), "length": f32((b, h, 2 * tiles))}
+    plan = _planned(x, tokens, smooth=mean is not None, sums=v is not None, **options)
+    ins = {"x": filled(x, 1), "mean": mean, "v": None if v is None else filled(v, 1)}
+    sums = {}
     if v is not None:
-        outs["product"] = f32((b, h, plan.chunks, WIDTH, WIDTH))
-        outs["total"] = f32((b, h, plan.chunks, WIDTH))
-    out = _launch(plan, (b, h), ins, outs)
-    rounded = Rounded(out["values"][:, :l], out["scale"], out["length"]) if rounds else None
+        shapes = {"product": (WIDTH, WIDTH), "total": (WIDTH,)}
+        sums = {
+            name: jax.ShapeDtypeStruct((b, h, plan.chunks, *shape), jnp.float32)
+            for name, shape in shapes.items()
+        }
+    out = _launch(plan, x, {name: a for name, a in ins.items() if a is not None}, sums)
+    rounded = _rounded(plan, x, out)
     if v is None:
         return rounded, None
     # tokens past the end are zeros, whose phi is 1/128
-    past = (tiles * TILE - tokens) / WIDTH
+    past = (plan.tiles * TILE - tokens) / WIDTH
     product = out["product"].sum(2)
-    beyond = v[:, tokens : tiles * TILE]  # what values there are
+    beyond = ins["v"][:, tokens : plan.tiles * TILE]  # what values there are
     if beyond.shape[1]:
         product = product - beyond.sum(1, dtype=jnp.float32)[:, :, None] / WIDTH
     return rounded, (product, out["total"].sum(2) - past)
+
+
+def _rounded(plan: _Plan, x, out: dict) -> Rounded | None:
+    if not plan.rounds:
+        return None
+    return Rounded(out["values"][:, : x.shape[1]], out["scale"], out["length"])
 
 
 def _chunks(heads: int, tiles: int, programs: int) -> int:
@@ -114,9 +121,10 @@ class _Plan:
     chunks: int
     dtype: jnp.dtype
     rounds: bool
-    smooth: bool
-    sums: bool
     interpret: bool
+    smooth: bool = False
+    sums: bool = False
+    branch: bool = False
 
     @property
     def steps(self) -> int:
@@ -133,8 +141,21 @@ class _Plan:
         return 1 + self.sums
 
 
-def _launch(plan: _Plan, heads: tuple[int, int], ins: dict, outs: dict) -> dict:
-    """The kernel on arrays by name."""
+def _planned(x, tokens: int, *, interpret: bool, **options) -> _Plan:
+    """The plan of a pass over the first `tokens` of x [b l h 128]."""
+    tiles = pl.cdiv(tokens, TILE)
+    chunks = _chunks(x.shape[0] * x.shape[2], tiles, programs(interpret))
+    options |= {"dtype": x.dtype, "interpret": interpret}
+    return _Plan(tokens=tokens, tiles=tiles, chunks=chunks, **options)
+
+
+def _launch(plan: _Plan, x, ins: dict, outs: dict) -> dict:
+    """The kernel on arrays by name, for x [b l h 128]; outs: what it makes beside `Rounded`."""
+    batch, _, heads, _ = x.shape
+    if plan.rounds:
+        row = jax.ShapeDtypeStruct((batch, heads, 2 * plan.tiles), jnp.float32)
+        values = jax.ShapeDtypeStruct(ins["x"].shape, jnp.int8)
+        outs = {"values": values, "scale": row, "length": row, **outs}
     shared = lambda *shape, dtype: plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype))
     scratch = {
         "x_s": shared(plan.stages, TILE, WIDTH, dtype=plan.dtype),
@@ -147,6 +168,15 @@ def _launch(plan: _Plan, heads: tuple[int, int], ins: dict, outs: dict) -> dict:
     if plan.smooth:
         scratch["mean_s"] = plgpu.SMEM((WIDTH,), jnp.float32)
         scratch["mean_full"] = plgpu.Barrier()
+    if plan.branch:
+        scratch |= {
+            "m_s": shared(WIDTH, WIDTH, dtype=plan.dtype),
+            "vectors_s": plgpu.SMEM((2, WIDTH), jnp.float32),
+            "m_full": plgpu.Barrier(num_arrivals=3),
+            "branch_s": shared(2, BLOCK, WIDTH, dtype=plan.dtype),
+        }
+    if plan.branch and plan.interpret:
+        scratch["operand_s"] = shared(2, BLOCK, WIDTH, dtype=plan.dtype)
     if plan.sums:
         scratch |= {
             "v_s": shared(plan.stages, TILE, WIDTH, dtype=plan.dtype),
@@ -162,12 +192,11 @@ def _launch(plan: _Plan, heads: tuple[int, int], ins: dict, outs: dict) -> dict:
     def pass_over_tokens(*refs, **buffers):
         _kernel(plan, SimpleNamespace(**dict(zip(names, refs, strict=True)), **buffers))
 
-    batch, number = heads
     out = plgpu.kernel(
         pass_over_tokens,
         out_type=tuple(outs.values()),
         scratch_types=scratch,
-        grid=(plan.chunks, number, batch),
+        grid=(plan.chunks, heads, batch),
         grid_names=("chunk", "head", "batch"),
         num_threads=3,
         thread_name="warpgroup",
@@ -187,7 +216,7 @@ def _kernel(plan: _Plan, refs) -> None:
     first = at[2] * plan.steps
     mine = lax.min(plan.tiles - first, jnp.int32(plan.steps))
     warpgroup = lax.axis_index("warpgroup")
-    work = _sum if plan.sums else _round_all
+    work = _sum if plan.sums else _each
     pl.when(warpgroup < 2)(partial(work, plan, at, first, mine, refs))
     pl.when(warpgroup == 2)(partial(_copy, plan, at, first, mine, refs))
 
@@ -198,6 +227,10 @@ def _copy(plan: _Plan, at, first, mine, refs) -> None:
     plgpu.set_max_registers(24, action="decrease")
     if plan.smooth:
         plgpu.copy_gmem_to_smem(refs.mean.at[b, h], refs.mean_s, refs.mean_full)
+    if plan.branch:
+        plgpu.copy_gmem_to_smem(refs.m.at[b, h], refs.m_s, refs.m_full)
+        plgpu.copy_gmem_to_smem(refs.z.at[b, h], refs.vectors_s.at[0], refs.m_full)
+        plgpu.copy_gmem_to_smem(refs.bias, refs.vectors_s.at[1], refs.m_full)
 
     @pl.loop(0, mine)
     def _(i):
@@ -219,6 +252,8 @@ def _begin(plan: _Plan, refs) -> None:
         plgpu.barrier_arrive(refs.empty.at[stage])
     if plan.smooth:
         plgpu.barrier_wait(refs.mean_full)
+    if plan.branch:
+        plgpu.barrier_wait(refs.m_full)
 
 
 def _take(refs, slot):
@@ -227,17 +262,22 @@ def _take(refs, slot):
     return plgpu.load(refs.x_s.at[slot, own], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
 
 
-def _round_all(plan: _Plan, at, first, mine, refs) -> None:
-    """A warpgroup that rounds: its half of each tile of the chunk."""
+def _each(plan: _Plan, at, first, mine, refs) -> None:
+    """A warpgroup that rounds, or makes the linear branch: its half of each tile of the chunk."""
     _begin(plan, refs)
 
     @pl.loop(0, mine)
     def _(i):
         slot = lax.rem(i, plan.stages)
         plgpu.barrier_wait(refs.full.at[slot])
-        x = _take(refs, slot)
+        if plan.rounds:
+            _round(plan, at, first + i, refs, _take(refs, slot))
+        e = None
+        if plan.branch:  # taken again: see `_sum`
+            e = _exponentials(_take(refs, slot)).astype(plan.dtype)
         plgpu.barrier_arrive(refs.empty.at[slot])
-        _round(plan, at, first + i, refs, x)
+        if plan.branch:
+            _branch(plan, at, first + i, refs, e)
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -333,9 +373,40 @@ def _sum(plan: _Plan, at, first, mine, refs) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
+def _branch(plan: _Plan, at, tile, refs, e) -> None:
+    """The linear branch of a warpgroup's half of a tile. phi(q) = e / sum(e) is not divided out: e
+    m / (e . (z + eps)) + bias."""
+    (b, h, _), warpgroup = at, lax.axis_index("warpgroup")
+    columns = plgpu.Layout.WGMMA.reduce(0)
+    z = plgpu.load(refs.vectors_s.at[0], layout=columns) + EPS
+    n = (e.astype(jnp.float32) * _wide(z, BLOCK, 1)).sum(axis=1)
+    if plan.interpret:  # which multiplies no registers
+        refs.operand_s[warpgroup] = e
+        plgpu.commit_smem()
+        e = refs.operand_s.at[warpgroup]
+
+    def product(total):
+        plgpu.wgmma(total, e, refs.m_s)
+        return total[...]
+
+    y = pl.run_scoped(product, plgpu.ACC((BLOCK, WIDTH))) * _wide(1.0 / n, WIDTH)
+    y = y + _wide(plgpu.load(refs.vectors_s.at[1], layout=columns), BLOCK, 1)
+    # of this tile only its int8 values may be on their way
+    plgpu.wait_smem_to_gmem(int(plan.rounds), wait_read_only=True)
+    refs.branch_s[warpgroup] = y.astype(plan.dtype)
+    plgpu.commit_smem()
+    to = refs.branch_out.at[b, pl.ds((2 * tile + warpgroup) * BLOCK, BLOCK), h]
+    plgpu.copy_smem_to_gmem(refs.branch_s.at[warpgroup], to)
+
+
+def _exponentials(x):  # f32 [64 128] -> f32
+    """Powers of e of the head width, the largest of each token 1."""
+    return jnp.exp2((x - _wide(x.max(axis=1), WIDTH)) * LOG2E)
+
+
 def _feature(x):  # f32 [64 128] -> f32
     """softmax over the head width."""
-    e = jnp.exp2((x - _wide(x.max(axis=1), WIDTH)) * LOG2E)
+    e = _exponentials(x)
     return e * _wide(1.0 / e.sum(axis=1), WIDTH)
 
 

@@ -1,6 +1,6 @@
-"""Attention with int8 scores on Hopper: one pass over the queries and one over the keys round them
-(`token_pass_mosaic`), the latter with the sums of the linear branch; then the loop of
-`online_softmax_mosaic`. Queries have a scale for every 64, half a block."""
+"""Attention with int8 scores on Hopper: one pass over the keys rounds them, with the sums of the
+linear branch, and one over the queries, with the branch itself (`token_pass_mosaic`); then the loop
+of `online_softmax_mosaic` adds its own. Queries have a scale for every 64, half a block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pallas_kernels.linear_branch import operand
 from pallas_kernels.mosaic import attention_refusal, refuse, unavailable
 from pallas_kernels.online_softmax_mosaic import attend
 from pallas_kernels.primitives import LOG2E
-from pallas_kernels.token_pass_mosaic import token_pass
+from pallas_kernels.token_pass_mosaic import Rounded, query_pass, token_pass
 
 __all__ = [
     "int8_attention",
@@ -31,8 +31,7 @@ def sage_sparse_attention(q, k, v, blocks, block_q, block_k):
     """See `reference.sage_sparse_attention`. Raises ValueError for what the kernel does not
     take."""
     _check(v, block_q, block_k)
-    given, _ = operands(q, k, k.mean(1, dtype=jnp.float32))
-    return int8_attention(*given, v, blocks)
+    return int8_attention(*operands(q, k, k.mean(1, dtype=jnp.float32)), v, blocks)
 
 
 def sage_sparse_linear_attention(
@@ -42,27 +41,30 @@ def sage_sparse_linear_attention(
     _check(v, block_q, block_k)
     options = {"keys": keys, "interpret": False}
     blocks, mean = block_map_and_mean(q, k, chosen, block_q, block_k, means, **options)
-    given, sums = operands(q, k, mean, v, keys=keys)
-    linear = operand(q, sums, proj_kernel, proj_bias)
-    return int8_attention(*given, v, blocks, linear=linear, keys=keys)
-
-
-def operands(q, k, mean, v=None, *, keys=None):
-    """What `int8_attention` takes of queries, which have no mean taken off, and of keys; and the
-    sums of `linear_branch.summaries` where the values are given. mean: f32 [b h k]."""
-    queries, _ = token_pass(q, rounds=True)
     rounded, sums = token_pass(k, v, mean=mean, rounds=True, tokens=keys)
-    # Cauchy-Schwarz
-    longest = rounded.length.max(2, keepdims=True)
-    bound = LOG2E * q.shape[-1] ** -0.5 * queries.length * longest
-    return ((queries.values, queries.scale, bound), (rounded.values, rounded.scale)), sums
+    queries, branch = query_pass(q, *operand(q, sums, proj_kernel, proj_bias)[1:], rounds=True)
+    return int8_attention(*_bounded(queries, rounded), v, blocks, plus=branch, keys=keys)
 
 
-def int8_attention(queries, keys_and_scale, v, blocks, *, linear=None, keys=None):
+def operands(q, k, mean):
+    """What `int8_attention` takes of queries, which have no mean taken off, and of keys; mean: f32
+    [b h k]."""
+    queries, _ = token_pass(q, rounds=True)
+    return _bounded(queries, token_pass(k, mean=mean, rounds=True)[0])
+
+
+def _bounded(queries: Rounded, keys: Rounded):
+    """Queries with scales and bounds, keys with scales: by Cauchy-Schwarz."""
+    longest = keys.length.max(2, keepdims=True)
+    bound = LOG2E * queries.values.shape[-1] ** -0.5 * queries.length * longest
+    return (queries.values, queries.scale, bound), (keys.values, keys.scale)
+
+
+def int8_attention(queries, keys_and_scale, v, blocks, *, plus=None, keys=None):
     """`attend` of what `operands` gives."""
     q, q_scale, bound = queries
     k, k_scale = keys_and_scale
-    options = {"bound": bound, "linear": linear, "keys": keys}
+    options = {"bound": bound, "plus": plus, "keys": keys}
     return attend(q, k, v, blocks, scales=(q_scale, k_scale), **options)
 
 

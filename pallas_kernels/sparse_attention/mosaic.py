@@ -15,7 +15,7 @@ from pallas_kernels.mosaic import BLOCK_Q, attention_refusal, refuse, unavailabl
 from pallas_kernels.online_softmax_mosaic import attend
 from pallas_kernels.primitives import LOG2E
 from pallas_kernels.sparse_attention import triton
-from pallas_kernels.token_pass_mosaic import token_pass
+from pallas_kernels.token_pass_mosaic import query_pass, token_pass
 
 __all__ = ["score_bound", "sparse_attention", "sparse_linear_attention"]
 
@@ -31,7 +31,7 @@ def sparse_attention(q, k, v, blocks, block_q, block_k):
 def sparse_linear_attention(
     q, k, v, proj_kernel, proj_bias, means=None, *, chosen, block_q, block_k
 ):
-    """The whole op: map, sums over all keys, and one pass over the queries for both branches.
+    """The whole op: map, sums over all keys, the linear branch, and the loop, which adds to it.
     Raises ValueError for what the kernel does not take."""
     _check("sparse_linear_attention", v, block_q, block_k)
     sizes = {"chosen": chosen, "block_q": block_q, "block_k": block_k}
@@ -39,8 +39,8 @@ def sparse_linear_attention(
     def forward(q, k, v, proj_kernel, proj_bias, means):
         blocks = block_map(q, k, chosen, block_q, block_k, means, interpret=False)
         _, sums = token_pass(k, v, rounds=False)
-        linear = operand(q, sums, proj_kernel, proj_bias)
-        return attend(q, k, v, blocks, bound=score_bound(q, k), linear=linear)
+        _, branch = query_pass(q, *operand(q, sums, proj_kernel, proj_bias)[1:], rounds=False)
+        return attend(q, k, v, blocks, bound=score_bound(q, k), plus=branch)
 
     known = partial(triton.sparse_linear_attention, **sizes, interpret=False)
     return _differentiated(forward, known)(q, k, v, proj_kernel, proj_bias, means)

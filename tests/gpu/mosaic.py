@@ -34,7 +34,7 @@ from pallas_kernels.norm_modulate import norm
 from pallas_kernels.online_softmax import attend, kernel_name
 from pallas_kernels.sage_attention import mosaic as sage_mosaic
 from pallas_kernels.sage_attention import triton as sage_triton
-from pallas_kernels.token_pass_mosaic import token_pass
+from pallas_kernels.token_pass_mosaic import query_pass, token_pass
 from pallas_kernels.tuning import tile
 
 PRODUCTS = {  # m, k, n
@@ -211,9 +211,14 @@ def attention():
             }
             plain = lambda queries, keys, v, blocks, linear, run=run: run(queries, keys, v, blocks)
             yield Job(shape=f"{name} int8 loop", run=plain, error=softmax_error, **common)
-            both = lambda queries, keys, v, blocks, linear, run=run: run(
-                queries, keys, v, blocks, linear=linear
-            )
+            if impl == "mosaic":  # whose linear branch was made before and is added
+                both = lambda queries, keys, v, blocks, linear, run=run: run(
+                    queries, keys, v, blocks, plus=v
+                )
+            else:
+                both = lambda queries, keys, v, blocks, linear, run=run: run(
+                    queries, keys, v, blocks, linear=linear
+                )
             yield Job(shape=f"{name} int8 loop linear", run=both, **common)
 
 
@@ -252,6 +257,9 @@ def parts(name, make, pooled, chosen):
         ),
         "triton sums": lambda q, k, v, *_: linear_branch.summaries(k, v, interpret=False),
         "mosaic queries": lambda q, *_: fields(token_pass(q, rounds=True)),
+        "mosaic queries and linear branch": lambda q, k, v, kernel, bias: fields(
+            query_pass(q, *linear_of(q, kernel, bias), rounds=True)
+        ),
         "mosaic keys and sums": lambda q, k, v, *_: fields(
             token_pass(k, v, mean=k[:, 0].astype(jnp.float32), rounds=True)
         ),
@@ -263,8 +271,15 @@ def parts(name, make, pooled, chosen):
 
 
 def fields(passed):
-    rounded, sums = passed
-    return rounded.values, rounded.scale, rounded.length, sums
+    rounded, other = passed
+    return rounded.values, rounded.scale, rounded.length, other
+
+
+def linear_of(q, kernel, bias):
+    """What the pass over queries takes, of some keys' sums: its time does not depend on them."""
+    b, _, h, k = q.shape
+    sums = jnp.broadcast_to(jnp.eye(k), (b, h, k, k)), jnp.ones((b, h, k))
+    return linear_branch.operand(q, sums, kernel, bias)[1:]
 
 
 def qkv(key, *, tokens, heads):
@@ -290,7 +305,7 @@ def loop_operands(key, *, make, chosen, impl):
     blocks = jnp.sort(lax.top_k(scores, chosen)[1], -1).astype(jnp.int32)
     _, linear = linear_branch.operands(q, k, v, kernel, bias, interpret=False)
     if impl == "mosaic":
-        given, _ = sage_mosaic.operands(q, k, mean)
+        given = sage_mosaic.operands(q, k, mean)
     else:
         given = sage_triton.operands(q, k, mean, 128, 64, interpret=False)
     return *given, v, blocks, linear

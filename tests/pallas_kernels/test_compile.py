@@ -253,7 +253,7 @@ def mosaic_case(name):
 # them may spill: float scores leave no registers for the paths that look for a maximum, nor do a
 # convolution's sums for reading what is added to them
 MOSAIC = {
-    "sla": (2, ("sparse_linear_attention", "sparse_attention"), 1304),
+    "sla": (3, ("sparse_linear_attention", "sparse_attention"), 300),
     "sagesla": (3, ("sage_sparse_linear_attention", "sage_sparse_attention"), 0),
     "sagesla filled up": (3, ("sage_sparse_linear_attention", "sage_sparse_attention"), 0),
     "sage dense": (3, ("sage_attention",), 0),

@@ -9,7 +9,7 @@ from arrays import put
 from tolerances import assert_close
 
 from pallas_kernels import mosaic as shared
-from pallas_kernels.linear_branch import feature
+from pallas_kernels.linear_branch import feature, linear_attention, operand
 from pallas_kernels.sage_attention.reference import quantize_keys
 
 interpreted = pytest.mark.skipif(shared.unavailable() is not None, reason=str(shared.unavailable()))
@@ -19,8 +19,17 @@ def token_pass(*args, **options):
     """Interpreted; the module imports the backend, which older versions of jax lack."""
     from pallas_kernels.token_pass_mosaic import token_pass
 
-    rounded, sums = token_pass(*args, interpret=True, **options)
-    return (rounded.values, rounded.scale, rounded.length) if rounded else None, sums
+    return fields(*token_pass(*args, interpret=True, **options))
+
+
+def query_pass(*args, **options):
+    from pallas_kernels.token_pass_mosaic import query_pass
+
+    return fields(*query_pass(*args, interpret=True, **options))
+
+
+def fields(rounded, other):
+    return (rounded.values, rounded.scale, rounded.length) if rounded else None, other
 
 
 def tokens(seed, l, h=1):
@@ -85,6 +94,28 @@ def test_queries():
     rounded, sums = jax.jit(lambda q: token_pass(q, rounds=True))(q)
     check_rounded(q, jnp.zeros((1, 1, 128)), *rounded)
     assert sums is None
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [True, False])
+def test_queries_and_their_linear_branch(rounds):
+    """Two heads, each with its own product; the last tile is cut."""
+    q, k, v = (tokens(seed, 300, 2) for seed in (2, 3, 4))
+    rng = np.random.default_rng(7)
+    kernel = put(rng.normal(size=(128, 128)) / 12, jnp.float32)
+    bias = put(rng.normal(size=128), jnp.float32)
+    phi = feature(k).astype(jnp.float32)
+    product = jnp.einsum("blhi,blhj->bhij", phi, v.astype(jnp.float32), precision="highest")
+    _, *linear = operand(q, (product, phi.sum(1)), kernel, bias)
+    run = lambda q, *linear: query_pass(q, *linear, rounds=rounds)
+    rounded, branch = jax.jit(run)(q, *linear)
+    assert_close(branch, linear_attention(q, k, v, kernel, bias), "bf16")
+    assert (rounded is not None) == rounds
+    if rounds:
+        values, *rows = rounded
+        head = q[:, :, :1], jnp.zeros((1, 1, 128)), values[:, :, :1]
+        check_rounded(*head, *(row[:, :1] for row in rows))
 
 
 @interpreted
