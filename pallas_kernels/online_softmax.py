@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels import mosaic
 from pallas_kernels.dispatch import automatic, bound, choose
 from pallas_kernels.linear_branch import rows_of_branch
 from pallas_kernels.primitives import blocks as count
@@ -239,5 +240,7 @@ def run(tables, name, impl, q, *args, block_q, block_k, **sizes):
     """Returns what the implementation `impl` of the op `name` gives for its arguments; "auto" is
     chosen by the dtype and sizes of q and the blocks. tables: the package's IMPLEMENTATIONS."""
     table = bound(tables[name], block_q=block_q, block_k=block_k, **sizes)
-    auto = automatic(table, refusal(q.shape[-1], block_q, block_k, q.dtype))
+    sizes = q.shape[-1], block_q, block_k, q.dtype
+    kernel = mosaic.chosen(table, mosaic.attention_refusal(*sizes), "triton")
+    auto = automatic(table, refusal(*sizes), kernel=kernel)
     return choose(name, impl, table, auto)(q, *args)

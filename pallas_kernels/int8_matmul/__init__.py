@@ -5,9 +5,10 @@ channel   int8, a scale for each token and for each output channel
 fp8       float8_e4m3fn, scales as in channel
 
 An activation is quantised once and multiplied with every weight that reads it. impl: "auto" (on
-CUDA, for widths that are multiples of 128, the kernels, and XLA's product of float8 operands;
-elsewhere the reference), "reference", "xla" (channel: the reference; fp8: float8 operands),
-"triton", "interpret"; of the products of channel and fp8 also "mosaic" (Hopper). Rounding to float8
+CUDA, for widths that are multiples of 128, the kernels, and XLA's product of float8 operands; on
+Hopper the products of channel and fp8 through Mosaic, but with a low-rank product; elsewhere the
+reference), "reference", "xla" (channel: the reference; fp8: float8 operands), "triton",
+"interpret"; of the products of channel and fp8 also "mosaic" (Hopper). Rounding to float8
 needs compute capability 8.9: on Ampere "auto" is the reference, "triton" a ValueError. A tile
 (block128) or row (channel, fp8) with a NaN or an infinity gives outputs that are not finite.
 """
@@ -23,6 +24,7 @@ from pallas_kernels.derivatives import forward_only
 from pallas_kernels.dispatch import automatic, bound, choose
 from pallas_kernels.int8_matmul.quantize import BLOCK, dequantize, quantize, tiles
 from pallas_kernels.int8_matmul.schemes import SCHEMES, Scheme, rows_of
+from pallas_kernels.mosaic import chosen, product_refusal
 from pallas_kernels.primitives import power_of_two
 from pallas_kernels.quantized import QTensor, dequantize_rows, quantize_rows
 
@@ -134,7 +136,10 @@ def _quantize(op, x, scheme, impl):
 def _linear(op, x, weight, bias, scheme, out_dtype, impl, *more, groups=1):
     table = bound(scheme.products, out_dtype=jnp.dtype(out_dtype), groups=groups)
     refusal = _refusal(x.values.shape[1])
-    auto = automatic(table, refusal, kernel=scheme.kernel)
+    theirs = product_refusal(x.values, weight.values, out_dtype)
+    if more and more[0] is not None:
+        theirs = "a low-rank product is not within its rounding"
+    auto = automatic(table, refusal, kernel=chosen(table, theirs, scheme.kernel))
     run = forward_only(choose(op, impl, table, auto), NO_DERIVATIVE.format(op))
     return run(x, weight, bias, *more)
 

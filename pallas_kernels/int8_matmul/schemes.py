@@ -26,7 +26,7 @@ class Scheme:
 
     Values [m k] of `dtype` have scales of shape `scale_shape((m, k))`; k is a multiple of
     `k_multiple`. kernel: the product that "auto" takes on CUDA, but for Hopper, where it is
-    "mosaic" if there is one.
+    "mosaic" if that takes the operands.
     """
 
     dtype: object

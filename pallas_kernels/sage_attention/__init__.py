@@ -3,8 +3,8 @@ float ops. Forward only.
 
 Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels
 interpreted, for tests); of the attention ops also "mosaic" (Hopper, head width 128, blocks of 128
-queries and 64 keys). "auto" is the Triton kernels on CUDA, for the dtypes and sizes that they
-take, and the reference elsewhere.
+queries and 64 keys). "auto" is those on Hopper and the Triton kernels on other CUDA devices, for
+the dtypes and sizes that they take, and the reference elsewhere.
 """
 
 from __future__ import annotations

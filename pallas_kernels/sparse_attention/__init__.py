@@ -3,8 +3,9 @@ branch over all keys.
 
 Every `impl` is "auto", "reference", "triton" (compiled kernels) or "interpret" (the same kernels
 interpreted, for tests); of the attention ops also "mosaic" (Hopper, head width 128, blocks of 128
-queries and 64 keys; derivatives are Triton's). "auto" is the Triton kernels on CUDA, for the dtypes
-and sizes that they take (`online_softmax.refusal`), and the reference elsewhere.
+queries and 64 keys; derivatives are Triton's). "auto" is those on Hopper and the Triton kernels on
+other CUDA devices, for the dtypes and sizes that they take (`mosaic.attention_refusal`,
+`online_softmax.refusal`), and the reference elsewhere.
 """
 
 from __future__ import annotations

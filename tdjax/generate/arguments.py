@@ -363,8 +363,8 @@ def add_speed_options(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         default="auto",
         choices=("auto", "reference", "triton", "mosaic", "cudnn"),
         help=(
-            "triton: every Triton kernel of this package; mosaic: those for Hopper; never a silent"
-            " fallback"
+            "auto: the fastest that the device has; triton: every Triton kernel of this package;"
+            " mosaic: those for Hopper, which auto takes there; never a silent fallback"
         ),
     )
     speed.add_argument(

@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 
 import jax
 
-from pallas_kernels import selftest
+from pallas_kernels import mosaic, selftest
 from tdjax.config import DiTConfig
 from tdjax.errors import KernelError
 from tdjax.pipeline import executables
@@ -35,7 +35,8 @@ def check_kernels(cfg: DiTConfig, stages: Stages) -> None:
     wanted = {name for kind in (cfg.attention, cfg.linear) for name in CHECKS.get(kind, ())}
     if not wanted or cfg.impl == "reference" or jax.default_backend() != "gpu":
         return
-    if cfg.impl == "mosaic":  # and Triton's, which run what is not for Hopper alone
+    # and Triton's, which run what is not for Hopper alone
+    if cfg.impl == "mosaic" or (cfg.impl == "auto" and mosaic.at_hand()):
         wanted |= {name + selftest.MOSAIC for name in wanted} & set(selftest.BOUNDS)
     mark = executables.mark_of(KERNELS, wanted)
     if executables.remembered(mark):

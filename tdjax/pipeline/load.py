@@ -85,9 +85,10 @@ def load(
                 convert`, or "demo".
     attention:  "auto" (sla where the weights have its projection), "original" (dense), "sla",
                 "sagesla".
-    impl:       "auto", "reference", "triton" (the kernels of this package wherever there is one, in
-                linear layers and norms too), "mosaic" (kernels for Hopper in sparse attention and
-                8-bit layers: faster, slower to compile), "cudnn" (dense attention). Also accepted
+    impl:       "auto" (the fastest that this device has), "reference", "triton" (the Triton kernels
+                of this package wherever there is one, in linear layers and norms too), "mosaic"
+                (kernels for Hopper in sparse attention and 8-bit layers: what auto takes there,
+                faster and slower to compile than triton), "cudnn" (dense attention). Also accepted
                 as attention_impl.
     quant:      "auto" (as stored), "none" (dequantise at load), or quantise at load: "int8" (the
                 published scheme, tiles of 128 x 128), "int8_channel" or "fp8" (a scale for each

@@ -9,7 +9,14 @@ import pytest
 
 from pallas_kernels import mosaic, tuning
 from pallas_kernels.dispatch import automatic, bound, choose, implementations, on_cuda
+from pallas_kernels.int8_matmul import quantize_activations, quantize_weight, quantized_linear
 from pallas_kernels.inventory import OPS
+from pallas_kernels.sage_attention import (
+    sage_attention,
+    sage_sparse_attention,
+    sage_sparse_linear_attention,
+)
+from pallas_kernels.sparse_attention import sparse_attention, sparse_linear_attention
 
 TABLE = {"reference": jnp.cos, "triton": jnp.sin, "mosaic": jnp.tanh, "plain": jnp.exp2}
 
@@ -75,6 +82,92 @@ def test_a_described_gpu_is_the_one_that_is_compiled_for():
             assert mosaic.at_hand() == (mosaic.unavailable() is None) == (family == "sm90")
     assert tuning.known_family() is None and tuning.family() == tuning.DEFAULT
     assert not mosaic.at_hand()
+
+
+def attend(op, *, width=128, dtype=jnp.bfloat16, **options):
+    """An attention op of one head and 128 tokens, by "auto"."""
+    q = jnp.ones((1, 128, 1, width), dtype)
+    if op in (sage_sparse_linear_attention, sparse_linear_attention):
+        return op(q, q, q, jnp.eye(width), jnp.zeros(width), topk=0.5, **options)
+    if op is sage_attention:
+        return op(q, q, q, **options)
+    return op(q, q, q, jnp.zeros((1, 1, 1, 1), jnp.int32), **options)
+
+
+def multiply(scheme, **options):
+    x = jnp.ones((128, 128), jnp.bfloat16)
+    return quantized_linear(
+        quantize_activations(x, scheme),
+        quantize_weight(x, scheme),
+        scheme=scheme,
+        out_dtype=options.pop("out_dtype", x.dtype),
+        **options,
+    )
+
+
+def low_rank():
+    factor = jnp.ones((128, 16), jnp.bfloat16)
+    return factor, factor
+
+
+AUTO = {  # name of an op: what runs it, and other arguments that its kernel for Hopper refuses
+    "sage_sparse_linear_attention": (
+        lambda **more: attend(sage_sparse_linear_attention, **more),
+        ({"width": 64}, {"block_q": 64}, {"dtype": jnp.float32}),
+    ),
+    "sage_sparse_attention": (
+        lambda **more: attend(sage_sparse_attention, **more),
+        ({"width": 64}, {"dtype": jnp.float32}),
+    ),
+    "sage_attention": (
+        lambda **more: attend(sage_attention, **more),
+        ({"width": 64}, {"block_k": 32}, {"dtype": jnp.float32}),
+    ),
+    "sparse_linear_attention": (
+        lambda **more: attend(sparse_linear_attention, **more),
+        ({"width": 64}, {"block_k": 32}, {"dtype": jnp.float32}),
+    ),
+    "sparse_attention": (
+        lambda **more: attend(sparse_attention, **more),
+        ({"width": 64}, {"dtype": jnp.float32}),
+    ),
+    "quantized_linear channel": (
+        lambda **more: multiply("channel", **more),
+        ({"out_dtype": jnp.float32}, {"low_rank": low_rank()}),
+    ),
+    "quantized_linear fp8": (
+        lambda **more: multiply("fp8", **more),
+        ({"out_dtype": jnp.float32}, {"low_rank": low_rank()}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_auto_is_the_kernel_for_hopper_where_that_runs(monkeypatch, name):
+    run, refused = AUTO[name]
+    seen = []
+
+    def kernel(*args, **options):
+        seen.append(name)
+        return OPS[name]["reference"](*args, **options)
+
+    monkeypatch.setitem(OPS[name], "mosaic", kernel)
+    traced = lambda **options: jax.eval_shape(lambda: run(**options))
+    traced()
+    assert not seen  # no such GPU is at hand
+    monkeypatch.setattr(mosaic, "at_hand", lambda: True)
+    for options in refused:
+        traced(**options)
+        assert not seen, options
+    traced(impl="reference")
+    assert not seen
+    traced()
+    assert seen
+
+
+def test_every_op_with_a_kernel_for_hopper_has_a_case():
+    others = {"causal_conv"}  # whose "auto" is tested with it
+    assert {op for op, table in OPS.items() if "mosaic" in table} - others == set(AUTO)
 
 
 def test_implementations_by_name():

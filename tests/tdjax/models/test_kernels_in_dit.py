@@ -92,10 +92,11 @@ LAUNCHED = {
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="older versions describe no GPU")
-def test_mosaic_lowers_for_hopper():
+@pytest.mark.parametrize("impl", ["auto", "mosaic"])
+def test_mosaic_lowers_for_hopper(impl):
     """Ten products, two passes over tokens and the loop of attention; Triton's for the rest."""
     arg = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    cfg = DiTConfig(attention="sagesla", linear="int8_channel", impl="mosaic")
+    cfg = DiTConfig(attention="sagesla", linear="int8_channel", impl=impl)
     model = as_shapes(DiT, cfg)
     args = arg(1, 21, 60, 104, 16), arg(1), arg(1, 512, 4096)
     text = described.lower(described.trace(run, model, *args)).as_text()
