@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 FP8 = jnp.float8_e4m3fn
 FLOOR = 1e-8  # least amax of a row or a tile
@@ -38,7 +39,10 @@ def quantize_rows(x, dtype=jnp.int8) -> QTensor:  # [m k] float -> values [m k],
     x, top = x.astype(jnp.float32), TOP[jnp.dtype(dtype)]
     amax = jnp.maximum(jnp.abs(x).max(1), FLOOR)
     x = jnp.clip(x * (top / amax)[:, None], -top, top)
-    values = (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype)
+    if dtype == jnp.int8:
+        values = jnp.round(x).astype(dtype)
+    else:  # for GPUs XLA leaves out a cast to float8 and back: nothing would be rounded
+        values = lax.optimization_barrier(x.astype(dtype))
     return QTensor(values, amax * np.float32(1 / top))
 
 

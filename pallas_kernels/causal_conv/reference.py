@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.norm_silu import norm_silu
+from pallas_kernels.rounding import rounded
 
 
 def causal_conv(x, past, gain, kernel, bias, plus):
@@ -14,7 +15,7 @@ def causal_conv(x, past, gain, kernel, bias, plus):
     frames = jnp.concatenate([past, x if gain is None else norm_silu(x, gain)], axis=1)
     y = lax.conv_general_dilated(
         frames.astype(jnp.float32),
-        kernel.astype(x.dtype).astype(jnp.float32),
+        rounded(kernel.astype(jnp.float32), x.dtype, interpret=True),
         (1, 1, 1),
         [(0, 0), (1, 1), (1, 1)],
         dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),

@@ -357,6 +357,20 @@ def test_a_family_without_the_instruction_is_refused_and_auto_is_the_reference(n
 
 
 @pytest.mark.skipif(cuda_aot.available() is not None, reason=str(cuda_aot.available()))
+def test_xla_does_not_leave_out_the_rounding_to_float8():
+    """Of the reference, where its values are float32 again in the same program."""
+    x = jax.ShapeDtypeStruct(
+        (200, 256),
+        jnp.bfloat16,
+        sharding=jax.NamedSharding(cuda_aot.mesh("sm90"), jax.P()),
+    )
+    run = lambda x: quantized("fp8", "reference")(x).values.astype(jnp.float32)
+    with jax.set_mesh(cuda_aot.mesh("sm90")):
+        program = jax.jit(run).lower(x).compile(compiler_options={"xla_gpu_autotune_level": 0})
+    assert "f8e4m3fn" in program.as_text()
+
+
+@pytest.mark.skipif(cuda_aot.available() is not None, reason=str(cuda_aot.available()))
 @pytest.mark.parametrize("name", MOSAIC)
 def test_mosaic_compiles(tmp_path, name):
     environment = os.environ | cuda_aot.mosaic_environment(tmp_path)
