@@ -69,9 +69,11 @@ MANY = 1000  # entries of a table that is looked through
 _VALUE = re.compile(r"^(\w+)(?:: [^=\n]+)? = (.*?)(?=^[^\s)\]}]|\Z)", re.MULTILINE | re.DOTALL)
 _DEFINED = re.compile(r"^(?:def|class) (\w+)", re.MULTILINE)
 _RENAMED = re.compile(r"\bas (\w+)")
-# Variables that compilers read, but for those that JAX itself sets as it lowers Mosaic kernels.
+# Variables that compilers read, but for those that JAX itself sets as it lowers Mosaic kernels, and
+# when memory is taken.
 _VARIABLES = re.compile(
-    r"(XLA|LIBTPU|TRITON|CUDNN|NVIDIA|TF)_|MOSAIC_(?!GPU_(CUDA_ROOT|RUNTIME_LIB_PATH|NVSHMEM_\w+)$)"
+    r"(XLA|LIBTPU|TRITON|CUDNN|NVIDIA|TF)_(?!PYTHON_CLIENT_PREALLOCATE$)"
+    r"|MOSAIC_(?!GPU_(CUDA_ROOT|RUNTIME_LIB_PATH|NVSHMEM_\w+)$)"
 )
 _ELSEWHERE = re.compile("jax_(compilation_cache|persistent_cache|log|traceback)")  # not in programs
 _NAMELESS = re.compile(r" at 0x|\.\.\.")  # an object without a text, or a text that was cut

@@ -190,10 +190,19 @@ def test_settings_of_a_thread_count(folder):
         assert keys(noise()) != before
 
 
-@pytest.mark.parametrize("name", ["XLA_FLAGS", "MOSAIC_GPU_DUMP_PTX", "NVIDIA_TF32_OVERRIDE"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "XLA_FLAGS",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION",
+        "MOSAIC_GPU_DUMP_PTX",
+        "NVIDIA_TF32_OVERRIDE",
+    ],
+)
 def test_variables_of_compilers_count(folder, monkeypatch, name):
     before = keys(noise())
     monkeypatch.setenv("MOSAIC_GPU_RUNTIME_LIB_PATH", "set by JAX")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # when memory is taken
     assert keys(noise()) == before
     monkeypatch.setenv(name, "1")
     assert keys(noise()) != before
