@@ -463,7 +463,9 @@ def _over_blocks_queued(plan: _Plan, i, at, refs, queries, bound, o_sum):
     carry = x, _no_sums(), o, factor(block), _number(plan, refs, at, 1)
     if chosen > 1:
         carry = step(0, carry, first=True)
-        # weights in registers are not written while their products are under way: two sets
+        # Weights in registers must not be written while their products are under way. With one
+        # step a turn ptxas does so, and does not say it; with two it keeps two sets of registers,
+        # which the compile gate reads in the machine code.
         carry = _repeat(step, 1, chosen - 1, carry, by=2)
     x, total, o, scale, _ = carry
     total, o = weigh(chosen - 1, x, total, o, scale, last=True)

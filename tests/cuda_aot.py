@@ -5,7 +5,8 @@ its own backend, in a process of its own: what it writes is asked for by variabl
 environment that are read once.
 
 Needs jax 0.11 or newer, the CUDA plugin (jax-cuda13-plugin, jax-cuda13-pjrt) and ptxas
-(nvidia-cuda-nvcc).
+(nvidia-cuda-nvcc); machine code of Mosaic GPU's kernels is read with nvdisasm
+(nvidia-cuda-nvdisasm).
 """
 
 import dataclasses
@@ -55,6 +56,7 @@ class Compiled:
     shared: int
     serialized: bool
     ptx: str
+    sass: str = ""  # of Mosaic GPU, where there is nvdisasm
 
 
 def available() -> str | None:
@@ -124,16 +126,25 @@ def compile_mosaic(function, *args) -> list[Compiled]:
     with jax.set_mesh(mesh("sm90")):
         lowered = jax.jit(function).lower(*args)
         lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})
-    return [
-        _read(path.stem, 0, path.read_text(), path.with_suffix(".ptx"), MOSAIC_WAITS)
-        for path in sorted(folder.glob("*.ptxas"))
-    ]
+    made = []
+    for path in sorted(folder.glob("*.ptxas")):
+        kernel = _read(path.stem, 0, path.read_text(), path.with_suffix(".ptx"), MOSAIC_WAITS)
+        listing = path.with_suffix(".sass_ctrl")
+        sass = listing.read_text() if listing.exists() else ""
+        made.append(dataclasses.replace(kernel, sass=sass))
+    return made
 
 
 def mosaic_environment(folder) -> dict[str, str]:
-    """Variables by which Mosaic GPU writes PTX and the log of ptxas to a folder."""
-    wanted = ("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS")
-    return {"MOSAIC_GPU_DUMP_TO": str(folder), **dict.fromkeys(wanted, "1")}
+    """Variables by which Mosaic GPU writes PTX, the log of ptxas and, if nvdisasm is installed,
+    machine code to a folder."""
+    wanted = ["MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS"]
+    path = os.environ["PATH"]
+    (where,) = importlib.util.find_spec("nvidia.cu13").submodule_search_locations
+    if (Path(where) / "bin" / "nvdisasm").exists():
+        wanted.append("MOSAIC_GPU_DUMP_SASS")
+        path = os.pathsep.join((path, f"{where}/bin"))
+    return {"MOSAIC_GPU_DUMP_TO": str(folder), "PATH": path, **dict.fromkeys(wanted, "1")}
 
 
 def launched(folder: Path) -> list[tuple[str, int]]:
