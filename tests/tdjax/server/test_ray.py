@@ -65,7 +65,8 @@ def replicas(folder, **args):
 def test_jobs_of_a_replica_that_is_killed_are_made_by_another_one(tmp_path):
     with replicas(tmp_path, model="t2v", api_keys="none", lease=3, drain=0.5) as (ask, processes):
         add = lambda seconds: ask("POST", "/v1/videos", json={"prompt": f"sleep {seconds}"}).json()
-        ids = [add(2)["id"] for _ in range(3)]
+        # long enough that neither of the first two can end before one of their makers is killed
+        ids = [add(seconds)["id"] for seconds in (8, 8, 1)]
         states = lambda: [job["status"] for job in ask("GET", "/v1/videos").json()["data"]]
         until(lambda: states().count("in_progress") == 2)
         first = processes()
