@@ -240,7 +240,7 @@ def run(tables, name, impl, q, *args, block_q, block_k, **sizes):
     """Returns what the implementation `impl` of the op `name` gives for its arguments; "auto" is
     chosen by the dtype and sizes of q and the blocks. tables: the package's IMPLEMENTATIONS."""
     table = bound(tables[name], block_q=block_q, block_k=block_k, **sizes)
-    sizes = q.shape[-1], block_q, block_k, q.dtype
-    kernel = mosaic.chosen(table, mosaic.attention_refusal(*sizes), "triton")
-    auto = automatic(table, refusal(*sizes), kernel=kernel)
+    asked = q.shape[-1], block_q, block_k, q.dtype
+    kernel = mosaic.chosen(table, mosaic.attention_refusal(*asked), "triton")
+    auto = automatic(table, refusal(*asked), kernel=kernel)
     return choose(name, impl, table, auto)(q, *args)

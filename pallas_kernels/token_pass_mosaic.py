@@ -272,7 +272,6 @@ def _each(plan: _Plan, at, first, mine, refs) -> None:
         plgpu.barrier_wait(refs.full.at[slot])
         if plan.rounds:
             _round(plan, at, first + i, refs, _take(refs, slot))
-        e = None
         if plan.branch:  # taken again: see `_sum`
             e = _exponentials(_take(refs, slot)).astype(plan.dtype)
         plgpu.barrier_arrive(refs.empty.at[slot])

@@ -6,7 +6,7 @@ fp8       float8_e4m3fn, scales as in channel
 
 An activation is quantised once and multiplied with every weight that reads it. impl: "auto" (on
 CUDA, for widths that are multiples of 128, the kernels, and XLA's product of float8 operands; on
-Hopper the products of channel and fp8 through Mosaic, but with a low-rank product; elsewhere the
+Hopper the products of channel and fp8 through Mosaic, unless low_rank is given; elsewhere the
 reference), "reference", "xla" (channel: the reference; fp8: float8 operands), "triton",
 "interpret"; of the products of channel and fp8 also "mosaic" (Hopper). Rounding to float8
 needs compute capability 8.9: on Ampere "auto" is the reference, "triton" a ValueError. A tile

@@ -363,7 +363,7 @@ def add_speed_options(p: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         default="auto",
         choices=("auto", "reference", "triton", "mosaic", "cudnn"),
         help=(
-            "auto: the fastest that the device has; triton: every Triton kernel of this package;"
+            "auto: the kernels that the device has; triton: every Triton kernel of this package;"
             " mosaic: those for Hopper, which auto takes there; never a silent fallback"
         ),
     )

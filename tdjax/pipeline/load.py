@@ -85,7 +85,7 @@ def load(
                 convert`, or "demo".
     attention:  "auto" (sla where the weights have its projection), "original" (dense), "sla",
                 "sagesla".
-    impl:       "auto" (the fastest that this device has), "reference", "triton" (the Triton kernels
+    impl:       "auto" (the kernels that this device has), "reference", "triton" (the Triton kernels
                 of this package wherever there is one, in linear layers and norms too), "mosaic"
                 (kernels for Hopper in sparse attention and 8-bit layers: what auto takes there,
                 faster and slower to compile than triton), "cudnn" (dense attention). Also accepted
