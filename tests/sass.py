@@ -34,7 +34,7 @@ class Instruction(NamedTuple):
         found = FIRST.match(self.arguments)
         if found is None or READS.match(self.name):
             return range(0)
-        wide = {r"\.128|M88\.4": 4, r"\.64|\.WIDE|M88\.2": 2}
+        wide = {r"\.128|M88\.4": 4, r"\.64|\.WIDE|M88\.2|CS2R$": 2}
         size = next((n for pattern, n in wide.items() if re.search(pattern, self.name)), 1)
         return range(int(found[1]), int(found[1]) + size)
 
@@ -59,7 +59,7 @@ def overwritten(listing: str) -> list[str]:
                 groups = groups[max(len(groups) - left, 0) :]
             elif not group.union(*groups).isdisjoint(one.written):
                 found.add(f"{one.place} {one.name} {one.arguments}")
-            target = TARGET.search(one.arguments) if one.name == "BRA" else None
+            target = TARGET.search(one.arguments) if one.name.startswith("BRA") else None
             if target:
                 paths.append((labels[target[1]], groups, group))
             if one.predicate is None and one.name in ("BRA", "EXIT"):

@@ -377,6 +377,7 @@ def test_xla_does_not_leave_out_the_rounding_to_float8():
 def test_mosaic_compiles(tmp_path, name):
     environment = os.environ | cuda_aot.mosaic_environment(tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    read = "MOSAIC_GPU_DUMP_SASS" in environment  # nvdisasm is installed
     command = [sys.executable, __file__, name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -385,6 +386,7 @@ def test_mosaic_compiles(tmp_path, name):
         print(f"{name}: {kernel.name} {kernel.registers} registers, {kernel.spills} spilled")
         assert "wgmma" in kernel.ptx or "pass_over_tokens" in kernel.name
         assert not kernel.serialized, kernel.name
+        assert ("GMMA" in kernel.sass) == ("wgmma" in kernel.ptx and read), kernel.name
         assert not sass.overwritten(kernel.sass), kernel.name
     assert len(kernels) == MOSAIC[name][0]
     assert sum(kernel.spills for kernel in kernels) <= MOSAIC[name][2]

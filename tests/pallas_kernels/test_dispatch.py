@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 from types import SimpleNamespace
 
 import described
@@ -94,6 +95,9 @@ def attend(op, *, width=128, dtype=jnp.bfloat16, **options):
     return op(q, q, q, jnp.zeros((1, 1, 1, 1), jnp.int32), **options)
 
 
+LOW_RANK = (np.ones((128, 16), jnp.bfloat16),) * 2
+
+
 def multiply(scheme, **options):
     x = jnp.ones((128, 128), jnp.bfloat16)
     return quantized_linear(
@@ -105,40 +109,34 @@ def multiply(scheme, **options):
     )
 
 
-def low_rank():
-    factor = jnp.ones((128, 16), jnp.bfloat16)
-    return factor, factor
-
-
 AUTO = {  # name of an op: what runs it, and other arguments that its kernel for Hopper refuses
     "sage_sparse_linear_attention": (
-        lambda **more: attend(sage_sparse_linear_attention, **more),
+        partial(attend, sage_sparse_linear_attention),
         ({"width": 64}, {"block_q": 64}, {"dtype": jnp.float32}),
     ),
     "sage_sparse_attention": (
-        lambda **more: attend(sage_sparse_attention, **more),
+        partial(attend, sage_sparse_attention),
         ({"width": 64}, {"dtype": jnp.float32}),
     ),
     "sage_attention": (
-        lambda **more: attend(sage_attention, **more),
+        partial(attend, sage_attention),
         ({"width": 64}, {"block_k": 32}, {"dtype": jnp.float32}),
     ),
     "sparse_linear_attention": (
-        lambda **more: attend(sparse_linear_attention, **more),
+        partial(attend, sparse_linear_attention),
         ({"width": 64}, {"block_k": 32}, {"dtype": jnp.float32}),
     ),
     "sparse_attention": (
-        lambda **more: attend(sparse_attention, **more),
+        partial(attend, sparse_attention),
         ({"width": 64}, {"dtype": jnp.float32}),
     ),
-    "quantized_linear channel": (
-        lambda **more: multiply("channel", **more),
-        ({"out_dtype": jnp.float32}, {"low_rank": low_rank()}),
-    ),
-    "quantized_linear fp8": (
-        lambda **more: multiply("fp8", **more),
-        ({"out_dtype": jnp.float32}, {"low_rank": low_rank()}),
-    ),
+    **{
+        f"quantized_linear {scheme}": (
+            partial(multiply, scheme),
+            ({"out_dtype": jnp.float32}, {"low_rank": LOW_RANK}),
+        )
+        for scheme in ("channel", "fp8")
+    },
 }
 
 

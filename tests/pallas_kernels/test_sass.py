@@ -35,7 +35,13 @@ def test_operands_that_are_read_or_free(instruction):
 
 @pytest.mark.parametrize(
     "instruction",
-    ["MOV R8, R5", "LDS.128 R8, [R1]", "LDS.128 R6, [R1]", "SHFL.IDX PT, R11, R0, R1, R2"],
+    [
+        "MOV R8, R5",
+        "LDS.128 R8, [R1]",
+        "LDS.128 R6, [R1]",
+        "SHFL.IDX PT, R11, R0, R1, R2",
+        "CS2R R10, SRZ",
+    ],
 )
 def test_operands_that_are_written_under_way(instruction):
     assert sass.overwritten(LOOP.format(between=instruction)) == [f"0040 {instruction}"]

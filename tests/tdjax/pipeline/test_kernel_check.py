@@ -63,12 +63,19 @@ def test_only_what_runs_is_checked(ran, monkeypatch):
     assert not ran
 
 
-def test_kernels_for_hopper_are_checked_beside_the_others_where_they_run(ran):
+def test_kernels_for_hopper_are_checked_beside_the_others_where_they_run(ran, monkeypatch):
     cfg = DiTConfig(attention="sla", linear="int8_channel", impl="mosaic")
     kernel_check.check_kernels(cfg, Stages(show=False))
     assert set(ran) == {*kernel_check.CHECKS["int8_channel"], "channel linear (Mosaic)"}
     ran.clear()
     kernel_check.check_kernels(dataclasses.replace(cfg, impl="auto"), Stages(show=False))
+    assert set(ran) == set(kernel_check.CHECKS["int8_channel"])
+    ran.clear()
+    monkeypatch.setattr(kernel_check.mosaic, "at_hand", lambda: True)
+    kernel_check.check_kernels(dataclasses.replace(cfg, impl="auto"), Stages(show=False))
+    assert "channel linear (Mosaic)" in ran
+    ran.clear()
+    kernel_check.check_kernels(dataclasses.replace(cfg, impl="triton"), Stages(show=False))
     assert set(ran) == set(kernel_check.CHECKS["int8_channel"])
 
 
