@@ -286,7 +286,7 @@ def test_a_stopped_server_lets_jobs_end_and_answers_meanwhile(tmp_path):
     with process(tmp_path / "s", "--model", "t2v", "--drain", "20") as running:
         ask = running.ask
         until(lambda: ask("GET", "/v1/models").status_code == 200)
-        id = ask("POST", "/v1/videos", json={"prompt": "sleep 1.5"}).json()["id"]
+        id = ask("POST", "/v1/videos", json={"prompt": "sleep 3"}).json()["id"]
         until(lambda: ask("GET", f"/v1/videos/{id}").json()["status"] == "in_progress")
         (worker,) = children(running.process.pid)
         running.process.send_signal(signal.SIGTERM)
@@ -348,7 +348,7 @@ def test_jobs_of_a_server_that_is_killed_are_made_by_another_one(tmp_path, postg
     with process(tmp_path / "a", *words) as dies, process(tmp_path / "b", *words) as lives:
         for each in (dies, lives):
             until(lambda each=each: each.ask("GET", "/ready").status_code == 200)
-        body = {"prompt": "sleep 3"}
+        body = {"prompt": "sleep 6"}
         ids = [dies.ask("POST", "/v1/videos", json=body).json()["id"] for _ in range(2)]
         states = lambda: [job["status"] for job in lives.ask("GET", "/v1/videos").json()["data"]]
         until(lambda: states().count("in_progress") == 2)
